@@ -1,0 +1,40 @@
+"""lowbit: any checkpoint in, any engine's low-bit checkpoint out, with proof of what it cost.
+
+The public calls are loaded when they are first used; importing the package imports nothing heavy.
+
+    lowbit.quantize("demo:smollm2", "out", scheme="W4A16")
+    lowbit.verify("out", engine="vllm")
+    lowbit.evaluate("out", reference="demo:smollm2")
+    model, tokenizer = lowbit.load("out")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_CALLS = {
+    "quantize": "lowbit.api:quantize",
+    "dry_run": "lowbit.api:dry_run",
+    "verify": "lowbit.verify:verify",
+    "evaluate": "lowbit.evaluate:evaluate",
+    "inspect": "lowbit.api:inspect",
+    "load": "lowbit.evaluate:load",
+    "generate": "lowbit.evaluate:generate",
+}
+
+__all__ = ["__version__", *_CALLS]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from lowbit.api import dry_run, inspect, quantize
+    from lowbit.evaluate import evaluate, generate, load
+    from lowbit.verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLS:
+        module, attribute = _CALLS[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")

@@ -1,0 +1,185 @@
+"""The public calls that run several stages: `quantize`, `dry_run`, `inspect`."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit import __version__
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.errors import VerificationError
+from lowbit.measure import Meter
+from lowbit.pipeline import Prepared, Progress, TensorResult, prepare, write_checkpoint
+from lowbit.plan import PlannedTensor
+from lowbit.report import schema
+from lowbit.report.html import render_html
+from lowbit.settings import make_settings
+from lowbit.verification import Verification, verify
+
+HTML_NAME = "report.html"
+# Engines whose rules a compressed-tensors folder is checked against after every write.
+_VERIFIED_ENGINE = "vllm"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished checkpoint and its report."""
+
+    folder: Path
+    report: schema.Report
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: Path | None = None,
+    options: OpenOptions = OpenOptions(),
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Quantized:
+    """Quantize `model` into the folder `output`, verify what was written and report on it.
+
+    model     a folder, a .gguf file, a Hugging Face id, or demo:smollm2
+    settings  the fields of `lowbit.settings.Settings`: scheme, group_size, ignore, overrides, range …
+    progress  called with (what, bytes done, bytes in all)
+
+    Raises LowbitError; then nothing exists under `output` (or the earlier output is still there).
+    """
+    meter = Meter()
+    output = Path(output)
+    prepared = prepare(model, make_settings(recipe, **settings), options, threads)
+    made: list[schema.Report] = []
+
+    def finish(work: Path, results: dict[str, TensorResult]) -> None:
+        verification = verify(work, source=prepared.checkpoint, engine=_VERIFIED_ENGINE, options=options)
+        if not verification.ok:
+            failed = next(check for check in verification.checks if not check.passed)
+            raise VerificationError(
+                f"{output}: what was written breaks the rule {failed.rule!r}: {failed.detail}",
+                "this is a bug of lowbit, or a damaged disk; please report it. Nothing was left under that name",
+            )
+        report = build_report(prepared, results, work, output, verification, meter)
+        write_report(report, work)
+        made.append(report)
+
+    write_checkpoint(prepared, output, progress, overwrite, finish)
+    return Quantized(output, made[0])
+
+
+def dry_run(
+    model: str | Path, *, recipe: Path | None = None, options: OpenOptions = OpenOptions(), **settings: Any
+) -> Prepared:
+    """The plan of a run, without reading a weight: every tensor, exact bytes, predicted peak memory."""
+    return prepare(model, make_settings(recipe, **settings), options)
+
+
+def inspect(path: str | Path, options: OpenOptions = OpenOptions()) -> Checkpoint:
+    """Open any supported checkpoint; tensors, types, metadata and config without reading a weight."""
+    return open_checkpoint(path, options)
+
+
+def build_report(prepared: Prepared, results: dict[str, TensorResult], work: Path, output: Path,
+                 verification: Verification, meter: Meter) -> schema.Report:  # fmt: skip
+    """The report of a finished run; `work` holds the files, `output` is their name to be."""
+    plan, checkpoint = prepared.plan, prepared.checkpoint
+    files = tuple(
+        schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(work.glob("*.safetensors"))
+    )
+    weights = sum(tensor.weights for tensor in plan.tensors)
+    written = sum(file.bytes for file in files)
+    return schema.Report(
+        schema=schema.SCHEMA,
+        lowbit=__version__,
+        created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+        source=schema.Source(
+            model=checkpoint.source,
+            kind=checkpoint.kind,  # type: ignore[arg-type]
+            architecture=plan.architecture.class_name,
+            notes=tuple(checkpoint.notes),
+            bytes=sum(tensor.source.nbytes for tensor in plan.tensors),
+        ),
+        output=schema.Output(
+            format=plan.exporter.FORMAT, files=files, bytes=written, dtype=str(plan.dtype).removeprefix("torch.")
+        ),
+        settings=schema.Settings(
+            scheme=plan.settings.base_scheme().name,
+            method=plan.settings.method,
+            range=plan.settings.range_search(plan.settings.base_scheme().weight).method,
+            group_size=plan.settings.group_size,
+            ignore=plan.settings.ignore,
+            overrides=tuple(f"{pattern}={name}" for pattern, name in plan.settings.overrides.items()),
+            seed=plan.settings.seed,
+        ),
+        versions=versions(),
+        totals=schema.Totals(
+            weights=weights,
+            quantized_weights=sum(tensor.weights for tensor in plan.quantized),
+            decoder_bits_per_weight=plan.bits_per_weight(decoder_only=True),
+            file_bits_per_weight=8 * written / weights,
+            bytes_in=sum(tensor.source.nbytes for tensor in plan.tensors),
+            bytes_out=written,
+            seconds=meter.seconds,
+            peak_memory_bytes=meter.peak_bytes,
+        ),
+        tensors=tuple(_entry(tensor, results.get(tensor.name)) for tensor in plan.tensors),
+        verification=schema.Verification(
+            ok=verification.ok,
+            engine=verification.engine,
+            checks=tuple(schema.Check(rule=c.rule, passed=c.passed, detail=c.detail) for c in verification.checks),
+        ),
+        serve=(schema.ServeLine(engine="vllm", command=f"vllm serve {output.absolute()}"),),
+    )
+
+
+def write_report(report: schema.Report, folder: Path) -> None:
+    """lowbit-report.json and report.html beside the weights."""
+    schema.dump(report, folder / schema.REPORT_NAME)
+    schema.write_text(render_html(report), folder / HTML_NAME)
+
+
+def add_evaluation(folder: Path, evaluations: list[Any]) -> schema.Report:
+    """Put evaluations into a folder's report and page, in place of earlier ones; `evaluations` have `to_dict`."""
+    report = schema.load(folder)
+    rows = tuple(schema.Evaluation.model_validate(evaluation.to_dict()) for evaluation in evaluations)
+    report = report.model_copy(update={"evaluation": rows})
+    write_report(report, folder)
+    return report
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on beside the settings."""
+    import torch
+    import transformers
+
+    from lowbit import kernels
+
+    return {
+        "lowbit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kernels": kernels.isa(),
+    }
+
+
+def _entry(tensor: PlannedTensor, result: TensorResult | None) -> schema.TensorEntry:
+    return schema.TensorEntry(
+        name=tensor.name,
+        role=tensor.role,
+        block=tensor.block,
+        shape=tensor.shape,
+        scheme=None if tensor.scheme is None else tensor.scheme.name,
+        bits_per_weight=8 * tensor.stored_bytes / tensor.weights if tensor.weights else 0.0,
+        bytes=tensor.stored_bytes,
+        relative_error=None if result is None else result.relative_error,
+        max_error=None if result is None else result.max_error,
+        reason=tensor.reason,
+        notes=tensor.notes,
+    )

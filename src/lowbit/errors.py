@@ -1,0 +1,63 @@
+"""Every error that a user can cause. Each says what was found, and carries a `hint` with the next step.
+
+The command line prints `error: <message>`, a blank line and `hint: <hint>`, and exits with `exit_code`. Anything that
+is not a `LowbitError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class LowbitError(Exception):
+    """Base of the errors that the user can act on.
+
+    message  one sentence without full stop: file, tensor, what was found, what was needed
+    hint     one sentence: what to do next; may be empty
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(LowbitError):
+    """An option or argument that makes no sense: an unknown scheme, a bad regex, two options that contradict."""
+
+    exit_code = 2
+
+
+class CheckpointError(LowbitError):
+    """A file that cannot be read as what it claims to be: truncated, hostile header, missing shard, absent tensor."""
+
+
+class UnsafeError(LowbitError):
+    """Reading it would run somebody else's code (pickle, remote modelling code) and the user did not ask for that."""
+
+
+class ArchitectureError(LowbitError):
+    """A model whose layout is not known."""
+
+
+class ShapeError(LowbitError):
+    """A weight whose shape does not fit the scheme (group size, block, tensor-parallel split)."""
+
+
+class NonFiniteError(LowbitError):
+    """NaN or inf where a number is needed."""
+
+
+class FormatError(LowbitError):
+    """A scheme that the output format cannot hold."""
+
+
+class OutputError(LowbitError):
+    """The output cannot be written: it exists, the disk is full, no permission."""
+
+
+class VerificationError(LowbitError):
+    """A checkpoint that its engine would refuse or misread."""
+
+
+class DependencyError(LowbitError):
+    """An optional package that this command needs is not installed."""

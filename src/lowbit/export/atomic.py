@@ -1,0 +1,96 @@
+"""Folders that appear complete or not at all.
+
+Everything is written into a hidden folder beside the target, flushed to disk, and renamed at the end. Whatever stops
+the run before that (an error, Ctrl-C, a full disk) removes the hidden folder; what a power cut leaves is named
+`.NAME.partial-…` and never NAME.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowbit.errors import OutputError
+
+
+# What tells a folder of ours from one that merely has the same name.
+REPORT_NAME = "lowbit-report.json"
+
+
+def refuse_existing(target: Path, overwrite: bool = False) -> None:
+    """OutputError if something non-empty already has that name; with `overwrite`, only if lowbit did not write it."""
+    if target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / REPORT_NAME).is_file())):
+        return
+    if target.exists() or target.is_symlink():
+        hint = "choose another name with -o, or remove it first"
+        if overwrite:
+            hint = f"--overwrite replaces only folders that hold a {REPORT_NAME}; remove this one by hand"
+        raise OutputError(f"{target} exists already", hint)
+
+
+@contextmanager
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to write into; it becomes `target` when the block ends without an exception.
+
+    With `overwrite`, an earlier output of that name is removed once the new one is complete, just before the rename.
+    """
+    refuse_existing(target, overwrite)
+    work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with translated_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir()
+            yield work
+            flush_folder(work)
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.rename(work, target)
+            _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def translated_os_errors(target: Path) -> Iterator[None]:
+    """Full disk, quota and permission as OutputError; everything else as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing_parent(target)).free
+            raise OutputError(f"{target}: no space left on the disk ({free / 1e9:.2f} GB free)",
+                              "free some space or write to another disk; nothing was left under that name") from error  # fmt: skip
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"{target}: {error.strerror}", "choose a folder that you may write to") from error
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """fsync every file in a folder, and the folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _flush(path)
+    _flush(folder)
+
+
+
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,230 @@
+"""compressed-tensors: the format of llm-compressor, loaded by vLLM, SGLang and transformers.
+
+For a linear `L` with weight [N, K], b bits, G groups, in the model's float dtype unless said otherwise:
+
+    pack-quantized         L.weight_packed int32 [N, ceil(K·b/32)]   code + 2^(b−1), dense, low bits first, along K
+                           L.weight_scale [N, G]     L.weight_shape int64 [2]
+                           L.weight_zero_point int32 [ceil(N·b/32), G]   asymmetric only; packed along N
+    int-quantized          L.weight int8 [N, K]      L.weight_scale [N, G]
+    float-quantized        L.weight float8_e4m3fn [N, K]   L.weight_scale [1], [N, 1] or [N/128, K/128] (rounded up)
+    nvfp4-pack-quantized   L.weight_packed uint8 [N, K/2]  even column in the low nibble
+                           L.weight_scale float8_e4m3fn [N, K/16]   L.weight_global_scale float32 [1], a divisor
+    mxfp4-pack-quantized   L.weight_packed uint8 [N, K/2]  L.weight_scale uint8 [N, K/32], exponent + 127
+    mxfp8-quantized        L.weight float8_e4m3fn [N, K]   L.weight_scale uint8 [N, K/32]
+
+Static activation scales add L.input_scale [1], or L.input_global_scale float32 [1] (a divisor) for NVFP4.
+Spec: the compressors of compressed-tensors 0.20. Refused: E5M2 (the format's 8-bit float is E4M3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.errors import FormatError
+from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.numerics.scales import E4M3_MAX, e8m0_codes
+from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
+from lowbit.tensors import Granularity, QuantizedTensor
+
+FORMAT = "compressed-tensors"
+VERSION = "0.20.0"  # of the format that this file writes
+
+E2M1_MAX = 6.0
+
+
+def storage_format(scheme: Scheme) -> str:
+    """The compressed-tensors format string of a scheme. FormatError if the format cannot hold it."""
+    weight = scheme.weight
+    if weight.number == "int":
+        return "int-quantized" if scheme.activation is not None else "pack-quantized"
+    if weight.number == "e2m1" and weight.two_level:
+        return "nvfp4-pack-quantized"
+    if weight.number == "e2m1" and weight.scale_format == "e8m0":
+        return "mxfp4-pack-quantized"
+    if weight.number == "e4m3":
+        return "mxfp8-quantized" if weight.scale_format == "e8m0" else "float-quantized"
+    raise FormatError(
+        f"compressed-tensors cannot hold {weight.number} weights with {weight.scale_format} scales ({scheme.name})",
+        "its 8-bit float is E4M3 and its 4-bit float needs E4M3 or power-of-two scales",
+    )
+
+
+def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> list[StoredTensor]:
+    """What will be written for one linear, exactly."""
+    rows, columns = shape
+    weight = scheme.weight
+    scale_shape = weight.granularity.scale_shape(rows, columns, weight.columns_per_scale(columns))
+    kind = storage_format(scheme)
+    if kind == "pack-quantized":
+        stored = [
+            StoredTensor(f"{linear}.weight_packed", torch.int32, (rows, -(-columns * weight.bits // 32))),
+            StoredTensor(f"{linear}.weight_scale", dtype, scale_shape),
+            StoredTensor(f"{linear}.weight_shape", torch.int64, (2,)),
+        ]
+        if not weight.symmetric:
+            packed_rows = -(-rows * weight.bits // 32)
+            stored.append(StoredTensor(f"{linear}.weight_zero_point", torch.int32, (packed_rows, scale_shape[1])))
+    elif kind in ("int-quantized", "float-quantized", "mxfp8-quantized"):
+        code = torch.int8 if kind == "int-quantized" else torch.float8_e4m3fn
+        scale_dtype = torch.uint8 if kind == "mxfp8-quantized" else dtype
+        if weight.granularity is Granularity.TENSOR:
+            scale_shape = (1,)
+        stored = [
+            StoredTensor(f"{linear}.weight", code, shape),
+            StoredTensor(f"{linear}.weight_scale", scale_dtype, scale_shape),
+        ]
+    else:
+        scale_dtype = torch.uint8 if kind == "mxfp4-pack-quantized" else torch.float8_e4m3fn
+        stored = [
+            StoredTensor(f"{linear}.weight_packed", torch.uint8, (rows, columns // 2)),
+            StoredTensor(f"{linear}.weight_scale", scale_dtype, scale_shape),
+        ]
+        if kind == "nvfp4-pack-quantized":
+            stored.append(StoredTensor(f"{linear}.weight_global_scale", torch.float32, (1,)))
+    return stored + _stored_activation(linear, scheme.activation, dtype)
+
+
+def _stored_activation(linear: str, activation: ActivationSpec | None, dtype: torch.dtype) -> list[StoredTensor]:
+    if activation is None or not activation.needs_calibration:
+        return []
+    if activation.dynamic == "local":
+        return [StoredTensor(f"{linear}.input_global_scale", torch.float32, (1,))]
+    return [StoredTensor(f"{linear}.input_scale", dtype, (1,))]
+
+
+def row_multiple(scheme: Scheme) -> int:
+    """Slabs must begin at multiples of this many rows, so that packed zero points and blocks are not cut."""
+    if scheme.weight.granularity is Granularity.BLOCK:
+        return scheme.weight.group_size or 1
+    return 1 if scheme.weight.symmetric else 32
+
+
+def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
+         dtype: torch.dtype, input_absmax: float | None = None) -> list[tuple[str, Tensor, int]]:  # fmt: skip
+    """A slab of rows as (stored name, values, row in the stored tensor).
+
+    quantized      rows first_row.. of the linear; `shape` is that of the whole weight
+    input_absmax   largest |input| seen in calibration, for schemes with static activation scales
+    What there is once per linear (shape, global scale, input scale) comes with the slab that begins at row 0.
+    """
+    kind = storage_format(scheme)
+    weight = scheme.weight
+    stored: list[tuple[str, Tensor, int]] = []
+    if kind == "pack-quantized":
+        stored.append(("weight_packed", kernels.pack_dense(quantized.codes, weight.bits), first_row))
+        if quantized.zero_point is not None:
+            packed = kernels.pack_dense_columns(quantized.zero_point, weight.bits)
+            stored.append(("weight_zero_point", packed, first_row * weight.bits // 32))
+    elif kind == "int-quantized":
+        stored.append(("weight", quantized.codes, first_row))
+    elif kind in ("float-quantized", "mxfp8-quantized"):
+        stored.append(("weight", quantized.codes.view(torch.float8_e4m3fn), first_row))
+    else:
+        stored.append(("weight_packed", kernels.pack_nibbles(quantized.codes), first_row))
+    scale = _stored_scale(quantized, weight, dtype)
+    if weight.granularity is Granularity.TENSOR:
+        if first_row == 0:
+            stored.append(("weight_scale", scale.reshape(1), 0))
+    else:
+        scale_row = first_row // (weight.group_size or 1) if weight.granularity is Granularity.BLOCK else first_row
+        stored.append(("weight_scale", scale, scale_row))
+    if first_row == 0:
+        stored += _once_per_linear(kind, quantized, scheme.activation, shape, dtype, input_absmax)
+    return [(f"{linear}.{leaf}", values, row) for leaf, values, row in stored]
+
+
+def _stored_scale(quantized: QuantizedTensor, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+    if weight.scale_format == "e8m0":
+        return e8m0_codes(quantized.scale)
+    if weight.two_level:
+        return (quantized.scale / quantized.global_scale).to(torch.float8_e4m3fn)
+    return quantized.scale.to(dtype)
+
+
+def _once_per_linear(kind: str, quantized: QuantizedTensor, activation: ActivationSpec | None, shape: tuple[int, int],
+                     dtype: torch.dtype, input_absmax: float | None) -> list[tuple[str, Tensor, int]]:  # fmt: skip
+    stored: list[tuple[str, Tensor, int]] = []
+    if kind == "pack-quantized":
+        stored.append(("weight_shape", torch.tensor(shape, dtype=torch.int64), 0))
+    if kind == "nvfp4-pack-quantized":
+        stored.append(("weight_global_scale", torch.tensor([1.0 / quantized.global_scale], dtype=torch.float32), 0))
+    if activation is not None and activation.needs_calibration:
+        if input_absmax is None:
+            raise AssertionError("a static activation scale was planned but not measured")
+        if activation.dynamic == "local":
+            divisor = E4M3_MAX * E2M1_MAX / input_absmax
+            stored.append(("input_global_scale", torch.tensor([divisor], dtype=torch.float32), 0))
+        else:
+            stored.append(("input_scale", torch.tensor([input_absmax / E4M3_MAX]).to(dtype), 0))
+    return stored
+
+
+def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+    """config.json's `quantization_config`.
+
+    schemes  linear name → scheme, of every quantized linear
+    ignored  names of all other linears of the model
+
+    One scheme: the target is the class "Linear". Several: every linear is named exactly, because vLLM looks for a
+    class name before it looks into fused layers, so a "Linear" group beside others would win for every q/k/v.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for linear, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(linear)
+    config_groups = {}
+    for index, (scheme, members) in enumerate(groups.items()):
+        config_groups[f"group_{index}"] = {
+            "targets": ["Linear"] if len(groups) == 1 else members,
+            "weights": _weight_args(scheme.weight),
+            "input_activations": None if scheme.activation is None else _activation_args(scheme.activation),
+            "output_activations": None,
+            "format": storage_format(scheme),
+        }
+    formats = {storage_format(scheme) for scheme in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _weight_args(weight: WeightSpec) -> dict[str, Any]:
+    strategy = "tensor_group" if weight.two_level else weight.granularity.value
+    args: dict[str, Any] = {
+        "num_bits": weight.bits,
+        "type": "int" if weight.number == "int" else "float",
+        "symmetric": weight.symmetric,
+        "strategy": strategy,
+        "group_size": weight.group_size if weight.granularity is Granularity.GROUP else None,
+        "dynamic": False,
+    }
+    if weight.granularity is Granularity.BLOCK:
+        args["block_structure"] = [weight.group_size, weight.group_size]
+    return args | _scale_dtype(weight.scale_format)
+
+
+def _activation_args(activation: ActivationSpec) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "num_bits": activation.bits,
+        "type": "int" if activation.number == "int" else "float",
+        "symmetric": True,
+        "strategy": "tensor_group" if activation.scale_format == "e4m3" else activation.per,
+        "group_size": activation.group_size,
+        "dynamic": activation.dynamic,
+    }
+    return args | _scale_dtype(activation.scale_format)
+
+
+def _scale_dtype(scale_format: str) -> dict[str, str]:
+    return {"e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}.get(scale_format, {})

@@ -1,0 +1,175 @@
+"""Safetensors, written out of order and in parallel.
+
+Every tensor's dtype and shape is known before the first weight is read, so the headers, the shards and the offsets are
+too: files are created at their final size (a full disk shows at once) and slabs of rows are written in place, from any
+thread, in any order.
+
+    [u64 header length][JSON header, padded with spaces to 8][tensor bytes, no holes]
+
+Within a shard wide dtypes come first, so that every tensor is aligned to its own item size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import OutputError
+
+SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it will lie in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first dimension."""
+        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+
+@dataclass
+class _Shard:
+    path: Path
+    tensors: list[StoredTensor]
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+    descriptor: int = -1
+
+
+class SafetensorsWriter:
+    """Creates the files of `tensors` in `folder` and fills them slab by slab.
+
+    shard_size  bytes of tensors per file at most (one tensor larger than that gets a file of its own)
+
+    `close` refuses (OutputError) if any byte of any tensor was never written.
+    """
+
+    def __init__(self, folder: Path, tensors: list[StoredTensor], shard_size: int):
+        self._folder = folder
+        self._shards = _plan_shards(folder, tensors, shard_size)
+        self._by_name = {tensor.name: (shard, tensor) for shard in self._shards for tensor in shard.tensors}
+        self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
+        self._lock = Lock()
+        for shard in self._shards:
+            shard.descriptor = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            _reserve(shard.descriptor, shard.size)
+            os.pwrite(shard.descriptor, shard.header, 0)
+
+    @property
+    def files(self) -> list[Path]:
+        return [shard.path for shard in self._shards]
+
+    def write(self, name: str, values: Tensor | memoryview | bytes, row: int = 0) -> None:
+        """Write consecutive rows of a tensor, beginning at `row`. Thread-safe for disjoint rows."""
+        shard, stored = self._by_name[name]
+        if isinstance(values, Tensor):
+            if values.dtype != stored.dtype:
+                raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
+            data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            data = memoryview(values).cast("B")
+        offset = row * stored.row_bytes
+        if offset + len(data) > stored.nbytes:
+            raise AssertionError(f"{name}: {len(data)} bytes at row {row} overrun {stored.nbytes}")
+        position = shard.offsets[name] + offset
+        with self._lock:
+            self._missing[name] -= len(data)
+        while data:
+            written = os.pwrite(shard.descriptor, data, position)
+            data, position = data[written:], position + written
+
+    def close(self) -> None:
+        """Check completeness, write the index where there are several shards, and close the files."""
+        incomplete = [name for name, missing in self._missing.items() if missing != 0]
+        if incomplete:
+            raise OutputError(f"{len(incomplete)} tensors were not written completely, the first {incomplete[0]}",
+                              "this is a bug of lowbit; please report it")  # fmt: skip
+        if len(self._shards) > 1:
+            total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors)
+            weight_map = {tensor.name: shard.path.name for shard in self._shards for tensor in shard.tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for shard in self._shards:
+            if shard.descriptor >= 0:
+                os.close(shard.descriptor)
+                shard.descriptor = -1
+
+
+def total_file_bytes(tensors: list[StoredTensor], shard_size: int) -> int:
+    """Bytes of the files that a writer would make, headers included (the JSON index is not)."""
+    return sum(shard.size for shard in _plan_shards(Path(), tensors, shard_size))
+
+
+def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> list[_Shard]:
+    contents: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if contents[-1] and filled + tensor.nbytes > shard_size:
+            contents.append([])
+            filled = 0
+        contents[-1].append(tensor)
+        filled += tensor.nbytes
+    count = len(contents)
+    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [_layout(folder / name, inside) for name, inside in zip(names, contents, strict=True)]
+
+
+def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # stable: model order within a dtype
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    begins: dict[str, int] = {}
+    for tensor in ordered:
+        begins[tensor.name] = begin
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, begin + tensor.nbytes],
+        }
+        begin += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return _Shard(path, ordered, head, {name: len(head) + at for name, at in begins.items()}, len(head) + begin)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the blocks now where the file system can; a sparse file of that size elsewhere."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        import errno
+
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, size)

@@ -1,0 +1,108 @@
+"""Round to nearest (RTN): the baseline every other algorithm has to beat.
+
+    scale, zero_point = fit(range of each group)      codes = clamp(rint(w / scale) + zero_point)
+
+No calibration. Works on any slab of whole rows: rows do not influence each other, except where one scale spans the
+tensor (or two levels of scales do), whose range the caller measures first and hands in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.numerics.grid import Grid, RangeSearch
+from lowbit.numerics.scales import global_scale_for
+from lowbit.schemes import WeightSpec
+from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """Smallest and largest weight of a whole tensor (of a whole fused set, for two-level scales)."""
+
+    low: float
+    high: float
+
+    def joined(self, other: TensorRange) -> TensorRange:
+        return TensorRange(min(self.low, other.low), max(self.high, other.high))
+
+
+def measure_range(weight: Tensor) -> TensorRange:
+    """Range of a slab [rows, K]; NaN and inf are kept."""
+    low, high = kernels.group_range(weight, weight.shape[1])
+    return TensorRange(low.min().item(), high.max().item())
+
+
+def needs_tensor_range(weight: WeightSpec) -> bool:
+    """True where no slab can be rounded before the whole tensor was seen."""
+    return weight.two_level or weight.granularity is Granularity.TENSOR
+
+
+def round_to_nearest(
+    weight: Tensor,
+    spec: WeightSpec,
+    grid: Grid,
+    search: RangeSearch,
+    tensor_range: TensorRange | None = None,
+    importance: Tensor | None = None,
+) -> QuantizedTensor:
+    """Quantize rows of a weight.
+
+    weight        float32, bfloat16 or float16 [rows, K]; rows divide by the block for BLOCK, but for the last slab
+    tensor_range  of the whole tensor, where `needs_tensor_range`
+    importance    float32 [K], weighs squared errors in an "mse" search
+
+    BLOCK and TENSOR ranges are always absmax: their only scale format here is FP8, whose relative precision hardly
+    depends on the scale.
+    """
+    columns = weight.shape[1]
+    group_size = spec.columns_per_scale(columns)
+    global_scale = 1.0
+    if spec.two_level:
+        global_scale = _global_scale(grid, _known(tensor_range))
+    if spec.granularity is Granularity.TENSOR:
+        scale = _tensor_scale(grid, _known(tensor_range), weight.device)
+    elif spec.granularity is Granularity.BLOCK:
+        scale = _block_scale(grid, weight, group_size)
+    else:
+        params = grid.fit(weight, group_size, search, importance, global_scale)
+        codes = grid.round(weight, params, group_size)
+        return QuantizedTensor(codes, params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale)
+    shell = QuantizedTensor(weight, scale, grid, spec.granularity, group_size)
+    codes = grid.round(weight, shell.params(), group_size)
+    return QuantizedTensor(codes, scale, grid, spec.granularity, group_size)
+
+
+def _known(tensor_range: TensorRange | None) -> TensorRange:
+    if tensor_range is None:
+        raise AssertionError("this scheme needs the range of the whole tensor")
+    return tensor_range
+
+
+def _global_scale(grid: Grid, tensor_range: TensorRange) -> float:
+    """Second level of a two-level grid: brings the largest group scale within the first level's range."""
+    largest = max(-tensor_range.low, tensor_range.high)
+    return global_scale_for(largest / grid.format.max_value)  # type: ignore[attr-defined]
+
+
+def _tensor_scale(grid: Grid, tensor_range: TensorRange, device: torch.device) -> Tensor:
+    low = torch.tensor([[tensor_range.low]], dtype=torch.float32, device=device)
+    high = torch.tensor([[tensor_range.high]], dtype=torch.float32, device=device)
+    return grid.params_from_range(low, high).scale
+
+
+def _block_scale(grid: Grid, weight: Tensor, block: int) -> Tensor:
+    """Scales [ceil(rows / block), ceil(K / block)]: the row-wise group ranges, reduced over each block's rows."""
+    low, high = kernels.group_range(weight, block)
+    missing = -low.shape[0] % block
+    if missing:
+        low = torch.cat([low, low[-1:].expand(missing, -1)])
+        high = torch.cat([high, high[-1:].expand(missing, -1)])
+    low = low.reshape(-1, block, low.shape[1]).amin(dim=1)
+    high = high.reshape(-1, block, high.shape[1]).amax(dim=1)
+    params: GroupParams = grid.params_from_range(low, high)
+    return params.scale

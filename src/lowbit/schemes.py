@@ -1,0 +1,153 @@
+"""Schemes: the field's names for what is stored and computed in how many bits.
+
+A scheme says how weights are stored (`WeightSpec`) and how activations are quantized at run time
+(`ActivationSpec`, None for weight-only). It says nothing of the file format (export) nor of the algorithm that chooses
+the codes (rounding). `SCHEMES` is the table; a new scheme is a new row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lowbit.errors import UsageError
+from lowbit.tensors import Granularity
+
+# How a scale is stored. "model": the checkpoint's own float dtype.
+ScaleFormat = Literal["model", "e8m0", "e4m3"]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How a weight [N, K] is stored.
+
+    number        "int", or a minifloat: "e4m3" "e5m2" "e2m1"
+    bits          of one code
+    symmetric     False: an integer zero point per scale
+    granularity   which weights share a scale
+    group_size    columns per scale (GROUP) or side of the square (BLOCK); None for TENSOR and CHANNEL
+    scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4)
+    """
+
+    number: Literal["int", "e4m3", "e5m2", "e2m1"]
+    bits: int
+    granularity: Granularity
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_format: ScaleFormat = "model"
+
+    @property
+    def two_level(self) -> bool:
+        """True where group scales are themselves scaled by one float32 per tensor."""
+        return self.scale_format == "e4m3"
+
+    @property
+    def group_size_is_free(self) -> bool:
+        """MX and NVFP4 fix the group size; so does a square block."""
+        return self.granularity is Granularity.GROUP and self.scale_format == "model"
+
+    def columns_per_scale(self, columns: int) -> int:
+        """g, with K where one scale spans the row."""
+        return columns if self.group_size is None else self.group_size
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How the input of a linear is quantized at run time.
+
+    per      "token": one scale per row of activations; "tensor": one for all; "group": g channels of a token
+    dynamic  True: the engine measures the range; False: a static scale from calibration is stored;
+             "local": group scales are measured, the float32 above them is stored (NVFP4)
+    """
+
+    number: Literal["int", "e4m3", "e2m1"]
+    bits: int
+    per: Literal["token", "tensor", "group"]
+    dynamic: bool | Literal["local"] = True
+    group_size: int | None = None
+    scale_format: ScaleFormat = "model"
+    symmetric: bool = True
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.dynamic is not True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    name: str
+    weight: WeightSpec
+    activation: ActivationSpec | None
+    summary: str
+
+    def with_group_size(self, group_size: int) -> Scheme:
+        """The same scheme with g columns per scale, or one scale per row for -1.
+
+        Raises UsageError where the scheme fixes its group size.
+        """
+        if group_size != -1 and group_size < 1:
+            raise UsageError(f"group size {group_size} is not a positive number of columns", "use -1 for one per row")
+        weight = self.weight
+        if weight.group_size == group_size:
+            return self
+        if weight.number != "int" or weight.scale_format != "model" or weight.granularity is Granularity.BLOCK:
+            fixed = "one scale per row" if weight.group_size is None else f"group size {weight.group_size}"
+            raise UsageError(f"scheme {self.name} has {fixed} by definition; {group_size} was asked for",
+                             "leave --group-size out, or choose an integer scheme such as W4A16")  # fmt: skip
+        if group_size == -1:
+            return replace(self, weight=replace(weight, granularity=Granularity.CHANNEL, group_size=None))
+        return replace(self, weight=replace(weight, granularity=Granularity.GROUP, group_size=group_size))
+
+
+def _int_group(bits: int, symmetric: bool = True) -> WeightSpec:
+    return WeightSpec("int", bits, Granularity.GROUP, group_size=128, symmetric=symmetric)
+
+
+_INT8_CHANNEL = WeightSpec("int", 8, Granularity.CHANNEL)
+_FP8_TENSOR = WeightSpec("e4m3", 8, Granularity.TENSOR)
+_FP8_CHANNEL = WeightSpec("e4m3", 8, Granularity.CHANNEL)
+_FP8_BLOCK = WeightSpec("e4m3", 8, Granularity.BLOCK, group_size=128)
+_NVFP4 = WeightSpec("e2m1", 4, Granularity.GROUP, group_size=16, scale_format="e4m3")
+_MXFP4 = WeightSpec("e2m1", 4, Granularity.GROUP, group_size=32, scale_format="e8m0")
+_MXFP8 = WeightSpec("e4m3", 8, Granularity.GROUP, group_size=32, scale_format="e8m0")
+
+_INT8_TOKEN = ActivationSpec("int", 8, "token")
+_FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
+_FP8_STATIC = ActivationSpec("e4m3", 8, "tensor", dynamic=False)
+_FP8_GROUP = ActivationSpec("e4m3", 8, "group", group_size=128)
+_NVFP4_LOCAL = ActivationSpec("e2m1", 4, "group", dynamic="local", group_size=16, scale_format="e4m3")
+_MXFP4_GROUP = ActivationSpec("e2m1", 4, "group", group_size=32, scale_format="e8m0")
+_MXFP8_GROUP = ActivationSpec("e4m3", 8, "group", group_size=32, scale_format="e8m0")
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("W8A16", _int_group(8), None, "8-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W4A16", _int_group(4), None, "4-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W4A16_ASYM", _int_group(4, symmetric=False), None, "4-bit integers with zero points, group 128"),
+        Scheme("W3A16", _int_group(3), None, "3-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W2A16", _int_group(2), None, "2-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W8A8", _INT8_CHANNEL, _INT8_TOKEN, "8-bit integers per row; activations 8-bit per token, dynamic"),
+        Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
+        Scheme("W4AFP8", _int_group(4), _FP8_TOKEN, "4-bit integers, group 128; activations FP8 per token, dynamic"),
+        Scheme("FP8", _FP8_TENSOR, _FP8_STATIC, "FP8 E4M3 per tensor; activations FP8 per tensor, static"),
+        Scheme("FP8_DYNAMIC", _FP8_CHANNEL, _FP8_TOKEN, "FP8 E4M3 per row; activations FP8 per token, dynamic"),
+        Scheme("FP8_BLOCK", _FP8_BLOCK, _FP8_GROUP, "FP8 E4M3 per 128×128 block; activations FP8 per 128, dynamic"),
+        Scheme("NVFP4", _NVFP4, _NVFP4_LOCAL, "FP4 E2M1 in 16s with E4M3 scales; activations the same"),
+        Scheme("NVFP4A16", _NVFP4, None, "FP4 E2M1 in 16s with E4M3 scales; weight-only"),
+        Scheme("MXFP4", _MXFP4, _MXFP4_GROUP, "FP4 E2M1 in 32s with power-of-two scales; activations the same"),
+        Scheme("MXFP4A16", _MXFP4, None, "FP4 E2M1 in 32s with power-of-two scales; weight-only"),
+        Scheme("MXFP8", _MXFP8, _MXFP8_GROUP, "FP8 E4M3 in 32s with power-of-two scales; activations the same"),
+    )
+}
+
+
+def find_scheme(name: str) -> Scheme:
+    """The scheme called `name`, case-insensitively; UsageError names the nearest ones."""
+    scheme = SCHEMES.get(name.upper())
+    if scheme is not None:
+        return scheme
+    near = difflib.get_close_matches(name.upper(), SCHEMES, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(SCHEMES)}"
+    raise UsageError(f"there is no scheme {name!r}", hint)

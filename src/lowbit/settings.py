@@ -1,0 +1,150 @@
+"""What the user asked for: `Settings`, from flags, from Python or from a YAML recipe, which all say the same.
+
+A recipe is the flags' long names in YAML:
+
+    scheme: W4A16
+    group_size: 64
+    range: mse
+    ignore: ['\\.0\\.mlp\\.']
+    overrides: {'down_proj$': W8A16}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from lowbit.errors import UsageError
+from lowbit.numerics.grid import RangeSearch
+from lowbit.schemes import Scheme, WeightSpec, find_scheme
+
+DEFAULT_IGNORE = r"(^|\.)lm_head$"
+
+
+class Settings(BaseModel):
+    """Everything that changes the bytes written.
+
+    scheme      name in `lowbit.schemes.SCHEMES`
+    method      how codes are chosen: "rtn"
+    format      of the files: "compressed-tensors"
+    group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
+    range       "auto": "mse" for codes of 4 bits or fewer, "absmax" for wider ones, where a search finds nothing
+    ignore      regexes (searched in module names) of linears left in 16 bits; always wins
+    overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
+    shard_size  bytes of tensors per file
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: str = "W4A16"
+    method: Literal["rtn"] = "rtn"
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    group_size: int | None = None
+    range: Literal["auto", "absmax", "mse", "percentile"] = "auto"
+    percentile: float = 99.9
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, str] = {}
+    shard_size: int = 5_000_000_000
+    seed: int = 0
+
+    @field_validator("ignore")
+    @classmethod
+    def _regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            _compiled(pattern)
+        return patterns
+
+    @field_validator("overrides")
+    @classmethod
+    def _override_regexes(cls, overrides: dict[str, str]) -> dict[str, str]:
+        for pattern, name in overrides.items():
+            _compiled(pattern)
+            find_scheme(name)
+        return overrides
+
+    @field_validator("percentile")
+    @classmethod
+    def _percentile(cls, value: float) -> float:
+        if not 50.0 < value <= 100.0:
+            raise UsageError(f"percentile {value} is not in (50, 100]", "99.9 keeps all but one weight in a thousand")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _shard_size(cls, value: int) -> int:
+        if value < 1_000_000:
+            raise UsageError(f"shard size {value} bytes is under 1 MB", "give it as 5GB or 500MB")
+        return value
+
+    def base_scheme(self) -> Scheme:
+        """The scheme, with the group size the user chose."""
+        scheme = find_scheme(self.scheme)
+        return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
+
+    def override_for(self, linear: str) -> Scheme | None:
+        """Scheme of the first override whose regex is found in the module name."""
+        for pattern, name in self.overrides.items():
+            if re.search(pattern, linear):
+                scheme = find_scheme(name)
+                if self.group_size is not None and scheme.weight.group_size_is_free:
+                    scheme = scheme.with_group_size(self.group_size)
+                return scheme
+        return None
+
+    def ignored_by(self, linear: str) -> str | None:
+        """The user's regex that leaves this linear alone, if any."""
+        return next((pattern for pattern in self.ignore if re.search(pattern, linear)), None)
+
+    def range_search(self, weight: WeightSpec) -> RangeSearch:
+        if self.range == "auto":
+            return RangeSearch("mse" if weight.bits <= 4 else "absmax")
+        return RangeSearch(self.range, percentile=self.percentile)
+
+
+def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
+    """Settings from a recipe file with flags (those not None) on top; UsageError for anything it cannot mean."""
+    values = {} if recipe is None else _read_recipe(recipe)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        origin = f"{recipe}: " if recipe is not None and where.split(".")[0] not in flags else ""
+        raise UsageError(
+            f"{origin}{where}: {first['msg'][0].lower()}{first['msg'][1:]}",
+            f"known settings: {', '.join(Settings.model_fields)}",
+        ) from error
+
+
+def parse_bytes(text: str) -> int:
+    """"5GB", "8GiB", "300MB", "1000000" → bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", "write it as 5GB, 300MB or 8GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of settings, found {type(values).__name__}")
+    if isinstance(values.get("shard_size"), str):
+        values["shard_size"] = parse_bytes(values["shard_size"])
+    return {str(name): value for name, value in values.items()}
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error

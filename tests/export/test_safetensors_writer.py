@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lowbit.errors import OutputError
+from lowbit.export.atomic import atomic_folder, refuse_existing, translated_os_errors
+from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
+
+VALUES = {
+    "a": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
+    "b": torch.randn(5, 3).to(torch.bfloat16),
+    "c": torch.arange(2, dtype=torch.int64),
+    "d": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    "e": torch.zeros(0, 7),
+    "f": torch.tensor(3.5),
+}
+STORED = [StoredTensor(name, value.dtype, tuple(value.shape)) for name, value in VALUES.items()]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("shard_size", [10, 40, 10**9])
+def test_written_rows_are_read_by_safetensors(tmp_path, shard_size):
+    writer = SafetensorsWriter(tmp_path, STORED, shard_size)
+    for name, value in reversed(VALUES.items()):
+        if value.dim() == 2 and value.shape[0] > 1:
+            writer.write(name, value[1:], row=1)
+            writer.write(name, value[:1])
+        else:
+            writer.write(name, value)
+    writer.close()
+    read = {}
+    for path in writer.files:
+        read |= load_file(path)
+    assert read.keys() == VALUES.keys()
+    assert all(same(read[name], value) for name, value in VALUES.items())
+    assert total_file_bytes(STORED, shard_size) == sum(path.stat().st_size for path in writer.files)
+
+
+def test_shards_have_an_index_that_names_every_tensor(tmp_path):
+    import json
+
+    writer = SafetensorsWriter(tmp_path, STORED, 10)
+    for name, value in VALUES.items():
+        writer.write(name, value)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == VALUES.keys()
+    for name, shard in index["weight_map"].items():
+        with safe_open(tmp_path / shard, "pt") as file:
+            assert name in file.keys()  # noqa: SIM118
+
+
+def test_tensors_are_aligned_to_their_item_size(tmp_path):
+    writer = SafetensorsWriter(tmp_path, STORED, 10**9)
+    shard = writer._shards[0]
+    for tensor in shard.tensors:
+        assert shard.offsets[tensor.name] % tensor.dtype.itemsize == 0
+    writer.abandon()
+
+
+def test_unwritten_rows_are_refused(tmp_path):
+    writer = SafetensorsWriter(tmp_path, STORED, 10**9)
+    for name, value in VALUES.items():
+        writer.write(name, value[:2] if name == "b" else value)
+    with pytest.raises(OutputError, match="first b"):
+        writer.close()
+    writer.abandon()
+
+
+def test_overrun_is_a_bug(tmp_path):
+    writer = SafetensorsWriter(tmp_path, STORED, 10**9)
+    with pytest.raises(AssertionError, match="overrun"):
+        writer.write("a", VALUES["a"], row=1)
+    writer.abandon()
+
+
+def test_folder_appears_only_when_complete(tmp_path):
+    target = tmp_path / "out"
+    with atomic_folder(target) as work:
+        (work / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "file").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_and_kept(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="exists already"), atomic_folder(target, overwrite):
+            pass
+    assert (target / "precious").exists()
+
+
+def test_overwrite_replaces_only_our_own_output(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "lowbit-report.json").write_text("{}")
+    with atomic_folder(target, overwrite=True) as work:
+        (work / "new").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_failed_overwrite_keeps_the_old_output(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "lowbit-report.json").write_text("{}")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "lowbit-report.json").exists()
+
+
+def test_empty_folder_is_no_obstacle(tmp_path):
+    refuse_existing(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "Permission denied")])
+def test_disk_errors_are_told_in_words(tmp_path, code, says):
+    with pytest.raises(OutputError, match=says), translated_os_errors(tmp_path / "out"):
+        raise OSError(code, os.strerror(code))

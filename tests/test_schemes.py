@@ -1,0 +1,45 @@
+import pytest
+
+from lowbit.errors import UsageError
+from lowbit.schemes import SCHEMES, find_scheme
+from lowbit.tensors import Granularity
+
+NAMED_IN_DESIGN = """W8A16 W4A16 W4A16_ASYM W3A16 W2A16 W8A8 W4A8 FP8 FP8_DYNAMIC FP8_BLOCK W4AFP8
+                     NVFP4 NVFP4A16 MXFP4 MXFP4A16 MXFP8""".split()
+
+
+@pytest.mark.parametrize("name", NAMED_IN_DESIGN)
+def test_every_scheme_is_found_whatever_its_case(name):
+    assert find_scheme(name.lower()) is SCHEMES[name]
+
+
+def test_unknown_scheme_names_its_neighbours():
+    with pytest.raises(UsageError) as caught:
+        find_scheme("W4A17")
+    assert "W4A16" in caught.value.hint
+
+
+def test_group_size_makes_another_scheme_of_the_same_name():
+    scheme = find_scheme("W4A16").with_group_size(32)
+    assert (scheme.name, scheme.weight.group_size) == ("W4A16", 32)
+    assert SCHEMES["W4A16"].weight.group_size == 128
+
+
+def test_group_size_minus_one_is_one_scale_per_row():
+    assert find_scheme("W4A16").with_group_size(-1).weight.granularity is Granularity.CHANNEL
+
+
+def test_channel_int8_can_be_grouped():
+    assert find_scheme("W8A8").with_group_size(128).weight.granularity is Granularity.GROUP
+
+
+@pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_schemes_that_fix_their_group_size_refuse_another(name):
+    with pytest.raises(UsageError, match="by definition"):
+        find_scheme(name).with_group_size(64)
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_senseless_group_size_is_refused(size):
+    with pytest.raises(UsageError, match="not a positive number"):
+        find_scheme("W4A16").with_group_size(size)
