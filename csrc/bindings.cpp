@@ -1,0 +1,260 @@
+// lowbit.kernels._core: the kernels on arrays that cross by DLPack.
+//
+// Every function writes into an array of the caller's, checks all shapes first (the kernels trust them), and runs
+// without the GIL. No array is converted: a wrong dtype or layout is a TypeError. Kernels are single-threaded and
+// reentrant; callers split rows over threads.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "dispatch.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace lowbit {
+namespace {
+
+template <class T>
+using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using AnyMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+template <class A, class B>
+void require_same_shape(const A& a, const B& b, const char* what) {
+    require(a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1), what);
+}
+
+Weights weights_of(const AnyMatrix& w, std::size_t group) {
+    require(group > 0, "group size must be positive");
+    const auto dtype = w.dtype();
+    FloatType type = FloatType::float32;
+    if (dtype == nb::dtype<float>())
+        type = FloatType::float32;
+    else if (dtype.code == std::uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16)
+        type = FloatType::bfloat16;
+    else if (dtype.code == std::uint8_t(nb::dlpack::dtype_code::Float) && dtype.bits == 16)
+        type = FloatType::float16;
+    else
+        throw nb::type_error("weights must be float32, bfloat16 or float16");
+    return {w.data(), type, w.shape(0), w.shape(1), group};
+}
+
+template <class T>
+Codes codes_of(const Matrix<T>& codes, std::size_t group) {
+    require(group > 0, "group size must be positive");
+    return {codes.data(), codes.shape(0), codes.shape(1), group};
+}
+
+// [N, G] for a matrix of N rows and K columns in groups of g
+template <class T, class Cut>
+void require_per_group(const Matrix<T>& values, const Cut& cut, const char* what) {
+    require(values.shape(0) == cut.rows && values.shape(1) == (cut.columns + cut.group - 1) / cut.group, what);
+}
+
+using Scales = Matrix<const float>;
+using ZeroPoints = std::optional<Matrix<const std::int32_t>>;
+using Importance = std::optional<Vector<const float>>;
+
+template <class Cut>
+Affine affine_of(const Scales& scale, const ZeroPoints& zero_point, const Cut& cut, int qmin, int qmax) {
+    require_per_group(scale, cut, "scale must be [N, G]");
+    if (zero_point) require_per_group(*zero_point, cut, "zero_point must be [N, G]");
+    return {scale.data(), zero_point ? zero_point->data() : nullptr, qmin, qmax};
+}
+
+// exponent bits, mantissa bits, bias, largest finite value
+using FormatFields = std::tuple<int, int, int, float>;
+
+Minifloat minifloat_of(const Scales& scale, const FormatFields& fields, const Weights& weights) {
+    require_per_group(scale, weights, "scale must be [N, G]");
+    const auto& [exponent_bits, mantissa_bits, bias, max_value] = fields;
+    require(exponent_bits > 0 && mantissa_bits > 0 && exponent_bits + mantissa_bits < 8, "minifloats have 3 to 8 bits");
+    return {scale.data(), exponent_bits, mantissa_bits, bias, max_value};
+}
+
+const float* importance_of(const Importance& importance, const Weights& weights) {
+    if (!importance) return nullptr;
+    require(importance->shape(0) == weights.columns, "importance must be [K]");
+    return importance->data();
+}
+
+const float* table_of(const Vector<const float>& values) {
+    require(values.shape(0) == 256, "the value table must have an entry for every byte");
+    return values.data();
+}
+
+nb::tuple as_tuple(const SquaredError& e) { return nb::make_tuple(e.error, e.weight, e.max_abs_error); }
+
+// One instruction set, as a Python object whose methods are the kernels.
+struct Isa {
+    const Kernels* kernels;
+
+    void group_range(const AnyMatrix& w, std::size_t group, const Matrix<float>& low, const Matrix<float>& high) const {
+        const Weights weights = weights_of(w, group);
+        require_per_group(low, weights, "low must be [N, G]");
+        require_per_group(high, weights, "high must be [N, G]");
+        const nb::gil_scoped_release unlocked;
+        kernels->group_range(weights, low.data(), high.data());
+    }
+
+    void round_int(const AnyMatrix& w, std::size_t group, const Scales& scale, const ZeroPoints& zero_point, int qmin,
+                   int qmax, const Matrix<std::int8_t>& codes) const {
+        const Weights weights = weights_of(w, group);
+        const Affine affine = affine_of(scale, zero_point, weights, qmin, qmax);
+        require_same_shape(w, codes, "codes must be [N, K]");
+        const nb::gil_scoped_release unlocked;
+        kernels->round_int(weights, affine, codes.data());
+    }
+
+    void round_minifloat(const AnyMatrix& w, std::size_t group, const Scales& scale, const FormatFields& format,
+                         const Matrix<std::uint8_t>& codes) const {
+        const Weights weights = weights_of(w, group);
+        const Minifloat minifloat = minifloat_of(scale, format, weights);
+        require_same_shape(w, codes, "codes must be [N, K]");
+        const nb::gil_scoped_release unlocked;
+        kernels->round_minifloat(weights, minifloat, codes.data());
+    }
+
+    void decode_int(const Matrix<const std::int8_t>& codes, std::size_t group, const Scales& scale,
+                    const ZeroPoints& zero_point, const Matrix<float>& weights) const {
+        const Codes in = codes_of(codes, group);
+        const Affine affine = affine_of(scale, zero_point, in, 0, 0);
+        require_same_shape(codes, weights, "weights must be [N, K]");
+        const nb::gil_scoped_release unlocked;
+        kernels->decode_int(in, affine, weights.data());
+    }
+
+    void decode_table(const Matrix<const std::uint8_t>& codes, std::size_t group, const Scales& scale,
+                      const Vector<const float>& values, const Matrix<float>& weights) const {
+        const Codes in = codes_of(codes, group);
+        require_per_group(scale, in, "scale must be [N, G]");
+        require_same_shape(codes, weights, "weights must be [N, K]");
+        const float* table = table_of(values);
+        const nb::gil_scoped_release unlocked;
+        kernels->decode_table(in, scale.data(), table, weights.data());
+    }
+
+    void error_int(const AnyMatrix& w, std::size_t group, const Scales& scale, const ZeroPoints& zero_point, int qmin,
+                   int qmax, const Importance& importance, const Matrix<float>& errors) const {
+        const Weights weights = weights_of(w, group);
+        const Affine affine = affine_of(scale, zero_point, weights, qmin, qmax);
+        require_per_group(errors, weights, "errors must be [N, G]");
+        const float* column_weights = importance_of(importance, weights);
+        const nb::gil_scoped_release unlocked;
+        kernels->error_int(weights, affine, column_weights, errors.data());
+    }
+
+    void error_minifloat(const AnyMatrix& w, std::size_t group, const Scales& scale, const FormatFields& format,
+                         const Importance& importance, const Matrix<float>& errors) const {
+        const Weights weights = weights_of(w, group);
+        const Minifloat minifloat = minifloat_of(scale, format, weights);
+        require_per_group(errors, weights, "errors must be [N, G]");
+        const float* column_weights = importance_of(importance, weights);
+        const nb::gil_scoped_release unlocked;
+        kernels->error_minifloat(weights, minifloat, column_weights, errors.data());
+    }
+
+    nb::tuple squared_error_int(const AnyMatrix& w, const Matrix<const std::int8_t>& codes, std::size_t group,
+                                const Scales& scale, const ZeroPoints& zero_point) const {
+        const Weights weights = weights_of(w, group);
+        const Affine affine = affine_of(scale, zero_point, weights, 0, 0);
+        require_same_shape(w, codes, "codes must be [N, K]");
+        SquaredError result{};
+        {
+            const nb::gil_scoped_release unlocked;
+            result = kernels->squared_error_int(weights, codes_of(codes, group), affine);
+        }
+        return as_tuple(result);
+    }
+
+    nb::tuple squared_error_table(const AnyMatrix& w, const Matrix<const std::uint8_t>& codes, std::size_t group,
+                                  const Scales& scale, const Vector<const float>& values) const {
+        const Weights weights = weights_of(w, group);
+        require_per_group(scale, weights, "scale must be [N, G]");
+        require_same_shape(w, codes, "codes must be [N, K]");
+        const float* table = table_of(values);
+        SquaredError result{};
+        {
+            const nb::gil_scoped_release unlocked;
+            result = kernels->squared_error_table(weights, codes_of(codes, group), scale.data(), table);
+        }
+        return as_tuple(result);
+    }
+
+    void pack_dense(const Matrix<const std::uint8_t>& codes, int bits, int offset,
+                    const Matrix<std::int32_t>& words) const {
+        require_word_shape(words.shape(0), words.shape(1), codes.shape(0), codes.shape(1), bits);
+        bool fits = false;
+        {
+            const nb::gil_scoped_release unlocked;
+            fits =
+                kernels->pack_dense(codes_of(codes, 1), bits, offset, reinterpret_cast<std::uint32_t*>(words.data()));
+        }
+        require(fits, "a code does not fit in its bits");
+    }
+
+    void unpack_dense(const Matrix<const std::int32_t>& words, int bits, int offset,
+                      const Matrix<std::uint8_t>& codes) const {
+        require_word_shape(words.shape(0), words.shape(1), codes.shape(0), codes.shape(1), bits);
+        const nb::gil_scoped_release unlocked;
+        kernels->unpack_dense(reinterpret_cast<const std::uint32_t*>(words.data()), codes.shape(0), codes.shape(1),
+                              bits, offset, codes.data());
+    }
+
+    static void require_word_shape(std::size_t word_rows, std::size_t words, std::size_t rows, std::size_t columns,
+                                   int bits) {
+        require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
+        require(word_rows == rows && words == (columns * std::size_t(bits) + 31) / 32,
+                "words must be [N, ceil(K * bits / 32)]");
+    }
+};
+
+std::vector<std::string> available_names() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->isa);
+    return names;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+NB_MODULE(_core, module) {
+    using namespace lowbit;
+    module.doc() = "Compiled kernels; see lowbit.kernels for what each computes.";
+    module.def("available_isas", &available_names, "Instruction sets built in and usable on this machine, best first.");
+
+    // noconvert everywhere: a silently converted output array would lose the result.
+    const auto w = "w"_a.noconvert(), codes = "codes"_a.noconvert(), scale = "scale"_a.noconvert();
+    const auto zero_point = "zero_point"_a.noconvert().none(), importance = "importance"_a.noconvert().none();
+    const auto values = "values"_a.noconvert(), words = "words"_a.noconvert(), errors = "errors"_a.noconvert();
+    const auto weights = "weights"_a.noconvert(), low = "low"_a.noconvert(), high = "high"_a.noconvert();
+
+    nb::class_<Isa>(module, "Isa", "The kernels of one instruction set; the last argument of most is the output.")
+        .def(
+            "__init__", [](Isa* self, const std::string& name) { new (self) Isa{&kernels_named(name)}; }, "name"_a)
+        .def_prop_ro("name", [](const Isa& self) { return std::string(self.kernels->isa); })
+        .def("group_range", &Isa::group_range, w, "group"_a, low, high)
+        .def("round_int", &Isa::round_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, codes)
+        .def("round_minifloat", &Isa::round_minifloat, w, "group"_a, scale, "format"_a, codes)
+        .def("decode_int", &Isa::decode_int, codes, "group"_a, scale, zero_point, weights)
+        .def("decode_table", &Isa::decode_table, codes, "group"_a, scale, values, weights)
+        .def("error_int", &Isa::error_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, importance, errors)
+        .def("error_minifloat", &Isa::error_minifloat, w, "group"_a, scale, "format"_a, importance, errors)
+        .def("squared_error_int", &Isa::squared_error_int, w, codes, "group"_a, scale, zero_point)
+        .def("squared_error_table", &Isa::squared_error_table, w, codes, "group"_a, scale, values)
+        .def("pack_dense", &Isa::pack_dense, codes, "bits"_a, "offset"_a, words)
+        .def("unpack_dense", &Isa::unpack_dense, words, "bits"_a, "offset"_a, codes);
+}

@@ -1,0 +1,26 @@
+// The kernels and their table, for the instruction set whose flags this file is compiled with.
+//
+// The including file defines LOWBIT_ISA_NAME. Everything is in an unnamed namespace and nothing but <cstdint> types
+// comes from outside, so no function compiled with these flags can be linked into code that other machines run.
+
+#include "../kernels.hpp"
+
+namespace lowbit {
+namespace {
+
+#include "common.inc.hpp"
+#include "range.inc.hpp"
+
+#include "integer.inc.hpp"
+#include "minifloat.inc.hpp"
+
+#include "error.inc.hpp"
+#include "packing.inc.hpp"
+
+constexpr Kernels kTable = {
+    LOWBIT_ISA_NAME, group_range,     round_int,         round_minifloat,     decode_int, decode_table,
+    error_int,       error_minifloat, squared_error_int, squared_error_table, pack_dense, unpack_dense,
+};
+
+}  // namespace
+}  // namespace lowbit
