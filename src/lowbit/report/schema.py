@@ -1,0 +1,337 @@
+"""`lowbit-report.json`: what was done to each tensor, with which data and seed, and what it cost.
+
+The file lies beside the quantized weights. Quantizing writes it, verifying and evaluating add to it, `render_html`
+shows it. Its shape is the models below; `SCHEMA` is raised whenever that shape changes, additions included, so nobody
+reads a field as something else or drops one on the way through.
+
+    relative_error = ‖W − Ŵ‖² / ‖W‖²          max_error = max |W − Ŵ|
+
+Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
+
+Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
+one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
+reason, a verification that is `ok` although a check failed. A report of another schema version is named as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from lowbit.errors import CheckpointError, OutputError
+
+SCHEMA = 1
+REPORT_NAME = "lowbit-report.json"
+# A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
+LARGEST_FILE = 256 * 2**20
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(_Part):
+    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1")."""
+
+    model: str
+    kind: Literal["safetensors", "gguf"]
+    architecture: str
+    notes: tuple[str, ...] = ()
+    bytes: Count
+    sha256_of_headers: str | None = None
+
+
+class OutputFile(_Part):
+    name: str
+    bytes: Count
+
+
+class Output(_Part):
+    """What was written. `dtype` is that of the tensors which were left alone, and of the scales."""
+
+    format: str
+    files: tuple[OutputFile, ...]
+    bytes: Count
+    dtype: str
+
+
+class Calibration(_Part):
+    """The text that statistics were measured on. None in `Settings` where the method needs no data."""
+
+    name: str
+    sha256: str | None = None
+    samples: Count
+    sequence_length: Count
+    tokens: Count
+
+
+class Settings(_Part):
+    """What the user asked for, defaults filled in. `overrides` are "RE=SCHEME", in the order they apply."""
+
+    scheme: str
+    method: str
+    range: str
+    percentile: NonNegative | None = None
+    group_size: int | None = None
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    shard_size: Count | None = None
+    seed: int
+    calibration: Calibration | None = None
+
+
+class Totals(_Part):
+    """The model as a whole.
+
+    weights                   parameters of the model
+    quantized_weights         of those, how many are stored on a grid
+    decoder_bits_per_weight   stored bits per weight of the transformer blocks' linears, scales included
+    file_bits_per_weight      8 * bytes_out / weights
+    peak_memory_bytes         of the process; None where it could not be measured
+    """
+
+    weights: Count
+    quantized_weights: Count
+    decoder_bits_per_weight: NonNegative
+    file_bits_per_weight: NonNegative
+    bytes_in: Count
+    bytes_out: Count
+    seconds: NonNegative
+    peak_memory_bytes: Count | None = None
+
+
+class TensorEntry(_Part):
+    """One tensor of the model: quantized (`scheme`), or left alone (`reason`); always exactly one of them.
+
+    role             q_proj … down_proj, embedding, norm, lm_head
+    block            index of the transformer block; None outside of them
+    shape            [N, K] for a linear
+    bytes            stored, with scales and zero points
+    relative_error   None where it was not measured, and for tensors left alone
+    notes            what was changed on the way: "group size 64: 128 does not divide 576"
+    """
+
+    name: str
+    role: str
+    block: Count | None = None
+    shape: tuple[Count, ...]
+    scheme: str | None = None
+    bits_per_weight: NonNegative
+    bytes: Count
+    relative_error: NonNegative | None = None
+    max_error: NonNegative | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _quantized_or_explained(self) -> TensorEntry:
+        if (self.scheme is None) == (self.reason is None):
+            raise ValueError("a tensor has either a scheme or a reason for being left alone")
+        return self
+
+
+class Check(_Part):
+    """One rule of the engine's loader, applied to what was written."""
+
+    rule: str
+    passed: bool
+    detail: str = ""
+
+
+class Verification(_Part):
+    """Would this engine load it. `ok` is true exactly when every check passed."""
+
+    ok: bool
+    engine: str
+    checks: tuple[Check, ...]
+
+    @model_validator(mode="after")
+    def _ok_means_all_passed(self) -> Verification:
+        if self.ok != all(check.passed for check in self.checks):
+            raise ValueError("ok contradicts the checks")
+        return self
+
+
+class EvaluationText(_Part):
+    name: str
+    sha256: str
+    tokens: Count
+
+
+class Evaluation(_Part):
+    """The quantized model against its source, over the same tokens. Without a reference only `ppl` is known.
+
+    reference_from  who named the reference: the user, or the report beside the weights
+    scheme          of the quantized linears; None for a plain checkpoint
+    protocol        how the tokens were cut and scored, in words
+    activations     "simulated": rounded as the engine would; "none": the weights' error alone
+    ppl_ratio       ppl / ppl_reference, with the standard error of the paired difference
+    kld_*           KL(reference ‖ quantized) per token, in nats
+    same_top1       share of tokens where both prefer the same next token
+    delta_p_*       change of the probability of the token that came
+    bits_from       where bits_per_weight was read: the report, or the tensors' stored sizes
+    """
+
+    model: str
+    reference: str | None
+    reference_from: Literal["given", "report", "none"]
+    scheme: str | None
+    text: EvaluationText
+    protocol: str
+    windows: Count
+    windows_asked: Count
+    window_tokens: Count
+    bos: bool
+    scored_tokens: Count
+    activations: Literal["none", "simulated"]
+    dtype: str
+    ppl: NonNegative
+    ppl_se: NonNegative
+    ppl_reference: NonNegative | None
+    ppl_ratio: NonNegative | None
+    ppl_ratio_se: NonNegative | None
+    kld_mean: float | None
+    kld_se: NonNegative | None
+    kld_median: float | None
+    kld_p99: float | None
+    kld_p999: float | None
+    kld_max: float | None
+    same_top1: Share | None
+    same_top1_se: NonNegative | None
+    delta_p_mean: float | None
+    delta_p_rms: NonNegative | None
+    seconds: NonNegative
+    peak_memory_bytes: Count | None
+    file_bytes: Count
+    bits_per_weight: NonNegative
+    bits_from: Literal["report", "tensors"]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What a column of figures is called."""
+        name = self.scheme or self.model
+        return f"{name}, activations rounded" if self.activations == "simulated" else name
+
+
+class ServeLine(_Part):
+    """The command that serves what was written."""
+
+    engine: str
+    command: str
+
+
+class Report(_Part):
+    """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    lowbit: str
+    created: AwareDatetime
+    source: Source
+    output: Output
+    settings: Settings
+    versions: dict[str, str]
+    totals: Totals
+    tensors: tuple[TensorEntry, ...]
+    verification: Verification | None = None
+    evaluation: tuple[Evaluation, ...] = ()
+    serve: tuple[ServeLine, ...] = ()
+
+
+def load(path: Path | str) -> Report:
+    """Read a report from a file, or from the checkpoint folder that holds one.
+
+    Raises CheckpointError for anything that is not a report of this schema version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / REPORT_NAME
+    text = _read_bounded(path)
+    _check_version(path, text)
+    try:
+        return Report.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is not a lowbit report: {_first_problem(error)}",
+            "write it again with lowbit quantize, or undo the edit",
+        ) from None
+
+
+def dump(report: Report, path: Path | str) -> None:
+    """Write a report: UTF-8, two spaces of indent, keys in the order of the models, whole or not at all."""
+    document = report.model_dump(mode="json", by_alias=True)
+    write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path | str) -> None:
+    """Write beside `path`, then rename: a run that dies leaves the old file or the new one. OutputError otherwise."""
+    path = Path(path)
+    try:
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "choose a folder that exists") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(beside, path)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "free some space or choose another") from None
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def _read_bounded(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", f"lowbit quantize writes {REPORT_NAME} beside the weights"
+        ) from None
+    if len(text) > LARGEST_FILE:
+        raise CheckpointError(
+            f"{path} is larger than {LARGEST_FILE} bytes, which no lowbit report is",
+            f"lowbit quantize writes {REPORT_NAME} beside the weights",
+        )
+    return text
+
+
+def _check_version(path: Path, text: bytes) -> None:
+    try:
+        document = from_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", "it may be truncated; write it again") from None
+    if not isinstance(document, dict) or "schema" not in document:
+        raise CheckpointError(
+            f"{path} is not a lowbit report: it has no schema version",
+            f"lowbit quantize writes {REPORT_NAME} beside the weights",
+        )
+    version = document["schema"]
+    if type(version) is not int or version != SCHEMA:
+        raise CheckpointError(
+            f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA}",
+            "use the lowbit that wrote it, or write it again with this one",
+        )
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_input=False)
+    where = ".".join(str(step) for step in problems[0]["loc"]) or "the whole"
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {problems[0]['msg']}{others}"

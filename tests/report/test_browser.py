@@ -1,0 +1,212 @@
+"""The page in headless Chromium: no errors, no sideways scrolling, and every control does what it says.
+
+Chromium's window is at least 500 pixels wide, so the page is loaded into a frame of the wanted width; a probe added to
+the page acts in it and posts what it found to the outer document, which `--dump-dom` prints.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from sample import make_report, with_hostile_name
+
+from lowbit.report.html import render_html
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr")  # fmt: skip
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the PATH"),
+]
+
+CATCH_ERRORS = "<script>window.problems = []; addEventListener('error', (e) => problems.push(e.message));</script>"
+PROBE = """<script>addEventListener("load", () => setTimeout(() => {
+  const $ = (selector) => document.querySelector(selector);
+  const rows = () => [...document.querySelectorAll("#tensors-table tbody tr:not([hidden]) th")];
+  const shown = () => rows().map((th) => th.textContent);
+  const found = {};
+  try { %s } catch (error) { problems.push(String(error)); }
+  parent.postMessage({ ...found, problems, width: innerWidth, content: document.documentElement.scrollWidth }, "*");
+}, 50));</script>"""
+OUTER = """<!doctype html><body><iframe src="%s" style="width:%dpx;height:900px;border:0"></iframe>
+<pre></pre><script>
+onmessage = (event) => { document.querySelector("pre").textContent = "FOUND" + JSON.stringify(event.data) + "DNUOF"; };
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def html():
+    return render_html(make_report())
+
+
+def chromium(folder, *arguments):
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
+def probe(html, folder, script="", width=1280, fragment="", flags=()):
+    """Load the page `width` pixels wide, run `script` in it, and return what it put into `found`."""
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', CATCH_ERRORS, html, count=1)
+    (folder / "page.html").write_text(html.replace("</body>", PROBE % script + "</body>"))
+    outer = folder / "outer.html"
+    outer.write_text(OUTER % ("page.html" + fragment, width))
+    dump = chromium(folder, "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom", *flags,
+                    outer.as_uri()).stdout  # fmt: skip
+    text = re.search(r"FOUND(.*)DNUOF", dump).group(1)
+    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["problems"] == []
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_nothing_overflows_sideways(html, tmp_path, width):
+    found = probe(html, tmp_path, width=width)
+    assert found["width"] == width
+    assert found["content"] <= width
+
+
+def test_the_page_runs_under_its_own_policy_without_complaint(html, tmp_path):
+    (tmp_path / "report.html").write_text(html)
+    ran = chromium(tmp_path, "--dump-dom", (tmp_path / "report.html").as_uri())
+    assert "CONSOLE" not in ran.stderr
+    assert '<html lang="en" class="live">' in ran.stdout
+
+
+def test_a_hostile_name_runs_nothing(tmp_path):
+    (tmp_path / "report.html").write_text(render_html(with_hostile_name("<script>document.title='ran'</script>")))
+    ran = chromium(tmp_path, "--dump-dom", (tmp_path / "report.html").as_uri())
+    assert "<title>demo:smollm2 in W4A16" in ran.stdout
+    assert "CONSOLE" not in ran.stderr
+
+
+def test_the_address_finds_a_tensor(html, tmp_path):
+    script = """
+      found.hits = document.querySelectorAll("#plot .hit").length;
+      found.rows = shown();
+      found.boxes = [...document.querySelectorAll(".find")].map((box) => box.value);
+      found.tip = $("#tip").textContent;
+      found.counts = [...document.querySelectorAll(".found")].map((output) => output.textContent);"""
+    found = probe(html, tmp_path, script, fragment="#find=layers.3.mlp.down_proj")
+    assert found["hits"] == 1
+    assert found["rows"] == ["model.layers.3.mlp.down_proj.weight"]
+    assert found["boxes"] == ["layers.3.mlp.down_proj"] * 2
+    assert found["tip"].startswith("model.layers.3.mlp.down_proj.weight")
+    assert found["counts"] == ["1 of 210 tensors", "1 of 272 tensors"]
+
+
+def test_typing_filters_and_names_the_finding_in_the_address(html, tmp_path):
+    script = """
+      const type = (text) => { $("#find-table").value = text; $("#find-table").dispatchEvent(new Event("input")); };
+      type("layers.1. K_PROJ");
+      found.rows = shown();
+      found.address = location.hash;
+      type("no such tensor");
+      found.none = [...document.querySelectorAll(".found")].map((output) => output.textContent);
+      type("");
+      found.all = shown().length;
+      found.cleared = location.hash;"""
+    found = probe(html, tmp_path, script)
+    assert found["rows"] == ["model.layers.1.self_attn.k_proj.weight"]
+    assert found["address"] == "#find=layers.1.%20K_PROJ"
+    assert found["none"] == ["no tensor matches"] * 2
+    assert found["all"] == 272
+    assert found["cleared"] == ""
+
+
+def test_the_table_sorts_by_number_and_by_name(html, tmp_path):
+    script = """
+      const header = (i) => $(`#tensors-table thead th:nth-child(${i})`);
+      const click = (i) => header(i).querySelector("button").click();
+      click(4); found.worst = shown()[0]; found.direction = header(4).ariaSort;
+      click(4); found.unmeasured = shown()[0];
+      click(1); found.first = shown().slice(0, 4); found.reset = header(4).ariaSort;"""
+    found = probe(html, tmp_path, script)
+    assert found["worst"] == "model.layers.0.self_attn.k_proj.weight"
+    assert (found["direction"], found["reset"]) == ("descending", "none")
+    assert found["unmeasured"] == "model.embed_tokens.weight"
+    assert found["first"][1] == "model.layers.0.input_layernorm.weight"
+
+
+def test_roles_and_kinds_filter(html, tmp_path):
+    script = """
+      const down = $('.legend [data-role="down_proj"]');
+      down.click();
+      found.pressed = down.ariaPressed; found.hits = document.querySelectorAll("#plot .points .hit").length;
+      found.rows = shown().length;
+      down.click();
+      $("#kind").value = "alone"; $("#kind").dispatchEvent(new Event("change"));
+      found.alone = shown().length;"""
+    found = probe(html, tmp_path, script)
+    assert (found["pressed"], found["hits"], found["rows"], found["alone"]) == ("true", 30, 30, 62)
+
+
+def test_the_plot_answers_to_keys_pointer_and_click(html, tmp_path):
+    script = """
+      const plot = $("#plot");
+      const press = (key) => plot.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+      press("ArrowRight"); found.first = $("#tip b").textContent;
+      press("ArrowRight"); found.right = $("#tip b").textContent;
+      press("ArrowDown"); found.down = $("#tip b").textContent;
+      press("Enter"); found.address = location.hash;
+      press("Escape"); found.hidden = $("#tip").hidden;
+      const mark = $("#plot .points use:last-child").getBoundingClientRect();
+      const at = { clientX: mark.left + mark.width / 2, clientY: mark.top + mark.height / 2, bubbles: true };
+      plot.dispatchEvent(new PointerEvent("pointermove", at)); found.pointed = $("#tip b").textContent;"""
+    found = probe(html, tmp_path, script)
+    assert found["first"] == "model.layers.0.self_attn.q_proj.weight"
+    assert found["right"] == "model.layers.1.self_attn.q_proj.weight"
+    assert found["down"] == "model.layers.1.self_attn.k_proj.weight"
+    assert re.fullmatch(r"#t\d+", found["address"])
+    assert found["hidden"] is True
+    assert found["pointed"] == "model.layers.29.mlp.down_proj.weight"
+
+
+def test_a_row_address_marks_the_row(html, tmp_path):
+    found = probe(html, tmp_path, 'found.here = $("tr.here th").textContent;', fragment="#t3", width=390)
+    assert found["here"] == "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_dark_and_light_follow_the_system(html, tmp_path):
+    script = "found.paper = getComputedStyle(document.body).backgroundColor;"
+    (tmp_path / "light").mkdir()
+    (tmp_path / "dark").mkdir()
+    light = probe(html, tmp_path / "light", script)
+    dark = probe(html, tmp_path / "dark", script, flags=("--force-dark-mode",))
+    assert light["paper"] == "rgb(255, 255, 255)"
+    assert dark["paper"] == "rgb(18, 20, 23)"
+
+
+def test_two_thousand_tensors_stay_responsive(tmp_path):
+    """Loaded without a frame and without virtual time, in which every clock stands still."""
+    script = """<script>
+      const clock = (act) => {
+        const from = performance.now();
+        act();
+        document.body.offsetHeight;  // lay out now
+        return performance.now() - from;
+      };
+      const box = document.querySelector("#find-plot");
+      const find = () => { box.value = "layers.221.mlp.down_proj"; box.dispatchEvent(new Event("input")); };
+      const clear = () => { box.value = ""; box.dispatchEvent(new Event("input")); };
+      const sort = () => document.querySelector("#tensors-table thead th:nth-child(4) button").click();
+      document.body.dataset.times = [find, clear, sort].map(clock).join(" ");
+    </script></body>"""
+    html = re.sub(
+        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_html(make_report(blocks=222)), count=1
+    )
+    (tmp_path / "page.html").write_text(html.replace("</body>", script))
+    dump = chromium(tmp_path, "--dump-dom", (tmp_path / "page.html").as_uri()).stdout
+    times = [float(time) for time in re.search(r'data-times="([^"]*)"', dump).group(1).split()]
+    assert min(times) > 0
+    assert max(times) < 3000  # milliseconds; about 300 on an idle core, and test machines are busy
+
+
+def test_a_screenshot_is_taken(html, tmp_path):
+    (tmp_path / "report.html").write_text(html)
+    picture = tmp_path / "report.png"
+    chromium(tmp_path, "--window-size=1280,2000", f"--screenshot={picture}", (tmp_path / "report.html").as_uri())
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 50_000

@@ -1,0 +1,264 @@
+"""The page says what the report says, and nothing in a report can become markup."""
+
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+from sample import make_evaluation, make_report, make_tensors, make_verification, with_hostile_name
+
+from lowbit.report.html import render_html
+from lowbit.report.markup import Html, escape, tag
+from lowbit.report.schema import TensorEntry, write_text
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '"><b onmouseover="alert(1)">',
+    "' onclick='alert(1)",
+    "]]><!-- -->",
+    "$title ${body} {{ body }} &lt;",
+)
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, text without script and style, and whether every element was closed."""
+
+    VOID = frozenset({"meta", "input"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.words, self.open, self.raw = [], [], [], {"script": "", "style": ""}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in self.VOID:
+            self.open.append(name)
+
+    def handle_startendtag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] in self.raw:
+            self.raw[self.open[-1]] += text
+        else:
+            self.words.append(text)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def count(self, name, **attributes):
+        return sum(
+            element == name and all(found.get(key) == value for key, value in attributes.items())
+            for element, found in self.elements
+        )
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page(render_html(make_report()))
+
+
+def test_the_page_is_well_formed(page):
+    assert page.open == []
+    identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "demo:smollm2 in W4A16",
+        "107.9 MiB",
+        "93.9 MiB",
+        "4.25",
+        "0.04713 ± 0.00051",
+        "1.0379 ± 0.0014",
+        "88.74 ± 0.14 %",
+        "14 s",
+        "583.0 MiB",
+        "picks the same next token as its source 88.7 % of the time",
+        "perplexity is 3.79 ± 0.14 % higher",
+        "48 windows of 2048 tokens without overlap",
+        "frankenstein.txt, 98,304 tokens",
+        "vllm serve /models/smollm2-w4a16 --max-model-len 4096",
+        "vLLM: 6 checks passed",
+        "group size 64: 128 does not divide 576",
+        "tensors are stored as Q4_1",
+        "norms stay in 16 bits",
+        "sha256 9f2c4be1d07a5e6c8b93f1a2d4470c55e01b6f88a7d2c93e4f5061728394a5b6",
+        "avx512",
+        "14 March 2026",
+        "2026-03-14 09:26:53 UTC",
+    ],
+)
+def test_the_figures_are_on_the_page(page, figure):
+    joined = re.sub(r"\s+", "", page.text)
+    assert re.sub(r"\s+", "", figure) in joined
+
+
+def test_every_tensor_has_a_row_and_every_measured_one_a_marker(page):
+    rows = [attributes for name, attributes in page.elements if name == "tr" and "data-kind" in attributes]
+    assert len(rows) == 30 * 9 + 2
+    assert sum(row["data-kind"] == "quantized" for row in rows) == 210
+    markers = [attributes["data-t"] for name, attributes in page.elements if name == "use" and "data-t" in attributes]
+    assert len(markers) == len(set(markers)) == 210
+    assert {f"t{row}" for row in markers} == {row["id"] for row in rows if row["data-kind"] == "quantized"}
+
+
+def test_the_worst_tensor_is_highest_in_the_plot(page):
+    heights = {
+        attributes["data-t"]: float(attributes["y"].rstrip("%"))
+        for name, attributes in page.elements
+        if name == "use" and "data-t" in attributes
+    }
+    tensors = make_report().tensors
+    worst = max(range(len(tensors)), key=lambda row: tensors[row].relative_error or 0)
+    assert min(heights, key=heights.get) == str(worst)
+    assert tensors[worst].name == "model.layers.0.self_attn.k_proj.weight"
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    for _, attributes in page.elements:
+        for name in ("src", "href", "action"):
+            assert attributes.get(name) is None or attributes[name].startswith("#")
+    assert "url(" not in page.raw["style"]
+    assert "@import" not in page.raw["style"]
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|innerHTML|eval\(", page.raw["script"])
+
+
+def test_only_our_own_script_is_allowed_to_run(page):
+    policies = [
+        attributes["content"] for name, attributes in page.elements if name == "meta" and "http-equiv" in attributes
+    ]
+    assert len(policies) == 1
+    assert policies[0].startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policies[0]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tensor_name_stays_text(name):
+    page = Page(render_html(with_hostile_name(name, notes=(name,), scheme=name, role=name)))
+    assert page.open == []
+    assert page.count("script") == 1
+    assert page.count("img") == 0
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert name in page.words
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text_in_every_other_field(text):
+    report = make_report(
+        blocks=1,
+        versions={text: text},
+        evaluation=(make_evaluation(model=text, reference=text, protocol=text),),
+        lowbit=text,
+    )
+    source = report.source.model_copy(update={"model": text, "architecture": text, "notes": (text,)})
+    settings = report.settings.model_copy(update={"scheme": text, "method": text, "ignore": (text,)})
+    check = make_verification().checks[0].model_copy(update={"rule": text, "detail": text})
+    verification = make_verification().model_copy(update={"engine": text, "checks": (check,)})
+    serve = (report.serve[0].model_copy(update={"engine": text, "command": text}),)
+    changes = {"source": source, "settings": settings, "verification": verification, "serve": serve}
+    page = Page(render_html(report.model_copy(update=changes)))
+    assert page.open == []
+    assert page.count("script") == 1
+    assert page.count("img") == 0
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+
+
+def test_characters_that_do_not_print_are_shown_as_escapes(tmp_path):
+    report = with_hostile_name("model.\u202egnp.weight\x00\n\ud800")
+    write_text(render_html(report), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "model.\\u202egnp.weight\\u0000\\u000a\\ud800" in text
+    assert "\u202e" not in text
+
+
+def test_markup_escapes_text_and_keeps_markup():
+    assert tag("b", "<i>", Html("<i></i>"), title='"&') == '<b title="&quot;&amp;">&lt;i&gt;<i></i></b>'
+    assert tag("p", None, hidden=True, data_row=3, id=None) == '<p hidden data-row="3"></p>'
+    assert escape("a\u00a0b") == "a\u00a0b"
+
+
+def test_a_failed_verification_leads_the_page():
+    page = Page(render_html(make_report(blocks=2, verification=make_verification(failing=True))))
+    assert "vLLM: 1 of 7 checks failed" in page.text
+    assert "vLLM would refuse this checkpoint or misread it." in page.text
+    assert "768 columns per rank" in page.text
+    rules = [attributes.get("class") for name, attributes in page.elements if name == "li" and "class" in attributes]
+    assert rules[0] == "bad"
+
+
+def test_what_was_not_done_is_said_and_how_to_do_it():
+    text = Page(render_html(make_report(blocks=2, verification=None, evaluation=(), serve=()))).text
+    assert "not verified against an engine" in text
+    assert "has not been measured yet" in text
+    assert "lowbit evaluate OUT --reference demo:smollm2" in text
+    assert "lowbit verify OUT --engine vllm" in text
+
+
+def test_an_evaluation_without_reference_claims_no_comparison():
+    compared = [name for name in make_evaluation().model_dump() if name.startswith(("kld", "same", "ppl_r", "delta"))]
+    alone = make_evaluation(reference=None, reference_from="none", **dict.fromkeys(compared))
+    text = Page(render_html(make_report(blocks=2, evaluation=(alone,)))).text
+    assert "it was not compared with the source model" in text
+    assert "same next token as its source" not in text
+
+
+def test_several_evaluations_stand_side_by_side_under_their_names():
+    runs = (make_evaluation(scheme="FP8"), make_evaluation(scheme="FP8", activations="simulated", kld_mean=0.0777))
+    page = Page(render_html(make_report(blocks=2, evaluation=runs)))
+    assert "FP8, activations rounded" in page.text
+    assert "0.07770 ±" in page.text.replace("\u00a0", " ")
+
+
+def test_a_change_within_twice_its_error_is_called_unmeasurable():
+    evaluation = make_evaluation(ppl_ratio=1.001, ppl_ratio_se=0.0009)
+    assert "did not change measurably" in Page(render_html(make_report(blocks=2, evaluation=(evaluation,)))).text
+
+
+def test_unrounded_activations_are_flagged_where_the_scheme_rounds_them():
+    settings = make_report(blocks=1).settings
+    warning = "activations were not rounded in the evaluation"
+    dynamic = settings.model_copy(update={"scheme": "FP8_DYNAMIC"})
+    assert warning in Page(render_html(make_report(blocks=1, settings=dynamic))).text
+    assert warning not in Page(render_html(make_report(blocks=1, settings=settings))).text
+
+
+def test_a_larger_output_is_called_larger():
+    assert "15 % larger than its source" in Page(render_html(make_report())).text.replace("\u00a0", " ")
+
+
+def test_a_much_larger_output_is_a_multiple():
+    totals = make_report(blocks=1).totals.model_copy(update={"bytes_in": 100, "bytes_out": 480})
+    assert "4.8 times the size of its source" in Page(render_html(make_report(blocks=1, totals=totals))).text
+
+
+def test_exact_and_outside_tensors_are_plotted_too():
+    head = TensorEntry(name="lm_head.weight", role="lm_head", shape=(8, 8), scheme="W8A16", bits_per_weight=8.25,
+                       bytes=66, relative_error=0.0, max_error=0.0)  # fmt: skip
+    page = Page(render_html(make_report(blocks=2, tensors=(*make_tensors(2), head))))
+    assert "exact" in page.text
+    assert page.count("use", y="100.00%") == 1
+
+
+def test_a_report_without_any_tensor_renders():
+    page = Page(render_html(make_report(blocks=1, tensors=())))
+    assert "No tensor has a measured error" in page.text
+    assert page.open == []
+
+
+def test_two_thousand_tensors_render_quickly_and_stay_small():
+    report = make_report(blocks=222)
+    assert len(report.tensors) == 2000
+    started = time.perf_counter()
+    text = render_html(report)
+    assert time.perf_counter() - started < 3
+    assert len(text.encode()) < 2_000_000

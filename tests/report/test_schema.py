@@ -1,0 +1,201 @@
+"""The report file: what is written is what is read, and nothing else is read."""
+
+import dataclasses
+import json
+
+import pytest
+from pydantic import ValidationError
+from sample import make_evaluation, make_report
+
+from lowbit.errors import CheckpointError, OutputError
+from lowbit.evaluate import result
+from lowbit.report.schema import (
+    REPORT_NAME,
+    SCHEMA,
+    Check,
+    Evaluation,
+    EvaluationText,
+    TensorEntry,
+    Verification,
+    dump,
+    load,
+)
+
+
+@pytest.fixture
+def document(tmp_path):
+    """A valid report as parsed JSON."""
+    dump(make_report(blocks=2), tmp_path / "valid.json")
+    return json.loads((tmp_path / "valid.json").read_text())
+
+
+def write(path, document):
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_report_survives_the_disk(tmp_path):
+    report = make_report()
+    dump(report, tmp_path / REPORT_NAME)
+    assert load(tmp_path / REPORT_NAME) == report
+
+
+def test_a_folder_stands_for_the_report_in_it(tmp_path):
+    report = make_report(blocks=1)
+    dump(report, tmp_path / REPORT_NAME)
+    assert load(tmp_path) == report
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    dump(make_report(), tmp_path / "first.json")
+    dump(load(tmp_path / "first.json"), tmp_path / "second.json")
+    assert (tmp_path / "first.json").read_bytes() == (tmp_path / "second.json").read_bytes()
+
+
+def test_the_file_is_indented_and_starts_with_the_schema(tmp_path):
+    dump(make_report(blocks=1), tmp_path / REPORT_NAME)
+    lines = (tmp_path / REPORT_NAME).read_text().splitlines()
+    assert lines[:3] == ["{", f'  "schema": {SCHEMA},', '  "lowbit": "0.1.0",']
+
+
+def test_names_outside_ascii_are_written_as_they_are(tmp_path):
+    report = make_report(blocks=1)
+    report = report.model_copy(update={"source": report.source.model_copy(update={"model": "模型-ñ"})})
+    dump(report, tmp_path / REPORT_NAME)
+    assert "模型-ñ" in (tmp_path / REPORT_NAME).read_text(encoding="utf-8")
+    assert load(tmp_path).source.model == "模型-ñ"
+
+
+def test_a_failed_write_leaves_the_old_report_and_no_litter(tmp_path, monkeypatch):
+    dump(make_report(blocks=1), tmp_path / REPORT_NAME)
+    before = (tmp_path / REPORT_NAME).read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OutputError, match="No space left"):
+        dump(make_report(blocks=2), tmp_path / REPORT_NAME)
+    assert (tmp_path / REPORT_NAME).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [REPORT_NAME]
+
+
+def test_a_missing_output_folder_is_named(tmp_path):
+    with pytest.raises(OutputError, match="absent"):
+        dump(make_report(blocks=1), tmp_path / "absent" / REPORT_NAME)
+
+
+def test_an_absent_report_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match="No such file"):
+        load(tmp_path / REPORT_NAME)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b'{"schema": 1', b"\xff\xfe", b'{"schema": 1}' * 2, b"[" * 100_000, b'{"schema": "\\ud800"}'],
+    ids=["empty", "open", "truncated", "not UTF-8", "two documents", "deep", "lone surrogate"],
+)
+def test_what_is_not_json_is_refused(tmp_path, text):
+    path = tmp_path / REPORT_NAME
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match="not JSON"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", [[], "text", 1, None, {}, {"lowbit": "0.1.0"}])
+def test_json_that_is_no_report_is_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match="no schema version"):
+        load(write(tmp_path / REPORT_NAME, content))
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, "1", 1.0, True, None, [1]])
+def test_another_schema_version_is_named(tmp_path, document, version):
+    with pytest.raises(CheckpointError, match="report schema") as caught:
+        load(write(tmp_path / REPORT_NAME, document | {"schema": version}))
+    assert json.dumps(version) in str(caught.value)
+    assert "this lowbit reads 1" in str(caught.value)
+
+
+def remove(document, *path):
+    *outer, last = path
+    for step in outer:
+        document = document[step]
+    del document[last]
+
+
+def put(document, value, *path):
+    *outer, last = path
+    for step in outer:
+        document = document[step]
+    document[last] = value
+
+
+def test_a_missing_field_is_named_by_its_path(tmp_path, document):
+    remove(document, "tensors", 3, "bytes")
+    with pytest.raises(CheckpointError, match=r"tensors\.3\.bytes"):
+        load(write(tmp_path / REPORT_NAME, document))
+
+
+def test_an_unknown_field_is_refused(tmp_path, document):
+    document["settings"]["sede"] = 0
+    with pytest.raises(CheckpointError, match=r"settings\.sede"):
+        load(write(tmp_path / REPORT_NAME, document))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("tensors", 0, "bytes"), -1),
+        (("tensors", 0, "bytes"), 2**63),
+        (("tensors", 0, "bytes"), "12"),
+        (("tensors", 0, "bytes"), 1.5),
+        (("tensors", 0, "shape"), "576"),
+        (("tensors", 0, "name"), None),
+        (("tensors", 0, "name"), ["a"]),
+        (("totals", "seconds"), float("nan")),
+        (("totals", "seconds"), float("inf")),
+        (("evaluation", 0, "kld_mean"), float("nan")),
+        (("evaluation", 0, "same_top1"), 88.7),
+        (("source", "kind"), "pickle"),
+        (("created"), "yesterday"),
+        (("created"), "2026-03-14T09:26:53"),
+        (("versions"), {"torch": 2.13}),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(tmp_path, document, path, value):
+    put(document, value, *([path] if isinstance(path, str) else path))
+    with pytest.raises(CheckpointError, match="not a lowbit report"):
+        load(write(tmp_path / REPORT_NAME, document))
+
+
+def test_an_oversized_file_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.report.schema.LARGEST_FILE", 1000)
+    dump(make_report(blocks=2), tmp_path / REPORT_NAME)
+    with pytest.raises(CheckpointError, match="larger than 1000 bytes"):
+        load(tmp_path)
+
+
+def test_what_the_evaluator_measures_is_what_the_report_holds():
+    assert {field.name for field in dataclasses.fields(result.Evaluation)} == set(Evaluation.model_fields)
+    assert {field.name for field in dataclasses.fields(result.TextRecord)} == set(EvaluationText.model_fields)
+
+
+def test_an_evaluation_enters_the_report_as_plain_values():
+    measured = make_evaluation()
+    assert Evaluation.model_validate(measured.model_dump(mode="json")) == measured
+
+
+def test_a_tensor_left_alone_needs_a_reason():
+    facts = {"name": "w", "role": "norm", "shape": (4,), "bits_per_weight": 16, "bytes": 8}
+    assert TensorEntry(**facts, reason="norms stay in 16 bits").scheme is None
+    with pytest.raises(ValidationError, match="a scheme or a reason"):
+        TensorEntry(**facts)
+    with pytest.raises(ValidationError, match="a scheme or a reason"):
+        TensorEntry(**facts, scheme="W4A16", reason="both")
+
+
+def test_ok_cannot_contradict_the_checks():
+    failed = Check(rule="every linear is quantized", passed=False)
+    assert not Verification(ok=False, engine="vllm", checks=(failed,)).ok
+    with pytest.raises(ValidationError, match="contradicts"):
+        Verification(ok=True, engine="vllm", checks=(failed,))
