@@ -1,0 +1,170 @@
+"""`lowbit quantize MODEL -o OUT`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lowbit.pipeline import Prepared
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id, or demo:smollm2.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 … [default: W4A16]")] = None,
+    method: Annotated[str | None, typer.Option(help="How codes are chosen: rtn. [default: rtn]")] = None,
+    format: Annotated[str | None, typer.Option(help="compressed-tensors. [default: compressed-tensors]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
+    range: Annotated[
+        str | None, typer.Option(help="absmax, mse, percentile; auto is mse up to 4 bits. [default: auto]")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files, which can run code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
+    ] = False,
+) -> None:
+    """Quantize a model, verify what was written, and report what it cost."""
+    from lowbit.cli.console import byte_progress, print_json, print_table, say
+    from lowbit.errors import UsageError
+
+    settings = _settings(locals())
+    options = _options(allow_pickle, trust_remote_code, revision)
+    if dry_run:
+        import lowbit
+
+        prepared = lowbit.dry_run(model, recipe=recipe, options=options, **settings)
+        if json:
+            print_json(plan_as_json(prepared))
+        else:
+            print_table(plan_table(prepared))
+        return
+    if output is None:
+        raise UsageError("no output folder was given", "add -o OUT, or --dry-run to see the plan only")
+    import lowbit
+
+    with byte_progress(f"{model} → {output}", quiet=json) as progress:
+        done = lowbit.quantize(
+            model, output, recipe=recipe, options=options, threads=threads, overwrite=overwrite, progress=progress,
+            **settings,
+        )  # fmt: skip
+    if json:
+        print_json(done.report.model_dump(mode="json", by_alias=True))
+        return
+    print_table(_summary(done.report, done.folder))
+    say(f"\nserve it:     {done.report.serve[0].command}\nwhat it cost: lowbit evaluate {done.folder}")
+
+
+def _settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that are settings and were given, under their names in `Settings`."""
+    from lowbit.errors import UsageError
+    from lowbit.settings import parse_bytes
+
+    given = {name: flags[name] for name in ("scheme", "method", "format", "group_size", "range")}
+    if flags["ignore"]:
+        given["ignore"] = tuple(flags["ignore"])
+    if flags["shard_size"]:
+        given["shard_size"] = parse_bytes(flags["shard_size"])
+    for text in flags["override"] or []:
+        pattern, equals, name = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"--override {text!r} is not REGEX=SCHEME", "for example --override 'down_proj$=W8A16'")
+        given.setdefault("overrides", {})[pattern] = name
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _options(allow_pickle: bool, trust_remote_code: bool, revision: str | None) -> Any:
+    from lowbit.checkpoint.base import OpenOptions
+
+    return OpenOptions(allow_pickle, trust_remote_code, revision)
+
+
+def plan_as_json(prepared: Prepared) -> dict[str, Any]:
+    """The plan of a dry run as plain JSON values."""
+    plan = prepared.plan
+    return {
+        "model": prepared.checkpoint.source,
+        "file_bytes": plan.file_bytes,
+        "decoder_bits_per_weight": plan.bits_per_weight(decoder_only=True),
+        "peak_memory_bytes": prepared.peak_memory(),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "role": tensor.role,
+                "shape": list(tensor.shape),
+                "scheme": None if tensor.scheme is None else tensor.scheme.name,
+                "bytes": tensor.stored_bytes,
+                "reason": tensor.reason,
+                "notes": list(tensor.notes),
+            }
+            for tensor in plan.tensors
+        ],
+    }
+
+
+def plan_table(prepared: Prepared) -> Any:
+    """The plan of a dry run as a rich table."""
+    from rich.table import Table
+
+    from lowbit.cli.console import human_bytes
+
+    plan = prepared.plan
+    caption = (
+        f"{human_bytes(plan.file_bytes)} in all, {plan.bits_per_weight(True):.3f} bits per weight of the decoder; "
+        f"peak memory about {human_bytes(prepared.peak_memory())}; nothing was written"
+    )
+    table = Table(title=f"Plan for {prepared.checkpoint.source}", caption=caption, title_justify="left",
+                  caption_justify="left")  # fmt: skip
+    for column in ("tensor", "shape", "scheme", "bytes", "why"):
+        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    for tensor in plan.tensors:
+        scheme = "16 bits" if tensor.scheme is None else tensor.scheme.name
+        why = tensor.reason or "; ".join(tensor.notes)
+        table.add_row(tensor.name, "×".join(map(str, tensor.shape)), scheme, f"{tensor.stored_bytes:,}", why)
+    return table
+
+
+def _summary(report: Any, folder: Path) -> Any:
+    from rich.table import Table
+
+    from lowbit.cli.console import human_bytes
+
+    table = Table(title=f"{report.source.model} → {folder}", title_justify="left", show_header=False)
+    totals = report.totals
+    left_alone = [tensor for tensor in report.tensors if tensor.scheme is None and len(tensor.shape) == 2]
+    quantized = [tensor for tensor in report.tensors if tensor.scheme is not None]
+    worst = max(quantized, key=lambda tensor: tensor.relative_error or 0.0)
+    rows = {
+        "scheme": f"{report.settings.scheme}, {report.settings.method}, range {report.settings.range}",
+        "size": f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}",
+        "bits per weight": f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file",
+        "quantized": f"{len(quantized)} linears; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}",
+        "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
+        "adapted": _adapted(quantized),
+        "verified": f"{len(report.verification.checks)} rules of {report.verification.engine} hold",
+        "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
+        "report": str(folder / "report.html"),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _adapted(quantized: list[Any]) -> str:
+    """What the plan changed, each once with how many linears it concerns."""
+    from collections import Counter
+
+    notes = Counter(note for tensor in quantized for note in tensor.notes)
+    return "; ".join(f"{note} ({count} linears)" for note, count in notes.items())
