@@ -1,0 +1,79 @@
+"""`Checkpoint`: named tensors on disk, lazily.
+
+Opening reads headers only: every name, shape and dtype is known, no weight is. `read` returns rows of one tensor;
+`release` tells the operating system that its pages may go, so that walking through a model of any size keeps the
+resident memory of one slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    name    in Hugging Face spelling, whatever the file calls it
+    shape   as torch sees it: [N, K] for a linear
+    dtype   of what `read` returns; float32 for ggml types, which are decoded on read
+    stored  the file's own name of the stored type: "BF16", "Q4_1"
+    nbytes  in the file
+    file    the file that holds it
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: str
+    nbytes: int
+    file: Path
+
+
+class Checkpoint(Protocol):
+    """An open model: tensors, and a Hugging Face folder with its config and tokenizer."""
+
+    source: str  # what the user typed
+    kind: str  # "safetensors", "gguf", "pickle", or "compressed-tensors" (decoded)
+    tensors: dict[str, TensorInfo]  # in file order
+    metadata: dict[str, Any]  # GGUF key-values, or the safetensors __metadata__
+    notes: list[str]  # what the user should know of this source: "tensors are stored as Q4_1 …"
+
+    @property
+    def folder(self) -> Path:
+        """Holds config.json, tokenizer files and so on; for GGUF a rebuilt folder, without weights."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """config.json, parsed."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop of a tensor, on the CPU, C-contiguous. May alias the mapped file: never write into it."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from resident memory. Slices returned by `read` stay valid (they fault back in)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How much the user trusts the source.
+
+    allow_pickle       read .bin / .pt files (they can run code); refused otherwise
+    trust_remote_code  let transformers import modelling code that comes with the model; refused otherwise
+    revision           of a hub id
+    """
+
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None

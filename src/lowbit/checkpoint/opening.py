@@ -1,0 +1,102 @@
+"""From what the user typed to an open checkpoint: a folder, a .gguf file, `demo:…`, or a Hugging Face id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.demo import DEMO_PREFIX, demo_file
+from lowbit.checkpoint.hub import download, is_hub_id
+from lowbit.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from lowbit.checkpoint.gguf import GGUFCheckpoint
+    from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
+
+
+def open_checkpoint(model: str | Path, options: OpenOptions | None = None) -> Checkpoint:
+    """Open MODEL: an existing path wins over an id of the same spelling."""
+    options = options or OpenOptions()
+    source, path = str(model), Path(model).expanduser()
+    if source.startswith(DEMO_PREFIX):
+        path = demo_file(source)
+    elif not path.exists():
+        if isinstance(model, Path) or not is_hub_id(source):
+            raise CheckpointError(
+                f"{source}: there is no such file or folder, and it is no Hugging Face id (org/name) either",
+                "give a model folder, a .gguf file, org/name, org/name:FILE.gguf or demo:smollm2",
+            )
+        path = download(source, options)
+    return _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+
+
+def open_safetensors(folder: str | Path) -> SafetensorsCheckpoint:
+    """Open a folder of *.safetensors."""
+    from lowbit.checkpoint import safetensors
+
+    return safetensors.open_safetensors(folder)
+
+
+def open_gguf(path: str | Path) -> GGUFCheckpoint:
+    """Open a .gguf file; of a split one, any part."""
+    from lowbit.checkpoint import gguf
+
+    return gguf.open_gguf(path)
+
+
+def _open_file(path: Path, source: str) -> Checkpoint:
+    from lowbit.checkpoint.gguf import open_gguf
+
+    if path.suffix == ".gguf":
+        return open_gguf(path, source)
+    hint = "give a model folder or a .gguf file"
+    if path.suffix == ".safetensors":
+        hint = f"give the folder {path.parent}, which should hold config.json and the tokenizer too"
+    raise UsageError(f"{source}: a single {path.suffix or 'unnamed'} file is no model", hint)
+
+
+def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+        return _decoded(folder, source)
+    gguf = _gguf_models(folder)
+    if len(gguf) > 1:
+        raise UsageError(
+            f"{source}: the folder holds {len(gguf)} GGUF models: {', '.join(path.name for path in gguf)}",
+            f"name one, such as {gguf[0]}",
+        )
+    if gguf:
+        from lowbit.checkpoint.gguf import open_gguf
+
+        return open_gguf(gguf[0], source)
+    from lowbit.checkpoint.pickle import open_pickle, pickle_files
+
+    if pickle_files(folder):
+        return open_pickle(folder, options, source)
+    raise CheckpointError(
+        f"{source}: the folder holds no weights (no *.safetensors, no *.gguf)",
+        "give the folder that holds config.json and the weights",
+    )
+
+
+def _decoded(folder: Path, source: str) -> Checkpoint:
+    """A safetensors folder; one in compressed-tensors format shows its decoded weights."""
+    from lowbit.checkpoint.safetensors import open_safetensors
+
+    stored = open_safetensors(folder, source)
+    if not (folder / "config.json").exists() or "quantization_config" not in stored.config():
+        return stored
+    from lowbit.checkpoint.compressed_tensors import CompressedTensorsCheckpoint, is_compressed_tensors
+
+    return CompressedTensorsCheckpoint(stored) if is_compressed_tensors(stored.config()) else stored
+
+
+def _gguf_models(folder: Path) -> list[Path]:
+    """One file per GGUF model: the first one there is of a split set; vision projectors are no models."""
+    from lowbit.checkpoint.gguf import split_name
+
+    models: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.gguf")):
+        if not path.name.startswith("mmproj"):
+            models.setdefault(split_name(path), path)
+    return list(models.values())
