@@ -19,17 +19,17 @@ _CALLS = {
     "quantize": "lowbit.api:quantize",
     "dry_run": "lowbit.api:dry_run",
     "verify": "lowbit.verify:verify",
-    "evaluate": "lowbit.evaluate:evaluate",
+    "evaluate": "lowbit.evaluation:evaluate",
     "inspect": "lowbit.api:inspect",
-    "load": "lowbit.evaluate:load",
-    "generate": "lowbit.evaluate:generate",
+    "load": "lowbit.evaluation:load",
+    "generate": "lowbit.evaluation:generate",
 }
 
 __all__ = ["__version__", *_CALLS]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from lowbit.api import dry_run, inspect, quantize
-    from lowbit.evaluate import evaluate, generate, load
+    from lowbit.evaluation import evaluate, generate, load
     from lowbit.verify import verify
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.architecture import discover
-from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
-from lowbit.errors import NonFiniteError, OutputError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.safetensors_writer import SafetensorsWriter
 from lowbit.measure import resident_memory
@@ -39,6 +39,8 @@ from lowbit.settings import Settings
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source (≤ 4), float32 copies in a reference kernel, codes, packed codes.
 _SLAB_BYTES_PER_WEIGHT = 12
+# Tensors above this many bytes give their pages back after every slab, smaller ones after the last.
+_RELEASE_ABOVE = 1 << 24
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -72,6 +74,8 @@ def prepare(
     """Open a model and plan what would be written; reads headers only."""
     checkpoint = open_checkpoint(model, options)
     config = checkpoint.config()
+    refuse_remote_code(config, checkpoint.source, options)
+    _refuse_quantized(checkpoint, config)
     architecture = discover(config, str(checkpoint.folder), options.trust_remote_code)
     plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint))
     _refuse_static_activations(plan)
@@ -168,7 +172,7 @@ class _Run:
         return self.checkpoint.read(tensor.name, first, last)
 
     def _release(self, tensor: PlannedTensor, last: int) -> None:
-        if last == rows_of(tensor) or tensor.source.nbytes > 1 << 27:
+        if last == rows_of(tensor) or tensor.source.nbytes > _RELEASE_ABOVE:
             self.checkpoint.release(tensor.name)
 
     def _slab(self, tensor: PlannedTensor, first: int, last: int, tensor_range: TensorRange | None) -> None:
@@ -273,6 +277,17 @@ def _check_disk(output: Path, plan: Plan, overwrite: bool) -> None:
         raise OutputError(
             f"{output}: needs {plan.file_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",
             "free some space or write to another disk",
+        )
+
+
+def _refuse_quantized(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Codes of a format that is not decoded on reading must not be taken for weights."""
+    quantization = config.get("quantization_config")
+    if quantization and checkpoint.kind != "compressed-tensors":
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{checkpoint.source}: config.json says it is quantized already (quant_method {method!r})",
+            "start from the original checkpoint; every quantization of a quantized model adds its error",
         )
 
 

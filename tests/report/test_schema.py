@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from sample import make_evaluation, make_report
 
 from lowbit.errors import CheckpointError, OutputError
-from lowbit.evaluate import result
+from lowbit.evaluation import result
 from lowbit.report.schema import (
     REPORT_NAME,
     SCHEMA,

@@ -44,7 +44,7 @@ class Source(_Part):
     """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1")."""
 
     model: str
-    kind: Literal["safetensors", "gguf"]
+    kind: Literal["safetensors", "gguf", "pickle", "compressed-tensors"]
     architecture: str
     notes: tuple[str, ...] = ()
     bytes: Count

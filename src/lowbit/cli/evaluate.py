@@ -1,0 +1,109 @@
+"""`lowbit evaluate`: how far a quantized model is from its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class ProtocolOption(StrEnum):
+    full = "full"
+    second_half = "second-half"
+
+
+class ActivationsOption(StrEnum):
+    auto = "auto"
+    none = "none"
+    simulated = "simulated"
+
+
+class DtypeOption(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def evaluate(
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANT", help="Folder, .gguf file or hub id of the model to judge.")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The unquantized model. Default: the source its report names.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T", help="A text file, wikitext, or hub:OWNER/NAME:CONFIG:SPLIT. Default: packaged text."
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of text.", min=1)] = 40,
+    window_tokens: Annotated[int, typer.Option(help="Tokens per window.", min=4)] = 512,
+    protocol: Annotated[
+        ProtocolOption, typer.Option(help="full: score every token but the first; second-half: as llama.cpp.")
+    ] = ProtocolOption.full,
+    activations: Annotated[
+        ActivationsOption,
+        typer.Option(help="auto: weights alone, and a second row with activations quantized as at run time."),
+    ] = ActivationsOption.auto,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Open windows with BOS. Default: if the tokenizer adds it.")
+    ] = None,
+    dtype: Annotated[DtypeOption, typer.Option(help="What the models compute in.")] = DtypeOption.float32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin and .pt files; they can run code.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+) -> None:
+    """Measure perplexity, KL divergence from the unquantized model and agreement on the most probable token."""
+    import torch
+
+    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.cli.console import print_json, print_table, say
+    from lowbit.evaluation import evaluate as run
+    from lowbit.evaluation import evaluation_table, heading, sentence
+
+    with _window_progress() as progress:
+        evaluations = run(
+            quantized,
+            reference,
+            text,
+            windows=windows,
+            window_tokens=window_tokens,
+            protocol=protocol.value,
+            activations=activations.value,
+            bos="auto" if bos is None else bos,
+            dtype=getattr(torch, dtype.value),
+            device=device,
+            options=OpenOptions(allow_pickle, trust_remote_code, revision),
+            progress=progress,
+        )
+    if as_json:
+        print_json([evaluation.to_dict() for evaluation in evaluations])
+        return
+    for note in evaluations[0].notes:
+        say(f"note: {note}")
+    typer.echo(heading(evaluations))
+    print_table(evaluation_table(evaluations))
+    for evaluation in evaluations:
+        typer.echo(sentence(evaluation))
+
+
+@contextmanager
+def _window_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, fed with (windows done, windows in all); it starts while the models load."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, description="windows", completed=done, total=total)

@@ -1,0 +1,89 @@
+"""Logits of a window in slices of positions, with the model's own code.
+
+A window of 512 tokens of a 262k vocabulary is 537 MB of float32 logits, and comparing two models needs both, twice.
+So the decoder runs once per window and the head on some positions at a time: while the decoder's output stands in for
+its `forward`, the model's own `forward` (head, soft-capping, logit scale and all) is asked for those positions only,
+through `logits_to_keep`. Nothing of the model is rewritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model and the context it runs in (activation simulation, or nothing)."""
+
+    model: PreTrainedModel
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+    def __post_init__(self):
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            name = type(self.model).__name__
+            raise ArchitectureError(
+                f"{name}.forward has no `logits_to_keep`: its logits cannot be computed in slices",
+                "upgrade transformers; its causal language models have had it since 4.45",
+            )
+
+    def decode(self, ids: Tensor) -> Decoded:
+        """Run the decoder on one window, int64 [T]."""
+        decoder = self.model.base_model
+        ids = ids[None].to(self.model.device)
+        with self.context():
+            return Decoded(self, ids, decoder(input_ids=ids, use_cache=False))  # type: ignore[operator]
+
+    @property
+    def vocabulary(self) -> int:
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has a head"
+        return head.weight.shape[0]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A window after the decoder, before the head."""
+
+    runner: Runner
+    ids: Tensor
+    output: object
+
+    def log_probabilities(self, positions: range) -> Tensor:
+        """Log-softmax of the logits at some positions, float32 [len(positions), V]."""
+        model = self.runner.model
+        keep = torch.arange(positions.start, positions.stop, device=self.ids.device)
+        with self.runner.context(), _standing_in(model.base_model, self.output):
+            logits = model(input_ids=self.ids, use_cache=False, logits_to_keep=keep).logits
+        return logits[0].to(torch.float32).log_softmax(-1)
+
+
+def slices(positions: range, vocabulary: int) -> Iterator[range]:
+    """Consecutive parts of `positions` whose float32 logits stay within LOGIT_BYTES."""
+    size = max(1, LOGIT_BYTES // (4 * vocabulary))
+    for start in range(positions.start, positions.stop, size):
+        yield range(start, min(start + size, positions.stop))
+
+
+@contextlib.contextmanager
+def _standing_in(decoder: nn.Module, output: object) -> Iterator[None]:
+    """Inside, calling `decoder` returns `output`."""
+    decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.forward

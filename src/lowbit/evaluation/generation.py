@@ -1,0 +1,113 @@
+"""`generate`: load what was written and let it answer.
+
+Chat models are asked through their own chat template; `chat="raw"` continues the prompt as it is. Where the scheme
+quantizes activations they are quantized here too, as an engine would. The sampling seed is local: torch's global
+random state is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lowbit.checkpoint.base import OpenOptions
+from lowbit.errors import UsageError
+from lowbit.evaluation.activations import simulated_activations
+from lowbit.evaluation.loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Chat = Literal["auto", "raw"]
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    *,
+    chat: Chat = "auto",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    options: OpenOptions | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """What the model says after the prompt.
+
+    temperature  0: always the most probable token
+    chat         "auto": through the chat template where the tokenizer has one; "raw": the prompt as it is
+    on_text      called with each piece of text as soon as it is complete
+    """
+    from lowbit.checkpoint import open_checkpoint
+
+    if max_tokens < 1 or temperature < 0:
+        raise UsageError(f"{max_tokens} tokens at temperature {temperature} cannot be generated")
+    options = options or OpenOptions()
+    checkpoint = open_checkpoint(str(model), options)
+    try:
+        network = load_model(checkpoint, dtype, device, options)
+        tokenizer = load_tokenizer(checkpoint, options)
+        schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
+    finally:
+        checkpoint.close()
+    ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
+    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature}
+    with simulated_activations(network, schemes, scales), torch.random.fork_rng(_cuda_devices(network)):
+        torch.manual_seed(seed)
+        return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> torch.Tensor:
+    """The prompt as int64 [1, T], in the chat template unless raw; BOS and the like as the tokenizer adds them."""
+    if chat not in ("auto", "raw"):
+        raise UsageError(f"there is no chat mode {chat!r}", "choose auto or raw")
+    if chat == "auto" and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: torch.Tensor = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise UsageError("the prompt has no tokens", "give some text with -p")
+    return ids.to(torch.long)
+
+
+@torch.inference_mode()
+def _complete(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    max_tokens: int,
+    settings: dict[str, Any],
+    on_text: Callable[[str], None] | None,
+) -> str:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None and text:
+                on_text(text)
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = network.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        pad_token_id=pad,
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **settings,
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _cuda_devices(network: PreTrainedModel) -> list[int]:
+    return [network.device.index or 0] if network.device.type == "cuda" else []

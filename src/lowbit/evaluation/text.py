@@ -1,0 +1,153 @@
+"""The text that models are judged on, and the windows of tokens it is cut into.
+
+A text is a file, a dataset of the Hugging Face hub (`wikitext`, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]`), or, by default,
+the text that comes with the package. It is tokenized once, without special tokens, and cut into consecutive windows.
+
+    full          window i = [BOS] + text[i·step : (i+1)·step], step = window_tokens − (1 with BOS);
+                  every token but the first of the window is scored
+    second-half   llama.cpp's (tools/perplexity/perplexity.cpp): the stream is [BOS] + text, window i is
+                  stream[i·window_tokens : (i+1)·window_tokens] with its first token overwritten by BOS, and positions
+                  window_tokens/2 .. window_tokens − 2 predict what is scored; without BOS nothing is put or overwritten
+
+Refused: a text shorter than one window; an unknown name; BOS where the tokenizer has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, DependencyError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Protocol = Literal["full", "second-half"]
+PROTOCOLS: tuple[Protocol, ...] = ("full", "second-half")
+HUB_ALIASES = {"wikitext": "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"}
+PACKAGED_NAME = "packaged evaluation text"
+
+
+@dataclass(frozen=True)
+class Text:
+    """name as the user would type it; sha256 of the UTF-8 bytes."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows of one text.
+
+    ids           int64 [windows, window_tokens]
+    first_scored  index in a window of the first token that is scored; every later one is scored too
+    bos           whether a BOS token opens each window
+    text_tokens   tokens in the whole text
+    """
+
+    ids: Tensor
+    first_scored: int
+    bos: bool
+    text_tokens: int
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.ids.shape[0] * (self.ids.shape[1] - self.first_scored)
+
+
+def read_text(source: str | Path | None) -> Text:
+    """A file, a hub dataset, or the packaged text for None."""
+    if source is None:
+        packaged = resources.files("lowbit") / "data" / "evaluation.txt"
+        return Text(PACKAGED_NAME, packaged.read_text(encoding="utf-8"))
+    name = str(source)
+    if name in HUB_ALIASES or name.startswith("hub:"):
+        return Text(name, _hub_text(HUB_ALIASES.get(name, name)))
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(
+            f"there is no text {name!r}: no such file",
+            f"give a text file, one of {', '.join(HUB_ALIASES)}, or hub:OWNER/NAME:CONFIG:SPLIT",
+        )
+    try:
+        return Text(name, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text: {error}", "convert it, for example with iconv -t utf-8") from error
+
+
+def _hub_text(name: str) -> str:
+    """Rows of the dataset's `text` column joined by blank lines, as in GPTQ's and transformers' perplexity recipes."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DependencyError(
+            f"reading {name} needs the package `datasets`, which is not installed", 'pip install "lowbit[eval]"'
+        ) from error
+    parts = name.removeprefix("hub:").split(":")
+    if not 1 <= len(parts) <= 3 or not all(parts):
+        raise UsageError(f"{name!r} is not of the form hub:OWNER/NAME[:CONFIG[:SPLIT]]")
+    config = parts[1] if len(parts) > 1 else None
+    split = parts[2] if len(parts) > 2 else "test"
+    try:
+        rows: Any = load_dataset(parts[0], config, split=split)
+        return "\n\n".join(rows["text"])
+    except KeyError as error:
+        raise UsageError(f"the dataset {name} has no column `text`", "save the text to a file and give that") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the dataset {name} cannot be read: {error}", "check its name, config and split") from error
+
+
+def wants_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"]) -> bool:
+    """Whether windows open with BOS. "auto": where the tokenizer itself adds it, as those models were trained."""
+    has_bos = tokenizer.bos_token_id is not None
+    if bos == "auto":
+        return has_bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if bos and not has_bos:
+        raise UsageError("the tokenizer has no BOS token", "leave --bos out")
+    return bos
+
+
+def cut_windows(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    window_tokens: int,
+    protocol: Protocol = "full",
+    bos: bool | Literal["auto"] = "auto",
+) -> Windows:
+    """The first `windows` windows of the text, or as many as it has."""
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"there is no protocol {protocol!r}", f"choose one of {', '.join(PROTOCOLS)}")
+    if windows < 1 or window_tokens < 4:
+        raise UsageError(f"{windows} windows of {window_tokens} tokens cannot be scored", "use at least 1 of 4 tokens")
+    with_bos = wants_bos(tokenizer, bos)
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    text_tokens = len(ids)
+    first = torch.tensor([tokenizer.bos_token_id if with_bos else 0], dtype=torch.long)
+    if with_bos and protocol == "second-half":
+        ids = torch.cat([first, ids])
+    step = window_tokens - 1 if with_bos and protocol == "full" else window_tokens
+    count = min(windows, len(ids) // step)
+    if count == 0:
+        raise CheckpointError(
+            f"the text {text.name!r} has {text_tokens} tokens; one window needs {step}",
+            "give a longer text, or smaller windows",
+        )
+    cut = ids[: count * step].reshape(count, step)
+    if with_bos and protocol == "full":
+        cut = torch.cat([first.expand(count, 1), cut], dim=1)
+    elif with_bos:
+        cut = torch.cat([first.expand(count, 1), cut[:, 1:]], dim=1)
+    first_scored = 1 if protocol == "full" else window_tokens // 2 + 1
+    return Windows(cut, first_scored, with_bos, text_tokens)

@@ -1,0 +1,227 @@
+"""Each scheme against a few lines of numpy-like torch, and against compressed-tensors' own simulation."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.evaluation.activations import quantize_activation, simulated_activations
+from lowbit.schemes import SCHEMES, ActivationSpec
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+DYNAMIC_TENSOR = ActivationSpec("int", 8, "tensor")
+
+
+def activations(columns: int = 256, seed: int = 0) -> torch.Tensor:
+    """[2, 9, columns], some channels far larger, one token all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 9, columns, generator=generator)
+    x[..., ::37] *= 30
+    x[1, 4] = 0
+    return x
+
+
+def spec_of(name: str) -> ActivationSpec:
+    spec = SCHEMES[name].activation
+    assert spec is not None
+    return spec
+
+
+def nearest_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """By distance to every value; ties to the even code."""
+    distance = (values.abs()[..., None] - E2M1).abs()
+    distance = distance + 1e-9 * (torch.arange(8) % 2)
+    return E2M1[distance.argmin(-1)] * values.sign()
+
+
+def fp8(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+def in_groups(x: torch.Tensor, g: int) -> torch.Tensor:
+    return x.unflatten(-1, (-1, g))
+
+
+def test_int8_per_token():
+    x = activations()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    expected = torch.nan_to_num((x / scale).round().clamp(-128, 127) * scale)
+    assert torch.equal(quantize_activation(x, spec_of("W8A8")), expected)
+
+
+def test_fp8_per_token():
+    x = activations()
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    assert torch.equal(quantize_activation(x, spec_of("FP8_DYNAMIC")), fp8(x / scale) * scale)
+
+
+def test_fp8_per_group_of_128():
+    x = activations()
+    groups = in_groups(x, 128)
+    scale = (groups.abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    assert torch.equal(quantize_activation(x, spec_of("FP8_BLOCK")), (fp8(groups / scale) * scale).flatten(-2))
+
+
+def test_fp8_static_saturates():
+    x = torch.tensor([[1.0, -3.0, 1000.0, -1000.0]])
+    assert quantize_activation(x, spec_of("FP8"), 0.5).tolist() == [[1.0, -3.0, 224.0, -224.0]]
+
+
+@pytest.mark.parametrize(("name", "emax", "limit"), [("MXFP4", 2, 6.0), ("MXFP8", 8, 448.0)])
+def test_mx_takes_the_floor_of_the_specification(name, emax, limit):
+    x = activations()
+    groups = in_groups(x, 32)
+    absmax = groups.abs().amax(-1, keepdim=True)
+    scale = torch.where(absmax > 0, 2.0 ** (torch.floor(torch.log2(absmax)) - emax), 1.0)
+    scaled = (groups / scale).clamp(-limit, limit)
+    codes = nearest_e2m1(scaled) if name == "MXFP4" else fp8(scaled)
+    assert torch.equal(quantize_activation(x, spec_of(name)), (codes * scale).flatten(-2))
+
+
+def test_mx_scale_of_a_power_of_two_and_of_its_neighbours():
+    for absmax, scale in [(4.0, 1.0), (7.99, 1.0), (8.0, 2.0), (8 - 2**-21, 1.0)]:
+        x = torch.zeros(1, 32)
+        x[0, 0], x[0, 1] = absmax, 0.5 * scale
+        assert quantize_activation(x, spec_of("MXFP4"))[0, 1] == 0.5 * scale
+        assert quantize_activation(x, spec_of("MXFP4"))[0, 0] == min(round(absmax / 2 / scale) * 2, 6) * scale
+
+
+def test_nvfp4_local():
+    x = activations()
+    global_scale = x.abs().max().item() / (6 * 448)
+    groups = in_groups(x, 16)
+    scale = fp8(groups.abs().amax(-1, keepdim=True) / (6 * torch.tensor(global_scale))) * global_scale
+    codes = nearest_e2m1((groups / torch.where(scale > 0, scale, 1.0)).clamp(-6, 6))
+    assert torch.equal(quantize_activation(x, spec_of("NVFP4"), global_scale), (codes * scale).flatten(-2))
+
+
+def test_e2m1_ties_go_to_the_even_code():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    x = torch.cat([ties, torch.tensor([4.0]), torch.zeros(24)])[None]  # absmax 5: scale 1
+    assert quantize_activation(x, spec_of("MXFP4"))[0, :7].tolist() == [0, 1, 1, 2, 2, 4, 4]
+
+
+def test_dynamic_per_tensor_has_one_scale():
+    x = activations()
+    scale = x.abs().max() / 127
+    assert torch.equal(quantize_activation(x, DYNAMIC_TENSOR), (x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCHEMES.items() if s.activation])
+def test_zeros_stay_zeros_and_dtype_and_shape_stay(name):
+    x = activations(576).to(torch.bfloat16)  # 576 = 4.5 groups of 128
+    quantized = quantize_activation(x, spec_of(name), 0.02)
+    assert (quantized.dtype, quantized.shape) == (x.dtype, x.shape)
+    assert torch.equal(quantized[1, 4], x[1, 4])
+    assert quantized.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["FP8", "NVFP4", "MXFP4", "MXFP8"])  # whose scales are stored or powers of two
+def test_quantizing_twice_changes_nothing_more(name):
+    once = quantize_activation(activations(), spec_of(name), 0.05)
+    assert torch.equal(quantize_activation(once, spec_of(name), 0.05), once)
+
+
+def test_a_static_scheme_needs_its_scale():
+    with pytest.raises(UsageError, match="static"):
+        quantize_activation(activations(), spec_of("FP8"))
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+
+
+def test_hooks_quantize_the_inputs_and_go_away():
+    model, x = two_layers(), activations(32)
+    plain = model(x)
+    with simulated_activations(model, {"0.weight": SCHEMES["W8A8"], "1.weight": SCHEMES["W4A16"]}, {}):
+        inside = model(x)
+    assert torch.equal(inside, model[1](model[0](quantize_activation(x, spec_of("W8A8")))))
+    assert not torch.equal(inside, plain)
+    assert torch.equal(model(x), plain)
+
+
+def test_hooks_take_the_stored_scale():
+    model, x = two_layers(), activations(32)
+    with simulated_activations(model, {"0.weight": SCHEMES["FP8"]}, {"0.weight": 0.25}):
+        assert torch.equal(model(x), model[1](model[0](quantize_activation(x, spec_of("FP8"), 0.25))))
+
+
+def test_a_scheme_without_its_scale_or_layer_is_named():
+    model = two_layers()
+    schemes = {"0.weight": SCHEMES["W8A8"], "1.weight": SCHEMES["NVFP4"]}
+    with (
+        pytest.raises(CheckpointError, match=r"1\.weight: scheme NVFP4 needs a stored input scale"),
+        simulated_activations(model, schemes, {}),
+    ):
+        pass
+    assert not model[0]._forward_pre_hooks
+    with (
+        pytest.raises(CheckpointError, match="7 has an activation scheme"),
+        simulated_activations(model, {"7.weight": SCHEMES["W8A8"]}, {}),
+    ):
+        pass
+
+
+# What compressed-tensors simulates. `scale_like_ours` replaces its scale where its rule differs on purpose.
+
+
+def foreign(name: str, x: torch.Tensor, global_scale: float | None = None, scale: torch.Tensor | None = None):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    args = quantization.preset_name_to_scheme(name, ["Linear"]).input_activations
+    divisor = None if global_scale is None else torch.tensor([1 / global_scale])
+    if scale is None:
+        scale, _ = compute_dynamic_scales_and_zp(x, args, nn.Module(), divisor)
+    return fake_quantize(x, scale, None, args, divisor)
+
+
+@pytest.mark.interop
+def test_fp8_per_token_equals_compressed_tensors():
+    x = activations()
+    assert torch.equal(quantize_activation(x, spec_of("FP8_DYNAMIC")), foreign("FP8_DYNAMIC", x))
+
+
+@pytest.mark.interop
+def test_fp8_per_group_equals_compressed_tensors():
+    x = activations()
+    assert torch.equal(quantize_activation(x, spec_of("FP8_BLOCK")), foreign("FP8_BLOCK", x))
+
+
+@pytest.mark.interop
+def test_fp8_static_equals_compressed_tensors():
+    x = activations()
+    expected = foreign("FP8", x, scale=torch.tensor([0.05]))
+    assert torch.equal(quantize_activation(x, spec_of("FP8"), torch.tensor(0.05).item()), expected)
+
+
+@pytest.mark.interop
+def test_nvfp4_equals_compressed_tensors():
+    x = activations()
+    ours = quantize_activation(x, spec_of("NVFP4"), 2.0**-5)
+    assert torch.equal(ours, foreign("NVFP4", x, global_scale=2.0**-5))
+
+
+@pytest.mark.interop
+def test_int8_equals_compressed_tensors_given_our_scale():
+    """Its scale is absmax / 127.5; vLLM's kernel, which we follow, divides by 127."""
+    x = activations()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    assert torch.equal(quantize_activation(x, spec_of("W8A8")), torch.nan_to_num(foreign("W8A8", x, scale=scale)))
+    assert not torch.equal(quantize_activation(x, spec_of("W8A8")), foreign("W8A8", x))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", ["MXFP4", "MXFP8"])
+def test_mx_equals_compressed_tensors_below_mantissa_1_75(name):
+    """From 1.75 on it takes the next power of two; the OCP specification, which we follow, takes the floor."""
+    x = activations()
+    absmax = in_groups(x, 32).abs().amax(-1)
+    same_rule = torch.frexp(absmax).mantissa < 0.875
+    ours, theirs = in_groups(quantize_activation(x, spec_of(name)), 32), in_groups(foreign(name, x), 32)
+    assert torch.equal(ours[same_rule], theirs[same_rule])
+    assert same_rule.any()
+    assert not torch.equal(ours[~same_rule], theirs[~same_rule])

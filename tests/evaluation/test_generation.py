@@ -1,0 +1,58 @@
+import pytest
+import torch
+from tiny_models import byte_tokenizer, save_model
+from transformers import AutoModelForCausalLM
+
+from lowbit.errors import UsageError
+from lowbit.evaluation.generation import generate, prompt_ids
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, "llama", chat_template=TEMPLATE)
+    return path
+
+
+def test_greedy_text_is_that_of_transformers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=257)[0, ids.shape[1] :]
+    assert generate(folder, "hello", 12, chat="raw") == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_chat_models_get_their_template():
+    tokenizer = byte_tokenizer(chat_template=TEMPLATE)
+    assert tokenizer.decode(prompt_ids(tokenizer, "hi", "auto")[0]) == "[user]hi[a]"
+    assert tokenizer.decode(prompt_ids(tokenizer, "hi", "raw")[0]) == "hi"
+    assert byte_tokenizer().decode(prompt_ids(byte_tokenizer(), "hi", "auto")[0]) == "hi"
+
+
+def test_sampling_repeats_with_its_seed_and_leaves_torch_alone(folder):
+    state = torch.get_rng_state()
+    first = generate(folder, "hello", 16, temperature=1.5, seed=3)
+    assert generate(folder, "hello", 16, temperature=1.5, seed=3) == first
+    assert generate(folder, "hello", 16, temperature=1.5, seed=4) != first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_streamed_pieces_make_up_the_answer(folder):
+    pieces: list[str] = []
+    answer = generate(folder, "hello", 24, temperature=0.8, on_text=pieces.append)
+    assert "".join(pieces) == answer
+
+
+@pytest.mark.parametrize(("max_tokens", "temperature"), [(0, 0.0), (5, -1.0)])
+def test_senseless_settings_are_refused(folder, max_tokens, temperature):
+    with pytest.raises(UsageError):
+        generate(folder, "hello", max_tokens, temperature)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UsageError, match="no tokens"):
+        prompt_ids(byte_tokenizer(), "", "raw")
