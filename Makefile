@@ -24,7 +24,8 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/throughput.py
+	test -d build/bench/llama-0.5b || $(BIN)/python benchmarks/make_random_llama.py build/bench/llama-0.5b --weights 0.5e9
+	$(BIN)/python benchmarks/throughput.py build/bench/llama-0.5b
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -148,23 +148,23 @@ struct Isa {
     }
 
     void error_int(const AnyMatrix& w, std::size_t group, const Scales& scale, const ZeroPoints& zero_point, int qmin,
-                   int qmax, const Importance& importance, const Matrix<float>& errors) const {
+                   int qmax, const Importance& importance, bool by_magnitude, const Matrix<float>& errors) const {
         const Weights weights = weights_of(w, group);
         const Affine affine = affine_of(scale, zero_point, weights, qmin, qmax);
         require_per_group(errors, weights, "errors must be [N, G]");
-        const float* column_weights = importance_of(importance, weights);
+        const ErrorWeights by{importance_of(importance, weights), by_magnitude};
         const nb::gil_scoped_release unlocked;
-        kernels->error_int(weights, affine, column_weights, errors.data());
+        kernels->error_int(weights, affine, by, errors.data());
     }
 
     void error_minifloat(const AnyMatrix& w, std::size_t group, const Scales& scale, const FormatFields& format,
-                         const Importance& importance, const Matrix<float>& errors) const {
+                         const Importance& importance, bool by_magnitude, const Matrix<float>& errors) const {
         const Weights weights = weights_of(w, group);
         const Minifloat minifloat = minifloat_of(scale, format, weights);
         require_per_group(errors, weights, "errors must be [N, G]");
-        const float* column_weights = importance_of(importance, weights);
+        const ErrorWeights by{importance_of(importance, weights), by_magnitude};
         const nb::gil_scoped_release unlocked;
-        kernels->error_minifloat(weights, minifloat, column_weights, errors.data());
+        kernels->error_minifloat(weights, minifloat, by, errors.data());
     }
 
     nb::tuple squared_error_int(const AnyMatrix& w, const Matrix<const std::int8_t>& codes, std::size_t group,
@@ -251,8 +251,8 @@ NB_MODULE(_core, module) {
         .def("round_minifloat", &Isa::round_minifloat, w, "group"_a, scale, "format"_a, codes)
         .def("decode_int", &Isa::decode_int, codes, "group"_a, scale, zero_point, weights)
         .def("decode_table", &Isa::decode_table, codes, "group"_a, scale, values, weights)
-        .def("error_int", &Isa::error_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, importance, errors)
-        .def("error_minifloat", &Isa::error_minifloat, w, "group"_a, scale, "format"_a, importance, errors)
+        .def("error_int", &Isa::error_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, importance, "by_magnitude"_a, errors)
+        .def("error_minifloat", &Isa::error_minifloat, w, "group"_a, scale, "format"_a, importance, "by_magnitude"_a, errors)
         .def("squared_error_int", &Isa::squared_error_int, w, codes, "group"_a, scale, zero_point)
         .def("squared_error_table", &Isa::squared_error_table, w, codes, "group"_a, scale, values)
         .def("pack_dense", &Isa::pack_dense, codes, "bits"_a, "offset"_a, words)

@@ -42,6 +42,12 @@ struct Minifloat {
     float max_value;
 };
 
+// What a squared error is weighed with: importance of its column (null: 1), and |w| if `magnitude`.
+struct ErrorWeights {
+    const float* importance;
+    bool magnitude;
+};
+
 struct SquaredError {
     double error, weight, max_abs_error;
 };
@@ -53,8 +59,8 @@ struct Kernels {
     void (*round_minifloat)(const Weights&, const Minifloat&, std::uint8_t* codes);
     void (*decode_int)(const Codes&, const Affine&, float* weights);
     void (*decode_table)(const Codes&, const float* scale, const float* values, float* weights);
-    void (*error_int)(const Weights&, const Affine&, const float* importance, float* errors);
-    void (*error_minifloat)(const Weights&, const Minifloat&, const float* importance, float* errors);
+    void (*error_int)(const Weights&, const Affine&, const ErrorWeights&, float* errors);
+    void (*error_minifloat)(const Weights&, const Minifloat&, const ErrorWeights&, float* errors);
     SquaredError (*squared_error_int)(const Weights&, const Codes&, const Affine&);
     SquaredError (*squared_error_table)(const Weights&, const Codes&, const float* scale, const float* values);
     // False where a code + offset does not fit in `bits` bits; the words are then meaningless.

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 
 from lowbit import pipeline
@@ -20,6 +19,7 @@ from lowbit.pipeline import prepare, write_checkpoint
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES
 from lowbit.settings import make_settings
+from models import FAMILIES, make_model
 
 WRITABLE = [name for name, s in SCHEMES.items() if s.activation is None or not s.activation.needs_calibration]
 
@@ -86,7 +86,9 @@ def test_reported_error_is_that_of_the_weights(tiny_llama, tmp_path):
     for name, result in results.items():
         weight = source.read(name).double()
         difference = written.read(name).double() - weight
-        assert result.relative_error == pytest.approx((difference.square().sum() / weight.square().sum()).item(), rel=1e-4)
+        assert result.relative_error == pytest.approx(
+            (difference.square().sum() / weight.square().sum()).item(), rel=1e-4
+        )
         assert result.max_error == pytest.approx(difference.abs().max().item(), rel=1e-6)
 
 
@@ -111,7 +113,9 @@ def broken(tiny_llama, tmp_path, name: str, value: float):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "NVFP4A16", "FP8_BLOCK"])
 def test_nan_and_inf_weights_are_refused_by_name(tiny_llama, tmp_path, name, value, scheme):
     model = broken(tiny_llama, tmp_path, name, value)

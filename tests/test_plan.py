@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
 from lowbit.pipeline import prepare
 from lowbit.settings import make_settings
+from models import FAMILIES, make_model
 
 
 def plan_of(folder, **settings):
@@ -146,3 +146,12 @@ def test_static_schemes_say_what_measures_their_scales(tiny_llama, scheme):
 
 def test_bits_per_weight_counts_scales(tiny_llama):
     assert plan_of(tiny_llama, group_size=64).bits_per_weight(decoder_only=True) == pytest.approx(4 + 16 / 64, abs=0.05)
+
+
+def test_blocks_that_a_fused_set_would_cut_leave_the_set_alone(tmp_path):
+    """k has 64 rows, so v would begin in the middle of a 128 × 128 block."""
+    model = make_model(tmp_path / "m", hidden_size=256, intermediate_size=256, num_attention_heads=8)
+    tensors = by_name(plan_of(model, scheme="FP8_BLOCK"))
+    for leaf in "qkv":
+        assert "cut a block" in tensors[f"model.layers.0.self_attn.{leaf}_proj.weight"].reason
+    assert tensors["model.layers.0.mlp.gate_proj.weight"].scheme.name == "FP8_BLOCK"

@@ -4,8 +4,24 @@ from lowbit.errors import UsageError
 from lowbit.schemes import SCHEMES, find_scheme
 from lowbit.tensors import Granularity
 
-NAMED_IN_DESIGN = """W8A16 W4A16 W4A16_ASYM W3A16 W2A16 W8A8 W4A8 FP8 FP8_DYNAMIC FP8_BLOCK W4AFP8
-                     NVFP4 NVFP4A16 MXFP4 MXFP4A16 MXFP8""".split()
+NAMED_IN_DESIGN = [
+    "W8A16",
+    "W4A16",
+    "W4A16_ASYM",
+    "W3A16",
+    "W2A16",
+    "W8A8",
+    "W4A8",
+    "FP8",
+    "FP8_DYNAMIC",
+    "FP8_BLOCK",
+    "W4AFP8",
+    "NVFP4",
+    "NVFP4A16",
+    "MXFP4",
+    "MXFP4A16",
+    "MXFP8",
+]
 
 
 @pytest.mark.parametrize("name", NAMED_IN_DESIGN)

@@ -66,7 +66,8 @@ def test_unknown_choice_is_named(value, field):
 
 def test_auto_range_searches_only_narrow_codes():
     settings = Settings()
-    assert settings.range_search(SCHEMES["W4A16"].weight).method == "mse"
+    assert settings.range_search(SCHEMES["W4A16"].weight).method == "wmse"
+    assert settings.range_search(SCHEMES["NVFP4"].weight).method == "mse"
     assert settings.range_search(SCHEMES["W8A8"].weight).method == "absmax"
     assert Settings(range="mse").range_search(SCHEMES["W8A8"].weight).method == "mse"
 

@@ -13,57 +13,65 @@ LOWBIT_INLINE float minifloat_error(float w, const MinifloatGroup& p) {
     return as_float(uint32_t(as_int(w)) & 0x7fffffff) - p.scale * ((magnitude + rounder) - rounder);
 }
 
-// Σ importance * error(w)² over n <= kChunk columns; importance null means 1.
-template <class W, class Error>
+LOWBIT_INLINE float magnitude_of(float w) { return as_float(uint32_t(as_int(w)) & 0x7fffffff); }
+
+// Σ importance * |w| * error(w)² over n <= kChunk columns; |w| only if kByMagnitude; importance null means 1.
+template <bool kByMagnitude, class W, class Error>
 LOWBIT_INLINE float chunk_error(const W* w, size_t n, const float* importance, Error error) {
     float sum = 0;
     if (importance) {
 #pragma omp simd reduction(+ : sum)
         for (size_t i = 0; i < n; ++i) {
-            const float e = error(to_float(w[i]));
-            sum += importance[i] * (e * e);
+            const float x = to_float(w[i]), e = error(x);
+            sum += importance[i] * (kByMagnitude ? magnitude_of(x) * (e * e) : e * e);
         }
     } else {
 #pragma omp simd reduction(+ : sum)
         for (size_t i = 0; i < n; ++i) {
-            const float e = error(to_float(w[i]));
-            sum += e * e;
+            const float x = to_float(w[i]), e = error(x);
+            sum += kByMagnitude ? magnitude_of(x) * (e * e) : e * e;
         }
     }
     return sum;
 }
 
-template <class W, class Error>
+template <bool kByMagnitude, class W, class Error>
 LOWBIT_INLINE float group_error(const W* w, size_t length, const float* importance, Error error) {
     float short_sum = 0;
     if (length <= kChunk) {
-        with_constant_length(length, [&](size_t n) { short_sum = chunk_error(w, n, importance, error); });
+        with_constant_length(length,
+                             [&](size_t n) { short_sum = chunk_error<kByMagnitude>(w, n, importance, error); });
         return short_sum;
     }
     double sum = 0;
     for (size_t begin = 0; begin < length; begin += kChunk)
-        sum +=
-            chunk_error(w + begin, smaller(kChunk, length - begin), importance ? importance + begin : nullptr, error);
+        sum += chunk_error<kByMagnitude>(w + begin, smaller(kChunk, length - begin),
+                                         importance ? importance + begin : nullptr, error);
     return float(sum);
 }
 
-void error_int(const Weights& weights, const Affine& affine, const float* importance, float* errors) {
+// make_error(group) is the error function of that group.
+template <class MakeError>
+LOWBIT_INLINE void group_errors(const Weights& weights, const ErrorWeights& by, float* errors, MakeError make_error) {
     with_type(weights, [&](auto w) {
         for_each_group(weights.rows, weights.columns, weights.group, [&](size_t group, size_t begin, size_t length) {
-            const AffineGroup p = affine_group(affine, group);
-            const float* weight_of = importance ? importance + begin % weights.columns : nullptr;
-            errors[group] = group_error(w + begin, length, weight_of, [&](float x) { return int_error(x, p); });
+            const float* importance = by.importance ? by.importance + begin % weights.columns : nullptr;
+            const auto error = make_error(group);
+            errors[group] = by.magnitude ? group_error<true>(w + begin, length, importance, error)
+                                         : group_error<false>(w + begin, length, importance, error);
         });
     });
 }
 
-void error_minifloat(const Weights& weights, const Minifloat& format, const float* importance, float* errors) {
-    with_type(weights, [&](auto w) {
-        for_each_group(weights.rows, weights.columns, weights.group, [&](size_t group, size_t begin, size_t length) {
-            const MinifloatGroup p = minifloat_group(format, group);
-            const float* weight_of = importance ? importance + begin % weights.columns : nullptr;
-            errors[group] = group_error(w + begin, length, weight_of, [&](float x) { return minifloat_error(x, p); });
-        });
+void error_int(const Weights& weights, const Affine& affine, const ErrorWeights& by, float* errors) {
+    group_errors(weights, by, errors, [&](size_t group) {
+        return [p = affine_group(affine, group)](float x) { return int_error(x, p); };
+    });
+}
+
+void error_minifloat(const Weights& weights, const Minifloat& format, const ErrorWeights& by, float* errors) {
+    group_errors(weights, by, errors, [&](size_t group) {
+        return [p = minifloat_group(format, group)](float x) { return minifloat_error(x, p); };
     });
 }
 

@@ -18,19 +18,23 @@ __version__ = "0.1.0"
 _CALLS = {
     "quantize": "lowbit.api:quantize",
     "dry_run": "lowbit.api:dry_run",
-    "verify": "lowbit.verify:verify",
+    "verify": "lowbit.verification:verify",
     "evaluate": "lowbit.evaluation:evaluate",
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
 }
 
-__all__ = ["__version__", *_CALLS]  # noqa: PLE0604
+__all__ = ["__version__", *_CALLS]
 
 if TYPE_CHECKING:
-    from lowbit.api import dry_run, inspect, quantize
-    from lowbit.evaluation import evaluate, generate, load
-    from lowbit.verify import verify
+    from lowbit.api import dry_run as dry_run
+    from lowbit.api import inspect as inspect
+    from lowbit.api import quantize as quantize
+    from lowbit.evaluation import evaluate as evaluate
+    from lowbit.evaluation import generate as generate
+    from lowbit.evaluation import load as load
+    from lowbit.verification import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -17,10 +18,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
     @property
     def seconds(self) -> float:

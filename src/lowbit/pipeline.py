@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ class Prepared:
 
 
 def prepare(
-    model: str | Path, settings: Settings, options: OpenOptions = OpenOptions(), threads: int | None = None
+    model: str | Path, settings: Settings, options: OpenOptions | None = None, threads: int | None = None
 ) -> Prepared:
     """Open a model and plan what would be written; reads headers only."""
+    options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
     config = checkpoint.config()
     refuse_remote_code(config, checkpoint.source, options)
@@ -132,7 +134,9 @@ class _Run:
 
     def _measure_ranges(self) -> dict[str, TensorRange]:
         """Ranges that must be known before the first slab; a fused set shares the range of its members."""
-        needed = [tensor for tensor in self.plan.quantized if tensor.scheme and needs_tensor_range(tensor.scheme.weight)]
+        needed = [
+            tensor for tensor in self.plan.quantized if tensor.scheme and needs_tensor_range(tensor.scheme.weight)
+        ]
         found: dict[str, TensorRange] = {}
 
         def measure(tensor: PlannedTensor, first: int, last: int) -> None:
@@ -147,9 +151,9 @@ class _Run:
         by_linear = {tensor.linear.name: tensor.name for tensor in needed if tensor.linear}
         for members in self.plan.architecture.fused_sets.values():
             names = [by_linear[member] for member in members if member in by_linear]
-            for name in names[1:]:
-                found[names[0]] = found[names[0]].joined(found[name])
-            found.update({name: found[names[0]] for name in names})
+            if names:
+                joined = reduce(TensorRange.joined, (found[name] for name in names))
+                found.update(dict.fromkeys(names, joined))
         return found
 
     def _run_all(self, jobs: Iterator[tuple[Any, ...]]) -> None:
@@ -190,7 +194,9 @@ class _Run:
             self.done += tensor.source.nbytes * (last - first) // max(1, rows_of(tensor))
             self.progress(tensor.name, self.done, self.total)
 
-    def _quantize_slab(self, tensor: PlannedTensor, values: Tensor, first: int, tensor_range: TensorRange | None) -> None:
+    def _quantize_slab(
+        self, tensor: PlannedTensor, values: Tensor, first: int, tensor_range: TensorRange | None
+    ) -> None:
         scheme, linear, plan = tensor.scheme, tensor.linear, self.plan
         if scheme is None or linear is None:
             raise AssertionError(f"{tensor.name} has no scheme")

@@ -110,6 +110,7 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, settings: Sett
             tensors.append(_copied(name, info, architecture, checkpoint, dtype))
         else:
             tensors.append(_planned_linear(linear, info, architecture, checkpoint, settings, dtype, exporter))
+    tensors = _leave_cut_blocks(tensors, architecture, checkpoint, dtype)
     plan = Plan(tuple(tensors), architecture, settings, dtype, exporter)
     _check_overrides(plan)
     _check_fused_sets(plan)
@@ -218,6 +219,27 @@ def _nearest_divisor(columns: int, wanted: int) -> int:
             return size
     divisors = [size for size in range(2, columns + 1) if columns % size == 0]
     return min(divisors, key=lambda size: abs(size - wanted), default=columns)
+
+
+def _leave_cut_blocks(tensors: list[PlannedTensor], architecture: Architecture, checkpoint: Checkpoint,
+                      dtype: torch.dtype) -> list[PlannedTensor]:  # fmt: skip
+    """Leave fused sets in 16 bits whose square blocks would straddle two members once an engine has stacked them."""
+    by_linear = {tensor.linear.name: tensor for tensor in tensors if tensor.linear is not None}
+    cut: dict[str, str] = {}
+    for members in architecture.fused_sets.values():
+        for member in members[:-1]:
+            scheme = by_linear[member].scheme
+            block = scheme.weight.group_size if scheme and scheme.weight.granularity is Granularity.BLOCK else None
+            rows = by_linear[member].shape[0]
+            if block and rows % block:
+                reason = f"engines stack it with its siblings, and {rows} rows of {member} cut a block of {block}"
+                cut.update(dict.fromkeys(members, reason))
+    return [
+        replace(_copied(tensor.name, tensor.source, architecture, checkpoint, dtype), linear=tensor.linear,
+                reason=cut[tensor.linear.name])
+        if tensor.linear is not None and tensor.linear.name in cut else tensor
+        for tensor in tensors
+    ]  # fmt: skip
 
 
 def _check_overrides(plan: Plan) -> None:

@@ -31,7 +31,8 @@ class Settings(BaseModel):
     method      how codes are chosen: "rtn"
     format      of the files: "compressed-tensors"
     group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
-    range       "auto": "mse" for codes of 4 bits or fewer, "absmax" for wider ones, where a search finds nothing
+    range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for wider
+                codes, where a search finds nothing (measured: docs/benchmarks.md)
     ignore      regexes (searched in module names) of linears left in 16 bits; always wins
     overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
     shard_size  bytes of tensors per file
@@ -43,7 +44,7 @@ class Settings(BaseModel):
     method: Literal["rtn"] = "rtn"
     format: Literal["compressed-tensors"] = "compressed-tensors"
     group_size: int | None = None
-    range: Literal["auto", "absmax", "mse", "percentile"] = "auto"
+    range: Literal["auto", "absmax", "mse", "wmse", "percentile"] = "auto"
     percentile: float = 99.9
     ignore: tuple[str, ...] = ()
     overrides: dict[str, str] = {}
@@ -100,7 +101,9 @@ class Settings(BaseModel):
 
     def range_search(self, weight: WeightSpec) -> RangeSearch:
         if self.range == "auto":
-            return RangeSearch("mse" if weight.bits <= 4 else "absmax")
+            if weight.bits > 4:
+                return RangeSearch("absmax")
+            return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
 
 
@@ -121,7 +124,7 @@ def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
 
 
 def parse_bytes(text: str) -> int:
-    """"5GB", "8GiB", "300MB", "1000000" → bytes."""
+    """ "5GB", "8GiB", "300MB", "1000000" → bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None:
         raise UsageError(f"{text!r} is not a size", "write it as 5GB, 300MB or 8GiB")

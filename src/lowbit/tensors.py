@@ -12,7 +12,7 @@ them; nobody else knows a bit order.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowbit.numerics.grid import Grid
 
 
-class Granularity(str, Enum):
+class Granularity(StrEnum):
     """Which weights share one scale. The shape is that of `scale` for a weight [N, K]."""
 
     TENSOR = "tensor"  # [1, 1]

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from models import FAMILIES, SIZES
 
 from lowbit.architecture import discover
 from lowbit.errors import ArchitectureError
+from models import FAMILIES, SIZES
 
 
 def config(model_type: str, **changes) -> dict:

@@ -62,7 +62,9 @@ def spec(number, bits, **more) -> Scheme:
 
 
 def pack(quantized: QuantizedTensor, scheme: Scheme) -> dict:
-    return {name: values for name, values, _ in exporter.pack("l", quantized, scheme, 0, quantized.shape, torch.bfloat16)}
+    return {
+        name: values for name, values, _ in exporter.pack("l", quantized, scheme, 0, quantized.shape, torch.bfloat16)
+    }
 
 
 def test_golden_bytes_int4():
@@ -87,7 +89,7 @@ def test_golden_bytes_zero_points_are_packed_along_rows():
 
 
 def test_golden_bytes_nvfp4():
-    """E2M1 codes 0..7 are 0 .5 1 1.5 2 3 4 6, bit 3 the sign; scale 0.5 = 2 · 2^-2, stored as E4M3 2.0 and divisor 4."""
+    """Codes 0..7 are 0 .5 1 1.5 2 3 4 6, bit 3 the sign; scale 0.5 = 2 · 2^-2, stored as E4M3 2.0 and divisor 4."""
     grid = MinifloatGrid(FORMATS["e2m1"], "e4m3")
     quantized = tensor([[1, 2, 3, 4, 5, 6, 7, 15]], grid, global_scale=0.25)
     packed = pack(quantized, spec("e2m1", 4, scale_format="e4m3"))

@@ -94,9 +94,13 @@ def test_folder_appears_only_when_complete(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(tmp_path, error):
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as work:
-        (work / "file").write_text("x")
-        raise error
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as work:
+            (work / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

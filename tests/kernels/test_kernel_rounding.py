@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -51,8 +52,9 @@ def check_integers(w, group_size, scale, zero_point, importance):
     assert torch.equal(codes, reference.round_int(*grid))
     decoded = kernels.decode_int(codes, group_size, scale, zero_point)
     assert torch.equal(decoded, reference.decode_int(codes, group_size, scale, zero_point))
-    for weights in (None, importance):
-        ours, theirs = kernels.error_int(*grid, weights), reference.error_int(*grid, weights)
+    for weights, by_magnitude in product((None, importance), (False, True)):
+        ours = kernels.error_int(*grid, weights, by_magnitude)
+        theirs = reference.error_int(*grid, weights, by_magnitude)
         torch.testing.assert_close(ours, theirs, **SUM_TOLERANCE)
     ours = kernels.squared_error(w, codes, group_size, scale, zero_point)
     assert ours == pytest.approx(reference.squared_error(w, codes, group_size, scale, zero_point), rel=1e-5)
@@ -63,9 +65,9 @@ def check_minifloats(w, group_size, scale, fmt, importance):
     assert torch.equal(codes, reference.round_minifloat(w, group_size, scale, fmt))
     decoded = kernels.decode_minifloat(codes, group_size, scale, fmt)
     assert torch.equal(decoded, reference.decode_minifloat(codes, group_size, scale, fmt))
-    for weights in (None, importance):
-        ours = kernels.error_minifloat(w, group_size, scale, fmt, weights)
-        theirs = reference.error_minifloat(w, group_size, scale, fmt, weights)
+    for weights, by_magnitude in product((None, importance), (False, True)):
+        ours = kernels.error_minifloat(w, group_size, scale, fmt, weights, by_magnitude)
+        theirs = reference.error_minifloat(w, group_size, scale, fmt, weights, by_magnitude)
         torch.testing.assert_close(ours, theirs, **SUM_TOLERANCE)
     ours = kernels.squared_error(w, codes, group_size, scale, fmt=fmt)
     assert ours == pytest.approx(reference.squared_error(w, codes, group_size, scale, fmt=fmt), rel=1e-5)

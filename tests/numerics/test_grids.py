@@ -31,7 +31,7 @@ def weights(rows: int = 24, columns: int = 96, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=ids)
-@pytest.mark.parametrize("method", ["absmax", "mse", "percentile"])
+@pytest.mark.parametrize("method", ["absmax", "mse", "wmse", "percentile"])
 def test_codes_decode_near_the_weights(grid, method):
     weight = weights()
     params = grid.fit(weight, 32, RangeSearch(method))
@@ -68,6 +68,18 @@ def test_mse_search_equals_a_plain_loop(symmetric):
     assert found <= best * (1 + 1e-5)
     if symmetric:
         assert found == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("grid", [IntGrid(4), IntGrid(4, False), IntGrid(3)], ids=lambda grid: grid.name)
+def test_weighted_search_keeps_the_large_weights_that_a_plain_one_clips(grid):
+    weight = torch.randn(200, 64, generator=torch.Generator().manual_seed(4))
+    error = {}
+    for method in ("mse", "wmse"):
+        params = grid.fit(weight, 64, RangeSearch(method))
+        error[method] = (grid.decode(grid.round(weight, params, 64), params, 64) - weight).square()
+    large = weight.abs() > 2
+    assert error["wmse"][large].sum() < 0.8 * error["mse"][large].sum()
+    assert (error["wmse"] * weight.abs()).sum() < (error["mse"] * weight.abs()).sum()
 
 
 def test_importance_moves_the_range_to_the_columns_that_matter():

@@ -156,7 +156,7 @@ def test_an_unknown_field_is_refused(tmp_path, document):
         (("totals", "seconds"), float("inf")),
         (("evaluation", 0, "kld_mean"), float("nan")),
         (("evaluation", 0, "same_top1"), 88.7),
-        (("source", "kind"), "pickle"),
+        (("source", "kind"), "floppy"),
         (("created"), "yesterday"),
         (("created"), "2026-03-14T09:26:53"),
         (("versions"), {"torch": 2.13}),

@@ -77,7 +77,7 @@ def test_nvfp4_scales_fit_the_second_level():
 def test_whole_tensor_range_decides_the_global_scale():
     w, scheme = weight(), SCHEMES["NVFP4A16"]
     wide = round_to_nearest(w, scheme.weight, grid_for(scheme.weight, "bfloat16"), RangeSearch(), TensorRange(-64, 64))
-    assert wide.global_scale == 2.0 ** -5  # 64 / 6 / 448, up to a power of two
+    assert wide.global_scale == 2.0**-5  # 64 / 6 / 448, up to a power of two
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

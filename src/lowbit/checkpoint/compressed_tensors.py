@@ -7,7 +7,6 @@ lowbit/export/compressed_tensors.py; this file reads them from the files and con
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import torch

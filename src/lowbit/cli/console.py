@@ -13,18 +13,32 @@ ProgressCallback = Callable[[str, int, int], None]
 
 @contextmanager
 def byte_progress(title: str, quiet: bool = False) -> Iterator[ProgressCallback]:
-    """A bar on stderr with the time left, fed with (what, bytes done, bytes in all); silent if quiet or not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    """A bar on stderr with the time left, fed with (what, bytes done, bytes in all)."""
+    from rich.progress import DownloadColumn
 
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda what, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with _bar(title, DownloadColumn(), quiet) as update:
+        yield lambda what, done, total: update(done, total)
+
+
+@contextmanager
+def window_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with the time left, fed with (windows done, windows in all); it starts while models load."""
+    from rich.progress import MofNCompleteColumn
+
+    with _bar(title, MofNCompleteColumn(), quiet) as update:
+        yield update
+
+
+@contextmanager
+def _bar(title: str, amount: Any, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda what, done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_table(table: Any) -> None:

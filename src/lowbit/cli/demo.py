@@ -1,4 +1,4 @@
-"""`lowbit demo`: the main job on a small real model: quantize, verify, evaluate, report, one table, one sentence each."""
+"""`lowbit demo`: the main job on a small real model: quantize, verify, evaluate, report; one table, one sentence."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def demo(
     """Quantize a small real model to W4A16 and FP8_DYNAMIC, and show what it cost."""
     import lowbit
     from lowbit.api import add_evaluation
-    from lowbit.cli.console import byte_progress, print_json, print_table, say
+    from lowbit.cli.console import byte_progress, print_json, print_table, say, window_progress
 
     rows = []
+    made = []
     for scheme in DEMO_SCHEMES:
-        folder = output / scheme
         with byte_progress(f"{scheme}: quantize and verify", quiet=json) as progress:
-            done = lowbit.quantize(model, folder, scheme=scheme, overwrite=True, progress=progress)
-        with byte_progress(f"{scheme}: evaluate", quiet=json) as progress:
-            evaluations = lowbit.evaluate(folder, reference=model, windows=windows, progress=progress)
-        add_evaluation(folder, evaluations)
-        text = _sample(folder)
-        rows.append((scheme, folder, done.report, evaluations, text))
+            done = lowbit.quantize(model, output / scheme, scheme=scheme, overwrite=True, progress=progress)
+        made.append((scheme, done))
+    for scheme, done in made:
+        with window_progress(f"{scheme}: evaluate", quiet=json) as progress:
+            evaluations = lowbit.evaluate(done.folder, reference=model, windows=windows, progress=progress)
+        report = add_evaluation(done.folder, evaluations)
+        rows.append((scheme, done.folder, report, evaluations, _sample(done.folder)))
     if json:
         print_json([_as_json(*row) for row in rows])
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated
 
@@ -67,11 +65,11 @@ def evaluate(
     import torch
 
     from lowbit.checkpoint.base import OpenOptions
-    from lowbit.cli.console import print_json, print_table, say
+    from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.evaluation import evaluate as run
     from lowbit.evaluation import evaluation_table, heading, sentence
 
-    with _window_progress() as progress:
+    with window_progress("windows", quiet=as_json) as progress:
         evaluations = run(
             quantized,
             reference,
@@ -95,15 +93,3 @@ def evaluate(
     print_table(evaluation_table(evaluations))
     for evaluation in evaluations:
         typer.echo(sentence(evaluation))
-
-
-@contextmanager
-def _window_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, fed with (windows done, windows in all); it starts while the models load."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, description="windows", completed=done, total=total)

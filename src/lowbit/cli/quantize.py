@@ -19,7 +19,7 @@ def quantize(
     format: Annotated[str | None, typer.Option(help="compressed-tensors. [default: compressed-tensors]")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
     range: Annotated[
-        str | None, typer.Option(help="absmax, mse, percentile; auto is mse up to 4 bits. [default: auto]")
+        str | None, typer.Option(help="absmax, mse, wmse, percentile; auto: wmse up to 4 bits. [default: auto]")
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
@@ -152,7 +152,7 @@ def _summary(report: Any, folder: Path) -> Any:
         "quantized": f"{len(quantized)} linears; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized),
-        "verified": f"{len(report.verification.checks)} rules of {report.verification.engine} hold",
+        "verified": _verified(report.verification),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
         "report": str(folder / "report.html"),
     }
@@ -160,6 +160,13 @@ def _summary(report: Any, folder: Path) -> Any:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _verified(verification: Any) -> str:
+    if verification.ok:
+        return f"{len(verification.checks)} rules of {verification.engine} hold"
+    failed = "; ".join(check.detail for check in verification.checks if not check.passed)
+    return f"{verification.engine} will NOT load it: {failed}"
 
 
 def _adapted(quantized: list[Any]) -> str:

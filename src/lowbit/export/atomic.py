@@ -17,7 +17,6 @@ from pathlib import Path
 
 from lowbit.errors import OutputError
 
-
 # What tells a folder of ours from one that merely has the same name.
 REPORT_NAME = "lowbit-report.json"
 
@@ -64,8 +63,10 @@ def translated_os_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(target)).free
-            raise OutputError(f"{target}: no space left on the disk ({free / 1e9:.2f} GB free)",
-                              "free some space or write to another disk; nothing was left under that name") from error  # fmt: skip
+            raise OutputError(
+                f"{target}: no space left on the disk ({free / 1e9:.2f} GB free)",
+                "free some space or write to another disk; nothing was left under that name",
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"{target}: {error.strerror}", "choose a folder that you may write to") from error
         raise
@@ -77,9 +78,6 @@ def flush_folder(folder: Path) -> None:
         if path.is_file():
             _flush(path)
     _flush(folder)
-
-
-
 
 
 def _flush(path: Path) -> None:

@@ -40,7 +40,9 @@ def storage_format(scheme: Scheme) -> str:
     """The compressed-tensors format string of a scheme. FormatError if the format cannot hold it."""
     weight = scheme.weight
     if weight.number == "int":
-        return "int-quantized" if scheme.activation is not None else "pack-quantized"
+        # FP8 activations over packed integers are what vLLM's W4AFP8 kernel reads; 8-bit integer ones want int8 weights
+        integers = scheme.activation is not None and scheme.activation.number == "int"
+        return "int-quantized" if integers else "pack-quantized"
     if weight.number == "e2m1" and weight.two_level:
         return "nvfp4-pack-quantized"
     if weight.number == "e2m1" and weight.scale_format == "e8m0":
@@ -169,16 +171,18 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
     schemes  linear name → scheme, of every quantized linear
     ignored  names of all other linears of the model
 
-    One scheme: the target is the class "Linear". Several: every linear is named exactly, because vLLM looks for a
-    class name before it looks into fused layers, so a "Linear" group beside others would win for every q/k/v.
+    One scheme for the decoder: the target is the class "Linear". Otherwise every linear is named exactly: some releases
+    of vLLM look for a class name before they look into fused layers, so that a "Linear" group beside others would win
+    for every q/k/v, and lm_head is of another class there.
     """
     groups: dict[Scheme, list[str]] = {}
     for linear, scheme in schemes.items():
         groups.setdefault(scheme, []).append(linear)
+    by_class = len(groups) == 1 and "lm_head" not in schemes
     config_groups = {}
     for index, (scheme, members) in enumerate(groups.items()):
         config_groups[f"group_{index}"] = {
-            "targets": ["Linear"] if len(groups) == 1 else members,
+            "targets": ["Linear"] if by_class else members,
             "weights": _weight_args(scheme.weight),
             "input_activations": None if scheme.activation is None else _activation_args(scheme.activation),
             "output_activations": None,
@@ -227,4 +231,6 @@ def _activation_args(activation: ActivationSpec) -> dict[str, Any]:
 
 
 def _scale_dtype(scale_format: str) -> dict[str, str]:
-    return {"e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}.get(scale_format, {})
+    return {"e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}.get(
+        scale_format, {}
+    )

@@ -90,7 +90,7 @@ class SafetensorsWriter:
         if isinstance(values, Tensor):
             if values.dtype != stored.dtype:
                 raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
-            data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         else:
             data = memoryview(values).cast("B")
         offset = row * stored.row_bytes
@@ -140,7 +140,9 @@ def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> 
         contents[-1].append(tensor)
         filled += tensor.nbytes
     count = len(contents)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
     return [_layout(folder / name, inside) for name, inside in zip(names, contents, strict=True)]
 
 

@@ -114,26 +114,42 @@ def error_int(
     qmin: int,
     qmax: int,
     importance: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]; importance float32 [K], None for ones."""
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
     core = compiled(w.device)
     if core is None:
-        return reference.error_int(w, group_size, scale, zero_point, qmin, qmax, importance)
+        return reference.error_int(w, group_size, scale, zero_point, qmin, qmax, importance, by_magnitude)
     errors = _per_group_like(w, group_size)
     zero_point, importance = _plain_or_none(zero_point), _plain_or_none(importance)
-    core.error_int(_plain(w), group_size, _plain(scale), zero_point, qmin, qmax, importance, errors)
+    core.error_int(_plain(w), group_size, _plain(scale), zero_point, qmin, qmax, importance, by_magnitude, errors)
     return errors
 
 
 def error_minifloat(
-    w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat, importance: Tensor | None = None
+    w: Tensor,
+    group_size: int,
+    scale: Tensor,
+    fmt: MinifloatFormat,
+    importance: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]; importance float32 [K], None for ones."""
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
     core = compiled(w.device)
     if core is None:
-        return reference.error_minifloat(w, group_size, scale, fmt, importance)
+        return reference.error_minifloat(w, group_size, scale, fmt, importance, by_magnitude)
     errors = _per_group_like(w, group_size)
-    core.error_minifloat(_plain(w), group_size, _plain(scale), _fields(fmt), _plain_or_none(importance), errors)
+    core.error_minifloat(
+        _plain(w), group_size, _plain(scale), _fields(fmt), _plain_or_none(importance), by_magnitude, errors
+    )
     return errors
 
 

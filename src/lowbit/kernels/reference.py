@@ -67,18 +67,32 @@ def error_int(
     qmin: int,
     qmax: int,
     importance: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]; importance float32 [K]."""
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
     codes = round_int(w, group_size, scale, zero_point, qmin, qmax)
-    return _group_error(w, decode_int(codes, group_size, scale, zero_point), group_size, importance)
+    return _group_error(w, decode_int(codes, group_size, scale, zero_point), group_size, importance, by_magnitude)
 
 
 def error_minifloat(
-    w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat, importance: Tensor | None = None
+    w: Tensor,
+    group_size: int,
+    scale: Tensor,
+    fmt: MinifloatFormat,
+    importance: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]; importance float32 [K]."""
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
     codes = round_minifloat(w, group_size, scale, fmt)
-    return _group_error(w, decode_minifloat(codes, group_size, scale, fmt), group_size, importance)
+    return _group_error(w, decode_minifloat(codes, group_size, scale, fmt), group_size, importance, by_magnitude)
 
 
 def squared_error(
@@ -137,10 +151,12 @@ def _per_column(per_group: Tensor, like: Tensor, group_size: int) -> Tensor:
     return per_group.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def _group_error(w: Tensor, decoded: Tensor, group_size: int, importance: Tensor | None) -> Tensor:
+def _group_error(w: Tensor, decoded: Tensor, group_size: int, importance: Tensor | None, by_magnitude: bool) -> Tensor:
     squared = (w.to(torch.float32) - decoded).to(torch.float64).square()
     if importance is not None:
         squared = squared * importance
+    if by_magnitude:
+        squared = squared * w.abs()
     padded = torch.nn.functional.pad(squared, (0, -w.shape[1] % group_size))
     return _grouped(padded, group_size).sum(dim=2).to(torch.float32)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def grid_for(spec: WeightSpec, model_dtype: str) -> Grid:
-    """The grid of a weight spec; `model_dtype` ("bfloat16", "float16", "float32") stores the scales it calls "model"."""
+    """The grid of a weight spec; scales that it calls "model" are stored as `model_dtype`: "bfloat16", "float16" …"""
     from lowbit.numerics.integer import IntGrid
     from lowbit.numerics.minifloat import MinifloatGrid
     from lowbit.numerics.minifloat_formats import FORMATS

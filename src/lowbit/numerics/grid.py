@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lowbit.tensors import GroupParams
 
-RangeMethod = Literal["absmax", "mse", "percentile"]
+RangeMethod = Literal["absmax", "mse", "wmse", "percentile"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class RangeSearch:
     absmax      the range just covers the group
     mse         the range of smallest squared error, over `steps` ratios down to `smallest`; on asymmetric grids both
                 ends are searched
+    wmse        the same with each squared error weighed by |w|: a plain mse clips the largest weights, which are few
+                but matter most, since they tend to meet the largest activations (llama.cpp's encoders weigh likewise)
     percentile  clip to this percentile of |w| within the group (of w, both ends, on asymmetric grids)
     """
 
@@ -83,8 +85,15 @@ class Grid(Protocol):
         """What a range search multiplies the range with, widest first."""
         ...
 
-    def error(self, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None) -> Tensor:
-        """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]."""
+    def error(
+        self,
+        weight: Tensor,
+        params: GroupParams,
+        group_size: int,
+        importance: Tensor | None = None,
+        by_magnitude: bool = False,
+    ) -> Tensor:
+        """Σ importance · (w − decode(round(w)))² of each group, times |w| if `by_magnitude`; float32 [N, G]."""
         ...
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:

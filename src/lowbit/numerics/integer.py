@@ -76,7 +76,14 @@ class IntGrid:
     def decode(self, codes: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.decode_int(codes, group_size, params.scale, params.zero_point)
 
-    def error(self, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None) -> Tensor:
+    def error(
+        self,
+        weight: Tensor,
+        params: GroupParams,
+        group_size: int,
+        importance: Tensor | None = None,
+        by_magnitude: bool = False,
+    ) -> Tensor:
         return kernels.error_int(
-            weight, group_size, params.scale, params.zero_point, self.qmin, self.qmax, importance
+            weight, group_size, params.scale, params.zero_point, self.qmin, self.qmax, importance, by_magnitude
         )

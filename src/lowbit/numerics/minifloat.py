@@ -75,5 +75,12 @@ class MinifloatGrid:
     def decode(self, codes: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.decode_minifloat(codes, group_size, params.scale, self.format)
 
-    def error(self, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None) -> Tensor:
-        return kernels.error_minifloat(weight, group_size, params.scale, self.format, importance)
+    def error(
+        self,
+        weight: Tensor,
+        params: GroupParams,
+        group_size: int,
+        importance: Tensor | None = None,
+        by_magnitude: bool = False,
+    ) -> Tensor:
+        return kernels.error_minifloat(weight, group_size, params.scale, self.format, importance, by_magnitude)

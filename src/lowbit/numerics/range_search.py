@@ -3,6 +3,7 @@
     absmax      [min w, max w]
     percentile  the given percentile of |w| (symmetric) or of w at both ends (asymmetric), per group
     mse         argmin over ranges of  Σ importance · (w − decode(round(w)))²
+    wmse        argmin over ranges of  Σ importance · |w| · (w − decode(round(w)))²
 
 Written once against `Grid`: a candidate range gives params, `grid.error` judges them, the best of each group is kept.
 On a symmetric grid the candidates shrink both ends together; on an asymmetric one they then move the low end alone and
@@ -34,7 +35,7 @@ def fit_by_search(
     low, high = kernels.group_range(weight, group_size)
     if search.method == "absmax":
         return grid.params_from_range(low, high, global_scale)
-    best = _Best(grid, weight, group_size, importance, global_scale, low, high)
+    best = _Best(grid, weight, group_size, importance, search.method == "wmse", global_scale, low, high)
     ratios = grid.clip_ratios(search)
     best.try_ratios([(ratio, ratio) for ratio in ratios])
     if not grid.symmetric:
@@ -46,12 +47,22 @@ def fit_by_search(
 class _Best:
     """The best range of every group so far."""
 
-    def __init__(self, grid: Grid, weight: Tensor, group_size: int, importance, global_scale: float, low, high):
-        self.grid, self.weight, self.group_size = grid, weight, group_size
-        self.importance, self.global_scale = importance, global_scale
+    def __init__(
+        self,
+        grid: Grid,
+        weight: Tensor,
+        group_size: int,
+        importance: Tensor | None,
+        by_magnitude: bool,
+        global_scale: float,
+        low: Tensor,
+        high: Tensor,
+    ):
+        self.grid, self.global_scale = grid, global_scale
+        self.error_of = lambda params: grid.error(weight, params, group_size, importance, by_magnitude)
         self.low, self.high = low, high
         self.params = grid.params_from_range(low, high, global_scale)
-        self.error = grid.error(weight, self.params, group_size, importance)
+        self.error = self.error_of(self.params)
 
     def try_ratios(self, ratios: list[tuple[float, float]]) -> None:
         """Try (low ratio, high ratio) pairs of the range that was best when this began."""
@@ -59,7 +70,7 @@ class _Best:
         for low_ratio, high_ratio in ratios:
             low, high = base_low * low_ratio, base_high * high_ratio
             params = self.grid.params_from_range(low, high, self.global_scale)
-            error = self.grid.error(self.weight, params, self.group_size, self.importance)
+            error = self.error_of(params)
             better = error < self.error
             self.error = torch.where(better, error, self.error)
             self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)

@@ -25,7 +25,8 @@ MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 def storable_scale(wanted: Tensor, scale_format: str, global_scale: float = 1.0) -> Tensor:
     """Float32 scales that `scale_format` stores exactly, nearest to `wanted` (float32, any shape).
 
-    global_scale (1 but for two-level grids) where `wanted` is 0: an all-zero group; NaN where it is NaN or inf, so that bad weights stay visible.
+    global_scale (1 but for two-level grids) where `wanted` is 0: an all-zero group. NaN where it is NaN or inf, so that
+    bad weights stay visible.
     """
     scale = _nearest(wanted, scale_format, global_scale)
     scale = torch.where(wanted.isfinite(), scale, torch.full_like(scale, math.nan))
