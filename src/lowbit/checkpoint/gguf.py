@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ class GGUFCheckpoint:
         self.source = str(path) if source is None else source
         self.tensors: dict[str, TensorInfo] = {}
         self.notes: list[str] = []
+        self._folder: Path | None = None
         parts = find_parts(path)
         self._files = [MappedFile(part) for part in parts]
         headers = [read_header(file) for file in self._files]
@@ -63,10 +63,12 @@ class GGUFCheckpoint:
         self._config_overrides = self._model.config | rope
         self.notes += [*_stored_types_note(stored), *_derived_note(self._model.derived), *rope_notes]
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         """config.json, generation_config.json, tokenizer and chat template, rebuilt by transformers and cached."""
-        return rebuild_folder(self._files[0], self._header, self._config_overrides)
+        if self._folder is None:
+            self._folder = rebuild_folder(self._files[0], self._header, self._config_overrides)
+        return self._folder
 
     def config(self) -> dict[str, Any]:
         """The rebuilt config.json, parsed."""

@@ -5,7 +5,8 @@
     L.weight_packed uint8   two 4-bit codes a byte, even column in the low nibble
     L.weight                one code per byte
 
-Written from the specification, not from the writer, with bit orders of its own: a shared mistake would go unnoticed.
+Written from the specification, not from the writer. Words are unpacked by the kernel that every reader uses, which
+golden bytes and compressed-tensors' own packer hold in place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit import kernels
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.compressed_tensors_config import Group
 from lowbit.tensors import Granularity
@@ -70,25 +72,9 @@ def words_of(elements: int, bits: int) -> int:
 
 
 def unpack_words(words: Tensor, bits: int, elements: int) -> tuple[Tensor, bool]:
-    """int32 [rows, words] -> (signed codes int16 [rows, elements], True if a padding bit is set).
-
-    Eight codes span exactly `bits` bytes, so every eighth code begins at a byte: eight shifts unpack a row.
-    """
-    stream = words.contiguous().view(torch.uint8)
-    dirty = _padding_is_set(stream, elements * bits)
-    eights = -(-elements // 8)
-    missing = eights * bits - stream.shape[1]
-    if missing > 0:
-        stream = torch.nn.functional.pad(stream, (0, missing))
-    stream = stream[:, : eights * bits].reshape(words.shape[0], eights, bits).to(torch.int16)
-    codes = torch.empty(words.shape[0], eights, 8, dtype=torch.int16)
-    for index in range(8):
-        byte, shift = divmod(index * bits, 8)
-        value = stream[:, :, byte] >> shift
-        if shift + bits > 8:
-            value = value | (stream[:, :, byte + 1] << (8 - shift))
-        codes[:, :, index] = value & ((1 << bits) - 1)
-    return codes.reshape(words.shape[0], -1)[:, :elements] - (1 << (bits - 1)), dirty
+    """int32 [rows, words] -> (signed codes int8 [rows, elements], True if a padding bit is set)."""
+    dirty = _padding_is_set(words.contiguous().view(torch.uint8), elements * bits)
+    return kernels.unpack_dense(words, bits, elements), dirty
 
 
 def _padding_is_set(stream: Tensor, used_bits: int) -> bool:
@@ -117,12 +103,12 @@ class StoredLinear:
         return self.code_name.endswith("_packed")
 
     def codes(self, start: int, stop: int) -> tuple[Tensor, bool]:
-        """(codes of rows start..stop, True if a padding bit is set): int16, signed; minifloats: uint8 bit patterns."""
+        """(codes of rows start..stop, True if a padding bit is set): int8, signed; minifloats: uint8 bit patterns."""
         stored = self.checkpoint.read(self.code_name, start, stop)
         if stored.dtype == torch.int32:
             return unpack_words(stored, self.spec.bits, self.shape[1])
         if stored.dtype == torch.int8:
-            return stored.to(torch.int16), False
+            return stored, False
         if self.spec.number == "e2m1":
             return torch.stack((stored & 15, stored >> 4), dim=-1).reshape(stop - start, -1), False
         return stored.view(torch.uint8), False
@@ -150,14 +136,14 @@ class StoredLinear:
         return self.checkpoint.read(f"{self.linear}.weight_global_scale").item()
 
     def zero_points(self) -> tuple[Tensor | None, bool]:
-        """(int16 [N, G], or None where the codes are symmetric; True if a padding bit is set)."""
+        """(int32 [N, G], or None where the codes are symmetric; True if a padding bit is set)."""
         if self.spec.symmetric:
             return None, False
         stored = self.checkpoint.read(f"{self.linear}.weight_zero_point")
         if stored.dtype == torch.int8:
-            return stored.to(torch.int16).reshape(-1, stored.shape[-1]), False
+            return stored.to(torch.int32).reshape(-1, stored.shape[-1]), False
         unpacked, dirty = unpack_words(stored.t(), self.spec.bits, self.shape[0])
-        return unpacked.t().contiguous(), dirty
+        return unpacked.t().to(torch.int32).contiguous(), dirty
 
     def spread(self, values: Tensor) -> Tensor:
         """[rows, G] -> [rows, K]: every column's scale or zero point; [rows, 1] stays, it broadcasts."""

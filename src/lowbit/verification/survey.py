@@ -5,7 +5,9 @@
     every tensor    ‖W − Ŵ‖ / ‖W‖ ≤ a bound by bits: far above what any rounding costs, far below what a wrong
                     layout, a wrong scale or foreign weights do (two unrelated tensors are √2 apart)
 
-Computed in float32. Linears are spread over threads, each of which holds one slab; pages are released as the pass
+Unpacking, rounding and decoding are the kernels', which their tests hold against definitions and other people's packers.
+Where a kernel would have chosen another code, the slow and tolerant comparison above decides, in float32, since other
+writers multiply by reciprocals. Linears are spread over threads, each of which holds one slab; pages are released as the pass
 goes, so memory stays that of a slab per thread.
 """
 
@@ -21,14 +23,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowbit import kernels
 from lowbit.numerics.minifloat_formats import FORMATS, value_of
 from lowbit.verification.layout import StoredLinear
 
 if TYPE_CHECKING:
     from lowbit.verification.subject import Subject
 
-# Small enough for a core's own cache: the pass is a dozen elementwise operations on the same numbers.
-SLAB_WEIGHTS = 1 << 18
+SLAB_WEIGHTS = 1 << 20
+# Tensors above this many bytes give their pages back after every slab, smaller ones after the last.
+_RELEASE_ABOVE = 1 << 24
 LARGEST_RELATIVE_ERROR = {2: 1.0, 3: 0.85, 4: 0.7, 5: 0.5, 6: 0.35, 7: 0.25, 8: 0.15}
 # w / scale in float32 against a writer that multiplied by the reciprocal, in units of a step
 _TOLERANCE = 2.0**-17
@@ -117,12 +121,13 @@ def _survey_linear(subject: Subject, linear: str) -> Survey:
     judge = _Judge(stored, survey, subject.nearest)
     for start, stop in _slabs(shape):
         scale = stored.stored_scale(start, stop) / divisor
-        zero_point = None if zero_points is None else stored.spread(zero_points[start:stop])
-        original = None if source is None else source.read(weight, start, stop).to(torch.float32)
+        zero_point = None if zero_points is None else zero_points[start:stop]
+        original = None if source is None else source.read(weight, start, stop)
         judge.look_at(start, stop, scale, zero_point, original)
-        stored.release()
-        if source is not None:
-            source.release(weight)
+        if stop == shape[0] or 2 * shape[0] * shape[1] > _RELEASE_ABOVE:
+            stored.release()
+            if source is not None:
+                source.release(weight)
     judge.conclude()
     return survey
 
@@ -146,16 +151,14 @@ class _Judge:
         self.reported: set[int] = set()
 
     def look_at(self, start: int, stop: int, scale: Tensor, zero_point: Tensor | None, original: Tensor | None) -> None:
+        """A slab: scale float32 and zero_point int32 [rows, G], original as the source stores it [rows, K]."""
         codes, dirty = self.stored.codes(start, stop)
         if dirty:
             self._say(self.survey.codes, f"{self.stored.code_name}: bits past the last column are set (rows {start}..)")
-        values = self._values(codes, start)
-        if zero_point is not None:
-            values = values - zero_point
-        scale_per_column = self.stored.spread(scale)
-        self._check_scales(start, scale, scale_per_column, values, original)
+        self._check_codes(codes, start)
+        self._check_scales(start, codes, scale, zero_point, original)
         if original is not None:
-            self._compare(start, codes, values, scale_per_column, zero_point, original)
+            self._compare(start, codes, scale, zero_point, original)
 
     def conclude(self) -> None:
         self.survey.decoded += 1
@@ -171,8 +174,8 @@ class _Judge:
                 f"{self.spec.bits} bits"
             )
 
-    def _values(self, codes: Tensor, start: int) -> Tensor:
-        """What the codes stand for before zero point and scale, float32; reports NaN and codes that are too wide."""
+    def _check_codes(self, codes: Tensor, start: int) -> None:
+        """Report NaN, and codes wider than their bits."""
         name = self.stored.code_name
         if self.spec.number == "int":
             low, high = _int_range(self.spec.bits)
@@ -180,16 +183,22 @@ class _Judge:
                 row, column = _first((codes < low) | (codes > high))
                 self._say(self.survey.codes, f"{name}[{start + row}, {column}] is {codes[row, column].item()}; "
                           f"{self.spec.bits}-bit codes are {low}..{high}")  # fmt: skip
-            return codes.to(torch.float32)
+            return
         fmt = FORMATS[self.spec.number]
         if fmt.nan_codes:
             nan = (codes & (fmt.sign_bit - 1)) == fmt.nan_codes[0]
             if bool(nan.any()):
                 row, column = _first(nan)
                 self._say(self.survey.codes, f"{name}[{start + row}, {column}] is NaN")
-        return _look_up(_value_table(self.spec.number), codes)
 
-    def _check_scales(self, start: int, scale: Tensor, per_column: Tensor, values: Tensor, original) -> None:
+    def _values(self, codes: Tensor, zero_point: Tensor | None) -> Tensor:
+        """What the codes stand for before the scale, float32 [rows, K]."""
+        if self.spec.number != "int":
+            return _look_up(_value_table(self.spec.number), codes)
+        values = codes.to(torch.float32)
+        return values if zero_point is None else values - self.stored.spread(zero_point)
+
+    def _check_scales(self, start: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None, original) -> None:
         name = f"{self.linear}.weight_scale"
         wrong = ~torch.isfinite(scale) | (scale < 0)
         if bool(wrong.any()):
@@ -197,30 +206,46 @@ class _Judge:
             self._say(self.survey.scales, f"{name}: group {group} of row {start + row} has scale "
                       f"{scale[row, group].item()}; a finite number above 0 is needed")  # fmt: skip
         if bool((scale == 0).any()):
+            values = self._values(codes, zero_point)
+            per_column = self.stored.spread(scale)
             used = (per_column == 0) & ((values != 0) | (original != 0 if original is not None else False))
             if bool(used.any()):
                 row, column = _first(used)
                 self._say(self.survey.scales, f"{name}: the scale of row {start + row}, column {column} is 0, but its "
                           f"weights are not")  # fmt: skip
 
-    def _compare(self, start: int, codes: Tensor, values: Tensor, scale: Tensor, zero_point, original: Tensor) -> None:
+    def _compare(self, start: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None, original: Tensor) -> None:
         self.compared = True
-        difference = (original - values * scale).reshape(-1)
-        self.squared_error += torch.dot(difference, difference).item()
-        self.squared_weight += torch.dot(original.reshape(-1), original.reshape(-1)).item()
+        is_int = self.spec.number == "int"
+        fmt = None if is_int else FORMATS[self.spec.number]
+        group = self.stored.columns_per_scale
+        error, weight, _ = kernels.squared_error(original, codes, group, scale, zero_point, fmt)
+        self.squared_error += error
+        self.squared_weight += weight
         if not self.nearest:
             return
+        if fmt is None:
+            expected = kernels.round_int(original, group, scale, zero_point, *_int_range(self.spec.bits))
+        else:
+            expected = kernels.round_minifloat(original, group, scale, fmt)
+        if not _same_bytes(expected, codes):
+            self._compare_tolerantly(start, codes, scale, zero_point, original.to(torch.float32))
+
+    def _compare_tolerantly(self, start: int, codes: Tensor, scale: Tensor, zero_point, original: Tensor) -> None:
+        scale = self.stored.spread(scale)
         wanted = original / torch.where(scale > 0, scale, 1.0)
         if self.spec.number == "int":
-            wrong = self._is_far(codes, wanted if zero_point is None else wanted + zero_point)
+            spread = None if zero_point is None else self.stored.spread(zero_point)
+            wrong = self._is_far(codes, wanted if spread is None else wanted + spread)
         else:
             wrong = self._is_outside(codes, wanted)
         if wrong is not None:
             row, column = wrong
-            decoded, wanted_here = (values * scale)[row, column].item(), original[row, column].item()
-            step = scale.expand_as(values)[row, column].item()
+            decoded = (self._values(codes, zero_point) * scale)[row, column].item()
+            step = scale.expand_as(codes)[row, column].item()
             self._say(self.survey.nearest, f"{self.linear}.weight[{start + row}, {column}] decodes to {decoded:.6g}; "
-                      f"another code is nearer to the source's {wanted_here:.6g} (scale {step:.6g})")  # fmt: skip
+                      f"another code is nearer to the source's {original[row, column].item():.6g} "
+                      f"(scale {step:.6g})")  # fmt: skip
 
     def _is_far(self, codes: Tensor, wanted: Tensor) -> tuple[int, int] | None:
         """The first integer code more than half a step from the wanted one, clamped to the range."""
@@ -261,10 +286,21 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
         if source is not None and not torch.equal(values, source.read(name, start, stop).to(values.dtype)):
             survey.copied.append(f"{name} differs from the source (rows {start}..{stop})")
             break
-        checkpoint.release(name)
-        if source is not None:
-            source.release(name)
+        if info.nbytes > _RELEASE_ABOVE:
+            checkpoint.release(name)
+            if source is not None:
+                source.release(name)
+    checkpoint.release(name)
+    if source is not None:
+        source.release(name)
     return survey
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Equality of two contiguous tensors of one-byte codes, eight at a time where they divide."""
+    if a.numel() % 8 == 0 and a.storage_offset() % 8 == 0 and b.storage_offset() % 8 == 0:
+        a, b = a.reshape(-1).view(torch.int64), b.reshape(-1).view(torch.int64)
+    return torch.equal(a, b)
 
 
 def _int_range(bits: int) -> tuple[int, int]:
