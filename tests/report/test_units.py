@@ -13,10 +13,10 @@ def plain(text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**20 - 1, "1.0 MiB"), (113_157_120, "107.9 MiB"),
-     (2**30, "1.0 GiB"), (3 * 2**50, "3,072.0 TiB")],
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (10**6 - 1, "1.0 MB"), (113_157_120, "113.2 MB"),
+     (10**9, "1.0 GB"), (3 * 10**15, "3,000.0 TB")],
 )  # fmt: skip
-def test_sizes_are_binary(count, text):
+def test_sizes_are_decimal(count, text):
     assert plain(size(count)) == text
 
 

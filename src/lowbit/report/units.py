@@ -19,13 +19,13 @@ def number(value: float, digits: int) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in binary units: 112.4 MiB."""
-    if count < 1024:
+    """Bytes in decimal units, as disks, hubs and the command line count: 112.4 MB."""
+    if count < 1000:
         return f"{count}{NBSP}B"
     value = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if value < 1023.95 or unit == "TiB":
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.95 or unit == "TB":
             break
     return f"{value:,.1f}{NBSP}{unit}"
 

@@ -5,10 +5,10 @@
     every tensor    ‖W − Ŵ‖ / ‖W‖ ≤ a bound by bits: far above what any rounding costs, far below what a wrong
                     layout, a wrong scale or foreign weights do (two unrelated tensors are √2 apart)
 
-Unpacking, rounding and decoding are the kernels', which their tests hold against definitions and other people's packers.
+Unpacking, rounding and decoding are the kernels', which tests hold against definitions and other people's packers.
 Where a kernel would have chosen another code, the slow and tolerant comparison above decides, in float32, since other
-writers multiply by reciprocals. Linears are spread over threads, each of which holds one slab; pages are released as the pass
-goes, so memory stays that of a slab per thread.
+writers multiply by reciprocals. Linears are spread over threads, each of which holds one slab; pages are released as
+the pass goes, so memory stays that of a slab per thread.
 """
 
 from __future__ import annotations
