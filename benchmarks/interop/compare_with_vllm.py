@@ -39,7 +39,9 @@ def main() -> None:
     for scheme in args.schemes:
         difference = theirs[scheme] / ours[scheme] - 1
         worst = max(worst, abs(difference))
-        print(f"{scheme:12s} lowbit evaluate {ours[scheme]:9.4f}   vLLM {theirs[scheme]:9.4f}   {100 * difference:+.2f} %")
+        print(
+            f"{scheme:12s} lowbit evaluate {ours[scheme]:9.4f}   vLLM {theirs[scheme]:9.4f}   {100 * difference:+.2f} %"
+        )
     sys.exit(1 if worst > LARGEST_DIFFERENCE else 0)
 
 

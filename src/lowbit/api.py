@@ -81,10 +81,15 @@ def quantize(
 
 
 def dry_run(
-    model: str | Path, *, recipe: Path | None = None, options: OpenOptions | None = None, **settings: Any
+    model: str | Path,
+    *,
+    recipe: Path | None = None,
+    options: OpenOptions | None = None,
+    threads: int | None = None,
+    **settings: Any,
 ) -> Prepared:
     """The plan of a run, without reading a weight: every tensor, exact bytes, predicted peak memory."""
-    return prepare(model, make_settings(recipe, **settings), options)
+    return prepare(model, make_settings(recipe, **settings), options, threads)
 
 
 def inspect(path: str | Path, options: OpenOptions | None = None) -> Checkpoint:

@@ -11,24 +11,28 @@ class LowbitError(Exception):
     """Base of the errors that the user can act on.
 
     message  one sentence without full stop: file, tensor, what was found, what was needed
-    hint     one sentence: what to do next; may be empty
+    hint     one sentence: what to do next; where none is given, what usually helps with this kind of error
     """
 
     exit_code = 1
+    usual_hint = "if it should work, please report it"
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(LowbitError):
     """An option or argument that makes no sense: an unknown scheme, a bad regex, two options that contradict."""
 
     exit_code = 2
+    usual_hint = "--help lists the options and what they take"
 
 
 class CheckpointError(LowbitError):
     """A file that cannot be read as what it claims to be: truncated, hostile header, missing shard, absent tensor."""
+
+    usual_hint = "get the file again from where it comes from; this copy is damaged, or not what its name says"
 
 
 class UnsafeError(LowbitError):
@@ -37,6 +41,8 @@ class UnsafeError(LowbitError):
 
 class ArchitectureError(LowbitError):
     """A model whose layout is not known."""
+
+    usual_hint = "upgrade lowbit and transformers if the model is newer than they are, or ask for support of it"
 
 
 class ShapeError(LowbitError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -40,6 +41,17 @@ def resident_memory() -> int:
     return _status_kib("VmRSS") or peak_memory()
 
 
+def return_freed_memory() -> None:
+    """Have glibc give every freed block of a megabyte or more back at once; for processes of our own only.
+
+    Left alone it keeps what tensors of changing sizes free, in pieces: a third of what an evaluation held.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+_M_MMAP_THRESHOLD = -3
 _RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 
 

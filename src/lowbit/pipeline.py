@@ -40,6 +40,8 @@ from lowbit.settings import Settings
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source (≤ 4), float32 copies in a reference kernel, codes, packed codes.
 _SLAB_BYTES_PER_WEIGHT = 12
+# What verifying and reporting load beside that: code, tables of the report, pages of the output.
+_LATER_BYTES = 30_000_000
 # Tensors above this many bytes give their pages back after every slab, smaller ones after the last.
 _RELEASE_ABOVE = 1 << 24
 
@@ -63,16 +65,18 @@ class Prepared:
     threads: int
 
     def peak_memory(self) -> int:
-        """Predicted peak resident bytes of the run: what is resident now, and the slabs in flight."""
+        """Predicted peak resident bytes of the run: what is resident now, the slabs in flight, and the later stages."""
         widest = max((t.shape[-1] for t in self.plan.tensors if t.shape), default=1)
         slab = max(SLAB_WEIGHTS, widest * max(self.plan.exporter.row_multiple(s) for s in self.plan.schemes.values()))
-        return resident_memory() + (self.threads + 1) * slab * _SLAB_BYTES_PER_WEIGHT
+        return resident_memory() + (self.threads + 1) * slab * _SLAB_BYTES_PER_WEIGHT + _LATER_BYTES
 
 
 def prepare(
     model: str | Path, settings: Settings, options: OpenOptions | None = None, threads: int | None = None
 ) -> Prepared:
     """Open a model and plan what would be written; reads headers only."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
     options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
     config = checkpoint.config()
@@ -281,7 +285,7 @@ def _check_disk(output: Path, plan: Plan, overwrite: bool) -> None:
     free = shutil.disk_usage(parent).free
     if free < plan.file_bytes:
         raise OutputError(
-            f"{output}: needs {plan.file_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",
+            f"{output}: needs {plan.file_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free",
             "free some space or write to another disk",
         )
 

@@ -36,7 +36,8 @@ def _bar(title: str, amount: Any, quiet: bool) -> Iterator[Callable[[int, int], 
 
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -49,6 +50,18 @@ def print_table(table: Any) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     console.print(table)
+
+
+def name_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+    """An empty rich table of tensors: names in the first column are never cut or folded, so that they can be copied."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("tensor", no_wrap=True)
+    for column in (*left, *right):
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    return table
 
 
 def print_json(value: Any) -> None:

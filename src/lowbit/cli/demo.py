@@ -20,7 +20,9 @@ def demo(
     import lowbit
     from lowbit.api import add_evaluation
     from lowbit.cli.console import byte_progress, print_json, print_table, say, window_progress
+    from lowbit.measure import return_freed_memory
 
+    return_freed_memory()
     rows = []
     made = []
     for scheme in DEMO_SCHEMES:

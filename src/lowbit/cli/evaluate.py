@@ -68,7 +68,9 @@ def evaluate(
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.evaluation import evaluate as run
     from lowbit.evaluation import evaluation_table, heading, sentence
+    from lowbit.measure import return_freed_memory
 
+    return_freed_memory()
     with window_progress("windows", quiet=as_json) as progress:
         evaluations = run(
             quantized,

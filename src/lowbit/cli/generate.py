@@ -33,7 +33,9 @@ def generate(
     from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import print_json
     from lowbit.evaluation import generate as run
+    from lowbit.measure import return_freed_memory
 
+    return_freed_memory()
     answer = run(
         model,
         prompt,

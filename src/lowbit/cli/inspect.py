@@ -65,15 +65,11 @@ def _plain(value: Any) -> Any:
 
 
 def _table(checkpoint: Any) -> Any:
-    from rich.table import Table
-
-    from lowbit.cli.console import human_bytes
+    from lowbit.cli.console import human_bytes, name_table
 
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     title = f"{checkpoint.source}: {checkpoint.kind}, {len(checkpoint.tensors)} tensors, {human_bytes(total)}"
-    table = Table(title=title, title_justify="left")
-    for column in ("tensor", "shape", "stored", "bits per weight", "bytes"):
-        table.add_column(column, justify="right" if column in ("bits per weight", "bytes") else "left", overflow="fold")
+    table = name_table(title, ("shape", "stored"), ("bits/weight", "bytes"))
     for info in checkpoint.tensors.values():
         bits = _bits_per_weight(info)
         table.add_row(info.name, "×".join(map(str, info.shape)), info.stored, "" if bits is None else f"{bits:.3f}",

@@ -2,12 +2,17 @@
 
 Data goes to stdout, progress and messages to stderr. An error that the user can act on is printed as `error: …`, an
 empty line and `hint: …`, with a non-zero exit code and no traceback; anything else is a bug and keeps its traceback.
+Ctrl-C, SIGTERM and a closed terminal stop a command in order: unfinished output is removed, the exit code is 128 plus
+the signal's number.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
 import typer
@@ -44,36 +49,75 @@ def main(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def run() -> NoReturn:
     """Entry point of the `lowbit` command."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    _stop_in_order()
     try:
-        app(standalone_mode=False)
+        exit_code = app(standalone_mode=False)  # what `typer.Exit` carried, which is not raised in this mode
     except LowbitError as error:
-        typer.echo(f"error: {error}", err=True)
-        if error.hint:
-            typer.echo(f"\nhint: {error.hint}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; unfinished output was removed", err=True)
-        sys.exit(130)
+        _fail(str(error), error.hint, error.exit_code)
+    except Stopped as stopped:
+        for signum in _signals():  # one that comes now must not cut the exit short
+            signal.signal(signum, signal.SIG_IGN)
+        typer.echo("stopped; nothing unfinished was left behind", err=True)
+        sys.exit(128 + stopped.signum)
     except BrokenPipeError:
-        sys.exit(141)
+        # The reader has gone (`| head`); what is still buffered has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         _usage_error(error)
-    sys.exit(0)
+    else:
+        sys.exit(exit_code)
 
 
-def _usage_error(error: Exception) -> None:
+class Stopped(BaseException):
+    """A signal asked the command to stop. Not a KeyboardInterrupt, of which typer makes a silent exit."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+# Signals that follow the first within so many seconds are dropped: an impatient second Ctrl-C must not stop the
+# removal of what is unfinished.
+_PATIENCE = 5.0
+
+
+def _stop_in_order() -> None:
+    """Turn signals into `Stopped`; those that the caller has switched off (nohup) stay off."""
+    last = -math.inf
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _PATIENCE:
+            last = now
+            raise Stopped(signum)
+
+    for signum in _signals():
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, stop)
+
+
+def _signals() -> list[int]:
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _usage_error(error: Exception) -> NoReturn:
     """Typer's own complaints about options and arguments, in our form; anything else goes on as it is."""
     show = getattr(error, "format_message", None)
     if show is None:
         raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(show())
+        sys.exit(2)
     command = getattr(getattr(error, "ctx", None), "command_path", "lowbit")
-    typer.echo(f"error: {show()}\n\nhint: {command} --help lists the options", err=True)
-    sys.exit(getattr(error, "exit_code", 2))
+    message = show().rstrip(".")
+    _fail(message[:1].lower() + message[1:], f"{command} --help lists the options", getattr(error, "exit_code", 2))
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _fail(message: str, hint: str, exit_code: int) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}\n\nhint: {hint}", err=True)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

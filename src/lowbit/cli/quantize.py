@@ -25,7 +25,7 @@ def quantize(
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON.")] = False,
@@ -44,7 +44,7 @@ def quantize(
     if dry_run:
         import lowbit
 
-        prepared = lowbit.dry_run(model, recipe=recipe, options=options, **settings)
+        prepared = lowbit.dry_run(model, recipe=recipe, options=options, threads=threads, **settings)
         if json:
             print_json(plan_as_json(prepared))
         else:
@@ -114,24 +114,25 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
 
 
 def plan_table(prepared: Prepared) -> Any:
-    """The plan of a dry run as a rich table."""
+    """The plan of a dry run as a rich table; why a tensor is left alone or adapted is a numbered note below it."""
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes
+    from lowbit.cli.console import human_bytes, name_table
 
     plan = prepared.plan
-    caption = (
-        f"{human_bytes(plan.file_bytes)} in all, {plan.bits_per_weight(True):.3f} bits per weight of the decoder; "
-        f"peak memory about {human_bytes(prepared.peak_memory())}; nothing was written"
-    )
-    table = Table(title=f"Plan for {prepared.checkpoint.source}", caption=caption, title_justify="left",
-                  caption_justify="left")  # fmt: skip
-    for column in ("tensor", "shape", "scheme", "bytes", "why"):
-        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    notes: dict[str, int] = {}
+    table: Table = name_table(f"Plan for {prepared.checkpoint.source}", ("shape", "scheme"), ("bytes", "note"))
     for tensor in plan.tensors:
         scheme = "16 bits" if tensor.scheme is None else tensor.scheme.name
         why = tensor.reason or "; ".join(tensor.notes)
-        table.add_row(tensor.name, "×".join(map(str, tensor.shape)), scheme, f"{tensor.stored_bytes:,}", why)
+        note = str(notes.setdefault(why, len(notes) + 1)) if why else ""
+        table.add_row(tensor.name, "×".join(map(str, tensor.shape)), scheme, f"{tensor.stored_bytes:,}", note)
+    lines = [f"{number:>2}  {why}" for why, number in notes.items()]
+    lines.append(
+        f"{human_bytes(plan.file_bytes)} in all, {plan.bits_per_weight(True):.3f} bits per weight of the decoder; "
+        f"peak memory about {human_bytes(prepared.peak_memory())}; nothing was written"
+    )
+    table.caption = "\n".join(lines)
     return table
 
 

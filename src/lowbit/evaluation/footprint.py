@@ -7,8 +7,6 @@ taken from lowbit-report.json beside the weights where there is one, else comput
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -71,9 +69,6 @@ def file_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in {info.file for info in checkpoint.tensors.values()})
 
 
-def peak_memory_bytes(device: str) -> int:
-    """Highest resident memory of this process so far, plus what torch held at most on a CUDA device."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-    on_device = torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0
-    return resident + on_device
+def device_peak_bytes(device: str) -> int:
+    """What torch held at most on a CUDA device; 0 on the CPU, whose memory is the process's."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0

@@ -23,7 +23,8 @@ from lowbit.errors import ArchitectureError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGIT_BYTES = 64 * 1024 * 1024
+# Comparing two models holds up to five arrays of this size at once.
+LOGIT_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)

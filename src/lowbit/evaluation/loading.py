@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,7 @@ def load_model(
     options: OpenOptions | None = None,
 ) -> PreTrainedModel:
     """The checkpoint's weights in transformers' own model class, in evaluation mode, every parameter of `dtype`."""
+    _check_device(device)
     model = _empty_model(checkpoint, dtype, options or OpenOptions())
     slots = _slots(model)
     _check_names(checkpoint, slots)
@@ -106,6 +107,16 @@ class _Slots:
 
     def wants(self, name: str) -> bool:
         return not (_COMPUTED_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in self.ignored))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"device {device!r} cannot be used: {found}", "give cpu, or cuda where torch sees one"
+        ) from error
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOptions) -> PreTrainedModel:

@@ -10,7 +10,6 @@ and that still opens, perplexity alone is measured.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,12 +22,13 @@ import torch
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import LowbitError, NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulated_activations
-from lowbit.evaluation.footprint import bits_per_weight, file_bytes, peak_memory_bytes, read_report, reported_source
+from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, read_report, reported_source
 from lowbit.evaluation.forward import Decoded, Runner, slices
 from lowbit.evaluation.loading import load_model, load_tokenizer
 from lowbit.evaluation.metrics import Divergence, Scores, TokenValues
 from lowbit.evaluation.result import Evaluation, TextRecord
 from lowbit.evaluation.text import Protocol, Text, Windows, cut_windows, read_text
+from lowbit.measure import Meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ def evaluate(
     bos          "auto": each window opens with BOS where the tokenizer adds it by itself
     progress     called with (windows done, windows in all)
     """
-    started = time.perf_counter()
+    meter = Meter()
     judged_text = read_text(text)
     with contextlib.ExitStack() as stack:
         loader = _Loader(stack, dtype, device, options or OpenOptions())
@@ -112,7 +112,7 @@ def evaluate(
         scores = score(None if source.opened is None else Runner(source.opened.model), variants, cut, progress)
         facts = _facts(judged, source, report, judged_text, cut, windows)
         facts |= {"protocol": protocol, "dtype": str(dtype).removeprefix("torch.")}
-        facts |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes(device)}
+        facts |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_bytes + device_peak_bytes(device)}
     return [Evaluation(**facts, activations=name, **_figures(scores[name])) for name in variants]
 
 

@@ -30,7 +30,7 @@ class Evaluation:
     kld_*               nats per token, KL(reference ‖ model)
     same_top1, delta_p  fractions, not percent
     seconds             of the whole evaluation this row belongs to, loading included
-    peak_memory_bytes   highest resident memory of the process so far (plus device memory on CUDA)
+    peak_memory_bytes   highest resident memory of the process meanwhile (plus device memory on CUDA)
     bits_per_weight     of the decoder's linear weights as stored, scales included; bits_from says where it was read
     notes               what a reader should know: fewer windows, a source that no longer opens
     """

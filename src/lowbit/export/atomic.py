@@ -23,7 +23,8 @@ REPORT_NAME = "lowbit-report.json"
 
 def refuse_existing(target: Path, overwrite: bool = False) -> None:
     """OutputError if something non-empty already has that name; with `overwrite`, only if lowbit did not write it."""
-    if target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / REPORT_NAME).is_file())):
+    real_folder = target.is_dir() and not target.is_symlink()
+    if real_folder and (not any(target.iterdir()) or (overwrite and (target / REPORT_NAME).is_file())):
         return
     if target.exists() or target.is_symlink():
         hint = "choose another name with -o, or remove it first"
@@ -38,6 +39,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     With `overwrite`, an earlier output of that name is removed once the new one is complete, just before the rename.
     """
+    target = Path(os.path.abspath(target))  # `.` and `..` have no name to put the hidden folder beside
     refuse_existing(target, overwrite)
     work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -64,11 +66,13 @@ def translated_os_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing_parent(target)).free
             raise OutputError(
-                f"{target}: no space left on the disk ({free / 1e9:.2f} GB free)",
+                f"{target}: no space left on the disk ({free / 1e6:,.1f} MB free)",
                 "free some space or write to another disk; nothing was left under that name",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"{target}: {error.strerror}", "choose a folder that you may write to") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise OutputError(f"{target}: {error.strerror}", "choose another name with -o") from error
         raise
 
 

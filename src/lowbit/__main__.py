@@ -1,0 +1,5 @@
+"""`python -m lowbit`: the `lowbit` command."""
+
+from lowbit.cli.main import run
+
+run()

@@ -1,0 +1,58 @@
+"""The `lowbit` command as tests call it: a process of its own, with its own streams and exit code.
+
+`command` forks each process from a server that has imported torch and transformers once, which saves their start-up
+time; `start` runs the installed command, for tests of signals, memory and pipes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["lowbit.cli.main", "lowbit.api", "lowbit.evaluation", "transformers.models.llama.modeling_llama", "rich.progress"]
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+def command(scratch: Path, *arguments: object, without: str = "", **environment: str) -> Outcome:
+    """Run `lowbit ARGUMENTS` to its end, with streams in `scratch`; the package `without` seems not installed."""
+    streams = scratch / "stdout", scratch / "stderr"
+    process = _FORKS.Process(target=_child, args=([str(a) for a in arguments], streams, without, environment))
+    process.start()
+    process.join(120)
+    return Outcome(process.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams))
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """The real command, running; streams are pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lowbit", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+    )
+
+
+def _child(arguments: list[str], streams: tuple[Path, Path], without: str, environment: dict[str, str]) -> None:
+    for stream, path in zip((1, 2), streams, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(environment)
+    if without:
+        sys.modules[without] = None  # type: ignore[assignment]
+    sys.argv = ["lowbit", *arguments]
+    from lowbit.cli.main import run
+
+    run()

@@ -1,0 +1,162 @@
+"""What the documents say is what the code does: commands, options, links, recipes, figures and folders."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from lowbit.cli.main import app
+from lowbit.export import find_exporter
+from lowbit.schemes import SCHEMES, find_scheme
+from lowbit.settings import make_settings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def options_of(command: str) -> list[Any]:
+    return [param for param in COMMANDS[command].params if param.param_type_name == "option"]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def cli_section(command: str) -> str:
+    """The section of docs/cli.md about one command."""
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## `lowbit {command}.*?(?=^## |\Z)", text, flags=re.M | re.S)
+    assert found, f"docs/cli.md has no section for lowbit {command}"
+    return found[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_command_line_document_and_no_other(command):
+    rows = {
+        flag: line
+        for line in cli_section(command).splitlines()
+        if line.startswith("| `-")
+        for flag in re.findall(r"`(--?[\w-]+)", line.split("|")[1])
+    }
+    flags = {flag for option in options_of(command) for flag in (*option.opts, *option.secondary_opts)}
+    assert set(rows) == flags
+    for option in options_of(command):
+        if option.default not in (None, False):
+            assert f"`{option.default}`" in rows[option.opts[0]], f"{option.opts[0]}: default {option.default}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_and_options_have_help(command):
+    assert COMMANDS[command].help
+    for param in COMMANDS[command].params:
+        assert param.help, f"lowbit {command}: {param.name}"
+
+
+def examples() -> list[Any]:
+    """Every `lowbit …` line of the shell blocks, continuation lines joined."""
+    found = []
+    for path in DOCUMENTS:
+        for block in blocks(path, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("lowbit "):
+                    found.append(pytest.param(line, id=f"{path.name}: {line}"))
+    return found
+
+
+@pytest.mark.parametrize("line", examples())
+def test_example_uses_commands_and_options_that_exist(line):
+    words = shlex.split(line.split(" | ")[0].split(" > ")[0], comments=True)[1:]
+    if words[0].startswith("-"):
+        assert words in (["--help"], ["--version"])
+        return
+    command = words.pop(0)
+    assert command in COMMANDS
+    known = {flag: option for option in options_of(command) for flag in (*option.opts, *option.secondary_opts)}
+    arguments, given = [], set()
+    while words:
+        word, _, value = words.pop(0).partition("=")
+        if not word.startswith("-"):
+            arguments.append(word)
+        elif word not in ("--help", "-h"):
+            option = known[word]
+            given.add(option.name)
+            if not option.is_flag:
+                value = value or words.pop(0)
+            if word == "--scheme" and value != "SCHEME":
+                find_scheme(value)
+    wanted = [param for param in COMMANDS[command].params if param.param_type_name == "argument"]
+    assert len(arguments) == len(wanted)
+    assert {option.name for option in options_of(command) if option.required} <= given
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_resolve(path):
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+RECIPES = blocks(ROOT / "docs" / "recipes.md", "yaml")
+
+
+@pytest.mark.parametrize("text", RECIPES, ids=range(len(RECIPES)))
+def test_recipe_is_accepted(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    make_settings(path).base_scheme()
+
+
+def tree_entries() -> list[str]:
+    """Paths of CONTRIBUTING's tree: two spaces a level, the name, its purpose; folders end in a slash."""
+    (tree,) = blocks(ROOT / "CONTRIBUTING.md", "text")
+    entries: list[str] = []
+    parents: list[str] = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        level = (len(line) - len(line.lstrip())) // 2
+        parents[level:] = [name]
+        entries.append("".join(parents))
+    return entries
+
+
+@pytest.mark.parametrize("entry", tree_entries())
+def test_entry_of_the_file_tree_exists(entry):
+    path = ROOT / entry
+    assert path.is_dir() if entry.endswith("/") else path.is_file()
+
+
+def test_file_tree_names_every_part_of_the_package():
+    package = ROOT / "src" / "lowbit"
+    hidden = {"__pycache__", "py.typed"}
+    parts = {f"src/lowbit/{p.name}" + "/" * p.is_dir() for p in package.iterdir() if p.name not in hidden}
+    assert parts <= set(tree_entries())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_scheme_is_in_the_tables_with_its_bits_per_weight(name):
+    stored = find_exporter("compressed-tensors").stored_tensors("l", (4096, 4096), SCHEMES[name], torch.bfloat16)
+    bits = 8 * sum(tensor.nbytes for tensor in stored) / 4096**2
+    for document in ("README.md", "docs/schemes.md"):
+        rows = re.findall(rf"^\| `{name}` .*$", (ROOT / document).read_text(encoding="utf-8"), flags=re.M)
+        assert len(rows) == 1, document
+        assert f"| {bits:.3f} |" in rows[0], f"{document}: {bits:.3f}"
