@@ -42,15 +42,22 @@ def test_override_quantizes_lm_head(tiny_llama):
 
 def test_ignore_wins_over_override(tiny_llama):
     plan = plan_of(tiny_llama, ignore=("down_proj$",), overrides={"down_proj$": "W8A16"})
-    assert by_name(plan)["model.layers.0.mlp.down_proj.weight"].reason == "matches --ignore 'down_proj$'"
+    assert by_name(plan)["model.layers.0.mlp.down_proj.weight"].reason == "matches --ignore down_proj$"
 
 
-def test_group_size_adapts_where_it_does_not_divide_and_says_so(tiny_llama):
-    tensors = by_name(plan_of(tiny_llama))
+def test_group_size_adapts_for_all_layers_where_one_does_not_divide_and_says_so(tiny_llama):
+    plan = plan_of(tiny_llama)
+    note = "group size 64 in all layers, because 128 does not divide some of them"
+    assert {tensor.scheme.weight.group_size for tensor in plan.quantized} == {64}
+    assert {tensor.notes for tensor in plan.quantized} == {(note,)}
+    assert len(plan.exporter.quantization_config(plan.schemes, plan.ignored)["config_groups"]) == 1
+
+
+def test_group_size_adapts_layer_by_layer_where_no_size_divides_all(tmp_path):
+    tensors = by_name(plan_of(make_model(tmp_path / "m", intermediate_size=200)))
     assert tensors["model.layers.0.mlp.up_proj.weight"].notes == ()
     down = tensors["model.layers.0.mlp.down_proj.weight"]
-    assert down.scheme.weight.group_size == 64
-    assert down.notes == ("group size 64, because 128 does not divide in_features 192",)
+    assert down.notes == ("group size 100, because 128 does not divide in_features 200",)
 
 
 def test_chosen_group_size_that_does_not_divide_is_an_error(tiny_llama):

@@ -103,13 +103,15 @@ def make_plan(checkpoint: Checkpoint, architecture: Architecture, settings: Sett
     _check_parameters(checkpoint, architecture)
     exporter = find_exporter(settings.format)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
+    common = _common_group_sizes(architecture, settings)
     tensors = []
     for name, info in checkpoint.tensors.items():
         linear = linears.get(name)
         if linear is None or name in architecture.tied:
             tensors.append(_copied(name, info, architecture, checkpoint, dtype))
         else:
-            tensors.append(_planned_linear(linear, info, architecture, checkpoint, settings, dtype, exporter))
+            copied = replace(_copied(name, info, architecture, checkpoint, dtype), linear=linear)
+            tensors.append(_planned_linear(copied, linear, settings, common, dtype, exporter))
     tensors = _leave_cut_blocks(tensors, architecture, checkpoint, dtype)
     plan = Plan(tuple(tensors), architecture, settings, dtype, exporter)
     _check_overrides(plan)
@@ -161,16 +163,36 @@ _COPIED_BECAUSE = {
 }
 
 
-def _planned_linear(linear: Linear, info: TensorInfo, architecture: Architecture, checkpoint: Checkpoint,
-                    settings: Settings, dtype: torch.dtype, exporter: Exporter) -> PlannedTensor:  # fmt: skip
-    copied = replace(_copied(info.name, info, architecture, checkpoint, dtype), linear=linear)
+def _common_group_sizes(architecture: Architecture, settings: Settings) -> dict[Scheme, int]:
+    """Scheme → the group size that all its linears can have, for schemes whose own divides only some of them.
+
+    One size for all keeps one group in the config, which every loader reads alike; `_fit_to_shape` adapts layer by
+    layer where there is no such size.
+    """
+    columns: dict[Scheme, set[int]] = {}
+    for linear in architecture.linears.values():
+        scheme, _ = _choose(linear, settings)
+        if scheme is not None and scheme.weight.group_size_is_free:
+            columns.setdefault(scheme, set()).add(linear.shape[1])
+    common = {}
+    for scheme, widths in columns.items():
+        own = scheme.weight.group_size or 1
+        fitting = [size for size in ENGINE_GROUP_SIZES if size <= own and all(width % size == 0 for width in widths)]
+        if fitting and any(width % own for width in widths):
+            common[scheme] = fitting[0]
+    return common
+
+
+def _planned_linear(copied: PlannedTensor, linear: Linear, settings: Settings, common: dict[Scheme, int],
+                    dtype: torch.dtype, exporter: Exporter) -> PlannedTensor:  # fmt: skip
+    info = copied.source
     scheme, reason = _choose(linear, settings)
     if scheme is None:
         return replace(copied, reason=reason)
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
         raise CheckpointError(f"{info.file}: tensor {info.name} is {info.stored}, not a 16- or 32-bit float",
                               "this checkpoint is quantized already; start from the original one")  # fmt: skip
-    scheme, notes, reason = _fit_to_shape(linear, scheme, settings)
+    scheme, notes, reason = _fit_to_shape(linear, scheme, settings, common)
     if reason is not None:
         return replace(copied, reason=reason)
     stored = tuple(exporter.stored_tensors(linear.name, linear.shape, scheme, dtype))
@@ -183,7 +205,7 @@ def _choose(linear: Linear, settings: Settings) -> tuple[Scheme | None, str | No
 
     pattern = settings.ignored_by(linear.name)
     if pattern is not None:
-        return None, f"matches --ignore {pattern!r}"
+        return None, f"matches --ignore {pattern}"
     override = settings.override_for(linear.name)
     if override is not None:
         return override, None
@@ -194,10 +216,15 @@ def _choose(linear: Linear, settings: Settings) -> tuple[Scheme | None, str | No
     return settings.base_scheme(), None
 
 
-def _fit_to_shape(linear: Linear, scheme: Scheme, settings: Settings) -> tuple[Scheme, tuple[str, ...], str | None]:
+def _fit_to_shape(
+    linear: Linear, scheme: Scheme, settings: Settings, common: dict[Scheme, int]
+) -> tuple[Scheme, tuple[str, ...], str | None]:
     """The scheme with a group size that divides K, notes on what changed, or the reason why none fits."""
     weight = scheme.weight
     columns = linear.shape[1]
+    if scheme in common and settings.group_size is None:
+        note = f"group size {common[scheme]} in all layers, because {weight.group_size} does not divide some of them"
+        return scheme.with_group_size(common[scheme]), (note,), None
     if weight.granularity is not Granularity.GROUP or weight.group_size is None or columns % weight.group_size == 0:
         return scheme, (), None
     if not weight.group_size_is_free:

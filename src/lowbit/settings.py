@@ -32,7 +32,7 @@ class Settings(BaseModel):
     format      of the files: "compressed-tensors"
     group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
     range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for wider
-                codes, where a search finds nothing (measured: docs/benchmarks.md)
+                codes, where a search finds nothing (measured: docs/log.md)
     ignore      regexes (searched in module names) of linears left in 16 bits; always wins
     overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
     shard_size  bytes of tensors per file

@@ -33,7 +33,7 @@ class CompressedTensorsCheckpoint:
     def __init__(self, stored: Checkpoint):
         self.stored = stored
         self.source, self.folder, self.metadata = stored.source, stored.folder, stored.metadata
-        self.notes = [*stored.notes, "weights are decoded from compressed-tensors codes"]
+        self.notes = list(stored.notes)
         self._parsed = parse_quantization_config(stored.config())
         self.schemes: dict[str, Scheme] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -95,9 +95,9 @@ class CompressedTensorsCheckpoint:
                                   f"say how", "no group of quantization_config targets it")  # fmt: skip
         shape = self._logical_shape(linear, info, scheme)
         self.schemes[name] = scheme
-        self.tensors[name] = TensorInfo(
-            name, shape, torch.float32, f"{info.stored} ({scheme.name})", info.nbytes, info.file
-        )
+        leaves = (self.stored.tensors.get(f"{linear}.{leaf}") for leaf in ("weight", *_OWN_LEAVES))
+        nbytes = sum(leaf.nbytes for leaf in leaves if leaf is not None)
+        self.tensors[name] = TensorInfo(name, shape, torch.float32, f"{info.stored} ({scheme.name})", nbytes, info.file)
 
     def _logical_shape(self, linear: str, info: TensorInfo, scheme: Scheme) -> tuple[int, int]:
         if info.name.endswith(".weight"):

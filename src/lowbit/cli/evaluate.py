@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +54,9 @@ def evaluate(
     dtype: Annotated[DtypeOption, typer.Option(help="What the models compute in.")] = DtypeOption.float32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Do not add the figures to the report beside the weights.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
     ] = False,
@@ -86,6 +90,8 @@ def evaluate(
             options=OpenOptions(allow_pickle, trust_remote_code, revision),
             progress=progress,
         )
+    if not no_report:
+        _add_to_report(Path(quantized), evaluations, quiet=as_json)
     if as_json:
         print_json([evaluation.to_dict() for evaluation in evaluations])
         return
@@ -95,3 +101,16 @@ def evaluate(
     print_table(evaluation_table(evaluations))
     for evaluation in evaluations:
         typer.echo(sentence(evaluation))
+
+
+def _add_to_report(folder: Path, evaluations: list[Any], quiet: bool) -> None:
+    """Put the figures into lowbit-report.json and report.html where quantizing left them."""
+    from lowbit.api import HTML_NAME, add_evaluation
+    from lowbit.cli.console import say
+    from lowbit.report.schema import REPORT_NAME
+
+    if evaluations[0].reference is None or not (folder / REPORT_NAME).is_file():
+        return
+    add_evaluation(folder, evaluations)
+    if not quiet:
+        say(f"added to {folder / HTML_NAME}")

@@ -18,9 +18,8 @@ def quantize(
     method: Annotated[str | None, typer.Option(help="How codes are chosen: rtn. [default: rtn]")] = None,
     format: Annotated[str | None, typer.Option(help="compressed-tensors. [default: compressed-tensors]")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
-    range: Annotated[
-        str | None, typer.Option(help="absmax, mse, wmse, percentile; auto: wmse up to 4 bits. [default: auto]")
-    ] = None,
+    range: Annotated[str | None, typer.Option(help="absmax, mse, wmse, percentile, or auto. [default: auto]")] = None,
+    percentile: Annotated[float | None, typer.Option(help="What --range percentile keeps. [default: 99.9]")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
@@ -71,7 +70,7 @@ def _settings(flags: dict[str, Any]) -> dict[str, Any]:
     from lowbit.errors import UsageError
     from lowbit.settings import parse_bytes
 
-    given = {name: flags[name] for name in ("scheme", "method", "format", "group_size", "range")}
+    given = {name: flags[name] for name in ("scheme", "method", "format", "group_size", "range", "percentile")}
     if flags["ignore"]:
         given["ignore"] = tuple(flags["ignore"])
     if flags["shard_size"]:

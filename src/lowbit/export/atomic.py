@@ -17,6 +17,16 @@ from pathlib import Path
 
 from lowbit.errors import OutputError
 
+
+def _replace(work: Path, target: Path) -> None:
+    """Rename; an earlier output steps aside first and goes last, so that one of the two is always complete."""
+    earlier = work.with_name(work.name + ".earlier")
+    if target.is_dir():
+        os.rename(target, earlier)
+    os.rename(work, target)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 # What tells a folder of ours from one that merely has the same name.
 REPORT_NAME = "lowbit-report.json"
 
@@ -48,9 +58,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             work.mkdir()
             yield work
             flush_folder(work)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.rename(work, target)
+            _replace(work, target)
             _flush(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
