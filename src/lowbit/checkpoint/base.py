@@ -37,7 +37,10 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An open model: tensors, and a Hugging Face folder with its config and tokenizer."""
+    """An open model: tensors, and a Hugging Face folder with its config and tokenizer.
+
+    `read` and `release` may be called from several threads at once.
+    """
 
     source: str  # what the user typed
     kind: str  # "safetensors", "gguf", "pickle", or "compressed-tensors" (decoded)

@@ -67,9 +67,10 @@ class PickleCheckpoint:
         self._loaded.clear()
 
     def _load(self, path: Path) -> dict[str, Tensor]:
-        if path not in self._loaded:
-            self._loaded[path] = _load_tensors(path)
-        return self._loaded[path]
+        tensors = self._loaded.get(path)  # a name of our own: another thread may release the file meanwhile
+        if tensors is None:
+            tensors = self._loaded[path] = _load_tensors(path)
+        return tensors
 
 
 def pickle_files(folder: Path) -> list[Path]:
