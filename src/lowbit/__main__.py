@@ -1,5 +1,5 @@
 """`python -m lowbit`: the `lowbit` command."""
 
-from lowbit.cli.main import run
+from lowbit.cli.main import entry
 
-run()
+entry()
