@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,6 @@ def add_evaluation(folder: Path, evaluations: list[Any]) -> schema.Report:
 def versions() -> dict[str, str]:
     """What a figure depends on beside the settings."""
     import torch
-    import transformers
 
     from lowbit import kernels
 
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
         "lowbit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "kernels": kernels.isa(),
     }
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.architecture import discover
+from lowbit.architecture import discover_once
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
@@ -82,7 +82,7 @@ def prepare(
     config = checkpoint.config()
     refuse_remote_code(config, checkpoint.source, options)
     _refuse_quantized(checkpoint, config)
-    architecture = discover(config, str(checkpoint.folder), options.trust_remote_code)
+    architecture = discover_once(config, str(checkpoint.folder), options.trust_remote_code)
     plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint))
     _refuse_static_activations(plan)
     return Prepared(checkpoint, plan, threads or os.cpu_count() or 1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.architecture import Architecture, discover
+from lowbit.architecture import Architecture, discover_once
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group, parse_quantization_config
 from lowbit.checkpoint.rows import read_config, read_json_object
@@ -59,7 +59,7 @@ class Subject:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return discover(self.config, str(self.folder), self.options.trust_remote_code)
+        return discover_once(self.config, str(self.folder), self.options.trust_remote_code)
 
     @cached_property
     def dtype(self) -> torch.dtype:

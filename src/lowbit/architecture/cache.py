@@ -1,0 +1,63 @@
+"""What discovery found, kept between runs: importing transformers and building a model on the meta device takes longer
+than reading a billion weights.
+
+    key = SHA-256(config.json, version of transformers, version of lowbit, source of the table and of discovery)
+
+so a change of any of them is discovered anew. The cache lies in LOWBIT_CACHE (or the user's cache folder), beside the
+rebuilt GGUF folders. A file that cannot be read is discovered anew too, and one that cannot be written is not kept: the
+result is the same, only slower. Models that bring their own code are never kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lowbit import __version__
+from lowbit.architecture.discover import Architecture, Linear, discover
+from lowbit.checkpoint.gguf_folder import cache_root
+
+
+def discover_once(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> Architecture:
+    """`discover`, or what it found last time for the same config.json."""
+    if trust_remote_code:
+        return discover(config, folder, trust_remote_code)
+    path = cache_root() / "architecture" / f"{_key(config)}.json"
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        architecture = discover(config, folder)
+    _keep(path, architecture)
+    return architecture
+
+
+def _key(config: dict[str, Any]) -> str:
+    here = Path(__file__).parent
+    parts = [json.dumps({k: v for k, v in config.items() if k != "quantization_config"}, sort_keys=True, default=str)]
+    parts += [metadata.version("transformers"), __version__]
+    parts += [(here / name).read_text(encoding="utf-8") for name in ("table.py", "discover.py")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _from_json(kept: dict[str, Any]) -> Architecture:
+    linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
+    parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
+    return Architecture(**{**kept, "blocks": tuple(kept["blocks"]), "linears": linears, "parameters": parameters})
+
+
+def _keep(path: Path, architecture: Architecture) -> None:
+    """Write beside, then rename: a reader sees a whole file or none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(architecture), file)
+        os.replace(beside, path)
+    except OSError:
+        return

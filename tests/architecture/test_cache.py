@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowbit.architecture import cache, discover, discover_once
+from lowbit.errors import ArchitectureError
+from models import FAMILIES, SIZES
+
+
+def config(model_type: str, **changes) -> dict:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **{**SIZES, **changes}).to_dict()
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch) -> list[str]:
+    """Model types that were really discovered, with a cache of the test's own."""
+    calls: list[str] = []
+
+    def counted(config, folder, trust_remote_code=False):
+        calls.append(config["model_type"])
+        return discover(config, folder, trust_remote_code)
+
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "discover", counted)
+    return calls
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_kept_equals_what_was_found(found, model_type):
+    first = discover_once(config(model_type), "x")
+    assert discover_once(config(model_type), "y") == first == discover(config(model_type), "x")
+    assert found == [model_type]
+
+
+def test_another_config_is_discovered_anew_and_quantization_config_does_not_matter(found):
+    discover_once(config("llama"), "x")
+    discover_once(config("llama") | {"quantization_config": {"quant_method": "compressed-tensors"}}, "x")
+    discover_once(config("llama", num_hidden_layers=3), "x")
+    assert found == ["llama", "llama"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"blocks": 3}'])
+def test_damaged_cache_is_discovered_anew(found, tmp_path, damage):
+    discover_once(config("llama"), "x")
+    (kept,) = (tmp_path / "architecture").iterdir()
+    kept.write_text(damage)
+    assert discover_once(config("llama"), "x") == discover(config("llama"), "x")
+    assert found == ["llama", "llama"]
+    assert json.loads(kept.read_text())
+
+
+def test_cache_that_cannot_be_written_is_no_error(found, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "file"))
+    assert discover_once(config("llama"), "x").blocks
+    assert discover_once(config("llama"), "x").blocks
+    assert found == ["llama", "llama"]
+
+
+def test_unknown_model_types_and_models_with_their_own_code_are_not_kept(found, tmp_path):
+    with pytest.raises(ArchitectureError):
+        discover_once({"model_type": "mamba2"}, "x")
+    discover_once(config("llama"), "x", trust_remote_code=True)
+    assert not (tmp_path / "architecture").exists()
