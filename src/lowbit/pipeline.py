@@ -27,7 +27,8 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.architecture import discover_once
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions
+from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.safetensors_writer import SafetensorsWriter
@@ -242,14 +243,10 @@ def rows_of(tensor: PlannedTensor) -> int:
 
 def slabs(tensor: PlannedTensor, plan: Plan) -> Iterator[tuple[int, int]]:
     """Row ranges of about `SLAB_WEIGHTS` weights, cut where the exporter allows it."""
-    rows = rows_of(tensor)
-    per_row = max(1, tensor.weights // max(1, rows))
     multiple = plan.exporter.row_multiple(tensor.scheme) if tensor.scheme else 1
-    step = max(multiple, SLAB_WEIGHTS // per_row // multiple * multiple)
-    if rows == 0:
-        yield 0, 0
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
+    if tensor.weights == 0:
+        return iter([(0, rows_of(tensor))])
+    return row_slabs(tensor.shape, SLAB_WEIGHTS, multiple)
 
 
 def copy_companions(folder: Path, work: Path) -> None:
@@ -265,7 +262,7 @@ def copy_companions(folder: Path, work: Path) -> None:
 _COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
 # Written anew, or of an earlier quantization, which would contradict config.json.
 _REWRITTEN = {
-    "config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "lowbit-report.json",
+    "config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", REPORT_NAME,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ checkpoint and compute nonsense; a group size chosen by the user that does not d
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -201,8 +202,6 @@ def _planned_linear(copied: PlannedTensor, linear: Linear, settings: Settings, c
 
 def _choose(linear: Linear, settings: Settings) -> tuple[Scheme | None, str | None]:
     """Scheme, or the reason for none: the user's ignore, then overrides, then the default ignore, then the scheme."""
-    import re
-
     pattern = settings.ignored_by(linear.name)
     if pattern is not None:
         return None, f"matches --ignore {pattern}"
@@ -270,8 +269,6 @@ def _leave_cut_blocks(tensors: list[PlannedTensor], architecture: Architecture, 
 
 
 def _check_overrides(plan: Plan) -> None:
-    import re
-
     names = list(plan.architecture.linears)
     for option, patterns in (("--override", plan.settings.overrides), ("--ignore", plan.settings.ignore)):
         for pattern in patterns:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# What quantizing leaves beside the weights; it also tells a folder of ours from one that merely has the same name.
+REPORT_NAME = "lowbit-report.json"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor.

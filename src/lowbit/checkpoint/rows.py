@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,3 +61,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no config.json", "copy config.json and the tokenizer files of the model beside it"
         )
     return read_json_object(path)
+
+
+def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges of about so many weights each, beginning at multiples of `multiple`; a scalar is one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, weights // max(1, math.prod(shape[1:])) // multiple) * multiple
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

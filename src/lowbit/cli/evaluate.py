@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.options import AllowPickle, Device, DtypeOption, Revision, TrustRemoteCode
+
 
 class ProtocolOption(StrEnum):
     full = "full"
@@ -18,12 +20,6 @@ class ActivationsOption(StrEnum):
     auto = "auto"
     none = "none"
     simulated = "simulated"
-
-
-class DtypeOption(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def evaluate(
@@ -52,18 +48,14 @@ def evaluate(
         bool | None, typer.Option("--bos/--no-bos", help="Open windows with BOS. Default: if the tokenizer adds it.")
     ] = None,
     dtype: Annotated[DtypeOption, typer.Option(help="What the models compute in.")] = DtypeOption.float32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not add the figures to the report beside the weights.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin and .pt files; they can run code.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
 ) -> None:
     """Measure perplexity, KL divergence from the unquantized model and agreement on the most probable token."""
     import torch

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.evaluate import DtypeOption
+from lowbit.cli.options import AllowPickle, Device, DtypeOption, Revision, TrustRemoteCode
 
 
 def generate(
@@ -17,15 +17,11 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[DtypeOption, typer.Option(help="What the model computes in.")] = DtypeOption.float32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of streaming.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin and .pt files; they can run code.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
 ) -> None:
     """Load a quantized model and print what it answers, as it comes."""
     import torch

@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.options import AllowPickle
+
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id, or demo:smollm2.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, metadata included.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files, which can run code.")] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Tensors, types, bits per weight and metadata of any supported checkpoint."""
     import lowbit

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.options import AllowPickle, Revision, TrustRemoteCode
+
 if TYPE_CHECKING:
     from lowbit.pipeline import Prepared
 
@@ -28,11 +30,9 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files, which can run code.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
-    ] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model, verify what was written, and report what it cost."""
     from lowbit.cli.console import byte_progress, print_json, print_table, say

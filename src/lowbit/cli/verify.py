@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.options import TrustRemoteCode
+
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder that lowbit quantize wrote.")],
     engine: Annotated[str, typer.Option(help="Whose rules: vllm or transformers.")] = "vllm",
     reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check a quantized folder against an engine's rules; exit with 1 if one of them fails."""
     from lowbit.checkpoint import open_checkpoint

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lowbit.checkpoint.base import REPORT_NAME
 from lowbit.checkpoint.rows import read_json_object
 from lowbit.errors import CheckpointError
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowbit.checkpoint.base import Checkpoint
-
-REPORT_NAME = "lowbit-report.json"
 
 
 def read_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -47,13 +46,7 @@ def bits_per_weight(
     linears = set(decoder_linears(model))
     if not linears:
         raise CheckpointError(f"{checkpoint.source}: the decoder of {type(model).__name__} has no linear layers")
-    # A view of decoded weights keeps the open file it decodes as `stored`.
-    files = getattr(checkpoint, "stored", checkpoint)
-    stored_bytes = 0
-    for name, info in files.tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in linears and leaf.startswith("weight"):  # weight, weight_packed, weight_scale …; not bias
-            stored_bytes += info.nbytes
+    stored_bytes = sum(checkpoint.tensors[f"{name}.weight"].nbytes for name in linears)
     weights = sum(torch.Size(checkpoint.tensors[f"{name}.weight"].shape).numel() for name in linears)
     return 8 * stored_bytes / weights, "tensors"
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.base import OpenOptions
+from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -210,10 +211,7 @@ def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
     if not shape:
         yield ..., checkpoint.read(name)
         return
-    row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
-    rows = max(1, SLAB_BYTES // row_bytes // SLAB_ROWS) * SLAB_ROWS
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
+    for start, stop in row_slabs(shape, SLAB_BYTES // 4, SLAB_ROWS):
         yield slice(start, stop), checkpoint.read(name, start, stop)
         checkpoint.release(name)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowbit.checkpoint.base import REPORT_NAME
 from lowbit.errors import OutputError
 
 
@@ -25,10 +26,6 @@ def _replace(work: Path, target: Path) -> None:
         os.rename(target, earlier)
     os.rename(work, target)
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-# What tells a folder of ours from one that merely has the same name.
-REPORT_NAME = "lowbit-report.json"
 
 
 def refuse_existing(target: Path, overwrite: bool = False) -> None:

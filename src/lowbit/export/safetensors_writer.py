@@ -20,14 +20,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.errors import OutputError
 
-SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:
     for tensor in ordered:
         begins[tensor.name] = begin
         header[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, begin + tensor.nbytes],
         }

@@ -24,10 +24,10 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 
 SCHEMA = 1
-REPORT_NAME = "lowbit-report.json"
 # A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
 LARGEST_FILE = 256 * 2**20
 

@@ -90,6 +90,6 @@ def _check(rule: Rule, subject) -> Check:
 def _why_not(rule: Rule, subject) -> str:
     if rule.needs_source and subject.source is None:
         return "no source was given to compare with"
-    if rule.name == "nearest-codes" and not subject.nearest:
+    if rule.needs_nearest and not subject.nearest:
         return "nothing says that the codes were rounded to nearest"
     return ""

@@ -26,6 +26,7 @@ class Rule:
 
     gate          True where nothing after it can be checked once it fails
     needs_source  True where the original weights are compared with
+    needs_nearest True where it holds only for codes that were rounded to nearest
     """
 
     name: str
@@ -34,6 +35,7 @@ class Rule:
     check: Callable[[Subject], Finding] = field(repr=False)
     gate: bool = False
     needs_source: bool = False
+    needs_nearest: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.architecture import Architecture, discover_once
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions
 from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group, parse_quantization_config
 from lowbit.checkpoint.rows import read_config, read_json_object
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
@@ -22,8 +22,6 @@ from lowbit.verification.layout import Expected, expected_tensors, plain_tensor
 
 if TYPE_CHECKING:
     from lowbit.verification.survey import Progress, Survey
-
-REPORT = "lowbit-report.json"
 
 
 @dataclass
@@ -128,7 +126,7 @@ class Subject:
 
 def rounded_to_nearest(folder: Path) -> bool:
     """True where the checkpoint's own report says that its codes are the nearest ones."""
-    if not (folder / REPORT).is_file():
+    if not (folder / REPORT_NAME).is_file():
         return False
-    settings = read_json_object(folder / REPORT).get("settings")
+    settings = read_json_object(folder / REPORT_NAME).get("settings")
     return isinstance(settings, dict) and settings.get("method") == "rtn"

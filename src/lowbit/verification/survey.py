@@ -14,7 +14,7 @@ the pass goes, so memory stays that of a slab per thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
+from lowbit.checkpoint.rows import row_slabs
 from lowbit.numerics.minifloat_formats import FORMATS, value_of
 from lowbit.verification.layout import StoredLinear
 
@@ -89,16 +90,6 @@ def take_survey(subject: Subject, progress: Progress | None = None) -> Survey:
     return survey
 
 
-def _slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    rows = shape[0] if shape else 1
-    per_row = 1
-    for size in shape[1:]:
-        per_row *= max(1, size)
-    step = max(1, SLAB_WEIGHTS // per_row)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def _survey_linear(subject: Subject, linear: str) -> Survey:
     survey = Survey()
     shape = subject.architecture.linears[linear].shape
@@ -119,7 +110,7 @@ def _survey_linear(subject: Subject, linear: str) -> Survey:
     if dirty:
         survey.zero_points.append(f"{linear}.weight_zero_point: bits past the last row are set")
     judge = _Judge(stored, survey, subject.nearest)
-    for start, stop in _slabs(shape):
+    for start, stop in row_slabs(shape, SLAB_WEIGHTS):
         scale = stored.stored_scale(start, stop) / divisor
         zero_point = None if zero_points is None else zero_points[start:stop]
         original = None if source is None else source.read(weight, start, stop)
@@ -278,7 +269,7 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
     if source is not None and (name not in source.tensors or source.tensors[name].shape != info.shape):
         survey.copied.append(f"{name}: the source has no such tensor of shape {list(info.shape)}")
         source = None
-    for start, stop in _slabs(info.shape):
+    for start, stop in row_slabs(info.shape, SLAB_WEIGHTS):
         values = checkpoint.read(name, start, stop)
         if not bool(torch.isfinite(values).all()):
             survey.finite.append(f"{name} holds NaN or inf (rows {start}..{stop})")

@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
     Rule("codes", ENGINES, "codes are in range, padding bits are zero", values.check_codes),
     Rule("finite", ENGINES, "unquantized tensors hold neither NaN nor inf", values.check_finite),
     Rule("nearest-codes", ENGINES, "every code is the nearest one to the source's weight", values.check_nearest,
-         needs_source=True),
+         needs_source=True, needs_nearest=True),
     Rule("relative-error", ENGINES, "decoded weights are the source's within a bound by bits",
          values.check_relative_error, needs_source=True),
     Rule("unquantized", ENGINES, "unquantized tensors equal the source's", values.check_unquantized,
