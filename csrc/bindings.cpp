@@ -85,6 +85,13 @@ Minifloat minifloat_of(const Scales& scale, const FormatFields& fields, const We
     return {scale.data(), exponent_bits, mantissa_bits, bias, max_value};
 }
 
+Codebook codebook_of(const Scales& scale, const Vector<const float>& midpoints, const Vector<const float>& values,
+                     const Vector<const std::uint8_t>& codes, const Weights& weights) {
+    require_per_group(scale, weights, "scale must be [N, G]");
+    require(midpoints.shape(0) == 15 && values.shape(0) == 16 && codes.shape(0) == 16, "codebooks have 16 values");
+    return {scale.data(), midpoints.data(), values.data(), codes.data()};
+}
+
 const float* importance_of(const Importance& importance, const Weights& weights) {
     if (!importance) return nullptr;
     require(importance->shape(0) == weights.columns, "importance must be [K]");
@@ -128,6 +135,16 @@ struct Isa {
         kernels->round_minifloat(weights, minifloat, codes.data());
     }
 
+    void round_codebook(const AnyMatrix& w, std::size_t group, const Scales& scale,
+                        const Vector<const float>& midpoints, const Vector<const float>& values,
+                        const Vector<const std::uint8_t>& code_of, const Matrix<std::uint8_t>& codes) const {
+        const Weights weights = weights_of(w, group);
+        const Codebook book = codebook_of(scale, midpoints, values, code_of, weights);
+        require_same_shape(w, codes, "codes must be [N, K]");
+        const nb::gil_scoped_release unlocked;
+        kernels->round_codebook(weights, book, codes.data());
+    }
+
     void decode_int(const Matrix<const std::int8_t>& codes, std::size_t group, const Scales& scale,
                     const ZeroPoints& zero_point, const Matrix<float>& weights) const {
         const Codes in = codes_of(codes, group);
@@ -165,6 +182,18 @@ struct Isa {
         const ErrorWeights by{importance_of(importance, weights), by_magnitude};
         const nb::gil_scoped_release unlocked;
         kernels->error_minifloat(weights, minifloat, by, errors.data());
+    }
+
+    void error_codebook(const AnyMatrix& w, std::size_t group, const Scales& scale,
+                        const Vector<const float>& midpoints, const Vector<const float>& values,
+                        const Vector<const std::uint8_t>& code_of, const Importance& importance, bool by_magnitude,
+                        const Matrix<float>& errors) const {
+        const Weights weights = weights_of(w, group);
+        const Codebook book = codebook_of(scale, midpoints, values, code_of, weights);
+        require_per_group(errors, weights, "errors must be [N, G]");
+        const ErrorWeights by{importance_of(importance, weights), by_magnitude};
+        const nb::gil_scoped_release unlocked;
+        kernels->error_codebook(weights, book, by, errors.data());
     }
 
     nb::tuple squared_error_int(const AnyMatrix& w, const Matrix<const std::int8_t>& codes, std::size_t group,
@@ -242,6 +271,8 @@ NB_MODULE(_core, module) {
     const auto values = "values"_a.noconvert(), words = "words"_a.noconvert(), errors = "errors"_a.noconvert();
     const auto weights = "weights"_a.noconvert(), low = "low"_a.noconvert(), high = "high"_a.noconvert();
 
+    const auto midpoints = "midpoints"_a.noconvert(), code_of = "code_of"_a.noconvert();
+
     nb::class_<Isa>(module, "Isa", "The kernels of one instruction set; the last argument of most is the output.")
         .def(
             "__init__", [](Isa* self, const std::string& name) { new (self) Isa{&kernels_named(name)}; }, "name"_a)
@@ -249,10 +280,12 @@ NB_MODULE(_core, module) {
         .def("group_range", &Isa::group_range, w, "group"_a, low, high)
         .def("round_int", &Isa::round_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, codes)
         .def("round_minifloat", &Isa::round_minifloat, w, "group"_a, scale, "format"_a, codes)
+        .def("round_codebook", &Isa::round_codebook, w, "group"_a, scale, midpoints, values, code_of, codes)
         .def("decode_int", &Isa::decode_int, codes, "group"_a, scale, zero_point, weights)
         .def("decode_table", &Isa::decode_table, codes, "group"_a, scale, values, weights)
         .def("error_int", &Isa::error_int, w, "group"_a, scale, zero_point, "qmin"_a, "qmax"_a, importance, "by_magnitude"_a, errors)
         .def("error_minifloat", &Isa::error_minifloat, w, "group"_a, scale, "format"_a, importance, "by_magnitude"_a, errors)
+        .def("error_codebook", &Isa::error_codebook, w, "group"_a, scale, midpoints, values, code_of, importance, "by_magnitude"_a, errors)
         .def("squared_error_int", &Isa::squared_error_int, w, codes, "group"_a, scale, zero_point)
         .def("squared_error_table", &Isa::squared_error_table, w, codes, "group"_a, scale, values)
         .def("pack_dense", &Isa::pack_dense, codes, "bits"_a, "offset"_a, words)

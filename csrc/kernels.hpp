@@ -22,7 +22,7 @@ struct Weights {
     std::size_t rows, columns, group;
 };
 
-// Codes [N, K], same cut. int8 for integers, the bit pattern for minifloats.
+// Codes [N, K], same cut. int8 for integers, the bit pattern for minifloats, the index for codebooks.
 struct Codes {
     const void* data;
     std::size_t rows, columns, group;
@@ -42,6 +42,14 @@ struct Minifloat {
     float max_value;
 };
 
+// x = scale * value. 16 values in ascending order, the code of each, and the 15 midpoints between neighbours.
+struct Codebook {
+    const float* scale;
+    const float* midpoints;
+    const float* values;
+    const std::uint8_t* codes;
+};
+
 // What a squared error is weighed with: importance of its column (null: 1), and |w| if `magnitude`.
 struct ErrorWeights {
     const float* importance;
@@ -57,10 +65,12 @@ struct Kernels {
     void (*group_range)(const Weights&, float* low, float* high);
     void (*round_int)(const Weights&, const Affine&, std::int8_t* codes);
     void (*round_minifloat)(const Weights&, const Minifloat&, std::uint8_t* codes);
+    void (*round_codebook)(const Weights&, const Codebook&, std::uint8_t* codes);
     void (*decode_int)(const Codes&, const Affine&, float* weights);
     void (*decode_table)(const Codes&, const float* scale, const float* values, float* weights);
     void (*error_int)(const Weights&, const Affine&, const ErrorWeights&, float* errors);
     void (*error_minifloat)(const Weights&, const Minifloat&, const ErrorWeights&, float* errors);
+    void (*error_codebook)(const Weights&, const Codebook&, const ErrorWeights&, float* errors);
     SquaredError (*squared_error_int)(const Weights&, const Codes&, const Affine&);
     SquaredError (*squared_error_table)(const Weights&, const Codes&, const float* scale, const float* values);
     // False where a code + offset does not fit in `bits` bits; the words are then meaningless.

@@ -14,19 +14,92 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
+_NO_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
+_PLAIN = {"vocab_size": 384, "max_position_embeddings": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "hidden_size": 128}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_MLA = {
+    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+    "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 64, "first_k_dense_replace": 1, "topk_group": 1,
+}  # fmt: skip
+_EYE = {"hidden_size": 64, "intermediate_size": 128}
 
-def make_model(folder: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.bfloat16,
+# Every architecture: name → (model_type, what its config has beside or instead of SIZES).
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", SIZES),
+    "falcon3": ("llama", {**SIZES, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "mistral": ("mistral", SIZES),
+    "qwen2": ("qwen2", _NO_HEAD_DIM),
+    "qwen2_moe": ("qwen2_moe", {**_NO_HEAD_DIM, **_EXPERTS, "shared_expert_intermediate_size": 128}),
+    "qwen3": ("qwen3", SIZES),
+    "qwen3_moe": ("qwen3_moe", {**SIZES, **_EXPERTS}),
+    "gemma": ("gemma", SIZES),
+    "gemma2": ("gemma2", SIZES),
+    "gemma3_text": ("gemma3_text", SIZES),
+    "gemma3": ("gemma3", {
+        "text_config": SIZES, "mm_tokens_per_image": 4,
+        "vision_config": {**_EYE, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }),
+    "phi3": ("phi3", {**_NO_HEAD_DIM, "pad_token_id": 0}),
+    "phi4": ("phi3", {**_NO_HEAD_DIM, "pad_token_id": 0, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", _NO_HEAD_DIM),
+    "smollm3": ("smollm3", {**_NO_HEAD_DIM, "pad_token_id": 0}),
+    "granite": ("granite", {**_NO_HEAD_DIM, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "glm": ("glm", {**SIZES, "pad_token_id": 0}),
+    "glm4": ("glm4", {**SIZES, "pad_token_id": 0}),
+    "cohere2": ("cohere2", _NO_HEAD_DIM),
+    "stablelm": ("stablelm", {**_NO_HEAD_DIM, "use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", {**_NO_HEAD_DIM, "use_parallel_residual": True, "qk_layernorm": True}),
+    "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4}),
+    "deepseek_v2": ("deepseek_v2", {**_NO_HEAD_DIM, **_MLA, "n_group": 1}),
+    "deepseek_v2_lite": ("deepseek_v2", {**_NO_HEAD_DIM, **_MLA, "n_group": 1, "q_lora_rank": None}),
+    "deepseek_v3": ("deepseek_v3", {**_NO_HEAD_DIM, **_MLA, "n_group": 2, "num_nextn_predict_layers": 1}),
+    "gpt_oss": ("gpt_oss", {**SIZES, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 384, "n_positions": 256}),
+    "opt": ("opt", {**_PLAIN, "ffn_dim": 256, "word_embed_proj_dim": 64}),
+    "gpt_neox": ("gpt_neox", {**_PLAIN, "intermediate_size": 256}),
+    "bloom": ("bloom", {"hidden_size": 128, "n_layer": 2, "n_head": 4, "vocab_size": 384}),
+    "qwen2_5_vl": ("qwen2_5_vl", {
+        "text_config": {**_NO_HEAD_DIM, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6],
+                                                            "rope_theta": 10000.0}},
+        "vision_config": {**_EYE, "depth": 1, "num_heads": 2, "out_hidden_size": 128, "patch_size": 14},
+    }),
+}  # fmt: skip
+
+
+def config_of(architecture: str, **changes) -> dict:
+    """config.json of a tiny model, parsed."""
+    from transformers import AutoConfig
+
+    model_type, sizes = ARCHITECTURES[architecture]
+    return AutoConfig.for_model(model_type, **{**sizes, **changes}).to_dict()
+
+
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.bfloat16,
                shard_size: str = "5GB", **changes) -> Path:  # fmt: skip
-    """A random model whose weights are wide enough to tell rounding errors apart, saved with a tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A random model whose weights are wide enough to tell rounding errors apart, saved with a tokenizer.
+
+    Norms and biases are away from what a class gives them, so that a lost one shows.
+    """
+    from transformers import AutoConfig
+
+    from lowbit.architecture.discover import auto_class
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model_type, sizes = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
+    model = auto_class(config).from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.06)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.06)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.01)
     model.save_pretrained(folder, max_shard_size=shard_size)
     make_tokenizer(folder)
     return folder

@@ -15,10 +15,20 @@ import lowbit
 ROOT = Path(lowbit.__file__).parent
 
 # The order of the flow. A stage may import from the stages before it, from the shared currency and from itself.
-CURRENCY = {"errors", "tensors", "schemes", "settings", "measure", "numerics", "kernels"}
-STAGES = ["checkpoint", "architecture", "rounding", "export", "plan", "verification", "evaluation", "report"]
+CURRENCY = {"errors", "tensors", "schemes", "settings", "measure", "numerics", "kernels", "text"}
+STAGES = [
+    "checkpoint",
+    "architecture",
+    "calibrate",
+    "rounding",
+    "export",
+    "plan",
+    "verification",
+    "evaluation",
+    "report",
+]
 # What runs several stages.
-ABOVE = {"pipeline", "api", "cli"}
+ABOVE = {"pipeline", "conversion", "api", "cli"}
 
 
 def imported_parts(path: Path) -> set[str]:

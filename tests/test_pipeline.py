@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lowbit import pipeline
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError, NonFiniteError, OutputError
+from lowbit.export import default_format, find_exporter
 from lowbit.numerics import grid_for
 from lowbit.numerics.grid import RangeSearch
 from lowbit.pipeline import prepare, write_checkpoint
@@ -49,7 +50,9 @@ def test_what_is_read_back_is_what_was_rounded(tiny_llama, tmp_path, scheme, mon
             if name.split(".")[-2] in members:
                 fused = [name.replace(name.split(".")[-2], member) for member in members]
         known = measure_range(torch.cat([source.read(member) for member in fused]))
-        expected = round_to_nearest(weight, spec, grid_for(spec, "bfloat16"), RangeSearch(), known)
+        exporter = find_exporter(default_format(SCHEMES[scheme]))
+        scales = exporter.scale_format(SCHEMES[scheme], torch.bfloat16)
+        expected = round_to_nearest(weight, spec, grid_for(spec, scales), RangeSearch(), known)
         assert torch.equal(written.read(name), expected.decode()), name
         middle = weight.shape[0] // 2
         assert torch.equal(written.read(name, 0, middle), expected.decode()[:middle])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
-from lowbit.pipeline import prepare
+from lowbit.pipeline import needs_input_ranges, prepare
 from lowbit.settings import make_settings
 from models import FAMILIES, make_model
 
@@ -144,11 +144,10 @@ def test_extra_tensors_are_kept_and_listed(tiny_llama, tmp_path):
     assert extra.stored[0].shape == (2, 2)
 
 
-@pytest.mark.parametrize("scheme", ["FP8", "NVFP4"])
-def test_static_schemes_say_what_measures_their_scales(tiny_llama, scheme):
-    with pytest.raises(UsageError, match="static activation scales") as caught:
-        plan_of(tiny_llama, scheme=scheme)
-    assert "--calib" in caught.value.hint
+@pytest.mark.parametrize(("scheme", "needs"), [("FP8", True), ("NVFP4", True), ("FP8_DYNAMIC", False)])
+def test_static_schemes_need_the_range_of_every_quantized_linear(tiny_llama, scheme, needs):
+    plan = plan_of(tiny_llama, scheme=scheme)
+    assert needs_input_ranges(plan) == (plan.schemes.keys() if needs else set())
 
 
 def test_bits_per_weight_counts_scales(tiny_llama):

@@ -11,6 +11,7 @@ namespace {
 #include "common.inc.hpp"
 #include "range.inc.hpp"
 
+#include "codebook.inc.hpp"
 #include "integer.inc.hpp"
 #include "minifloat.inc.hpp"
 
@@ -18,8 +19,9 @@ namespace {
 #include "packing.inc.hpp"
 
 constexpr Kernels kTable = {
-    LOWBIT_ISA_NAME, group_range,     round_int,         round_minifloat,     decode_int, decode_table,
-    error_int,       error_minifloat, squared_error_int, squared_error_table, pack_dense, unpack_dense,
+    LOWBIT_ISA_NAME,   group_range,         round_int,  round_minifloat, round_codebook,
+    decode_int,        decode_table,        error_int,  error_minifloat, error_codebook,
+    squared_error_int, squared_error_table, pack_dense, unpack_dense,
 };
 
 }  // namespace

@@ -75,6 +75,14 @@ void error_minifloat(const Weights& weights, const Minifloat& format, const Erro
     });
 }
 
+void error_codebook(const Weights& weights, const Codebook& book, const ErrorWeights& by, float* errors) {
+    group_errors(weights, by, errors, [&](size_t group) {
+        return [p = codebook_group<float>(book, book.values, group), scale = book.scale[group]](float x) {
+            return x - scale * nearest_thing(x, p);
+        };
+    });
+}
+
 template <class W>
 LOWBIT_INLINE void add_squared_error(const W* w, const float* decoded, size_t n, SquaredError& total) {
     float error_sum = 0, weight_sum = 0;

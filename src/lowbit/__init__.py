@@ -3,6 +3,7 @@
 The public calls are loaded when they are first used; importing the package imports nothing heavy.
 
     lowbit.quantize("demo:smollm2", "out", scheme="W4A16")
+    lowbit.convert("out", "out-gptq", format="gptq")
     lowbit.verify("out", engine="vllm")
     lowbit.evaluate("out", reference="demo:smollm2")
     model, tokenizer = lowbit.load("out")
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _CALLS = {
     "quantize": "lowbit.api:quantize",
+    "convert": "lowbit.api:convert",
     "dry_run": "lowbit.api:dry_run",
     "verify": "lowbit.verification:verify",
     "evaluate": "lowbit.evaluation:evaluate",
@@ -28,6 +30,7 @@ _CALLS = {
 __all__ = ["__version__", *_CALLS]
 
 if TYPE_CHECKING:
+    from lowbit.api import convert as convert
     from lowbit.api import dry_run as dry_run
     from lowbit.api import inspect as inspect
     from lowbit.api import quantize as quantize

@@ -1,4 +1,4 @@
-"""The public calls that run several stages: `quantize`, `dry_run`, `inspect`."""
+"""The public calls that run several stages: `quantize`, `convert`, `dry_run`, `inspect`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from lowbit import __version__
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import VerificationError
+from lowbit.export.atomic import refuse_existing
 from lowbit.measure import Meter
-from lowbit.pipeline import Prepared, Progress, TensorResult, prepare, write_checkpoint
+from lowbit.pipeline import Prepared, Progress, TensorResult, calibrate, prepare, write_checkpoint
 from lowbit.plan import PlannedTensor
 from lowbit.report import schema
 from lowbit.report.html import render_html
@@ -22,11 +23,6 @@ from lowbit.settings import make_settings
 from lowbit.verification import Verification, verify
 
 HTML_NAME = "report.html"
-# Engines whose rules a compressed-tensors folder is checked against after every write.
-_VERIFIED_ENGINE = "vllm"
-# A failure here says that this engine has no kernel for what was asked, not that the files are wrong: they stay, and
-# the report and the command say so.
-_LIMITS = ("engine-limits", "tensor-parallel")
 
 
 @dataclass(frozen=True)
@@ -57,18 +53,71 @@ def quantize(
     Raises LowbitError; then nothing exists under `output` (or the earlier output is still there).
     """
     meter = Meter()
-    output = Path(output)
     prepared = prepare(model, make_settings(recipe, **settings), options, threads)
+    return _write(prepared, Path(output), options, overwrite, progress, meter)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    scheme: str | None = None,
+    options: OpenOptions | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Quantized:
+    """Write a quantized model in another format: bit for bit where the format allows, rounded anew where it does not.
+
+    format    one of `lowbit.export.FORMATS`; "float" writes the decoded weights
+    scheme    for every quantized linear; None keeps each one's own, or the nearest that the format has
+
+    Which linears were repacked and which rounded anew, with the added error, is in the report. Raises LowbitError; then
+    nothing exists under `output`.
+    """
+    meter = Meter()
+    prepared = dry_convert(model, format=format, scheme=scheme, options=options, threads=threads, **settings)
+    return _write(prepared, Path(output), options, overwrite, progress, meter)
+
+
+def dry_convert(
+    model: str | Path,
+    *,
+    format: str,
+    scheme: str | None = None,
+    options: OpenOptions | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> Prepared:
+    """The plan of a conversion: for every linear, whether it is repacked or rounded anew, and why."""
+    from lowbit.conversion import prepare_conversion
+
+    made = make_settings(None, format=format, scheme=scheme, **settings)
+    return prepare_conversion(model, made, options, threads, scheme_given=scheme is not None)
+
+
+def _write(
+    prepared: Prepared,
+    output: Path,
+    options: OpenOptions | None,
+    overwrite: bool,
+    progress: Progress | None,
+    meter: Meter,
+) -> Quantized:
+    """Calibrate where that is needed, write, verify, report; all under a hidden name until it is complete."""
+    refuse_existing(output, overwrite)
+    prepared = calibrate(prepared, progress)
     made: list[schema.Report] = []
 
     def finish(work: Path, results: dict[str, TensorResult]) -> None:
-        nearest = prepared.plan.settings.method == "rtn"
-        verification = verify(
-            work, source=prepared.checkpoint, engine=_VERIFIED_ENGINE, options=options, nearest=nearest
-        )
-        broken = [check for check in verification.failed if check.rule not in _LIMITS]
-        if broken:
-            failed = broken[0]
+        nearest = prepared.plan.settings.method == "rtn" and prepared.plan.exporter.FORMAT != "float"
+        engine = prepared.plan.exporter.ENGINE
+        verification = verify(work, source=prepared.checkpoint, engine=engine, options=options, nearest=nearest)
+        # what the engine has no kernel or loader for stays, and the report and the command say so
+        if verification.broken:
+            failed = verification.broken[0]
             raise VerificationError(
                 f"{output}: what was written breaks the rule {failed.rule!r}: {failed.detail}",
                 "this is a bug of lowbit, or a damaged disk; please report it. Nothing was left under that name",
@@ -131,6 +180,7 @@ def build_report(prepared: Prepared, results: dict[str, TensorResult], work: Pat
             ignore=plan.settings.ignore,
             overrides=tuple(f"{pattern}={name}" for pattern, name in plan.settings.overrides.items()),
             seed=plan.settings.seed,
+            calibration=_calibration(prepared),
         ),
         versions=versions(),
         totals=schema.Totals(
@@ -183,10 +233,20 @@ def versions() -> dict[str, str]:
     }
 
 
+def _calibration(prepared: Prepared) -> schema.Calibration | None:
+    text = prepared.calibration
+    if text is None:
+        return None
+    return schema.Calibration(
+        name=text.name, sha256=text.sha256, samples=text.windows, sequence_length=text.window_tokens,
+        tokens=text.windows * text.window_tokens,
+    )  # fmt: skip
+
+
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
     """How to run it: vLLM where its rules hold, and in any case our own command."""
     ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {output.absolute()} -p "…"')
-    if not verification.ok:
+    if not verification.ok or verification.engine != "vllm":
         return (ours,)
     return (schema.ServeLine(engine="vllm", command=f"vllm serve {output.absolute()}"), ours)
 
@@ -202,6 +262,7 @@ def _entry(tensor: PlannedTensor, result: TensorResult | None) -> schema.TensorE
         bytes=tensor.stored_bytes,
         relative_error=None if result is None else result.relative_error,
         max_error=None if result is None else result.max_error,
+        repacked=tensor.repack,
         reason=tensor.reason,
         notes=tensor.notes,
     )

@@ -1,6 +1,7 @@
 """The main job: the one loop that knows the order of the stages.
 
-    open → discover → plan → for each tensor, slab by slab: read → round → pack → write → verify → report → rename
+    open → discover → plan → calibrate → for each tensor, slab by slab: read → round → pack → write
+         → verify → report → rename
 
 The source is never held: worker threads each take a slab of rows (about two million weights), quantize it and write
 the result to its final place in the output file, whose layout the plan fixed in advance. Peak memory is therefore the
@@ -16,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import kernels
-from lowbit.architecture import discover_once
+from lowbit.architecture import Architecture, describe_checkpoint
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
-from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions
+from lowbit.checkpoint.base import REPORT_NAME, CanReadCodes, Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.export.atomic import atomic_folder, refuse_existing
@@ -35,8 +36,13 @@ from lowbit.export.safetensors_writer import SafetensorsWriter
 from lowbit.measure import resident_memory
 from lowbit.numerics import grid_for
 from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
+from lowbit.rounding.error import squared_error
 from lowbit.rounding.rtn import TensorRange, measure_range, needs_tensor_range, round_to_nearest
+from lowbit.rounding.widen import widened
+from lowbit.schemes import Scheme
 from lowbit.settings import Settings
+from lowbit.tensors import QuantizedTensor
+from lowbit.text import read_text
 
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source (≤ 4), float32 copies in a reference kernel, codes, packed codes.
@@ -58,17 +64,29 @@ class TensorResult:
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """The text that input ranges were measured on."""
+
+    name: str
+    sha256: str
+    windows: int
+    window_tokens: int
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A plan with its open source."""
+    """A plan with its open source; `calibration` once a text was run."""
 
     checkpoint: Checkpoint
     plan: Plan
     threads: int
+    options: OpenOptions = field(default_factory=OpenOptions)
+    calibration: CalibrationText | None = None
 
     def peak_memory(self) -> int:
         """Predicted peak resident bytes of the run: what is resident now, the slabs in flight, and the later stages."""
-        widest = max((t.shape[-1] for t in self.plan.tensors if t.shape), default=1)
-        slab = max(SLAB_WEIGHTS, widest * max(self.plan.exporter.row_multiple(s) for s in self.plan.schemes.values()))
+        smallest = (_row_multiple(t, self.plan, self.checkpoint) * t.walked_shape[-1] for t in self.plan.quantized)
+        slab = max(SLAB_WEIGHTS, *smallest)
         return resident_memory() + (self.threads + 1) * slab * _SLAB_BYTES_PER_WEIGHT + _LATER_BYTES
 
 
@@ -80,13 +98,47 @@ def prepare(
         raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
     options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
-    config = checkpoint.config()
-    refuse_remote_code(config, checkpoint.source, options)
-    _refuse_quantized(checkpoint, config)
-    architecture = discover_once(config, str(checkpoint.folder), options.trust_remote_code)
+    architecture, checkpoint = described(checkpoint, options)
+    if checkpoint.kind in KINDS:
+        checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint))
-    _refuse_static_activations(plan)
-    return Prepared(checkpoint, plan, threads or os.cpu_count() or 1)
+    return Prepared(checkpoint, plan, threads or os.cpu_count() or 1, options)
+
+
+def calibrate(prepared: Prepared, progress: Progress | None = None) -> Prepared:
+    """The same with the input ranges that static activation scales need; nothing is run where no scheme has any."""
+    plan = prepared.plan
+    needed = needs_input_ranges(plan) - plan.input_absmax.keys()
+    if not needed:
+        return prepared
+    from lowbit.calibrate import measure_input_ranges
+
+    settings = plan.settings
+    text = read_text(settings.calib, packaged="calibration")
+    ranges, windows = measure_input_ranges(
+        prepared.checkpoint, plan.architecture, needed, text, settings.samples, settings.seqlen, dtype=plan.dtype,
+        options=prepared.options, progress=progress,
+    )  # fmt: skip
+    plan = replace(plan, input_absmax=plan.input_absmax | ranges)
+    return replace(prepared, plan=plan, calibration=CalibrationText(text.name, text.sha256, windows, settings.seqlen))
+
+
+def needs_input_ranges(plan: Plan) -> set[str]:
+    """Linears whose scheme stores a static activation scale."""
+    schemes = plan.schemes.items()
+    return {name for name, scheme in schemes if scheme.activation is not None and scheme.activation.needs_calibration}
+
+
+def described(checkpoint: Checkpoint, options: OpenOptions) -> tuple[Architecture, Checkpoint]:
+    """The architecture of an open model, and the model under the architecture's names.
+
+    Raises CheckpointError where config.json quantizes a linear that the files hold in 16 bits.
+    """
+    refuse_remote_code(checkpoint.config(), checkpoint.source, options)
+    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+    if checkpoint.kind in KINDS:
+        _refuse_partly_quantized(checkpoint, architecture)
+    return architecture, checkpoint
 
 
 def write_checkpoint(
@@ -132,7 +184,7 @@ class _Run:
         jobs = (
             (self._slab, tensor, first, last, ranges.get(tensor.name))
             for tensor in self.plan.tensors
-            for first, last in slabs(tensor, self.plan)
+            for first, last in slabs(tensor, self.plan, self.checkpoint)
         )
         self._run_all(jobs)
         return {name: _result(sums) for name, sums in self.sums.items()}
@@ -140,22 +192,28 @@ class _Run:
     def _measure_ranges(self) -> dict[str, TensorRange]:
         """Ranges that must be known before the first slab; a fused set shares the range of its members."""
         needed = [
-            tensor for tensor in self.plan.quantized if tensor.scheme and needs_tensor_range(tensor.scheme.weight)
+            tensor
+            for tensor in self.plan.quantized
+            if tensor.scheme and not tensor.repack and needs_tensor_range(tensor.scheme.weight)
         ]
-        found: dict[str, TensorRange] = {}
+        slabs_of: dict[str, dict[int, TensorRange]] = {tensor.name: {} for tensor in needed}
 
         def measure(tensor: PlannedTensor, first: int, last: int) -> None:
-            slab_range = measure_range(self._read(tensor, first, last))
+            slab_range = measure_range(self._read(tensor, first, last), tensor.scheme.weight if tensor.scheme else None)
             if not math.isfinite(slab_range.high - slab_range.low):
                 raise _non_finite(tensor, first)
             self._release(tensor, last)
-            with self.lock:
-                found[tensor.name] = slab_range.joined(found.get(tensor.name, slab_range))
+            slabs_of[tensor.name][first] = slab_range
 
-        self._run_all((measure, tensor, *bounds) for tensor in needed for bounds in slabs(tensor, self.plan))
-        by_linear = {tensor.linear.name: tensor.name for tensor in needed if tensor.linear}
+        self._run_all(
+            (measure, tensor, *bounds) for tensor in needed for bounds in slabs(tensor, self.plan, self.checkpoint)
+        )
+        # in the order of the rows, so that sums do not depend on which thread was first
+        found = {name: reduce(TensorRange.joined, (ranges[first] for first in sorted(ranges)))
+                 for name, ranges in slabs_of.items()}  # fmt: skip
+        shared = {t.linear.name: t.name for t in needed if t.linear and t.scheme and not _stands_alone(t.scheme)}
         for members in self.plan.architecture.fused_sets.values():
-            names = [by_linear[member] for member in members if member in by_linear]
+            names = [shared[member] for member in members if member in shared]
             if names:
                 joined = reduce(TensorRange.joined, (found[name] for name in names))
                 found.update(dict.fromkeys(names, joined))
@@ -178,22 +236,28 @@ class _Run:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, tensor: PlannedTensor, first: int, last: int) -> Tensor:
-        return self.checkpoint.read(tensor.name, first, last)
+        """Rows of the logical weight; a linear that lies transposed is turned round."""
+        linear = tensor.linear
+        if linear is None or not linear.transposed or tensor.scheme is None or is_decoded(self.checkpoint, tensor.name):
+            return self.checkpoint.read(tensor.name, first, last)
+        return self.checkpoint.read(tensor.name)[:, first:last].t().contiguous()
 
     def _release(self, tensor: PlannedTensor, last: int) -> None:
         if last == rows_of(tensor) or tensor.source.nbytes > _RELEASE_ABOVE:
             self.checkpoint.release(tensor.name)
 
     def _slab(self, tensor: PlannedTensor, first: int, last: int, tensor_range: TensorRange | None) -> None:
-        values = self._read(tensor, first, last)
-        if tensor.scheme is None or tensor.linear is None:
-            if values.dtype in _CHECKED and values.numel() and not _is_finite(values):
-                raise _non_finite(tensor, first)
-            (stored,) = tensor.stored
-            self.writer.write(stored.name, values.to(stored.dtype), first)
+        if tensor.repack:
+            self._repack_slab(tensor, first, last)
         else:
-            self._quantize_slab(tensor, values, first, tensor_range)
-        del values
+            values = self._read(tensor, first, last)
+            if tensor.scheme is not None:
+                self._quantize_slab(tensor, values, first, tensor_range)
+            else:
+                if values.dtype in _CHECKED and values.numel() and not _is_finite(values):
+                    raise _non_finite(tensor, first)
+                self.writer.write(tensor.plain.name, values.to(tensor.plain.dtype), first)
+            del values
         self._release(tensor, last)
         with self.lock:
             self.done += tensor.source.nbytes * (last - first) // max(1, rows_of(tensor))
@@ -202,27 +266,48 @@ class _Run:
     def _quantize_slab(
         self, tensor: PlannedTensor, values: Tensor, first: int, tensor_range: TensorRange | None
     ) -> None:
-        scheme, linear, plan = tensor.scheme, tensor.linear, self.plan
-        if scheme is None or linear is None:
-            raise AssertionError(f"{tensor.name} has no scheme")
-        grid = grid_for(scheme.weight, str(plan.dtype).removeprefix("torch."))
+        scheme, plan = tensor.scheme, self.plan
+        assert scheme is not None, "planned to be quantized"
+        exporter = plan.exporter
+        grid = grid_for(scheme.weight, exporter.scale_format(scheme, tensor.dtype), exporter.lowest_zero_point(scheme))
         quantized = round_to_nearest(
             values, scheme.weight, grid, plan.settings.range_search(scheme.weight), tensor_range
         )
-        params = quantized.params()
-        sums = kernels.squared_error(
-            values, quantized.codes, scheme.weight.columns_per_scale(values.shape[1]), params.scale, params.zero_point,
-            getattr(grid, "format", None),
-        )  # fmt: skip
+        sums = squared_error(values, quantized)
         if not math.isfinite(sums[0]):
             raise _non_finite(tensor, first)
+        self._pack(tensor, quantized, first, sums)
+
+    def _repack_slab(self, tensor: PlannedTensor, first: int, last: int) -> None:
+        """The source's own codes, in the target's grid where that is wider; nothing is lost."""
+        assert tensor.scheme is not None
+        assert isinstance(self.checkpoint, CanReadCodes)
+        quantized = widened(self.checkpoint.read_quantized(tensor.name, first, last), tensor.scheme.weight)
+        sums = (0.0, 1.0, 0.0)
+        if self.plan.exporter.FORMAT == "float":
+            sums = squared_error(quantized.decode().to(tensor.dtype), quantized)
+        self._pack(tensor, quantized, first, sums)
+
+    def _pack(self, tensor: PlannedTensor, quantized: QuantizedTensor, first: int, sums: tuple) -> None:
+        linear, scheme = tensor.linear, tensor.scheme
+        assert linear is not None
+        assert scheme is not None
         with self.lock:
             self.sums.setdefault(tensor.name, {})[first] = sums
-        for name, packed, row in plan.exporter.pack(linear.name, quantized, scheme, first, linear.shape, plan.dtype):
-            self.writer.write(name, packed, row)
+        absmax = self.plan.input_absmax.get(linear.name)
+        pack = self.plan.exporter.pack
+        for piece in pack(linear.name, quantized, scheme, first, linear.shape, tensor.dtype, absmax):
+            if linear.transposed and self.plan.exporter.FORMAT == "float":
+                piece = replace(piece, values=piece.values.t(), row=0, column=first)
+            self.writer.write(piece.name, piece.values, piece.row, piece.column)
 
 
 _CHECKED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _stands_alone(scheme: Scheme) -> bool:
+    """True where each tensor has its own second level, whatever it is fused with."""
+    return scheme.weight.scale_format == "nested"
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -238,15 +323,23 @@ def _non_finite(tensor: PlannedTensor, first: int) -> NonFiniteError:
 
 
 def rows_of(tensor: PlannedTensor) -> int:
-    return tensor.shape[0] if tensor.shape else 1
+    return tensor.walked_shape[0] if tensor.walked_shape else 1
 
 
-def slabs(tensor: PlannedTensor, plan: Plan) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `SLAB_WEIGHTS` weights, cut where the exporter allows it."""
-    multiple = plan.exporter.row_multiple(tensor.scheme) if tensor.scheme else 1
+def slabs(tensor: PlannedTensor, plan: Plan, checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `SLAB_WEIGHTS` weights, cut where the exporter and the source's own layout allow it."""
     if tensor.weights == 0:
         return iter([(0, rows_of(tensor))])
-    return row_slabs(tensor.shape, SLAB_WEIGHTS, multiple)
+    return row_slabs(tensor.walked_shape, SLAB_WEIGHTS, _row_multiple(tensor, plan, checkpoint))
+
+
+def _row_multiple(tensor: PlannedTensor, plan: Plan, checkpoint: Checkpoint) -> int:
+    multiple = 1
+    if tensor.linear is not None and tensor.scheme is not None:
+        multiple = plan.exporter.row_multiple(tensor.scheme, tensor.linear.shape)
+    if is_decoded(checkpoint, tensor.name) and isinstance(checkpoint, CanReadCodes):
+        multiple = math.lcm(multiple, checkpoint.row_multiple(tensor.name))
+    return multiple
 
 
 def copy_companions(folder: Path, work: Path) -> None:
@@ -270,8 +363,12 @@ def _write_config(work: Path, checkpoint: Checkpoint, plan: Plan) -> None:
     config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
     if not ("dtype" in config or "torch_dtype" in config):
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    config["quantization_config"] = plan.exporter.quantization_config(plan.schemes, plan.ignored)
-    (work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    quantization = plan.exporter.quantization_config(plan.schemes, plan.ignored)
+    if quantization:
+        config["quantization_config"] = quantization
+    files = {"config.json": config} | plan.exporter.companion_files(plan.schemes, plan.ignored)
+    for name, content in files.items():
+        (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_disk(output: Path, plan: Plan, overwrite: bool) -> None:
@@ -287,24 +384,17 @@ def _check_disk(output: Path, plan: Plan, overwrite: bool) -> None:
         )
 
 
-def _refuse_quantized(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Codes of a format that is not decoded on reading must not be taken for weights."""
-    quantization = config.get("quantization_config")
-    if quantization and checkpoint.kind != "compressed-tensors":
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{checkpoint.source}: config.json says it is quantized already (quant_method {method!r})",
-            "start from the original checkpoint; every quantization of a quantized model adds its error",
-        )
-
-
-def _refuse_static_activations(plan: Plan) -> None:
-    for name, scheme in plan.schemes.items():
-        if scheme.activation is not None and scheme.activation.needs_calibration:
-            other = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}.get(scheme.name, "a dynamic scheme")
-            raise UsageError(
-                f"scheme {scheme.name} ({name}) needs static activation scales, which calibration measures",
-                f"use {other}; calibration (`lowbit quantize --calib TEXT`) is not part of this version",
+def _refuse_partly_quantized(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """A linear that config.json quantizes and the files hold in 16 bits: one of the two is wrong."""
+    assert isinstance(checkpoint, CanReadCodes), "kinds with codes show them"
+    for linear in architecture.linears.values():
+        weight = f"{linear.name}.weight"
+        if linear.block is None or weight in architecture.tied or linear.keep is not None:
+            continue
+        if not is_decoded(checkpoint, weight) and checkpoint.says_quantized(linear.name):
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json quantizes {linear.name}, but the files hold a plain {weight}",
+                "the model is quantized in part, or config.json is of another one; list the linear as ignored there",
             )
 
 

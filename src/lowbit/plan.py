@@ -2,23 +2,26 @@
 
     architecture + headers + settings → Plan
 
+A conversion plans in the same way, with the schemes that the source has (`fixed`).
+
 Nothing is skipped in silence: a tensor without a scheme carries the reason, a scheme that was adapted carries a note.
 Refused: settings that give linears of one fused set (q/k/v, gate/up) different schemes, since engines load such a
-checkpoint and compute nonsense; a group size chosen by the user that does not divide K.
+checkpoint and compute nonsense; experts of one block with different schemes; a group size chosen by the user that does
+not divide K; what the output format cannot say.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from lowbit.architecture import Architecture, Linear
-from lowbit.checkpoint.base import Checkpoint, TensorInfo
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, is_decoded
 from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
-from lowbit.export import Exporter, find_exporter
+from lowbit.export import Exporter, default_format, find_exporter
 from lowbit.export.safetensors_writer import StoredTensor, total_file_bytes
 from lowbit.schemes import Scheme
 from lowbit.settings import DEFAULT_IGNORE, Settings
@@ -35,7 +38,11 @@ class PlannedTensor:
     linear   module name, for weights of linears; None otherwise
     scheme   None where it is copied; then `reason` says why
     notes    what was adapted: "group size 64, because 128 does not divide 576"
+    plain    what is written for it where it is copied
     stored   what is written for it
+    dtype    the float dtype that the exporter is given for it: of the model, or of the source's scales
+    repack   True where the source's own codes and scales are written, not rounded anew
+    unfit    True where its shape is the reason to leave it alone
     """
 
     name: str
@@ -43,11 +50,20 @@ class PlannedTensor:
     block: int | None
     shape: tuple[int, ...]
     source: TensorInfo
+    plain: StoredTensor
     stored: tuple[StoredTensor, ...]
     linear: Linear | None = None
     scheme: Scheme | None = None
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    repack: bool = False
+    unfit: bool = False
+
+    @property
+    def walked_shape(self) -> tuple[int, ...]:
+        """The shape whose rows are walked: [N, K] of a linear that is quantized, though it may lie transposed."""
+        return self.linear.shape if self.linear is not None and self.scheme is not None else self.shape
 
     @property
     def weights(self) -> int:
@@ -63,11 +79,14 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
+    """input_absmax: linear → largest |input| seen in calibration, of schemes with static activation scales."""
+
     tensors: tuple[PlannedTensor, ...]
     architecture: Architecture
     settings: Settings
     dtype: torch.dtype
     exporter: Exporter
+    input_absmax: dict[str, float] = field(default_factory=dict)
 
     @property
     def stored(self) -> list[StoredTensor]:
@@ -89,8 +108,10 @@ class Plan:
 
     @property
     def ignored(self) -> list[str]:
-        """Module names of the linears left alone, tied ones included."""
-        return [name for name in self.architecture.linears if name not in self.schemes]
+        """Module names of the linears left alone: tied ones, and those of multi-token prediction blocks, included."""
+        left = [name for name in self.architecture.linears if name not in self.schemes]
+        predicted = [tensor.name for tensor in self.tensors if self.architecture.predicts(tensor.name)]
+        return left + [name.removesuffix(".weight") for name in predicted if name.endswith("proj.weight")]
 
     def bits_per_weight(self, decoder_only: bool) -> float:
         """Stored bits ÷ weights: of the linears of the decoder blocks, or of everything in the file."""
@@ -99,24 +120,44 @@ class Plan:
         return 8 * sum(tensor.stored_bytes for tensor in chosen) / weights if weights else 0.0
 
 
-def make_plan(checkpoint: Checkpoint, architecture: Architecture, settings: Settings, dtype: torch.dtype) -> Plan:
-    """Decide for every tensor. Raises what the module docstring refuses, and CheckpointError for absent tensors."""
+def make_plan(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    settings: Settings,
+    dtype: torch.dtype,
+    fixed: dict[str, Scheme] | None = None,
+) -> Plan:
+    """Decide for every tensor.
+
+    fixed  linear → scheme: these schemes and no others, shapes included, whatever `settings` says
+
+    Raises what the module docstring refuses, and CheckpointError for absent tensors.
+    """
     _check_parameters(checkpoint, architecture)
-    exporter = find_exporter(settings.format)
+    exporter = find_exporter(default_format(settings.base_scheme()) if settings.format == "auto" else settings.format)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
-    common = _common_group_sizes(architecture, settings)
+    common = _common_group_sizes(architecture, settings) if fixed is None else {}
     tensors = []
-    for name, info in checkpoint.tensors.items():
-        linear = linears.get(name)
+    for name in _in_order(checkpoint, architecture):
+        info, linear = checkpoint.tensors[name], linears.get(name)
+        copied = _copied(name, info, architecture, checkpoint, dtype)
         if linear is None or name in architecture.tied:
-            tensors.append(_copied(name, info, architecture, checkpoint, dtype))
-        else:
-            copied = replace(_copied(name, info, architecture, checkpoint, dtype), linear=linear)
+            tensors.append(copied)
+            continue
+        copied = replace(copied, linear=linear)
+        if fixed is None:
             tensors.append(_planned_linear(copied, linear, settings, common, dtype, exporter))
-    tensors = _leave_cut_blocks(tensors, architecture, checkpoint, dtype)
+        elif linear.name in fixed:
+            tensors.append(_with_scheme(copied, linear, fixed[linear.name], dtype, exporter))
+        else:
+            tensors.append(replace(copied, reason="not quantized in the source"))
+    tensors = _leave_whole_sets(tensors, architecture)
     plan = Plan(tuple(tensors), architecture, settings, dtype, exporter)
-    _check_overrides(plan)
-    _check_fused_sets(plan)
+    if fixed is None:
+        _check_overrides(plan)
+    _check_one_scheme(plan, architecture.fused_sets, "engines load these as one matrix, and would misread it")
+    _check_one_scheme(plan, architecture.expert_sets, "engines stack the experts of a block, and would misread them")
+    exporter.quantization_config(plan.schemes, plan.ignored)  # refuses what the format cannot say, before anything runs
     return plan
 
 
@@ -130,6 +171,13 @@ def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return floats.most_common(1)[0][0] if floats else torch.bfloat16
 
 
+def _in_order(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
+    """The checkpoint's tensors in the order of the model, then those it does not have, by name: the same model gives
+    the same files however its source was cut and ordered."""
+    known = [name for name in architecture.parameters if name in checkpoint.tensors]
+    return known + sorted(checkpoint.tensors.keys() - architecture.parameters.keys())
+
+
 def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> None:
     for name, shape in architecture.parameters.items():
         info = checkpoint.tensors.get(name)
@@ -138,6 +186,9 @@ def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> Non
                 f"{checkpoint.source}: tensor {name} {list(shape)} is absent",
                 "the files are incomplete, or config.json is of another model",
             )
+        linear = architecture.linears.get(name.removesuffix(".weight"))
+        if linear is not None and linear.transposed and is_decoded(checkpoint, name):
+            shape = linear.shape
         if tuple(info.shape) != shape:
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json says {list(shape)}",
@@ -146,7 +197,7 @@ def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> Non
 
 
 def _copied(name: str, info: TensorInfo, architecture: Architecture, checkpoint: Checkpoint, dtype) -> PlannedTensor:
-    decoded = checkpoint.kind == "gguf" and info.dtype.is_floating_point
+    decoded = info.dtype.is_floating_point and (checkpoint.kind == "gguf" or is_decoded(checkpoint, name))
     stored = StoredTensor(name, dtype if decoded else info.dtype, tuple(info.shape))
     role = architecture.roles.get(name, "other")
     reason = _COPIED_BECAUSE.get(role, "not the weight of a linear layer")
@@ -154,13 +205,17 @@ def _copied(name: str, info: TensorInfo, architecture: Architecture, checkpoint:
         reason = f"tied to {architecture.tied[name]}"
     elif name not in architecture.parameters:
         reason = "not a parameter of the transformers model; copied as it is"
-    return PlannedTensor(name, role, architecture.block_of(name), tuple(info.shape), info, (stored,), reason=reason)
+    shape = tuple(info.shape)
+    block = architecture.block_of(name)
+    return PlannedTensor(name, role, block, shape, info, stored, (stored,), reason=reason, dtype=dtype)
 
 
 _COPIED_BECAUSE = {
     "embedding": "embeddings are looked up, not multiplied; engines keep them in 16 bits",
     "norm": "norms are a vector each, and sensitive",
     "bias": "biases are a vector each",
+    "router": "routers choose experts, and are small",
+    "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4",
 }
 
 
@@ -195,13 +250,27 @@ def _planned_linear(copied: PlannedTensor, linear: Linear, settings: Settings, c
                               "this checkpoint is quantized already; start from the original one")  # fmt: skip
     scheme, notes, reason = _fit_to_shape(linear, scheme, settings, common)
     if reason is not None:
-        return replace(copied, reason=reason)
+        return replace(copied, reason=reason, unfit=True)
+    return replace(_with_scheme(copied, linear, scheme, dtype, exporter), notes=notes)
+
+
+def _with_scheme(
+    copied: PlannedTensor, linear: Linear, scheme: Scheme, dtype: torch.dtype, exporter: Exporter
+) -> PlannedTensor:
+    exporter.storage_format(scheme)  # FormatError where the format has no such numbers
+    reason = exporter.unfit(linear.shape, scheme)
+    if reason is not None:
+        return replace(copied, reason=f"{exporter.FORMAT} cannot hold it: {reason}", unfit=True)
     stored = tuple(exporter.stored_tensors(linear.name, linear.shape, scheme, dtype))
-    return replace(copied, scheme=scheme, reason=None, notes=notes, stored=stored)
+    if linear.transposed and exporter.FORMAT == "float":  # goes back as the model class wants it
+        stored = tuple(replace(tensor, shape=tensor.shape[::-1]) for tensor in stored)
+    return replace(copied, scheme=scheme, reason=None, stored=stored, dtype=dtype)
 
 
 def _choose(linear: Linear, settings: Settings) -> tuple[Scheme | None, str | None]:
     """Scheme, or the reason for none: the user's ignore, then overrides, then the default ignore, then the scheme."""
+    if linear.keep is not None:
+        return None, linear.keep
     pattern = settings.ignored_by(linear.name)
     if pattern is not None:
         return None, f"matches --ignore {pattern}"
@@ -247,25 +316,36 @@ def _nearest_divisor(columns: int, wanted: int) -> int:
     return min(divisors, key=lambda size: abs(size - wanted), default=columns)
 
 
-def _leave_cut_blocks(tensors: list[PlannedTensor], architecture: Architecture, checkpoint: Checkpoint,
-                      dtype: torch.dtype) -> list[PlannedTensor]:  # fmt: skip
-    """Leave fused sets in 16 bits whose square blocks would straddle two members once an engine has stacked them."""
+def _leave_whole_sets(tensors: list[PlannedTensor], architecture: Architecture) -> list[PlannedTensor]:
+    """Leave fused sets, and all experts of a block, in 16 bits as a whole where the shape of one member asks for it."""
     by_linear = {tensor.linear.name: tensor for tensor in tensors if tensor.linear is not None}
-    cut: dict[str, str] = {}
-    for members in architecture.fused_sets.values():
-        for member in members[:-1]:
-            scheme = by_linear[member].scheme
-            block = scheme.weight.group_size if scheme and scheme.weight.granularity is Granularity.BLOCK else None
-            rows = by_linear[member].shape[0]
-            if block and rows % block:
-                reason = f"engines stack it with its siblings, and {rows} rows of {member} cut a block of {block}"
-                cut.update(dict.fromkeys(members, reason))
-    return [
-        replace(_copied(tensor.name, tensor.source, architecture, checkpoint, dtype), linear=tensor.linear,
-                reason=cut[tensor.linear.name])
-        if tensor.linear is not None and tensor.linear.name in cut else tensor
-        for tensor in tensors
-    ]  # fmt: skip
+    left: dict[str, str] = {}
+    for members in (*architecture.fused_sets.values(), *architecture.expert_sets.values()):
+        reasons = [_why_unfit(by_linear[member], member != members[-1]) for member in members if member in by_linear]
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is not None:
+            left.update(dict.fromkeys(members, reason))
+    return [_left_alone(t, left[t.linear.name]) if t.linear and t.linear.name in left else t for t in tensors]
+
+
+def _why_unfit(tensor: PlannedTensor, has_next: bool) -> str | None:
+    """Why the fused set of a linear stays in 16 bits: its own shape, or blocks that straddle it and its sibling."""
+    if tensor.unfit:
+        return tensor.reason
+    scheme = tensor.scheme
+    block = scheme.weight.group_size if scheme and scheme.weight.granularity is Granularity.BLOCK else None
+    if tensor.linear is None or tensor.linear.fused is None or not block or not has_next:
+        return None
+    rows = tensor.linear.shape[0]
+    if rows % block == 0:
+        return None
+    return f"engines stack it with its siblings, and {rows} rows of {tensor.linear.name} cut a block of {block}"
+
+
+def _left_alone(tensor: PlannedTensor, reason: str) -> PlannedTensor:
+    if tensor.scheme is None:
+        return tensor
+    return replace(tensor, scheme=None, reason=reason, notes=(), stored=(tensor.plain,))
 
 
 def _check_overrides(plan: Plan) -> None:
@@ -284,13 +364,14 @@ def _check_overrides(plan: Plan) -> None:
         raise ArchitectureError("no linear is left to quantize", "loosen --ignore")
 
 
-def _check_fused_sets(plan: Plan) -> None:
+def _check_one_scheme(plan: Plan, sets: dict[str, tuple[str, ...]], why: str) -> None:
     schemes = plan.schemes
-    for fused, members in plan.architecture.fused_sets.items():
+    for name, members in sets.items():
         chosen = {member: schemes.get(member) for member in members}
         if len(set(chosen.values())) > 1:
-            named = ", ".join(f"{name.rsplit('.', 1)[-1]} {s.name if s else '16 bits'}" for name, s in chosen.items())
+            shown = list(chosen.items())[:4]
+            named = ", ".join(f"{member.rsplit('.', 1)[-1]} {s.name if s else '16 bits'}" for member, s in shown)
             raise UsageError(
-                f"{fused} would mix schemes ({named}); engines load these as one matrix, and would misread it",
+                f"{name} would mix schemes ({named}); {why}",
                 "write --ignore and --override patterns that cover the whole set, such as '(q|k|v)_proj$'",
             )

@@ -14,28 +14,32 @@ from typing import Literal
 from lowbit.errors import UsageError
 from lowbit.tensors import Granularity
 
-# How a scale is stored. "model": the checkpoint's own float dtype.
-ScaleFormat = Literal["model", "e8m0", "e4m3"]
+# How a scale is stored. "model": a 16- or 32-bit float, which of them the file format says. "nested": 8-bit codes of
+# bitsandbytes' double quantization.
+ScaleFormat = Literal["model", "e8m0", "e4m3", "nested"]
+Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4"]
 
 
 @dataclass(frozen=True)
 class WeightSpec:
     """How a weight [N, K] is stored.
 
-    number        "int", or a minifloat: "e4m3" "e5m2" "e2m1"
+    number        "int", a minifloat "e4m3" "e5m2" "e2m1", or a codebook of bitsandbytes "nf4" "fp4"
     bits          of one code
     symmetric     False: an integer zero point per scale
     granularity   which weights share a scale
     group_size    columns per scale (GROUP) or side of the square (BLOCK); None for TENSOR and CHANNEL
-    scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4)
+    scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4), "nested"
+    narrow        integers without their most negative code: scale · (2^(b−1) − 1) is the largest weight exactly
     """
 
-    number: Literal["int", "e4m3", "e5m2", "e2m1"]
+    number: Number
     bits: int
     granularity: Granularity
     group_size: int | None = None
     symmetric: bool = True
     scale_format: ScaleFormat = "model"
+    narrow: bool = False
 
     @property
     def two_level(self) -> bool:
@@ -45,7 +49,7 @@ class WeightSpec:
     @property
     def group_size_is_free(self) -> bool:
         """MX and NVFP4 fix the group size; so does a square block."""
-        return self.granularity is Granularity.GROUP and self.scale_format == "model"
+        return self.number == "int" and self.granularity is Granularity.GROUP and self.scale_format == "model"
 
     def columns_per_scale(self, columns: int) -> int:
         """g, with K where one scale spans the row."""
@@ -91,7 +95,7 @@ class Scheme:
         weight = self.weight
         if weight.group_size == group_size:
             return self
-        if weight.number != "int" or weight.scale_format != "model" or weight.granularity is Granularity.BLOCK:
+        if weight.number != "int" or weight.scale_format != "model" or weight.narrow:
             fixed = "one scale per row" if weight.group_size is None else f"group size {weight.group_size}"
             raise UsageError(f"scheme {self.name} has {fixed} by definition; {group_size} was asked for",
                              "leave --group-size out, or choose an integer scheme such as W4A16")  # fmt: skip
@@ -111,6 +115,9 @@ _FP8_BLOCK = WeightSpec("e4m3", 8, Granularity.BLOCK, group_size=128)
 _NVFP4 = WeightSpec("e2m1", 4, Granularity.GROUP, group_size=16, scale_format="e4m3")
 _MXFP4 = WeightSpec("e2m1", 4, Granularity.GROUP, group_size=32, scale_format="e8m0")
 _MXFP8 = WeightSpec("e4m3", 8, Granularity.GROUP, group_size=32, scale_format="e8m0")
+_NF4 = WeightSpec("nf4", 4, Granularity.GROUP, group_size=64)
+_FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
+_LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
@@ -139,6 +146,9 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("MXFP4", _MXFP4, _MXFP4_GROUP, "FP4 E2M1 in 32s with power-of-two scales; activations the same"),
         Scheme("MXFP4A16", _MXFP4, None, "FP4 E2M1 in 32s with power-of-two scales; weight-only"),
         Scheme("MXFP8", _MXFP8, _MXFP8_GROUP, "FP8 E4M3 in 32s with power-of-two scales; activations the same"),
+        Scheme("NF4", _NF4, None, "4-bit NormalFloat codebook in 64s, as bitsandbytes (QLoRA) has it; weight-only"),
+        Scheme("FP4", _FP4, None, "bitsandbytes' 4-bit float codebook in 64s; weight-only"),
+        Scheme("INT8", _LLM_INT8, None, "8-bit integers per row, LLM.int8() of bitsandbytes"),
     )
 }
 
@@ -151,3 +161,18 @@ def find_scheme(name: str) -> Scheme:
     near = difflib.get_close_matches(name.upper(), SCHEMES, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(SCHEMES)}"
     raise UsageError(f"there is no scheme {name!r}", hint)
+
+
+def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Scheme:
+    """The scheme of the table that stores and computes the same, with this group size; else an unnamed one."""
+    for scheme in SCHEMES.values():
+        own = scheme.weight
+        if own.group_size_is_free:
+            own = replace(own, granularity=weight.granularity, group_size=weight.group_size)
+        if own.number in ("nf4", "fp4"):
+            own = replace(own, scale_format=weight.scale_format, group_size=weight.group_size)
+        if own == weight and scheme.activation == activation:
+            return replace(scheme, weight=weight)
+    activation_bits = 16 if activation is None else activation.bits
+    name = f"W{weight.bits}A{activation_bits}" + ("" if weight.symmetric else "_ASYM")
+    return Scheme(name, weight, activation, "as the checkpoint states it")

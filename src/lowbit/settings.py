@@ -12,10 +12,11 @@ A recipe is the flags' long names in YAML:
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lowbit.errors import UsageError
 from lowbit.numerics.grid import RangeSearch
@@ -29,10 +30,14 @@ class Settings(BaseModel):
 
     scheme      name in `lowbit.schemes.SCHEMES`
     method      how codes are chosen: "rtn"
-    format      of the files: "compressed-tensors"
+    format      of the files; "auto": bitsandbytes for its own schemes (NF4, FP4, INT8), compressed-tensors for others
+    double_quant  NF4 and FP4: the scales are quantized too, as QLoRA has it (0.37 bits per weight less)
+    calib       calibration text: a file, a hub dataset, or None for the packaged one; read only where a scheme needs
+                static activation scales (FP8, NVFP4)
+    samples, seqlen  windows of calibration text, and tokens in each
     group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
-    range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for wider
-                codes, where a search finds nothing (measured: docs/log.md)
+    range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for NF4, FP4
+                and wider codes, where a search finds nothing or does harm (measured: docs/log.md)
     ignore      regexes (searched in module names) of linears left in 16 bits; always wins
     overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
     shard_size  bytes of tensors per file
@@ -42,7 +47,10 @@ class Settings(BaseModel):
 
     scheme: str = "W4A16"
     method: Literal["rtn"] = "rtn"
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "float"] = (
+        "auto"
+    )
+    double_quant: bool = False
     group_size: int | None = None
     range: Literal["auto", "absmax", "mse", "wmse", "percentile"] = "auto"
     percentile: float = 99.9
@@ -50,6 +58,9 @@ class Settings(BaseModel):
     overrides: dict[str, str] = {}
     shard_size: int = 5_000_000_000
     seed: int = 0
+    calib: str | None = None
+    samples: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=512, ge=4)
 
     @field_validator("ignore")
     @classmethod
@@ -83,6 +94,8 @@ class Settings(BaseModel):
     def base_scheme(self) -> Scheme:
         """The scheme, with the group size the user chose."""
         scheme = find_scheme(self.scheme)
+        if self.double_quant:
+            scheme = _with_nested_scales(scheme)
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
 
     def override_for(self, linear: str) -> Scheme | None:
@@ -101,10 +114,16 @@ class Settings(BaseModel):
 
     def range_search(self, weight: WeightSpec) -> RangeSearch:
         if self.range == "auto":
-            if weight.bits > 4:
+            if weight.bits > 4 or weight.number in ("nf4", "fp4"):
                 return RangeSearch("absmax")
             return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
+
+
+def _with_nested_scales(scheme: Scheme) -> Scheme:
+    if scheme.weight.number not in ("nf4", "fp4"):
+        raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
+    return replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
 
 
 def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:

@@ -56,6 +56,21 @@ class GroupParams:
 
 
 @dataclass(frozen=True)
+class NestedScale:
+    """Scales that are themselves codes: scale = table[codes] · absmax[block] + offset (QLoRA's double quantization).
+
+    codes   uint8 [N, G]     in row-major order cut into blocks of `block` scales, which may cross rows
+    absmax  float32 [blocks] of these rows
+    offset  float            the mean scale of the whole tensor
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    offset: float
+    block: int = 256
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """A weight after rounding: logical, unpacked, on a named grid.
 
@@ -65,6 +80,8 @@ class QuantizedTensor:
     global_scale float   two-level grids store scale / global_scale; a power of two when we made it, so both the
                          multiplier (ModelOpt) and the divisor (compressed-tensors) are exact
     group_size   g; K where one scale spans the row
+    g_idx        int32 [K]   the group of every column, where it is not column // g (GPTQ with activation order)
+    nested       how the scales themselves are quantized, where they are (bitsandbytes' double quantization)
     """
 
     codes: Tensor
@@ -74,6 +91,8 @@ class QuantizedTensor:
     group_size: int
     zero_point: Tensor | None = None
     global_scale: float = 1.0
+    g_idx: Tensor | None = None
+    nested: NestedScale | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,12 +108,18 @@ class QuantizedTensor:
 
     def decode(self) -> Tensor:
         """The weights the codes stand for, float32 [N, K]."""
-        return self.grid.decode(self.codes, self.params(), self._columns_per_scale)
+        params = self.params()
+        if self.g_idx is None:
+            return self.grid.decode(self.codes, params, self._columns_per_scale)
+        columns = self.g_idx.long()
+        zero_point = None if params.zero_point is None else params.zero_point[:, columns]
+        return self.grid.decode(self.codes, GroupParams(params.scale[:, columns], zero_point, params.global_scale), 1)
 
     def to(self, device) -> QuantizedTensor:
         moved = {name: getattr(self, name).to(device) for name in ("codes", "scale")}
-        if self.zero_point is not None:
-            moved["zero_point"] = self.zero_point.to(device)
+        for name in ("zero_point", "g_idx"):
+            if getattr(self, name) is not None:
+                moved[name] = getattr(self, name).to(device)
         return replace(self, **moved)
 
     @property

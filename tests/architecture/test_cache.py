@@ -6,13 +6,8 @@ import pytest
 
 from lowbit.architecture import cache, discover, discover_once
 from lowbit.errors import ArchitectureError
-from models import FAMILIES, SIZES
-
-
-def config(model_type: str, **changes) -> dict:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type, **{**SIZES, **changes}).to_dict()
+from models import ARCHITECTURES
+from models import config_of as config
 
 
 @pytest.fixture
@@ -20,20 +15,28 @@ def found(tmp_path, monkeypatch) -> list[str]:
     """Model types that were really discovered, with a cache of the test's own."""
     calls: list[str] = []
 
-    def counted(config, folder, trust_remote_code=False):
+    def counted(config, folder, trust_remote_code=False, split_experts=False):
         calls.append(config["model_type"])
-        return discover(config, folder, trust_remote_code)
+        return discover(config, folder, trust_remote_code, split_experts)
 
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
     monkeypatch.setattr(cache, "discover", counted)
     return calls
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_is_kept_equals_what_was_found(found, model_type):
-    first = discover_once(config(model_type), "x")
-    assert discover_once(config(model_type), "y") == first == discover(config(model_type), "x")
-    assert found == [model_type]
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_kept_equals_what_was_found(found, architecture):
+    given = config(architecture)
+    first = discover_once(given, "x")
+    assert discover_once(given, "y") == first == discover(given, "x")
+    assert found == [ARCHITECTURES[architecture][0]]
+
+
+def test_experts_taken_apart_are_kept_beside_those_that_are_not(found):
+    whole, apart = discover_once(config("gpt_oss"), "x"), discover_once(config("gpt_oss"), "x", split_experts=True)
+    assert discover_once(config("gpt_oss"), "x") == whole != apart
+    assert discover_once(config("gpt_oss"), "x", split_experts=True) == apart
+    assert found == ["gpt_oss", "gpt_oss"]
 
 
 def test_another_config_is_discovered_anew_and_quantization_config_does_not_matter(found):

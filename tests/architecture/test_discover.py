@@ -3,14 +3,10 @@ from __future__ import annotations
 import pytest
 
 from lowbit.architecture import discover
+from lowbit.architecture.table import FAMILIES as TABLE
 from lowbit.errors import ArchitectureError
-from models import FAMILIES, SIZES
-
-
-def config(model_type: str, **changes) -> dict:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type, **{**SIZES, **changes}).to_dict()
+from models import ARCHITECTURES, FAMILIES
+from models import config_of as config
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -93,10 +89,122 @@ def test_linear_without_a_role_is_refused():
 
     from lowbit.architecture import build_on_meta
     from lowbit.architecture.discover import describe
-    from lowbit.architecture.table import FAMILIES as TABLE
 
     model = build_on_meta(config("llama"), "x")
     with torch.device("meta"):
         model.model.layers[0].mlp.extra = torch.nn.Linear(4, 4)
     with pytest.raises(ArchitectureError, match=r"mlp\.extra"):
         describe(model, TABLE["llama"])
+
+
+def test_matrix_without_a_role_is_refused():
+    """Experts that a newer transformers would fuse without saying how they lie on disk."""
+    import torch
+
+    from lowbit.architecture import build_on_meta
+    from lowbit.architecture.discover import describe
+
+    model = build_on_meta(config("llama"), "x")
+    model.model.layers[0].mlp.experts = torch.nn.Module()
+    model.model.layers[0].mlp.experts.gate_up_proj = torch.nn.Parameter(torch.empty(4, 8, 8, device="meta"))
+    with pytest.raises(ArchitectureError, match=r"mlp\.experts\.gate_up_proj"):
+        describe(model, TABLE["llama"])
+
+
+def test_every_row_of_the_table_has_a_model():
+    assert {model_type for model_type, _ in ARCHITECTURES.values()} == set(TABLE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_are_unique_and_each_weight_is_a_parameter(architecture):
+    found = discover(config(architecture), "x")
+    for name, linear in found.linears.items():
+        weight = f"{name}.weight"
+        assert name == linear.name
+        assert weight in found.tied or set(found.parameters[weight]) == set(linear.shape)
+        assert linear.has_bias == (f"{name}.bias" in found.parameters)
+    assert len(found.blocks) == 2
+
+
+# architecture → the fused sets of the last block, by the ends of their names, as vLLM's model files stack them
+FUSED = {
+    "llama": {"self_attn.qkv_proj": 3, "mlp.gate_up_proj": 2},
+    "phi3": {},
+    "glm4": {"self_attn.qkv_proj": 3},
+    "opt": {"self_attn.qkv_proj": 3},
+    "gpt2": {},
+    "gpt_neox": {},
+    "bloom": {},
+    "mixtral": {"self_attn.qkv_proj": 3, **{f"block_sparse_moe.experts.{e}.gate_up_proj": 2 for e in range(4)}},
+    "qwen2_moe": {"self_attn.qkv_proj": 3, "mlp.shared_expert.gate_up_proj": 2,
+                  **{f"mlp.experts.{e}.gate_up_proj": 2 for e in range(4)}},
+    "deepseek_v3": {"self_attn.fused_qkv_a_proj": 2, "mlp.shared_experts.gate_up_proj": 2,
+                    **{f"mlp.experts.{e}.gate_up_proj": 2 for e in range(4)}},
+    "deepseek_v2_lite": {"mlp.shared_experts.gate_up_proj": 2,
+                         **{f"mlp.experts.{e}.gate_up_proj": 2 for e in range(4)}},
+    "gemma3": {"self_attn.qkv_proj": 3, "mlp.gate_up_proj": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", FUSED)
+def test_fused_sets_of_a_family(architecture):
+    found = discover(config(architecture), "x")
+    last = found.blocks[-1] + "."
+    sets = {name.removeprefix(last): len(of) for name, of in found.fused_sets.items() if name.startswith(last)}
+    assert sets == FUSED[architecture]
+
+
+def test_all_experts_of_a_block_are_one_set():
+    found = discover(config("deepseek_v3"), "x")
+    (name,) = found.expert_sets
+    assert name == "model.layers.1.mlp.experts"
+    assert len(found.expert_sets[name]) == 4 * 3
+    assert found.expert_sets[name][:3] == tuple(f"{name}.0.{leaf}_proj" for leaf in ("gate", "up", "down"))
+    assert not discover(config("llama"), "x").expert_sets
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_routers_stay_in_16_bits(architecture):
+    kept = [linear for linear in discover(config(architecture), "x").linears.values() if linear.keep is not None]
+    assert {linear.role for linear in kept} == {"router"}
+    assert {linear.name.rsplit(".", 1)[-1] for linear in kept} <= {"gate", "router", "shared_expert_gate"}
+    assert len(kept) == {"qwen2_moe": 4, "deepseek_v3": 1}.get(architecture, 2)
+
+
+def test_mixtral_has_the_names_of_its_files():
+    found = discover(config("mixtral"), "x")
+    expert = found.linears["model.layers.1.block_sparse_moe.experts.3.w2"]
+    assert (expert.role, expert.expert, expert.shape) == ("down_proj", 3, (128, 192))
+    assert expert.fed_by == "model.layers.1.block_sparse_moe.experts.3.w3"
+    assert expert.reads == "model.layers.1.block_sparse_moe.experts.3.hidden"
+
+
+def test_gpt2_lies_transposed():
+    found = discover(config("gpt2"), "x")
+    up = found.linears["transformer.h.0.mlp.c_fc"]
+    assert (up.shape, up.transposed) == ((512, 128), True)
+    assert found.parameters["transformer.h.0.mlp.c_fc.weight"] == (128, 512)
+    assert not found.linears["lm_head"].transposed
+
+
+def test_vision_language_models_have_the_names_of_the_hub():
+    gemma = discover(config("gemma3"), "x")
+    assert gemma.blocks[0] == "language_model.model.layers.0"
+    assert gemma.tied == {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in gemma.linears
+    qwen = discover(config("qwen2_5_vl"), "x")
+    assert "visual.blocks.0.attn.qkv" in qwen.linears
+    assert "model.layers.0.mlp.up_proj" in qwen.linears
+    assert qwen.linears["visual.blocks.0.attn.qkv"].block is None
+
+
+def test_norms_behind_a_linear_do_not_feed_it():
+    assert discover(config("olmo2"), "x").linears["model.layers.0.self_attn.q_proj"].fed_by is None
+    first = "model.decoder.layers.0.self_attn.q_proj"
+    assert discover(config("opt"), "x").linears[first].fed_by is not None
+    assert discover(config("opt", do_layer_norm_before=False), "x").linears[first].fed_by is None
+
+
+def test_parallel_blocks_share_one_input():
+    linears = discover(config("cohere2"), "x").linears
+    assert linears["model.layers.0.mlp.up_proj"].reads == linears["model.layers.0.self_attn.q_proj"].reads

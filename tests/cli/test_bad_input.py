@@ -118,7 +118,7 @@ def remote_code(model):
 
 
 def quantized_by_another_method(model):
-    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(model, quantization_config={"quant_method": "vptq", "bits": 4})
 
 
 def no_weights(model):
@@ -145,7 +145,7 @@ BAD_MODELS = {
     config_that_is_a_list: "config.json",
     pickle_only: "--allow-pickle",
     remote_code: "--trust-remote-code",
-    quantized_by_another_method: "gptq",
+    quantized_by_another_method: "vptq",
     no_weights: "no weights",
 }
 
@@ -204,10 +204,10 @@ def test_truncated_gguf_is_refused(lowbit, tmp_path, fraction):
 
 BAD_OPTIONS = {
     "unknown scheme": (["--scheme", "W4A17"], ["W4A17", "W4A16"]),
-    "scheme that needs calibration": (["--scheme", "FP8"], ["calibration", "FP8_DYNAMIC"]),
+    "calibration text that is not there": (["--scheme", "FP8", "--calib", "absent.txt"], ["absent.txt"]),
     "group size that does not divide": (
         ["--group-size", "100"],
-        ["in_features 192", "group size 100", "--group-size 64"],
+        ["in_features 128", "group size 100", "--group-size 64"],
     ),
     "group size of a fixed scheme": (["--scheme", "FP8_BLOCK", "--group-size", "64"], ["FP8_BLOCK", "64"]),
     "group size 0": (["--group-size", "0"], ["group size 0"]),

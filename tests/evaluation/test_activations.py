@@ -225,3 +225,57 @@ def test_mx_equals_compressed_tensors_below_mantissa_1_75(name):
     assert torch.equal(ours[same_rule], theirs[same_rule])
     assert same_rule.any()
     assert not torch.equal(ours[~same_rule], theirs[~same_rule])
+
+
+def mixtral_experts(block, x, chosen, weights, spec):
+    """Ten lines for what a fused operation of transformers computes, with x̂ in front of both matrices."""
+    out = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            gate, up = (block.gate_up_proj[expert] @ quantize_activation(x[token], spec)).chunk(2)
+            hidden = quantize_activation(torch.nn.functional.silu(gate) * up, spec)
+            out[token] += weight * (block.down_proj[expert] @ hidden)
+    return out
+
+
+@torch.inference_mode()
+def test_fused_experts_are_simulated_inside_the_operation():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowbit.architecture import discover
+    from models import config_of
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of("mixtral"))).eval()
+    experts = [n for of in discover(config_of("mixtral"), "x").expert_sets.values() for n in of]
+    block = model.model.layers[0].mlp.experts
+    for parameter in block.parameters():
+        parameter.normal_(0.0, 0.1)
+    x, chosen, weights = torch.randn(5, 128), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    plain = block(x, chosen, weights)
+    with simulated_activations(model, {f"{name}.weight": SCHEMES["W8A8"] for name in experts}, {}):
+        inside = block(x, chosen, weights)
+    expected = mixtral_experts(block, x, chosen, weights, SCHEMES["W8A8"].activation)
+    assert torch.allclose(inside, expected, atol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-4)
+    assert torch.equal(block(x, chosen, weights), plain)
+
+
+def test_what_cannot_be_simulated_in_fused_experts_is_named():
+    from lowbit.architecture import build_on_meta, discover
+    from lowbit.errors import ArchitectureError
+    from models import config_of
+
+    model = build_on_meta(config_of("mixtral"), "x")
+    names = [f"{n}.weight" for n in next(iter(discover(config_of("mixtral"), "x").expert_sets.values()))]
+    static = simulated_activations(model, dict.fromkeys(names, SCHEMES["FP8"]), dict.fromkeys(names, 0.1))
+    with pytest.raises(CheckpointError, match="a scale per expert"), static:
+        pass
+    mixed = simulated_activations(model, dict.fromkeys(names, SCHEMES["W8A8"]) | {names[0]: SCHEMES["W4A8"]}, {})
+    with pytest.raises(CheckpointError, match="different schemes"), mixed:
+        pass
+    model.set_experts_implementation("eager")
+    block = model.model.layers[0].mlp.experts.to_empty(device="cpu")
+    simulated = simulated_activations(model, dict.fromkeys(names, SCHEMES["W8A8"]), {})
+    with pytest.raises(ArchitectureError, match="_apply_gate"), simulated:
+        block(torch.zeros(3, 128), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, FakeCheckpoint, byte_tokenizer, save_model
 
 import lowbit.checkpoint
+from lowbit.architecture.loading import load_model
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import CheckpointError, NonFiniteError, UsageError
 from lowbit.evaluation import forward
 from lowbit.evaluation.activations import simulated_activations
 from lowbit.evaluation.forward import Runner, slices
-from lowbit.evaluation.loading import load_model
 from lowbit.evaluation.perplexity import evaluate, score
 from lowbit.evaluation.result import evaluation_table, heading, sentence
-from lowbit.evaluation.text import cut_windows, read_text
 from lowbit.schemes import SCHEMES
+from lowbit.text import cut_windows, read_text
 
 SETTINGS = {"windows": 6, "window_tokens": 32}
 

@@ -140,3 +140,21 @@ def test_empty_folder_is_no_obstacle(tmp_path):
 def test_disk_errors_are_told_in_words(tmp_path, code, says):
     with pytest.raises(OutputError, match=says), translated_os_errors(tmp_path / "out"):
         raise OSError(code, os.strerror(code))
+
+
+def test_strips_of_columns_make_the_whole(tmp_path):
+    """Formats that store a weight transposed write a slab of rows as a strip of columns."""
+    value = torch.arange(6 * 10, dtype=torch.int32).reshape(6, 10)
+    writer = SafetensorsWriter(tmp_path, [StoredTensor("t", value.dtype, (6, 10))], 10**9)
+    for first, last in ((4, 10), (0, 1), (1, 4)):
+        writer.write("t", value[:, first:last], column=first)
+    writer.close()
+    assert torch.equal(load_file(writer.files[0])["t"], value)
+
+
+@pytest.mark.parametrize("column", [8, -1])
+def test_a_strip_beyond_the_last_column_is_refused(tmp_path, column):
+    writer = SafetensorsWriter(tmp_path, [StoredTensor("t", torch.int32, (6, 10))], 10**9)
+    with pytest.raises(AssertionError, match="overruns"):
+        writer.write("t", torch.zeros(6, 3, dtype=torch.int32), column=column)
+    writer.abandon()

@@ -148,6 +148,37 @@ def test_model_dtype_scales_survive_their_dtype(scale_format):
     assert (scale > 0).all()
 
 
+def test_scales_for_float16_files_of_bfloat16_models_survive_both():
+    wanted = torch.logspace(-6, 4, 2000)
+    scale = storable_scale(wanted, "bfloat16_in_float16")
+    assert torch.equal(scale.to(torch.bfloat16).float(), scale)
+    assert torch.equal(scale.to(torch.float16).float(), scale)
+    inside = wanted > 2.0**-16
+    assert ((scale - wanted).abs() <= wanted * 2.0**-8)[inside].all()
+    assert storable_scale(torch.tensor([1e9, 1e-30]), "bfloat16_in_float16").tolist() == [65280.0, 2.0**-17]
+
+
+def test_a_narrow_grid_has_no_lowest_code_and_holds_the_largest_weight():
+    grid = IntGrid(8, scale_format="float32", narrow=True)
+    weight = torch.tensor([[-3.0, 1.0, 3.0, 0.5]])
+    params = grid.fit(weight, 4, RangeSearch())
+    codes = grid.round(weight, params, 4)
+    assert codes.tolist() == [[-127, 42, 127, 21]]
+    assert grid.decode(codes, params, 4)[0, 0].item() == pytest.approx(-3.0, rel=1e-7)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_lowest_zero_point_is_kept_and_the_range_still_covered(bits):
+    grid = IntGrid(bits, symmetric=False, scale_format="float32", lowest_zero_point=1 - (1 << (bits - 1)))
+    weight = torch.rand(50, 32) + torch.linspace(-1.0, 1.0, 50)[:, None]
+    for search in (RangeSearch("absmax"), RangeSearch("wmse")):
+        params = grid.fit(weight, 32, search)
+        assert params.zero_point.min() >= grid.lowest_zero_point
+    params = grid.fit(weight, 32, RangeSearch("absmax"))
+    decoded = grid.decode(grid.round(weight, params, 32), params, 32)
+    assert ((decoded - weight).abs() <= params.scale * 1.001).all()
+
+
 def test_e8m0_scales_are_powers_of_two_that_cover():
     wanted = torch.rand(1000) * 10 + 1e-6
     scale = storable_scale(wanted, "e8m0")
@@ -199,3 +230,14 @@ def test_quantized_tensor_expands_its_scales(granularity):
     across = column // group if granularity in (Granularity.GROUP, Granularity.BLOCK) else 0 * column
     down = {Granularity.TENSOR: 0 * row, Granularity.BLOCK: row // group}.get(granularity, row)
     assert torch.equal(quantized.decode(), scale[down, across] * codes)
+
+
+def test_columns_in_activation_order_decode_with_the_group_they_name():
+    codes = torch.randint(-8, 8, (5, 12), dtype=torch.int8)
+    scale, zero_point = torch.rand(5, 3) + 0.5, torch.randint(-8, 8, (5, 3), dtype=torch.int32)
+    g_idx = torch.randperm(12).int() % 3
+    quantized = QuantizedTensor(codes, scale, IntGrid(4, False), Granularity.GROUP, 4, zero_point, g_idx=g_idx)
+    wanted = torch.empty(5, 12)
+    for column, group in enumerate(g_idx.tolist()):
+        wanted[:, column] = scale[:, group] * (codes[:, column] - zero_point[:, group])
+    assert torch.equal(quantized.decode(), wanted)

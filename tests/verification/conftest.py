@@ -1,4 +1,4 @@
-"""Good checkpoints of a tiny model, one per scheme, made once; `broken` is a copy to break."""
+"""Good checkpoints of tiny models, one per scheme and format, made once; `broken` is a copy to break."""
 
 from __future__ import annotations
 
@@ -7,38 +7,56 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.checkpoint import open_safetensors
+from lowbit.checkpoint import open_checkpoint
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
+# Architectures beside the general one, by what is special about them.
+OTHERS = {"qwen3_moe": {}, "gpt2": {}, "gpt_oss": {}, "tied": {"tie_word_embeddings": True, **SIZES}}
 
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory) -> Path:
+def models(tmp_path_factory):
+    """Name → folder of a 16-bit model."""
     from models import make_model
 
-    return make_model(tmp_path_factory.mktemp("verify") / "original", **SIZES)
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("verify") / "original"
+            special = SIZES if name == "llama" else OTHERS[name]
+            made[name] = make_model(folder, "llama" if name == "tied" else name, **special)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def original(models) -> Path:
+    return models("llama")
 
 
 @pytest.fixture
 def source(original):
-    checkpoint = open_safetensors(original)
+    checkpoint = open_checkpoint(original)
     yield checkpoint
     checkpoint.close()
 
 
 @pytest.fixture(scope="session")
-def good(original, tmp_path_factory):
-    """Scheme (and settings) → folder."""
-    from lowbit.pipeline import prepare, write_checkpoint
+def good(models, tmp_path_factory):
+    """Scheme (and settings, model) → folder."""
+    from lowbit.pipeline import calibrate, prepare, write_checkpoint
     from lowbit.settings import make_settings
 
     made: dict[str, Path] = {}
 
-    def make(scheme: str, **settings) -> Path:
-        key = f"{scheme} {settings}"
+    def make(scheme: str, model: str = "llama", **settings) -> Path:
+        key = f"{scheme} {model} {settings}"
         if key not in made:
             folder = tmp_path_factory.mktemp("good") / "model"
-            write_checkpoint(prepare(original, make_settings(scheme=scheme, **settings), threads=1), folder)
+            prepared = prepare(models(model), make_settings(scheme=scheme, **settings), threads=1)
+            write_checkpoint(calibrate(prepared), folder)
             made[key] = folder
         return made[key]
 

@@ -18,13 +18,13 @@ def test_no_quantization_config(broken):
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert_breaks(folder, "quantization-config", "no quantization_config")
+    assert_breaks(folder, "format-known", "no quantization_config", "compressed-tensors")
 
 
 def test_config_that_is_no_json(broken):
     folder = broken()
     (folder / "config.json").write_text("{")
-    assert_breaks(folder, "quantization-config", "config.json")
+    assert_breaks(folder, "format-known", "config.json")
 
 
 def test_model_of_an_unknown_type(broken):
@@ -223,7 +223,7 @@ def test_float32_model_with_fp8_weights(broken):
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    assert_breaks(folder, "engine-limits", "float32", Q)
+    assert_breaks(folder, "engine-dtype", "float32", Q)
 
 
 def test_tensor_parallel_sizes_that_do_not_fit_are_named(good):
@@ -246,7 +246,7 @@ def test_fused_set_that_blocks_straddle(tmp_path, monkeypatch):
     from lowbit.settings import make_settings
     from models import make_model
 
-    monkeypatch.setattr(plan, "_leave_cut_blocks", lambda tensors, *others: tensors)
+    monkeypatch.setattr(plan, "_leave_whole_sets", lambda tensors, *others: tensors)
     narrow = make_model(tmp_path / "narrow", hidden_size=128, num_key_value_heads=2, head_dim=32)
     write_checkpoint(prepare(narrow, make_settings(scheme="FP8_BLOCK"), threads=1), tmp_path / "out")
-    assert_breaks(tmp_path / "out", "engine-limits", K, "64 rows")
+    assert_breaks(tmp_path / "out", "fused-blocks", K, "64 rows")

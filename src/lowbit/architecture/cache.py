@@ -1,7 +1,7 @@
 """What discovery found, kept between runs: importing transformers and building a model on the meta device takes longer
 than reading a billion weights.
 
-    key = SHA-256(config.json, version of transformers, version of lowbit, source of the table and of discovery)
+    key = SHA-256(config.json, split_experts, versions of transformers and lowbit, source of the table and of discovery)
 
 so a change of any of them is discovered anew. The cache lies in LOWBIT_CACHE (or the user's cache folder), beside the
 rebuilt GGUF folders. A file that cannot be read is discovered anew too, and one that cannot be written is not kept: the
@@ -20,35 +20,50 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import __version__
-from lowbit.architecture.discover import Architecture, Linear, discover
+from lowbit.architecture.discover import discover
+from lowbit.architecture.structure import Architecture, Linear, Part, Placement
 from lowbit.checkpoint.gguf_folder import cache_root
 
+# Every file whose change can change what is found.
+_SOURCES = ("table.py", "structure.py", "disk_layout.py", "discover.py", "cache.py")
 
-def discover_once(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> Architecture:
+
+def discover_once(
+    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False
+) -> Architecture:
     """`discover`, or what it found last time for the same config.json."""
     if trust_remote_code:
-        return discover(config, folder, trust_remote_code)
-    path = cache_root() / "architecture" / f"{_key(config)}.json"
+        return discover(config, folder, trust_remote_code, split_experts)
+    path = cache_root() / "architecture" / f"{_key(config, split_experts)}.json"
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        architecture = discover(config, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        architecture = discover(config, folder, split_experts=split_experts)
     _keep(path, architecture)
     return architecture
 
 
-def _key(config: dict[str, Any]) -> str:
+def _key(config: dict[str, Any], split_experts: bool) -> str:
     here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in config.items() if k != "quantization_config"}, sort_keys=True, default=str)]
-    parts += [metadata.version("transformers"), __version__]
-    parts += [(here / name).read_text(encoding="utf-8") for name in ("table.py", "discover.py")]
+    parts += [str(split_experts), metadata.version("transformers"), __version__]
+    parts += [(here / name).read_text(encoding="utf-8") for name in _SOURCES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _from_json(kept: dict[str, Any]) -> Architecture:
     linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
     parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
-    return Architecture(**{**kept, "blocks": tuple(kept["blocks"]), "linears": linears, "parameters": parameters})
+    layout = {name: _placement(row) for name, row in kept.pop("layout").items()}
+    spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
+    blocks = tuple(kept.pop("blocks"))
+    return Architecture(
+        **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings
+    )
+
+
+def _placement(row: dict[str, Any]) -> Placement:
+    return Placement(tuple(row["shape"]), tuple(Part(**part) for part in row["parts"]))
 
 
 def _keep(path: Path, architecture: Architecture) -> None:

@@ -1,83 +1,42 @@
-"""A model's roles, discovered: transformers builds the model on the meta device (shapes, no weights) and the family's
-row of the table names what was found.
+"""A model's roles, discovered: transformers builds the model on the meta device (shapes, no weights), its own rules say
+how that lies on disk, and the family's row of the table names what was found.
 
-Refused: a model type without a row, and a model whose decoder blocks hold a linear that the row does not name: its role
+Refused: a model type without a row, and a model whose decoder blocks hold a matrix that the row does not name: its role
 is unknown, and guessing which linears engines fuse writes checkpoints that load and talk nonsense.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowbit.architecture.table import FAMILIES, Family
+from lowbit.architecture.disk_layout import disk_layout, path_in_block
+from lowbit.architecture.structure import Architecture, Linear, Placement
+from lowbit.architecture.table import FAMILIES, Family, LinearRole
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One linear layer. `name` is the module's; its weight is `name + ".weight"`, [out_features, in_features].
-
-    reads, fused and fed_by are full names: model.layers.3.attention_input, model.layers.3.self_attn.qkv_proj,
-    model.layers.3.input_layernorm; None outside decoder blocks.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, int]
-    block: int | None = None
-    reads: str | None = None
-    fused: str | None = None
-    fed_by: str | None = None
-    has_bias: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """model_type, class_name: as in config.json
-    blocks       module names of the decoder blocks, in order
-    linears      module name → Linear, in model order; decoder linears first seen first, then lm_head
-    parameters   every parameter and persistent buffer: name → shape, tied ones once, under the name that is stored
-    tied         name → the stored name it shares memory with
-    roles        role of every parameter in `parameters`: linear roles, "norm", "embedding", "bias", "other"
-    """
-
-    model_type: str
-    class_name: str
-    blocks: tuple[str, ...]
-    linears: dict[str, Linear]
-    parameters: dict[str, tuple[int, ...]]
-    tied: dict[str, str]
-    roles: dict[str, str]
-
-    @cached_property
-    def fused_sets(self) -> dict[str, tuple[str, ...]]:
-        """Fused name → the linears that engines put into it."""
-        sets: dict[str, list[str]] = {}
-        for linear in self.linears.values():
-            if linear.fused is not None:
-                sets.setdefault(linear.fused, []).append(linear.name)
-        return {name: tuple(members) for name, members in sets.items()}
-
-    def block_of(self, name: str) -> int | None:
-        """Index of the decoder block that a parameter belongs to."""
-        prefix = self.blocks[0].rsplit(".", 1)[0] + "." if self.blocks else "\0"
-        if not name.startswith(prefix):
-            return None
-        index = name[len(prefix) :].split(".", 1)[0]
-        return int(index) if index.isdigit() else None
-
-
-def discover(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> Architecture:
+def discover(
+    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False
+) -> Architecture:
     """The architecture of a model, from its parsed config.json; `folder` holds it (for remote code only).
+
+    split_experts  describe experts that this family's files store as one tensor (gpt-oss) expert by expert
 
     Raises ArchitectureError for a model type without a row in the table, or a block that does not match its row.
     """
+    family = find_family(config, folder)
+    return describe(build_on_meta(config, folder, trust_remote_code), family, split_experts)
+
+
+def find_family(config: dict[str, Any], folder: str) -> Family:
+    """The table's row for the model_type of a config.json."""
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
@@ -86,13 +45,13 @@ def discover(config: dict[str, Any], folder: str, trust_remote_code: bool = Fals
             f"{folder}: model type {model_type!r} ({named}) is not known to lowbit",
             f"known model types: {', '.join(sorted(FAMILIES))}",
         )
-    return describe(build_on_meta(config, folder, trust_remote_code), family)
+    return family
 
 
-def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> nn.Module:
+def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The transformers model of a config.json, with shapes but no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
@@ -102,7 +61,7 @@ def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool =
             parsed = AutoConfig.for_model(**config)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code)
+            return auto_class(parsed).from_config(parsed, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config can make somebody else's validators raise
         raise ArchitectureError(
             f"{folder}: transformers cannot build a model from config.json: {_first_line(error)}",
@@ -110,65 +69,164 @@ def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool =
         ) from error
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' factory for a config: causal language models, and those that see images as well."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees_only = type(config) not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees_only and type(config) in AutoModelForImageTextToText._model_mapping \
+        else AutoModelForCausalLM  # fmt: skip
+
+
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def describe(model: nn.Module, family: Family) -> Architecture:
-    """Roles of a built model's modules and parameters."""
-    from torch import nn
+@dataclass(frozen=True)
+class _Stored:
+    """One stored tensor: its shape, the number of its expert, and the module that holds it in transformers."""
 
-    modules = dict(model.named_modules())
-    if family.blocks not in modules:
+    shape: tuple[int, ...]
+    expert: int | None
+    module: nn.Module | None
+
+
+def describe(model: PreTrainedModel, family: Family, split_experts: bool = False) -> Architecture:
+    """Roles of everything that a model's files store."""
+    layout = disk_layout(model, family, split_experts)
+    stored = _stored(model, layout)
+    found = [place[0] for name in stored if (place := path_in_block(name, family.blocks)) is not None]
+    if not found:
         raise ArchitectureError(f"{type(model).__name__} has no decoder blocks at {family.blocks}")
-    blocks = tuple(f"{family.blocks}.{index}" for index in range(len(modules[family.blocks])))  # type: ignore[arg-type]
-    linears: dict[str, Linear] = {}
-    for name, module in modules.items():
-        if isinstance(module, nn.Linear):
-            linears[name] = _linear(name, module, family)
-    tied = _tied(model)
-    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    roles = {name: _role(name, linears, modules) for name in parameters}
-    config = model.config
-    return Architecture(config.model_type, type(model).__name__, blocks, linears, parameters, tied, roles)  # type: ignore[union-attr, arg-type]
+    blocks = tuple(f"{family.blocks}.{index}" for index in range(max(found) + 1))
+    linears = _linears(stored, family, _norms_feed(model, family))
+    tied = _tied(model, layout)
+    parameters = {name: tensor.shape for name, tensor in stored.items() if name not in tied}
+    roles = {name: _role(name, stored[name], linears, family) for name in parameters}
+    moved = {name: place for name, place in layout.items() if [part.name for part in place.parts] != [name]}
+    return Architecture(
+        model.config.model_type, type(model).__name__, blocks, linears, parameters, tied, roles, moved,
+        family.spellings, _prediction_blocks(model),
+    )  # fmt: skip
 
 
-def _linear(name: str, module: nn.Module, family: Family) -> Linear:
-    shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-    has_bias = module.bias is not None
-    if not name.startswith(family.blocks + "."):
-        return Linear(name, name.rsplit(".", 1)[-1], shape, has_bias=has_bias)
-    index, path = name[len(family.blocks) + 1 :].split(".", 1)
-    row = family.linears.get(path)
-    block = f"{family.blocks}.{index}"
-    if row is None:
-        raise ArchitectureError(
-            f"{block} holds a linear {path!r} whose role is not known",
-            "the model differs from its model type; it needs a row of its own in lowbit/architecture/table.py",
-        )
-    fused = None if row.fused is None else f"{block}.{row.fused}"
-    return Linear(name, row.role, shape, int(index), f"{block}.{row.reads}", fused, f"{block}.{row.fed_by}", has_bias)
+def _prediction_blocks(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Parameters that share memory with another, by the model's own declaration."""
-    keys = getattr(model, "_tied_weights_keys", None) or {}
-    if not getattr(model.config, "tie_word_embeddings", False) or not isinstance(keys, dict):  # type: ignore[union-attr]
-        return {}
-    return dict(keys)
+def _stored(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, _Stored]:
+    modules = dict(model.named_modules())
+    stored = {}
+    for parameter, placement in layout.items():
+        module = modules.get(parameter.rpartition(".")[0])
+        for name, part, expert in placement.pieces():
+            stored[name] = _Stored(part.shape_in(placement.shape), expert, module)
+    return stored
 
 
-def _role(name: str, linears: dict[str, Linear], modules: dict[str, nn.Module]) -> str:
+def _linears(stored: dict[str, _Stored], family: Family, norms_feed: bool) -> dict[str, Linear]:
+    """Every linear: those of the blocks in the order of the table, then the others in model order."""
+    rank = {path: index for index, path in enumerate(family.linears)}
+    in_blocks: list[tuple[tuple[int, int, int], Linear]] = []
+    others: list[Linear] = []
+    for name, tensor in stored.items():
+        place = path_in_block(name, family.blocks)
+        if place is None:
+            if name.endswith(".weight") and _is_linear(tensor.module):
+                others.append(_outside(name.removesuffix(".weight"), tensor, stored))
+            continue
+        index, path = place
+        row_path = re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", path.removesuffix(".weight"))
+        row = family.linears.get(row_path) if path.endswith(".weight") else None
+        if row is not None and len(tensor.shape) == 2:
+            linear = _inside(name.removesuffix(".weight"), index, row, tensor, stored, family)
+            linear = linear if norms_feed or not _is_norm_path(row.fed_by) else replace(linear, fed_by=None)
+            order = (index, -1 if tensor.expert is None else tensor.expert, rank[row_path])
+            in_blocks.append((order, linear))
+        elif (_is_linear(tensor.module) and path.endswith(".weight")) or _is_unknown_matrix(path, tensor, family):
+            raise ArchitectureError(
+                f"{family.blocks}.{index} holds a linear {path.removesuffix('.weight')!r} whose role is not known",
+                "the model differs from its model type; it needs a row of its own in lowbit/architecture/table.py",
+            )
+    ordered = [linear for _, linear in sorted(in_blocks, key=lambda pair: pair[0])]
+    return {linear.name: linear for linear in [*_without_sets_of_one(ordered), *others]}
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_unknown_matrix(path: str, tensor: _Stored, family: Family) -> bool:
+    return len(tensor.shape) > 1 and path not in family.fused_experts
+
+
+def _is_norm_path(path: str | None) -> bool:
+    return path is not None and ("norm" in path or path.startswith("ln_"))
+
+
+def _norms_feed(model: PreTrainedModel, family: Family) -> bool:
+    if family.norms_feed_if is None:
+        return True
+    key, value = family.norms_feed_if
+    return getattr(model.config, key, value) == value
+
+
+def _outside(name: str, tensor: _Stored, stored: dict[str, _Stored]) -> Linear:
+    rows, columns = tensor.shape
+    return Linear(name, name.rsplit(".", 1)[-1], (rows, columns), has_bias=f"{name}.bias" in stored)
+
+
+def _inside(
+    name: str, index: int, row: LinearRole, tensor: _Stored, stored: dict[str, _Stored], family: Family
+) -> Linear:
+    from transformers.pytorch_utils import Conv1D
+
+    def full(path: str | None) -> str | None:
+        if path is None:
+            return None
+        return f"{family.blocks}.{index}.{path}".replace("*", str(tensor.expert))
+
+    transposed = isinstance(tensor.module, Conv1D)
+    rows, columns = tensor.shape[::-1] if transposed else tensor.shape
+    fed_by = full(row.fed_by)
+    exists = fed_by is not None and f"{fed_by}.weight" in stored
+    return Linear(
+        name, row.role, (rows, columns), index, full(row.reads), full(row.fused), fed_by if exists else None,
+        f"{name}.bias" in stored, transposed, tensor.expert, row.keep,
+    )  # fmt: skip
+
+
+def _without_sets_of_one(linears: list[Linear]) -> list[Linear]:
+    """A linear whose siblings this model lacks (MLA without q_lora_rank) stays alone."""
+    counts: dict[str, int] = {}
+    for linear in linears:
+        if linear.fused is not None:
+            counts[linear.fused] = counts.get(linear.fused, 0) + 1
+    return [replace(linear, fused=None) if counts.get(linear.fused or "") == 1 else linear for linear in linears]
+
+
+def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str]:
+    """Parameters that share memory with another, by the model's own declaration, under their stored names."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {layout[name].parts[0].name: layout[source].parts[0].name for name, source in tied.items()}
+
+
+def _role(name: str, tensor: _Stored, linears: dict[str, Linear], family: Family) -> str:
     from torch import nn
 
     owner, _, leaf = name.rpartition(".")
-    if leaf == "bias":
+    place = path_in_block(name, family.blocks)
+    if place is not None and place[1] in family.fused_experts and tensor.expert is None:
+        return "experts"
+    if leaf.endswith("bias"):
         return "bias"
-    if owner in linears:
+    if owner in linears and leaf == "weight":
         return linears[owner].role
-    module = modules.get(owner)
-    if isinstance(module, nn.Embedding):
+    if isinstance(tensor.module, nn.Embedding):
         return "embedding"
-    if "norm" in type(module).__name__.lower():
+    if "norm" in type(tensor.module).__name__.lower():
         return "norm"
     return "other"

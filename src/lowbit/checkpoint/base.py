@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from lowbit.schemes import Scheme
+    from lowbit.tensors import QuantizedTensor
 
 
 # What quantizing leaves beside the weights; it also tells a folder of ours from one that merely has the same name.
@@ -47,7 +50,7 @@ class Checkpoint(Protocol):
     """
 
     source: str  # what the user typed
-    kind: str  # "safetensors", "gguf", "pickle", or "compressed-tensors" (decoded)
+    kind: str  # "safetensors", "gguf", "pickle", or the quant_method of a quantized folder (decoded)
     tensors: dict[str, TensorInfo]  # in file order
     metadata: dict[str, Any]  # GGUF key-values, or the safetensors __metadata__
     notes: list[str]  # what the user should know of this source: "tensors are stored as Q4_1 …"
@@ -70,6 +73,39 @@ class Checkpoint(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CanReadCodes(Protocol):
+    """What a checkpoint of quantized linears offers beside floats: the codes themselves."""
+
+    schemes: dict[str, Scheme]  # weight name → scheme, of the quantized ones
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        """Weight name → static activation scale (multiplier), for schemes that store one."""
+        ...
+
+    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
+        """Codes and scales of rows start..stop; start divides by `row_multiple`."""
+        ...
+
+    def row_multiple(self, name: str) -> int:
+        """Where slabs of a quantized weight may begin."""
+        ...
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The float dtype of its stored scales."""
+        ...
+
+    def says_quantized(self, linear: str) -> bool:
+        """True where config.json quantizes a linear, whatever the files hold."""
+        ...
+
+
+def is_decoded(checkpoint: Checkpoint, name: str) -> bool:
+    """True for a weight that is shown decoded, [N, K], while the files hold codes."""
+    return name in getattr(checkpoint, "schemes", ())
 
 
 @dataclass(frozen=True)

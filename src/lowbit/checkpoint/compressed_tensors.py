@@ -1,8 +1,11 @@
-"""Compressed-tensors folders as a `Checkpoint` of decoded weights.
+"""Compressed-tensors folders, read: the `Layout` of llm-compressor's format.
 
-Every quantized linear appears under its Hugging Face name, `L.weight`, float32 [N, K]; `read` unpacks and decodes just
-the rows asked for. `read_quantized` gives the codes themselves. The layouts are pictured in
-lowbit/export/compressed_tensors.py; this file reads them from the files and config.json alone.
+The layouts are pictured in lowbit/export/compressed_tensors.py; this file reads them from the files and config.json
+alone. Static activation scales: L.input_scale, or L.input_global_scale (a divisor) with NVFP4. Scales of a quantized KV
+cache are left out, and a note says so: nothing here quantizes a KV cache yet.
+
+A trap: releases before 0.20 pack 3, 5, 6 and 7 bits differently (the last bits of a word stay empty), which shows in
+the number of words per row; such a file is refused by name, never guessed at.
 """
 
 from __future__ import annotations
@@ -13,110 +16,108 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.checkpoint.base import Checkpoint, TensorInfo
-from lowbit.checkpoint.compressed_tensors_config import parse_quantization_config
+from lowbit.checkpoint.base import Checkpoint
+from lowbit.checkpoint.compressed_tensors_config import Group, parse_quantization_config
+from lowbit.checkpoint.quantized import FLOATS, Expected
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import e8m0_values
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
-_OWN_LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale",
-               "input_scale", "input_zero_point", "input_global_scale", "weight_g_idx")  # fmt: skip
+_LEAVES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale",
+           "input_scale", "input_zero_point", "input_global_scale", "weight_g_idx")  # fmt: skip
 
 
-class CompressedTensorsCheckpoint:
-    """A view of an open safetensors folder. `tensors` lists logical weights; see the module docstring."""
+def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> CompressedTensorsLayout:
+    """The layout of an open folder."""
+    return CompressedTensorsLayout(stored, quantization)
 
-    kind = "compressed-tensors"
 
-    def __init__(self, stored: Checkpoint):
+class CompressedTensorsLayout:
+    """See `lowbit.checkpoint.quantized.Layout`."""
+
+    def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         self.stored = stored
-        self.source, self.folder, self.metadata = stored.source, stored.folder, stored.metadata
-        self.notes = list(stored.notes)
-        self._parsed = parse_quantization_config(stored.config())
-        self.schemes: dict[str, Scheme] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        for name, info in stored.tensors.items():
+        self.parsed = parse_quantization_config({"quantization_config": quantization})
+        self.notes: list[str] = []
+        if self.parsed.kv_cache is not None:
+            self.notes.append("scales of a quantized KV cache (k_scale, v_scale) are left out; engines can do without")
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for name, info in self.stored.tensors.items():
             linear, _, leaf = name.rpartition(".")
-            if leaf == "weight_packed" or (leaf == "weight" and f"{linear}.weight_scale" in stored.tensors):
-                self._add_linear(linear, info)
-            elif leaf not in _OWN_LEAVES:
-                self.tensors[name] = info
+            if leaf == "weight_packed" or (leaf == "weight" and f"{linear}.weight_scale" in self.stored.tensors):
+                found[linear] = self._logical_shape(linear, leaf, tuple(info.shape))
+        return found
 
-    def config(self) -> dict[str, Any]:
-        return self.stored.config()
+    def scheme_of(self, linear: str) -> Scheme | None:
+        return self.parsed.scheme_of(linear)
 
-    @property
-    def input_scales(self) -> dict[str, float]:
-        """Weight name → static activation scale (multiplier), for schemes that store one."""
-        scales = {}
-        for weight in self.schemes:
-            linear = weight.removesuffix(".weight")
-            if f"{linear}.input_scale" in self.stored.tensors:
-                scales[weight] = self.stored.read(f"{linear}.input_scale").float().reshape(-1)[0].item()
-            elif f"{linear}.input_global_scale" in self.stored.tensors:
-                scales[weight] = 1.0 / self.stored.read(f"{linear}.input_global_scale").reshape(-1)[0].item()
-        return scales
+    def expected(self, linear: str, shape: tuple[int, int]) -> dict[str, Expected]:
+        group = self.parsed.group_of(linear)
+        assert group is not None, "asked only of linears that have a scheme"
+        return expected_tensors(linear, shape, group)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        if name not in self.schemes:
-            return self.stored.read(name, start, stop)
-        stop = self.tensors[name].shape[0] if stop is None else stop
-        return self.read_quantized(name, start, stop).decode()
+    def owned(self, linear: str) -> list[str]:
+        names = [f"{linear}.{leaf}" for leaf in _LEAVES]
+        attention, _, leaf = linear.rpartition(".")
+        if self.parsed.kv_cache is not None and leaf in ("q_proj", "k_proj", "v_proj"):
+            names += [f"{attention}.{leaf[0]}_scale", f"{attention}.{leaf[0]}_zero_point"]
+        return [name for name in names if name in self.stored.tensors]
 
-    def release(self, name: str) -> None:
-        linear = name.removesuffix(".weight")
-        for stored in (name, *(f"{linear}.{leaf}" for leaf in _OWN_LEAVES)):
-            if stored in self.stored.tensors:
-                self.stored.release(stored)
+    def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:
+        scheme = self.scheme_of(linear)
+        is_block = scheme is not None and scheme.weight.granularity is Granularity.BLOCK
+        return (scheme.weight.group_size or 1) if scheme is not None and is_block else 1
 
-    def close(self) -> None:
-        self.stored.close()
+    def scale_dtype(self, linear: str) -> torch.dtype:
+        return self.stored.tensors[f"{linear}.weight_scale"].dtype
 
-    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        """Codes and scales of rows start..stop of a quantized weight; for BLOCK, start divides by the block."""
-        rows, columns = self.tensors[name].shape
-        stop = rows if stop is None else stop
-        linear, spec = name.removesuffix(".weight"), self.schemes[name].weight
-        grid = grid_for(spec, "float32")
+    def input_scale(self, linear: str) -> float | None:
+        if f"{linear}.input_scale" in self.stored.tensors:
+            return self.stored.read(f"{linear}.input_scale").float().reshape(-1)[0].item()
+        if f"{linear}.input_global_scale" in self.stored.tensors:
+            return 1.0 / self.stored.read(f"{linear}.input_global_scale").reshape(-1)[0].item()
+        return None
+
+    def read(self, linear: str, shape: tuple[int, int], start: int, stop: int) -> QuantizedTensor:
+        scheme = self.scheme_of(linear)
+        assert scheme is not None, "checked when the folder was opened"
+        spec = scheme.weight
         scale, global_scale = self._scale(linear, spec.granularity, spec.group_size or 1, start, stop)
-        zero_point = None if spec.symmetric else self._zero_point(linear, spec.bits, start, stop)
+        zero_point = None if spec.symmetric else self._zero_point(linear, spec.bits, shape[0], start, stop)
         return QuantizedTensor(
-            self._codes(linear, spec.number, spec.bits, columns, start, stop), scale, grid, spec.granularity,
-            spec.columns_per_scale(columns), zero_point, global_scale,
+            self._codes(linear, spec.number, spec.bits, shape[1], start, stop), scale, grid_for(spec, "float32"),
+            spec.granularity, spec.columns_per_scale(shape[1]), zero_point, global_scale,
         )  # fmt: skip
 
-    def _add_linear(self, linear: str, info: TensorInfo) -> None:
-        name = f"{linear}.weight"
-        scheme = self._parsed.scheme_of(linear)
-        if scheme is None:
-            raise CheckpointError(f"{info.file}: {info.name} is stored as a quantized weight, but config.json does not "
-                                  f"say how", "no group of quantization_config targets it")  # fmt: skip
-        shape = self._logical_shape(linear, info, scheme)
-        self.schemes[name] = scheme
-        leaves = (self.stored.tensors.get(f"{linear}.{leaf}") for leaf in ("weight", *_OWN_LEAVES))
-        nbytes = sum(leaf.nbytes for leaf in leaves if leaf is not None)
-        self.tensors[name] = TensorInfo(name, shape, torch.float32, f"{info.stored} ({scheme.name})", nbytes, info.file)
-
-    def _logical_shape(self, linear: str, info: TensorInfo, scheme: Scheme) -> tuple[int, int]:
-        if info.name.endswith(".weight"):
-            return (info.shape[0], info.shape[1])
+    def _logical_shape(self, linear: str, leaf: str, stored: tuple[int, ...]) -> tuple[int, int]:
+        info = self.stored.tensors[f"{linear}.{leaf}"]
+        if len(stored) != 2:
+            raise CheckpointError(f"{info.file}: {info.name} has shape {list(stored)}; a matrix is needed")
+        if leaf == "weight":
+            return (stored[0], stored[1])
         if info.dtype == torch.uint8:
-            return (info.shape[0], 2 * info.shape[1])
+            return (stored[0], 2 * stored[1])
         if f"{linear}.weight_shape" not in self.stored.tensors:
             raise CheckpointError(f"{info.file}: {linear}.weight_shape is absent", "the checkpoint is incomplete")
-        rows, columns = (int(size) for size in self.stored.read(f"{linear}.weight_shape").tolist())
-        if (rows, -(-columns * scheme.weight.bits // 32)) != tuple(info.shape):
+        shape = self.stored.read(f"{linear}.weight_shape").reshape(-1).tolist()
+        scheme = self.scheme_of(linear)
+        if len(shape) != 2 or scheme is None:
+            return (stored[0], stored[1])  # `QuantizedCheckpoint` says what is wrong
+        rows, columns = int(shape[0]), int(shape[1])
+        if (rows, words_of(columns, scheme.weight.bits)) != stored:
             raise CheckpointError(
-                f"{info.file}: {info.name} has shape {list(info.shape)}; {scheme.weight.bits}-bit codes of a "
-                f"[{rows}, {columns}] weight need [{rows}, {-(-columns * scheme.weight.bits // 32)}]",
+                f"{info.file}: {info.name} has shape {list(stored)}; {scheme.weight.bits}-bit codes of a "
+                f"[{rows}, {columns}] weight need [{rows}, {words_of(columns, scheme.weight.bits)}]",
                 "releases of compressed-tensors before 0.20 pack 3, 5, 6 and 7 bits differently; convert it with those",
             )
         return (rows, columns)
 
     def _codes(self, linear: str, number: str, bits: int, columns: int, start: int, stop: int) -> Tensor:
-        if f"{linear}.weight" in self.stored.tensors:
+        if f"{linear}.weight_packed" not in self.stored.tensors:
             codes = self.stored.read(f"{linear}.weight", start, stop)
             return codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
         packed = self.stored.read(f"{linear}.weight_packed", start, stop)
@@ -134,20 +135,50 @@ class CompressedTensorsCheckpoint:
             return e8m0_values(scale), 1.0
         if f"{linear}.weight_global_scale" in self.stored.tensors:
             divisor = self.stored.read(f"{linear}.weight_global_scale").float().reshape(-1)[0]
-            return scale.float() / divisor, (1.0 / divisor).item()
+            return scale.float() / divisor, 1.0 / divisor.item()  # in double: its reciprocal is the divisor again
         return scale.float(), 1.0
 
-    def _zero_point(self, linear: str, bits: int, start: int, stop: int) -> Tensor:
-        """Rows of zero points, packed along N: rows whose words hold start..stop are unpacked, then cut."""
-        first, last = start // 32 * 32, -(-stop // 32) * 32
+    def _zero_point(self, linear: str, bits: int, rows: int, start: int, stop: int) -> Tensor:
+        """Rows of zero points; packed ones lie along N: rows whose words hold start..stop are unpacked, then cut."""
         name = f"{linear}.weight_zero_point"
-        words = self.stored.read(name, first * bits // 32, min(last * bits // 32, self.stored.tensors[name].shape[0]))
-        count = min(last, words.shape[0] * 32 // bits + first) - first
-        unpacked = kernels.unpack_dense(words.t().contiguous(), bits, count).t()
-        return unpacked[start - first : stop - first].to(torch.int32).contiguous()
+        if self.stored.tensors[name].dtype == torch.int8:
+            return self.stored.read(name, start, stop).to(torch.int32)
+        first = start // 32 * 32
+        words = self.stored.read(name, first * bits // 32, min(words_of(stop, bits), words_of(rows, bits)))
+        unpacked = kernels.unpack_dense(words.t().contiguous(), bits, stop - first).t()
+        return unpacked[start - first :].to(torch.int32).contiguous()
 
 
-def is_compressed_tensors(config: dict[str, Any]) -> bool:
-    """True if config.json says that its weights are compressed-tensors codes."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+def words_of(elements: int, bits: int) -> int:
+    """32-bit words that hold so many dense codes."""
+    return -(-elements * bits // 32)
+
+
+def expected_tensors(linear: str, shape: tuple[int, int], group: Group) -> dict[str, Expected]:
+    """What a linear of a group consists of in the files, biases aside."""
+    rows, columns = shape
+    spec, activation = group.scheme.weight, group.scheme.activation
+    scale_shape: tuple[int, ...] = spec.granularity.scale_shape(rows, columns, spec.columns_per_scale(columns))
+    if spec.granularity is Granularity.TENSOR:
+        scale_shape = (1,)
+    scale_dtypes = {"e8m0": (torch.uint8,), "e4m3": (torch.float8_e4m3fn,)}.get(spec.scale_format, FLOATS)
+    leaves = {"weight_scale": Expected(scale_dtypes, scale_shape)}
+    packed = group.format == "pack-quantized"
+    if packed:
+        leaves["weight_packed"] = Expected((torch.int32,), (rows, words_of(columns, spec.bits)))
+        leaves["weight_shape"] = Expected((torch.int64,), (2,))
+    elif spec.number == "e2m1":
+        leaves["weight_packed"] = Expected((torch.uint8,), (rows, columns // 2))
+    else:
+        leaves["weight"] = Expected((torch.int8 if spec.number == "int" else torch.float8_e4m3fn,), shape)
+    if not spec.symmetric:
+        zero_rows = words_of(rows, spec.bits) if packed else scale_shape[0]
+        leaves["weight_zero_point"] = Expected((torch.int32 if packed else torch.int8,), (zero_rows, *scale_shape[1:]))
+    if spec.two_level:
+        leaves["weight_global_scale"] = Expected((torch.float32,), (1,))
+    if activation is not None and activation.needs_calibration:
+        local = activation.dynamic == "local"
+        leaves["input_global_scale" if local else "input_scale"] = Expected((torch.float32,) if local else FLOATS, (1,))
+        if not activation.symmetric:
+            leaves["input_zero_point"] = Expected((torch.int8,), (1,))
+    return {f"{linear}.{leaf}": expected for leaf, expected in leaves.items()}

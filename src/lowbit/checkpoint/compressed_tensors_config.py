@@ -16,11 +16,11 @@ Spec: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and `utils/
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import CheckpointError
-from lowbit.schemes import SCHEMES, ActivationSpec, ScaleFormat, Scheme, WeightSpec
+from lowbit.schemes import ActivationSpec, ScaleFormat, Scheme, WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity
 
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
@@ -123,7 +123,7 @@ def _group(where: str, name: str, group: Any, overall: str | None) -> Group | No
         return None
     weight = _weight_spec(f"{where}.weights", group["weights"], stored_as)
     actorder = group["weights"].get("actorder") or None
-    return Group(name, targets, _named_scheme(weight, activation), stored_as, actorder)
+    return Group(name, targets, scheme_of_specs(weight, activation), stored_as, actorder)
 
 
 def _weight_spec(where: str, args: Any, stored_as: str | None) -> WeightSpec:
@@ -240,18 +240,6 @@ def _scale_format(where: str, args: dict[str, Any], stored_as: str | None) -> Sc
     if stated not in known:
         raise _bad(f"{where}.scale_dtype", stated, f"one of {', '.join(str(dtype) for dtype in known)}")
     return known[stated]
-
-
-def _named_scheme(weight: WeightSpec, activation: ActivationSpec | None) -> Scheme:
-    """The scheme of the table that stores and computes the same, with this group size; else an unnamed one."""
-    for scheme in SCHEMES.values():
-        same_but_groups = replace(
-            scheme.weight, granularity=weight.granularity, group_size=weight.group_size
-        ) if scheme.weight.group_size_is_free else scheme.weight  # fmt: skip
-        if same_but_groups == weight and scheme.activation == activation:
-            return replace(scheme, weight=weight)
-    activation_bits = 16 if activation is None else activation.bits
-    return Scheme(f"W{weight.bits}A{activation_bits}", weight, activation, "as the checkpoint's config.json states it")
 
 
 def _format(where: str, value: Any, known: tuple[str, ...]) -> str | None:

@@ -80,15 +80,11 @@ def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
 
 
 def _decoded(folder: Path, source: str) -> Checkpoint:
-    """A safetensors folder; one in compressed-tensors format shows its decoded weights."""
+    """A safetensors folder; a quantized one shows its decoded weights."""
+    from lowbit.checkpoint.quantized import open_quantized
     from lowbit.checkpoint.safetensors import open_safetensors
 
-    stored = open_safetensors(folder, source)
-    if not (folder / "config.json").exists() or "quantization_config" not in stored.config():
-        return stored
-    from lowbit.checkpoint.compressed_tensors import CompressedTensorsCheckpoint, is_compressed_tensors
-
-    return CompressedTensorsCheckpoint(stored) if is_compressed_tensors(stored.config()) else stored
+    return open_quantized(open_safetensors(folder, source))
 
 
 def _gguf_models(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import typer
 
+from lowbit.cli.convert import convert
 from lowbit.cli.demo import demo
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, inspect, verify, evaluate, generate, demo):
+for command in (quantize, convert, inspect, verify, evaluate, generate, demo):
     app.command()(command)
 
 

@@ -11,6 +11,10 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin and
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
 ]
+FORMATS_HELP = (
+    "compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, float. [default: bitsandbytes for NF4, FP4 and "
+    "INT8, else compressed-tensors]"
+)
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
 

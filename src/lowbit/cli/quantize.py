@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import AllowPickle, Revision, TrustRemoteCode
+from lowbit.cli.options import FORMATS_HELP, AllowPickle, Revision, TrustRemoteCode
 
 if TYPE_CHECKING:
     from lowbit.pipeline import Prepared
@@ -18,10 +18,14 @@ def quantize(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     scheme: Annotated[str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 … [default: W4A16]")] = None,
     method: Annotated[str | None, typer.Option(help="How codes are chosen: rtn. [default: rtn]")] = None,
-    format: Annotated[str | None, typer.Option(help="compressed-tensors. [default: compressed-tensors]")] = None,
+    format: Annotated[str | None, typer.Option(help=FORMATS_HELP)] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
     range: Annotated[str | None, typer.Option(help="absmax, mse, wmse, percentile, or auto. [default: auto]")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="NF4, FP4: quantize scales too.")] = False,
     percentile: Annotated[float | None, typer.Option(help="What --range percentile keeps. [default: 99.9]")] = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration text, for static activation scales.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of it. [default: 128]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
@@ -38,7 +42,7 @@ def quantize(
     from lowbit.cli.console import byte_progress, print_json, print_table, say
     from lowbit.errors import UsageError
 
-    settings = _settings(locals())
+    settings = given_settings(locals())
     options = _options(allow_pickle, trust_remote_code, revision)
     if dry_run:
         import lowbit
@@ -65,12 +69,15 @@ def quantize(
     say(f"\nserve it:     {done.report.serve[0].command}\nwhat it cost: lowbit evaluate {done.folder}")
 
 
-def _settings(flags: dict[str, Any]) -> dict[str, Any]:
+def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that are settings and were given, under their names in `Settings`."""
     from lowbit.errors import UsageError
     from lowbit.settings import parse_bytes
 
-    given = {name: flags[name] for name in ("scheme", "method", "format", "group_size", "range", "percentile")}
+    names = ("scheme", "method", "format", "group_size", "range", "percentile", "calib", "samples", "seqlen")
+    given = {name: flags[name] for name in names}
+    if flags["double_quant"]:
+        given["double_quant"] = True
     if flags["ignore"]:
         given["ignore"] = tuple(flags["ignore"])
     if flags["shard_size"]:
@@ -152,7 +159,7 @@ def _summary(report: Any, folder: Path) -> Any:
         "quantized": f"{len(quantized)} linears; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized),
-        "verified": _verified(report.verification),
+        "verified": verified(report.verification),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
         "report": str(folder / "report.html"),
     }
@@ -162,7 +169,8 @@ def _summary(report: Any, folder: Path) -> Any:
     return table
 
 
-def _verified(verification: Any) -> str:
+def verified(verification: Any) -> str:
+    """The verdict of the rules in one line."""
     if verification.ok:
         return f"{len(verification.checks)} rules of {verification.engine} hold"
     failed = "; ".join(check.detail for check in verification.checks if not check.passed)

@@ -1,28 +1,53 @@
-"""`lowbit verify OUT`: would an engine load it, and is everything in it what it should be?"""
+"""`lowbit verify FOLDER`: would an engine load it, and is everything in it what it should be?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit.cli.options import TrustRemoteCode
+from lowbit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lowbit.verification import Rule, Verification
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder that lowbit quantize wrote.")],
-    engine: Annotated[str, typer.Option(help="Whose rules: vllm or transformers.")] = "vllm",
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a model, quantized by lowbit or by others.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Whose rules: vllm, sglang, transformers or tensorrt-llm. [default: vllm]")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="List the rules instead; no folder is needed.")] = False,
+    format: Annotated[
+        str | None, typer.Option(help="With --rules: only those of a format, such as gptq; plain: not quantized.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the checks, or the rules, as JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check a quantized folder against an engine's rules; exit with 1 if one of them fails."""
+    """Check a folder against an engine's rules; exit with 1 if one of them fails."""
+    if rules:
+        if folder is not None or reference is not None:
+            raise UsageError("--rules lists what would be checked, and looks at no model", "leave FOLDER out")
+        _list_rules(engine, format, json)
+        return
+    if folder is None:
+        raise UsageError("there is no FOLDER to verify", "give the folder of a model, or --rules to list the rules")
+    if format is not None:
+        raise UsageError("--format goes with --rules only", "the folder says itself which format it has")
+    _verify(folder, engine or "vllm", reference, json, trust_remote_code)
+
+
+def _verify(folder: Path, engine: str, reference: str | None, json: bool, trust_remote_code: bool) -> None:
     from lowbit.checkpoint import open_checkpoint
     from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import byte_progress, print_json, say
+    from lowbit.verification import rules
     from lowbit.verification import verify as verify_folder
 
+    rules(engine)
     options = OpenOptions(trust_remote_code=trust_remote_code)
     source = None if reference is None else open_checkpoint(reference, options)
     with byte_progress(f"verify {folder}", quiet=json) as progress:
@@ -33,26 +58,78 @@ def verify(
         _print(verification)
     if not verification.ok:
         if not json:
-            say(f"\n{engine} would refuse or misread it: {len(verification.failed)} rules fail")
+            say(f"\n{_verdict(verification)}")
         raise typer.Exit(1)
 
 
-def _as_json(verification: Any) -> dict[str, Any]:
+def _verdict(verification: Verification) -> str:
+    count = len(verification.failed)
+    fail = f"{count} rule{'s' * (count != 1)} fail{'s' * (count == 1)}"
+    if verification.broken:
+        return f"{verification.engine} would refuse or misread it: {fail}"
+    return f"the files are sound, but {verification.engine} has no loader or kernel for them: {fail}"
+
+
+def _as_json(verification: Verification) -> dict[str, Any]:
     return {
         "folder": verification.folder,
         "engine": verification.engine,
+        "format": verification.format,
         "ok": verification.ok,
         "checks": [
-            {"rule": check.rule, "passed": check.passed, "detail": check.detail} for check in verification.checks
+            {"rule": check.rule, "passed": check.passed, "limit": check.limit, "detail": check.detail}
+            for check in verification.checks
         ],
         "unchecked": verification.unchecked,
     }
 
 
-def _print(verification: Any) -> None:
+def _print(verification: Verification) -> None:
     """One rule a line; the word, not a colour, says how it went."""
     width = max(len(rule) for rule in [*(check.rule for check in verification.checks), *verification.unchecked])
     for check in verification.checks:
         typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
     for rule, reason in verification.unchecked.items():
         typer.echo(f"--    {rule:{width}}  not checked: {reason}")
+
+
+def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
+    from lowbit.cli.console import print_json
+    from lowbit.verification import rules
+
+    found = rules(engine, format)
+    if json:
+        print_json([_rule_as_json(rule) for rule in found])
+        return
+    for rule in found:
+        typer.echo(f"{rule.name}: {rule.summary}")
+        typer.echo(f"    engines  {', '.join(rule.engines)}")
+        typer.echo(f"    formats  {formats_said(rule.formats)}")
+        typer.echo(f"    checks   {_first_paragraph(rule)}")
+        typer.echo(f"    follows  {rule.follows}")
+
+
+def _rule_as_json(rule: Rule) -> dict[str, Any]:
+    return {
+        "name": rule.name,
+        "engines": list(rule.engines),
+        "formats": list(rule.formats),
+        "summary": rule.summary,
+        "checks": _first_paragraph(rule),
+        "follows": rule.follows,
+        "gate": rule.gate,
+        "limit": rule.limit,
+        "needs_source": rule.needs_source,
+        "needs_nearest": rule.needs_nearest,
+    }
+
+
+def _first_paragraph(rule: Rule) -> str:
+    return " ".join((rule.check.__doc__ or "").split("\n\n")[0].split())
+
+
+def formats_said(formats: tuple[str, ...]) -> str:
+    """The formats of a rule in a few words."""
+    from lowbit.verification.result import ALL, QUANTIZED
+
+    return {ALL: "all", QUANTIZED: "all quantized ones"}.get(formats, ", ".join(formats))

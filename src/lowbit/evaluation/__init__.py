@@ -1,7 +1,7 @@
 """Stage 8: how much a quantized model differs from its source, and whether it still talks."""
 
+from lowbit.architecture.loading import load, load_model
 from lowbit.evaluation.generation import generate
-from lowbit.evaluation.loading import load, load_model
 from lowbit.evaluation.perplexity import evaluate
 from lowbit.evaluation.result import Evaluation, evaluation_table, heading, sentence
 

@@ -16,19 +16,26 @@ Where implementations differ we do what vLLM's kernels do, or the specification:
   MX:   the OCP Microscaling specification 1.0, section 6.3, takes the floor, so that values above 1.75 · 2^emax
         (E4M3) or 6 (E2M1) saturate; compressed-tensors goes one power of two up where max|x| has a mantissa ≥ 1.75.
 
-Refused: a scheme on something that is not a linear, and a static scheme without its scale.
+Experts that transformers computes in one fused operation are simulated there: x̂ is made of what enters the operation
+(routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and of what its
+gate gives to the second matrix.
+
+Refused: a scheme on something that is not a linear, a static scheme without its scale, and, for fused experts, a static
+scheme (every expert has a scale of its own) and experts of one block with different schemes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.table import FAMILIES
+from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 from lowbit.schemes import ActivationSpec, Scheme
 
 _MAX = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0}
@@ -96,31 +103,96 @@ def simulated_activations(
 ) -> Iterator[None]:
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
-    schemes       weight name → scheme
+    schemes       weight name, as files have it → scheme
     input_scales  weight name → stored scale, for static and local schemes
     """
-    handles = []
-    try:
-        for name, scheme in schemes.items():
-            if scheme.activation is None:
+    active = {name: scheme for name, scheme in schemes.items() if scheme.activation is not None}
+    places = _places(model) if active else {}
+    experts: dict[tuple[str, str], dict[str, Scheme]] = {}
+    with contextlib.ExitStack() as stack:
+        for name, scheme in active.items():
+            owner, leaf, is_expert = places.get(name, (name.removesuffix(".weight"), "weight", False))
+            if is_expert:
+                experts.setdefault((owner, leaf), {})[name] = scheme
                 continue
-            module_name = name.removesuffix(".weight")
-            scale = _stored_scale(name, scheme, input_scales)
-            handles.append(_linear(model, module_name).register_forward_pre_hook(_hook(scheme.activation, scale)))
+            assert scheme.activation is not None
+            hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales))
+            stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
+        for (owner, leaf), members in experts.items():
+            stack.enter_context(_fused_experts(model.get_submodule(owner), leaf, members))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _places(model: nn.Module) -> dict[str, tuple[str, str, bool]]:
+    """Weight name, as files have it → (module, its parameter, whether that holds all experts); nothing for a module
+    that is none of transformers', whose names are taken as they are."""
+    from transformers import PreTrainedModel
+
+    places: dict[str, tuple[str, str, bool]] = {}
+    if not isinstance(model, PreTrainedModel):
+        return places
+    family = FAMILIES.get(str(model.config.model_type))
+    for parameter, placement in disk_layout(model, family, split_experts=True).items():
+        owner, _, leaf = parameter.rpartition(".")
+        places.update({stored: (owner, leaf, expert is not None) for stored, _, expert in placement.pieces()})
+    return places
+
+
+def _linear(model: nn.Module, module_name: str) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(module_name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
-        raise CheckpointError(f"{name} has an activation scheme but is no linear layer of the model")
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise CheckpointError(f"{module_name} has an activation scheme but is no linear layer of the model")
     return module
+
+
+@contextlib.contextmanager
+def _fused_experts(module: nn.Module, leaf: str, members: Mapping[str, Scheme]) -> Iterator[None]:
+    """x̂ for the experts of one block: `leaf` is gate_up_proj, which reads the input of the module, or down_proj, which
+    reads what `_apply_gate` gives (integrations/moe.py of transformers)."""
+    first, scheme = next(iter(members.items()))
+    spec = scheme.activation
+    assert spec is not None
+    if set(members.values()) != {scheme}:
+        raise CheckpointError(f"{first}: the experts of its block have different schemes", "quantize them alike")
+    if spec.needs_calibration:
+        raise CheckpointError(
+            f"{first}: scheme {scheme.name} has a scale per expert, which cannot be simulated in a fused operation",
+            "evaluate the weights alone with --activations none",
+        )
+    if leaf != "down_proj":
+        handle = module.register_forward_pre_hook(_hook(spec, None))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
+    reached: list[bool] = []
+
+    def gated(gate_up: Tensor) -> Tensor:
+        reached.append(True)
+        return quantize_activation(gate(gate_up), spec)
+
+    def check(*_: object) -> None:
+        if not reached:
+            raise ArchitectureError(
+                f"{type(module).__name__} of transformers does not gate by _apply_gate; its activations cannot be "
+                f"simulated",
+                "evaluate the weights alone with --activations none",
+            )
+
+    handle = module.register_forward_hook(check)
+    module._apply_gate = gated  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del module._apply_gate  # the class's own is seen again
+        handle.remove()
 
 
 def _stored_scale(name: str, scheme: Scheme, input_scales: Mapping[str, float]) -> float | None:

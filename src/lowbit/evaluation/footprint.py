@@ -7,18 +7,17 @@ taken from lowbit-report.json beside the weights where there is one, else comput
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
+from lowbit.architecture import describe_checkpoint
 from lowbit.checkpoint.base import REPORT_NAME
 from lowbit.checkpoint.rows import read_json_object
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lowbit.checkpoint.base import Checkpoint
 
 
@@ -36,25 +35,21 @@ def reported_source(report: dict[str, Any] | None) -> str | None:
 
 
 def bits_per_weight(
-    checkpoint: Checkpoint, model: PreTrainedModel, report: dict[str, Any] | None
+    checkpoint: Checkpoint, report: dict[str, Any] | None, trust_remote_code: bool = False
 ) -> tuple[float, Literal["report", "tensors"]]:
     """(bits per weight of the decoder's linears, where the figure comes from)."""
     totals = (report or {}).get("totals")
     reported = totals.get("decoder_bits_per_weight") if isinstance(totals, dict) else None
     if isinstance(reported, int | float):
         return float(reported), "report"
-    linears = set(decoder_linears(model))
-    if not linears:
-        raise CheckpointError(f"{checkpoint.source}: the decoder of {type(model).__name__} has no linear layers")
-    stored_bytes = sum(checkpoint.tensors[f"{name}.weight"].nbytes for name in linears)
-    weights = sum(torch.Size(checkpoint.tensors[f"{name}.weight"].shape).numel() for name in linears)
-    return 8 * stored_bytes / weights, "tensors"
-
-
-def decoder_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the linear modules below the head: everything of the base model."""
-    prefix = f"{model.base_model_prefix}."
-    return [n for n, module in model.named_modules() if n.startswith(prefix) and isinstance(module, nn.Linear)]
+    architecture, checkpoint = describe_checkpoint(checkpoint, trust_remote_code)
+    tensors = checkpoint.tensors
+    decoder = [f"{linear.name}.weight" for linear in architecture.linears.values() if linear.block is not None]
+    stored = [tensors[name] for name in decoder if name in tensors]
+    weights = sum(math.prod(info.shape) for info in stored)
+    if not weights:
+        raise CheckpointError(f"{checkpoint.source}: the decoder of {architecture.class_name} has no linear layers")
+    return 8 * sum(info.nbytes for info in stored) / weights, "tensors"
 
 
 def file_bytes(checkpoint: Checkpoint) -> int:

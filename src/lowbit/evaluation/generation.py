@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
 from lowbit.evaluation.activations import simulated_activations
-from lowbit.evaluation.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

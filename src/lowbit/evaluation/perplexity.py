@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import LowbitError, NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulated_activations
 from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, read_report, reported_source
 from lowbit.evaluation.forward import Decoded, Runner, slices
-from lowbit.evaluation.loading import load_model, load_tokenizer
 from lowbit.evaluation.metrics import Divergence, Scores, TokenValues
 from lowbit.evaluation.result import Evaluation, TextRecord
-from lowbit.evaluation.text import Protocol, Text, Windows, cut_windows, read_text
 from lowbit.measure import Meter
+from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ def _facts(
 ) -> dict[str, Any]:
     """The fields of an Evaluation that all its variants share."""
     schemes = {scheme.name for scheme in getattr(judged.checkpoint, "schemes", {}).values()}
-    bits, bits_from = bits_per_weight(judged.checkpoint, judged.model, report)
+    bits, bits_from = bits_per_weight(judged.checkpoint, report)
     notes = (*judged.checkpoint.notes, *source.notes)
     if source.opened is not None and source.opened.checkpoint.notes:
         notes += tuple(f"reference: {note}" for note in source.opened.checkpoint.notes)

@@ -25,21 +25,21 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.errors import FormatError
+from lowbit.export import Piece
 from lowbit.export.safetensors_writer import StoredTensor
-from lowbit.numerics.scales import E4M3_MAX, e8m0_codes
+from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, e8m0_codes
 from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 FORMAT = "compressed-tensors"
+ENGINE = "vllm"
 VERSION = "0.20.0"  # of the format that this file writes
-
-E2M1_MAX = 6.0
 
 
 def storage_format(scheme: Scheme) -> str:
     """The compressed-tensors format string of a scheme. FormatError if the format cannot hold it."""
     weight = scheme.weight
-    if weight.number == "int":
+    if weight.number == "int" and not weight.narrow:
         # FP8 activations over packed integers are what vLLM's W4AFP8 kernel reads; 8-bit integer ones want int8 weights
         integers = scheme.activation is not None and scheme.activation.number == "int"
         return "int-quantized" if integers else "pack-quantized"
@@ -51,8 +51,24 @@ def storage_format(scheme: Scheme) -> str:
         return "mxfp8-quantized" if weight.scale_format == "e8m0" else "float-quantized"
     raise FormatError(
         f"compressed-tensors cannot hold {weight.number} weights with {weight.scale_format} scales ({scheme.name})",
-        "its 8-bit float is E4M3 and its 4-bit float needs E4M3 or power-of-two scales",
+        "its 8-bit float is E4M3 and its 4-bit float needs E4M3 or power-of-two scales; NF4, FP4 and INT8 are of "
+        "--format bitsandbytes",
     )
+
+
+def unfit(shape: tuple[int, int], scheme: Scheme) -> str | None:
+    """Every shape that a scheme can have can be stored."""
+    return None
+
+
+def scale_format(scheme: Scheme, dtype: torch.dtype) -> str:
+    """Scales have the model's dtype, whatever it is."""
+    return str(dtype).removeprefix("torch.")
+
+
+def lowest_zero_point(scheme: Scheme) -> int | None:
+    """Every code can be a zero point."""
+    return None
 
 
 def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> list[StoredTensor]:
@@ -98,7 +114,7 @@ def _stored_activation(linear: str, activation: ActivationSpec | None, dtype: to
     return [StoredTensor(f"{linear}.input_scale", dtype, (1,))]
 
 
-def row_multiple(scheme: Scheme) -> int:
+def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
     """Slabs must begin at multiples of this many rows, so that packed zero points and blocks are not cut."""
     if scheme.weight.granularity is Granularity.BLOCK:
         return scheme.weight.group_size or 1
@@ -106,8 +122,8 @@ def row_multiple(scheme: Scheme) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[tuple[str, Tensor, int]]:  # fmt: skip
-    """A slab of rows as (stored name, values, row in the stored tensor).
+         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+    """A slab of rows, as it lies in the file.
 
     quantized      rows first_row.. of the linear; `shape` is that of the whole weight
     input_absmax   largest |input| seen in calibration, for schemes with static activation scales
@@ -136,7 +152,29 @@ def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int
         stored.append(("weight_scale", scale, scale_row))
     if first_row == 0:
         stored += _once_per_linear(kind, quantized, scheme.activation, shape, dtype, input_absmax)
-    return [(f"{linear}.{leaf}", values, row) for leaf, values, row in stored]
+    return [Piece(f"{linear}.{leaf}", values, row) for leaf, values, row in stored]
+
+
+def inexact(quantized: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> str | None:
+    """Why somebody else's codes would change: permuted columns, or a scale that the stored dtype does not hold."""
+    if quantized.g_idx is not None:
+        return "its groups are not of consecutive columns (activation order)"
+    if scheme.weight.scale_format == "e8m0":
+        return None
+    stored = _stored_scale(quantized, scheme.weight, dtype)
+    back = stored.to(torch.float32)
+    if scheme.weight.two_level:
+        back = back / torch.tensor(1.0 / quantized.global_scale, dtype=torch.float32)
+    if torch.equal(back, quantized.scale):
+        return None
+    if scheme.weight.two_level:
+        return "float32 does not hold the reciprocal of its global scale exactly"
+    return f"one of its scales is no {str(stored.dtype).removeprefix('torch.')}"
+
+
+def companion_files(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
+    """None: loaders read config.json only."""
+    return {}
 
 
 def _stored_scale(quantized: QuantizedTensor, weight: WeightSpec, dtype: torch.dtype) -> Tensor:

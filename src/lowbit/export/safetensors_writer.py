@@ -80,24 +80,34 @@ class SafetensorsWriter:
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 
-    def write(self, name: str, values: Tensor | memoryview | bytes, row: int = 0) -> None:
-        """Write consecutive rows of a tensor, beginning at `row`. Thread-safe for disjoint rows."""
+    def write(self, name: str, values: Tensor, row: int = 0, column: int = 0) -> None:
+        """Write consecutive rows of a tensor, beginning at `row`; narrower ones go to a strip that begins at `column`.
+
+        Thread-safe for disjoint rectangles.
+        """
         shard, stored = self._by_name[name]
-        if isinstance(values, Tensor):
-            if values.dtype != stored.dtype:
-                raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
-            data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        else:
-            data = memoryview(values).cast("B")
+        if values.dtype != stored.dtype:
+            raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
+        data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         offset = row * stored.row_bytes
-        if offset + len(data) > stored.nbytes:
-            raise AssertionError(f"{name}: {len(data)} bytes at row {row} overrun {stored.nbytes}")
-        position = shard.offsets[name] + offset
+        is_strip = len(stored.shape) == 2 and values.dim() == 2 and values.shape[1] != stored.shape[1]
+        if is_strip:
+            fits = row + values.shape[0] <= stored.shape[0] and 0 <= column <= stored.shape[1] - values.shape[1]
+        else:
+            fits = column == 0 and offset + len(data) <= stored.nbytes
+        if not fits:
+            raise AssertionError(f"{name}: {list(values.shape)} at ({row}, {column}) overruns {list(stored.shape)}")
         with self._lock:
             self._missing[name] -= len(data)
-        while data:
-            written = os.pwrite(shard.descriptor, data, position)
-            data, position = data[written:], position + written
+        position = shard.offsets[name] + offset
+        if not is_strip:
+            _write_all(shard.descriptor, data, position)
+            return
+        position += column * stored.dtype.itemsize
+        width = values.shape[1] * stored.dtype.itemsize
+        for index in range(values.shape[0]):
+            strip = data[index * width : (index + 1) * width]
+            _write_all(shard.descriptor, strip, position + index * stored.row_bytes)
 
     def close(self) -> None:
         """Check completeness, write the index where there are several shards, and close the files."""
@@ -119,6 +129,12 @@ class SafetensorsWriter:
             if shard.descriptor >= 0:
                 os.close(shard.descriptor)
                 shard.descriptor = -1
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
 
 
 def total_file_bytes(tensors: list[StoredTensor], shard_size: int) -> int:

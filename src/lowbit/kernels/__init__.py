@@ -10,7 +10,8 @@ Common arguments, with N = out_features, K = in_features, g = group_size, G = ce
     w           float32, bfloat16 or float16 [N, K]; computed in float32
     scale       float32 [N, G], > 0
     zero_point  int32 [N, G], or None
-    codes       int8 [N, K] for integers, signed also where they are asymmetric; uint8 bit patterns for minifloats
+    codes       int8 [N, K] for integers, signed also where they are asymmetric; uint8 for minifloats (bit
+                patterns) and codebooks (indices)
 
 Codes, packed words, ranges and decoded weights are the same bits whatever runs; error sums agree to a relative 1e-5.
 Weights that are NaN or inf show in `group_range` and have undefined codes. Kernels are single-threaded and reentrant:
@@ -26,12 +27,16 @@ from torch import Tensor
 
 from lowbit.kernels import reference
 from lowbit.kernels.choice import available_isas, compiled, isa, use_isa
+from lowbit.numerics import codebook_tables
+from lowbit.numerics.codebook_tables import Codebook
 from lowbit.numerics.minifloat_formats import MinifloatFormat, values
 
 __all__ = [
     "available_isas",
+    "decode_codebook",
     "decode_int",
     "decode_minifloat",
+    "error_codebook",
     "error_int",
     "error_minifloat",
     "group_range",
@@ -39,6 +44,7 @@ __all__ = [
     "pack_dense",
     "pack_dense_columns",
     "pack_nibbles",
+    "round_codebook",
     "round_int",
     "round_minifloat",
     "squared_error",
@@ -86,6 +92,19 @@ def round_minifloat(w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFor
     return codes
 
 
+def round_codebook(w: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
+    """Codes, uint8 [N, K], of the values of `book` nearest to w · (1 / scale), the reciprocal rounded to float32.
+
+    Halfway between two values the smaller one; beyond the ends the last one.
+    """
+    core = compiled(w.device)
+    if core is None:
+        return reference.round_codebook(w, group_size, scale, book)
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    core.round_codebook(_plain(w), group_size, _plain(scale), *_steps(book), codes)
+    return codes
+
+
 def decode_int(codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """scale * (codes − zero_point), float32 [N, K]; one float32 multiply."""
     core = compiled(codes.device)
@@ -103,6 +122,16 @@ def decode_minifloat(codes: Tensor, group_size: int, scale: Tensor, fmt: Miniflo
         return reference.decode_minifloat(codes, group_size, scale, fmt)
     weights = torch.empty(codes.shape, dtype=torch.float32)
     core.decode_table(_plain(codes), group_size, _plain(scale), _byte_table(fmt), weights)
+    return weights
+
+
+def decode_codebook(codes: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
+    """scale * value(codes), float32 [N, K]."""
+    core = compiled(codes.device)
+    if core is None:
+        return reference.decode_codebook(codes, group_size, scale, book)
+    weights = torch.empty(codes.shape, dtype=torch.float32)
+    core.decode_table(_plain(codes), group_size, _plain(scale), _byte_table(book), weights)
     return weights
 
 
@@ -153,13 +182,35 @@ def error_minifloat(
     return errors
 
 
+def error_codebook(
+    w: Tensor,
+    group_size: int,
+    scale: Tensor,
+    book: Codebook,
+    importance: Tensor | None = None,
+    by_magnitude: bool = False,
+) -> Tensor:
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
+    core = compiled(w.device)
+    if core is None:
+        return reference.error_codebook(w, group_size, scale, book, importance, by_magnitude)
+    errors = _per_group_like(w, group_size)
+    importance = _plain_or_none(importance)
+    core.error_codebook(_plain(w), group_size, _plain(scale), *_steps(book), importance, by_magnitude, errors)
+    return errors
+
+
 def squared_error(
     w: Tensor,
     codes: Tensor,
     group_size: int,
     scale: Tensor,
     zero_point: Tensor | None = None,
-    fmt: MinifloatFormat | None = None,
+    fmt: MinifloatFormat | Codebook | None = None,
 ) -> tuple[float, float, float]:
     """(Σ (w − decoded)², Σ w², max |w − decoded|); codes are of `fmt`, or integers where it is None."""
     core = compiled(w.device)
@@ -264,8 +315,15 @@ def _fields(fmt: MinifloatFormat) -> tuple[int, int, int, float]:
 
 
 @lru_cache
-def _byte_table(fmt: MinifloatFormat) -> Tensor:
+def _byte_table(fmt: MinifloatFormat | Codebook) -> Tensor:
     """float32 [256]: the value of every byte; NaN for bytes that are not codes of the format."""
     table = torch.full((256,), float("nan"))
-    table[: 1 << fmt.bits] = values(fmt)
+    table[: 1 << fmt.bits] = codebook_tables.values(fmt) if isinstance(fmt, Codebook) else values(fmt)
     return table
+
+
+@lru_cache
+def _steps(book: Codebook) -> tuple[Tensor, Tensor, Tensor]:
+    """Midpoints float32 [15], then in ascending order of their values: values float32 [16] and codes uint8 [16]."""
+    midpoints, codes = codebook_tables.steps(book)
+    return midpoints, codebook_tables.values(book)[codes.to(torch.int64)], codes

@@ -2,6 +2,7 @@
 
     codes = clamp(rint(w / scale) + zero_point, qmin, qmax)       integers, ties to even
     codes = nearest value of w / scale, ties to the even code     minifloats, saturating
+    codes = nearest value of w · (1 / scale), ties to the smaller codebooks, as bitsandbytes
 
 Runs on any device and is what runs where there is no compiled core. Signatures and shapes are those of
 `lowbit.kernels`: w [N, K] float32, bfloat16 or float16 (computed in float32), cut along K into groups of g columns, the
@@ -16,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lowbit.numerics import codebook_tables
+from lowbit.numerics.codebook_tables import Codebook
 from lowbit.numerics.minifloat_formats import MinifloatFormat, values
 
 
@@ -46,6 +49,13 @@ def round_minifloat(w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFor
     return (code + fmt.sign_bit * torch.signbit(scaled)).to(torch.uint8)
 
 
+def round_codebook(w: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
+    """Codes uint8 [N, K]: of the value nearest to w · (1 / scale); halfway between two, of the smaller one."""
+    midpoints, code_of = (table.to(w.device) for table in codebook_tables.steps(book))
+    scaled = w.to(torch.float32) * _per_column(1.0 / scale, w, group_size)
+    return code_of[torch.bucketize(scaled, midpoints)]
+
+
 def decode_int(codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """scale * (codes − zero_point), float32 [N, K]."""
     shifted = codes.to(torch.int32)
@@ -57,6 +67,11 @@ def decode_int(codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor
 def decode_minifloat(codes: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat) -> Tensor:
     """scale * value(codes), float32 [N, K]."""
     return _per_column(scale, codes, group_size) * values(fmt).to(codes.device)[codes.to(torch.int64)]
+
+
+def decode_codebook(codes: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
+    """scale * value(codes), float32 [N, K]."""
+    return _per_column(scale, codes, group_size) * codebook_tables.values(book).to(codes.device)[codes.to(torch.int64)]
 
 
 def error_int(
@@ -95,17 +110,36 @@ def error_minifloat(
     return _group_error(w, decode_minifloat(codes, group_size, scale, fmt), group_size, importance, by_magnitude)
 
 
+def error_codebook(
+    w: Tensor,
+    group_size: int,
+    scale: Tensor,
+    book: Codebook,
+    importance: Tensor | None = None,
+    by_magnitude: bool = False,
+) -> Tensor:
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
+
+    importance    float32 [K], None for ones
+    by_magnitude  weigh each square with |w| as well
+    """
+    codes = round_codebook(w, group_size, scale, book)
+    return _group_error(w, decode_codebook(codes, group_size, scale, book), group_size, importance, by_magnitude)
+
+
 def squared_error(
     w: Tensor,
     codes: Tensor,
     group_size: int,
     scale: Tensor,
     zero_point: Tensor | None = None,
-    fmt: MinifloatFormat | None = None,
+    fmt: MinifloatFormat | Codebook | None = None,
 ) -> tuple[float, float, float]:
     """(Σ (w − decoded)², Σ w², max |w − decoded|), accumulated in float64."""
     if fmt is None:
         decoded = decode_int(codes, group_size, scale, zero_point)
+    elif isinstance(fmt, Codebook):
+        decoded = decode_codebook(codes, group_size, scale, fmt)
     else:
         decoded = decode_minifloat(codes, group_size, scale, fmt)
     weight = w.to(torch.float32)

@@ -6,7 +6,9 @@
 The scale that covers a symmetric range spreads all 2^b codes over it: absmax / ((2^b − 1) / 2), so for 4 bits the
 largest weight sits at 7.5 and rounds to a code half a step away. (absmax / 7 would represent one weight exactly and
 waste the code −8.) This is also what compressed-tensors' observer does.
-An asymmetric range is widened to include zero, so that 0.0 is representable.
+An asymmetric range is widened to include zero, so that 0.0 is representable. A narrow grid has no code −2^(b−1) and the
+scale absmax / (2^(b−1) − 1), as LLM.int8() has it. Where a file cannot store the lowest codes as zero points (GPTQ v1),
+`lowest_zero_point` widens ranges that would need one downwards, by as many steps.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ class IntGrid:
     bits: int
     symmetric: bool = True
     scale_format: str = "bfloat16"
+    narrow: bool = False
+    lowest_zero_point: int | None = None
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}" + ("" if self.symmetric else "_asym")
+        return f"int{self.bits}" + ("" if self.symmetric else "_asym") + ("_narrow" if self.narrow else "")
 
     @property
     def qmin(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -self.qmax if self.narrow else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
@@ -51,8 +55,11 @@ class IntGrid:
             wanted = torch.maximum(-low, high) * (2.0 / steps)
             return GroupParams(storable_scale(wanted, self.scale_format, global_scale), global_scale=global_scale)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        lowest = self.qmin if self.lowest_zero_point is None else self.lowest_zero_point
+        below = lowest - self.qmin  # steps that the range must reach below zero
+        low = torch.minimum(low, -high * (below / (steps - below)))
         scale = storable_scale((high - low) / steps, self.scale_format, global_scale)
-        zero_point = (self.qmin - torch.round(low / scale)).clamp(self.qmin, self.qmax)
+        zero_point = (self.qmin - torch.round(low / scale)).clamp(lowest, self.qmax)
         return GroupParams(scale, zero_point.to(torch.int32), global_scale)
 
     def fit(

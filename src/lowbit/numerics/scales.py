@@ -4,6 +4,9 @@ A scale is rounded to its stored form *before* codes are chosen, so that codes a
 will really multiply with.
 
     bfloat16, float16, float32   nearest even; never rounded to 0 (the smallest positive value instead)
+    bfloat16_in_float16          a bfloat16 that float16 holds exactly: for formats with float16 scales (GPTQ, AWQ),
+                                 which an engine then casts to a bfloat16 model's dtype; such a scale survives both
+    float32_over_127             a float32 divided by 127: bitsandbytes' INT8 stores the numerator
     e8m0      2^(u − 127), u in 0..254        the smallest power of two ≥ the wanted scale (nothing saturates)
     e4m3      float8 e4m3fn × global_scale    nearest even, within 2^-9 .. 448 of the global scale
 """
@@ -17,9 +20,12 @@ from torch import Tensor
 
 E8M0_BIAS = 127
 E4M3_MAX = 448.0
+E2M1_MAX = 6.0
 E4M3_SMALLEST = 2.0**-9
 
-MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Eight significant bits above float16's smallest subnormal, so that a bfloat16 from here on is a float16 too.
+_SMALLEST_IN_BOTH = 2.0**-17
 
 
 def storable_scale(wanted: Tensor, scale_format: str, global_scale: float = 1.0) -> Tensor:
@@ -34,8 +40,13 @@ def storable_scale(wanted: Tensor, scale_format: str, global_scale: float = 1.0)
 
 
 def _nearest(wanted: Tensor, scale_format: str, global_scale: float) -> Tensor:
-    if scale_format in MODEL_DTYPES:
-        dtype = MODEL_DTYPES[scale_format]
+    if scale_format == "bfloat16_in_float16":
+        largest = 65280.0  # of bfloat16's numbers that float16 holds
+        return wanted.clamp(min=_SMALLEST_IN_BOTH, max=largest).to(torch.bfloat16).to(torch.float32)
+    if scale_format == "float32_over_127":
+        return (_nearest(wanted, "float32", global_scale) * 127.0) / 127.0
+    if scale_format in SCALE_DTYPES:
+        dtype = SCALE_DTYPES[scale_format]
         info = torch.finfo(dtype)
         # smallest_normal, not the subnormal below it: some kernels flush subnormal scales to zero
         return wanted.clamp(min=info.smallest_normal, max=info.max).to(dtype).to(torch.float32)

@@ -27,7 +27,7 @@ from pydantic_core import from_json
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 
-SCHEMA = 1
+SCHEMA = 2
 # A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
 LARGEST_FILE = 256 * 2**20
 
@@ -41,10 +41,13 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1")."""
+    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1").
+
+    kind  safetensors, gguf, pickle, or the quant_method of a folder that was quantized already
+    """
 
     model: str
-    kind: Literal["safetensors", "gguf", "pickle", "compressed-tensors"]
+    kind: str
     architecture: str
     notes: tuple[str, ...] = ()
     bytes: Count
@@ -118,6 +121,7 @@ class TensorEntry(_Part):
     shape            [N, K] for a linear
     bytes            stored, with scales and zero points
     relative_error   None where it was not measured, and for tensors left alone
+    repacked         True where the source's own codes were kept, bit for bit (`lowbit convert`)
     notes            what was changed on the way: "group size 64: 128 does not divide 576"
     """
 
@@ -130,6 +134,7 @@ class TensorEntry(_Part):
     bytes: Count
     relative_error: NonNegative | None = None
     max_error: NonNegative | None = None
+    repacked: bool = False
     reason: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -235,7 +240,7 @@ class ServeLine(_Part):
 class Report(_Part):
     """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: Source

@@ -3,43 +3,68 @@
     scale, zero_point = fit(range of each group)      codes = clamp(rint(w / scale) + zero_point)
 
 No calibration. Works on any slab of whole rows: rows do not influence each other, except where one scale spans the
-tensor (or two levels of scales do), whose range the caller measures first and hands in.
+tensor (or two levels of scales do), whose range the caller measures first and hands in. With double quantization the
+scales are quantized first and codes chosen for what they decode to; slabs must begin where a block of scales does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit import kernels
 from lowbit.numerics.grid import Grid, RangeSearch
+from lowbit.numerics.nested import decode_scales, quantize_scales
 from lowbit.numerics.scales import global_scale_for
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
+from lowbit.tensors import Granularity, GroupParams, NestedScale, QuantizedTensor
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """Smallest and largest weight of a whole tensor (of a whole fused set, for two-level scales)."""
+    """Smallest and largest weight of a whole tensor (of a whole fused set, for two-level scales).
+
+    absmax_sum   Σ of the groups' largest |w|, in float64; double quantization needs their mean, of each tensor by
+                 itself: do not join fused sets for it
+    groups       how many groups are not all zero
+    """
 
     low: float
     high: float
+    absmax_sum: float = 0.0
+    groups: int = 0
 
     def joined(self, other: TensorRange) -> TensorRange:
-        return TensorRange(min(self.low, other.low), max(self.high, other.high))
+        return TensorRange(
+            min(self.low, other.low), max(self.high, other.high),
+            self.absmax_sum + other.absmax_sum, self.groups + other.groups,
+        )  # fmt: skip
+
+    @property
+    def mean_absmax(self) -> float:
+        """Of the groups that are not all zero; 1 where there is none."""
+        if self.groups == 0 and (self.low != 0 or self.high != 0):
+            raise AssertionError("double quantization needs a range that was measured for it")
+        return self.absmax_sum / self.groups if self.groups else 1.0
 
 
-def measure_range(weight: Tensor) -> TensorRange:
-    """Range of a slab [rows, K]; NaN and inf are kept."""
-    low, high = kernels.group_range(weight, weight.shape[1])
-    return TensorRange(low.min().item(), high.max().item())
+def measure_range(weight: Tensor, spec: WeightSpec | None = None) -> TensorRange:
+    """Range of a slab [rows, K], with the mean over groups where `spec` needs it; NaN and inf are kept."""
+    nested = spec is not None and spec.scale_format == "nested"
+    columns = weight.shape[1]
+    low, high = kernels.group_range(weight, spec.columns_per_scale(columns) if spec is not None and nested else columns)
+    found = TensorRange(low.min().item(), high.max().item())
+    if not nested:
+        return found
+    absmax = torch.maximum(-low, high)
+    return replace(found, absmax_sum=absmax.sum(dtype=torch.float64).item(), groups=int((absmax != 0).sum()))
 
 
 def needs_tensor_range(weight: WeightSpec) -> bool:
     """True where no slab can be rounded before the whole tensor was seen."""
-    return weight.two_level or weight.granularity is Granularity.TENSOR
+    return weight.two_level or weight.granularity is Granularity.TENSOR or weight.scale_format == "nested"
 
 
 def round_to_nearest(
@@ -70,8 +95,14 @@ def round_to_nearest(
         scale = _block_scale(grid, weight, group_size)
     else:
         params = grid.fit(weight, group_size, search, importance, global_scale)
+        nested = None
+        if spec.scale_format == "nested":
+            nested = _nested_scale(weight, params, group_size, _known(tensor_range))
+            params = GroupParams(decode_scales(nested))
         codes = grid.round(weight, params, group_size)
-        return QuantizedTensor(codes, params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale)
+        return QuantizedTensor(
+            codes, params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale, nested=nested
+        )
     shell = QuantizedTensor(weight, scale, grid, spec.granularity, group_size)
     codes = grid.round(weight, shell.params(), group_size)
     return QuantizedTensor(codes, scale, grid, spec.granularity, group_size)
@@ -87,6 +118,11 @@ def _global_scale(grid: Grid, tensor_range: TensorRange) -> float:
     """Second level of a two-level grid: brings the largest group scale within the first level's range."""
     largest = max(-tensor_range.low, tensor_range.high)
     return global_scale_for(largest / grid.format.max_value)  # type: ignore[attr-defined]
+
+
+def _nested_scale(weight: Tensor, params: GroupParams, group_size: int, tensor_range: TensorRange) -> NestedScale:
+    low, high = kernels.group_range(weight, group_size)
+    return quantize_scales(params.scale, tensor_range.mean_absmax, unused=(low == 0) & (high == 0))
 
 
 def _tensor_scale(grid: Grid, tensor_range: TensorRange, device: torch.device) -> Tensor:

@@ -3,7 +3,8 @@
     verify(folder, source=…, engine="vllm") -> Verification
 
 The files are opened anew and judged by the engine's rules, knowing nothing of how they were written. With the source,
-decoded weights are compared with the original ones, all of them. Needs the memory of a slab of rows.
+decoded weights are compared with the original ones, all of them. Needs the memory of a slab of rows. A folder that is
+not quantized is verified too: the rules on files, architecture and tensors apply to it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,31 @@ from typing import TYPE_CHECKING
 
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import LowbitError, UsageError
-from lowbit.verification.result import Check, Finding, Rule, Verification
+from lowbit.verification.result import ALL, QUANTIZED, Check, Finding, Rule, Verification
 
 if TYPE_CHECKING:
+    from lowbit.verification.subject import Subject
     from lowbit.verification.survey import Progress
 
-__all__ = ["Check", "Rule", "Verification", "rules", "verify"]
+__all__ = ["Check", "Finding", "Rule", "Verification", "rules", "verify"]
 
 
-def rules() -> list[Rule]:
-    """Every rule, in the order in which they are checked."""
-    from lowbit.verification.table import RULES
+def rules(engine: str | None = None, format: str | None = None) -> list[Rule]:
+    """Every rule (of an engine, of a format), in the order in which they are checked.
 
-    return list(RULES)
+    Raises UsageError for an engine without rules and a format that nothing reads.
+    """
+    from lowbit.verification.table import ENGINES, RULES
+
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"there are no rules for engine {engine!r}", f"known engines: {', '.join(ENGINES)}")
+    if format is not None and format not in ALL:
+        raise UsageError(f"there are no rules for format {format!r}", f"known formats: {', '.join(ALL)}")
+    return [
+        rule
+        for rule in RULES
+        if (engine is None or engine in rule.engines) and (format is None or format in rule.formats)
+    ]
 
 
 def verify(
@@ -37,19 +50,17 @@ def verify(
     nearest: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a quantized folder against the rules of an engine.
+    """Check a folder against the rules of an engine.
 
-    source    the original model, open; without it nothing is said of whether the weights are the right ones
+    source    the original model, open, quantized or not; without it nothing is said of whether the weights are right
     nearest   True where codes were rounded to nearest, so that each can be checked; None: what lowbit-report.json says
     progress  called with (what, bytes done, bytes in all)
 
     Raises UsageError for an unknown engine or a path that is no folder; what is wrong with the files is in the result.
     """
     from lowbit.verification.subject import Subject, rounded_to_nearest
-    from lowbit.verification.table import ENGINES
 
-    if engine not in ENGINES:
-        raise UsageError(f"there are no rules for engine {engine!r}", f"known engines: {', '.join(ENGINES)}")
+    rules(engine)
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
@@ -62,12 +73,12 @@ def verify(
         subject.close()
 
 
-def _checked(subject) -> Verification:
+def _checked(subject: Subject) -> Verification:
     checks: list[Check] = []
     unchecked: dict[str, str] = {}
     failed_gate = ""
-    for rule in rules():
-        if subject.engine not in rule.engines:
+    for rule in rules(subject.engine):
+        if not _applies(rule, subject):
             continue
         reason = failed_gate or _why_not(rule, subject)
         if reason:
@@ -76,18 +87,25 @@ def _checked(subject) -> Verification:
         checks.append(_check(rule, subject))
         if rule.gate and not checks[-1].passed:
             failed_gate = f"the rule {rule.name!r} failed"
-    return Verification(subject.engine, str(subject.folder), checks, unchecked)
+    return Verification(subject.engine, str(subject.folder), checks, unchecked, subject.known_format or "")
 
 
-def _check(rule: Rule, subject) -> Check:
+def _applies(rule: Rule, subject: Subject) -> bool:
+    """True where a rule is about the folder's format; where that is not known, about every format."""
+    if subject.known_format is None:
+        return set(QUANTIZED) <= set(rule.formats)
+    return subject.known_format in rule.formats
+
+
+def _check(rule: Rule, subject: Subject) -> Check:
     try:
         finding = rule.check(subject)
     except LowbitError as error:
         finding = Finding([str(error)], "")
-    return Check.of(rule.name, finding)
+    return Check.of(rule, finding)
 
 
-def _why_not(rule: Rule, subject) -> str:
+def _why_not(rule: Rule, subject: Subject) -> str:
     if rule.needs_source and subject.source is None:
         return "no source was given to compare with"
     if rule.needs_nearest and not subject.nearest:

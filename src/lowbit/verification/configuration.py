@@ -1,14 +1,76 @@
-"""Rules on what config.json says, before any tensor is looked at."""
+"""Rules on what config.json says, whatever the format: which one it is, whether it parses, which model it is of."""
 
 from __future__ import annotations
 
-from lowbit.checkpoint.compressed_tensors_config import Group
-from lowbit.verification.result import Finding
+import torch
+
+from lowbit.checkpoint.base import TensorInfo
+from lowbit.checkpoint.quantized import FLOATS
+from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_format_known(subject: Subject) -> Finding:
+    """config.json names a format that is known, and the files are laid out as that format lays them out."""
+    stated = subject.format
+    found: dict[tuple[str, ...], str] = {}
+    for name, info in subject.stored.tensors.items():
+        possible = laid_out_as(name, info, subject.stored.tensors)
+        if possible:
+            found.setdefault(possible, name)
+    for possible, name in found.items():
+        if stated == PLAIN:
+            return Finding(
+                [f"config.json has no quantization_config, but {name} is laid out as {_either(possible)}"], ""
+            )
+        if stated not in possible:
+            return Finding([f"config.json says {stated}, but {name} is laid out as {_either(possible)}"], "")
+    if stated == PLAIN:
+        return Finding([], "not quantized: a plain folder of floats")
+    if not found:
+        return Finding([f"config.json says {stated}, but the files hold no quantized weight"], "")
+    return Finding([], stated)
+
+
+def laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> tuple[str, ...]:
+    """The formats in which a tensor of this name, dtype and shape occurs; () for one that tells nothing."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "qweight":
+        scales = tensors.get(f"{owner}.scales")
+        packs_rows = scales is not None and info.shape[-1:] != scales.shape[-1:]  # eight rows in a word: [K, N/8]
+        return ("awq",) if packs_rows and f"{owner}.g_idx" not in tensors else ("gptq",)
+    if leaf in ("SCB", "absmax", "quant_map") or leaf.startswith("bitsandbytes__"):
+        return ("bitsandbytes",)
+    named = {
+        "weight_packed": ("compressed-tensors",), "weight_global_scale": ("compressed-tensors",),
+        "weight_scale_2": ("modelopt",), "weight_scale_inv": ("fp8",), "W_q": ("hqq",), "_weight_qdata": ("torchao",),
+    }.get(leaf)  # fmt: skip
+    if named is not None:
+        return named
+    if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
+        return ("mxfp4",)
+    if leaf == "weight" and f"{owner}.weight_scale" in tensors:
+        if info.dtype in _FP8:
+            return ("compressed-tensors", "modelopt", "fp8")
+        return (
+            ("compressed-tensors",) if info.dtype == torch.int8 else ("modelopt",) if info.dtype not in FLOATS else ()
+        )
+    return ()
+
+
+def _either(formats: tuple[str, ...]) -> str:
+    return " or ".join(formats)
 
 
 def check_quantization_config(subject: Subject) -> Finding:
-    """quantization_config parses as strictly as compressed-tensors does it."""
+    """quantization_config parses strictly, and the quantized tensors can be opened by it."""
+    layout = subject.layout
+    if subject.format != "compressed-tensors":
+        count = len(layout.linears())
+        said = "; ".join(layout.notes)
+        return Finding([], f"{subject.format}: {count} quantized weights" + (f" ({said})" if said else ""))
     groups = subject.parsed.groups
     if not groups:
         return Finding(["quantization_config.config_groups quantizes no weights"], "")
@@ -20,74 +82,3 @@ def check_architecture(subject: Subject) -> Finding:
     architecture = subject.architecture
     return Finding([], f"{architecture.class_name}, {len(architecture.blocks)} decoder blocks, "
                        f"{len(architecture.linears)} linears")  # fmt: skip
-
-
-def check_format(subject: Subject) -> Finding:
-    """Every group states a storage format, globally or for itself, and it can hold the group's numbers."""
-    problems = []
-    for group in subject.parsed.groups:
-        if group.format is None:
-            problems.append(f"config_groups.{group.name} has no format, and neither has quantization_config")
-        elif not _holds(group):
-            weight = group.scheme.weight
-            problems.append(f"config_groups.{group.name}: {group.format} does not hold {weight.number} codes of "
-                            f"{weight.bits} bits with {weight.scale_format} scales")  # fmt: skip
-    return Finding(problems, ", ".join(sorted({str(group.format) for group in subject.parsed.groups})))
-
-
-def _holds(group: Group) -> bool:
-    weight = group.scheme.weight
-    kind = (weight.number, weight.scale_format)
-    return {
-        "pack-quantized": weight.number == "int",
-        "int-quantized": weight.number == "int",
-        "float-quantized": kind == ("e4m3", "model"),
-        "naive-quantized": kind == ("e4m3", "model") or weight.number == "int",
-        "nvfp4-pack-quantized": kind == ("e2m1", "e4m3"),
-        "mxfp4-pack-quantized": kind == ("e2m1", "e8m0"),
-        "mxfp8-quantized": kind == ("e4m3", "e8m0"),
-    }[str(group.format)]
-
-
-def check_sparsity(subject: Subject) -> Finding:
-    """No sparsity_config: loaders dropped the support and refuse it."""
-    stated = subject.quantization.get("sparsity_config")
-    return Finding([f"quantization_config.sparsity_config is {stated!r}; it must be empty"] if stated else [], "none")
-
-
-def check_activation_order(subject: Subject) -> Finding:
-    """Columns are stored in their own order: `actorder` group (dynamic) and weight_g_idx were removed from loaders."""
-    problems = [f"config_groups.{group.name}.weights.actorder is {group.actorder!r}; loaders take null or 'weight'"
-                for group in subject.parsed.groups if group.actorder in ("group", "dynamic")]  # fmt: skip
-    problems += [f"{name}: loaders no longer permute columns"
-                 for name in subject.checkpoint.tensors if name.endswith(".weight_g_idx")]  # fmt: skip
-    return Finding(problems, "columns are in their own order")
-
-
-def check_activations(subject: Subject) -> Finding:
-    """pack-quantized is a weight-only format; FP8 activations over 4-bit integers are its one exception."""
-    problems = []
-    for group in subject.parsed.groups:
-        activation = group.scheme.activation
-        if group.format != "pack-quantized" or activation is None:
-            continue
-        if not (activation.number == "e4m3" and group.scheme.weight.bits == 4):
-            problems.append(f"config_groups.{group.name}: {group.format} is a weight-only format, but the group has "
-                            f"{activation.bits}-bit {activation.number} input_activations")  # fmt: skip
-    quantized = sum(group.scheme.activation is not None for group in subject.parsed.groups)
-    return Finding(problems, f"{quantized} of {len(subject.parsed.groups)} groups quantize activations")
-
-
-def check_kv_cache(subject: Subject) -> Finding:
-    """A KV-cache scheme is FP8, symmetric, one scale per tensor or head."""
-    stated = subject.parsed.kv_cache
-    if stated is None:
-        return Finding([], "not quantized")
-    fits = (
-        stated.get("type") == "float"
-        and stated.get("num_bits") == 8
-        and stated.get("symmetric", True)
-        and stated.get("strategy") in ("tensor", "attn_head")
-    )
-    problem = f"quantization_config.kv_cache_scheme is {stated!r}; vLLM takes 8-bit float, tensor or attn_head"
-    return Finding([] if fits else [problem], "FP8")

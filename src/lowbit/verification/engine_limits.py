@@ -11,6 +11,7 @@ import torch
 
 from lowbit.architecture import Linear
 from lowbit.checkpoint.compressed_tensors_config import Group
+from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity
 from lowbit.verification.result import Finding
 from lowbit.verification.subject import Subject
@@ -18,20 +19,28 @@ from lowbit.verification.subject import Subject
 # Of the kernels for 4- and 8-bit integer weights (Marlin, Machete); wider support exists on some devices only.
 KERNEL_GROUP_SIZES = (32, 64, 128)
 _TENSOR_PARALLEL = (1, 2, 4, 8)
+# Linears that engines split by rows though nothing is fused with them.
+_SPLIT_BY_ROWS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "q_b_proj",
+    "kv_b_proj",
+)
 
 
 def check_engine_limits(subject: Subject) -> Finding:
-    """A kernel exists for every group: bits, group size, activations, format, model dtype and shapes."""
+    """A kernel exists for every group: bits, group size, activations, format and shapes."""
     problems = []
     for group in subject.parsed.groups:
         problem = _scheme_problem(group)
         if problem:
             problems.append(f"config_groups.{group.name}: {problem}")
-    floats = [name for name, group in subject.groups.items() if group.scheme.weight.number != "int"]
-    if floats and str(subject.config.get("dtype") or subject.config.get("torch_dtype")).endswith("float32"):
-        problems.append(f"config.json says dtype float32, which FP8 and FP4 kernels refuse ({floats[0]}); "
-                        f"bfloat16 or float16 is needed")  # fmt: skip
-    problems += _block_problems(subject) + _fp8_over_int4_problems(subject)
+    problems += _fp8_over_int4_problems(subject)
     return Finding(problems, f"a kernel exists for {', '.join(g.scheme.name for g in subject.parsed.groups)}")
 
 
@@ -97,20 +106,6 @@ def _int_problem(group: Group) -> str | None:
     return f"no kernel for {weight.bits}-bit integers with a scale per {weight.granularity.value} and 8-bit activations"
 
 
-def _block_problems(subject: Subject) -> list[str]:
-    """In a fused set, no block may straddle two members."""
-    problems = []
-    for fused, members in subject.architecture.fused_sets.items():
-        for member in members[:-1]:
-            group = subject.groups.get(member)
-            rows = subject.architecture.linears[member].shape[0]
-            if group is not None and group.scheme.weight.granularity is Granularity.BLOCK:
-                block = group.scheme.weight.group_size or 1
-                if rows % block:
-                    problems.append(f"{fused}: {member} has {rows} rows, not a multiple of its block of {block}")
-    return problems
-
-
 def _fp8_over_int4_problems(subject: Subject) -> list[str]:
     """The kernel of FP8 activations over 4-bit integers (CUTLASS, Hopper) takes multiples of 128 and bfloat16."""
     problems = []
@@ -130,7 +125,7 @@ def check_tensor_parallel(subject: Subject) -> Finding:
     """Which tensor-parallel sizes split every layer at whole groups. Only size 1 is required."""
     fits, notes, required = [], [], []
     for size in _TENSOR_PARALLEL:
-        problem = next(filter(None, (_split_problem(subject, linear, size) for linear in _decoder(subject))), None)
+        problem = next(filter(None, (_split_problem(subject, linear, size) for linear in subject.decoder)), None)
         if problem is None:
             fits.append(str(size))
         else:
@@ -140,15 +135,13 @@ def check_tensor_parallel(subject: Subject) -> Finding:
     return Finding(required, "; ".join([f"tensor parallel sizes that fit: {', '.join(fits) or 'none'}", *notes]))
 
 
-def _decoder(subject: Subject) -> list[Linear]:
-    return [linear for linear in subject.architecture.linears.values() if linear.block is not None]
-
-
 def _split_problem(subject: Subject, linear: Linear, size: int) -> str | None:
     """Fused sets are split by rows (whole heads), the linears after them by columns (whole groups)."""
     rows, columns = linear.shape
-    group = subject.groups.get(linear.name)
-    by_rows = linear.fused is not None
+    if linear.keep is not None or linear.name not in subject.stored_linears:
+        return None
+    scheme = subject.schemes.get(linear.name)
+    by_rows = linear.fused is not None or linear.role in _SPLIT_BY_ROWS
     if by_rows:
         heads = _heads(subject, linear)
         if heads is not None and heads % size and not (linear.role != "q_proj" and size % heads == 0):
@@ -158,21 +151,28 @@ def _split_problem(subject: Subject, linear: Linear, size: int) -> str | None:
         columns = columns / size
     if rows != int(rows) or columns != int(columns):
         return f"{linear.name}: {list(linear.shape)} over {size} ranks"
-    return None if group is None else _part_problem(linear.name, int(rows), int(columns), size, group, by_rows)
+    if scheme is None:
+        return None
+    return _part_problem(subject, linear.name, int(rows), int(columns), size, scheme, by_rows)
 
 
-def _part_problem(name: str, rows: int, columns: int, ranks: int, group: Group, by_rows: bool) -> str | None:
+def _part_problem(
+    subject: Subject, name: str, rows: int, columns: int, ranks: int, scheme: Scheme, by_rows: bool
+) -> str | None:
     """What a rank's part of a quantized linear breaks."""
-    weight = group.scheme.weight
+    weight, group = scheme.weight, subject.groups.get(name)
     size = weight.group_size
+    packed = group is not None and group.format == "pack-quantized"
     if weight.granularity is Granularity.GROUP and size and columns % size:
         return f"{name}: {columns} columns a rank, groups of {size}"
     split = rows if by_rows else columns
     if weight.granularity is Granularity.BLOCK and size and ranks > 1 and split % size:
         return f"{name}: {split} {'rows' if by_rows else 'columns'} a rank, blocks of {size}"
-    if group.format == "pack-quantized" and not by_rows and columns * weight.bits % 32:
+    if subject.format in ("gptq", "awq") and (rows if by_rows else columns) * weight.bits % 32:
+        return f"{name}: {rows} × {columns} a rank, {weight.bits} bits each, do not fill 32-bit words"
+    if packed and not by_rows and columns * weight.bits % 32:
         return f"{name}: {columns} columns a rank of {weight.bits} bits do not fill 32-bit words"
-    if group.format == "pack-quantized" and not weight.symmetric and by_rows and rows * weight.bits % 32:
+    if packed and not weight.symmetric and by_rows and rows * weight.bits % 32:
         return f"{name}: zero points of {rows} rows a rank, {weight.bits} bits each, do not fill 32-bit words"
     return None
 
@@ -181,5 +181,7 @@ def _heads(subject: Subject, linear: Linear) -> int | None:
     """Attention heads that the rows of q, k or v are made of."""
     if linear.role not in ("q_proj", "k_proj", "v_proj"):
         return None
-    queries = subject.config.get("num_attention_heads")
-    return queries if linear.role == "q_proj" else subject.config.get("num_key_value_heads") or queries
+    text = subject.config.get("text_config")
+    config = text if isinstance(text, dict) else subject.config
+    queries = config.get("num_attention_heads")
+    return queries if linear.role == "q_proj" else config.get("num_key_value_heads") or queries

@@ -18,7 +18,7 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 def check_files(subject: Subject) -> Finding:
     """Every shard is there, whole, and agrees with the index; no other weight file would be loaded with them."""
-    checkpoint = subject.checkpoint
+    checkpoint = subject.stored
     problems = list(checkpoint.notes)
     files = sorted({info.file.name for info in checkpoint.tensors.values()})
     return Finding(problems, f"{len(checkpoint.tensors)} tensors in {len(files)} file{'s' * (len(files) != 1)}")
@@ -58,7 +58,7 @@ def _bits_per_weight(subject: Subject) -> float:
         if linear.block is None:
             continue
         weights += linear.shape[0] * linear.shape[1]
-        names = subject.expected_names(name) if name in subject.groups else [f"{name}.weight"]
+        names = list(subject.expected_of(name)) if name in subject.schemes else [f"{name}.weight"]
         stored += sum(subject.checkpoint.tensors[n].nbytes for n in names if n in subject.checkpoint.tensors)
     return 8 * stored / weights if weights else 0.0
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group, matches
+from lowbit.schemes import WeightSpec
 from lowbit.verification.result import Finding
 from lowbit.verification.subject import Subject
 
@@ -123,24 +124,38 @@ def check_engine_groups(subject: Subject) -> Finding:
 
 def check_fused_schemes(subject: Subject) -> Finding:
     """The members of a fused set have one scheme: bits, group size, symmetry, activations and storage format."""
-    problems = []
-    for fused, members in subject.architecture.fused_sets.items():
-        groups = {member: subject.groups.get(member) for member in members}
-        first = groups[members[0]]
-        for member, group in groups.items():
-            if _storage(group) != _storage(first):
-                problems.append(f"{fused}: {member} is {_described(group)}, {members[0]} is {_described(first)}")
-                break
-    return Finding(problems, f"{len(subject.architecture.fused_sets)} fused sets have one scheme each")
+    sets = subject.architecture.fused_sets
+    problems = [problem for name, members in sets.items() if (problem := _mixed(subject, name, members))]
+    return Finding(problems, f"{len(sets)} fused sets have one scheme each")
+
+
+def check_expert_schemes(subject: Subject) -> Finding:
+    """All linears of all experts of a block have one scheme: engines stack them."""
+    sets = subject.architecture.expert_sets
+    problems = [problem for name, members in sets.items() if (problem := _mixed(subject, name, members))]
+    return Finding(problems, f"{len(sets)} sets of experts have one scheme each" if sets else "no experts")
+
+
+def _mixed(subject: Subject, name: str, members: tuple[str, ...]) -> str | None:
+    first = _stored_as(subject, members[0])
+    for member in members:
+        if _stored_as(subject, member) != first:
+            return f"{name}: {member} is {_said(subject, member)}, {members[0]} is {_said(subject, members[0])}"
+    return None
+
+
+_SECOND_LEVEL = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale")
 
 
 def check_fused_global_scales(subject: Subject) -> Finding:
-    """NVFP4's scale per tensor is the same in a fused set: vLLM takes the largest for all, with a warning only."""
+    """NVFP4's scales per tensor are the same in a fused set: engines take the largest for all, with a warning only."""
     problems, sets = [], 0
     for fused, members in subject.architecture.fused_sets.items():
-        for leaf in ("weight_global_scale", "input_global_scale"):
-            names = [f"{member}.{leaf}" for member in members if f"{member}.{leaf}" in subject.expected]
-            values = {name: subject.checkpoint.read(name).item() for name in names if subject.is_sound(name)}
+        two_level = [name for name in members if name in subject.schemes and subject.schemes[name].weight.two_level]
+        for leaf in _SECOND_LEVEL:
+            names = [f"{member}.{leaf}" for member in two_level if f"{member}.{leaf}" in subject.stored.tensors]
+            values = {name: subject.stored.read(name).reshape(-1)[0].item() for name in names
+                      if subject.stored.tensors[name].shape in ((), (1,))}  # fmt: skip
             sets += bool(values)
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
@@ -153,10 +168,26 @@ def _storage(group: Group | None) -> object:
     return None if group is None else (group.scheme.weight, group.scheme.activation, group.format)
 
 
+def _stored_as(subject: Subject, linear: str) -> object:
+    """The same of a linear in any format."""
+    scheme = subject.schemes.get(linear)
+    if linear in subject.groups or scheme is None:
+        return _storage(subject.groups.get(linear))
+    return scheme.weight, scheme.activation
+
+
+def _said(subject: Subject, linear: str) -> str:
+    scheme = subject.schemes.get(linear)
+    if linear in subject.groups or scheme is None:
+        return _described(subject.groups.get(linear))
+    return f"{_weight_said(scheme.weight)} ({scheme.name})"
+
+
 def _described(group: Group | None) -> str:
-    if group is None:
-        return "unquantized"
-    weight = group.scheme.weight
+    return "unquantized" if group is None else f"{_weight_said(group.scheme.weight)} ({group.name})"
+
+
+def _weight_said(weight: WeightSpec) -> str:
     size = f" {weight.group_size}" if weight.group_size else ""
     symmetry = "symmetric" if weight.symmetric else "asymmetric"
-    return f"{weight.number} {weight.bits} bits, {weight.granularity.value}{size}, {symmetry} ({group.name})"
+    return f"{weight.number} {weight.bits} bits, {weight.granularity.value}{size}, {symmetry}"

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lowbit.checkpoint.quantized import KINDS
+
 if TYPE_CHECKING:
     from lowbit.verification.subject import Subject
+
+PLAIN = "plain"  # a folder of 16-bit weights, without quantization_config
+QUANTIZED: tuple[str, ...] = KINDS
+ALL: tuple[str, ...] = (PLAIN, *KINDS)
 
 _SHOWN = 3
 
@@ -24,29 +30,40 @@ class Finding:
 class Rule:
     """One thing an engine relies on.
 
+    formats       quant_method of the folders that it is about, and "plain" for those that are not quantized
+    follows       the place in a loader's source that it follows, or what it rests on otherwise
     gate          True where nothing after it can be checked once it fails
+    limit         True where it speaks of what an engine has kernels or a loader for, not of the files: a checkpoint
+                  that fails it is sound, and other engines (or cards) may run it
     needs_source  True where the original weights are compared with
     needs_nearest True where it holds only for codes that were rounded to nearest
     """
 
     name: str
     engines: tuple[str, ...]
+    formats: tuple[str, ...]
     summary: str
     check: Callable[[Subject], Finding] = field(repr=False)
+    follows: str
     gate: bool = False
+    limit: bool = False
     needs_source: bool = False
     needs_nearest: bool = False
 
 
 @dataclass(frozen=True)
 class Check:
+    """limit: as in `Rule`."""
+
     rule: str
     passed: bool
     detail: str
+    limit: bool = False
 
     @classmethod
-    def of(cls, rule: str, finding: Finding) -> Check:
-        return cls(rule, not finding.problems, finding.summary if not finding.problems else shortened(finding.problems))
+    def of(cls, rule: Rule, finding: Finding) -> Check:
+        detail = finding.summary if not finding.problems else shortened(finding.problems)
+        return cls(rule.name, not finding.problems, detail, rule.limit)
 
 
 @dataclass(frozen=True)
@@ -54,12 +71,14 @@ class Verification:
     """engine     whose rules were applied
     checks     in the order of the rules
     unchecked  rule → why it was not checked; does not count against `ok`, except after a failed gate
+    format     quant_method of the folder, "plain" for one that is not quantized, "" where that could not be told
     """
 
     engine: str
     folder: str
     checks: list[Check]
     unchecked: dict[str, str] = field(default_factory=dict)
+    format: str = ""
 
     @property
     def ok(self) -> bool:
@@ -68,6 +87,11 @@ class Verification:
     @property
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
+
+    @property
+    def broken(self) -> list[Check]:
+        """What fails because the files are wrong; the rest of `failed` the engine has no kernel or loader for."""
+        return [check for check in self.failed if not check.limit]
 
 
 def shortened(problems: list[str]) -> str:

@@ -1,11 +1,12 @@
 """`Subject`: the checkpoint under examination, opened step by step, as every rule sees it.
 
 Nothing here knows how the files were written: they are opened anew, config.json is parsed anew, and the architecture
-is built from it anew.
+is built from it anew. What is particular to a format is asked of its `Layout`.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.architecture import Architecture, discover_once
+from lowbit.architecture import Architecture, Linear, canonical_view, discover_once
 from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions
-from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group, parse_quantization_config
+from lowbit.checkpoint.quantized import FLOATS, LAYOUTS, Expected, Layout, find_method, quantization_of, tensor_problem
 from lowbit.checkpoint.rows import read_config, read_json_object
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
-from lowbit.verification.layout import Expected, expected_tensors, plain_tensor
+from lowbit.errors import LowbitError
+from lowbit.schemes import Scheme
+from lowbit.verification.result import PLAIN
 
 if TYPE_CHECKING:
+    from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group
     from lowbit.verification.survey import Progress, Survey
 
 
@@ -38,32 +42,74 @@ class Subject:
     progress: Progress | None = None
 
     @cached_property
-    def checkpoint(self) -> SafetensorsCheckpoint:
+    def stored(self) -> SafetensorsCheckpoint:
+        """The files, as they are."""
         return SafetensorsCheckpoint(self.folder)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The files, plain tensors under the names of the architecture."""
+        return canonical_view(self.stored, self.architecture)
+
+    @cached_property
+    def original(self) -> Checkpoint | None:
+        """The source under the names of the architecture."""
+        return None if self.source is None else canonical_view(self.source, self.architecture)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_config(self.folder)
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any]:
-        """config.json's quantization_config, not parsed."""
-        stated = self.config.get("quantization_config")
-        return stated if isinstance(stated, dict) else {}
+        """What config.json (or the file of the format) says of the quantization, not parsed; empty where nothing."""
+        return quantization_of(self.stored) or {}
 
     @cached_property
+    def format(self) -> str:
+        """quant_method of the folder, or "plain"; CheckpointError for one that is not known."""
+        read_config(self.folder)
+        quantization = quantization_of(self.stored)
+        return PLAIN if quantization is None else find_method(self.stored, quantization)
+
+    @cached_property
+    def known_format(self) -> str | None:
+        """The format; None where it cannot be told."""
+        try:
+            return self.format
+        except LowbitError:
+            return None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the format keeps its linears."""
+        return importlib.import_module(LAYOUTS[self.format]).open_layout(self.stored, self.quantization)
+
+    @property
     def parsed(self) -> CompressedTensorsConfig:
-        return parse_quantization_config(self.config)
+        """The quantization_config of a compressed-tensors folder."""
+        return self.layout.parsed  # type: ignore[attr-defined]
 
     @cached_property
     def architecture(self) -> Architecture:
-        return discover_once(self.config, str(self.folder), self.options.trust_remote_code)
+        """Of gpt-oss with the experts apart, where the files hold them as blocks or one by one."""
+        apart = self.known_format == "mxfp4" or any(".experts.0." in name for name in self.stored.tensors)
+        split = self.config.get("model_type") == "gpt_oss" and apart
+        return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The float dtype that config.json promises."""
-        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        named = str(self.stated_dtype or "bfloat16").removeprefix("torch.")
         return {"float16": torch.float16, "float32": torch.float32}.get(named, torch.bfloat16)
+
+    @property
+    def stated_dtype(self) -> Any:
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            if config.get("dtype") or config.get("torch_dtype"):
+                return config.get("dtype") or config.get("torch_dtype")
+        return None
 
     @cached_property
     def stored_linears(self) -> list[str]:
@@ -71,24 +117,70 @@ class Subject:
         return [name for name in self.architecture.linears if f"{name}.weight" not in self.architecture.tied]
 
     @cached_property
+    def decoder(self) -> list[Linear]:
+        """The linears of the decoder blocks."""
+        return [linear for linear in self.architecture.linears.values() if linear.block is not None]
+
+    @cached_property
     def groups(self) -> dict[str, Group]:
-        """Linear → its group, by compressed-tensors' rules, of every linear that config.json says is quantized."""
+        """Linear → its group of config_groups, of a compressed-tensors folder."""
+        if self.format != "compressed-tensors":
+            return {}
         found = {name: self.parsed.group_of(name) for name in self.stored_linears}
         return {name: group for name, group in found.items() if group is not None}
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """Linear → scheme, of every linear that config.json says is quantized.
+
+        Of formats that leave it to the files (GPTQ, AWQ, bitsandbytes) those that the files hold quantized and
+        config.json does not exclude.
+        """
+        if self.format == PLAIN:
+            return {}
+        names = self.linears_in_files if self.told_by_files else set(self.stored_linears)
+        found = {name: self.layout.scheme_of(name) for name in self.stored_linears if name in names}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+    @cached_property
+    def linears_in_files(self) -> set[str]:
+        """Linears that the files hold quantized, as the layout sees them."""
+        return set(self.layout.linears())
+
+    @cached_property
+    def plain_modules(self) -> list[str]:
+        """Names of modules whose stored tensors are all floats."""
+        tensors = self.stored.tensors
+        coded = {name.rpartition(".")[0] for name, info in tensors.items() if info.dtype not in FLOATS}
+        return [owner for owner in dict.fromkeys(name.rpartition(".")[0] for name in tensors) if owner not in coded]
+
+    @property
+    def told_by_files(self) -> bool:
+        """True where loaders learn from the files which linears are quantized."""
+        return self.format in ("gptq", "awq", "bitsandbytes", "mxfp4", "torchao", "hqq")
+
+    def is_plain(self, linear: str) -> bool:
+        """True where the files hold a float weight of a linear, and nothing that belongs to a quantized one."""
+        info = self.checkpoint.tensors.get(f"{linear}.weight")
+        return info is not None and info.dtype in FLOATS and not self.quantized_parts(linear)
+
+    def quantized_parts(self, linear: str) -> list[str]:
+        """Stored tensors that show a linear to be quantized, whatever config.json says."""
+        return [f"{linear}.{leaf}" for leaf in _QUANTIZED_LEAVES if f"{linear}.{leaf}" in self.stored.tensors]
 
     @cached_property
     def misfiled(self) -> dict[str, str]:
         """Linears that are quantized in config.json or in the files, but not in both, with what is wrong."""
         wrong = {}
         for name in self.stored_linears:
-            leaves = [leaf for leaf in ("weight_packed", "weight_scale") if f"{name}.{leaf}" in self.checkpoint.tensors]
-            info = self.checkpoint.tensors.get(f"{name}.weight")
-            plain = info is not None and info.dtype in (torch.bfloat16, torch.float16, torch.float32) and not leaves
-            if name in self.groups and plain:
-                group = self.groups[name]
-                wrong[name] = f"{name}: config.json quantizes it ({group.name}), the files hold a plain .weight"
-            elif name not in self.groups and leaves:
-                wrong[name] = f"{name}: config.json leaves it unquantized, the files hold .{leaves[0]}"
+            parts = self.quantized_parts(name)
+            if name in self.schemes and self.is_plain(name):
+                group = self.groups.get(name)
+                stated = self.schemes[name].name if group is None else group.name
+                wrong[name] = f"{name}: config.json quantizes it ({stated}), the files hold a plain .weight"
+            elif name not in self.schemes and parts:
+                leaf = parts[0].removeprefix(f"{name}.")
+                wrong[name] = f"{name}: config.json leaves it unquantized, the files hold .{leaf}"
         return wrong
 
     @cached_property
@@ -97,15 +189,32 @@ class Subject:
         expected = {}
         for name, shape in self.architecture.parameters.items():
             linear = name.removesuffix(".weight")
-            if name.endswith(".weight") and linear in self.groups:
-                expected |= expected_tensors(linear, (shape[0], shape[1]), self.groups[linear])
+            if name.endswith(".weight") and linear in self.schemes:
+                expected |= self.expected_of(linear)
             else:
                 expected[name] = plain_tensor(shape)
         return expected
 
-    def expected_names(self, linear: str) -> list[str]:
-        """Stored names of a quantized linear's own tensors."""
-        return list(expected_tensors(linear, self.architecture.linears[linear].shape, self.groups[linear]))
+    def expected_of(self, linear: str) -> dict[str, Expected]:
+        """What must lie in the files of a quantized linear, biases aside."""
+        return self._expected_by_linear[linear]
+
+    @cached_property
+    def _expected_by_linear(self) -> dict[str, dict[str, Expected]]:
+        linears = self.architecture.linears
+        return {linear: self.layout.expected(linear, linears[linear].shape) for linear in self.schemes}
+
+    @cached_property
+    def optional(self) -> set[str]:
+        """Stored tensors that a format allows beside those it needs: a trivial g_idx, the JSON of a quant_state."""
+        if self.format == "compressed-tensors":
+            return set()
+        owned = {name for linear in self.schemes for name in self.layout.owned(linear)}
+        return {name for name in owned if not name.endswith(".weight")}
+
+    def unsound(self, linear: str) -> str | None:
+        """What keeps a quantized linear from being decoded; None where nothing does."""
+        return tensor_problem(self.stored.tensors, self.expected_of(linear))
 
     @cached_property
     def survey(self) -> Survey:
@@ -120,8 +229,18 @@ class Subject:
         return info is not None and info.dtype in expected.dtypes and tuple(info.shape) == expected.shape
 
     def close(self) -> None:
-        if "checkpoint" in self.__dict__:
-            self.checkpoint.close()
+        if "stored" in self.__dict__:
+            self.stored.close()
+
+
+_QUANTIZED_LEAVES = (
+    "weight_packed", "weight_scale", "qweight", "scales", "weight_scale_inv", "weight_scale_2", "SCB", "weight.absmax",
+    "weight.quant_map", "W_q", "_weight_qdata",
+)  # fmt: skip
+
+
+def plain_tensor(shape: tuple[int, ...]) -> Expected:
+    return Expected(FLOATS, tuple(shape))
 
 
 def rounded_to_nearest(folder: Path) -> bool:

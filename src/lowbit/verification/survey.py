@@ -1,14 +1,15 @@
 """One pass over every stored weight, in slabs of rows; the rules on values read what it found.
 
-    within range    |w − ŵ| ≤ half the distance to the neighbouring code, on either side
-    beyond it       ŵ is the end code                                 (both only where codes were rounded to nearest)
+    every code      |w − ŵ| ≤ |w − v| for every other value v of the grid   (only where codes were rounded to nearest)
     every tensor    ‖W − Ŵ‖ / ‖W‖ ≤ a bound by bits: far above what any rounding costs, far below what a wrong
                     layout, a wrong scale or foreign weights do (two unrelated tensors are √2 apart)
 
-Unpacking, rounding and decoding are the kernels', which tests hold against definitions and other people's packers.
-Where a kernel would have chosen another code, the slow and tolerant comparison above decides, in float32, since other
-writers multiply by reciprocals. Linears are spread over threads, each of which holds one slab; pages are released as
-the pass goes, so memory stays that of a slab per thread.
+Codes and scales are read through the format's `Layout`, so that every format is judged in the same way; rounding and
+decoding are the grid's, kernels where there are any, which tests hold against definitions and other people's packers.
+Where a grid would have chosen another code, the slow and tolerant comparison decides: the stored one must be as near
+to the weight, but for a tie that float32 resolves either way, since other writers multiply by reciprocals. Linears are
+spread over threads, each of which holds one slab; pages are released as the pass goes, so memory stays that of a slab
+per thread.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit import kernels
+from lowbit.checkpoint.base import Checkpoint, is_decoded
 from lowbit.checkpoint.rows import row_slabs
-from lowbit.numerics.minifloat_formats import FORMATS, value_of
-from lowbit.verification.layout import StoredLinear
+from lowbit.errors import CheckpointError
+from lowbit.numerics.codebook import CodebookGrid
+from lowbit.numerics.grid import Grid
+from lowbit.numerics.integer import IntGrid
+from lowbit.numerics.minifloat import MinifloatGrid
+from lowbit.tensors import GroupParams, QuantizedTensor
+from lowbit.verification.raw_storage import check_raw
+from lowbit.verification.result import PLAIN
 
 if TYPE_CHECKING:
     from lowbit.verification.subject import Subject
@@ -37,6 +44,9 @@ _RELEASE_ABOVE = 1 << 24
 LARGEST_RELATIVE_ERROR = {2: 1.0, 3: 0.85, 4: 0.7, 5: 0.5, 6: 0.35, 7: 0.25, 8: 0.15}
 # w / scale in float32 against a writer that multiplied by the reciprocal, in units of a step
 _TOLERANCE = 2.0**-17
+
+_SCALE_LEAVES = ("weight_scale", "scales", "weight_scale_inv", "SCB", "weight.absmax", "scale")
+_CODE_LEAVES = ("weight_packed", "qweight", "weight", "W_q")
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,6 +66,16 @@ class Survey:
     decoded: int = 0
     compared: int = 0
 
+    def compare(self, linear: str, error: float, weight: float, bound: float, said: str = "") -> None:
+        """Take note of Σ (w − ŵ)² and Σ w² of a whole linear."""
+        self.compared += 1
+        relative = (error / weight) ** 0.5 if weight else error
+        self.relative_errors[linear] = relative
+        if not relative <= bound:
+            self.relative.append(
+                f"{linear}.weight: relative error {relative:.3g} of the weights; at most {bound}{said}"
+            )
+
     def add(self, other: Survey) -> None:
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             if isinstance(mine, list):
@@ -67,21 +87,21 @@ class Survey:
 
 def take_survey(subject: Subject, progress: Progress | None = None) -> Survey:
     """Decode every quantized linear and read every other tensor; tensors of a wrong layout are left to other rules."""
-    linears = {name: subject.expected_names(name) for name in subject.groups}
-    quantized = {name for names in linears.values() for name in names}
+    linears = {name: list(subject.expected_of(name)) for name in subject.schemes if subject.unsound(name) is None}
+    quantized = {name for linear in subject.schemes for name in subject.expected_of(linear)}
+    plain = [name for name in subject.expected if name not in quantized and subject.is_sound(name)]
     jobs: list[tuple[Callable[[Subject, str], Survey], str, list[str]]] = []
     jobs += [(_survey_linear, linear, names) for linear, names in linears.items()]
-    jobs += [(_survey_plain, name, [name]) for name in subject.expected if name not in quantized]
-    jobs = [job for job in jobs if all(subject.is_sound(name) for name in job[2])]
-    total = sum(subject.checkpoint.tensors[name].nbytes for _, _, names in jobs for name in names)
-    survey, done = Survey(), 0
+    jobs += [(_survey_plain, name, [name]) for name in plain]
+    sizes = [sum(subject.checkpoint.tensors[name].nbytes for name in names) for _, _, names in jobs]
+    survey, done, total = Survey(), 0, sum(sizes)
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(os.cpu_count() or 1, "lowbit-verify", torch.set_num_threads, (1,))
     try:
-        pending = [(pool.submit(function, subject, name), name, names) for function, name, names in jobs]
-        for future, name, names in pending:
+        pending = [pool.submit(function, subject, name) for function, name, _ in jobs]
+        for future, (_, name, _), size in zip(pending, jobs, sizes, strict=True):
             survey.add(future.result())
-            done += sum(subject.checkpoint.tensors[stored].nbytes for stored in names)
+            done += size
             if progress is not None:
                 progress(name, done, total)
     finally:
@@ -92,168 +112,156 @@ def take_survey(subject: Subject, progress: Progress | None = None) -> Survey:
 
 def _survey_linear(subject: Subject, linear: str) -> Survey:
     survey = Survey()
-    shape = subject.architecture.linears[linear].shape
-    stored = StoredLinear(subject.checkpoint, linear, shape, subject.groups[linear])
-    weight = f"{linear}.weight"
-    source = subject.source if subject.source is not None and weight in subject.source.tensors else None
-    if subject.source is not None and source is None:
-        survey.relative.append(f"{weight}: the source has no such tensor")
-    if source is not None and tuple(source.tensors[weight].shape) != shape:
-        survey.relative.append(f"{weight}: the source's has shape {list(source.tensors[weight].shape)}, not {shape}")
-        source = None
-    _check_shape_tensor(stored, survey)
-    divisor = stored.divisor()
-    if not 0 < divisor < float("inf"):
-        survey.scales.append(f"{linear}.weight_global_scale is {divisor}; a finite number above 0 is needed")
+    source = _Original.of(subject, linear, survey)
+    if not check_raw(subject, linear, survey):
         return survey
-    zero_points, dirty = stored.zero_points()
-    if dirty:
-        survey.zero_points.append(f"{linear}.weight_zero_point: bits past the last row are set")
-    judge = _Judge(stored, survey, subject.nearest)
-    for start, stop in row_slabs(shape, SLAB_WEIGHTS):
-        scale = stored.stored_scale(start, stop) / divisor
-        zero_point = None if zero_points is None else zero_points[start:stop]
-        original = None if source is None else source.read(weight, start, stop)
-        judge.look_at(start, stop, scale, zero_point, original)
-        if stop == shape[0] or 2 * shape[0] * shape[1] > _RELEASE_ABOVE:
-            stored.release()
-            if source is not None:
-                source.release(weight)
+    layout, shape = subject.layout, subject.architecture.linears[linear].shape
+    owned = layout.owned(linear)
+    releases_early = sum(subject.stored.tensors[name].nbytes for name in owned) > _RELEASE_ABOVE
+    judge = _Judge(subject, linear, survey)
+    try:
+        for start, stop in row_slabs(shape, SLAB_WEIGHTS, layout.row_multiple(linear, shape)):
+            original = None if source is None else source.rows(start, stop)
+            judge.look_at(start, layout.read(linear, shape, start, stop), original)
+            if stop == shape[0] or releases_early:
+                for name in owned:
+                    subject.stored.release(name)
+                if source is not None:
+                    source.release()
+    except CheckpointError as error:  # what only decoding shows: zero points that cannot be, a group that is not there
+        survey.codes.append(str(error))
+        return survey
     judge.conclude()
     return survey
 
 
-def _check_shape_tensor(stored: StoredLinear, survey: Survey) -> None:
-    name = f"{stored.linear}.weight_shape"
-    if name in stored.checkpoint.tensors:
-        found = stored.checkpoint.read(name).tolist()
-        if found != list(stored.shape):
-            survey.codes.append(f"{name} says {found}; the weight is {list(stored.shape)}")
+@dataclass(frozen=True)
+class _Original:
+    """The source's weight of one linear."""
+
+    checkpoint: Checkpoint
+    name: str
+    transposed: bool
+
+    @classmethod
+    def of(cls, subject: Subject, linear: str, survey: Survey) -> _Original | None:
+        """None where there is no source, or none that fits, which is a finding."""
+        source, name = subject.original, f"{linear}.weight"
+        if source is None:
+            return None
+        if name not in source.tensors:
+            survey.relative.append(f"{name}: the source has no such tensor")
+            return None
+        role = subject.architecture.linears[linear]
+        transposed = role.transposed and not is_decoded(source, name)
+        found = tuple(source.tensors[name].shape)
+        if found != (role.shape[::-1] if transposed else role.shape):
+            survey.relative.append(f"{name}: the source's has shape {list(found)}, not {role.shape}")
+            return None
+        return cls(source, name, transposed)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the weight [N, K]."""
+        if self.transposed:
+            return self.checkpoint.read(self.name)[:, start:stop].t().contiguous()
+        return self.checkpoint.read(self.name, start, stop)
+
+    def release(self) -> None:
+        self.checkpoint.release(self.name)
 
 
 class _Judge:
     """Looks at the slabs of one linear; the first problem of each kind is reported."""
 
-    def __init__(self, stored: StoredLinear, survey: Survey, nearest: bool):
-        self.stored, self.survey, self.nearest = stored, survey, nearest
-        self.linear, self.spec = stored.linear, stored.spec
+    def __init__(self, subject: Subject, linear: str, survey: Survey):
+        self.linear, self.survey, self.nearest = linear, survey, subject.nearest
+        self.bits = subject.schemes[linear].weight.bits
+        self.scale_name = _first_of(subject, linear, _SCALE_LEAVES)
+        self.code_name = _first_of(subject, linear, _CODE_LEAVES)
+        info = subject.stored.tensors.get(self.code_name)
+        self.codes_can_stray = info is not None and info.dtype == torch.int8
         self.squared_error = self.squared_weight = 0.0
         self.compared = False
         self.reported: set[int] = set()
 
-    def look_at(self, start: int, stop: int, scale: Tensor, zero_point: Tensor | None, original: Tensor | None) -> None:
-        """A slab: scale float32 and zero_point int32 [rows, G], original as the source stores it [rows, K]."""
-        codes, dirty = self.stored.codes(start, stop)
-        if dirty:
-            self._say(self.survey.codes, f"{self.stored.code_name}: bits past the last column are set (rows {start}..)")
-        self._check_codes(codes, start)
-        self._check_scales(start, codes, scale, zero_point, original)
+    def look_at(self, start: int, quantized: QuantizedTensor, original: Tensor | None) -> None:
+        """A slab that begins at row `start`; original [rows, K] as the source stores it."""
+        params, group = _per_row_and_column(quantized)
+        self._check_codes(start, quantized)
+        self._check_scales(start, quantized, params, group, original)
         if original is not None:
-            self._compare(start, codes, scale, zero_point, original)
+            self._compare(start, quantized, params, group, original)
 
     def conclude(self) -> None:
         self.survey.decoded += 1
         if not self.compared:
             return
-        self.survey.compared += 1
-        bound = LARGEST_RELATIVE_ERROR[self.spec.bits]
-        error = (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else self.squared_error
-        self.survey.relative_errors[self.linear] = error
-        if not error <= bound:
-            self.survey.relative.append(
-                f"{self.linear}.weight: relative error {error:.3g} of the decoded weights; at most {bound} at "
-                f"{self.spec.bits} bits"
-            )
+        bound, said = LARGEST_RELATIVE_ERROR[self.bits], f" at {self.bits} bits"
+        self.survey.compare(self.linear, self.squared_error, self.squared_weight, bound, said)
 
-    def _check_codes(self, codes: Tensor, start: int) -> None:
+    def _check_codes(self, start: int, quantized: QuantizedTensor) -> None:
         """Report NaN, and codes wider than their bits."""
-        name = self.stored.code_name
-        if self.spec.number == "int":
-            low, high = _int_range(self.spec.bits)
-            if not self.stored.is_packed and (int(codes.min()) < low or int(codes.max()) > high):
+        codes, grid = quantized.codes, quantized.grid
+        if isinstance(grid, IntGrid):
+            low, high = grid.qmin, grid.qmax
+            if self.codes_can_stray and (int(codes.min()) < low or int(codes.max()) > high):
                 row, column = _first((codes < low) | (codes > high))
-                self._say(self.survey.codes, f"{name}[{start + row}, {column}] is {codes[row, column].item()}; "
-                          f"{self.spec.bits}-bit codes are {low}..{high}")  # fmt: skip
-            return
-        fmt = FORMATS[self.spec.number]
-        if fmt.nan_codes:
-            nan = (codes & (fmt.sign_bit - 1)) == fmt.nan_codes[0]
+                self._say(self.survey.codes, f"{self.code_name}[{start + row}, {column}] is "
+                          f"{codes[row, column].item()}; {grid.bits}-bit codes are {low}..{high}")  # fmt: skip
+        elif isinstance(grid, MinifloatGrid) and grid.format.nan_codes:
+            nan = (codes & (grid.format.sign_bit - 1)) == grid.format.nan_codes[0]
             if bool(nan.any()):
                 row, column = _first(nan)
-                self._say(self.survey.codes, f"{name}[{start + row}, {column}] is NaN")
+                self._say(self.survey.codes, f"{self.code_name}[{start + row}, {column}] is NaN")
 
-    def _values(self, codes: Tensor, zero_point: Tensor | None) -> Tensor:
-        """What the codes stand for before the scale, float32 [rows, K]."""
-        if self.spec.number != "int":
-            return _look_up(_value_table(self.spec.number), codes)
-        values = codes.to(torch.float32)
-        return values if zero_point is None else values - self.stored.spread(zero_point)
-
-    def _check_scales(self, start: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None, original) -> None:
-        name = f"{self.linear}.weight_scale"
+    def _check_scales(
+        self, start: int, quantized: QuantizedTensor, params: GroupParams, group: int, original: Tensor | None
+    ) -> None:
+        scale = quantized.params().scale
         wrong = ~torch.isfinite(scale) | (scale < 0)
         if bool(wrong.any()):
-            row, group = _first(wrong)
-            self._say(self.survey.scales, f"{name}: group {group} of row {start + row} has scale "
-                      f"{scale[row, group].item()}; a finite number above 0 is needed")  # fmt: skip
+            row, index = _first(wrong)
+            self._say(self.survey.scales, f"{self.scale_name}: group {index} of row {start + row} has scale "
+                      f"{scale[row, index].item()}; a finite number above 0 is needed")  # fmt: skip
         if bool((scale == 0).any()):
-            values = self._values(codes, zero_point)
-            per_column = self.stored.spread(scale)
+            ones = GroupParams(torch.ones_like(params.scale), params.zero_point)
+            values = quantized.grid.decode(quantized.codes, ones, group)
+            per_column = _spread(params.scale, group, values.shape[1])
             used = (per_column == 0) & ((values != 0) | (original != 0 if original is not None else False))
             if bool(used.any()):
                 row, column = _first(used)
-                self._say(self.survey.scales, f"{name}: the scale of row {start + row}, column {column} is 0, but its "
-                          f"weights are not")  # fmt: skip
+                self._say(self.survey.scales, f"{self.scale_name}: the scale of row {start + row}, column {column} is "
+                          f"0, but its weights are not")  # fmt: skip
 
-    def _compare(self, start: int, codes: Tensor, scale: Tensor, zero_point: Tensor | None, original: Tensor) -> None:
+    def _compare(
+        self, start: int, quantized: QuantizedTensor, params: GroupParams, group: int, original: Tensor
+    ) -> None:
         self.compared = True
-        is_int = self.spec.number == "int"
-        fmt = None if is_int else FORMATS[self.spec.number]
-        group = self.stored.columns_per_scale
-        error, weight, _ = kernels.squared_error(original, codes, group, scale, zero_point, fmt)
+        grid, codes = quantized.grid, quantized.codes
+        error, weight = _squared_error(original, codes, group, params, grid)
         self.squared_error += error
         self.squared_weight += weight
-        if not self.nearest:
-            return
-        if fmt is None:
-            expected = kernels.round_int(original, group, scale, zero_point, *_int_range(self.spec.bits))
-        else:
-            expected = kernels.round_minifloat(original, group, scale, fmt)
-        if not _same_bytes(expected, codes):
-            self._compare_tolerantly(start, codes, scale, zero_point, original.to(torch.float32))
+        if self.nearest:
+            nearest = grid.round(original, params, group)
+            if not _same_bytes(nearest, codes):
+                self._compare_tolerantly(start, quantized, params, group, nearest, original.to(torch.float32))
 
-    def _compare_tolerantly(self, start: int, codes: Tensor, scale: Tensor, zero_point, original: Tensor) -> None:
-        scale = self.stored.spread(scale)
-        wanted = original / torch.where(scale > 0, scale, 1.0)
-        if self.spec.number == "int":
-            spread = None if zero_point is None else self.stored.spread(zero_point)
-            wrong = self._is_far(codes, wanted if spread is None else wanted + spread)
-        else:
-            wrong = self._is_outside(codes, wanted)
-        if wrong is not None:
-            row, column = wrong
-            decoded = (self._values(codes, zero_point) * scale)[row, column].item()
-            step = scale.expand_as(codes)[row, column].item()
-            self._say(self.survey.nearest, f"{self.linear}.weight[{start + row}, {column}] decodes to {decoded:.6g}; "
-                      f"another code is nearer to the source's {original[row, column].item():.6g} "
-                      f"(scale {step:.6g})")  # fmt: skip
-
-    def _is_far(self, codes: Tensor, wanted: Tensor) -> tuple[int, int] | None:
-        """The first integer code more than half a step from the wanted one, clamped to the range."""
-        low, high = _int_range(self.spec.bits)
-        distance = wanted.clamp(low, high).sub_(codes).abs_()
-        slack = 0.5 + _TOLERANCE * 4 * high
-        return None if distance.max().item() <= slack else _first(~(distance <= slack))
-
-    def _is_outside(self, codes: Tensor, wanted: Tensor) -> tuple[int, int] | None:
-        """The first minifloat code whose interval does not hold the wanted value."""
-        sign_bit = FORMATS[self.spec.number].sign_bit
-        low, high = _midpoints(self.spec.number)
-        magnitude = torch.where((codes & sign_bit) != 0, -wanted, wanted)
-        slack = magnitude.abs().add_(1.0).mul_(_TOLERANCE)
-        index = codes & (sign_bit - 1)
-        outside = (magnitude > _look_up(high, index) + slack) | (magnitude < _look_up(low, index) - slack)
-        return _first(outside) if bool(outside.any()) else None
+    def _compare_tolerantly(
+        self, start: int, quantized: QuantizedTensor, params: GroupParams, group: int, nearest: Tensor, original: Tensor
+    ) -> None:
+        """The stored codes must be as near as the nearest ones, but for a tie that float32 resolves either way."""
+        decoded = quantized.grid.decode(quantized.codes, params, group)
+        best = quantized.grid.decode(nearest, params, group)
+        scale = _spread(params.scale, group, original.shape[1])
+        slack = (original.abs() + scale).mul_(4 * _TOLERANCE)
+        wrong = (decoded - original).abs() > (best - original).abs() + slack
+        if bool(wrong.any()):
+            row, column = _first(wrong)
+            found, wanted, step = (
+                values.expand_as(decoded)[row, column].item() for values in (decoded, original, scale)
+            )
+            self._say(self.survey.nearest, f"{self.linear}.weight[{start + row}, {column}] decodes to {found:.6g}; "
+                      f"another code is nearer to the source's {wanted:.6g} (scale {step:.6g})")  # fmt: skip
 
     def _say(self, topic: list[str], problem: str) -> None:
         if id(topic) not in self.reported:
@@ -261,20 +269,61 @@ class _Judge:
             topic.append(problem)
 
 
+def _first_of(subject: Subject, linear: str, leaves: tuple[str, ...]) -> str:
+    names = [f"{linear}.{leaf}" for leaf in leaves]
+    return next((name for name in names if name in subject.stored.tensors), names[0])
+
+
+def _per_row_and_column(quantized: QuantizedTensor) -> tuple[GroupParams, int]:
+    """Scales and zero points [N, G], and the columns that share one; one for every column where groups are permuted."""
+    params = quantized.params()
+    if quantized.g_idx is not None:
+        columns = quantized.g_idx.long()
+        zero_point = None if params.zero_point is None else params.zero_point[:, columns]
+        return GroupParams(params.scale[:, columns], zero_point), 1
+    spans_row = params.scale.shape[1] == 1
+    return params, quantized.codes.shape[1] if spans_row else quantized.group_size
+
+
+def _squared_error(w: Tensor, codes: Tensor, group: int, params: GroupParams, grid: Grid) -> tuple[float, float]:
+    """(Σ (w − decoded)², Σ w²), by the kernel where one knows the grid."""
+    if isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid):
+        fmt = None if isinstance(grid, IntGrid) else grid.format
+        return kernels.squared_error(w, codes, group, params.scale, params.zero_point, fmt)[:2]
+    w = w.to(torch.float32)
+    error = grid.decode(codes, params, group) - w
+    return error.square_().sum().item(), w.square().sum().item()
+
+
+def _spread(values: Tensor, group: int, columns: int) -> Tensor:
+    """[rows, G] -> [rows, K]: every column's scale; [rows, 1] stays, it broadcasts."""
+    if values.shape[1] in (1, columns):
+        return values
+    return values.repeat_interleave(group, dim=1)[:, :columns]
+
+
 def _survey_plain(subject: Subject, name: str) -> Survey:
     """A tensor that is not quantized: finite, and the source's own values in the stored dtype."""
     survey = Survey()
-    checkpoint, source = subject.checkpoint, subject.source
+    checkpoint, source = subject.checkpoint, subject.original
     info = checkpoint.tensors[name]
     if source is not None and (name not in source.tensors or source.tensors[name].shape != info.shape):
         survey.copied.append(f"{name}: the source has no such tensor of shape {list(info.shape)}")
         source = None
+    # A folder of floats may hold what quantization made of the weights, decoded: then they are near, not equal.
+    linear = name.removesuffix(".weight")
+    rounded = subject.format == PLAIN and linear in subject.architecture.linears and name.endswith(".weight")
+    error = weight = 0.0
     for start, stop in row_slabs(info.shape, SLAB_WEIGHTS):
         values = checkpoint.read(name, start, stop)
         if not bool(torch.isfinite(values).all()):
             survey.finite.append(f"{name} holds NaN or inf (rows {start}..{stop})")
             break
-        if source is not None and not torch.equal(values, source.read(name, start, stop).to(values.dtype)):
+        if source is not None and rounded:
+            original = source.read(name, start, stop).float()
+            error += (values.float() - original).square_().sum().item()
+            weight += original.square().sum().item()
+        elif source is not None and not torch.equal(values, source.read(name, start, stop).to(values.dtype)):
             survey.copied.append(f"{name} differs from the source (rows {start}..{stop})")
             break
         if info.nbytes > _RELEASE_ABOVE:
@@ -284,6 +333,8 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
     checkpoint.release(name)
     if source is not None:
         source.release(name)
+        if rounded:
+            survey.compare(linear, error, weight, LARGEST_RELATIVE_ERROR[2])
     return survey
 
 
@@ -294,31 +345,6 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _int_range(bits: int) -> tuple[int, int]:
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    return table.index_select(0, index.reshape(-1).to(torch.int32)).reshape(index.shape)
-
-
 def _first(mask: Tensor) -> tuple[int, int]:
     """(row, column) of the first set element."""
     return divmod(int(mask.reshape(-1).to(torch.uint8).argmax()), mask.shape[1])
-
-
-@lru_cache
-def _value_table(number: str) -> Tensor:
-    fmt = FORMATS[number]
-    return torch.tensor([value_of(fmt, code) for code in range(1 << fmt.bits)], dtype=torch.float32)
-
-
-@lru_cache
-def _midpoints(number: str) -> tuple[Tensor, Tensor]:
-    """Per magnitude code: the interval that rounds to it; open towards the largest, since encoding saturates."""
-    fmt = FORMATS[number]
-    values = torch.tensor([value_of(fmt, code) for code in range(fmt.finite_magnitudes)], dtype=torch.float32)
-    between = (values[1:] + values[:-1]) / 2
-    low = torch.cat([-between[:1], between, torch.full((fmt.sign_bit - len(values),), torch.inf)])
-    high = torch.cat([between, torch.full((1 + fmt.sign_bit - len(values),), torch.inf)])
-    return low, high

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-from lowbit.checkpoint.compressed_tensors_config import matches
-from lowbit.verification.result import Finding
+from lowbit.checkpoint.quantized import tensor_problem
+from lowbit.verification.left_out import is_accounted_for
+from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
 # Never loaded: recomputed from config.json by every engine.
-_IGNORED_LEAVES = ("rotary_emb.inv_freq",)
+_IGNORED_LEAVES = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", "attention.bias")
 _KV_LEAVES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
-_ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+# Rules of their own say more of these.
+_NAMED_ELSEWHERE = ("weight_zero_point", "input_zero_point", "weight_g_idx")
+_ACTIVATION_SCALES = ("input_scale", "input_global_scale")
 
 
 def check_coverage(subject: Subject) -> Finding:
-    """Every linear of the decoder is quantized or listed in `ignore`; config.json and the files say the same."""
+    """Every linear of the decoder is quantized, or left out in config.json; it and the files say the same."""
     problems = list(subject.misfiled.values())
-    for name in subject.stored_linears:
-        in_decoder = subject.architecture.linears[name].block is not None
-        if in_decoder and name not in subject.groups and not _is_ignored(subject, name):
-            problems.append(f"{name}: no group targets it, and `ignore` does not name it")
+    for linear in subject.decoder:
+        name = linear.name
+        if name in subject.schemes or name in subject.misfiled or name not in subject.stored_linears:
+            continue
+        if linear.keep is None and not is_accounted_for(subject, name):
+            said = "no group targets it, and `ignore` does not name it"
+            if subject.format != "compressed-tensors":
+                said = "the files hold it unquantized, and config.json does not say that it is left out"
+            problems.append(f"{name}: {said}")
+    problems += _quantized_ties(subject)
+    decoder = [linear.name for linear in subject.decoder if linear.name in subject.stored_linears]
+    quantized = sum(name in subject.schemes for name in decoder)
+    return Finding(problems, f"{quantized} of {len(decoder)} linears of the decoder are quantized, the others left out")
+
+
+def _quantized_ties(subject: Subject) -> list[str]:
+    """Weights that are shared with the embedding, and that config.json quantizes all the same."""
+    if subject.format != "compressed-tensors":
+        return []
+    problems = []
     for weight, stored in subject.architecture.tied.items():
         name = weight.removesuffix(".weight")
         group = subject.parsed.group_of(name) if name in subject.architecture.linears else None
         if group is not None:
             problems.append(f"{name}: shares its weight with {stored}, but {group.name} quantizes it")
-    decoder = [name for name in subject.stored_linears if subject.architecture.linears[name].block is not None]
-    quantized = sum(name in subject.groups for name in decoder)
-    return Finding(problems, f"{quantized} of {len(decoder)} linears of the decoder are quantized, the others ignored")
-
-
-def _is_ignored(subject: Subject, name: str) -> bool:
-    return any(matches(target, name) or target == "Linear" for target in subject.parsed.ignore)
+    return problems
 
 
 def check_tensors(subject: Subject) -> Finding:
-    """Every tensor that the architecture needs is there, with the dtype and shape of its group."""
+    """Every tensor that the architecture needs is there, with the dtype and shape that the format gives it."""
     problems = []
     for name, expected in subject.expected.items():
-        if name.rpartition(".")[0] in subject.misfiled:
-            continue
-        info = subject.checkpoint.tensors.get(name)
-        if info is None:
-            problems.append(f"{name} {list(expected.shape)} is absent")
-        elif info.dtype not in expected.dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
-            problems.append(f"{name} is {str(info.dtype).removeprefix('torch.')}; {wanted} is needed")
-        elif tuple(info.shape) != expected.shape:
-            problems.append(f"{name} has shape {list(info.shape)}; {list(expected.shape)} is needed")
+        if name.rpartition(".")[0] not in subject.misfiled:
+            problem = tensor_problem(subject.checkpoint.tensors, {name: expected})
+            problems += [] if problem is None else [problem]
     return Finding(problems, f"all {len(subject.expected)} are there, with the right dtypes and shapes")
 
 
@@ -56,37 +62,53 @@ def check_leftovers(subject: Subject) -> Finding:
     for name in subject.checkpoint.tensors:
         owner, _, leaf = name.rpartition(".")
         known = name in subject.expected or name in subject.architecture.tied or name.endswith(_IGNORED_LEAVES)
-        kv_scale = leaf in _KV_LEAVES and subject.parsed.kv_cache is not None
-        reported_elsewhere = owner in subject.misfiled or leaf in _ZERO_POINTS or leaf == "weight_g_idx"
-        if not (known or kv_scale or reported_elsewhere):
-            group = subject.groups.get(owner)
-            why = "no module has it" if group is None else f"{owner} is stored as {group.format}"
-            problems.append(f"{name} does not belong here: {why}")
+        if known or name in subject.optional or _is_known_beside(subject, name):
+            continue
+        if owner in subject.misfiled or owner.removesuffix(".weight") in subject.misfiled or leaf in _NAMED_ELSEWHERE:
+            continue  # another rule says so
+        problems.append(f"{name} does not belong here: {_why(subject, owner)}")
     return Finding(problems, "none")
 
 
-def check_zero_points(subject: Subject) -> Finding:
-    """Symmetric groups ship no zero points; those of the others are packed cleanly."""
-    problems = []
-    for name in subject.checkpoint.tensors:
-        linear, _, leaf = name.rpartition(".")
-        if leaf in _ZERO_POINTS and name not in subject.expected:
-            group = subject.groups.get(linear)
-            stated = f"{linear} is not quantized" if group is None else f"{group.name} is symmetric"
-            problems.append(f"{name}: zero points, but {stated}")
-    problems += subject.survey.zero_points
-    asymmetric = sum(not group.scheme.weight.symmetric for group in subject.groups.values())
-    return Finding(problems, f"{asymmetric} of {len(subject.groups)} quantized linears have them, as configured")
+def _is_known_beside(subject: Subject, name: str) -> bool:
+    """Tensors that engines take although the architecture has none: KV-cache scales, GPTQ's zero biases, blocks for
+    multi-token prediction."""
+    if subject.architecture.stands_beside(name):
+        return True
+    owner, _, leaf = name.rpartition(".")
+    if leaf in _KV_LEAVES:
+        return subject.format != PLAIN and quantizes_kv_cache(subject)
+    if leaf == "bias":
+        # AutoGPTQ writes a bias for every linear; loaders pass over what the model lacks
+        return subject.format in ("gptq", "awq") and owner in subject.schemes
+    return subject.format == "mxfp4" and leaf.endswith(("_blocks", "_scales"))
+
+
+def quantizes_kv_cache(subject: Subject) -> bool:
+    """True where config.json (or ModelOpt's file) speaks of a quantized KV cache."""
+    stated = subject.quantization
+    nested = stated.get("quantization")
+    inner = nested if isinstance(nested, dict) else {}
+    return any((stated.get("kv_cache_scheme"), stated.get("kv_cache_quant_algo"), inner.get("kv_cache_quant_algo")))
+
+
+def _why(subject: Subject, owner: str) -> str:
+    group = subject.groups.get(owner)
+    if group is not None:
+        return f"{owner} is stored as {group.format}"
+    if owner in subject.schemes:
+        return f"{owner} is quantized, and {subject.format} has no such tensor"
+    return "no module has it"
 
 
 def check_activation_scales(subject: Subject) -> Finding:
     """Static activation scales are finite and positive."""
     problems, count = [], 0
-    for name in subject.expected:
-        leaf = name.rpartition(".")[2]
-        if leaf in ("input_scale", "input_global_scale") and subject.is_sound(name):
-            count += 1
-            value = subject.checkpoint.read(name).item()
-            if not 0 < value < float("inf"):
-                problems.append(f"{name} is {value}; a finite number above 0 is needed")
+    for linear in subject.schemes:
+        for name in subject.expected_of(linear):
+            if name.rpartition(".")[2] in _ACTIVATION_SCALES and subject.is_sound(name):
+                count += 1
+                value = subject.stored.read(name).float().reshape(-1)[0].item()
+                if not 0 < value < float("inf"):
+                    problems.append(f"{name} is {value}; a finite number above 0 is needed")
     return Finding(problems, f"{count} static scales" if count else "no static scales are called for")

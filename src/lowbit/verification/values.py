@@ -28,10 +28,11 @@ def check_nearest(subject: Subject) -> Finding:
 
 
 def check_relative_error(subject: Subject) -> Finding:
-    """Decoded weights are the source's, within a bound by bits."""
+    """Decoded weights are the source's, within a bound by bits; those of a folder of floats within the widest."""
     errors = subject.survey.relative_errors
     worst = max(errors, key=lambda name: errors[name], default="")
-    bound = LARGEST_RELATIVE_ERROR[subject.groups[worst].scheme.weight.bits] if worst else 0.0
+    bits = subject.schemes[worst].weight.bits if worst in subject.schemes else 2
+    bound = LARGEST_RELATIVE_ERROR[bits]
     return Finding(subject.survey.relative, f"at most {errors.get(worst, 0.0):.4f} ({worst}; {bound} is allowed)")
 
 

@@ -6,7 +6,7 @@ import torch
 from tiny_models import byte_tokenizer
 
 from lowbit.errors import CheckpointError, DependencyError, UsageError
-from lowbit.evaluation.text import Text, cut_windows, read_text, wants_bos
+from lowbit.text import Text, cut_windows, read_text, wants_bos
 
 ALPHABET = Text("alphabet", "abcdefghijklmnopqrstuvwxyz")
 

@@ -1,4 +1,4 @@
-"""The text that models are judged on, and the windows of tokens it is cut into.
+"""The texts that models are judged on and calibrated with, and the windows of tokens they are cut into.
 
 A text is a file, a dataset of the Hugging Face hub (`wikitext`, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]`), or, by default,
 the text that comes with the package. It is tokenized once, without special tokens, and cut into consecutive windows.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Protocol = Literal["full", "second-half"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "second-half")
 HUB_ALIASES = {"wikitext": "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"}
-PACKAGED_NAME = "packaged evaluation text"
+PackagedText = Literal["evaluation", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Windows:
         return self.ids.shape[0] * (self.ids.shape[1] - self.first_scored)
 
 
-def read_text(source: str | Path | None) -> Text:
+def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") -> Text:
     """A file, a hub dataset, or the packaged text for None."""
     if source is None:
-        packaged = resources.files("lowbit") / "data" / "evaluation.txt"
-        return Text(PACKAGED_NAME, packaged.read_text(encoding="utf-8"))
+        file = resources.files("lowbit") / "data" / f"{packaged}.txt"
+        return Text(f"packaged {packaged} text", file.read_text(encoding="utf-8"))
     name = str(source)
     if name in HUB_ALIASES or name.startswith("hub:"):
         return Text(name, _hub_text(HUB_ALIASES.get(name, name)))

@@ -1,12 +1,15 @@
 import pytest
 import torch
-from tiny_models import CONFIGS, FakeCheckpoint, save_model
 from transformers import AutoModelForCausalLM
 
+from evaluation.tiny_models import CONFIGS, FakeCheckpoint, save_model
+from lowbit.architecture import build_on_meta, discover, loading
+from lowbit.architecture.discover import auto_class
+from lowbit.architecture.loading import load_model, load_tokenizer, module_names
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import CheckpointError, UnsafeError
-from lowbit.evaluation import loading
-from lowbit.evaluation.loading import load_model, load_tokenizer
+from lowbit.schemes import SCHEMES
+from models import config_of, make_model
 
 IDS = torch.arange(40)[None] * 7 % 300
 
@@ -35,6 +38,28 @@ def test_bfloat16_equals_from_pretrained(tmp_path):
     ours = load_model(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "mixtral", "gpt_oss", "gpt2", "gemma3"])
+@torch.inference_mode()
+def test_bfloat16_equals_from_pretrained_in_every_kind_of_layout(architecture, tmp_path):
+    from transformers import AutoConfig
+
+    make_model(tmp_path, architecture, dtype=torch.float32)
+    ours = load_model(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
+    parsed = AutoConfig.from_pretrained(tmp_path)
+    theirs = auto_class(parsed).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert {n: p.dtype for n, p in ours.state_dict().items()} == {n: p.dtype for n, p in theirs.state_dict().items()}
+    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+def test_modules_are_named_as_transformers_names_them():
+    found = discover(config_of("gemma3"), "x")
+    names = module_names(build_on_meta(config_of("gemma3"), "x"), found)
+    assert names["language_model.model.layers.1.mlp.up_proj"] == "model.language_model.layers.1.mlp.up_proj"
+    experts = discover(config_of("mixtral"), "x")
+    names = module_names(build_on_meta(config_of("mixtral"), "x"), experts)
+    assert set(experts.linears) - set(names) == {name for of in experts.expert_sets.values() for name in of}
 
 
 def test_quantization_config_is_left_out(tmp_path):
@@ -102,6 +127,18 @@ def test_old_rotary_buffers_are_no_parameters(tmp_path):
     checkpoint = fake(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     load_model(FakeCheckpoint({**checkpoint.values, name: torch.ones(8)}, tmp_path))
+
+
+def test_zero_biases_of_quantized_linears_are_passed_over(tmp_path):
+    """AutoGPTQ writes one for every linear."""
+    checkpoint = fake(tmp_path)
+    owner = "model.layers.0.self_attn.q_proj"
+    schemes = {f"{owner}.weight": SCHEMES["W4A16"]}
+    load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.zeros(64)}, tmp_path, schemes))
+    with pytest.raises(CheckpointError, match=rf"no place for {owner}\.bias"):
+        load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.ones(64)}, tmp_path, schemes))
+    with pytest.raises(CheckpointError, match=rf"no place for {owner}\.bias"):
+        load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.zeros(64)}, tmp_path))
 
 
 def test_remote_code_needs_trust(tmp_path):

@@ -1,0 +1,331 @@
+"""A checkpoint as a running transformers model: transformers' own classes, filled tensor by tensor.
+
+The model is built without weights (parameters on the meta device; buffers that no file stores, such as rotary
+frequencies, are computed as the class computes them), then every stored tensor is read in slabs of rows straight into
+its place in a parameter, so there is never a second copy: the matrices of single experts are written into the rows of
+the fused parameter that transformers computes with. `disk_layout` knows the places. Tied parameters are read once.
+
+    parameter[expert].of(part)  [rows, K]  ←  checkpoint.read(stored name, slab of rows)
+
+Refused: a parameter that the checkpoint lacks, a tensor that the model does not know, a wrong shape, two tensors that
+the config ties but that differ (engines disagree on which of them counts), and a model that brings its own code unless
+the user trusts it. Passed over: buffers that classes compute today, and the multi-token prediction blocks that
+config.json announces (num_nextn_predict_layers), which transformers does not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architecture.discover import auto_class, describe
+from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
+from lowbit.architecture.table import FAMILIES
+from lowbit.architecture.view import canonical_view, holds_single_experts
+from lowbit.checkpoint.base import OpenOptions, is_decoded
+from lowbit.checkpoint.rows import row_slabs
+from lowbit.errors import ArchitectureError, CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowbit.checkpoint.base import Checkpoint
+
+SLAB_BYTES = 64 * 1024 * 1024
+# Slabs start at multiples of this, so that a square block of a quantized weight is never cut.
+SLAB_ROWS = 128
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    options: OpenOptions | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model of any readable format as (transformers model, tokenizer); quantized weights come decoded."""
+    from lowbit.checkpoint import open_checkpoint
+
+    options = options or OpenOptions()
+    checkpoint = open_checkpoint(str(path), options)
+    try:
+        return load_model(checkpoint, dtype, device, options), load_tokenizer(checkpoint, options)
+    finally:
+        checkpoint.close()
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    options: OpenOptions | None = None,
+) -> PreTrainedModel:
+    """The checkpoint's weights in transformers' own model class, in evaluation mode, every parameter of `dtype`."""
+    _check_device(device)
+    model = _empty_model(checkpoint, dtype, options or OpenOptions())
+    checkpoint, layout, architecture = match(checkpoint, model)
+    slots = _slots(model, layout, checkpoint)
+    _check_names(checkpoint, model, slots, architecture)
+    for slot in slots:
+        value = _filled(checkpoint, model, slot, dtype, device)
+        parameter = nn.Parameter(value, requires_grad=False)
+        for name in slot.names:
+            _put(model, name, parameter)
+    nn.Module.to(model, device)  # moves the computed buffers; the parameters are there already
+    return model.eval()
+
+
+def match(
+    checkpoint: Checkpoint, model: PreTrainedModel
+) -> tuple[Checkpoint, dict[str, Placement], Architecture | None]:
+    """(the checkpoint under the names of the model's family, transformers parameter → placement in it, architecture).
+
+    A model type that the table does not know is read by transformers' rules alone, and has no architecture.
+    """
+    family = FAMILIES.get(str(model.config.model_type))
+    if family is None:
+        return checkpoint, disk_layout(model, None), None
+    split = bool(family.fused_experts) and holds_single_experts(checkpoint)
+    architecture = describe(model, family, split)
+    return canonical_view(checkpoint, architecture), disk_layout(model, family, split), architecture
+
+
+def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
+    """Linear → name of its module in a transformers model; without those that lie in a fused parameter."""
+    names = {}
+    for parameter, placement in disk_layout(model, FAMILIES.get(architecture.model_type)).items():
+        part = placement.parts[0]
+        linear = part.name.removesuffix(".weight")
+        if part.whole and linear in architecture.linears and part.name.endswith(".weight"):
+            names[linear] = parameter.removesuffix(".weight")
+    return names
+
+
+def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint's folder."""
+    from transformers import AutoTokenizer
+
+    trust = (options or OpenOptions()).trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: its tokenizer cannot be loaded: {error}",
+            "copy tokenizer.json and tokenizer_config.json from the original model into the folder",
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"device {device!r} cannot be used: {found}", "give cpu, or cuda where torch sees one"
+        ) from error
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOptions) -> PreTrainedModel:
+    """The model of config.json with parameters on the meta device and real buffers."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from lowbit.checkpoint.trust import refuse_remote_code
+
+    refuse_remote_code(checkpoint.config(), checkpoint.source, options)
+    trust = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        with _parameters_on_meta():
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
+    except (ValueError, KeyError, OSError) as error:
+        kind = checkpoint.config().get("model_type")
+        raise ArchitectureError(
+            f"{checkpoint.source}: transformers cannot build a causal language model of type {kind!r}: {error}",
+            "check config.json, or upgrade transformers if the model is newer than it",
+        ) from error
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules constructed inside get parameters without storage; buffers are computed as usual.
+
+    `torch.device("meta")` would take the buffers along, and what a class computes for them in __init__ would be lost.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":  # a tied one is there already: keep its identity
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter or persistent buffer of the model.
+
+    names     its names in the model: one, or the tied ones
+    sources   stored tensors that fill it, (name, part, expert) each: all of `parts[0]`, or one of several tied ones
+    """
+
+    names: list[str]
+    shape: tuple[int, ...]
+    sources: list[list[tuple[str, Part, int | None]]]
+
+
+def _slots(model: PreTrainedModel, layout: dict[str, Placement], checkpoint: Checkpoint) -> list[_Slot]:
+    by_identity: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if name in layout:
+            by_identity.setdefault(id(tensor), []).append(name)
+            shapes[id(tensor)] = tuple(tensor.shape)
+    return [
+        _Slot(names, shapes[key], [_sources(name, layout[name], checkpoint) for name in names])
+        for key, names in by_identity.items()
+    ]
+
+
+def _sources(name: str, placement: Placement, checkpoint: Checkpoint) -> list[tuple[str, Part, int | None]]:
+    """What fills a parameter; the parameter itself where the file has it under transformers' own name."""
+    pieces = list(placement.pieces())
+    if name in checkpoint.tensors and not any(stored in checkpoint.tensors for stored, _, _ in pieces):
+        return [(name, Part(name), None)]
+    return pieces
+
+
+def _check_names(
+    checkpoint: Checkpoint, model: PreTrainedModel, slots: list[_Slot], architecture: Architecture | None
+) -> None:
+    """Every parameter has its tensors, every tensor its parameter, with one shape."""
+    known: set[str] = set()
+    missing = []
+    for slot in slots:
+        known.update(stored for source in slot.sources for stored, _, _ in source)
+        absent = [[stored for stored, _, _ in source if stored not in checkpoint.tensors] for source in slot.sources]
+        missing += min(absent, key=len)
+    surplus = [name for name in checkpoint.tensors if name not in known]
+    unexpected = [name for name in surplus if not _is_passed_over(name, checkpoint, model, architecture)]
+    if missing or unexpected:
+        complaints = [
+            f"{what} {_some(names)}"
+            for what, names in (("it lacks", missing), ("the model has no place for", unexpected))
+            if names
+        ]
+        raise CheckpointError(
+            f"{checkpoint.source}: the tensors are not those of its config.json: {'; '.join(complaints)}",
+            "a download may be incomplete, or transformers lays this model out differently from the file",
+        )
+    for slot in slots:
+        for stored, part, _ in (piece for source in slot.sources for piece in source):
+            info = checkpoint.tensors.get(stored)
+            expected = part.shape_in(slot.shape)
+            if info is not None and _lies_transposed(checkpoint, model, slot, stored):
+                expected = expected[::-1]
+            if info is not None and tuple(info.shape) != expected:
+                raise CheckpointError(
+                    f"{checkpoint.source}: {stored} has shape {list(info.shape)}; config.json asks for "
+                    f"{list(expected)}",
+                    "config.json and the weights belong to different models",
+                )
+
+
+def _is_passed_over(
+    name: str, checkpoint: Checkpoint, model: PreTrainedModel, architecture: Architecture | None
+) -> bool:
+    """Names that the model rightly has no place for."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    if COMPUTED_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in ignored):
+        return True
+    if architecture is not None and architecture.stands_beside(name):
+        return True
+    # AutoGPTQ writes a bias for every linear; where the model has none it is zeros.
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "bias" and is_decoded(checkpoint, f"{owner}.weight") and not checkpoint.read(name).any().item()
+
+
+def _lies_transposed(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, stored: str) -> bool:
+    """Decoded weights are [N, K]; a Conv1D computes with [K, N]."""
+    from transformers.pytorch_utils import Conv1D
+
+    owner = model.get_submodule(slot.names[0].rpartition(".")[0])
+    return isinstance(owner, Conv1D) and is_decoded(checkpoint, stored)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _filled(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, dtype: torch.dtype, device: str) -> Tensor:
+    """The parameter in memory of our own, of `dtype` if it is a float."""
+    whole = [source for source in slot.sources if all(name in checkpoint.tensors for name, _, _ in source)]
+    stored = checkpoint.tensors[whole[0][0][0]].dtype
+    if stored.is_floating_point:
+        stored = torch.float32 if _stays_float32(slot.names[0], model) else dtype
+    value = torch.empty(slot.shape, dtype=stored, device=device)
+    for name, part, expert in whole[0]:
+        place = part.of(value if expert is None else value[expert])
+        _fill(checkpoint, name, place.t() if _lies_transposed(checkpoint, model, slot, name) else place)
+    for other in whole[1:]:
+        _check_equal(checkpoint, whole[0][0][0], other[0][0], value)
+    return value
+
+
+def _stays_float32(name: str, model: PreTrainedModel) -> bool:
+    """transformers keeps some parameters in float32 whatever the model's dtype (the balance of DeepSeek's routers)."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(rf"(^|\.){module}($|\.)", name) for module in kept)
+
+
+def _fill(checkpoint: Checkpoint, name: str, place: Tensor) -> None:
+    for rows, slab in _slabs(checkpoint, name, tuple(place.shape)):
+        place[rows] = slab.to(device=place.device, dtype=place.dtype)
+
+
+def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Any, Tensor]]:
+    """(index of the rows, the rows) of a tensor, SLAB_BYTES at a time; its pages are released after each slab."""
+    if not shape:
+        yield ..., checkpoint.read(name)
+        return
+    for start, stop in row_slabs(shape, SLAB_BYTES // 4, SLAB_ROWS):
+        yield slice(start, stop), checkpoint.read(name, start, stop)
+        checkpoint.release(name)
+
+
+def _check_equal(checkpoint: Checkpoint, kept: str, other: str, value: Tensor) -> None:
+    for rows, slab in _slabs(checkpoint, other, tuple(value.shape)):
+        if not torch.equal(value[rows], slab.to(device=value.device, dtype=value.dtype)):
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json ties {other} to {kept}, but the file stores two different tensors",
+                'set "tie_word_embeddings": false in config.json if both are meant, or remove one of them',
+            )
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put the tensor under its name; tied names get the same Parameter."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = parameter.data
+    else:
+        owner._parameters[leaf] = parameter

@@ -1,0 +1,166 @@
+"""The nouns of this stage: `Architecture`, what every tensor of a model is for, and `Placement`, where transformers
+keeps what files store.
+
+An architecture describes the model as it lies on disk: the names of the hub, which vLLM expects too. transformers 5
+renames and fuses while it loads (vision-language models get other prefixes, the experts of a block become two 3-D
+parameters). A `Placement` says what of a transformers parameter is which stored tensor:
+
+    parameter [E, 2I, H] "model.layers.0.mlp.experts.gate_up_proj"
+        rows 0..I   of [e]   "model.layers.0.mlp.experts.{e}.gate_proj.weight"  [I, H]
+        rows I..2I  of [e]   "model.layers.0.mlp.experts.{e}.up_proj.weight"    [I, H]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Old checkpoints store these; today's classes compute them.
+COMPUTED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer. `name` is the module's as the files have it; its weight is `name + ".weight"`.
+
+    shape       [out_features, in_features], also where the file stores the transpose
+    reads, fused, fed_by   full names: model.layers.3.attention_input, model.layers.3.self_attn.qkv_proj,
+                model.layers.3.input_layernorm; None outside decoder blocks, and where there is no such thing
+    transposed  the file stores the 16-bit weight as [in_features, out_features] (Conv1D of GPT-2)
+    expert      number of the expert it belongs to
+    keep        why it stays in 16 bits whatever the user asks for; None where it may be quantized
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    block: int | None = None
+    reads: str | None = None
+    fused: str | None = None
+    fed_by: str | None = None
+    has_bias: bool = False
+    transposed: bool = False
+    expert: int | None = None
+    keep: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor inside a parameter, or one per expert where `name` holds a "*".
+
+    start, step, rows   rows start, start + step, … (`rows` of them) of the parameter, or of parameter[expert]
+    transposed          the matrix is turned round before its rows are counted
+    """
+
+    name: str
+    start: int = 0
+    step: int = 1
+    rows: int | None = None
+    transposed: bool = False
+
+    @property
+    def per_expert(self) -> bool:
+        return "*" in self.name
+
+    @property
+    def whole(self) -> bool:
+        return not self.per_expert and self.rows is None
+
+    def of(self, values: Tensor) -> Tensor:
+        """The view of this part; `values` is the parameter, or that of one expert."""
+        if self.transposed:
+            values = values.t()
+        return values if self.rows is None else values[self.start : self.start + self.rows * self.step : self.step]
+
+    def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this part (of one expert) in a parameter of this shape."""
+        shape = shape[1:] if self.per_expert else shape
+        shape = shape[::-1] if self.transposed else shape
+        return shape if self.rows is None else (self.rows, *shape[1:])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A parameter of the transformers model: its shape, and the stored tensors that make it up."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
+        """(stored name, part, expert) of everything in it."""
+        for part in self.parts:
+            if part.per_expert:
+                for expert in range(self.shape[0]):
+                    yield part.name.replace("*", str(expert)), part, expert
+            else:
+                yield part.name, part, None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """model_type, class_name: as in config.json
+    blocks       names of the decoder blocks, in order
+    linears      name → Linear: those of the decoder blocks first, block by block, then the others in model order
+    parameters   every parameter and persistent buffer: name → stored shape, tied ones once, under the name that is
+                 stored
+    tied         name → the stored name it shares memory with
+    roles        role of every parameter in `parameters`: linear roles, "norm", "embedding", "bias", "experts", "other"
+    layout       name of a transformers parameter → its placement, of those that lie elsewhere than under their own name
+    spellings    (found, canonical): beginnings of names that some files spell differently
+    prediction_blocks   how many blocks for multi-token prediction stand behind the others in the files (MTP,
+                 num_nextn_predict_layers); transformers does not build them
+    """
+
+    model_type: str
+    class_name: str
+    blocks: tuple[str, ...]
+    linears: dict[str, Linear]
+    parameters: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    roles: dict[str, str]
+    layout: dict[str, Placement] = field(default_factory=dict)
+    spellings: tuple[tuple[str, str], ...] = ()
+    prediction_blocks: int = 0
+
+    @cached_property
+    def fused_sets(self) -> dict[str, tuple[str, ...]]:
+        """Fused name → the linears that engines put into it: one scheme, and one range where a scale spans it."""
+        sets: dict[str, list[str]] = {}
+        for linear in self.linears.values():
+            if linear.fused is not None:
+                sets.setdefault(linear.fused, []).append(linear.name)
+        return {name: tuple(members) for name, members in sets.items()}
+
+    @cached_property
+    def expert_sets(self) -> dict[str, tuple[str, ...]]:
+        """ "model.layers.3.mlp.experts" → the linears of all its experts, which engines stack: one scheme."""
+        sets: dict[str, list[str]] = {}
+        for linear in self.linears.values():
+            if linear.expert is not None:
+                sets.setdefault(linear.name.rpartition(f".{linear.expert}.")[0], []).append(linear.name)
+        return {name: tuple(members) for name, members in sets.items()}
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the decoder block that a parameter belongs to; of a multi-token prediction block too."""
+        prefix = self.blocks[0].rsplit(".", 1)[0] + "." if self.blocks else "\0"
+        if not name.startswith(prefix):
+            return None
+        index = name[len(prefix) :].split(".", 1)[0]
+        return int(index) if index.isdigit() else None
+
+    def predicts(self, name: str) -> bool:
+        """True for a stored tensor of a block for multi-token prediction."""
+        block = self.block_of(name)
+        return block is not None and len(self.blocks) <= block < len(self.blocks) + self.prediction_blocks
+
+    def stands_beside(self, name: str) -> bool:
+        """True for a stored tensor that is no parameter and yet belongs there: part of a block for multi-token
+        prediction, or a buffer that old files store and today's classes compute."""
+        return self.predicts(name) or COMPUTED_BUFFERS.search(name) is not None

@@ -1,0 +1,179 @@
+"""A checkpoint under the names and shapes of its architecture, whatever its files call things.
+
+    file                                          canonical
+    model.layers.0.mlp.experts.gate_up_proj       model.layers.0.mlp.experts.7.gate_proj.weight, … .up_proj.weight
+        [E, 2I, H], as transformers 5 keeps it        [I, H] each
+    model.language_model.layers.0.…               model.layers.0.…   (Qwen2.5-VL; Gemma 3: language_model.model.…)
+    h.0.attn.c_attn.weight                        transformer.h.0.attn.c_attn.weight   (GPT-2, BLOOM)
+
+Nothing is read before it is asked for: rows of a part of a fused tensor are cut from the mapped file. A tensor that the
+architecture does not know keeps its name.
+
+gpt-oss is different: its 16-bit files hold the experts as one tensor [E, H, 2I] with gate and up in alternating
+columns, and transformers 5.23 and vLLM 0.32 read 16-bit experts in no other form. transformers has no rule that merges
+them; vLLM's `_load_weights_other` (models/gpt_oss.py) passes over every name that it has no parameter for, in silence,
+so that quantized experts under names of their own would leave the model without experts. So this architecture keeps
+them as they are, unless it was discovered with `split_experts`: then they appear as `mlp.experts.E.gate_proj`,
+`up_proj` and `down_proj`, [N, K], gate and up apart, with their biases. lowbit itself loads both forms.
+
+Refused: a fused tensor of another shape than transformers' parameter, and a file that holds a weight twice, under two
+spellings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.architecture.structure import Architecture, Part
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, TensorInfo
+from lowbit.checkpoint.rows import find_tensor, row_range
+from lowbit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lowbit.schemes import Scheme
+    from lowbit.tensors import QuantizedTensor
+
+
+def canonical_view(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
+    """The checkpoint under the architecture's names; the checkpoint itself where it has them already."""
+    sources: dict[str, _Source] = {}
+    for name, info in checkpoint.tensors.items():
+        for canonical, source in _canonical(info, architecture):
+            if canonical in sources:
+                raise CheckpointError(
+                    f"{info.file}: {canonical} is there twice, as {sources[canonical].name} and as {name}",
+                    "remove one of them, or save the model anew with save_pretrained",
+                )
+            sources[canonical] = source
+    if all(name == source.name and source.part is None for name, source in sources.items()):
+        return checkpoint
+    return _CodesView(checkpoint, sources) if isinstance(checkpoint, CanReadCodes) else _View(checkpoint, sources)
+
+
+def holds_single_experts(checkpoint: Checkpoint) -> bool:
+    """True where every expert has tensors of its own: what `split_experts` should be for these files."""
+    return any(".experts.0." in name for name in checkpoint.tensors)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a canonical tensor lies: a stored tensor, or a part of it (of one expert)."""
+
+    name: str
+    part: Part | None = None
+    expert: int | None = None
+
+
+def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, _Source]]:
+    """(canonical name, source) of everything in a stored tensor."""
+    name = info.name
+    known = name in architecture.parameters or name in architecture.tied
+    placement = None if known else architecture.layout.get(name)
+    if placement is None:
+        yield name if known else _respelled(name, architecture), _Source(name)
+    elif all(part.whole and not part.transposed for part in placement.parts):
+        yield placement.parts[0].name, _Source(name)
+    else:
+        if tuple(info.shape) != placement.shape:
+            raise CheckpointError(
+                f"{info.file}: {name} has shape {list(info.shape)}; the experts of this model, fused, are "
+                f"{list(placement.shape)}",
+                "convert it with the program that wrote it, so that every expert has its own matrices",
+            )
+        for canonical, part, expert in placement.pieces():
+            yield canonical, _Source(name, part, expert)
+
+
+def _respelled(name: str, architecture: Architecture) -> str:
+    for found, canonical in architecture.spellings:
+        other = canonical + name.removeprefix(found)
+        if name.startswith(found) and (other in architecture.parameters or other in architecture.tied):
+            return other
+    return name
+
+
+class _View:
+    """See the module docstring; `tensors` are the canonical ones."""
+
+    def __init__(self, stored: Checkpoint, sources: dict[str, _Source]):
+        self.stored, self.sources = stored, sources
+        self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
+        self.notes = list(stored.notes)
+        self.tensors = {name: _info(name, source, stored) for name, source in sources.items()}
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    def config(self) -> dict[str, Any]:
+        return self.stored.config()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        source = self._source(name)
+        if source.part is None:
+            return self.stored.read(source.name, start, stop)
+        start, stop, _ = row_range(self.tensors[name], start, stop)
+        values = self.stored.read(
+            source.name, *((source.expert, source.expert + 1) if source.expert is not None else ())
+        )
+        values = values[0] if source.expert is not None else values
+        return source.part.of(values)[start:stop].contiguous()
+
+    def release(self, name: str) -> None:
+        self.stored.release(self._source(name).name)
+
+    def close(self) -> None:
+        self.stored.close()
+
+    def _source(self, name: str) -> _Source:
+        find_tensor(self.tensors, name, self.source)
+        return self.sources[name]
+
+
+class _CodesView(_View):
+    """A view of a checkpoint that can show codes (`CanReadCodes`)."""
+
+    def __init__(self, stored: Any, sources: dict[str, _Source]):
+        super().__init__(stored, sources)
+        self._codes: CanReadCodes = stored
+        whole = {source.name: name for name, source in sources.items() if source.part is None}
+        cut = [source.name for source in sources.values() if source.part is not None and source.name in stored.schemes]
+        if cut:
+            raise CheckpointError(
+                f"{stored.source}: {cut[0]} holds the codes of several experts in one tensor, which are not read",
+                "start from the 16-bit checkpoint",
+            )
+        self._names = whole
+        self.schemes: dict[str, Scheme] = {whole[name]: scheme for name, scheme in stored.schemes.items()}
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        return {self._names[name]: scale for name, scale in self._codes.input_scales.items()}
+
+    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
+        return self._codes.read_quantized(self.sources[name].name, start, stop)
+
+    def row_multiple(self, name: str) -> int:
+        return self._codes.row_multiple(self.sources[name].name)
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        return self._codes.scale_dtype(self.sources[name].name)
+
+    def says_quantized(self, linear: str) -> bool:
+        source = self.sources.get(f"{linear}.weight")
+        return self._codes.says_quantized(linear if source is None else source.name.removesuffix(".weight"))
+
+
+def _info(name: str, source: _Source, stored: Checkpoint) -> TensorInfo:
+    info = stored.tensors[source.name]
+    if source.part is None:
+        return replace(info, name=name)
+    shape = source.part.shape_in(tuple(info.shape))
+    return replace(info, name=name, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)

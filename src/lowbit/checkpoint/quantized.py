@@ -1,0 +1,247 @@
+"""Quantized safetensors folders as a `Checkpoint`: one view for every format, one `Layout` per format.
+
+Every quantized linear appears under its Hugging Face name, `L.weight`, with its logical shape [N, K]: `read` unpacks
+and decodes just the rows asked for (float32), `read_quantized` gives the codes and scales themselves. Everything else
+is shown as it is stored. A format is a module with a function `open_layout`, and a row in `LAYOUTS`; the module knows
+the bit order and what config.json means, this one knows nothing of either.
+
+Refused, with the tensor named: an unknown quant_method; a linear that the files hold quantized and config.json does
+not; tensors that are absent, of another dtype, or of a shape that does not fit the bits and group size declared.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.base import Checkpoint, TensorInfo
+from lowbit.errors import CheckpointError
+from lowbit.schemes import Scheme
+from lowbit.tensors import QuantizedTensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# quant_method in config.json → module with `open_layout(stored, quantization) -> Layout`
+LAYOUTS = {
+    "compressed-tensors": "lowbit.checkpoint.compressed_tensors",
+    "gptq": "lowbit.checkpoint.gptq",
+    "awq": "lowbit.checkpoint.awq",
+    "bitsandbytes": "lowbit.checkpoint.bitsandbytes",
+    "modelopt": "lowbit.checkpoint.modelopt",
+    "fp8": "lowbit.checkpoint.fp8",
+    "mxfp4": "lowbit.checkpoint.mxfp4",
+    "torchao": "lowbit.checkpoint.torchao",
+    "hqq": "lowbit.checkpoint.hqq",
+}
+KINDS = tuple(LAYOUTS)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that must be in the files. Loaders convert between float dtypes, so several may do."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+
+
+class Layout(Protocol):
+    """How one format keeps quantized linears. `linear` is a module name, `shape` its logical [N, K]."""
+
+    notes: list[str]  # what the user should know: "zero points are stored as GPTQ v1 stores them"
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every linear that the files hold quantized, in file order, with its logical shape, from headers alone."""
+        ...
+
+    def scheme_of(self, linear: str) -> Scheme | None:
+        """What config.json says of a linear; None where it stays unquantized, or nothing is said."""
+        ...
+
+    def expected(self, linear: str, shape: tuple[int, int]) -> dict[str, Expected]:
+        """Stored name → what must lie under it, of a linear that has a scheme."""
+        ...
+
+    def owned(self, linear: str) -> list[str]:
+        """Stored names that belong to a quantized linear, optional ones included; only those that exist."""
+        ...
+
+    def read(self, linear: str, shape: tuple[int, int], start: int, stop: int) -> QuantizedTensor:
+        """Codes and scales of rows start..stop; start divides by `row_multiple`."""
+        ...
+
+    def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:
+        """Reads should begin at multiples of this many rows (1 where they may begin anywhere)."""
+        ...
+
+    def scale_dtype(self, linear: str) -> torch.dtype:
+        """The float dtype of the stored scales (of the second level, where the first is no float)."""
+        ...
+
+    def input_scale(self, linear: str) -> float | None:
+        """The static activation scale (what codes are multiplied with), where one is stored."""
+        ...
+
+
+class QuantizedCheckpoint:
+    """A view of an open safetensors folder. `tensors` lists logical weights; see the module docstring."""
+
+    def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
+        self.stored, self.layout, self.kind = stored, layout, kind
+        self.source, self.folder, self.metadata = stored.source, stored.folder, stored.metadata
+        self.notes = [*stored.notes, *layout.notes]
+        self.schemes: dict[str, Scheme] = {}  # weight name → scheme
+        self.tensors: dict[str, TensorInfo] = {}
+        self._owned: dict[str, list[str]] = {}
+        shapes = layout.linears()
+        self._owners: dict[str, list[str]] = {}  # stored name → linears; several where experts share a tensor
+        for linear, shape in shapes.items():
+            self._check(linear, shape)
+            owned = self._owned[f"{linear}.weight"] = layout.owned(linear)
+            for name in owned:
+                self._owners.setdefault(name, []).append(linear)
+        for name, info in stored.tensors.items():
+            if name not in self._owners:
+                self.tensors[name] = info
+            for linear in self._owners.get(name, ()):
+                if f"{linear}.weight" not in self.tensors:
+                    self._add(linear, shapes[linear])
+
+    def config(self) -> dict[str, Any]:
+        return self.stored.config()
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        """Weight name → static activation scale (multiplier), for schemes that store one."""
+        found = {weight: self.layout.input_scale(weight.removesuffix(".weight")) for weight in self.schemes}
+        return {weight: scale for weight, scale in found.items() if scale is not None}
+
+    def says_quantized(self, linear: str) -> bool:
+        """True where config.json quantizes a linear, whatever the files hold."""
+        return self.layout.scheme_of(linear) is not None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if name not in self.schemes:
+            return self.stored.read(name, start, stop)
+        linear, info = name.removesuffix(".weight"), self.tensors[name]
+        stop = info.shape[0] if stop is None else stop
+        shape = (info.shape[0], info.shape[1])
+        first = start - start % self.layout.row_multiple(linear, shape)
+        return self.layout.read(linear, shape, first, stop).decode()[start - first :]
+
+    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
+        """Codes and scales of rows start..stop of a quantized weight; start divides by `row_multiple`."""
+        rows, columns = self.tensors[name].shape
+        return self.layout.read(name.removesuffix(".weight"), (rows, columns), start, rows if stop is None else stop)
+
+    def row_multiple(self, name: str) -> int:
+        """Where slabs of a quantized weight may begin."""
+        rows, columns = self.tensors[name].shape
+        return self.layout.row_multiple(name.removesuffix(".weight"), (rows, columns))
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        return self.layout.scale_dtype(name.removesuffix(".weight"))
+
+    def release(self, name: str) -> None:
+        for stored in self._owned.get(name, [name]):
+            self.stored.release(stored)
+
+    def close(self) -> None:
+        self.stored.close()
+
+    def _check(self, linear: str, shape: tuple[int, int]) -> None:
+        if self.layout.scheme_of(linear) is None:
+            some = self.layout.owned(linear)[0]
+            raise CheckpointError(
+                f"{self.stored.tensors[some].file}: {some} is part of a quantized weight, but config.json does not say "
+                f"how {linear} is quantized",
+                "the files and config.json do not belong together, or quantization_config leaves this linear out",
+            )
+        problem = tensor_problem(self.stored.tensors, self.layout.expected(linear, shape))
+        if problem is not None:
+            raise CheckpointError(
+                f"{self.source}: {problem}; config.json says {self.kind}, {self.layout.scheme_of(linear).name}",  # type: ignore[union-attr]
+                "the files and config.json do not belong together, or a download is incomplete",
+            )
+
+    def _add(self, linear: str, shape: tuple[int, int]) -> None:
+        name, scheme = f"{linear}.weight", self.layout.scheme_of(linear)
+        assert scheme is not None, "checked"
+        infos = [self.stored.tensors[stored] for stored in self._owned[name]]
+        self.schemes[name] = scheme
+        stored = f"{infos[0].stored} ({scheme.name})"
+        nbytes = sum(info.nbytes // len(self._owners[info.name]) for info in infos)
+        self.tensors[name] = TensorInfo(name, shape, torch.float32, stored, nbytes, infos[0].file)
+
+
+def tensor_problem(tensors: dict[str, TensorInfo], expected: dict[str, Expected]) -> str | None:
+    """The first thing wrong with a set of tensors: absent, another dtype, another shape; None where all is well."""
+    for name, needed in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            return f"{name} {list(needed.shape)} is absent"
+        if info.dtype not in needed.dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in needed.dtypes)
+            return f"{name} is {str(info.dtype).removeprefix('torch.')}; {wanted} is needed"
+        if tuple(info.shape) != needed.shape:
+            return f"{name} has shape {list(info.shape)}; {list(needed.shape)} is needed"
+    return None
+
+
+# Config files of old tools, read where config.json says nothing: name, method, and what its tensors end in, since such
+# a file may be left over beside weights that are not quantized.
+_COMPANIONS = (
+    ("quantize_config.json", "gptq", ".qweight"),
+    ("quant_config.json", "awq", ".qweight"),
+    ("hf_quant_config.json", "modelopt", ".weight_scale"),
+)
+
+
+def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
+    """What a folder says of its quantization: config.json's `quantization_config`, else the file of its format."""
+    from lowbit.checkpoint.rows import read_json_object
+
+    if not (stored.folder / "config.json").exists():
+        return None
+    stated = stored.config().get("quantization_config")
+    if stated is not None:
+        if not isinstance(stated, dict):
+            raise CheckpointError(
+                f"{stored.folder}: config.json: quantization_config is {stated!r}; a mapping is needed"
+            )
+        return stated
+    for name, method, mark in _COMPANIONS:
+        path = stored.folder / name
+        if path.is_file() and any(tensor.endswith(mark) for tensor in stored.tensors):
+            return {"quant_method": method} | read_json_object(path)
+    return None
+
+
+def open_quantized(stored: Checkpoint) -> Checkpoint:
+    """The decoded view of a quantized folder; the folder itself where it is not quantized."""
+    quantization = quantization_of(stored)
+    if quantization is None:
+        return stored
+    method = find_method(stored, quantization)
+    layout = importlib.import_module(LAYOUTS[method]).open_layout(stored, quantization)
+    return QuantizedCheckpoint(stored, layout, method)
+
+
+def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
+    """quant_method, with the spellings that other tools use; CheckpointError for one that is not known."""
+    stated = quantization.get("quant_method")
+    method = str(stated).lower() if stated is not None else "none"
+    if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"
+    method = {"modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors"}.get(
+        method, method
+    )
+    if method not in LAYOUTS:
+        raise CheckpointError(
+            f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
+            f"it reads {', '.join(name for name in LAYOUTS if name != 'hqq')}; else start from the original checkpoint",
+        )
+    return method

@@ -1,0 +1,228 @@
+"""What is exact is exact bit for bit, what is not says so, and docs/conversion.md has the table of both."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.export import FORMATS
+from models import make_model
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
+
+# (format, scheme, settings) of every source in the table of the document, in its order.
+SOURCES = {
+    "compressed-tensors W4A16": ("compressed-tensors", "W4A16", {}),
+    "compressed-tensors W4A16_ASYM": ("compressed-tensors", "W4A16_ASYM", {}),
+    "compressed-tensors W8A16": ("compressed-tensors", "W8A16", {}),
+    "compressed-tensors W3A16": ("compressed-tensors", "W3A16", {}),
+    "compressed-tensors W8A8": ("compressed-tensors", "W8A8", {}),
+    "compressed-tensors FP8": ("compressed-tensors", "FP8", {"samples": 2, "seqlen": 64}),
+    "compressed-tensors FP8_DYNAMIC": ("compressed-tensors", "FP8_DYNAMIC", {}),
+    "compressed-tensors FP8_BLOCK": ("compressed-tensors", "FP8_BLOCK", {}),
+    "compressed-tensors NVFP4A16": ("compressed-tensors", "NVFP4A16", {}),
+    "compressed-tensors MXFP4A16": ("compressed-tensors", "MXFP4A16", {}),
+    "compressed-tensors MXFP8": ("compressed-tensors", "MXFP8", {}),
+    "gptq W4A16": ("gptq", "W4A16", {}),
+    "gptq_v2 W4A16_ASYM": ("gptq_v2", "W4A16_ASYM", {}),
+    "gptq W8A16": ("gptq", "W8A16", {}),
+    "gptq W3A16": ("gptq", "W3A16", {}),
+    "awq W4A16_ASYM": ("awq", "W4A16_ASYM", {}),
+    "bitsandbytes NF4": ("bitsandbytes", "NF4", {}),
+    "bitsandbytes NF4, double": ("bitsandbytes", "NF4", {"double_quant": True}),
+    "bitsandbytes FP4": ("bitsandbytes", "FP4", {}),
+    "bitsandbytes INT8": ("bitsandbytes", "INT8", {}),
+    "modelopt FP8": ("modelopt", "FP8", {"samples": 2, "seqlen": 64}),
+    "modelopt FP8_DYNAMIC": ("modelopt", "FP8_DYNAMIC", {}),
+    "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
+}  # fmt: skip
+TARGETS = [name for name in FORMATS if name != "float"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """One block whose every shape fits every format: 256 divides all."""
+    return make_model(tmp_path_factory.mktemp("conversion") / "model", hidden_size=256, intermediate_size=256,
+                      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=128)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quantized(model, tmp_path_factory):
+    """source name → its folder, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(source: str) -> Path:
+        if source not in made:
+            format, scheme, settings = SOURCES[source]
+            made[source] = tmp_path_factory.mktemp("source") / "out"
+            lowbit.quantize(model, made[source], scheme=scheme, format=format, **settings)
+        return made[source]
+
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, decoded."""
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name).float() for name in checkpoint.tensors}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def cell(report) -> str:
+    """What the table says of a conversion: "exact", or the scheme that weights are rounded to."""
+    linears = [tensor for tensor in report.tensors if tensor.scheme is not None]
+    if all(tensor.repacked for tensor in linears):
+        lost = any("activations" in note for tensor in linears for note in tensor.notes)
+        return "exact, weights" if lost else "exact"
+    assert not any(tensor.repacked for tensor in linears)
+    return linears[0].scheme
+
+
+def table_of_the_document() -> dict[tuple[str, str], str]:
+    rows = [line.strip("|").split("|") for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    header = [name.strip().strip("`") for name in rows[0]]
+    found = {}
+    for row in rows[2:]:
+        values = [value.strip() for value in row]
+        if values[0].strip("`") in SOURCES:
+            found |= {(values[0].strip("`"), to): value for to, value in zip(header[1:], values[1:], strict=True)}
+    return found
+
+
+def test_the_table_covers_every_pair():
+    assert table_of_the_document().keys() == {(source, target) for source in SOURCES for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_table_is_what_happens(source, target, quantized, tmp_path):
+    report = lowbit.convert(quantized(source), tmp_path / "out", format=target).report
+    happened = cell(report)
+    assert same_weights(quantized(source), tmp_path / "out") == happened.startswith("exact")
+    added = [tensor.relative_error for tensor in report.tensors if tensor.scheme is not None]
+    assert all(error == 0 for error in added) == happened.startswith("exact")
+    assert table_of_the_document()[source, target] == happened
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_format_is_read_and_written_back_byte_for_byte(source, quantized, tmp_path):
+    folder = quantized(source)
+    lowbit.convert(folder, tmp_path / "out", format=SOURCES[source][0])
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    original, written = (json.loads((at / "config.json").read_text()) for at in (folder, tmp_path / "out"))
+    assert original == written
+
+
+@pytest.mark.parametrize("source", ["gptq W4A16", "compressed-tensors W4A16", "bitsandbytes NF4"])
+def test_float_writes_the_decoded_weights_in_the_dtype_of_the_model(source, quantized, tmp_path):
+    report = lowbit.convert(quantized(source), tmp_path / "out", format="float").report
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    decoded, written = weights(quantized(source)), weights(tmp_path / "out")
+    assert all(torch.equal(decoded[name].to(torch.bfloat16).float(), written[name]) for name in decoded)
+    assert any(tensor.relative_error for tensor in report.tensors)
+
+
+def test_a_scheme_that_does_not_hold_the_codes_is_rounded_to_and_reported(quantized, tmp_path):
+    source = quantized("compressed-tensors W8A16")
+    report = lowbit.convert(source, tmp_path / "out", format="compressed-tensors", scheme="W4A16").report
+    linears = [tensor for tensor in report.tensors if tensor.scheme]
+    assert all(tensor.scheme == "W4A16" and tensor.relative_error > 1e-3 for tensor in linears)
+    assert all("requantized: W4A16 was asked for" in tensor.notes[0] for tensor in linears)
+
+
+def test_the_scheme_that_it_has_already_is_a_repack(quantized, tmp_path):
+    source = quantized("compressed-tensors W4A16")
+    report = lowbit.convert(source, tmp_path / "out", format="gptq", scheme="w4a16").report
+    assert all(tensor.repacked for tensor in report.tensors if tensor.scheme)
+
+
+def test_a_dry_run_writes_nothing(quantized, tmp_path):
+    from lowbit.api import dry_convert
+
+    prepared = dry_convert(quantized("awq W4A16_ASYM"), format="compressed-tensors")
+    assert all(tensor.repack for tensor in prepared.plan.quantized)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_quantized_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match="not a quantized folder"):
+        lowbit.convert(model, tmp_path / "out", format="gptq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_quant_method_is_named(quantized, tmp_path):
+    folder = copied(quantized("gptq W4A16"), tmp_path / "in", quant_method="vptq")
+    with pytest.raises(CheckpointError, match="quant_method is 'vptq'"):
+        lowbit.convert(folder, tmp_path / "out", format="awq")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("claim", ["awq", "bitsandbytes", "compressed-tensors", "modelopt", "fp8"])
+def test_a_config_that_claims_another_format_is_refused(claim, quantized, tmp_path):
+    config = {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "load_in_4bit": True,
+              "bnb_4bit_quant_type": "nf4"}  # fmt: skip
+    folder = copied(quantized("gptq W4A16"), tmp_path / "in", quant_method=claim, **config)
+    with pytest.raises(CheckpointError):
+        lowbit.convert(folder, tmp_path / "out", format="gptq")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("bits", 8), ("group_size", 64)])
+def test_shapes_that_do_not_fit_the_declared_bits_or_group_are_refused(key, value, quantized, tmp_path):
+    folder = copied(quantized("gptq W4A16"), tmp_path / "in", **{key: value})
+    with pytest.raises(CheckpointError, match=r"shape|needed|fit"):
+        lowbit.convert(folder, tmp_path / "out", format="awq")
+
+
+def test_a_partly_quantized_model_is_refused(quantized, model, tmp_path):
+    """One linear in 16 bits that config.json says is quantized."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(quantized("compressed-tensors W4A16"), tmp_path / "in")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    for leaf in ("weight_packed", "weight_scale", "weight_shape"):
+        del tensors[f"{name}.{leaf}"]
+    tensors[f"{name}.weight"] = load_file(model / "model.safetensors")[f"{name}.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(f"config.json quantizes {name}")):
+        lowbit.convert(folder, tmp_path / "out", format="gptq")
+
+
+def test_scales_of_a_quantized_kv_cache_are_left_out_and_said_so(quantized, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    folder = copied(quantized("compressed-tensors W4A16"), tmp_path / "in", kv_cache_scheme=scheme)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.0.self_attn.{leaf}": torch.ones(1) for leaf in ("k_scale", "v_scale")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = lowbit.convert(folder, tmp_path / "out", format="gptq").report
+    assert any("KV cache" in note for note in report.source.notes)
+    assert not any(name.endswith("k_scale") for name in weights(tmp_path / "out"))
+
+
+def copied(folder: Path, to: Path, **quantization) -> Path:
+    """A copy with other words in its quantization_config."""
+    import shutil
+
+    shutil.copytree(folder, to)
+    for extra in ("quantize_config.json", "quant_config.json", "lowbit-report.json"):
+        (to / extra).unlink(missing_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    config["quantization_config"] |= quantization
+    (to / "config.json").write_text(json.dumps(config))
+    return to
