@@ -58,14 +58,22 @@ def test_groups_that_do_not_divide(broken):
 
 def test_list_that_covers_part_of_a_fused_set(broken):
     folder = broken("W4A16_ASYM", format="awq", ignore=(r"\.0\.self_attn\.[qkv]_proj$",))
-    edit_config(folder, lambda q: q["modules_to_not_convert"].remove(K))
+    for name in (K, f"{ATTENTION}.qkv_proj"):
+        edit_config(folder, lambda q, name=name: q["modules_to_not_convert"].remove(name))
     assert_breaks(folder, "left-out", f"{ATTENTION}.qkv_proj", "some of")
 
 
-def test_left_out_sets_are_seen_by_vllm_and_not_by_sglang(good, source):
-    """SGLang looks its fused names up in the list, where only members stand."""
+def test_left_out_sets_are_seen_by_vllm_and_by_sglang(good, source):
     folder = good("W4A16_ASYM", format="awq", ignore=(r"\.0\.self_attn\.[qkv]_proj$",))
     assert failures(folder, source=source, nearest=True) == {}
+    assert failures(folder, engine="sglang", source=source, nearest=True) == {}
+
+
+def test_left_out_sets_without_their_fused_name_are_not_seen_by_sglang(broken):
+    """SGLang looks its fused names up in the list; members alone are not enough."""
+    folder = broken("W4A16_ASYM", format="awq", ignore=(r"\.0\.self_attn\.[qkv]_proj$",))
+    edit_config(folder, lambda q: q["modules_to_not_convert"].remove(f"{ATTENTION}.qkv_proj"))
+    assert failures(folder) == {}
     assert f"{ATTENTION}.qkv_proj" in failures(folder, engine="sglang")["left-out"]
 
 

@@ -29,6 +29,7 @@ import lowbit
 from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
+from lowbit.export.names import fused_names
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -128,7 +129,7 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
     ignored  names of all other linears of the model: modules_to_not_convert
 
     vLLM and AutoAWQ leave a linear alone if any of modules_to_not_convert is a substring of its name, transformers if
-    its name ends with it.
+    its name ends with it; SGLang looks fused linears up under the fused name.
     """
     for found in set(schemes.values()):
         storage_format(found)
@@ -154,7 +155,7 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
         "group_size": -1 if weight.group_size is None else weight.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list(ignored) or None,
+        "modules_to_not_convert": [*ignored, *fused_names(ignored)] or None,
         "sym": weight.symmetric,  # for lowbit's own reader: the zero points are all 8
         "meta": {"quantizer": [f"lowbit:{lowbit.__version__}"]},
     }

@@ -29,6 +29,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
+from lowbit.export.names import fused_names
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.codebook_tables import CODEBOOKS, values
 from lowbit.numerics.nested import BLOCK, dynamic_map
@@ -224,10 +225,11 @@ def skip_modules(quantized: list[str], ignored: list[str]) -> list[str]:
 
     transformers compares an entry with the beginning of a module's name (as a regex, up to a dot or the end) and with
     its end. Where a plain name would also catch a quantized linear, an anchored regex takes its place. A tied output
-    head is a linear to transformers though the files do not hold one, hence `lm_head`.
+    head is a linear to transformers though the files do not hold one, hence `lm_head`. SGLang looks fused linears up
+    under the fused name.
     """
     entries = []
-    for name in dict.fromkeys([*ignored, "lm_head"]):
+    for name in dict.fromkeys([*ignored, *fused_names(ignored), "lm_head"]):
         if name in quantized:
             continue
         plain = re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")

@@ -40,14 +40,13 @@ import lowbit
 from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
+from lowbit.export.names import fused_names
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 BITS = (2, 3, 4, 8)
 
-# Linears that vLLM loads as one: it looks the fused name up in `dynamic`, not the names of the files.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _HEADS = ("lm_head", "embed_out")
 
 
@@ -241,7 +240,7 @@ def _patterns(members: list[str], everything: list[str]) -> list[str]:
     Fused linears are known to vLLM by the fused name, and the experts of a layer by the name of their container.
     """
     blocks_of: dict[tuple[str, str], list[str]] = {}
-    for name in [*members, *_fused_names(members), *_expert_containers(members, everything)]:
+    for name in [*members, *fused_names(members), *_expert_containers(members, everything)]:
         found = _BLOCK.search(name)
         parts = (name, "") if found is None else (name[: found.start(1)], name[found.end(1) :])
         blocks_of.setdefault(parts, []).extend([] if found is None else [found[1]])
@@ -250,15 +249,6 @@ def _patterns(members: list[str], everything: list[str]) -> list[str]:
         index = f"(?:{'|'.join(blocks)})" if len(blocks) > 1 else "".join(blocks)
         patterns.append(f"{re.escape(before)}{index}{re.escape(after)}$")
     return patterns
-
-
-def _fused_names(members: list[str]) -> Iterable[str]:
-    present = set(members)
-    for name in members:
-        parent, _, leaf = name.rpartition(".")
-        for fused, parts in FUSED.items():
-            if leaf == parts[0] and all(f"{parent}.{part}" in present for part in parts):
-                yield f"{parent}.{fused}"
 
 
 def _expert_containers(members: list[str], everything: list[str]) -> Iterable[str]:
