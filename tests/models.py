@@ -54,7 +54,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {**SIZES, "num_local_experts": 4}),
     "deepseek_v2": ("deepseek_v2", {**_NO_HEAD_DIM, **_MLA, "n_group": 1}),
     "deepseek_v2_lite": ("deepseek_v2", {**_NO_HEAD_DIM, **_MLA, "n_group": 1, "q_lora_rank": None}),
-    "deepseek_v3": ("deepseek_v3", {**_NO_HEAD_DIM, **_MLA, "n_group": 2, "num_nextn_predict_layers": 1}),
+    "deepseek_v3": ("deepseek_v3", {
+        **_NO_HEAD_DIM, **_MLA, "n_group": 2, "num_nextn_predict_layers": 1, "topk_method": "noaux_tc",
+    }),
     "gpt_oss": ("gpt_oss", {**SIZES, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 384, "n_positions": 256}),
     "opt": ("opt", {**_PLAIN, "ffn_dim": 256, "word_embed_proj_dim": 64}),

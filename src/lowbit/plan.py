@@ -108,10 +108,13 @@ class Plan:
 
     @property
     def ignored(self) -> list[str]:
-        """Module names of the linears left alone: tied ones, and those of multi-token prediction blocks, included."""
+        """Names of the modules left alone: linears, tied ones and those of multi-token prediction blocks included, and
+        experts that lie in one tensor."""
         left = [name for name in self.architecture.linears if name not in self.schemes]
         predicted = [tensor.name for tensor in self.tensors if self.architecture.predicts(tensor.name)]
-        return left + [name.removesuffix(".weight") for name in predicted if name.endswith("proj.weight")]
+        left += [name.removesuffix(".weight") for name in predicted if name.endswith("proj.weight")]
+        experts = [name.rpartition(".")[0] for name, role in self.architecture.roles.items() if role == "experts"]
+        return left + list(dict.fromkeys(experts))
 
     def bits_per_weight(self, decoder_only: bool) -> float:
         """Stored bits ÷ weights: of the linears of the decoder blocks, or of everything in the file."""

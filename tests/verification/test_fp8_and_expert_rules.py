@@ -7,10 +7,38 @@ import torch
 from breaking import ATTENTION, assert_breaks, edit_config, edit_tensors, failures
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from lowbit.checkpoint import open_checkpoint
+from models import make_model
 
 OUT = f"{ATTENTION}.o_proj"
 EXPERTS = "model.layers.0.mlp.experts"
+
+
+def test_experts_in_one_tensor_that_config_does_not_leave_out(tmp_path):
+    """vLLM would look for quantized experts, and gpt-oss has none."""
+    lowbit.quantize(make_model(tmp_path / "m", "gpt_oss"), tmp_path / "out")
+    assert failures(tmp_path / "out") == {}
+    edit_config(tmp_path / "out", lambda q: q.update(ignore=[name for name in q["ignore"] if "re:" not in name]))
+    assert_breaks(tmp_path / "out", "left-experts", "mlp.experts", "regex")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "named"),
+    [
+        ("bloom", {}, "query_key_value"),
+        ("bloom", {"format": "awq"}, "query_key_value"),
+        ("bloom", {"scheme": "W8A8"}, None),
+        ("gpt_oss", {"format": "gptq"}, "modules_in_block_to_quantize"),
+        ("stablelm_parallel", {}, "layer norms"),
+        ("stablelm", {}, None),
+    ],
+)
+def test_model_classes_that_vllm_cannot_load(tmp_path, architecture, settings, named):
+    """engine-model, as seen in vLLM 0.32."""
+    lowbit.quantize(make_model(tmp_path / "m", architecture), tmp_path / "out", **settings)
+    found = failures(tmp_path / "out")
+    assert (named is None and found == {}) or named in found["engine-model"]
 
 
 @pytest.fixture

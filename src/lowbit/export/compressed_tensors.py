@@ -18,6 +18,7 @@ Spec: the compressors of compressed-tensors 0.20. Refused: E5M2 (the format's 8-
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -207,7 +208,8 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
     """config.json's `quantization_config`.
 
     schemes  linear name → scheme, of every quantized linear
-    ignored  names of all other linears of the model
+    ignored  names of all other linears of the model, and of experts that lie in one tensor: vLLM asks for names below
+             those, and renames some of them on the way, which only a regex survives
 
     One scheme for the decoder: the target is the class "Linear". Otherwise every linear is named exactly: some releases
     of vLLM look for a class name before they look into fused layers, so that a "Linear" group beside others would win
@@ -233,7 +235,7 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": config_groups,
-        "ignore": ignored,
+        "ignore": [*ignored, *(f"re:{re.escape(name)}\\..*" for name in ignored if name.endswith(".experts"))],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},

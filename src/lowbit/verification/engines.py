@@ -7,6 +7,8 @@ from lowbit.tensors import Granularity
 from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
+_CT = "compressed-tensors"
+
 # engine → format → why it cannot load it; a format that is not named here has a loader.
 NO_LOADER: dict[str, dict[str, str]] = {
     "vllm": {
@@ -30,6 +32,21 @@ NO_LOADER: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
+# (engine, model_type) → (storage formats it concerns, none for all; key of config.json that must be true, if any;
+# the engine's class of the model cannot take it). Found by loading tiny models, benchmarks/interop/vllm_architectures.py.
+_REFUSED_MODELS: dict[tuple[str, str], tuple[tuple[str, ...], str | None, str]] = {
+    ("vllm", "bloom"): (
+        ("pack-quantized", "gptq", "awq", "nvfp4-pack-quantized", "mxfp4-pack-quantized"), None,
+        "vLLM's BLOOM puts the rows of query_key_value in another order while it loads them, and cannot do that in "
+        "packed tensors; schemes of one code a byte load (W8A8, FP8_DYNAMIC)",
+    ),
+    ("vllm", "gpt_oss"): (
+        ("gptq",), None,
+        "vLLM's gpt-oss renames self_attn, but not in modules_in_block_to_quantize, and takes its attention for floats",
+    ),
+    ("vllm", "stablelm"): ((), "qk_layernorm", "vLLM's StableLM has no layer norms of queries and keys"),
+}  # fmt: skip
+
 # (engine, format) → model dtypes that its kernels refuse: get_supported_act_dtypes of each quantization config
 _REFUSED_DTYPES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm", "gptq"): ("float32",), ("vllm", "awq"): ("float32",), ("vllm", "fp8"): ("float32",),
@@ -46,6 +63,17 @@ def check_loader(subject: Subject) -> Finding:
     if reason is None and subject.format == "mxfp4" and subject.engine == "vllm" and not for_gpt_oss:
         reason = "vLLM 0.32 takes quant_method 'mxfp4' for gpt-oss only"
     return Finding([] if reason is None else [reason], f"{subject.engine} loads {subject.format}")
+
+
+def check_model(subject: Subject) -> Finding:
+    """The engine's class of this model takes what the files hold; of the cases that were found by loading them."""
+    model_type = str(subject.config.get("model_type"))
+    formats, key, reason = _REFUSED_MODELS.get((subject.engine, model_type), ((), "", ""))
+    stored_as = {str(group.format) for group in subject.parsed.groups} if subject.format == _CT else {subject.format}
+    applies = bool(reason) and (not formats or bool(stored_as & set(formats)))
+    if key is not None:
+        applies = applies and bool(subject.config.get(key))
+    return Finding([reason] if applies else [], f"nothing is known against {model_type}")
 
 
 def check_dtype(subject: Subject) -> Finding:

@@ -33,6 +33,25 @@ def check_gpt_oss(subject: Subject) -> Finding:
     return Finding([problem] if problem else [], "MXFP4 blocks" if subject.format == "mxfp4" else "fused, 16 bits")
 
 
+def check_left_experts(subject: Subject) -> Finding:
+    """Experts that lie in one 16-bit tensor are left out by config.json too, under the names that vLLM asks for.
+
+    It asks for the first expert's projections, after its model class has renamed what it knows (gpt-oss: down_proj to
+    w2_weight, in names but not in regexes).
+    """
+    containers = dict.fromkeys(
+        name.rpartition(".")[0] for name, role in subject.architecture.roles.items() if role == "experts"
+    )
+    problems = []
+    for container in containers:
+        asked = [f"{container}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", "w2_weight")]
+        taken = [name for name in asked if subject.parsed.group_of(name) is not None]
+        if taken:
+            problems.append(f"{container}: its experts lie in one 16-bit tensor, but config.json quantizes {taken[0]}; "
+                            f"`ignore` needs a regex for them")  # fmt: skip
+    return Finding(problems, f"{len(containers)} containers left out" if containers else "none lie in one tensor")
+
+
 def check_transformers(subject: Subject) -> Finding:
     """Experts that transformers merges into one parameter are not quantized: it replaces linears only."""
     merged = [name for name, placement in subject.architecture.layout.items()

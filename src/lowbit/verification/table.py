@@ -156,6 +156,10 @@ RULES: tuple[Rule, ...] = (
     Rule("gpt-oss-experts", ("vllm", "sglang", "transformers"), ALL, "experts of gpt-oss are MXFP4 blocks or fused",
          experts.check_gpt_oss, "load_weights of models/gpt_oss.py (vLLM, SGLang); GptOssExperts (transformers)",
          limit=True),
+    Rule("engine-model", _VLLM, QUANTIZED, "the engine's class of the model takes this format",
+         engines.check_model, "load_weights of models/bloom.py, models/gpt_oss.py, models/stablelm.py", limit=True),
+    Rule("left-experts", _VLLM, _CT, "experts in one 16-bit tensor are in `ignore`, by regex",
+         experts.check_left_experts, "get_moe_method of compressed_tensors_moe.py"),
     Rule("turned-weights", _SERVERS, QUANTIZED, "codes of GPT-2 do not lie under .weight, which engines turn round",
          engines.check_turned_weights, "_transpose_conv1d of models/gpt2.py (vLLM), load_weights of models/gpt2.py "
          "(SGLang)", limit=True),
