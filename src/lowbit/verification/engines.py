@@ -33,7 +33,7 @@ NO_LOADER: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 # (engine, model_type) → (storage formats it concerns, none for all; key of config.json that must be true, if any;
-# the engine's class of the model cannot take it). Found by loading tiny models, benchmarks/interop/vllm_architectures.py.
+# why the engine's class of the model fails). Found by loading tiny models: benchmarks/interop/vllm_architectures.py.
 _REFUSED_MODELS: dict[tuple[str, str], tuple[tuple[str, ...], str | None, str]] = {
     ("vllm", "bloom"): (
         ("pack-quantized", "gptq", "awq", "nvfp4-pack-quantized", "mxfp4-pack-quantized"), None,
