@@ -1,6 +1,6 @@
 """Time and memory of `lowbit quantize`, beside a plain copy of the same bytes and beside llm-compressor.
 
-usage: throughput.py MODEL [--scheme W4A16] [--group-size 128] [--peer PYTHON] [--repeat 3]
+usage: throughput.py MODEL [--scheme W4A16] [--format F] [--group-size 128] [--peer PYTHON] [--repeat 3]
 
     MODEL    a folder; make_random_llama.py makes one of any size
     --peer   the python of an environment with llm-compressor (peers/README.md)
@@ -36,7 +36,7 @@ import json, sys, time
 from pathlib import Path
 from lowbit.pipeline import prepare, write_checkpoint
 from lowbit.settings import make_settings
-prepared = prepare(sys.argv[1], make_settings(scheme=sys.argv[3], group_size=int(sys.argv[4]), range=sys.argv[5]))
+prepared = prepare(sys.argv[1], make_settings(**json.loads(sys.argv[3])))
 began = time.perf_counter()
 write_checkpoint(prepared, Path(sys.argv[2]))
 print(json.dumps({"seconds": time.perf_counter() - began}))
@@ -97,7 +97,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("model", type=Path)
     arguments.add_argument("--scheme", default="W4A16")
-    arguments.add_argument("--group-size", type=int, default=128)
+    arguments.add_argument("--format", default="auto")
+    arguments.add_argument("--group-size", type=int, help="the scheme's own unless given")
     arguments.add_argument("--range", default="absmax")
     arguments.add_argument("--peer", type=Path)
     arguments.add_argument("--repeat", type=int, default=3)
@@ -109,7 +110,7 @@ def main() -> None:
         output = Path(scratch) / "out"
         rows = measure(args, files, output, Path(scratch) / "copy")
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    job = f"{args.scheme} group {args.group_size} range {args.range}, best of {args.repeat}"
+    job = f"{args.scheme}, format {args.format}, range {args.range}, best of {args.repeat}"
     print(f"{machine}; {args.model.name}: {read / 1e9:.2f} GB; {job}")
     for name, seconds, peak in rows:
         print(f"{name:44s} {seconds:8.2f} s   {'' if peak is None else f'{peak / 1e6:8.0f} MB peak'}")
@@ -118,12 +119,15 @@ def main() -> None:
 def measure(
     args: argparse.Namespace, files: list[Path], output: Path, copy: Path
 ) -> list[tuple[str, float, int | None]]:
-    shared = ["--scheme", args.scheme, "--group-size", str(args.group_size)]
-    command = [str(Path(sys.executable).parent / "lowbit"), "quantize", str(args.model), "-o", str(output), *shared]
-    seconds, peak, _ = best([*command, "--range", args.range, "--json"], output, args.repeat)
+    settings = {"scheme": args.scheme, "format": args.format, "range": args.range}
+    if args.group_size is not None:
+        settings["group_size"] = args.group_size
+    options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [str(Path(sys.executable).parent / "lowbit"), "quantize", str(args.model), "-o", str(output), *options]
+    seconds, peak, _ = best([*command, "--json"], output, args.repeat)
     rows: list[tuple[str, float, int | None]] = [("lowbit quantize (verified, reported)", seconds, peak)]
     written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    engine = [sys.executable, "-c", ENGINE, str(args.model), str(output), args.scheme, str(args.group_size), args.range]
+    engine = [sys.executable, "-c", ENGINE, str(args.model), str(output), json.dumps(settings)]
     runs = []
     for _ in range(args.repeat):
         shutil.rmtree(output, ignore_errors=True)
@@ -138,6 +142,7 @@ def measure(
     rows.append((f"plain copy, read all, write {written / 1e9:.2f} GB", moved, None))
     if args.peer:
         script = str(Path(__file__).parent / "peers" / "llmcompressor_rtn.py")
+        shared = ["--scheme", args.scheme, "--group-size", str(args.group_size or 128)]
         for entry in ("oneshot", "model_free"):
             peer = [str(args.peer), script, str(args.model), str(output), *shared, "--entry", entry]
             rows.append((f"llm-compressor, {entry}", *best(peer, output, args.repeat)[:2]))

@@ -43,7 +43,8 @@ SOURCES = {
     "modelopt FP8_DYNAMIC": ("modelopt", "FP8_DYNAMIC", {}),
     "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
 }  # fmt: skip
-TARGETS = [name for name in FORMATS if name != "float"]
+# "float" takes anything, and mxfp4 the experts of gpt-oss alone (tests/export/test_mxfp4.py).
+TARGETS = [name for name in FORMATS if name not in ("float", "mxfp4")]
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ NEAREST: dict[str, tuple[str, str]] = {
     "awq": ("W4A16_ASYM", "W4A16_ASYM"),
     "bitsandbytes": ("NF4", "INT8"),
     "modelopt": ("NVFP4A16", "FP8_DYNAMIC"),
+    "mxfp4": ("MXFP4A16", "MXFP4A16"),
 }
 
 

@@ -31,7 +31,9 @@ from lowbit.checkpoint.base import REPORT_NAME, CanReadCodes, Checkpoint, OpenOp
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
+from lowbit.export import Piece
 from lowbit.export.atomic import atomic_folder, refuse_existing
+from lowbit.export.fused_experts import FUSED_EXPERTS
 from lowbit.export.safetensors_writer import SafetensorsWriter
 from lowbit.measure import resident_memory
 from lowbit.numerics import grid_for
@@ -98,7 +100,7 @@ def prepare(
         raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
     options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
-    architecture, checkpoint = described(checkpoint, options)
+    architecture, checkpoint = described(checkpoint, options, settings.format in FUSED_EXPERTS)
     if checkpoint.kind in KINDS:
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint))
@@ -129,13 +131,16 @@ def needs_input_ranges(plan: Plan) -> set[str]:
     return {name for name, scheme in schemes if scheme.activation is not None and scheme.activation.needs_calibration}
 
 
-def described(checkpoint: Checkpoint, options: OpenOptions) -> tuple[Architecture, Checkpoint]:
-    """The architecture of an open model, and the model under the architecture's names.
+def described(
+    checkpoint: Checkpoint, options: OpenOptions, split_experts: bool = False
+) -> tuple[Architecture, Checkpoint]:
+    """The architecture of an open model, and the model under the architecture's names; experts as
+    `describe_checkpoint` has them.
 
     Raises CheckpointError where config.json quantizes a linear that the files hold in 16 bits.
     """
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts)
     if checkpoint.kind in KINDS:
         _refuse_partly_quantized(checkpoint, architecture)
     return architecture, checkpoint
@@ -173,6 +178,7 @@ class _Run:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: SafetensorsWriter, threads: int, progress):
         self.checkpoint, self.plan, self.writer, self.threads = checkpoint, plan, writer, threads
+        self.shares = plan.shares
         self.progress = progress or (lambda what, done, total: None)
         self.total = sum(tensor.source.nbytes for tensor in plan.tensors)
         self.done = 0
@@ -256,7 +262,7 @@ class _Run:
             else:
                 if values.dtype in _CHECKED and values.numel() and not _is_finite(values):
                     raise _non_finite(tensor, first)
-                self.writer.write(tensor.plain.name, values.to(tensor.plain.dtype), first)
+                self._write(Piece(tensor.plain.name, values.to(tensor.plain.dtype), first))
             del values
         self._release(tensor, last)
         with self.lock:
@@ -299,7 +305,13 @@ class _Run:
         for piece in pack(linear.name, quantized, scheme, first, linear.shape, tensor.dtype, absmax):
             if linear.transposed and self.plan.exporter.FORMAT == "float":
                 piece = replace(piece, values=piece.values.t(), row=0, column=first)
-            self.writer.write(piece.name, piece.values, piece.row, piece.column)
+            self._write(piece)
+
+    def _write(self, piece: Piece) -> None:
+        share = self.shares.get(piece.name)
+        if share is not None:
+            piece = share.place(piece)
+        self.writer.write(piece.name, piece.values, piece.row, piece.column, piece.index)
 
 
 _CHECKED = (torch.float32, torch.bfloat16, torch.float16)

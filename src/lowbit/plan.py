@@ -7,7 +7,7 @@ A conversion plans in the same way, with the schemes that the source has (`fixed
 Nothing is skipped in silence: a tensor without a scheme carries the reason, a scheme that was adapted carries a note.
 Refused: settings that give linears of one fused set (q/k/v, gate/up) different schemes, since engines load such a
 checkpoint and compute nonsense; experts of one block with different schemes; a group size chosen by the user that does
-not divide K; what the output format cannot say.
+not divide K; a model that the output format is not for, or a mixture that it cannot say.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from lowbit.architecture import Architecture, Linear
 from lowbit.checkpoint.base import Checkpoint, TensorInfo, is_decoded
-from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
+from lowbit.errors import ArchitectureError, CheckpointError, FormatError, ShapeError, UsageError
 from lowbit.export import Exporter, default_format, find_exporter
+from lowbit.export.fused_experts import FUSED_EXPERTS, Share, find_shares, stores_fused_experts
 from lowbit.export.safetensors_writer import StoredTensor, total_file_bytes
 from lowbit.schemes import Scheme
 from lowbit.settings import DEFAULT_IGNORE, Settings
@@ -39,7 +41,7 @@ class PlannedTensor:
     scheme   None where it is copied; then `reason` says why
     notes    what was adapted: "group size 64, because 128 does not divide 576"
     plain    what is written for it where it is copied
-    stored   what is written for it
+    stored   what is written for it; of single experts, what they have of a tensor of all (`Plan.shares`)
     dtype    the float dtype that the exporter is given for it: of the model, or of the source's scales
     repack   True where the source's own codes and scales are written, not rounded anew
     unfit    True where its shape is the reason to leave it alone
@@ -90,7 +92,17 @@ class Plan:
 
     @property
     def stored(self) -> list[StoredTensor]:
-        return [stored for tensor in self.tensors for stored in tensor.stored]
+        """Every tensor of the files, once."""
+        stored = (stored for tensor in self.tensors for stored in tensor.stored)
+        places = (self.shares[tensor.name].stored if tensor.name in self.shares else tensor for tensor in stored)
+        return list({tensor.name: tensor for tensor in places}.values())
+
+    @cached_property
+    def shares(self) -> dict[str, Share]:
+        """Of what is written for single experts: its place in a tensor of all experts, where the files have those."""
+        if self.exporter.FORMAT not in FUSED_EXPERTS:
+            return {}
+        return find_shares((stored for tensor in self.tensors for stored in tensor.stored), self.architecture)
 
     @property
     def file_bytes(self) -> int:
@@ -138,6 +150,7 @@ def make_plan(
     """
     _check_parameters(checkpoint, architecture)
     exporter = find_exporter(default_format(settings.base_scheme()) if settings.format == "auto" else settings.format)
+    _check_model_type(exporter, architecture, checkpoint)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
     common = _common_group_sizes(architecture, settings) if fixed is None else {}
     tensors = []
@@ -162,6 +175,15 @@ def make_plan(
     _check_one_scheme(plan, architecture.expert_sets, "engines stack the experts of a block, and would misread them")
     exporter.quantization_config(plan.schemes, plan.ignored)  # refuses what the format cannot say, before anything runs
     return plan
+
+
+def _check_model_type(exporter: Exporter, architecture: Architecture, checkpoint: Checkpoint) -> None:
+    if exporter.FORMAT == "mxfp4" and not stores_fused_experts(architecture):
+        raise FormatError(
+            f"{checkpoint.source}: mxfp4 is the format of gpt-oss alone, and this is of model type "
+            f"{architecture.model_type!r}",
+            "--format compressed-tensors holds MXFP4A16 of any model",
+        )
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -218,7 +240,8 @@ _COPIED_BECAUSE = {
     "norm": "norms are a vector each, and sensitive",
     "bias": "biases are a vector each",
     "router": "routers choose experts, and are small",
-    "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4",
+    "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4 (--scheme "
+    "MXFP4A16 --format mxfp4)",
 }
 
 
@@ -246,6 +269,8 @@ def _planned_linear(copied: PlannedTensor, linear: Linear, settings: Settings, c
                     dtype: torch.dtype, exporter: Exporter) -> PlannedTensor:  # fmt: skip
     info = copied.source
     scheme, reason = _choose(linear, settings)
+    if exporter.FORMAT == "mxfp4" and linear.expert is None and settings.override_for(linear.name) is None:
+        scheme, reason = None, reason or "mxfp4 holds experts only; loaders expect everything else in 16 bits"
     if scheme is None:
         return replace(copied, reason=reason)
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:

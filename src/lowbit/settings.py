@@ -47,9 +47,9 @@ class Settings(BaseModel):
 
     scheme: str = "W4A16"
     method: Literal["rtn"] = "rtn"
-    format: Literal["auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "float"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "mxfp4", "float"
+    ] = "auto"
     double_quant: bool = False
     group_size: int | None = None
     range: Literal["auto", "absmax", "mse", "wmse", "percentile"] = "auto"

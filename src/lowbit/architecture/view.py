@@ -13,8 +13,9 @@ gpt-oss is different: its 16-bit files hold the experts as one tensor [E, H, 2I]
 columns, and transformers 5.23 and vLLM 0.32 read 16-bit experts in no other form. transformers has no rule that merges
 them; vLLM's `_load_weights_other` (models/gpt_oss.py) passes over every name that it has no parameter for, in silence,
 so that quantized experts under names of their own would leave the model without experts. So this architecture keeps
-them as they are, unless it was discovered with `split_experts`: then they appear as `mlp.experts.E.gate_proj`,
-`up_proj` and `down_proj`, [N, K], gate and up apart, with their biases. lowbit itself loads both forms.
+them as they are, unless it was discovered with `split_experts`, for formats that write them fused again
+(lowbit.export.fused_experts): then they appear as `mlp.experts.E.gate_proj`, `up_proj` and `down_proj`, [N, K], gate
+and up apart, with their biases. lowbit itself loads both forms.
 
 Refused: a fused tensor of another shape than transformers' parameter, and a file that holds a weight twice, under two
 spellings.

@@ -25,6 +25,7 @@ FORMATS = {
     "awq": "lowbit.export.awq",
     "bitsandbytes": "lowbit.export.bitsandbytes",
     "modelopt": "lowbit.export.modelopt",
+    "mxfp4": "lowbit.export.mxfp4",
     "float": "lowbit.export.plain",
 }
 
@@ -38,12 +39,16 @@ class Piece:
 
     values are as wide as the stored tensor (then column is 0), or narrower: formats that store a weight transposed
     turn a slab of rows into a strip of columns.
+
+    index  where it is given, values are stored[index] instead, of the same shape; it begins with a number: the expert,
+           of formats that keep the experts of a block in one tensor
     """
 
     name: str
     values: Tensor
     row: int = 0
     column: int = 0
+    index: tuple[int | slice, ...] = ()
 
 
 class Exporter(Protocol):

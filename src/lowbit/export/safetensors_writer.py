@@ -6,12 +6,15 @@ thread, in any order.
 
     [u64 header length][JSON header, padded with spaces to 8][tensor bytes, no holes]
 
+Rows that lie apart (the gate projections of experts whose gate and up alternate) are copied into a mapping of the file.
+
 Within a shard wide dtypes come first, so that every tensor is aligned to its own item size.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +83,21 @@ class SafetensorsWriter:
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 
-    def write(self, name: str, values: Tensor, row: int = 0, column: int = 0) -> None:
+    def write(
+        self, name: str, values: Tensor, row: int = 0, column: int = 0, index: tuple[int | slice, ...] = ()
+    ) -> None:
         """Write consecutive rows of a tensor, beginning at `row`; narrower ones go to a strip that begins at `column`.
 
-        Thread-safe for disjoint rectangles.
+        index  where it is given, write to tensor[index] instead; its first item is a number
+
+        Thread-safe for disjoint parts.
         """
         shard, stored = self._by_name[name]
         if values.dtype != stored.dtype:
             raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
+        if index:
+            self._write_at(shard, stored, values, index)
+            return
         data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         offset = row * stored.row_bytes
         is_strip = len(stored.shape) == 2 and values.dim() == 2 and values.shape[1] != stored.shape[1]
@@ -105,9 +115,27 @@ class SafetensorsWriter:
             return
         position += column * stored.dtype.itemsize
         width = values.shape[1] * stored.dtype.itemsize
-        for index in range(values.shape[0]):
-            strip = data[index * width : (index + 1) * width]
-            _write_all(shard.descriptor, strip, position + index * stored.row_bytes)
+        for line in range(values.shape[0]):
+            strip = data[line * width : (line + 1) * width]
+            _write_all(shard.descriptor, strip, position + line * stored.row_bytes)
+
+    def _write_at(self, shard: _Shard, stored: StoredTensor, values: Tensor, index: tuple[int | slice, ...]) -> None:
+        """Copy to stored[index], whose elements may lie apart: a system call for each run of them would take hours."""
+        first, *inside = index
+        if not isinstance(first, int) or not 0 <= first < stored.shape[0]:
+            raise AssertionError(f"{stored.name}: {index} is not in {list(stored.shape)}")
+        begin = shard.offsets[stored.name] + first * stored.row_bytes
+        lead = begin % mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(shard.descriptor, lead + stored.row_bytes, offset=begin - lead) as region:
+            count = stored.row_bytes // stored.dtype.itemsize
+            rows = torch.frombuffer(region, dtype=stored.dtype, count=count, offset=lead).view(stored.shape[1:])
+            target = rows[tuple(inside)]
+            if target.shape != values.shape:
+                raise AssertionError(f"{stored.name}: {list(values.shape)} for {list(target.shape)} at {index}")
+            target.copy_(values)
+            del rows, target  # a mapping that is in use cannot be closed
+        with self._lock:
+            self._missing[stored.name] -= values.numel() * stored.dtype.itemsize
 
     def close(self) -> None:
         """Check completeness, write the index where there are several shards, and close the files."""

@@ -92,8 +92,9 @@ class Subject:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of gpt-oss with the experts apart, where the files hold them as blocks or one by one."""
-        apart = self.known_format == "mxfp4" or any(".experts.0." in name for name in self.stored.tensors)
+        """Of gpt-oss with the experts apart, where the files hold them as blocks, one by one, or in floats that may be
+        decoded ones."""
+        apart = self.known_format in ("mxfp4", PLAIN) or any(".experts.0." in name for name in self.stored.tensors)
         split = self.config.get("model_type") == "gpt_oss" and apart
         return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 
