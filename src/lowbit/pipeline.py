@@ -34,7 +34,7 @@ from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageErr
 from lowbit.export import Piece
 from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.fused_experts import FUSED_EXPERTS
-from lowbit.export.safetensors_writer import SafetensorsWriter
+from lowbit.export.safetensors_writer import ASSEMBLED_BYTES, SafetensorsWriter
 from lowbit.measure import resident_memory
 from lowbit.numerics import grid_for
 from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
@@ -89,7 +89,10 @@ class Prepared:
         """Predicted peak resident bytes of the run: what is resident now, the slabs in flight, and the later stages."""
         smallest = (_row_multiple(t, self.plan, self.checkpoint) * t.walked_shape[-1] for t in self.plan.quantized)
         slab = max(SLAB_WEIGHTS, *smallest)
-        return resident_memory() + (self.threads + 1) * slab * _SLAB_BYTES_PER_WEIGHT + _LATER_BYTES
+        turned = (s.nbytes for t in self.plan.quantized for s in t.stored if s.shape[:1] != t.walked_shape[:1])
+        assembled = min(max(turned, default=0), ASSEMBLED_BYTES)
+        in_flight = (self.threads + 1) * (slab * _SLAB_BYTES_PER_WEIGHT + assembled)
+        return resident_memory() + in_flight + _LATER_BYTES
 
 
 def prepare(

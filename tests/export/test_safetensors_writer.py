@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lowbit.errors import OutputError
+from lowbit.export import safetensors_writer
 from lowbit.export.atomic import atomic_folder, refuse_existing, translated_os_errors
 from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
 
@@ -142,8 +143,10 @@ def test_disk_errors_are_told_in_words(tmp_path, code, says):
         raise OSError(code, os.strerror(code))
 
 
-def test_strips_of_columns_make_the_whole(tmp_path):
-    """Formats that store a weight transposed write a slab of rows as a strip of columns."""
+@pytest.mark.parametrize("assembled", [0, 1 << 20])
+def test_strips_of_columns_make_the_whole(tmp_path, monkeypatch, assembled):
+    """Formats that store a weight transposed write a slab of rows as a strip of columns, in memory or in the file."""
+    monkeypatch.setattr(safetensors_writer, "ASSEMBLED_BYTES", assembled)
     value = torch.arange(6 * 10, dtype=torch.int32).reshape(6, 10)
     writer = SafetensorsWriter(tmp_path, [StoredTensor("t", value.dtype, (6, 10))], 10**9)
     for first, last in ((4, 10), (0, 1), (1, 4)):
@@ -152,8 +155,10 @@ def test_strips_of_columns_make_the_whole(tmp_path):
     assert torch.equal(load_file(writer.files[0])["t"], value)
 
 
+@pytest.mark.parametrize("assembled", [0, 1 << 20])
 @pytest.mark.parametrize("column", [8, -1])
-def test_a_strip_beyond_the_last_column_is_refused(tmp_path, column):
+def test_a_strip_beyond_the_last_column_is_refused(tmp_path, monkeypatch, column, assembled):
+    monkeypatch.setattr(safetensors_writer, "ASSEMBLED_BYTES", assembled)
     writer = SafetensorsWriter(tmp_path, [StoredTensor("t", torch.int32, (6, 10))], 10**9)
     with pytest.raises(AssertionError, match="overruns"):
         writer.write("t", torch.zeros(6, 3, dtype=torch.int32), column=column)

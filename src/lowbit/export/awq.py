@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
 from lowbit.export.names import fused_names
@@ -106,8 +105,14 @@ def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int
 def pack_rows(codes: Tensor) -> Tensor:
     """Signed codes int8 [n, K], n a multiple of 8 → int32 [K, n / 8], rows in AWQ's order."""
     rows, columns = codes.shape
-    ordered = codes.view(rows // 8, 8, columns)[:, ORDER].reshape(rows, columns)
-    return kernels.pack_dense(ordered.t().contiguous(), BITS)
+    unsigned = (codes + 8).view(torch.uint8).view(rows // 8, 8, columns)
+    if rows and int(unsigned.max()) > 15:
+        raise ValueError("a code does not fit in its bits")
+    words = torch.zeros(rows // 8, columns, dtype=torch.int32)
+    for index in range(4):  # the bytes of a word, lowest first
+        pair = unsigned[:, ORDER[2 * index]] | unsigned[:, ORDER[2 * index + 1]] << 4
+        words |= pair.to(torch.int32) << 8 * index
+    return words.t().contiguous()
 
 
 def inexact(quantized: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> str | None:
