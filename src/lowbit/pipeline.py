@@ -27,12 +27,13 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, describe_checkpoint
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
-from lowbit.checkpoint.base import REPORT_NAME, CanReadCodes, Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.export import Piece
 from lowbit.export.atomic import atomic_folder, refuse_existing
+from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import FUSED_EXPERTS
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES, SafetensorsWriter
 from lowbit.measure import resident_memory
@@ -355,23 +356,6 @@ def _row_multiple(tensor: PlannedTensor, plan: Plan, checkpoint: Checkpoint) -> 
     if is_decoded(checkpoint, tensor.name) and isinstance(checkpoint, CanReadCodes):
         multiple = math.lcm(multiple, checkpoint.row_multiple(tensor.name))
     return multiple
-
-
-def copy_companions(folder: Path, work: Path) -> None:
-    """Tokenizer, generation config, chat template, licence and custom code: all small files that are not weights."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in _REWRITTEN and path.suffix.lower() in _COMPANIONS:
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, work / path.name)
-        elif path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
-            shutil.copyfile(path, work / path.name)
-
-
-_COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
-# Written anew, or of an earlier quantization, which would contradict config.json.
-_REWRITTEN = {
-    "config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", REPORT_NAME,
-}  # fmt: skip
 
 
 def _write_config(work: Path, checkpoint: Checkpoint, plan: Plan) -> None:
