@@ -164,6 +164,12 @@ def test_a_model_that_is_not_quantized_is_refused(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["auto", "zip"])
+def test_a_format_that_names_nothing_is_refused(format, quantized, tmp_path):
+    with pytest.raises(UsageError, match="format"):
+        lowbit.convert(quantized("gptq W4A16"), tmp_path / "out", format=format)
+
+
 def test_an_unknown_quant_method_is_named(quantized, tmp_path):
     folder = copied(quantized("gptq W4A16"), tmp_path / "in", quant_method="vptq")
     with pytest.raises(CheckpointError, match="quant_method is 'vptq'"):

@@ -25,7 +25,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import FormatError, UsageError
-from lowbit.export import Exporter, find_exporter
+from lowbit.export import FORMATS, Exporter, find_exporter
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX
 from lowbit.pipeline import Prepared, described, needs_input_ranges, slabs
 from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
@@ -75,6 +75,8 @@ def prepare_conversion(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
+    if settings.format == "auto":
+        raise UsageError("a conversion needs the format to write", f"give one of {', '.join(FORMATS)}")
     options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
     architecture, checkpoint = described(checkpoint, options)
