@@ -19,11 +19,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes, OpenOptions
-from lowbit.checkpoint.quantized import KINDS
+from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import FormatError, UsageError
 from lowbit.export import FORMATS, Exporter, find_exporter
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX
@@ -32,8 +30,6 @@ from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
 from lowbit.rounding.widen import widened, wider_specs
 from lowbit.schemes import SCHEMES, ActivationSpec, Scheme, WeightSpec, scheme_of_specs
 from lowbit.settings import Settings
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # What a linear is rounded to where its own codes do not fit: format → (up to 4 bits, more than 4 bits).
 NEAREST: dict[str, tuple[str, str]] = {
@@ -163,7 +159,7 @@ def _decided(
     if not choice.is_exact:
         return replace(tensor, notes=(*notes, f"requantized: {choice.reason}"))
     dtype = checkpoint.scale_dtype(tensor.name)
-    dtype = dtype if dtype in _FLOATS and _takes_any_scale_dtype(exporter, tensor.scheme) else tensor.dtype
+    dtype = dtype if dtype in FLOATS and _takes_any_scale_dtype(exporter, tensor.scheme) else tensor.dtype
     if dtype != tensor.dtype:
         stored = tuple(exporter.stored_tensors(tensor.linear.name, tensor.linear.shape, tensor.scheme, dtype))
         tensor = replace(tensor, dtype=dtype, stored=stored)
@@ -171,7 +167,7 @@ def _decided(
 
 
 def _takes_any_scale_dtype(exporter: Exporter, scheme: Scheme) -> bool:
-    return all(exporter.scale_format(scheme, dtype) == str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+    return all(exporter.scale_format(scheme, dtype) == str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 def _checked_values(prepared: Prepared, exporter: Exporter) -> Plan:

@@ -22,13 +22,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture, describe_checkpoint
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
-from lowbit.checkpoint.quantized import KINDS
+from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.export import Piece
@@ -264,7 +263,7 @@ class _Run:
             if tensor.scheme is not None:
                 self._quantize_slab(tensor, values, first, tensor_range)
             else:
-                if values.dtype in _CHECKED and values.numel() and not _is_finite(values):
+                if values.dtype in FLOATS and values.numel() and not _is_finite(values):
                     raise _non_finite(tensor, first)
                 self._write(Piece(tensor.plain.name, values.to(tensor.plain.dtype), first))
             del values
@@ -316,9 +315,6 @@ class _Run:
         if share is not None:
             piece = share.place(piece)
         self.writer.write(piece.name, piece.values, piece.row, piece.column, piece.index)
-
-
-_CHECKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _stands_alone(scheme: Scheme) -> bool:

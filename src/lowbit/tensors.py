@@ -108,12 +108,19 @@ class QuantizedTensor:
 
     def decode(self) -> Tensor:
         """The weights the codes stand for, float32 [N, K]."""
+        return self.grid.decode(self.codes, *self.grouped())
+
+    def grouped(self) -> tuple[GroupParams, int]:
+        """(params, g): the params of every g consecutive columns of every row, as kernels take them.
+
+        Every column is a group of its own where groups are not of consecutive columns (g_idx).
+        """
         params = self.params()
         if self.g_idx is None:
-            return self.grid.decode(self.codes, params, self._columns_per_scale)
+            return params, self.columns_per_scale
         columns = self.g_idx.long()
         zero_point = None if params.zero_point is None else params.zero_point[:, columns]
-        return self.grid.decode(self.codes, GroupParams(params.scale[:, columns], zero_point, params.global_scale), 1)
+        return GroupParams(params.scale[:, columns], zero_point, params.global_scale), 1
 
     def to(self, device) -> QuantizedTensor:
         moved = {name: getattr(self, name).to(device) for name in ("codes", "scale")}
@@ -123,7 +130,8 @@ class QuantizedTensor:
         return replace(self, **moved)
 
     @property
-    def _columns_per_scale(self) -> int:
+    def columns_per_scale(self) -> int:
+        """Consecutive columns of a row that one entry of `params()` is for."""
         spans_row = self.granularity in (Granularity.TENSOR, Granularity.CHANNEL)
         return self.codes.shape[1] if spans_row else self.group_size
 

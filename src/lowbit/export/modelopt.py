@@ -32,6 +32,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
+from lowbit.export.names import FUSED
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, e8m0_codes, e8m0_values
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
@@ -67,8 +68,6 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "MXFP8": {"input_activations": _MX8, "weights": _MX8},
 }
 _ONLY_IN_MIXED = ("FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8")
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 
 
 def storage_format(scheme: Scheme) -> str:
@@ -260,8 +259,7 @@ def exclude_modules(quantized: list[str], ignored: list[str]) -> list[str]:
     names = set(quantized)
     for name in quantized:
         path, _, leaf = name.rpartition(".")
-        if leaf in _FUSED:
-            names.add(f"{path}.{_FUSED[leaf]}")
+        names |= {f"{path}.{fused}" for fused, members in FUSED.items() if leaf in members}
     entries = []
     for name in sorted({*ignored, "lm_head"} - set(quantized)):
         catches = any(name in other for other in names)

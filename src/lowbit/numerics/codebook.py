@@ -19,7 +19,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.numerics.codebook_tables import CODEBOOKS, Codebook
 from lowbit.numerics.grid import RangeSearch
-from lowbit.numerics.range_search import fit_by_search
+from lowbit.numerics.range_search import fit_by_search, ratios_down_from
 from lowbit.numerics.scales import storable_scale
 from lowbit.tensors import GroupParams
 
@@ -69,8 +69,7 @@ class CodebookGrid:
 
     def clip_ratios(self, search: RangeSearch) -> list[float]:
         """What a search multiplies the range with: from 1.5 down."""
-        step = (_LARGEST_RATIO - search.smallest) / search.steps
-        return [_LARGEST_RATIO - step * index for index in range(search.steps + 1)]
+        return ratios_down_from(_LARGEST_RATIO, search)
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.round_codebook(weight, group_size, params.scale, self.format)

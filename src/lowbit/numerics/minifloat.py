@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.numerics.grid import RangeSearch
 from lowbit.numerics.minifloat_formats import MinifloatFormat
-from lowbit.numerics.range_search import fit_by_search
+from lowbit.numerics.range_search import fit_by_search, ratios_down_from
 from lowbit.numerics.scales import storable_scale
 from lowbit.tensors import GroupParams
 
@@ -66,8 +66,7 @@ class MinifloatGrid:
         """What a search multiplies the range with. A power-of-two scale has one neighbour worth trying."""
         if self.scale_format == "e8m0":
             return [0.5]
-        step = (_LARGEST_RATIO - search.smallest) / search.steps
-        return [_LARGEST_RATIO - step * index for index in range(search.steps + 1)]
+        return ratios_down_from(_LARGEST_RATIO, search)
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.round_minifloat(weight, group_size, params.scale, self.format)

@@ -44,6 +44,12 @@ def fit_by_search(
     return best.params
 
 
+def ratios_down_from(largest: float, search: RangeSearch) -> list[float]:
+    """Ratios in even steps, for grids on which a scale larger than the covering one can be better."""
+    step = (largest - search.smallest) / search.steps
+    return [largest - step * index for index in range(search.steps + 1)]
+
+
 class _Best:
     """The best range of every group so far."""
 

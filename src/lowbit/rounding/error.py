@@ -8,15 +8,13 @@ from lowbit import kernels
 from lowbit.numerics.codebook import CodebookGrid
 from lowbit.numerics.integer import IntGrid
 from lowbit.numerics.minifloat import MinifloatGrid
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import QuantizedTensor
 
 
 def squared_error(weight: Tensor, quantized: QuantizedTensor) -> tuple[float, float, float]:
     """(Σ (w − ŵ)², Σ w², max |w − ŵ|) of rows of a weight; not finite where the weight is not."""
-    grid, params = quantized.grid, quantized.params()
-    spans_row = quantized.granularity in (Granularity.TENSOR, Granularity.CHANNEL)
-    columns = weight.shape[1] if spans_row else quantized.group_size
-    if quantized.g_idx is None and isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid):
+    grid, (params, columns) = quantized.grid, quantized.grouped()
+    if isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid):
         number = None if isinstance(grid, IntGrid) else grid.format
         return kernels.squared_error(weight, quantized.codes, columns, params.scale, params.zero_point, number)
     original = weight.to(dtype=params.scale.dtype)

@@ -186,7 +186,7 @@ class _Judge:
 
     def look_at(self, start: int, quantized: QuantizedTensor, original: Tensor | None) -> None:
         """A slab that begins at row `start`; original [rows, K] as the source stores it."""
-        params, group = _per_row_and_column(quantized)
+        params, group = quantized.grouped()
         self._check_codes(start, quantized)
         self._check_scales(start, quantized, params, group, original)
         if original is not None:
@@ -272,17 +272,6 @@ class _Judge:
 def _first_of(subject: Subject, linear: str, leaves: tuple[str, ...]) -> str:
     names = [f"{linear}.{leaf}" for leaf in leaves]
     return next((name for name in names if name in subject.stored.tensors), names[0])
-
-
-def _per_row_and_column(quantized: QuantizedTensor) -> tuple[GroupParams, int]:
-    """Scales and zero points [N, G], and the columns that share one; one for every column where groups are permuted."""
-    params = quantized.params()
-    if quantized.g_idx is not None:
-        columns = quantized.g_idx.long()
-        zero_point = None if params.zero_point is None else params.zero_point[:, columns]
-        return GroupParams(params.scale[:, columns], zero_point), 1
-    spans_row = params.scale.shape[1] == 1
-    return params, quantized.codes.shape[1] if spans_row else quantized.group_size
 
 
 def _squared_error(w: Tensor, codes: Tensor, group: int, params: GroupParams, grid: Grid) -> tuple[float, float]:
