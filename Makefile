@@ -1,17 +1,22 @@
-# make demo | test | lint | bench | docs — each makes the environment it needs.
+# make demo | test | fuzz | lint | bench | docs — each makes the environment it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CORE   := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp)
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test fuzz lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lowbit demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Damaged files for five minutes, from a new seed each time; a failure names the seed, the try and the file it kept.
+fuzz: $(VENV)/.installed-dev
+	LOWBIT_FUZZ_SECONDS=$${LOWBIT_FUZZ_SECONDS:-300} LOWBIT_FUZZ_SEED=$${LOWBIT_FUZZ_SEED:-$$(date +%s)} \
+		$(BIN)/python -m pytest -s -k damaged_files tests/checkpoint tests/calibrate
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@
 #include <stdexcept>
 
 #include "dispatch.hpp"
+#include "ggml/ggml.hpp"
+#include "ggml/iq_grid.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -243,6 +245,56 @@ struct Isa {
                               bits, offset, codes.data());
     }
 
+    const GgmlCodec& ggml_codec(int type) const {
+        const GgmlCodecs codecs = kernels->ggml_codecs();
+        for (std::size_t i = 0; i < codecs.count; ++i)
+            if (codecs.first[i].type == type) return codecs.first[i];
+        throw std::invalid_argument("no codec for this ggml type");
+    }
+
+    std::vector<int> ggml_types() const {
+        const GgmlCodecs codecs = kernels->ggml_codecs();
+        std::vector<int> types;
+        for (std::size_t i = 0; i < codecs.count; ++i) types.push_back(codecs.first[i].type);
+        return types;
+    }
+
+    void ggml_decode(int type, const Matrix<const std::uint8_t>& blocks, const Matrix<float>& weights) const {
+        const GgmlCodec& codec = ggml_codec(type);
+        require(blocks.shape(0) == weights.shape(0) && blocks.shape(1) % codec.bytes == 0 &&
+                    blocks.shape(1) / codec.bytes * codec.weights == weights.shape(1),
+                "blocks must be [N, K / block * bytes]");
+        const nb::gil_scoped_release unlocked;
+        codec.decode(blocks.data(), blocks.shape(0) * blocks.shape(1) / codec.bytes, weights.data());
+    }
+
+    void ggml_encode(int type, const AnyMatrix& w, const Importance& importance,
+                     const Matrix<std::uint8_t>& blocks) const {
+        const GgmlCodec& codec = ggml_codec(type);
+        const Weights weights = weights_of(w, codec.weights);
+        require(codec.encode != nullptr, "this ggml type cannot be encoded");
+        require(weights.columns % codec.weights == 0 && blocks.shape(0) == weights.rows &&
+                    blocks.shape(1) == weights.columns / codec.weights * codec.bytes,
+                "blocks must be [N, K / block * bytes]");
+        const GgmlRows rows{weights, importance_of(importance, weights)};
+        const nb::gil_scoped_release unlocked;
+        codec.encode(rows, blocks.data());
+    }
+
+    nb::tuple ggml_error(int type, const AnyMatrix& w, const Matrix<const std::uint8_t>& blocks) const {
+        const GgmlCodec& codec = ggml_codec(type);
+        const Weights weights = weights_of(w, codec.weights);
+        require(weights.columns % codec.weights == 0 && blocks.shape(0) == weights.rows &&
+                    blocks.shape(1) == weights.columns / codec.weights * codec.bytes,
+                "blocks must be [N, K / block * bytes]");
+        SquaredError result{};
+        {
+            const nb::gil_scoped_release unlocked;
+            result = kernels->ggml_error(codec, weights, blocks.data());
+        }
+        return as_tuple(result);
+    }
+
     static void require_word_shape(std::size_t word_rows, std::size_t words, std::size_t rows, std::size_t columns,
                                    int bits) {
         require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
@@ -250,6 +302,10 @@ struct Isa {
                 "words must be [N, ceil(K * bits / 32)]");
     }
 };
+
+void set_ggml_grid(int type, const Matrix<const std::int8_t>& points) {
+    set_iq_grid(type, points.data(), points.shape(0), points.shape(1));
+}
 
 std::vector<std::string> available_names() {
     std::vector<std::string> names;
@@ -271,6 +327,7 @@ NB_MODULE(_core, module) {
     const auto values = "values"_a.noconvert(), words = "words"_a.noconvert(), errors = "errors"_a.noconvert();
     const auto weights = "weights"_a.noconvert(), low = "low"_a.noconvert(), high = "high"_a.noconvert();
 
+    const auto blocks = "blocks"_a.noconvert();
     const auto midpoints = "midpoints"_a.noconvert(), code_of = "code_of"_a.noconvert();
 
     nb::class_<Isa>(module, "Isa", "The kernels of one instruction set; the last argument of most is the output.")
@@ -289,5 +346,11 @@ NB_MODULE(_core, module) {
         .def("squared_error_int", &Isa::squared_error_int, w, codes, "group"_a, scale, zero_point)
         .def("squared_error_table", &Isa::squared_error_table, w, codes, "group"_a, scale, values)
         .def("pack_dense", &Isa::pack_dense, codes, "bits"_a, "offset"_a, words)
-        .def("unpack_dense", &Isa::unpack_dense, words, "bits"_a, "offset"_a, codes);
+        .def("unpack_dense", &Isa::unpack_dense, words, "bits"_a, "offset"_a, codes)
+        .def("ggml_error", &Isa::ggml_error, "type"_a, w, blocks)
+        .def_static("set_ggml_grid", &set_ggml_grid, "type"_a, "points"_a.noconvert(),
+                    "The vector codebook [entries, columns] of a ggml type: once per process, before its blocks are touched.")
+        .def("ggml_types", &Isa::ggml_types)
+        .def("ggml_decode", &Isa::ggml_decode, "type"_a, blocks, weights)
+        .def("ggml_encode", &Isa::ggml_encode, "type"_a, w, importance, blocks);
 }

@@ -2,6 +2,7 @@
 
 #if defined(__AVX2__)
 #define LOWBIT_ISA_NAME "avx2"
+#define LOWBIT_ISA avx2
 #include "kernels/all.inc.hpp"
 
 namespace lowbit {

@@ -2,6 +2,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define LOWBIT_ISA_NAME "avx512"
+#define LOWBIT_ISA avx512
 #include "kernels/all.inc.hpp"
 
 namespace lowbit {

@@ -5,6 +5,7 @@
 #else
 #define LOWBIT_ISA_NAME "baseline"
 #endif
+#define LOWBIT_ISA baseline
 #include "kernels/all.inc.hpp"
 
 namespace lowbit {

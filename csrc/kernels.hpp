@@ -60,8 +60,14 @@ struct SquaredError {
     double error, weight, max_abs_error;
 };
 
+struct GgmlCodec;
+struct GgmlCodecs;
+
 struct Kernels {
     const char* isa;
+    GgmlCodecs (*ggml_codecs)();
+    // Σ (w − ŵ)², Σ w², max |w − ŵ| of rows and the blocks made of them; not finite where a weight is not
+    SquaredError (*ggml_error)(const GgmlCodec&, const Weights&, const std::uint8_t* blocks);
     void (*group_range)(const Weights&, float* low, float* high);
     void (*round_int)(const Weights&, const Affine&, std::int8_t* codes);
     void (*round_minifloat)(const Weights&, const Minifloat&, std::uint8_t* codes);

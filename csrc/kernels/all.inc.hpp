@@ -1,11 +1,18 @@
 // The kernels and their table, for the instruction set whose flags this file is compiled with.
 //
-// The including file defines LOWBIT_ISA_NAME. Everything is in an unnamed namespace and nothing but <cstdint> types
+// The including file defines LOWBIT_ISA_NAME and LOWBIT_ISA, the namespace of the ggml codecs built alike. Everything is in an unnamed namespace and nothing but <cstdint> types
 // comes from outside, so no function compiled with these flags can be linked into code that other machines run.
 
+#include "../ggml/ggml.hpp"
 #include "../kernels.hpp"
 
 namespace lowbit {
+
+namespace LOWBIT_ISA {
+GgmlCodecs ggml_codecs();
+SquaredError ggml_error(const GgmlCodec&, const Weights&, const std::uint8_t* blocks);
+}
+
 namespace {
 
 #include "common.inc.hpp"
@@ -19,7 +26,8 @@ namespace {
 #include "packing.inc.hpp"
 
 constexpr Kernels kTable = {
-    LOWBIT_ISA_NAME,   group_range,         round_int,  round_minifloat, round_codebook,
+    LOWBIT_ISA_NAME,   LOWBIT_ISA::ggml_codecs, LOWBIT_ISA::ggml_error,
+    group_range,       round_int,           round_minifloat, round_codebook,
     decode_int,        decode_table,        error_int,  error_minifloat, error_codebook,
     squared_error_int, squared_error_table, pack_dense, unpack_dense,
 };

@@ -25,6 +25,7 @@ _CALLS = {
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
+    "imatrix": "lowbit.imatrix_api:imatrix",
 }
 
 __all__ = ["__version__", *_CALLS]
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import evaluate as evaluate
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
+    from lowbit.imatrix_api import imatrix as imatrix
     from lowbit.verification import verify as verify
 
 

@@ -8,6 +8,7 @@ cheapest first, until the target takes one (symmetric codes fit an asymmetric fo
 Then by the values: `Exporter.inexact` looks at every slab of codes and scales (a zero point that GPTQ v1 cannot store,
 a scale that float16 does not hold, columns in activation order). Reasons are kept with the tensor and reported.
 The format "float" takes the decoded weights of anything, cast to the model's dtype; the error of the cast is measured.
+It also makes a Hugging Face folder of a GGUF file.
 
 Activation schemes are kept where the target has them. Where it has not, weights stay exact and a note says that
 activations are no longer quantized. Linears that the source leaves in 16 bits stay so.
@@ -67,7 +68,7 @@ def prepare_conversion(
 
     scheme_given  True where `settings.scheme` is the user's wish for every quantized linear, not a default
 
-    Raises UsageError for a source that is not quantized, or with codes that lowbit does not read (GGUF).
+    Raises UsageError for a source that is not quantized, and for a GGUF file but to floats: its blocks fit no other.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
@@ -76,6 +77,10 @@ def prepare_conversion(
     options = options or OpenOptions()
     checkpoint = open_checkpoint(model, options)
     architecture, checkpoint = described(checkpoint, options)
+    if checkpoint.kind == "gguf" and settings.format == "float":
+        plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint), fixed={})
+        tensors = tuple(replace(t, reason=f"decoded from {t.source.stored}") for t in plan.tensors)
+        return Prepared(checkpoint, replace(plan, tensors=tensors), threads or os.cpu_count() or 1, options)
     if checkpoint.kind not in KINDS or not isinstance(checkpoint, CanReadCodes):
         raise UsageError(
             f"{checkpoint.source} is not a quantized folder ({checkpoint.kind}); there are no codes to convert",

@@ -13,14 +13,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -29,9 +26,9 @@ from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
 from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.checkpoint.rows import row_slabs
-from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError, UsageError
 from lowbit.export import Piece
-from lowbit.export.atomic import atomic_folder, refuse_existing
+from lowbit.export.atomic import atomic_folder, check_disk, refuse_existing
 from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import FUSED_EXPERTS
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES, SafetensorsWriter
@@ -45,6 +42,7 @@ from lowbit.schemes import Scheme
 from lowbit.settings import Settings
 from lowbit.tensors import QuantizedTensor
 from lowbit.text import read_text
+from lowbit.workers import run_all
 
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source (≤ 4), float32 copies in a reference kernel, codes, packed codes.
@@ -84,6 +82,18 @@ class Prepared:
     threads: int
     options: OpenOptions = field(default_factory=OpenOptions)
     calibration: CalibrationText | None = None
+
+    @property
+    def source(self) -> str:
+        return self.checkpoint.source
+
+    @property
+    def source_kind(self) -> str:
+        return self.checkpoint.kind
+
+    @property
+    def source_notes(self) -> tuple[str, ...]:
+        return tuple(self.checkpoint.notes)
 
     def peak_memory(self) -> int:
         """Predicted peak resident bytes of the run: what is resident now, the slabs in flight, and the later stages."""
@@ -162,9 +172,10 @@ def write_checkpoint(
             an exception there leaves nothing behind
     """
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    _check_disk(output, plan, overwrite)
+    refuse_existing(output, overwrite)
+    check_disk(output, plan.file_bytes)
     with atomic_folder(output, overwrite) as work:
-        writer = SafetensorsWriter(work, plan.stored, plan.settings.shard_size)
+        writer = SafetensorsWriter(work, plan.stored, plan.settings.bytes_per_shard)
         try:
             results = _Run(checkpoint, plan, writer, prepared.threads, progress).quantize()
             writer.close()
@@ -195,8 +206,8 @@ class _Run:
             for tensor in self.plan.tensors
             for first, last in slabs(tensor, self.plan, self.checkpoint)
         )
-        self._run_all(jobs)
-        return {name: _result(sums) for name, sums in self.sums.items()}
+        run_all(jobs, self.threads)
+        return {name: summed(sums) for name, sums in self.sums.items()}
 
     def _measure_ranges(self) -> dict[str, TensorRange]:
         """Ranges that must be known before the first slab; a fused set shares the range of its members."""
@@ -214,9 +225,8 @@ class _Run:
             self._release(tensor, last)
             slabs_of[tensor.name][first] = slab_range
 
-        self._run_all(
-            (measure, tensor, *bounds) for tensor in needed for bounds in slabs(tensor, self.plan, self.checkpoint)
-        )
+        jobs = ((measure, tensor, *bounds) for tensor in needed for bounds in slabs(tensor, self.plan, self.checkpoint))
+        run_all(jobs, self.threads)
         # in the order of the rows, so that sums do not depend on which thread was first
         found = {name: reduce(TensorRange.joined, (ranges[first] for first in sorted(ranges)))
                  for name, ranges in slabs_of.items()}  # fmt: skip
@@ -227,22 +237,6 @@ class _Run:
                 joined = reduce(TensorRange.joined, (found[name] for name in names))
                 found.update(dict.fromkeys(names, joined))
         return found
-
-    def _run_all(self, jobs: Iterator[tuple[Any, ...]]) -> None:
-        """Run jobs on the pool, a bounded number in flight; the first error (or Ctrl-C) stops the rest."""
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lowbit")
-        pending: set[Future[None]] = set()
-        try:
-            for function, *arguments in jobs:
-                pending.add(pool.submit(function, *arguments))
-                if len(pending) > 2 * self.threads:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        future.result()
-            for future in pending:
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, tensor: PlannedTensor, first: int, last: int) -> Tensor:
         """Rows of the logical weight; a linear that lies transposed is turned round."""
@@ -263,7 +257,7 @@ class _Run:
             if tensor.scheme is not None:
                 self._quantize_slab(tensor, values, first, tensor_range)
             else:
-                if values.dtype in FLOATS and values.numel() and not _is_finite(values):
+                if values.dtype in FLOATS and values.numel() and not is_finite(values):
                     raise _non_finite(tensor, first)
                 self._write(Piece(tensor.plain.name, values.to(tensor.plain.dtype), first))
             del values
@@ -322,7 +316,7 @@ def _stands_alone(scheme: Scheme) -> bool:
     return scheme.weight.scale_format == "nested"
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     found = measure_range(values.reshape(1, -1))
     return math.isfinite(found.high - found.low)
 
@@ -366,19 +360,6 @@ def _write_config(work: Path, checkpoint: Checkpoint, plan: Plan) -> None:
         (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_disk(output: Path, plan: Plan, overwrite: bool) -> None:
-    refuse_existing(output, overwrite)
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < plan.file_bytes:
-        raise OutputError(
-            f"{output}: needs {plan.file_bytes / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free",
-            "free some space or write to another disk",
-        )
-
-
 def _refuse_partly_quantized(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """A linear that config.json quantizes and the files hold in 16 bits: one of the two is wrong."""
     assert isinstance(checkpoint, CanReadCodes), "kinds with codes show them"
@@ -393,7 +374,7 @@ def _refuse_partly_quantized(checkpoint: Checkpoint, architecture: Architecture)
             )
 
 
-def _result(sums: dict[int, tuple[float, float, float]]) -> TensorResult:
+def summed(sums: dict[int, tuple[float, float, float]]) -> TensorResult:
     ordered = [sums[first] for first in sorted(sums)]
     squared_error, squared_weight = sum(s[0] for s in ordered), sum(s[1] for s in ordered)
     return TensorResult(squared_error / squared_weight if squared_weight else 0.0, max(s[2] for s in ordered))

@@ -68,6 +68,15 @@ class PlannedTensor:
         return self.linear.shape if self.linear is not None and self.scheme is not None else self.shape
 
     @property
+    def source_bytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def stored_as(self) -> str:
+        """Of a tensor that is not quantized."""
+        return "16 bits"
+
+    @property
     def weights(self) -> int:
         count = 1
         for size in self.shape:
@@ -91,6 +100,32 @@ class Plan:
     input_absmax: dict[str, float] = field(default_factory=dict)
 
     @property
+    def format(self) -> str:
+        return self.exporter.FORMAT
+
+    @property
+    def engine(self) -> str:
+        """Whose rules the written files are verified against."""
+        return self.exporter.ENGINE
+
+    @property
+    def model_class(self) -> str:
+        return self.architecture.class_name
+
+    @property
+    def scheme_name(self) -> str:
+        return self.settings.base_scheme().name
+
+    @property
+    def range_method(self) -> str:
+        return self.settings.range_search(self.settings.base_scheme().weight).method
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the plan as a whole."""
+        return ()
+
+    @property
     def stored(self) -> list[StoredTensor]:
         """Every tensor of the files, once."""
         stored = (stored for tensor in self.tensors for stored in tensor.stored)
@@ -107,7 +142,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Bytes of the weight files, headers included."""
-        return total_file_bytes(self.stored, self.settings.shard_size)
+        return total_file_bytes(self.stored, self.settings.bytes_per_shard)
 
     @property
     def quantized(self) -> list[PlannedTensor]:

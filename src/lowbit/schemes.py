@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from lowbit.errors import UsageError
@@ -158,9 +159,25 @@ def find_scheme(name: str) -> Scheme:
     scheme = SCHEMES.get(name.upper())
     if scheme is not None:
         return scheme
-    near = difflib.get_close_matches(name.upper(), SCHEMES, n=3, cutoff=0.5)
+    if is_gguf_name(name):
+        raise UsageError(f"{name.upper()} is a type of GGUF files only", "write one: -o NAME.gguf")
+    near = difflib.get_close_matches(name.upper(), [*SCHEMES, *gguf_names()], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(SCHEMES)}"
     raise UsageError(f"there is no scheme {name!r}", hint)
+
+
+@lru_cache(maxsize=1)
+def gguf_names() -> tuple[str, ...]:
+    """What `--scheme` may say of a GGUF file: llama.cpp's file types, and the ggml types."""
+    from gguf.constants import GGMLQuantizationType, LlamaFileType
+
+    prefixed = (name.removeprefix("ALL_").removeprefix("MOSTLY_") for name in LlamaFileType.__members__)
+    return tuple(dict.fromkeys([*prefixed, *GGMLQuantizationType.__members__]))
+
+
+def is_gguf_name(name: str) -> bool:
+    """True for names that only GGUF files have; MXFP4 and NVFP4 are schemes of other formats too."""
+    return name.upper() not in SCHEMES and name.upper() in gguf_names()
 
 
 def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Scheme:

@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lowbit.errors import UsageError
 from lowbit.numerics.grid import RangeSearch
-from lowbit.schemes import Scheme, WeightSpec, find_scheme
+from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
 
 DEFAULT_IGNORE = r"(^|\.)lm_head$"
+DEFAULT_SHARD_SIZE = 5_000_000_000
+MEASURE = "measure"  # what `imatrix` says instead of a file
 
 
 class Settings(BaseModel):
@@ -30,7 +32,8 @@ class Settings(BaseModel):
 
     scheme      name in `lowbit.schemes.SCHEMES`
     method      how codes are chosen: "rtn"
-    format      of the files; "auto": bitsandbytes for its own schemes (NF4, FP4, INT8), compressed-tensors for others
+    format      of the files; "auto": gguf for llama.cpp's types and for an output named so, bitsandbytes for its own
+                schemes (NF4, FP4, INT8), compressed-tensors for others
     double_quant  NF4 and FP4: the scales are quantized too, as QLoRA has it (0.37 bits per weight less)
     calib       calibration text: a file, a hub dataset, or None for the packaged one; read only where a scheme needs
                 static activation scales (FP8, NVFP4)
@@ -40,7 +43,14 @@ class Settings(BaseModel):
                 and wider codes, where a search finds nothing or does harm (measured: docs/log.md)
     ignore      regexes (searched in module names) of linears left in 16 bits; always wins
     overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
-    shard_size  bytes of tensors per file
+    shard_size  bytes of tensors per file; None: 5 GB in folders, and no parts for GGUF
+
+    Of GGUF files alone:
+
+    imatrix     importance matrix that errors are weighed with: a file, or "measure" (on `calib`)
+    pure        every matrix in the file type's own ggml type, without its mix
+    output_type, token_embedding_type  ggml types of those two matrices
+    pre_tokenizer  llama.cpp's name of the pre-tokenizer, where it cannot be told from tokenizer.json
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +58,7 @@ class Settings(BaseModel):
     scheme: str = "W4A16"
     method: Literal["rtn"] = "rtn"
     format: Literal[
-        "auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "mxfp4", "float"
+        "auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "mxfp4", "float", "gguf"
     ] = "auto"
     double_quant: bool = False
     group_size: int | None = None
@@ -56,11 +66,16 @@ class Settings(BaseModel):
     percentile: float = 99.9
     ignore: tuple[str, ...] = ()
     overrides: dict[str, str] = {}
-    shard_size: int = 5_000_000_000
+    shard_size: int | None = None
     seed: int = 0
     calib: str | None = None
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=4)
+    imatrix: str | None = None
+    pure: bool = False
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    pre_tokenizer: str | None = None
 
     @field_validator("ignore")
     @classmethod
@@ -74,7 +89,8 @@ class Settings(BaseModel):
     def _override_regexes(cls, overrides: dict[str, str]) -> dict[str, str]:
         for pattern, name in overrides.items():
             _compiled(pattern)
-            find_scheme(name)
+            if not is_gguf_name(name):
+                find_scheme(name)
         return overrides
 
     @field_validator("percentile")
@@ -86,10 +102,21 @@ class Settings(BaseModel):
 
     @field_validator("shard_size")
     @classmethod
-    def _shard_size(cls, value: int) -> int:
-        if value < 1_000_000:
+    def _shard_size(cls, value: int | None) -> int | None:
+        if value is not None and value < 1_000_000:
             raise UsageError(f"shard size {value} bytes is under 1 MB", "give it as 5GB or 500MB")
         return value
+
+    @property
+    def bytes_per_shard(self) -> int:
+        """Of tensors in one file of a folder."""
+        return self.shard_size or DEFAULT_SHARD_SIZE
+
+    def writes_gguf(self, output: Path | None = None) -> bool:
+        """True where a GGUF file is asked for: by format, by a scheme that is one of its types, or by its name."""
+        if self.format != "auto":
+            return self.format == "gguf"
+        return is_gguf_name(self.scheme) or (output is not None and output.suffix == ".gguf")
 
     def base_scheme(self) -> Scheme:
         """The scheme, with the group size the user chose."""

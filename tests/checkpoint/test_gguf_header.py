@@ -1,5 +1,6 @@
 """Every way in which a GGUF file can be bad."""
 
+import os
 import random
 import struct
 
@@ -25,7 +26,7 @@ from checkpoint_files import (
 )
 
 from lowbit.checkpoint import open_gguf
-from lowbit.checkpoint.gguf_header import read_header
+from lowbit.checkpoint.gguf_header import ggml_type, read_header
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError, LowbitError
 
@@ -44,6 +45,8 @@ BAD = {
     "twenty bytes": (gguf_bytes()[:20], "20 bytes"),
     "wrong magic": (gguf_bytes(magic=b"ggjt"), "starts with b'ggjt'"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(8), "is a big-endian GGUF file"),
+    "big-endian, version 2": (b"GGUF" + struct.pack(">IQQ", 2, 0, 0) + bytes(8), "is a big-endian GGUF file"),
+    "version 0": (gguf_bytes(version=0), "is GGUF version 0"),
     "version 1": (gguf_bytes(version=1), "is GGUF version 1"),
     "version 4": (gguf_bytes(version=4), "is GGUF version 4"),
     "more tensors than bytes": (gguf_bytes(counts=(2**60, 0)), "claims 1152921504606846976 tensors"),
@@ -56,6 +59,18 @@ BAD = {
     "key of 2**63 bytes": (
         gguf_bytes([struct.pack("<Q", 2**63) + bytes(30)]),
         "claims a string of 9223372036854775808",
+    ),
+    "key longer than any": (
+        gguf_bytes([struct.pack("<Q", 2**26 + 1) + bytes(30)]),
+        "a metadata key claims a string of 67108865 bytes; at most 67108864 are read",
+    ),
+    "tensor name of 2**64 - 1 bytes": (
+        gguf_bytes([], [struct.pack("<Q", 2**64 - 1) + bytes(30)]),
+        "a tensor name claims a string of 18446744073709551615 bytes",
+    ),
+    "string in an array beyond the file": (
+        gguf_bytes([gguf_key_value("k", ARRAY, struct.pack("<IQQ", STRING, 1, 10**6))]),
+        "inside metadata 'k'",
     ),
     "key is not UTF-8": (gguf_bytes([gguf_key_value(b"\xff", U8, 1)]), "a metadata key is not valid UTF-8"),
     "value is not UTF-8": (
@@ -97,6 +112,27 @@ BAD = {
         "shape [1099511627776, 1099511627776] overflows",
     ),
     "overflow hidden by a zero": (gguf_bytes([], [gguf_tensor_row("w", [2**40, 2**40, 0])], DATA), "overflows 64 bits"),
+    "bytes of the data overflow 64 bits": (
+        gguf_bytes([], [gguf_tensor_row("w", [2**31, 2**31])], DATA),
+        "'w' ends at byte 18446744073709",
+    ),
+    "counts that would overflow when multiplied": (
+        gguf_bytes([gguf_key_value("k", ARRAY, struct.pack("<IQ", U64, 2**61 + 1))]),
+        "claims 2305843009213693953 items",
+    ),
+    "offset that wraps around": (
+        gguf_bytes([], [gguf_tensor_row("w", [8], offset=2**64 - 32)], DATA),
+        "'w' ends at byte 18446744073709551",
+    ),
+    "offset unaligned to the alignment of the file": (
+        gguf_bytes(
+            [gguf_key_value("general.alignment", U32, 128)],
+            [gguf_tensor_row("w", [8], offset=32)],
+            bytes(64),
+            alignment=128,
+        ),
+        "'w' has offset 32, not a multiple of the alignment 128",
+    ),
     "unaligned offset": (gguf_bytes([], [gguf_tensor_row("w", [4], offset=16)], DATA), "'w' has offset 16"),
     "offset beyond the file": (
         gguf_bytes([], [gguf_tensor_row("w", [8], offset=2**40)], DATA),
@@ -113,6 +149,10 @@ BAD = {
     ),
     "overlap": (
         gguf_bytes([], [gguf_tensor_row("w", [16]), gguf_tensor_row("v", [8], offset=32)], bytes(64)),
+        "tensor 'v' overlaps 'w'",
+    ),
+    "overlap by part of a block row": (
+        gguf_bytes([], [gguf_tensor_row("w", [32, 2], Q4_0), gguf_tensor_row("v", [32], Q4_0, offset=32)], bytes(64)),
         "tensor 'v' overlaps 'w'",
     ),
     "two tensors on the same bytes": (gguf_bytes([], [ROW, gguf_tensor_row("v", [8])], DATA), "overlaps"),
@@ -172,9 +212,24 @@ def test_offsets_count_from_the_alignment_that_the_file_states(tmp_path):
     assert header.tensors[1].start == header.data_start + 128
 
 
-def test_an_unknown_ggml_type_does_not_stop_the_header(tmp_path):
-    header = _header(tmp_path, gguf_bytes([], [gguf_tensor_row("w", [7], kind=99)], DATA))
-    assert header.tensors[0].type_name == "type 99"
+# 4, 5 and 31 are types that ggml once had
+@pytest.mark.parametrize("number", [4, 5, 31, 99, 2**32 - 1])
+def test_an_unknown_ggml_type_does_not_stop_the_header(tmp_path, number):
+    header = _header(tmp_path, gguf_bytes([], [gguf_tensor_row("w", [7], kind=number)], DATA))
+    assert header.tensors[0].type_name == f"type {number}"
+    assert not header.tensors[0].type_is_known
+    with pytest.raises(CheckpointError, match=f"tensor 'w' has ggml type {number}, which is not known"):
+        ggml_type(header.tensors[0], "model.gguf")
+
+
+@pytest.mark.parametrize(("counts", "what"), [((2**20 + 1, 0), "tensors"), ((0, 2**20 + 1), "key-values")])
+def test_a_big_file_of_nothing_is_not_read_to_its_end(tmp_path, counts, what):
+    """Every count fits into the file, but the table would take gigabytes of memory."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(counts=counts))
+    os.truncate(path, 1 << 26)
+    with pytest.raises(CheckpointError, match=f"claims 1048577 {what}; at most 1048576 are read"):
+        read_header(MappedFile(path))
 
 
 def test_random_mutations_never_do_more_than_raise_our_error(tmp_path):

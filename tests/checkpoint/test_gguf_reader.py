@@ -8,8 +8,12 @@ from checkpoint_files import TINY, tiny_tensors, write_tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from lowbit.checkpoint import open_checkpoint, open_gguf
-from lowbit.checkpoint.gguf_to_hf import ARCHITECTURES, DERIVED
+from lowbit.checkpoint.gguf_raw import open_raw_gguf
+from lowbit.checkpoint.gguf_table import DERIVED, ROWS
 from lowbit.errors import ArchitectureError, CheckpointError
+
+# What `checkpoint_files` can write and transformers can read.
+ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")
 
 
 def _llama_rows_as_gguf(weight, heads):
@@ -30,7 +34,7 @@ def _transformers_state_dict(checkpoint, path):
 
 @pytest.mark.interop
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_tensors_equal_what_transformers_loads(tmp_path, architecture, tied):
     """The types of a Q4_1 file: linears Q4_1, embedding Q8_0, norms F32."""
     linears = [name for name, values in tiny_tensors(architecture, tied).items() if values.ndim == 2]
@@ -46,30 +50,41 @@ def test_all_tensors_equal_what_transformers_loads(tmp_path, architecture, tied)
     assert checkpoint.config()["tie_word_embeddings"] is tied
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rebuilt_config_makes_a_model_that_takes_every_tensor(tmp_path, architecture):
     """`assign` into the class that config.json names: no key missing, none left over, every shape right."""
     import transformers
 
     checkpoint = open_gguf(write_tiny_gguf(tmp_path / "tiny.gguf", architecture))
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-    assert config.architectures == [ARCHITECTURES[architecture].model_class]
-    model = getattr(transformers, config.architectures[0])(config)
+    class_name = checkpoint.config()["architectures"][0]
+    assert class_name.lower().startswith(architecture)
+    model = getattr(transformers, class_name)(config)
     model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.tensors}, strict=True)
     assert config.head_dim == TINY["head_dim"]
     assert config.vocab_size == TINY["vocab"]
 
 
-def test_the_names_agree_with_the_gguf_package():
-    for name, row in ARCHITECTURES.items():
-        kind = next(kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == name)
-        names = gguf.get_tensor_name_map(kind, 4)
-        for tensor, hf_name in row.names.items():
-            assert names.get_name(hf_name.format(bid=3)) == gguf.TENSOR_NAMES[tensor].format(bid=3)
-        unmapped = set(gguf.MODEL_TENSORS[kind]) - row.names.keys() - DERIVED
-        assert not unmapped or {gguf.TENSOR_NAMES[tensor].split("ffn_")[-1] for tensor in unmapped} == {
-            "gate_inp", "gate_exps", "down_exps", "up_exps",
-        }, unmapped  # fmt: skip
+# Names that the gguf package lists under another spelling, or as one tensor of all experts.
+_OTHER_NAMES = {"gpt_neox", "gpt_oss", "gemma3", "mixtral"}
+
+
+@pytest.mark.parametrize("model_type", sorted(ROWS))
+def test_the_names_agree_with_the_gguf_package(model_type):
+    row = ROWS[model_type]
+    kind = next(kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == row.arch)
+    names = gguf.get_tensor_name_map(kind, 4)
+    found = set()
+    for tensor, (module, _) in row.places.items():
+        stacked = module.replace(".{expert}", "").format(bid=3)
+        known = names.get_name(stacked) or names.get_name(stacked.removeprefix("language_model."))
+        assert known in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)), module
+        assert known is not None or model_type in _OTHER_NAMES, module
+        found.add(tensor)
+    missing = set(gguf.MODEL_TENSORS[kind]) - found - DERIVED
+    parts = {gguf.TENSOR_NAMES[tensor].split(".")[-1] for tensor in missing}
+    assert parts <= {"ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+                     "attn_q", "attn_k", "attn_v", "output"}, parts  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [None, Kind.Q8_0, Kind.F16])
@@ -176,9 +191,15 @@ def test_other_architectures_are_named(tmp_path):
         open_gguf(path)
 
 
-def test_mixtures_of_experts_are_refused(tmp_path):
+def test_experts_where_the_architecture_has_none_are_refused(tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", "qwen3", extra=lambda writer: writer.add_expert_count(8))
+    with pytest.raises(ArchitectureError, match="qwen3 with 8 experts"):
+        open_gguf(path)
+
+
+def test_experts_that_are_not_there_are_missed(tmp_path):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", extra=lambda writer: writer.add_expert_count(8))
-    with pytest.raises(ArchitectureError, match="llama with 8 experts"):
+    with pytest.raises(ArchitectureError, match="no place in MixtralForCausalLM"):
         open_gguf(path)
 
 
@@ -267,3 +288,71 @@ def test_swapped_parts_are_noticed(tmp_path):
     (tmp_path / "x").rename(second)
     with pytest.raises(CheckpointError, match=r"split\.no is 1, but by its name it is 0"):
         open_gguf(first)
+
+
+def test_any_architecture_can_be_read_raw(tmp_path):
+    stacked = np.arange(3 * 4 * 64, dtype=np.float32).reshape(3, 4, 64)
+    path = write_tiny_gguf(
+        tmp_path / "tiny.gguf", "mamba", tensors={"x": stacked, "y": stacked, "z": stacked[0, 0]},
+        types={"y": Kind.Q8_0},
+    )  # fmt: skip
+    raw = open_raw_gguf(path)
+    x, y, z = raw.tensors
+    assert raw.metadata["general.architecture"] == "mamba"
+    assert torch.equal(raw.decode(x), torch.from_numpy(stacked).reshape(12, 64))
+    assert torch.equal(raw.decode(x, 5, 9), torch.from_numpy(stacked).reshape(12, 64)[5:9])
+    stored = gguf.quants.quantize(stacked, Kind.Q8_0)
+    assert bytes(raw.bytes(y)) == stored.tobytes()
+    expected = torch.from_numpy(gguf.quants.dequantize(stored, Kind.Q8_0)).reshape(12, 64)
+    assert torch.equal(raw.decode(y), expected)
+    assert torch.equal(raw.decode(y, 3, 8), expected[3:8])
+    assert torch.equal(raw.decode_rows(y, np.array([7, 0])), expected[[7, 0]])
+    assert torch.equal(raw.decode(z), torch.from_numpy(stacked)[0, :1])
+    with pytest.raises(IndexError, match="which has 12"):
+        raw.decode(x, 3, 13)
+
+
+def test_key_values_can_be_copied_verbatim(tmp_path):
+    raw = open_raw_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    kept = b"".join(bytes(raw.key_value_bytes(key)) for key in raw.metadata)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    assert content[24:].startswith(kept)
+
+
+def test_raw_parts_of_a_split_are_one_list(tmp_path):
+    raw = open_raw_gguf(_split(tmp_path, parts=3))
+    assert len(raw.files) == len(raw.headers) == 3
+    assert {tensor.name for tensor in raw.tensors} == tiny_tensors("llama").keys()
+    for tensor in raw.tensors:
+        found = raw.decode(tensor).reshape(tensor.shape)
+        assert torch.equal(found, torch.from_numpy(tiny_tensors("llama")[tensor.name]))
+
+
+@pytest.mark.parametrize(("key", "found"), [
+    ("llama.attention.head_count", "one positive number"), ("llama.block_count", "block_count is"),
+    ("llama.attention.key_length", "one positive number"), ("llama.attention.layer_norm_rms_epsilon", "one float32"),
+])  # fmt: skip
+def test_key_values_of_the_wrong_kind_are_named(tmp_path, key, found):
+    def spoil(writer):
+        writer.kv_data[0].pop(key)
+        writer.add_array(key, [1, 2])
+
+    with pytest.raises((ArchitectureError, CheckpointError), match=found) as caught:
+        open_gguf(write_tiny_gguf(tmp_path / "tiny.gguf", extra=spoil))
+    assert key.rpartition(".")[2] in str(caught.value)
+
+
+def test_another_number_of_experts_is_noticed(tmp_path):
+    tensors = tiny_tensors("llama")
+    tensors = {name: values for name, values in tensors.items() if "ffn_" not in name or "ffn_norm" in name}
+    for layer in range(2):
+        tensors[f"blk.{layer}.ffn_gate_inp.weight"] = np.zeros((8, 64), np.float32)
+        for part, shape in (("gate", (4, 96, 64)), ("up", (4, 96, 64)), ("down", (4, 64, 96))):
+            tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = np.zeros(shape, np.float32)
+
+    def add(writer):
+        writer.add_expert_count(8)
+        writer.add_expert_used_count(2)
+
+    with pytest.raises(CheckpointError, match=r"\[4, 96, 64\], where expert_count is 8"):
+        open_gguf(write_tiny_gguf(tmp_path / "tiny.gguf", tensors=tensors, extra=add))

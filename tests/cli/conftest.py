@@ -28,7 +28,7 @@ def quantized(tiny_llama, tmp_path_factory) -> Path:
     """tiny_llama in FP8_DYNAMIC, with report."""
     import lowbit
 
-    return lowbit.quantize(tiny_llama, tmp_path_factory.mktemp("quantized") / "fp8", scheme="FP8_DYNAMIC").folder
+    return lowbit.quantize(tiny_llama, tmp_path_factory.mktemp("quantized") / "fp8", scheme="FP8_DYNAMIC").path
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from lowbit.checkpoint.rows import row_slabs
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,18 +69,46 @@ def load_model(
     options: OpenOptions | None = None,
 ) -> PreTrainedModel:
     """The checkpoint's weights in transformers' own model class, in evaluation mode, every parameter of `dtype`."""
-    _check_device(device)
-    model = _empty_model(checkpoint, dtype, options or OpenOptions())
-    checkpoint, layout, architecture = match(checkpoint, model)
-    slots = _slots(model, layout, checkpoint)
-    _check_names(checkpoint, model, slots, architecture)
-    for slot in slots:
-        value = _filled(checkpoint, model, slot, dtype, device)
-        parameter = nn.Parameter(value, requires_grad=False)
-        for name in slot.names:
-            _put(model, name, parameter)
-    nn.Module.to(model, device)  # moves the computed buffers; the parameters are there already
-    return model.eval()
+    loader = Loader(checkpoint, dtype, device, options)
+    loader.fill(lambda name: True)
+    return loader.model
+
+
+class Loader:
+    """A model whose parameters are filled, and dropped again, part by part: what does not fit in memory is run so.
+
+    model         on the meta device but for computed buffers, in evaluation mode
+    checkpoint    under the names of the model's family
+    architecture  None where the table does not know the model type
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        options: OpenOptions | None = None,
+    ):
+        _check_device(device)
+        self.dtype, self.device = dtype, device
+        self.model = _empty_model(checkpoint, dtype, options or OpenOptions()).eval()
+        self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model)
+        self._slots = _slots(self.model, self.layout, self.checkpoint)
+        _check_names(self.checkpoint, self.model, self._slots, self.architecture)
+        _move_computed_buffers(self.model, device)
+
+    def fill(self, chosen: Callable[[str], bool]) -> None:
+        """Read every parameter with a name that is chosen; tied ones get the same Parameter."""
+        for slot in self._slots:
+            if any(chosen(name) for name in slot.names):
+                value = _filled(self.checkpoint, self.model, slot, self.dtype, self.device)
+                _put(self.model, slot.names, value)
+
+    def drop(self, chosen: Callable[[str], bool]) -> None:
+        """Give the memory of every parameter with a name that is chosen back."""
+        for slot in self._slots:
+            if any(chosen(name) for name in slot.names):
+                _put(self.model, slot.names, torch.empty(slot.shape, dtype=self.dtype, device="meta"))
 
 
 def match(
@@ -321,11 +349,20 @@ def _check_equal(checkpoint: Checkpoint, kept: str, other: str, value: Tensor) -
             )
 
 
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put the tensor under its name; tied names get the same Parameter."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = parameter.data
-    else:
-        owner._parameters[leaf] = parameter
+def _put(model: nn.Module, names: list[str], value: Tensor) -> None:
+    """Put the tensor under its names; tied ones get the same Parameter."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = parameter.data
+        else:
+            owner._parameters[leaf] = parameter
+
+
+def _move_computed_buffers(model: nn.Module, device: str) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

@@ -7,6 +7,7 @@ resident memory of one slab.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 # What quantizing leaves beside the weights; it also tells a folder of ours from one that merely has the same name.
 REPORT_NAME = "lowbit-report.json"
+HTML_NAME = "report.html"
+
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def report_path(output: Path, name: str = REPORT_NAME) -> Path:
+    """Where the report (or the page, `HTML_NAME`) of a written model lies: inside a folder, beside a GGUF file, as
+    x.lowbit-report.json for x.gguf and for its parts."""
+    if output.suffix != ".gguf":
+        return output / name
+    return output.with_name(f"{_PART.sub('', output.stem)}.{name}")
 
 
 @dataclass(frozen=True)

@@ -1,73 +1,61 @@
 """GGUF files (one, or a split set) as a `Checkpoint` with Hugging Face names, layouts, config and tokenizer.
 
 `read` decodes only the rows that are asked for: F32, F16, BF16 and integers as they are, every other ggml type that
-the gguf package can decode to float32. Names and layouts: `gguf_to_hf`; config and tokenizer: `gguf_folder`, made when
-first asked for.
+can be decoded to float32. Matrices that GGUF stores transposed (GPT-2) are decoded whole. Bytes: `gguf_raw`; names and
+layouts: `gguf_to_hf`; config and tokenizer: `gguf_folder`, made when first asked for.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 from torch import Tensor
 
 from lowbit.checkpoint.base import TensorInfo
 from lowbit.checkpoint.gguf_folder import rebuild_folder
-from lowbit.checkpoint.gguf_header import GGUFHeader, GGUFTensor, ggml_type, read_header
+from lowbit.checkpoint.gguf_header import GGUFTensor
+from lowbit.checkpoint.gguf_layout import Layout, stored_rows
+from lowbit.checkpoint.gguf_raw import NATIVE_DTYPE, RawGGUF, find_parts, open_raw_gguf, split_name
 from lowbit.checkpoint.gguf_rope import rope_parameters
 from lowbit.checkpoint.gguf_to_hf import MappedModel, MappedTensor, map_to_hf
-from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.rows import find_tensor, read_config, row_range
 from lowbit.errors import CheckpointError
 
-_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+__all__ = ["GGUFCheckpoint", "RawGGUF", "find_parts", "open_gguf", "open_raw_gguf", "split_name"]
 
 MAX_HEAD_DIM = 65536
 
-# Types that hold plain numbers; everything else is decoded to float32.
-NATIVE_DTYPE = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-}  # fmt: skip
-
 
 class GGUFCheckpoint:
-    """The `Checkpoint` of a GGUF file or of all parts of a split one."""
+    """The `Checkpoint` of a GGUF file or of all parts of a split one. `raw` is the file as it is."""
 
     kind = "gguf"
 
     def __init__(self, path: Path, source: str | None = None):
         self.source = str(path) if source is None else source
-        self.tensors: dict[str, TensorInfo] = {}
-        self.notes: list[str] = []
+        self.raw = open_raw_gguf(path)
+        self.metadata: dict[str, Any] = self.raw.metadata
         self._folder: Path | None = None
-        parts = find_parts(path)
-        self._files = [MappedFile(part) for part in parts]
-        headers = [read_header(file) for file in self._files]
-        self._header: GGUFHeader = headers[0]
-        self.metadata: dict[str, Any] = self._header.metadata
-        self._file_of = _files_by_tensor(self._files, headers)
-        stored = [tensor for header in headers for tensor in header.tensors]
-        self._model: MappedModel = map_to_hf(self.metadata, stored, str(parts[0]))
+        self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
         self._mapped = {mapped.name: mapped for mapped in self._model.tensors}
-        for mapped in self._model.tensors:
-            self.tensors[mapped.name] = self._describe(mapped)
-        rope, rope_notes = rope_parameters(self.metadata, self._rope_divisors())
-        self._config_overrides = self._model.config | rope
-        self.notes += [*_stored_types_note(stored), *_derived_note(self._model.derived), *rope_notes]
+        self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
+        rope, rope_notes = rope_parameters(
+            self._model.row, self.metadata, self._rope_factors(), _head_dim(self._model.config)
+        )
+        self._config = self._model.config | rope
+        derived = list(self._model.derived.values())
+        self.notes: list[str] = [*stored_types_note(self.raw.tensors), *_derived_note(derived), *rope_notes]
 
     @property
     def folder(self) -> Path:
-        """config.json, generation_config.json, tokenizer and chat template, rebuilt by transformers and cached."""
+        """config.json, generation_config.json, tokenizer and chat template, rebuilt and cached."""
         if self._folder is None:
-            self._folder = rebuild_folder(self._files[0], self._header, self._config_overrides)
+            self._folder = rebuild_folder(self.raw.files[0], self.raw.header, self._config)
         return self._folder
 
     def config(self) -> dict[str, Any]:
@@ -78,63 +66,60 @@ class GGUFCheckpoint:
         """Rows start..stop in Hugging Face's layout; plain types alias the file, the others are decoded."""
         info = find_tensor(self.tensors, name, self.source)
         start, stop, shape = row_range(info, start, stop)
-        mapped = self._mapped[name]
-        rows = slice(start, stop) if mapped.hf_row_to_stored is None else mapped.hf_row_to_stored(start, stop)
-        values = self._decode(mapped.stored, rows).reshape(shape)
-        return values.to(info.dtype) - 1 if mapped.minus_one else values
+        values = self._rows(self._mapped[name], start, stop).reshape(shape)
+        return values.to(info.dtype) - 1 if self._mapped[name].layout is Layout.PLUS_ONE else values
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from resident memory."""
         find_tensor(self.tensors, name, self.source)
-        stored = self._mapped[name].stored
-        self._file_of[stored.name].release(stored.start, stored.stop)
+        mapped = self._mapped[name]
+        if mapped.expert is None:
+            self.raw.release(mapped.stored)
+        else:
+            self.raw.release(mapped.stored, *_rows_of_expert(mapped))
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        self.raw.close()
 
-    def _rope_divisors(self) -> Tensor | None:
-        stored = next((tensor for tensor in self._model.derived if tensor.name == "rope_freqs.weight"), None)
-        if stored is None:
-            return None
-        if len(stored.shape) != 1 or stored.shape[0] > MAX_HEAD_DIM:
-            raise CheckpointError(
-                f"{self._file_of[stored.name].path}: tensor {stored.name!r} has shape {list(stored.shape)}; "
-                f"one number per rotary pair is needed"
-            )
-        return self._decode(stored, None)
+    def _rows(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
+        """Rows of a Hugging Face tensor; [rows, K], or [n] of a vector."""
+        raw, stored = self.raw, mapped.stored
+        if len(mapped.shape) < 2:  # one stored row
+            first = mapped.expert or 0
+            vector = raw.decode(stored, first, first + 1)[0]
+            return vector[_stored_order(mapped, start, stop)] if mapped.layout.reorders else vector[start:stop]
+        if mapped.layout is Layout.TRANSPOSED:
+            return raw.decode(stored)[:, start:stop].t().contiguous()
+        if mapped.layout.reorders:
+            return raw.decode_rows(stored, _stored_order(mapped, start, stop))
+        offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+        return raw.decode(stored, offset + start, offset + stop)
+
+    def _rope_factors(self) -> dict[MODEL_TENSOR, Tensor]:
+        factors = {}
+        for kind, stored in self._model.derived.items():
+            if "rope" not in TENSOR_NAMES[kind]:
+                continue
+            if len(stored.shape) != 1 or stored.shape[0] > MAX_HEAD_DIM:
+                raise CheckpointError(
+                    f"{self.raw.file_of(stored).path}: tensor {stored.name!r} has shape {list(stored.shape)}; "
+                    f"one number per rotary pair is needed"
+                )
+            factors[kind] = self.raw.decode(stored)[0]
+        return factors
 
     def _describe(self, mapped: MappedTensor) -> TensorInfo:
         stored = mapped.stored
         # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
-        dtype = torch.float32 if mapped.minus_one else NATIVE_DTYPE.get(stored.type_name, torch.float32)
+        undone = mapped.layout is Layout.PLUS_ONE
         return TensorInfo(
             name=mapped.name,
-            shape=stored.shape,
-            dtype=dtype,
+            shape=mapped.shape,
+            dtype=torch.float32 if undone else NATIVE_DTYPE.get(stored.type_name, torch.float32),
             stored=stored.type_name,
-            nbytes=stored.stop - stored.start,
-            file=self._file_of[stored.name].path,
+            nbytes=(stored.stop - stored.start) // (1 if mapped.expert is None else stored.shape[0]),
+            file=self.raw.file_of(stored).path,
         )
-
-    def _decode(self, stored: GGUFTensor, rows: slice | np.ndarray | None) -> Tensor:
-        """Stored rows of a tensor, all for None: [rows, …] in the native dtype, or float32."""
-        file = self._file_of[stored.name]
-        kind = ggml_type(stored, str(file.path))
-        dtype = NATIVE_DTYPE.get(kind.name)
-        row_count = stored.shape[0] if stored.shape else 1
-        rows = slice(0, row_count) if rows is None else rows
-        row_bytes = (stored.stop - stored.start) // row_count if row_count else 0
-        if dtype is not None and isinstance(rows, slice):
-            first, last = stored.start + rows.start * row_bytes, stored.start + rows.stop * row_bytes
-            return file.tensor(dtype, (rows.stop - rows.start, *stored.shape[1:]), first, last)
-        data = np.frombuffer(file.view(stored.start, stored.stop), np.uint8)
-        if dtype is None and len(stored.shape) < 2:  # blocks run along the only dimension: there are no rows to select
-            return torch.from_numpy(_dequantize(data[None], kind, stored, file.path)[0][rows])
-        data = data.reshape(row_count, row_bytes)[rows]
-        if dtype is not None:
-            return torch.from_numpy(data).reshape(-1).view(dtype).reshape(len(data), *stored.shape[1:])
-        return torch.from_numpy(_dequantize(data, kind, stored, file.path)).reshape(len(data), *stored.shape[1:])
 
 
 def open_gguf(path: str | Path, source: str | None = None) -> GGUFCheckpoint:
@@ -142,63 +127,24 @@ def open_gguf(path: str | Path, source: str | None = None) -> GGUFCheckpoint:
     return GGUFCheckpoint(Path(path), source)
 
 
-def split_name(path: Path) -> str:
-    """What the parts of one split set have in common; the file name itself where it is not split."""
-    match = _SPLIT.fullmatch(path.name)
-    return path.name if match is None else f"{match['stem']} of {match['count']}"
+def _rows_of_expert(mapped: MappedTensor) -> tuple[int, int]:
+    """The stored rows, of [E·N, K], that one expert has."""
+    assert mapped.expert is not None
+    rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
+    return mapped.expert * rows, (mapped.expert + 1) * rows
 
 
-def find_parts(path: Path) -> list[Path]:
-    """The file itself, or every part of the split set that it belongs to, in order."""
-    match = _SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    names = [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
-    missing = next((name for name in names if not (path.parent / name).exists()), None)
-    if missing is not None or not names:
-        raise CheckpointError(
-            f"{path}: part {missing or path.name} is missing", "all parts of a split GGUF must be in one folder"
-        )
-    return [path.parent / name for name in names]
+def _stored_order(mapped: MappedTensor, start: int, stop: int) -> np.ndarray:
+    return stored_rows(mapped.layout, np.arange(start, stop), mapped.heads, mapped.dim)
 
 
-def _files_by_tensor(files: list[MappedFile], headers: list[GGUFHeader]) -> dict[str, MappedFile]:
-    """Which file holds each tensor; the parts must add up to one model."""
-    found: dict[str, MappedFile] = {}
-    for part, (file, header) in enumerate(zip(files, headers, strict=True)):
-        for tensor in header.tensors:
-            if tensor.name in found:
-                raise CheckpointError(f"{file.path}: tensor {tensor.name!r} is also in {found[tensor.name].path.name}")
-            found[tensor.name] = file
-        for key, number in (("split.no", part), ("split.count", len(files))):
-            claimed = str(header.metadata.get(key, number))
-            unsplit = key == "split.count" and claimed == "0" and len(files) == 1
-            if claimed != str(number) and not unsplit:
-                raise CheckpointError(
-                    f"{file.path}: {key} is {claimed[:80]}, but by its name it is {number}",
-                    "keep the names that the parts were published under",
-                )
-    total = str(headers[0].metadata.get("split.tensors.count", len(found)))
-    if total != str(len(found)):
-        raise CheckpointError(f"{files[0].path}: split.tensors.count is {total[:80]}, the parts hold {len(found)}")
-    return found
+def _head_dim(config: dict[str, Any]) -> int:
+    if "head_dim" in config or "hidden_size" not in config:
+        return config.get("head_dim", 0)
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
-def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, stored: GGUFTensor, path: Path) -> np.ndarray:
-    """uint8 [rows, row bytes] → float32 [rows, columns]."""
-    if not data.size:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        return np.empty((data.shape[0], data.shape[1] // block_bytes * block), np.float32)
-    try:
-        return dequantize(np.ascontiguousarray(data), kind)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: tensor {stored.name!r} is stored as {kind.name}, which cannot be decoded",
-            "get the model in another type",
-        ) from error
-
-
-def _stored_types_note(tensors: list[GGUFTensor]) -> list[str]:
+def stored_types_note(tensors: list[GGUFTensor]) -> list[str]:
     counts = Counter(tensor.type_name for tensor in tensors)
     quantized = [name for name in counts if name not in NATIVE_DTYPE]
     if not quantized:

@@ -31,6 +31,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_STRING_BYTES = 1 << 26
 MAX_STRINGS_IN_ARRAY = 1 << 24
+MAX_ENTRIES = 1 << 20  # tensors, and key-values: models have thousands, and every one costs memory
 MAX_ELEMENTS = 2**63 - 1
 MAX_DIMS = 4
 
@@ -95,8 +96,8 @@ class _Parser:
 
     def parse(self) -> GGUFHeader:
         version = self._preamble()
-        tensor_count = self._count("tensors", _SMALLEST_TENSOR)
-        key_count = self._count("key-values", _SMALLEST_KEY_VALUE)
+        tensor_count = self._count("tensors", _SMALLEST_TENSOR, MAX_ENTRIES)
+        key_count = self._count("key-values", _SMALLEST_KEY_VALUE, MAX_ENTRIES)
         metadata, spans = self._key_values(key_count)
         rows = [self._tensor_row() for _ in range(tensor_count)]
         alignment = self._alignment(metadata)
@@ -222,12 +223,14 @@ class _Parser:
             raise self._error(f"general.alignment is {_brief(alignment)}; a power of two is needed")
         return alignment
 
-    def _count(self, what: str, smallest: int) -> int:
-        """A u64 count of things of at least `smallest` bytes each."""
+    def _count(self, what: str, smallest: int, most: int = MAX_ELEMENTS) -> int:
+        """A u64 count of things of at least `smallest` bytes each, of which `most` are read."""
         count = self._number("<Q", f"the number of {what}")
         left = self.file.size - self.position
         if count > left // smallest:
             raise self._error(f"claims {count} {what}, but only {left} bytes are left in the file")
+        if count > most:
+            raise self._error(f"claims {count} {what}; at most {most} are read")
         return count
 
     def _string(self, what: str) -> str:

@@ -18,17 +18,46 @@ if TYPE_CHECKING:
 def open_checkpoint(model: str | Path, options: OpenOptions | None = None) -> Checkpoint:
     """Open MODEL: an existing path wins over an id of the same spelling."""
     options = options or OpenOptions()
+    source, path = str(model), _found(model, options)
+    return _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+
+
+def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | None:
+    """The GGUF file that `open_checkpoint` would read, any architecture; None where MODEL is something else."""
+    source, path = str(model), _found(model, options or OpenOptions())
+    if not path.is_dir():
+        return path if path.suffix == ".gguf" else None
+    return None if _holds_safetensors(path) else _only_gguf(path, source)
+
+
+def _found(model: str | Path, options: OpenOptions) -> Path:
+    """The file or folder on this machine; a hub id is downloaded."""
     source, path = str(model), Path(model).expanduser()
     if source.startswith(DEMO_PREFIX):
-        path = demo_file(source)
-    elif not path.exists():
-        if isinstance(model, Path) or not is_hub_id(source):
-            raise CheckpointError(
-                f"{source}: there is no such file or folder, and it is no Hugging Face id (org/name) either",
-                "give a model folder, a .gguf file, org/name, org/name:FILE.gguf or demo:smollm2",
-            )
-        path = download(source, options)
-    return _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+        return demo_file(source)
+    if path.exists():
+        return path
+    if isinstance(model, Path) or not is_hub_id(source):
+        raise CheckpointError(
+            f"{source}: there is no such file or folder, and it is no Hugging Face id (org/name) either",
+            "give a model folder, a .gguf file, org/name, org/name:FILE.gguf or demo:smollm2",
+        )
+    return download(source, options)
+
+
+def _holds_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists()
+
+
+def _only_gguf(folder: Path, source: str) -> Path | None:
+    """The GGUF model of a folder, its first part; None where there is none."""
+    gguf = _gguf_models(folder)
+    if len(gguf) > 1:
+        raise UsageError(
+            f"{source}: the folder holds {len(gguf)} GGUF models: {', '.join(path.name for path in gguf)}",
+            f"name one, such as {gguf[0]}",
+        )
+    return gguf[0] if gguf else None
 
 
 def open_safetensors(folder: str | Path) -> SafetensorsCheckpoint:
@@ -57,18 +86,13 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 
 def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
-    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+    if _holds_safetensors(folder):
         return _decoded(folder, source)
-    gguf = _gguf_models(folder)
-    if len(gguf) > 1:
-        raise UsageError(
-            f"{source}: the folder holds {len(gguf)} GGUF models: {', '.join(path.name for path in gguf)}",
-            f"name one, such as {gguf[0]}",
-        )
-    if gguf:
+    gguf = _only_gguf(folder, source)
+    if gguf is not None:
         from lowbit.checkpoint.gguf import open_gguf
 
-        return open_gguf(gguf[0], source)
+        return open_gguf(gguf, source)
     from lowbit.checkpoint.pickle import open_pickle, pickle_files
 
     if pickle_files(folder):

@@ -18,7 +18,9 @@ def convert(
     model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, of any format that lowbit reads.")],
     format: Annotated[
         str,
-        typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4 (gpt-oss), or float."),
+        typer.Option(
+            help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf."
+        ),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     scheme: Annotated[str | None, typer.Option(help="For every quantized linear. [default: keep each one's]")] = None,
@@ -60,7 +62,7 @@ def convert(
     if json:
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
-    print_table(_summary(done.report, done.folder))
+    print_table(_summary(done.report, done.path))
     say(f"\nserve it: {done.report.serve[0].command}")
 
 
@@ -105,6 +107,8 @@ def outcome(report: Report) -> dict[str, str]:
             f"{len(rest)} of {len(quantized)} linears; largest added error {100 * (worst.relative_error or 0):.3g} % "
             f"of the source's squared weights, in {worst.name}"
         )
+    if not quantized:
+        rows["decoded"] = f"{len(report.tensors)} tensors, to {report.output.dtype}"
     for note, count in Counter(note for tensor in quantized for note in tensor.notes).most_common():
         rows.setdefault("because", "")
         rows["because"] += f"{'; ' if rows['because'] else ''}{note} ({count} linears)"

@@ -31,9 +31,9 @@ def demo(
         made.append((scheme, done))
     for scheme, done in made:
         with window_progress(f"{scheme}: evaluate", quiet=json) as progress:
-            evaluations = lowbit.evaluate(done.folder, reference=model, windows=windows, progress=progress)
-        report = add_evaluation(done.folder, evaluations)
-        rows.append((scheme, done.folder, report, evaluations, _sample(done.folder)))
+            evaluations = lowbit.evaluate(done.path, reference=model, windows=windows, progress=progress)
+        report = add_evaluation(done.path, evaluations)
+        rows.append((scheme, done.path, report, evaluations, _sample(done.path)))
     if json:
         print_json([_as_json(*row) for row in rows])
         return

@@ -97,12 +97,12 @@ def evaluate(
 
 def _add_to_report(folder: Path, evaluations: list[Any], quiet: bool) -> None:
     """Put the figures into lowbit-report.json and report.html where quantizing left them."""
-    from lowbit.api import HTML_NAME, add_evaluation
+    from lowbit.api import add_evaluation
+    from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import say
-    from lowbit.report.schema import REPORT_NAME
 
-    if evaluations[0].reference is None or not (folder / REPORT_NAME).is_file():
+    if evaluations[0].reference is None or not report_path(folder).is_file():
         return
     add_evaluation(folder, evaluations)
     if not quiet:
-        say(f"added to {folder / HTML_NAME}")
+        say(f"added to {report_path(folder, HTML_NAME)}")

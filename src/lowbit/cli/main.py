@@ -23,6 +23,7 @@ from lowbit.cli.convert import convert
 from lowbit.cli.demo import demo
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
+from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
 from lowbit.cli.quantize import quantize
 from lowbit.cli.verify import verify
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, convert, inspect, verify, evaluate, generate, demo):
+for command in (quantize, convert, imatrix, inspect, verify, evaluate, generate, demo):
     app.command()(command)
 
 

@@ -12,8 +12,8 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
 ]
 FORMATS_HELP = (
-    "compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4 (gpt-oss), float. [default: bitsandbytes "
-    "for NF4, FP4 and INT8, else compressed-tensors]"
+    "compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4 (gpt-oss), float, gguf. [default: gguf for "
+    "NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else compressed-tensors]"
 )
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]

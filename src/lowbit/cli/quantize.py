@@ -10,26 +10,40 @@ import typer
 from lowbit.cli.options import FORMATS_HELP, AllowPickle, Revision, TrustRemoteCode
 
 if TYPE_CHECKING:
+    from lowbit.gguf_pipeline import PreparedGGUF
     from lowbit.pipeline import Prepared
 
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id, or demo:smollm2.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 … [default: W4A16]")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder or NAME.gguf to write.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS … [default: W4A16]")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="How codes are chosen: rtn. [default: rtn]")] = None,
     format: Annotated[str | None, typer.Option(help=FORMATS_HELP)] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
     range: Annotated[str | None, typer.Option(help="absmax, mse, wmse, percentile, or auto. [default: auto]")] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="NF4, FP4: quantize scales too.")] = False,
     percentile: Annotated[float | None, typer.Option(help="What --range percentile keeps. [default: 99.9]")] = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration text, for static activation scales.")] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration text, for static activation scales and --imatrix.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of it. [default: 128]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
+    imatrix: Annotated[
+        str | None, typer.Option(help="GGUF: importance matrix, a file or 'measure' (on --calib, --samples, --seqlen).")
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: every matrix in the same type, no mix.")] = False,
+    output_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the output matrix.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the embedding.")] = None,
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="GGUF: llama.cpp's name of the pre-tokenizer, where it cannot be told.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB; one GGUF file]")] = None,
     threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -47,7 +61,7 @@ def quantize(
     if dry_run:
         import lowbit
 
-        prepared = lowbit.dry_run(model, recipe=recipe, options=options, threads=threads, **settings)
+        prepared = lowbit.dry_run(model, output=output, recipe=recipe, options=options, threads=threads, **settings)
         if json:
             print_json(plan_as_json(prepared))
         else:
@@ -65,8 +79,8 @@ def quantize(
     if json:
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
-    print_table(_summary(done.report, done.folder))
-    say(f"\nserve it:     {done.report.serve[0].command}\nwhat it cost: lowbit evaluate {done.folder}")
+    print_table(_summary(done.report, done.path))
+    say(f"\nserve it:     {done.report.serve[0].command}\nwhat it cost: lowbit evaluate {done.path}")
 
 
 def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +88,12 @@ def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
     from lowbit.errors import UsageError
     from lowbit.settings import parse_bytes
 
-    names = ("scheme", "method", "format", "group_size", "range", "percentile", "calib", "samples", "seqlen")
+    names = (
+        "scheme", "method", "format", "group_size", "range", "percentile", "calib", "samples", "seqlen", "imatrix",
+        "output_type", "token_embedding_type", "pre_tokenizer",
+    )  # fmt: skip
     given = {name: flags[name] for name in names}
-    if flags["double_quant"]:
-        given["double_quant"] = True
+    given |= {name: True for name in ("double_quant", "pure") if flags[name]}
     if flags["ignore"]:
         given["ignore"] = tuple(flags["ignore"])
     if flags["shard_size"]:
@@ -96,14 +112,15 @@ def _options(allow_pickle: bool, trust_remote_code: bool, revision: str | None) 
     return OpenOptions(allow_pickle, trust_remote_code, revision)
 
 
-def plan_as_json(prepared: Prepared) -> dict[str, Any]:
+def plan_as_json(prepared: Prepared | PreparedGGUF) -> dict[str, Any]:
     """The plan of a dry run as plain JSON values."""
     plan = prepared.plan
     return {
-        "model": prepared.checkpoint.source,
+        "model": prepared.source,
         "file_bytes": plan.file_bytes,
         "decoder_bits_per_weight": plan.bits_per_weight(decoder_only=True),
         "peak_memory_bytes": prepared.peak_memory(),
+        "notes": list(plan.warnings),
         "tensors": [
             {
                 "name": tensor.name,
@@ -119,7 +136,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def plan_table(prepared: Prepared) -> Any:
+def plan_table(prepared: Prepared | PreparedGGUF) -> Any:
     """The plan of a dry run as a rich table; why a tensor is left alone or adapted is a numbered note below it."""
     from rich.table import Table
 
@@ -127,9 +144,9 @@ def plan_table(prepared: Prepared) -> Any:
 
     plan = prepared.plan
     notes: dict[str, int] = {}
-    table: Table = name_table(f"Plan for {prepared.checkpoint.source}", ("shape", "scheme"), ("bytes", "note"))
+    table: Table = name_table(f"Plan for {prepared.source}", ("shape", "scheme"), ("bytes", "note"))
     for tensor in plan.tensors:
-        scheme = "16 bits" if tensor.scheme is None else tensor.scheme.name
+        scheme = tensor.stored_as if tensor.scheme is None else tensor.scheme.name
         why = tensor.reason or "; ".join(tensor.notes)
         note = str(notes.setdefault(why, len(notes) + 1)) if why else ""
         table.add_row(tensor.name, "×".join(map(str, tensor.shape)), scheme, f"{tensor.stored_bytes:,}", note)
@@ -138,30 +155,35 @@ def plan_table(prepared: Prepared) -> Any:
         f"{human_bytes(plan.file_bytes)} in all, {plan.bits_per_weight(True):.3f} bits per weight of the decoder; "
         f"peak memory about {human_bytes(prepared.peak_memory())}; nothing was written"
     )
+    lines += [f"note: {note}" for note in plan.warnings]
     table.caption = "\n".join(lines)
     return table
 
 
-def _summary(report: Any, folder: Path) -> Any:
+def _summary(report: Any, path: Path) -> Any:
     from rich.table import Table
 
+    from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import human_bytes
 
-    table = Table(title=f"{report.source.model} → {folder}", title_justify="left", show_header=False)
+    table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)
     totals = report.totals
     left_alone = [tensor for tensor in report.tensors if tensor.scheme is None and len(tensor.shape) == 2]
     quantized = [tensor for tensor in report.tensors if tensor.scheme is not None]
-    worst = max(quantized, key=lambda tensor: tensor.relative_error or 0.0)
+    worst = max(quantized, key=lambda tensor: tensor.relative_error or 0.0, default=None)
+    what = "matrices" if report.output.format == "gguf" else "linears"
+    in_worst = f"; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}" if worst else ""
     rows = {
         "scheme": f"{report.settings.scheme}, {report.settings.method}, range {report.settings.range}",
+        "imatrix": report.settings.imatrix,
         "size": f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}",
         "bits per weight": f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file",
-        "quantized": f"{len(quantized)} linears; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}",
+        "quantized": f"{len(quantized)} {what}{in_worst}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
-        "adapted": _adapted(quantized),
+        "adapted": _adapted(quantized, what),
         "verified": verified(report.verification),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
-        "report": str(folder / "report.html"),
+        "report": str(report_path(path, HTML_NAME)),
     }
     for name, value in rows.items():
         if value:
@@ -177,9 +199,9 @@ def verified(verification: Any) -> str:
     return f"{verification.engine} will NOT load it: {failed}"
 
 
-def _adapted(quantized: list[Any]) -> str:
-    """What the plan changed, each once with how many linears it concerns."""
+def _adapted(quantized: list[Any], what: str) -> str:
+    """What the plan changed, each once with how many tensors it concerns."""
     from collections import Counter
 
     notes = Counter(note for tensor in quantized for note in tensor.notes)
-    return "; ".join(f"{note} ({count} linears)" for note, count in notes.items())
+    return "; ".join(f"{note} ({count} {what})" for note, count in notes.items())

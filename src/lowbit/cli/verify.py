@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def verify(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of a model, quantized by lowbit or by others.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a model, or a .gguf file, by lowbit or by others.")
+    ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Whose rules: vllm, sglang, transformers or tensorrt-llm. [default: vllm]")
+        str | None,
+        typer.Option(help="vllm, sglang, transformers, tensorrt-llm, llama.cpp. [default: vllm; llama.cpp for .gguf]"),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="List the rules instead; no folder is needed.")] = False,
@@ -37,16 +40,17 @@ def verify(
         raise UsageError("there is no FOLDER to verify", "give the folder of a model, or --rules to list the rules")
     if format is not None:
         raise UsageError("--format goes with --rules only", "the folder says itself which format it has")
-    _verify(folder, engine or "vllm", reference, json, trust_remote_code)
+    _verify(folder, engine, reference, json, trust_remote_code)
 
 
-def _verify(folder: Path, engine: str, reference: str | None, json: bool, trust_remote_code: bool) -> None:
+def _verify(folder: Path, engine: str | None, reference: str | None, json: bool, trust_remote_code: bool) -> None:
     from lowbit.checkpoint import open_checkpoint
     from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import byte_progress, print_json, say
-    from lowbit.verification import rules
+    from lowbit.verification import default_engine, rules
     from lowbit.verification import verify as verify_folder
 
+    engine = engine or default_engine(folder)
     rules(engine)
     options = OpenOptions(trust_remote_code=trust_remote_code)
     source = None if reference is None else open_checkpoint(reference, options)

@@ -8,12 +8,13 @@ taken from lowbit-report.json beside the weights where there is one, else comput
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lowbit.architecture import describe_checkpoint
-from lowbit.checkpoint.base import REPORT_NAME
+from lowbit.checkpoint.base import report_path
 from lowbit.checkpoint.rows import read_json_object
 from lowbit.errors import CheckpointError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def read_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The report beside the weights, as plain JSON; None where there is none."""
-    path = checkpoint.folder / REPORT_NAME
+    path = report_path(Path(checkpoint.source) if checkpoint.kind == "gguf" else checkpoint.folder)
     return read_json_object(path) if path.exists() else None
 
 

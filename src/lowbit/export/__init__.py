@@ -115,7 +115,7 @@ class Exporter(Protocol):
 
 
 def find_exporter(name: str) -> Exporter:
-    """The exporter of an output format."""
+    """The exporter of an output format of folders; GGUF files are written by `gguf_pipeline`."""
     module, _, attribute = FORMATS[name].partition(":")
     found: Any = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all.
+"""Folders, and files with a report beside them, that appear complete or not at all.
 
 Everything is written into a hidden folder beside the target, flushed to disk, and renamed at the end. Whatever stops
 the run before that (an error, Ctrl-C, a full disk) removes the hidden folder; what a power cut leaves is named
@@ -60,6 +60,52 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def refuse_existing_file(target: Path, report: Path, overwrite: bool = False) -> None:
+    """OutputError if something already has the name of a file; with `overwrite`, only if no report lies beside it."""
+    if not (target.exists() or target.is_symlink()):
+        return
+    if overwrite and target.is_file() and report.is_file():
+        return
+    hint = "choose another name with -o, or remove it first"
+    if overwrite:
+        hint = f"--overwrite replaces only files with a {report.name} beside them; remove this one by hand"
+    raise OutputError(f"{target} exists already", hint)
+
+
+@contextmanager
+def atomic_files(target: Path) -> Iterator[Path]:
+    """A hidden folder to write into, for a file `target` and what lies beside it; when the block ends without an
+    exception its files are moved beside the target, the last in the order of names first, so that the first part of a
+    split model, which readers open, appears when all others are there."""
+    target = Path(os.path.abspath(target))
+    work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with translated_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir()
+            yield work
+            flush_folder(work)
+            for path in sorted(
+                work.iterdir(), key=lambda path: (path.suffix != target.suffix, path.name), reverse=True
+            ):
+                os.replace(path, target.parent / path.name)
+            work.rmdir()
+            _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """OutputError where the disk has no room for so many bytes."""
+    free = shutil.disk_usage(_existing_parent(output.absolute().parent)).free
+    if free < needed:
+        raise OutputError(
+            f"{output}: needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB free",
+            "free some space or write to another disk",
+        )
 
 
 @contextmanager

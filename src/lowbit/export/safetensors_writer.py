@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.errors import OutputError
+from lowbit.export.preallocated import reserve, write_all
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
@@ -83,7 +84,7 @@ class SafetensorsWriter:
         self._assembled: dict[str, Tensor] = {}
         for shard in self._shards:
             shard.descriptor = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            _reserve(shard.descriptor, shard.size)
+            reserve(shard.descriptor, shard.size)
             os.pwrite(shard.descriptor, shard.header, 0)
 
     @property
@@ -111,7 +112,7 @@ class SafetensorsWriter:
             if whole is None:
                 self._write_apart(shard, stored, values, strip)
             elif whole.numel():
-                _write_all(shard.descriptor, _bytes_of(whole), shard.offsets[name])
+                write_all(shard.descriptor, _bytes_of(whole), shard.offsets[name])
             return
         data = _bytes_of(values)
         offset = row * stored.row_bytes
@@ -119,7 +120,7 @@ class SafetensorsWriter:
             raise AssertionError(f"{name}: {list(values.shape)} at ({row}, {column}) overruns {list(stored.shape)}")
         with self._lock:
             self._missing[name] -= len(data)
-        _write_all(shard.descriptor, data, shard.offsets[name] + offset)
+        write_all(shard.descriptor, data, shard.offsets[name] + offset)
 
     def _with_strip(self, stored: StoredTensor, values: Tensor, strip: tuple[slice, slice]) -> Tensor | None:
         """The tensor once this strip was the last that was missing, an empty one before; None where it is too large."""
@@ -182,12 +183,6 @@ def _bytes_of(values: Tensor) -> memoryview:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
-
-
 def _copy_into(whole: Tensor, values: Tensor, index: tuple[int | slice, ...], stored: StoredTensor) -> None:
     target = whole[index]
     if target.shape != values.shape:
@@ -233,15 +228,3 @@ def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return _Shard(path, ordered, head, {name: len(head) + at for name, at in begins.items()}, len(head) + begin)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the blocks now where the file system can; a sparse file of that size elsewhere."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except (AttributeError, OSError) as error:
-        import errno
-
-        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)

@@ -27,7 +27,7 @@ from pydantic_core import from_json
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 
-SCHEMA = 2
+SCHEMA = 3
 # A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
 LARGEST_FILE = 256 * 2**20
 
@@ -79,7 +79,10 @@ class Calibration(_Part):
 
 
 class Settings(_Part):
-    """What the user asked for, defaults filled in. `overrides` are "RE=SCHEME", in the order they apply."""
+    """What the user asked for, defaults filled in. `overrides` are "RE=SCHEME", in the order they apply.
+
+    imatrix  of GGUF files: where the importance came from that errors were weighed with; pure: no mix of types
+    """
 
     scheme: str
     method: str
@@ -90,6 +93,8 @@ class Settings(_Part):
     overrides: tuple[str, ...] = ()
     shard_size: Count | None = None
     seed: int
+    imatrix: str | None = None
+    pure: bool = False
     calibration: Calibration | None = None
 
 
@@ -240,7 +245,7 @@ class ServeLine(_Part):
 class Report(_Part):
     """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`."""
 
-    schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[3] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: Source

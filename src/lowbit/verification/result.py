@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lowbit.checkpoint.quantized import KINDS
 
-if TYPE_CHECKING:
-    from lowbit.verification.subject import Subject
-
 PLAIN = "plain"  # a folder of 16-bit weights, without quantization_config
 QUANTIZED: tuple[str, ...] = KINDS
-ALL: tuple[str, ...] = (PLAIN, *KINDS)
+ALL: tuple[str, ...] = (PLAIN, *KINDS)  # of folders
+GGUF = "gguf"
 
 _SHOWN = 3
 
@@ -43,7 +41,7 @@ class Rule:
     engines: tuple[str, ...]
     formats: tuple[str, ...]
     summary: str
-    check: Callable[[Subject], Finding] = field(repr=False)
+    check: Callable[[Any], Finding] = field(repr=False)  # of a `Subject`, or a `GGUFSubject`
     follows: str
     gate: bool = False
     limit: bool = False

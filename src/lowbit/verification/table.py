@@ -18,6 +18,7 @@ from lowbit.verification import (
     files,
     fp8,
     fused,
+    gguf,
     gptq,
     left_out,
     modelopt,
@@ -26,12 +27,14 @@ from lowbit.verification import (
 )
 from lowbit.verification.result import ALL, QUANTIZED, Rule
 
-ENGINES = ("vllm", "sglang", "transformers", "tensorrt-llm")
+ENGINES = ("vllm", "sglang", "transformers", "tensorrt-llm")  # of folders
+ALL_ENGINES = (*ENGINES, "llama.cpp")
 _VLLM, _SGLANG, _TRANSFORMERS, _TENSORRT = (("vllm",), ("sglang",), ("transformers",), ("tensorrt-llm",))
 _FUSING = ("vllm", "sglang", "tensorrt-llm")
 _SERVERS = ("vllm", "sglang")
 _CT, _GPTQ, _AWQ, _BNB = (("compressed-tensors",), ("gptq",), ("awq",), ("bitsandbytes",))
 _MODELOPT, _FP8 = (("modelopt",), ("fp8",))
+_LLAMA, _GGUF = (("llama.cpp",), ("gguf",))
 _OURS = "our own: what no format allows"
 
 RULES: tuple[Rule, ...] = (
@@ -185,4 +188,20 @@ RULES: tuple[Rule, ...] = (
          values.check_relative_error, "our own: foreign weights are √2 apart", needs_source=True),
     Rule("unquantized", ENGINES, ALL, "unquantized tensors equal the source's", values.check_unquantized,
          "our own: they are copied", needs_source=True),
+    Rule("gguf-file", _LLAMA, _GGUF, "the container parses; all parts are there, whole, and nothing overlaps",
+         gguf.check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
+    Rule("gguf-architecture", _LLAMA, _GGUF, "the architecture is known and its sizes are stated",
+         gguf.check_architecture, "load_arch, load_hparams of llama-model.cpp", gate=True),
+    Rule("gguf-tensors", _LLAMA, _GGUF, "tensors are those of the architecture, in every block",
+         gguf.check_tensors, "done_getting_tensors of llama-model-loader.cpp"),
+    Rule("gguf-shapes", _LLAMA, _GGUF, "rows are as wide as the hidden state", gguf.check_shapes,
+         "check_tensor_dims of llama-model-loader.cpp"),
+    Rule("gguf-types", _LLAMA, _GGUF, "types are known and the version of quantization is stated", gguf.check_types,
+         "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
+    Rule("gguf-tokenizer", _LLAMA, _GGUF, "the tokenizer's lists agree, and with the embedding", gguf.check_tokenizer,
+         "llama_vocab::impl::load of llama-vocab.cpp"),
+    Rule("gguf-finite", _LLAMA, _GGUF, "no weight is NaN or inf", gguf.check_finite,
+         "ggml_validate_row_data (--check-tensors)"),
+    Rule("gguf-weights", _LLAMA, _GGUF, "every tensor is as near to its source as its bits allow", gguf.check_weights,
+         _OURS, needs_source=True),
 )  # fmt: skip

@@ -1,0 +1,143 @@
+"""`lowbit imatrix MODEL -o FILE`: how much each input channel counts, in a file that llama.cpp reads."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli.options import AllowPickle, Device, DtypeOption, Revision, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from lowbit.calibrate.importance import ImportanceMatrix
+    from lowbit.imatrix_api import Imatrix
+
+
+class FormOption(StrEnum):
+    gguf = "gguf"
+    dat = "dat"
+
+
+def imatrix(
+    model: Annotated[
+        str, typer.Argument(help="Folder, .gguf file, Hugging Face id, demo:smollm2; or an imatrix to show or merge.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration text. Default: packaged text.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of it.", min=1)] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.", min=4)] = 512,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Measure the output head too.")] = False,
+    merge: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Add the tokens of another imatrix. Repeatable.")
+    ] = None,
+    format: Annotated[
+        FormOption, typer.Option(help="gguf, or the dat of older versions of llama.cpp.")
+    ] = FormOption.gguf,
+    dtype: Annotated[DtypeOption, typer.Option(help="What the model computes in.")] = DtypeOption.float32,
+    device: Device = "cpu",
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Hidden states kept in memory; more go to a temporary file.")
+    ] = "1GiB",
+    show: Annotated[bool, typer.Option("--show", help="Print statistics of an imatrix; nothing is measured.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    revision: Revision = None,
+) -> None:
+    """Measure the importance of each input channel for GGUF quantization; merge, convert and show such files."""
+    from lowbit.errors import UsageError
+
+    if show:
+        if output is not None or merge:
+            raise UsageError("--show writes nothing", "leave -o and --merge out")
+        _show(Path(model), json)
+        return
+    if output is None:
+        raise UsageError("no output file was given", "add -o FILE, or --show to see what an imatrix says")
+    import torch
+
+    import lowbit
+    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.cli.console import print_json, say, window_progress
+    from lowbit.measure import return_freed_memory
+    from lowbit.settings import parse_bytes
+
+    return_freed_memory()
+    with window_progress("windows × blocks", quiet=json) as update:
+        done = lowbit.imatrix(
+            model, output, calib=calib, samples=samples, seqlen=seqlen, process_output=process_output,
+            merge_with=merge or (), dtype=getattr(torch, dtype.value), device=device, form=format.value,
+            max_memory=parse_bytes(max_memory), options=OpenOptions(allow_pickle, trust_remote_code, revision),
+            overwrite=overwrite, progress=lambda what, windows, total: update(windows, total),
+        )  # fmt: skip
+    if json:
+        print_json(_as_json(done))
+        return
+    for note in done.notes:
+        say(f"note: {note}")
+    typer.echo(_sentence(done))
+    say(f"\nuse it:  lowbit quantize MODEL -o OUT.gguf --scheme Q4_K_M --imatrix {done.file}")
+
+
+def _sentence(done: Imatrix) -> str:
+    matrix = done.matrix
+    measured = f"{done.tokens:,} tokens in {done.seconds:.1f} s" if done.tokens else "nothing measured anew"
+    return f"{done.file}: {len(matrix.entries)} tensors, {matrix.chunks} chunks, {measured}"
+
+
+def _as_json(done: Imatrix) -> dict[str, Any]:
+    return {
+        "file": str(done.file),
+        "bytes": done.file.stat().st_size,
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "notes": list(done.notes),
+        **_described(done.matrix),
+    }
+
+
+def _described(matrix: ImportanceMatrix) -> dict[str, Any]:
+    return {
+        "tensors": len(matrix.entries),
+        "datasets": list(matrix.datasets),
+        "chunks": matrix.chunks,
+        "chunk_tokens": matrix.chunk_tokens,
+        "unseen_experts": {name: list(experts) for name, experts in matrix.unseen_experts.items()},
+    }
+
+
+def _show(path: Path, json: bool) -> None:
+    from dataclasses import asdict
+
+    from lowbit.calibrate.imatrix_file import read_imatrix
+    from lowbit.calibrate.importance import unseen_notes
+    from lowbit.calibrate.importance_statistics import statistics
+    from lowbit.cli.console import print_json, print_table
+
+    matrix = read_imatrix(path)
+    rows = statistics(matrix)
+    if json:
+        print_json({"file": str(path), **_described(matrix), "statistics": [asdict(row) for row in rows]})
+        return
+    print_table(_table(path, matrix, rows))
+    for note in unseen_notes(matrix, path.name):
+        typer.echo(f"note: {note}")
+
+
+def _table(path: Path, matrix: ImportanceMatrix, rows: list[Any]) -> Any:
+    from lowbit.cli.console import name_table
+
+    columns = ("tokens", "total x²", "mean", "min", "max", "top 1 %", "entropy", "experts")
+    table = name_table(f"{path}: {len(rows)} tensors, {matrix.chunks} chunks", (), columns)
+    for row in rows:
+        figures = (f"{value:.3g}" for value in (row.total, row.mean, row.smallest, row.largest))
+        experts = f"{row.experts - len(row.unseen)} of {row.experts}" if row.experts > 1 else ""
+        table.add_row(
+            row.name, f"{row.tokens:,}", *figures, f"{100 * row.top_share:.1f} %", f"{row.entropy:.3f}", experts
+        )
+    if matrix.datasets:
+        table.caption = f"text: {', '.join(matrix.datasets)}"
+    return table

@@ -1,0 +1,224 @@
+"""The main job for llama.cpp: any checkpoint → one GGUF file (or a split set).
+
+    open → map to GGUF → imatrix → types → for each tensor, slab by slab: read → encode → write
+         → verify → report → rename
+
+As in `pipeline.py` nothing of the model's size is held: worker threads each take a slab of rows, encode it and write
+the blocks to their final place. Reading, encoding and writing of different slabs overlap.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lowbit.calibrate.imatrix_file import read_imatrix
+from lowbit.calibrate.importance import ImportanceMatrix
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, report_path
+from lowbit.checkpoint.gguf_raw import RawGGUF
+from lowbit.errors import NonFiniteError, UsageError
+from lowbit.export.atomic import atomic_files, check_disk, refuse_existing_file
+from lowbit.export.gguf_model import describe_gguf
+from lowbit.export.gguf_tokenizer import tokenizer_key_values
+from lowbit.export.gguf_writer import GGUFWriter
+from lowbit.gguf_plan import GGUFPlan, PlannedBlocks, importance_of, plan_from_gguf, plan_from_model, slabs
+from lowbit.measure import resident_memory
+from lowbit.numerics import ggml
+from lowbit.pipeline import CalibrationText, Progress, TensorResult, described, is_finite, summed
+from lowbit.plan import model_dtype
+from lowbit.settings import MEASURE, Settings
+from lowbit.text import read_text
+from lowbit.workers import run_all
+
+SLAB_WEIGHTS = 2_000_000
+# Bytes per weight of a slab in flight: source, a float32 copy where rows are put in another order, blocks.
+_SLAB_BYTES_PER_WEIGHT = 10
+_LATER_BYTES = 30_000_000
+# Tensors above this many bytes give their pages back after every slab, smaller ones after the last.
+_RELEASE_ABOVE = 1 << 24
+
+
+@dataclass(frozen=True)
+class PreparedGGUF:
+    """A plan with its open source. checkpoint: the model under Hugging Face names, or a GGUF file as it is."""
+
+    checkpoint: Checkpoint | RawGGUF
+    source: str
+    source_kind: str
+    source_notes: tuple[str, ...]
+    plan: GGUFPlan
+    threads: int
+    options: OpenOptions = field(default_factory=OpenOptions)
+    matrix: ImportanceMatrix | None = None
+
+    @property
+    def calibration(self) -> CalibrationText | None:
+        """The text that the importance was measured on, where this run did that."""
+        settings, matrix = self.plan.settings, self.matrix
+        if settings.imatrix != MEASURE or matrix is None:
+            return None
+        text = read_text(settings.calib, packaged="calibration")
+        return CalibrationText(text.name, text.sha256, matrix.chunks, matrix.chunk_tokens)
+
+    def peak_memory(self) -> int:
+        """Predicted peak resident bytes of the run: what is resident now, the slabs in flight, and the later stages."""
+        slab = max(SLAB_WEIGHTS, *(tensor.columns for tensor in self.plan.tensors))
+        return resident_memory() + (self.threads + 1) * slab * _SLAB_BYTES_PER_WEIGHT + _LATER_BYTES
+
+
+def prepare_gguf(
+    model: str | Path,
+    settings: Settings,
+    options: OpenOptions | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PreparedGGUF:
+    """Open a model and plan its GGUF; reads headers only, unless the imatrix is to be measured."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot do anything", "leave it out for one per core")
+    threads = threads or os.cpu_count() or 1
+    options = options or OpenOptions()
+    matrix = _imatrix(model, settings, options, progress)
+    raw = open_as_gguf(model, options)
+    if raw is not None:
+        plan = plan_from_gguf(raw, settings, matrix)
+        return PreparedGGUF(raw, str(model), "gguf", _stored_note(raw), plan, threads, options, matrix)
+    checkpoint = open_checkpoint(model, options)
+    architecture, checkpoint = described(checkpoint, options, split_experts=True)
+    mapped = describe_gguf(checkpoint, architecture)
+    embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
+    tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
+    float_type = "BF16" if model_dtype(checkpoint) is torch.bfloat16 else "F16"
+    plan = plan_from_model(
+        checkpoint, mapped, tokenizer.key_values, settings, matrix, float_type, tuple(tokenizer.notes)
+    )
+    notes = tuple(checkpoint.notes)
+    return PreparedGGUF(checkpoint, checkpoint.source, checkpoint.kind, notes, plan, threads, options, matrix)
+
+
+def write_gguf(
+    prepared: PreparedGGUF,
+    output: Path,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    finish: Callable[[Path, list[Path], dict[str, TensorResult]], None] | None = None,
+) -> None:
+    """Write the plan's file (or parts) under the name `output`, atomically.
+
+    finish  is called with the hidden folder and the files in it before they get their names, to verify them and to
+            write the report beside them; an exception there leaves nothing behind
+    """
+    refuse_existing_file(output, report_path(output), overwrite)
+    check_disk(output, prepared.plan.file_bytes)
+    with atomic_files(output) as work:
+        plan = prepared.plan
+        writer = GGUFWriter(work, output.name, plan.stored, plan.key_values, plan.settings.shard_size)
+        try:
+            results = _Run(prepared, writer, progress).encode()
+            writer.close()
+        finally:
+            writer.abandon()
+        if finish is not None:
+            finish(work, writer.files, results)
+
+
+class _Run:
+    """State shared by the worker threads of one run."""
+
+    def __init__(self, prepared: PreparedGGUF, writer: GGUFWriter, progress: Progress | None):
+        self.prepared, self.writer = prepared, writer
+        self.progress = progress or (lambda what, done, total: None)
+        self.total = sum(tensor.source_bytes for tensor in prepared.plan.tensors)
+        self.done = 0
+        self.lock = threading.Lock()
+        self.sums: dict[str, dict[int, tuple[float, float, float]]] = {}
+
+    def encode(self) -> dict[str, TensorResult]:
+        jobs = (
+            (self._slab, tensor, first, last)
+            for tensor in self.prepared.plan.tensors
+            for first, last in slabs(tensor, SLAB_WEIGHTS)
+        )
+        run_all(jobs, self.prepared.threads)
+        return {name: summed(sums) for name, sums in self.sums.items()}
+
+    def _slab(self, tensor: PlannedBlocks, first: int, last: int) -> None:
+        if tensor.copied:
+            self._copy(tensor, first, last)
+        else:
+            self._encode(tensor, first, last)
+        self._release(tensor, first, last)
+        with self.lock:
+            self.done += tensor.source_bytes * (last - first) // max(1, tensor.rows)
+            self.progress(tensor.name, self.done, self.total)
+
+    def _copy(self, tensor: PlannedBlocks, first: int, last: int) -> None:
+        raw = self.prepared.checkpoint
+        assert isinstance(raw, RawGGUF), "only GGUF files store ggml types"
+        stored = raw.bytes(tensor.source.tensor)  # type: ignore[attr-defined]
+        begin = first * tensor.row_bytes
+        self.writer.write(tensor.name, stored[begin : last * tensor.row_bytes], begin)
+
+    def _encode(self, tensor: PlannedBlocks, first: int, last: int) -> None:
+        values = tensor.source.read(self.prepared.checkpoint, first, last)
+        values = values.reshape(last - first, tensor.columns)
+        if values.dtype.itemsize > 4:
+            values = values.float()
+        if values.numel() and not is_finite(values):
+            raise NonFiniteError(
+                f"{self.prepared.source}: tensor {tensor.name} holds NaN or inf, in the slab from row {first} on",
+                "the checkpoint is damaged, or was trained into overflow; get another copy of it",
+            )
+        blocks = ggml.encode(tensor.kind.name, values, importance_of(tensor, first))
+        sums = ggml.squared_error(tensor.kind.name, values, blocks)
+        if not math.isfinite(sums[0]):
+            raise NonFiniteError(
+                f"{self.prepared.source}: tensor {tensor.name} has weights beyond the range of {tensor.kind.name}",
+                f"store it in BF16: --override '{tensor.name}=BF16'",
+            )
+        with self.lock:
+            self.sums.setdefault(tensor.name, {})[first] = sums
+        self.writer.write(tensor.name, blocks, first * tensor.row_bytes)
+
+    def _release(self, tensor: PlannedBlocks, first: int, last: int) -> None:
+        checkpoint = self.prepared.checkpoint
+        if isinstance(checkpoint, RawGGUF):
+            checkpoint.release(tensor.source.tensor, first, last)  # type: ignore[attr-defined]
+        elif last == tensor.rows or tensor.source_bytes > _RELEASE_ABOVE:
+            for name in tensor.source.sources:
+                if name in checkpoint.tensors:
+                    checkpoint.release(name)
+
+
+def open_as_gguf(model: str | Path, options: OpenOptions) -> RawGGUF | None:
+    """The GGUF file that MODEL is or names, opened as it is; None where it is something else."""
+    from lowbit.checkpoint.opening import find_gguf
+
+    path = find_gguf(model, options)
+    return None if path is None else RawGGUF(path)
+
+
+def _stored_note(raw: RawGGUF) -> tuple[str, ...]:
+    from lowbit.checkpoint.gguf import stored_types_note
+
+    return tuple(stored_types_note(raw.tensors))
+
+
+def _imatrix(
+    model: str | Path, settings: Settings, options: OpenOptions, progress: Progress | None
+) -> ImportanceMatrix | None:
+    """From a file, or measured now on the calibration text where `settings.imatrix` says so."""
+    if settings.imatrix is None:
+        return None
+    if settings.imatrix != MEASURE:
+        return read_imatrix(Path(settings.imatrix))
+    from lowbit.calibrate.imatrix import measure_imatrix_of
+
+    return measure_imatrix_of(model, settings.calib, settings.samples, settings.seqlen, options, progress)

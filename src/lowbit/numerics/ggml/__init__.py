@@ -1,0 +1,89 @@
+"""ggml's number formats: the types of GGUF files.
+
+    encode   weights [N, K] → blocks, uint8 [N, row bytes]: what the file holds, of least weighted squared error
+    decode   blocks → float32 [N, K], bit for bit as the gguf package and llama.cpp decode
+
+`TYPES` is the table. Each family (a file of this package) has a readable encoder and decoder in torch: the
+specification, and what runs where there is no compiled core. The compiled ones (`csrc/ggml`) make the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ShapeError
+from lowbit.kernels.choice import compiled
+from lowbit.numerics.ggml import reference
+from lowbit.numerics.ggml.iquant_grids import hand_over
+from lowbit.numerics.ggml.types import TYPES, GgmlType, find_type
+
+if TYPE_CHECKING:
+    from lowbit.kernels._core import Isa
+
+__all__ = ["TYPES", "GgmlType", "decode", "encode", "find_type", "squared_error"]
+
+
+def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Blocks, uint8 [N, row bytes], of the rows of a weight.
+
+    weight      float32, bfloat16 or float16 [N, K], finite; K divides by the type's block
+    importance  float32 [K], finite and ≥ 0: weighs squared errors; None weighs columns alike
+
+    Single-threaded and reentrant (the GIL is released): split rows over threads. Raises ShapeError where K does not
+    divide, UsageError for an unknown type.
+    """
+    kind = find_type(type_name)
+    _check_columns(kind, weight.shape[1])
+    core = _core_for(kind, weight)
+    if core is None:
+        return reference.encode(kind, weight, importance)
+    blocks = torch.empty((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8)
+    core.ggml_encode(kind.number, weight.contiguous(), None if importance is None else importance.contiguous(), blocks)
+    return blocks
+
+
+def decode(type_name: str, blocks: Tensor) -> Tensor:
+    """Float32 [N, K] of blocks, uint8 [N, row bytes]."""
+    kind = find_type(type_name)
+    if blocks.shape[1] % kind.size:
+        raise ShapeError(f"rows of {blocks.shape[1]} bytes are not whole blocks of {kind.size} ({kind.name})")
+    core = _core_for(kind, blocks)
+    if core is None:
+        return reference.decode(kind, blocks)
+    weights = torch.empty((blocks.shape[0], blocks.shape[1] // kind.size * kind.weights), dtype=torch.float32)
+    core.ggml_decode(kind.number, blocks.contiguous(), weights)
+    return weights
+
+
+def squared_error(type_name: str, weight: Tensor, blocks: Tensor) -> tuple[float, float, float]:
+    """(Σ (w − ŵ)², Σ w², max |w − ŵ|) of rows [N, K] and the blocks made of them; not finite where a weight is not."""
+    kind = find_type(type_name)
+    core = _core_for(kind, weight)
+    if core is not None:
+        return core.ggml_error(kind.number, weight.contiguous(), blocks.contiguous())
+    original = weight.float()
+    error = original - decode(type_name, blocks)
+    return (
+        error.square().sum(dtype=torch.float64).item(),
+        original.square().sum(dtype=torch.float64).item(),
+        error.abs().max().item() if error.numel() else 0.0,
+    )
+
+
+def _core_for(kind: GgmlType, tensor: Tensor) -> Isa | None:
+    """The compiled core, with the codebook that this type needs, or None for the torch reference."""
+    core = compiled(tensor.device)
+    if core is not None and kind.family == "i":
+        hand_over(core, kind)
+    return core
+
+
+def _check_columns(kind: GgmlType, columns: int) -> None:
+    if columns % kind.weights:
+        raise ShapeError(
+            f"rows of {columns} weights are not whole blocks of {kind.weights} ({kind.name})",
+            "choose a type whose block divides them: Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32",
+        )

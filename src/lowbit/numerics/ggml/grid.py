@@ -1,0 +1,145 @@
+"""`GgmlGrid`: a ggml type as algorithms with error feedback (GPTQ) see a number format.
+
+    fit     weights of whole blocks → params    the scales (offsets, sub-scales) that the type's encoder chooses
+    round   weights, params → codes             nearest code given the params; any slice of columns_per_code columns
+    decode  codes, params → weights             float32, what the decoder makes of the block, bit for bit
+    pack    codes, params → blocks              what a file holds
+
+Params are `Blocks` without codes. `fit` works on as little as one block of columns, so an algorithm can fit weights
+that it has already corrected, block by block, and `join` the params; `at` gives the params of a few columns:
+
+    for start in range(0, K, grid.block):
+        params.append(grid.fit(weight[:, start : start + grid.block], importance[start : start + grid.block]))
+        for column in range(0, grid.block, grid.columns_per_code):
+            here = grid.at(params[-1], column, column + grid.columns_per_code)
+            ... round, decode, spread the error over the columns to the right ...
+    blocks = grid.pack(torch.cat(codes, dim=1), grid.join(params))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ShapeError
+from lowbit.numerics import ggml
+from lowbit.numerics.ggml import reference
+from lowbit.numerics.ggml.blocks import Blocks, per_column
+from lowbit.numerics.ggml.types import GgmlType, find_type
+
+# Bits that a block spends on the codes of one weight. Signs of lattice points are part of the code (IQ2_XXS, IQ2_XS and
+# IQ3_XXS leave out one in eight); the shift of IQ1_M, one bit for 8 weights, is too, that of IQ1_S is a parameter.
+_CODE_BITS = {
+    "F32": 32, "F16": 16, "BF16": 16,
+    "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8,
+    "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6,
+    "IQ4_NL": 4, "IQ4_XS": 4, "MXFP4": 4, "NVFP4": 4,
+    "TQ1_0": 52 / 32, "TQ2_0": 2,
+    "IQ1_S": 11 / 8, "IQ1_M": 12 / 8, "IQ2_XXS": 15 / 8, "IQ2_XS": 16 / 8, "IQ2_S": 18 / 8,
+    "IQ3_XXS": 23 / 8, "IQ3_S": 13 / 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgmlGrid:
+    """One ggml type; UsageError where `type_name` is none. Grids of the same type compare equal."""
+
+    type_name: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "type_name", find_type(self.type_name).name)
+
+    @property
+    def name(self) -> str:
+        return self.type_name
+
+    @cached_property
+    def kind(self) -> GgmlType:
+        return find_type(self.type_name)
+
+    @property
+    def block(self) -> int:
+        """Columns of a block, which `fit` and `pack` take whole."""
+        return self.kind.weights
+
+    @property
+    def columns_per_code(self) -> int:
+        """1 for scalar types, 4 or 8 for those that round to points of a lattice."""
+        return _layout(self.kind)[0]
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of one code; 1.625 of one of TQ1_0, which stores several together."""
+        return _layout(self.kind)[1]
+
+    @property
+    def symmetric(self) -> bool:
+        """True where no offset is stored."""
+        return _layout(self.kind)[2]
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """Params of weight [N, K], K whole blocks; importance float32 [K] weighs the squared errors."""
+        return self._without_codes(self._family.unpack(self.kind, ggml.encode(self.name, weight, importance)))
+
+    def at(self, params: Blocks, start: int, stop: int) -> Blocks:
+        """Params of columns start..stop, for `round` and `decode`; a scale per column, nothing stored."""
+        groups = torch.arange(start, stop, device=params.scale.device) // self.kind.group
+        offset = None if params.offset is None else params.offset[:, groups]
+        return Blocks(params.codes, params.scale[:, groups], offset)
+
+    def round(self, weight: Tensor, params: Blocks, importance: Tensor | None = None) -> Tensor:
+        """Codes [N, k / columns_per_code] of weight [N, k]; importance float32 [k] matters to lattices only."""
+        return self._family.round(self.kind, weight.to(torch.float32), params, importance)
+
+    def decode(self, codes: Tensor, params: Blocks) -> Tensor:
+        """Float32 [N, k] of codes [N, k / columns_per_code]."""
+        values = self._family.value(self.kind, codes)
+        weight = per_column(params.scale, values.shape[1]) * values
+        return weight if params.offset is None else weight + per_column(params.offset, values.shape[1])
+
+    def join(self, params: Sequence[Blocks]) -> Blocks:
+        """Params of consecutive runs of whole blocks as one."""
+        offsets = [part.offset for part in params if part.offset is not None]
+        return Blocks(
+            torch.cat([part.codes for part in params], dim=1),
+            torch.cat([part.scale for part in params], dim=1),
+            torch.cat(offsets, dim=1) if offsets else None,
+            {key: torch.cat([part.stored[key] for part in params], dim=1) for key in params[0].stored},
+        )
+
+    def pack(self, codes: Tensor, params: Blocks) -> Tensor:
+        """Blocks, uint8 [N, row bytes], of the codes of whole rows; ShapeError where params are of other columns."""
+        columns = codes.shape[1] * self.columns_per_code
+        fitted = params.scale.shape[1] * self.kind.group
+        if columns != fitted:
+            raise ShapeError(f"{columns} columns of codes, and params of {fitted} columns ({self.name})")
+        if not params.stored and self.kind.family != "plain":
+            raise ShapeError(
+                f"params of single columns cannot be packed ({self.name})", "join those that fit made of whole blocks"
+            )
+        return self._family.pack(self.kind, params.with_codes(codes))
+
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, Blocks]:
+        """(codes, params) of blocks: the inverse of `pack`."""
+        unpacked = self._family.unpack(self.kind, blocks)
+        return unpacked.codes, self._without_codes(unpacked)
+
+    @property
+    def _family(self):
+        return reference.family(self.kind)
+
+    def _without_codes(self, blocks: Blocks) -> Blocks:
+        return blocks.with_codes(blocks.codes[:, :0])
+
+
+@cache
+def _layout(kind: GgmlType) -> tuple[int, float, bool]:
+    """(columns per code, bits per code, whether there are no offsets), as the family unpacks an empty block."""
+    blocks = reference.family(kind).unpack(kind, torch.zeros((1, kind.size), dtype=torch.uint8))
+    codes = blocks.codes.shape[1]
+    columns = kind.weights // codes
+    return columns, _CODE_BITS[kind.name] * columns, blocks.offset is None

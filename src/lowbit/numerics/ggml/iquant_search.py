@@ -1,0 +1,301 @@
+"""How the i-quants are encoded: the points of a scale exactly, the scales by a short search.
+
+All of it is stated for sub-blocks [S, n] of n = 32 or 16 columns, of blocks of 256, normalized: weights by the largest
+magnitude of their block, importance w by its largest. Signs stored apart are split off, x is then a magnitude; where
+their number has to be even and is not, the x of least w x² is made negative instead. Sums are sequential, in float32.
+
+1.  A free scale for each sub-block. With points g of one scale, Σ w x g / Σ w g² is the best scale, and what it saves is
+    (Σ w x g)² / Σ w g². Kept are the points that save most, of a few scales: `guesses` times what maps the largest
+    magnitude on the largest level (IQ1: the root mean squares on each other; both shifts), then the best scale so far.
+2.  d for the block, of 64 around (largest scale) / (largest odd number), so that the scales are nearest to odd multiples
+    of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
+3.  The points again at the two nearest of the scales that now can be stored; the better stays.
+4.  Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least squares
+    and rounded to a half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.ggml.iquant_grids import GridIndex, grid, index_of
+
+BLOCK = 256
+SHIFT = 0.125  # IQ1: points are shifted by this much, up or down
+LEAST_IMPORTANCE = 2.0**-20
+NOTHING = 1e-9  # blocks of smaller weights become zeros
+LARGEST_HALF = 65504.0
+LEAST_COST = 1e-30  # keeps the costs of second halves, whose last bits are used, above the denormals
+PATTERN_MASK = 127
+STEPS_TRIED = 64
+CHUNK = 2048  # vectors searched at once
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the search depends on besides the grid.
+
+    group           columns of a sub-block
+    sub_scales      stored sub-scales are 0 … sub_scales − 1
+    unit            effective scale = d · unit · (2 · sub-scale + 1)
+    signs           "even", "free" or "none"; none: points are shifted up or down
+    shift_columns   columns that share a shift
+    guesses         see 1 above
+    """
+
+    group: int
+    sub_scales: int
+    unit: float
+    signs: str
+    shift_columns: int
+    guesses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of sub-blocks: scale and d (half, of their block), points, shifts (−1, 1 or 0), signs (1 where negative)."""
+
+    sub_scale: Tensor  # float32 [S]
+    d: Tensor  # float16 [B]
+    entry: Tensor  # int32 [S, points]
+    shift: Tensor  # float32 [S, points]
+    negative: Tensor  # bool [S, n]
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Points of sub-blocks: number int64, shift float32 [S, points]; Σ w x g and Σ w g² [S]."""
+
+    entry: Tensor
+    shift: Tensor
+    sxg: Tensor
+    sgg: Tensor
+
+
+@dataclass(frozen=True)
+class _Tile:
+    x: Tensor
+    w: Tensor
+    negative: Tensor
+    unit: Tensor  # [B]
+
+
+def search(type_name: str, how: Search, weight: Tensor, importance: Tensor) -> Found:
+    """Codes of blocks: weight and importance, float32 [B, 256]."""
+    tile = _load(how, weight, importance)
+    blocks = len(weight)
+    scale, points = _free_scales(type_name, how, tile)
+    step = _fit_step(how, scale.reshape(blocks, -1), points.sgg.reshape(blocks, -1), tile.unit)
+    sub_scale, points = _stored_scales(type_name, how, tile, scale, step.repeat_interleave(BLOCK // how.group), points)
+    if how.signs == "even":
+        tile = _move_flips(tile, _values(type_name, points))
+        points = _add_up(type_name, tile, points.entry, points.shift)
+    odd = 2 * sub_scale + 1
+    above = _ordered_sum((odd * points.sxg).reshape(blocks, -1))
+    below = _ordered_sum((odd * odd * points.sgg).reshape(blocks, -1))
+    d = _half_of_step(how, torch.where(above > 0, above / below, 0.0), tile.unit)
+    return Found(sub_scale, d, points.entry.int(), points.shift, tile.negative)
+
+
+def nearest_points(index: GridIndex, x: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """(number, cost) of the point of least Σ w (x − scaled level)², for each vector.
+
+    x, w    float32 [V, columns]
+    scaled  float32 [V, L]: what each level decodes to
+
+    The cost of a point is P[a] + Q[b], of the patterns of its halves; the last 7 bits of Q[b] are replaced by b, so that
+    a minimum says whose it is. Ties go to the smaller b and to the earlier a of `GridIndex.first`.
+    """
+    entries, costs = [], []
+    for part in torch.arange(len(x)).split(CHUNK):
+        entry, cost = _nearest(index, *pattern_costs(x[part], w[part], scaled[part]))
+        entries.append(entry)
+        costs.append(cost)
+    return torch.cat(entries), torch.cat(costs)
+
+
+def pattern_costs(x: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q [V, patterns]: the costs of all patterns of first and of second halves."""
+    off = x[:, :, None] - scaled[:, None, :]
+    column = (off * off * w[:, :, None]).unbind(1)
+    pairs = [
+        (low[:, None, :] + LEAST_COST + high[:, :, None]).flatten(1)
+        for low, high in zip(column[::2], column[1::2], strict=True)
+    ]
+    if len(pairs) == 2:
+        return pairs[0], pairs[1]
+    p, q = ((low[:, None, :] + high[:, :, None]).flatten(1) for low, high in (pairs[:2], pairs[2:]))
+    return p, q
+
+
+def _nearest(index: GridIndex, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    numbers = torch.arange(q.shape[1], dtype=torch.int32)
+    keys = (q.contiguous().view(torch.int32) & ~PATTERN_MASK) | numbers
+    least = keys[:, index.second.flatten()].reshape(len(q), *index.second.shape).amin(dim=2)
+    costs = p[:, index.first] + least.view(torch.float32)
+    at = costs.argmin(dim=1, keepdim=True)
+    first, second = index.first[at[:, 0]], least.gather(1, at)[:, 0] & PATTERN_MASK
+    return index.entry[first, second.long()].long(), costs.gather(1, at)[:, 0]
+
+
+def _load(how: Search, weight: Tensor, importance: Tensor) -> _Tile:
+    unit = weight.abs().amax(dim=1)
+    unit = torch.where(unit > 0, unit, 1.0)
+    most = importance.amax(dim=1, keepdim=True)
+    w = torch.where(most > 0, importance / most, 1.0).clamp(min=LEAST_IMPORTANCE).reshape(-1, how.group)
+    x = (weight / unit[:, None]).reshape(-1, how.group)
+    if how.signs == "none":
+        return _Tile(x, w, torch.zeros_like(x, dtype=torch.bool), unit)
+    negative, x = x < 0, x.abs()
+    if how.signs == "even":
+        odd = negative.reshape(-1, 8).sum(dim=1) % 2 == 1
+        x, negative = _flip(x, negative, odd, w * x * x)
+    return _Tile(x, w, negative, unit)
+
+
+def _flip(x: Tensor, negative: Tensor, where: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes the magnitude of least cost negative, of the groups of 8 columns that `where` [groups] names."""
+    at = cost.reshape(-1, 8).argmin(dim=1, keepdim=True)
+    flip = (torch.arange(8) == at) & where[:, None]
+    flip = flip.reshape(x.shape)
+    return torch.where(flip, -x, x), negative ^ flip
+
+
+def _move_flips(tile: _Tile, point: Tensor) -> _Tile:
+    """The error of a flip is 4 · scale · w |x| g; points g [S, n] are known now."""
+    flipped = tile.x < 0
+    magnitude = tile.x.abs()
+    where = flipped.reshape(-1, 8).any(dim=1)
+    x, negative = _flip(magnitude, tile.negative ^ flipped, where, tile.w * magnitude * point)
+    return _Tile(x, tile.w, negative, tile.unit)
+
+
+def _free_scales(type_name: str, how: Search, tile: _Tile) -> tuple[Tensor, _Points]:
+    """Step 1."""
+    base = _first_scale(type_name, how, tile)
+    scale, saved, best = torch.zeros_like(base), torch.full_like(base, -1.0), None
+    for guess in (*how.guesses, None):
+        if guess is None:
+            points = _find(type_name, tile, scale, best.shift)
+        else:
+            points = _guess(type_name, how, tile, base * guess)
+        fitted = points.sxg / points.sgg
+        saves = points.sxg * fitted
+        better = saves > saved
+        best = points if best is None else _choose(better, points, best)
+        scale, saved = torch.where(better, fitted, scale), torch.where(better, saves, saved)
+    return scale, best
+
+
+def _first_scale(type_name: str, how: Search, tile: _Tile) -> Tensor:
+    one = torch.tensor(1.0)
+    if how.signs != "none":
+        return tile.x.abs().amax(dim=1) * (one / index_of(type_name).levels[-1])
+    root_mean_square = grid(type_name).double().square().mean().sqrt().float()
+    squares, total = _ordered_sum(tile.w * tile.x * tile.x), _ordered_sum(tile.w)
+    return (squares / total).sqrt() * (one / root_mean_square)
+
+
+def _guess(type_name: str, how: Search, tile: _Tile, scale: Tensor) -> _Points:
+    """The points of least error at a scale [S]; IQ1: with the better shift, for the columns that share one."""
+    count = how.group // grid(type_name).shape[1]
+    if how.signs != "none":
+        return _find(type_name, tile, scale, torch.zeros(len(scale), count))
+    up, down = torch.full((len(scale), count), SHIFT), torch.full((len(scale), count), -SHIFT)
+    up_entry, up_cost = _entries(type_name, tile, scale, up)
+    down_entry, down_cost = _entries(type_name, tile, scale, down)
+    share = how.shift_columns // 8
+    gain = _ordered_sum((up_cost - down_cost).reshape(-1, share))
+    better = (gain > 0).repeat_interleave(share).reshape(-1, count)
+    return _add_up(type_name, tile, torch.where(better, down_entry, up_entry), torch.where(better, down, up))
+
+
+def _find(type_name: str, tile: _Tile, scale: Tensor, shift: Tensor) -> _Points:
+    return _add_up(type_name, tile, _entries(type_name, tile, scale, shift)[0], shift)
+
+
+def _entries(type_name: str, tile: _Tile, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """(number, cost) [S, points] of the nearest points at scales [S], shifted."""
+    columns, index = grid(type_name).shape[1], index_of(type_name)
+    scaled = scale[:, None, None] * (index.levels + shift[:, :, None])
+    entry, cost = nearest_points(index, tile.x.reshape(-1, columns), tile.w.reshape(-1, columns), scaled.flatten(0, 1))
+    return entry.reshape(shift.shape), cost.reshape(shift.shape)
+
+
+def _values(type_name: str, points: _Points) -> Tensor:
+    """Coordinates [S, n]."""
+    return (grid(type_name)[points.entry].to(torch.float32) + points.shift[:, :, None]).flatten(1)
+
+
+def _add_up(type_name: str, tile: _Tile, entry: Tensor, shift: Tensor) -> _Points:
+    zeros = torch.zeros(len(entry))
+    value = _values(type_name, _Points(entry, shift, zeros, zeros))
+    weighed = tile.w * value
+    return _Points(entry, shift, _ordered_sum(weighed * tile.x), _ordered_sum(weighed * value))
+
+
+def _choose(better: Tensor, new: _Points, old: _Points) -> _Points:
+    each = better[:, None]
+    return _Points(
+        torch.where(each, new.entry, old.entry),
+        torch.where(each, new.shift, old.shift),
+        torch.where(better, new.sxg, old.sxg),
+        torch.where(better, new.sgg, old.sgg),
+    )
+
+
+def _fit_step(how: Search, scale: Tensor, weight: Tensor, unit: Tensor) -> Tensor:
+    """Step 2: scales and their weights [B, sub-blocks] → the step between scales that a half d makes, [B]."""
+    largest = scale.amax(dim=1).clamp(min=0)
+    smallest = largest / (2 * how.sub_scales - 1)
+    tried = torch.arange(STEPS_TRIED, dtype=torch.float32) * 0.0055 + 0.85
+    step = smallest[:, None] * tried
+    half_inverse = 0.5 / step
+    error = torch.zeros_like(step)
+    for k in range(scale.shape[1]):
+        s = _clamped(torch.round(scale[:, k, None] * half_inverse - 0.5), how.sub_scales - 1)
+        off = scale[:, k, None] - step * (s + s + 1)
+        error = error + weight[:, k, None] * off * off
+    best = step.gather(1, error.argmin(dim=1, keepdim=True))[:, 0]
+    half = _half_of_step(how, best, unit)
+    tiny = (half == 0) & (largest > 0) & (unit > NOTHING)
+    half = torch.where(tiny, torch.tensor(2.0**-24, dtype=torch.float16), half)
+    return half.to(torch.float32) * how.unit / unit
+
+
+def _stored_scales(
+    type_name: str, how: Search, tile: _Tile, scale: Tensor, step: Tensor, best: _Points
+) -> tuple[Tensor, _Points]:
+    """Step 3: (sub-scales as floats [S], points), where effective scales are odd multiples of `step`."""
+    top = how.sub_scales - 1
+    wish = scale * (0.5 / step) - 0.5
+    near = _clamped(torch.round(wish), top)
+    far = _clamped(near + torch.where(wish < near, -1.0, 1.0), top)
+    results = []
+    for candidate in (near, far):
+        effective = step * (candidate + candidate + 1)
+        points = _find(type_name, tile, effective, best.shift)
+        results.append((points, effective * (effective * points.sgg - points.sxg - points.sxg)))
+    better = results[1][1] < results[0][1]
+    return torch.where(better, far, near), _choose(better, results[1][0], results[0][0])
+
+
+def _half_of_step(how: Search, step: Tensor, unit: Tensor) -> Tensor:
+    """The half that stands for a step between scales of weights divided by `unit`."""
+    return (step * unit * (1 / how.unit)).clamp(max=LARGEST_HALF).to(torch.float16)
+
+
+def _clamped(values: Tensor, top: int) -> Tensor:
+    """To 0 … top; 0 for a NaN, which 0 / 0 makes of blocks of zeros."""
+    return torch.where(values > 0, values, 0.0).clamp(max=top)
+
+
+def _ordered_sum(terms: Tensor) -> Tensor:
+    """[S, n] → [S], added one after the other in float32."""
+    total = torch.zeros(len(terms))
+    for term in terms.unbind(1):
+        total = total + term
+    return total

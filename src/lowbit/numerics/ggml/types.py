@@ -1,0 +1,87 @@
+"""The ggml types: what a block of each holds, as ggml-common.h lays it out.
+
+A row of K weights is K / `weights` blocks of `size` bytes. Sub-blocks of `group` weights share a scale.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit.errors import UsageError
+
+Family = Literal["plain", "legacy", "k", "codebook", "ternary", "i"]
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """One type.
+
+    number      ggml's own, in files
+    weights     per block
+    size        bytes per block
+    group       weights that share a scale
+    formula     of one decoded weight
+    needs_importance  llama.cpp refuses to make it without an importance matrix, and so do we
+    """
+
+    name: str
+    number: int
+    weights: int
+    size: int
+    group: int
+    family: Family
+    formula: str
+    needs_importance: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.size / self.weights
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row; columns divide by the block."""
+        return columns // self.weights * self.size
+
+
+TYPES: dict[str, GgmlType] = {
+    kind.name: kind
+    for kind in (
+        GgmlType("F32", 0, 1, 4, 1, "plain", "x"),
+        GgmlType("F16", 1, 1, 2, 1, "plain", "x"),
+        GgmlType("BF16", 30, 1, 2, 1, "plain", "x"),
+        GgmlType("Q4_0", 2, 32, 18, 32, "legacy", "d·(q − 8)"),
+        GgmlType("Q4_1", 3, 32, 20, 32, "legacy", "d·q + m"),
+        GgmlType("Q5_0", 6, 32, 22, 32, "legacy", "d·(q − 16)"),
+        GgmlType("Q5_1", 7, 32, 24, 32, "legacy", "d·q + m"),
+        GgmlType("Q8_0", 8, 32, 34, 32, "legacy", "d·q"),
+        GgmlType("Q2_K", 10, 256, 84, 16, "k", "d·s·q − dmin·m, s and m of 4 bits"),
+        GgmlType("Q3_K", 11, 256, 110, 16, "k", "d·(s − 32)·(q − 4), s of 6 bits"),
+        GgmlType("Q4_K", 12, 256, 144, 32, "k", "d·s·q − dmin·m, s and m of 6 bits"),
+        GgmlType("Q5_K", 13, 256, 176, 32, "k", "d·s·q − dmin·m, s and m of 6 bits"),
+        GgmlType("Q6_K", 14, 256, 210, 16, "k", "d·s·(q − 32), s of 8 bits"),
+        GgmlType("IQ4_NL", 20, 32, 18, 32, "codebook", "d·value[q], 16 values"),
+        GgmlType("IQ4_XS", 23, 256, 136, 32, "codebook", "d·(s − 32)·value[q], 16 values, s of 6 bits"),
+        GgmlType("MXFP4", 39, 32, 17, 32, "codebook", "2^(e − 128)·value[q], E2M1 doubled"),
+        GgmlType("NVFP4", 40, 64, 36, 16, "codebook", "s·value[q], E2M1, s an unsigned E4M3"),
+        GgmlType("TQ1_0", 34, 256, 54, 256, "ternary", "d·(q − 1), five q in a byte"),
+        GgmlType("TQ2_0", 35, 256, 66, 256, "ternary", "d·(q − 1)"),
+        GgmlType("IQ1_S", 19, 256, 50, 32, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time", needs_importance=True),
+        GgmlType("IQ1_M", 29, 256, 56, 16, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time", needs_importance=True),
+        GgmlType("IQ2_XXS", 16, 256, 66, 32, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
+        GgmlType("IQ2_XS", 17, 256, 74, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
+        GgmlType("IQ2_S", 22, 256, 82, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
+        GgmlType("IQ3_XXS", 18, 256, 98, 32, "i", "d·(1/2 + s)/2·±grid[q], 4 at a time"),
+        GgmlType("IQ3_S", 21, 256, 110, 32, "i", "d·(2·s + 1)·±grid[q], 4 at a time"),
+    )
+}
+
+
+def find_type(name: str) -> GgmlType:
+    """The ggml type called `name`, case-insensitively; UsageError names the nearest ones."""
+    kind = TYPES.get(name.upper())
+    if kind is not None:
+        return kind
+    near = difflib.get_close_matches(name.upper(), TYPES, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(TYPES)}"
+    raise UsageError(f"there is no ggml type {name!r}", hint)

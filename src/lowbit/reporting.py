@@ -1,0 +1,143 @@
+"""From a finished run to its report: lowbit-report.json and the page beside the weights."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit import __version__
+from lowbit.checkpoint.base import HTML_NAME, report_path
+from lowbit.measure import Meter
+from lowbit.report import schema
+from lowbit.report.html import render_html
+from lowbit.verification import Verification
+
+if TYPE_CHECKING:
+    from lowbit.gguf_pipeline import PreparedGGUF
+    from lowbit.gguf_plan import PlannedBlocks
+    from lowbit.pipeline import Prepared, TensorResult
+    from lowbit.plan import PlannedTensor
+
+
+def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorResult], written: list[Path],
+                 output: Path, verification: Verification, meter: Meter) -> schema.Report:  # fmt: skip
+    """The report of a finished run; `written` are the weight files, `output` is the name to be."""
+    plan = prepared.plan
+    files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written))
+    weights = sum(tensor.weights for tensor in plan.tensors)
+    bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
+    return schema.Report(
+        schema=schema.SCHEMA,
+        lowbit=__version__,
+        created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+        source=schema.Source(
+            model=prepared.source,
+            kind=prepared.source_kind,
+            architecture=plan.model_class,
+            notes=prepared.source_notes,
+            bytes=bytes_in,
+        ),
+        output=schema.Output(
+            format=plan.format, files=files, bytes=bytes_out, dtype=str(plan.dtype).removeprefix("torch.")
+        ),
+        settings=_settings(prepared),
+        versions=versions(),
+        totals=schema.Totals(
+            weights=weights,
+            quantized_weights=sum(tensor.weights for tensor in plan.quantized),
+            decoder_bits_per_weight=plan.bits_per_weight(decoder_only=True),
+            file_bits_per_weight=8 * bytes_out / weights,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            seconds=meter.seconds,
+            peak_memory_bytes=meter.peak_bytes,
+        ),
+        tensors=tuple(_entry(tensor, results.get(tensor.name)) for tensor in plan.tensors),
+        verification=schema.Verification(
+            ok=verification.ok,
+            engine=verification.engine,
+            checks=tuple(schema.Check(rule=c.rule, passed=c.passed, detail=c.detail) for c in verification.checks),
+        ),
+        serve=_serve_lines(verification, output),
+    )
+
+
+def _settings(prepared: Prepared | PreparedGGUF) -> schema.Settings:
+    plan = prepared.plan
+    settings = plan.settings
+    return schema.Settings(
+        scheme=plan.scheme_name,
+        method=settings.method,
+        range=plan.range_method,
+        group_size=settings.group_size,
+        percentile=settings.percentile if settings.range == "percentile" else None,
+        shard_size=settings.shard_size if plan.format == "gguf" else settings.bytes_per_shard,
+        ignore=settings.ignore,
+        overrides=tuple(f"{pattern}={name}" for pattern, name in settings.overrides.items()),
+        seed=settings.seed,
+        imatrix=settings.imatrix,
+        pure=settings.pure,
+        calibration=_calibration(prepared),
+    )
+
+
+def write_report(report: schema.Report, output: Path) -> None:
+    """lowbit-report.json and report.html in a folder, or beside a GGUF file."""
+    schema.dump(report, report_path(output))
+    schema.write_text(render_html(report), report_path(output, HTML_NAME))
+
+
+def versions() -> dict[str, str]:
+    """What a figure depends on beside the settings."""
+    import torch
+
+    from lowbit import kernels
+
+    return {
+        "lowbit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "kernels": kernels.isa(),
+    }
+
+
+def _calibration(prepared: Prepared | PreparedGGUF) -> schema.Calibration | None:
+    text = prepared.calibration
+    if text is None:
+        return None
+    return schema.Calibration(
+        name=text.name, sha256=text.sha256, samples=text.windows, sequence_length=text.window_tokens,
+        tokens=text.windows * text.window_tokens,
+    )  # fmt: skip
+
+
+def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
+    """How to run it: the engine where its rules hold, and in any case our own command."""
+    ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {shlex.quote(str(output.absolute()))} -p "…"')
+    theirs = {"vllm": "vllm serve {}", "llama.cpp": "llama-server -m {}"}.get(verification.engine)
+    if not verification.ok or theirs is None:
+        return (ours,)
+    command = theirs.format(shlex.quote(str(output.absolute())))
+    return (schema.ServeLine(engine=verification.engine, command=command), ours)
+
+
+def _entry(tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None) -> schema.TensorEntry:
+    return schema.TensorEntry(
+        name=tensor.name,
+        role=tensor.role,
+        block=tensor.block,
+        shape=tensor.shape,
+        scheme=None if tensor.scheme is None else tensor.scheme.name,
+        bits_per_weight=8 * tensor.stored_bytes / tensor.weights if tensor.weights else 0.0,
+        bytes=tensor.stored_bytes,
+        relative_error=None if result is None else result.relative_error,
+        max_error=None if result is None else result.max_error,
+        repacked=tensor.repack,
+        reason=tensor.reason,
+        notes=tensor.notes,
+    )

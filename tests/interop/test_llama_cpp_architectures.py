@@ -1,0 +1,65 @@
+"""llama.cpp loads a tiny model of every architecture that we write, and its log-probabilities are transformers'."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gguf_models import CASES, describe_folder, make_case, write_plain
+from lowbit.architecture.loading import load_model
+from lowbit.checkpoint import open_safetensors
+
+pytestmark = pytest.mark.interop
+
+xllamacpp = pytest.importorskip("xllamacpp")
+
+# Nats. Everything is float32, but GELU, which llama.cpp looks up in a float16 table (and has no exact form of).
+TOLERANCE = 2e-5
+LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt_neox"))}
+LOOSER["gpt_oss_yarn"] = 5e-3  # the ends of YaRN's ramp are rounded to whole dimensions
+
+
+def top_logprobs(path, ids: list[int], count: int = 10) -> dict[int, float]:
+    """Token → log-probability of the most likely next tokens, by llama.cpp."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 128
+    params.warmup = False
+    params.verbosity = 0
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count})
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+
+def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:
+    """(a random prompt, float64 log-probabilities after it); one that an ASCII letter follows, because llama.cpp holds
+    back half a character and stops at the end of the text."""
+    model = load_model(open_safetensors(folder))
+    for seed in range(100):
+        ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        if 3 <= int(logits.argmax()) < 97:
+            return ids[0].tolist(), logits.double().log_softmax(-1)
+    raise AssertionError("no prompt is followed by a letter")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same_model(tmp_path, case):
+    folder = make_case(tmp_path / "hf", case)
+    model, checkpoint = describe_folder(folder)
+    path = write_plain(model, checkpoint, tmp_path / "model.gguf")
+    ids, expected = prompt_and_logprobs(folder)
+    found = top_logprobs(path, ids)
+    assert len(found) == 10
+    assert max(found, key=found.__getitem__) == int(expected.argmax())
+    worst = max(abs(logprob - expected[token].item()) for token, logprob in found.items())
+    assert math.isfinite(worst)
+    assert worst < LOOSER.get(case, TOLERANCE), worst

@@ -1,0 +1,106 @@
+"""llama.cpp tokenizes hard texts as the Hugging Face tokenizer does whose key-values we wrote or rebuilt it from."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.export.gguf_tokenizer import tokenizer_key_values
+from lowbit.export.gguf_writer import packed_key_values
+from tiny_tokenizers import BYTE_LEVEL, SENTENCEPIECE, TEXTS, as_metadata, write_kind
+
+pytestmark = pytest.mark.interop
+
+xllamacpp = pytest.importorskip("xllamacpp")
+
+ROWS, WIDTH = 1024, 32
+
+
+class Server:
+    """llama.cpp with one model; `tokenize` asks for the ids of a text."""
+
+    def __init__(self, path: Path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 64
+        params.warmup = False
+        params.verbosity = 0
+        params.cpuparams.n_threads = 1
+        self._server = xllamacpp.Server(params)
+
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
+        address = f"{self._server.listening_address}/tokenize"
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["tokens"]
+
+
+def write_model(path: Path, key_values: dict[str, tuple]) -> Path:
+    """A Llama of one block and no sense, with that tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(WIDTH)
+    for key, (value, kind, items) in key_values.items():
+        writer.add_key_value(key, value, kind, items)
+    shapes = {"token_embd.weight": (ROWS, WIDTH), "output_norm.weight": (WIDTH,)}
+    shapes |= {f"blk.0.{name}_norm.weight": (WIDTH,) for name in ("attn", "ffn")}
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes |= {f"blk.0.{name}.weight": (WIDTH, WIDTH) for name in matrices}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.full(shape, 0.01, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def differences(server: Server, tokenizer: Tokenizer, texts: list[str]) -> dict[str, tuple]:
+    """Text → (llama.cpp's ids, tokenizers' ids) where they are not the same."""
+    found = {text: (server.tokenize(text), tokenizer.encode(text).ids) for text in texts}
+    return {text: pair for text, pair in found.items() if pair[0] != pair[1]}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
+def test_llama_cpp_finds_the_same_tokens(tmp_path, kind, bos):
+    folder = write_kind(tmp_path / "hf", kind, bos)
+    made = tokenizer_key_values(folder, ROWS)
+    assert packed_key_values(made.key_values)
+    server = Server(write_model(tmp_path / "model.gguf", made.key_values))
+    texts = [text for text in TEXTS if "\x00" not in text]
+    if any("NFC" in note for note in made.notes):
+        texts = [text for text in texts if "\u0301" not in text]
+    if kind == "metaspace":
+        texts = [text for text in texts if not (text.startswith(" ") or "> " in text)]
+    assert len(texts) > 12
+    assert differences(server, Tokenizer.from_file(str(folder / "tokenizer.json")), texts) == {}
+
+
+@pytest.mark.demo_model
+def test_the_demo_model(tmp_path):
+    """Its own file, and what we write of the folder that we rebuild from it."""
+    demo = open_checkpoint("demo:smollm2")
+    tokenizer = Tokenizer.from_file(str(demo.folder / "tokenizer.json"))
+    texts = [text for text in TEXTS if "\x00" not in text]
+    assert differences(Server(demo.tensors["model.norm.weight"].file), tokenizer, texts) == {}
+    made = tokenizer_key_values(demo.folder, 49152)
+    values = as_metadata(made.key_values)
+    assert made.notes == ()
+    stored = {key: value for key, value in demo.metadata.items() if key.startswith("tokenizer.")}
+    del stored["tokenizer.ggml.add_space_prefix"]  # has no effect on a byte-level BPE
+    assert stored.keys() <= values.keys()
+    assert [key for key, value in stored.items() if not np.array_equal(value, values[key])] == []

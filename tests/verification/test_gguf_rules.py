@@ -1,0 +1,166 @@
+"""llama.cpp's rules: a good GGUF file passes all; each test breaks one thing and names the rule that sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGUFValueType as V
+
+from lowbit.checkpoint.gguf_raw import open_raw_gguf
+from lowbit.errors import UsageError
+from lowbit.export.gguf_writer import GGUFWriter, StoredBlocks, packed_key_values
+from lowbit.numerics import ggml
+from lowbit.verification import verify
+
+WIDTH, HIDDEN, VOCAB = 64, 96, 24
+SHAPES = {
+    "token_embd.weight": (VOCAB, WIDTH),
+    "blk.0.attn_norm.weight": (WIDTH,),
+    "blk.0.attn_q.weight": (WIDTH, WIDTH),
+    "blk.0.attn_k.weight": (WIDTH, WIDTH),
+    "blk.0.attn_v.weight": (WIDTH, WIDTH),
+    "blk.0.attn_output.weight": (WIDTH, WIDTH),
+    "blk.0.ffn_norm.weight": (WIDTH,),
+    "blk.0.ffn_gate.weight": (HIDDEN, WIDTH),
+    "blk.0.ffn_up.weight": (HIDDEN, WIDTH),
+    "blk.0.ffn_down.weight": (WIDTH, HIDDEN),
+    "output_norm.weight": (WIDTH,),
+}
+
+
+def key_values() -> dict[str, tuple[Any, ...]]:
+    return {
+        "general.architecture": ("llama", V.STRING),
+        "general.quantization_version": (2, V.UINT32),
+        "llama.block_count": (1, V.UINT32),
+        "llama.context_length": (128, V.UINT32),
+        "llama.embedding_length": (WIDTH, V.UINT32),
+        "llama.feed_forward_length": (HIDDEN, V.UINT32),
+        "llama.attention.head_count": (4, V.UINT32),
+        "tokenizer.ggml.model": ("gpt2", V.STRING),
+        "tokenizer.ggml.tokens": ([chr(97 + i) for i in range(VOCAB)], V.ARRAY, V.STRING),
+        "tokenizer.ggml.token_type": ([1] * VOCAB, V.ARRAY, V.INT32),
+        "tokenizer.ggml.merges": (["a b"], V.ARRAY, V.STRING),
+        "tokenizer.ggml.eos_token_id": (2, V.UINT32),
+    }
+
+
+def weights() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+
+
+def write(path: Path, tensors=None, values=None, type_name="Q8_0") -> Path:
+    """A file of one llama block; matrices in `type_name`."""
+    content = {}
+    for name, weight in (tensors or weights()).items():
+        kind = ggml.find_type(type_name if weight.dim() > 1 else "F32")
+        blocks = ggml.encode(kind.name, weight.reshape(-1, weight.shape[-1]))
+        content[name] = (StoredBlocks(name, tuple(weight.shape), kind.number, blocks.numel()), blocks)
+    stored = [stored for stored, _ in content.values()]
+    writer = GGUFWriter(path.parent, path.name, stored, packed_key_values(values or key_values()))
+    for name, (_, blocks) in content.items():
+        writer.write(name, blocks, 0)
+    writer.close()
+    return path
+
+
+def failed(path: Path, source=None) -> set[str]:
+    return {check.rule for check in verify(path, source=source).failed}
+
+
+def test_a_good_file_passes(tmp_path):
+    source = open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32"))
+    checked = verify(write(tmp_path / "x.gguf"), source=source)
+    assert checked.ok
+    assert {"gguf-finite", "gguf-weights"} <= {check.rule for check in checked.checks}
+    assert verify(tmp_path / "x.gguf").unchecked.keys() == {"gguf-weights"}
+
+
+def test_a_truncated_file(tmp_path):
+    path = write(tmp_path / "x.gguf")
+    path.write_bytes(path.read_bytes()[:-64])
+    assert failed(path) == {"gguf-file"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("general.architecture", ("lama", V.STRING)), ("llama.block_count", ("one", V.STRING))]
+)
+def test_an_unknown_architecture_or_a_missing_size(tmp_path, key, value):
+    assert failed(write(tmp_path / "x.gguf", values=key_values() | {key: value})) == {"gguf-architecture"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t.pop("output_norm.weight"), "missing"),
+        (lambda t: t.update({"blk.0.attn_z.weight": t["blk.0.attn_q.weight"]}), "unknown name"),
+        (lambda t: t.update({"blk.5.attn_q.weight": t["blk.0.attn_q.weight"]}), "beyond the last block"),
+    ],
+)
+def test_tensors_that_are_not_the_architectures(tmp_path, change, why):
+    tensors = weights()
+    change(tensors)
+    assert failed(write(tmp_path / "x.gguf", tensors)) == {"gguf-tensors"}, why
+
+
+def test_a_matrix_of_another_width(tmp_path):
+    tensors = weights() | {"blk.0.ffn_up.weight": torch.randn(HIDDEN, 2 * WIDTH)}
+    assert failed(write(tmp_path / "x.gguf", tensors)) == {"gguf-shapes"}
+
+
+def test_quantized_blocks_without_a_version(tmp_path):
+    values = {key: value for key, value in key_values().items() if key != "general.quantization_version"}
+    assert failed(write(tmp_path / "x.gguf", values=values)) == {"gguf-types"}
+    assert not failed(write(tmp_path / "y.gguf", values=values, type_name="F16"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokenizer.ggml.model": ("words", V.STRING)},
+        {"tokenizer.ggml.tokens": (["a", "b", "c"], V.ARRAY, V.STRING)},
+        {"tokenizer.ggml.token_type": ([1, 1], V.ARRAY, V.INT32)},
+        {"tokenizer.ggml.eos_token_id": (VOCAB, V.UINT32)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_tokenizer_that_does_not_fit(tmp_path, changed):
+    assert failed(write(tmp_path / "x.gguf", values=key_values() | changed)) == {"gguf-tokenizer"}
+
+
+def test_a_tokenizer_without_merges(tmp_path):
+    values = {key: value for key, value in key_values().items() if key != "tokenizer.ggml.merges"}
+    assert failed(write(tmp_path / "x.gguf", values=values)) == {"gguf-tokenizer"}
+
+
+def test_a_scale_that_is_nan(tmp_path):
+    path = write(tmp_path / "x.gguf")
+    raw = open_raw_gguf(path)
+    tensor = next(t for t in raw.tensors if t.name == "blk.0.attn_v.weight")
+    raw.close()
+    data = np.fromfile(path, np.uint8)
+    data[tensor.start : tensor.start + 2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+    data.tofile(path)
+    assert failed(path) == {"gguf-finite"}
+
+
+def test_weights_of_another_model(tmp_path):
+    source = open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32"))
+    tensors = weights()
+    tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_q.weight"].flip(0)  # rows in another order
+    assert failed(write(tmp_path / "x.gguf", tensors), source) == {"gguf-weights"}
+
+
+def test_the_wrong_engine_is_refused(tmp_path):
+    path = write(tmp_path / "x.gguf")
+    with pytest.raises(UsageError, match="does not load"):
+        verify(path, engine="vllm")
+    with pytest.raises(UsageError, match="does not load"):
+        verify(tmp_path, engine="llama.cpp")
+    with pytest.raises(UsageError, match="no such file"):
+        verify(tmp_path / "absent.gguf")
