@@ -72,11 +72,12 @@ def main() -> None:
 
 
 def write_importance(path: Path, layers: int) -> None:
-    from lowbit.calibrate.imatrix_file import ImportanceEntry, ImportanceMatrix, write_imatrix
+    from lowbit.calibrate.imatrix_file import write_imatrix
+    from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
 
     random = torch.Generator().manual_seed(1)
     entries = {
-        name: ImportanceEntry(torch.randn(1, shape[-1], generator=random).exp(), torch.tensor([65536]))
+        name: ImportanceEntry.of_means(torch.randn(1, shape[-1], generator=random).exp(), torch.tensor([65536]))
         for name, shape in shapes(layers).items()
         if len(shape) > 1 and name != "token_embd.weight"
     }

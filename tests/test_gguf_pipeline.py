@@ -40,7 +40,9 @@ def imatrix(model, tmp_path_factory) -> Path:
     random = torch.Generator().manual_seed(0)
     plan = lowbit.dry_run(model, scheme="F32").plan
     entries = {
-        tensor.name: ImportanceEntry(torch.rand(1, tensor.columns, generator=random) + 0.1, torch.tensor([512]))
+        tensor.name: ImportanceEntry.of_means(
+            torch.rand(1, tensor.columns, generator=random) + 0.1, torch.tensor([512])
+        )
         for tensor in plan.tensors
         if len(tensor.shape) > 1 and tensor.name != "token_embd.weight"
     }
@@ -129,7 +131,7 @@ def test_importance_weighs_the_errors_of_its_columns(model, tmp_path):
     name = "blk.0.ffn_up.weight"
     values = torch.ones(1, 256)
     values[0, ::4] = 1000.0
-    entries = {name: ImportanceEntry(values, torch.tensor([1]))}
+    entries = {name: ImportanceEntry.of_means(values, torch.tensor([1]))}
     write_imatrix(ImportanceMatrix(entries, ("t",), 1, 1), tmp_path / "i.gguf")
 
     def error(path: Path) -> torch.Tensor:

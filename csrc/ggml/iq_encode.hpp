@@ -1,12 +1,14 @@
 // Encoding of the i-quants, sixteen sub-blocks side by side; the points of a scale are found exactly (iq_search.hpp).
 //
 //  1. A free scale for each sub-block. With the points of one scale, Σ w x g / Σ w g² is the best scale, and what it saves
-//     is (Σ w x g)² / Σ w g². Kept are the points that save most, of a few scales: kGuesses times what maps the largest
-//     magnitude on the largest level (IQ1: the root mean squares on each other), then the best scale so far.
-//  2. d for the block, of 64 around (largest scale) / (largest odd number), so that the scales are nearest to odd
+//     is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: kGuesses times what maps the
+//     largest magnitude on the largest level, then the best scale so far. IQ1, whose points are most of all patterns: the
+//     points at one scale, that of kGuesses times the ratio of root mean squares, and with the shifts, at which rounding
+//     to levels, point or not, costs least.
+//  2. d for the block, of 32 around (largest scale) / (largest odd number), so that the scales are nearest to odd
 //     multiples of it, weighed with Σ w g².
 //     It is rounded to a half (from the smallest to the largest there is).
-//  3. The points again at the two nearest of the scales that now can be stored; the better stays.
+//  3. The points again at the nearest of the scales that now can be stored; of the two nearest (kNeighbours) the better.
 //  4. Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least squares
 //     and rounded to a half.
 #pragma once
@@ -59,10 +61,10 @@ LANES_INLINE void coordinates(const IqGrid& grid, const IqPoints<Type>& points, 
     }
 }
 
-// The points of least error at `scale` (IQ1: with the shifts that `points` has), and their cost.
+// The points of least error at `scale` (IQ1: with the shifts that `points` has).
 template <class Type>
 __attribute__((noinline)) void find_points(const IqGrid& grid, const IqTile<Type>& tile, F32 scale,
-                                           IqPoints<Type>& points, F32* cost) {
+                                           IqPoints<Type>& points) {
     constexpr size_t columns = Type::kColumns, half = columns / 2, patterns = half == 4 ? 81 : 64;
     for (size_t u = 0; u < tile.kPoints * kParts; u += 2) {
         const size_t v = u / kParts, part = u % kParts, next = (u + 1) / kParts, next_part = (u + 1) % kParts;
@@ -82,7 +84,6 @@ __attribute__((noinline)) void find_points(const IqGrid& grid, const IqTile<Type
         const IqFound found = search<patterns>(grid, p, q);
         points.first[v].part[part] = found.first.a, points.first[next].part[next_part] = found.first.b;
         points.second[v].part[part] = found.second.a, points.second[next].part[next_part] = found.second.b;
-        cost[v].part[part] = found.cost.a, cost[next].part[next_part] = found.cost.b;
     }
 }
 
@@ -111,7 +112,7 @@ LANES_INLINE void keep(I32 better, const IqPoints<Type>& from, IqPoints<Type>& t
     to.sgg = select(better, from.sgg, to.sgg);
 }
 
-// What rounding 8 or 4 columns to the nearest levels, point or not, costs.
+// IQ1: what rounding 8 columns to the nearest levels, point or not, costs.
 template <class Type>
 LANES_INLINE F32 rough_cost(const F32* x, const F32* w, const F32* scaled) {
     F32 total = splat(0.0f);
@@ -123,24 +124,24 @@ LANES_INLINE F32 rough_cost(const F32* x, const F32* w, const F32* scaled) {
     return total;
 }
 
-// The cost of all columns, each 32 or 8 that share a shift (IQ1) with the better one, which goes to `down`.
+// The same for whole sub-blocks, columns that share a shift with the better one, which goes to `down`.
 template <class Type>
 LANES_INLINE F32 rough_cost(const IqGrid& grid, const IqTile<Type>& tile, F32 scale, I32* down) {
-    constexpr bool shifts = Type::kSigns == IqSigns::none;
-    constexpr size_t share = shifts ? Type::kShiftColumns / Type::kColumns : 1;
-    F32 scaled[2][Type::kLevels], total = splat(0.0f);
+    constexpr size_t share = Type::kShiftColumns / Type::kColumns;
+    F32 scaled_up[Type::kLevels], scaled_down[Type::kLevels], total = splat(0.0f);
     for (size_t l = 0; l < Type::kLevels; ++l) {
-        scaled[0][l] = scale * splat(grid.level[l] + (shifts ? kIqShift : 0.0f));
-        scaled[1][l] = scale * splat(grid.level[l] - kIqShift);
+        scaled_up[l] = scale * splat(grid.level[l] + kIqShift);
+        scaled_down[l] = scale * splat(grid.level[l] - kIqShift);
     }
     for (size_t v = 0; v < tile.kPoints; v += share) {
-        F32 cost[2] = {splat(0.0f), splat(0.0f)};
-        for (size_t m = v; m < v + share; ++m)
-            for (size_t c = 0; c < (shifts ? 2 : 1); ++c)
-                cost[c] = cost[c] + rough_cost<Type>(tile.x + m * Type::kColumns, tile.w + m * Type::kColumns, scaled[c]);
-        const I32 better = shifts ? cost[1] < cost[0] : splat(0);
+        F32 up_cost = splat(0.0f), down_cost = splat(0.0f);
+        for (size_t m = v * Type::kColumns; m < (v + share) * Type::kColumns; m += Type::kColumns) {
+            up_cost = up_cost + rough_cost<Type>(tile.x + m, tile.w + m, scaled_up);
+            down_cost = down_cost + rough_cost<Type>(tile.x + m, tile.w + m, scaled_down);
+        }
+        const I32 better = down_cost < up_cost;
         for (size_t m = v; m < v + share; ++m) down[m] = better;
-        total = total + select(better, cost[1], cost[0]);
+        total = total + smaller(down_cost, up_cost);
     }
     return total;
 }
@@ -162,32 +163,39 @@ LANES_INLINE F32 first_scale(const IqGrid& grid, const IqTile<Type>& tile) {
     }
 }
 
-// Step 1. Returns the scales.
+// Step 1 of IQ1. Returns the scales.
 template <class Type>
-LANES_INLINE F32 free_scales(const IqGrid& grid, const IqTile<Type>& tile, IqPoints<Type>& best) {
-    constexpr size_t count = IqTile<Type>::kPoints;
+LANES_INLINE F32 free_scales_of_shifted(const IqGrid& grid, const IqTile<Type>& tile, IqPoints<Type>& points) {
     const F32 first = first_scale<Type>(grid, tile);
-    F32 scale = first, least = splat(3e38f), cost[count];
+    F32 scale = first, least = splat(3e38f);
     for (const float guess : Type::kGuesses) {
-        I32 down[count];
-        const F32 rough = rough_cost<Type>(grid, tile, first * splat(guess), down);
+        I32 down[IqTile<Type>::kPoints];
+        const F32 candidate = first * splat(guess), rough = rough_cost<Type>(grid, tile, candidate, down);
         const I32 better = rough < least;
         least = select(better, rough, least);
-        scale = select(better, first * splat(guess), scale);
-        for (size_t v = 0; v < count; ++v) best.down[v] = select(better, down[v], best.down[v]);
+        scale = select(better, candidate, scale);
+        for (size_t v = 0; v < tile.kPoints; ++v) points.down[v] = select(better, down[v], points.down[v]);
     }
-    find_points<Type>(grid, tile, scale, best, cost);
-    add_up<Type>(grid, tile, best);
-    scale = best.sxg / best.sgg;
-    for (size_t again = 0; again < Type::kAgain; ++again) {
-        IqPoints<Type> points{};
-        for (size_t v = 0; v < count; ++v) points.down[v] = best.down[v];
-        find_points<Type>(grid, tile, scale, points, cost);
+    find_points<Type>(grid, tile, scale, points);
+    add_up<Type>(grid, tile, points);
+    return points.sxg / points.sgg;
+}
+
+// Step 1 of IQ2 and IQ3. Returns the scales.
+template <class Type>
+LANES_INLINE F32 free_scales(const IqGrid& grid, const IqTile<Type>& tile, IqPoints<Type>& best) {
+    constexpr size_t guesses = sizeof Type::kGuesses / sizeof(float);
+    const F32 first = first_scale<Type>(grid, tile);
+    F32 scale = splat(0.0f), saved = splat(-1.0f);
+    IqPoints<Type> points{};
+    for (size_t c = 0; c <= guesses; ++c) {
+        find_points<Type>(grid, tile, c < guesses ? first * splat(Type::kGuesses[c]) : scale, points);
         add_up<Type>(grid, tile, points);
-        const F32 fitted = points.sxg / points.sgg;
-        const I32 better = points.sxg * fitted > best.sxg * (best.sxg / best.sgg);
+        const F32 fitted = points.sxg / points.sgg, saves = points.sxg * fitted;
+        const I32 better = saves > saved;
         keep<Type>(better, points, best);
         scale = select(better, fitted, scale);
+        saved = select(better, saves, saved);
     }
     return scale;
 }
@@ -200,10 +208,10 @@ LANES_INLINE float fit_step(const float* scale, const float* weight, float unit)
     for (size_t k = 0; k < count; ++k) largest = scale[k] > largest ? scale[k] : largest;
     const float smallest_step = largest / float(2 * Type::kScales - 1);
     float best = smallest_step, least = 3e38f;
-    for (size_t batch = 0; batch < 4; ++batch) {
+    for (size_t batch = 0; batch < 2; ++batch) {
         float steps[kLanes], errors[kLanes];
         for (size_t i = 0; i < kLanes; ++i)
-            steps[i] = smallest_step * (0.85f + 0.0055f * float(batch * kLanes + i));
+            steps[i] = smallest_step * (0.85f + 0.011f * float(batch * kLanes + i));
         const F32 d = load(steps), half_inverse = splat(0.5f) / d;
         F32 error = splat(0.0f);
         for (size_t k = 0; k < count; ++k) {
@@ -228,13 +236,13 @@ LANES_INLINE F32 stored_scales(const IqGrid& grid, const IqTile<Type>& tile, F32
     const F32 wish = scale * (splat(0.5f) / d) - splat(0.5f);
     const F32 near = clamp(nearest(wish), zero, top);
     const F32 far = clamp(near + select(wish < near, splat(-1.0f), splat(1.0f)), zero, top);
-    F32 chosen = near, least = splat(0.0f), cost[IqTile<Type>::kPoints];
+    F32 chosen = near, least = splat(0.0f);
     IqPoints<Type> points{};
     for (size_t v = 0; v < tile.kPoints; ++v) points.down[v] = best.down[v];
     for (size_t c = 0; c < Type::kNeighbours; ++c) {
         const F32 candidate = c ? far : near;
         const F32 effective = d * (candidate + candidate + splat(1.0f));
-        find_points<Type>(grid, tile, effective, points, cost);
+        find_points<Type>(grid, tile, effective, points);
         add_up<Type>(grid, tile, points);
         const F32 error = effective * (effective * points.sgg - points.sxg - points.sxg);
         const I32 better = c ? error < least : splat(-1);
@@ -299,7 +307,11 @@ void encode_tile(const IqGrid& grid, float* weights, float* importance, size_t c
     IqTile<Type> tile;
     load_tile<Type>(weights, importance, tile);
     IqPoints<Type> points{};
-    const F32 free = free_scales<Type>(grid, tile, points);
+    F32 free;
+    if constexpr (Type::kSigns == IqSigns::none)
+        free = free_scales_of_shifted<Type>(grid, tile, points);
+    else
+        free = free_scales<Type>(grid, tile, points);
     float scale[kLanes], weight[kLanes], step[kLanes];
     store(free, scale);
     store(points.sgg, weight);

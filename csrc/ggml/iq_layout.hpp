@@ -23,15 +23,6 @@
 #include "iq_grid.hpp"
 #include "lanes.hpp"
 
-#ifndef IQ1G
-#define IQ1G 0.7f, 0.85f, 1.0f, 1.15f, 1.3f, 1.5f
-#endif
-#ifndef IQ2G
-#define IQ2G 0.55f, 0.65f, 0.75f, 0.85f, 0.95f, 1.05f, 1.15f
-#endif
-#ifndef IQ3G
-#define IQ3G 0.8f, 0.9f, 1.0f, 1.1f, 1.2f
-#endif
 namespace lowbit::LOWBIT_ISA {
 
 constexpr size_t kIqBlock = 256;
@@ -60,15 +51,15 @@ LANES_INLINE uint8_t with_even_sign(uint32_t seven) {
 
 enum class IqSigns { free, even, none };
 
-// What the types differ in. The effective scale is d · kUnit · (2 · scale + 1); kGuesses are what the search begins with,
-// see iq_encode.hpp.
+// What the types differ in. The effective scale is d · kUnit · (2 · scale + 1); kGuesses and kNeighbours belong to the
+// search, see iq_encode.hpp.
 struct Iq1S {
     static constexpr int kType = 19;
     static constexpr size_t kBytes = 50, kGroup = 32, kColumns = 8, kLevels = 3, kScales = 8, kShiftColumns = 32;
     static constexpr float kUnit = 1.0f;
     static constexpr IqSigns kSigns = IqSigns::none;
-    static constexpr float kGuesses[] = {IQ1G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.7f, 0.85f, 1.0f, 1.15f, 1.3f, 1.5f};
+    static constexpr size_t kNeighbours = 1;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);
@@ -99,8 +90,8 @@ struct Iq1M {
     static constexpr size_t kBytes = 56, kGroup = 16, kColumns = 8, kLevels = 3, kScales = 8, kShiftColumns = 8;
     static constexpr float kUnit = 1.0f;
     static constexpr IqSigns kSigns = IqSigns::none;
-    static constexpr float kGuesses[] = {IQ1G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.7f, 0.85f, 1.0f, 1.15f, 1.3f, 1.5f};
+    static constexpr size_t kNeighbours = 1;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         uint32_t d = 0;
@@ -134,8 +125,8 @@ struct Iq2Xxs {
     static constexpr size_t kBytes = 66, kGroup = 32, kColumns = 8, kLevels = 3, kScales = 16, kShiftColumns = 0;
     static constexpr float kUnit = 0.125f;
     static constexpr IqSigns kSigns = IqSigns::even;
-    static constexpr float kGuesses[] = {IQ2G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.6f, 0.75f, 0.9f, 1.1f};
+    static constexpr size_t kNeighbours = 2;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);
@@ -166,8 +157,8 @@ struct Iq2Xs {
     static constexpr size_t kBytes = 74, kGroup = 16, kColumns = 8, kLevels = 3, kScales = 16, kShiftColumns = 0;
     static constexpr float kUnit = 0.125f;
     static constexpr IqSigns kSigns = IqSigns::even;
-    static constexpr float kGuesses[] = {IQ2G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.6f, 0.7f, 0.8f, 0.95f, 1.1f};
+    static constexpr size_t kNeighbours = 2;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);
@@ -191,8 +182,8 @@ struct Iq2S {
     static constexpr size_t kBytes = 82, kGroup = 16, kColumns = 8, kLevels = 3, kScales = 16, kShiftColumns = 0;
     static constexpr float kUnit = 0.125f;
     static constexpr IqSigns kSigns = IqSigns::free;
-    static constexpr float kGuesses[] = {IQ2G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.75f, 1.0f};
+    static constexpr size_t kNeighbours = 1;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);
@@ -219,8 +210,8 @@ struct Iq3Xxs {
     static constexpr size_t kBytes = 98, kGroup = 32, kColumns = 4, kLevels = 8, kScales = 16, kShiftColumns = 0;
     static constexpr float kUnit = 0.25f;
     static constexpr IqSigns kSigns = IqSigns::even;
-    static constexpr float kGuesses[] = {IQ3G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.8f, 1.0f, 1.2f};
+    static constexpr size_t kNeighbours = 2;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);
@@ -247,8 +238,8 @@ struct Iq3S {
     static constexpr size_t kBytes = 110, kGroup = 32, kColumns = 4, kLevels = 8, kScales = 16, kShiftColumns = 0;
     static constexpr float kUnit = 1.0f;
     static constexpr IqSigns kSigns = IqSigns::free;
-    static constexpr float kGuesses[] = {IQ3G};
-    static constexpr size_t kAgain = 1, kNeighbours = 2;
+    static constexpr float kGuesses[] = {0.85f, 1.0f, 1.15f};
+    static constexpr size_t kNeighbours = 2;
 
     static void unpack(const uint8_t* from, IqBlock& block) {
         block.d = read<uint16_t>(from);

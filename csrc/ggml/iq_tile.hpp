@@ -24,14 +24,19 @@ struct IqTile {
     float unit[kBlocks];   // what the weights of a block were divided by
 };
 
+LANES_INLINE float largest_magnitude(const float* values) {
+    F32 most = splat(0.0f);
+    for (size_t i = 0; i < kIqBlock; i += kLanes) most = larger(most, absolute(load(values + i)));
+    float lanes[kLanes];
+    store(most, lanes);
+    for (size_t i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    return lanes[0];
+}
+
 // Weights and importance of a block, normalized in place; returns the largest magnitude, or 1.
 LANES_INLINE float normalize(float* weights, float* importance) {
-    float largest = 0, most = 0;
-    for (size_t i = 0; i < kIqBlock; ++i) {
-        const float magnitude = weights[i] < 0 ? -weights[i] : weights[i];
-        largest = magnitude > largest ? magnitude : largest;
-        most = importance[i] > most ? importance[i] : most;
-    }
+    float largest = largest_magnitude(weights);
+    const float most = largest_magnitude(importance);
     if (!(largest > 0)) largest = 1.0f;
     for (size_t i = 0; i < kIqBlock; ++i) {
         weights[i] = weights[i] / largest;

@@ -1,10 +1,10 @@
 // K-quants: super-blocks of 256 weights whose sub-blocks have integer scales (and minima) of their own.
 //
-//   Q2_K   uint8 scales[16]; uint8 qs[64]; half d, dmin                     x = d·s·q − dmin·m        2.625  bits per weight
-//   Q3_K   uint8 hmask[32]; uint8 qs[64]; uint8 scales[12]; half d          x = d·(s − 32)·(q − 4)    3.4375
-//   Q4_K   half d, dmin; uint8 scales[12]; uint8 qs[128]                    x = d·s·q − dmin·m        4.5
-//   Q5_K   half d, dmin; uint8 scales[12]; uint8 qh[32]; uint8 qs[128]      x = d·s·q − dmin·m        5.5
-//   Q6_K   uint8 ql[128]; uint8 qh[64]; int8 scales[16]; half d             x = d·s·(q − 32)          6.5625
+//   Q2_K   uint8 scales[16]; uint8 qs[64]; half d, dmin                  x = d·s·q − dmin·m        2.625 bits per weight
+//   Q3_K   uint8 hmask[32]; uint8 qs[64]; uint8 scales[12]; half d       x = d·(s − 32)·(q − 4)    3.4375
+//   Q4_K   half d, dmin; uint8 scales[12]; uint8 qs[128]                x = d·s·q − dmin·m        4.5
+//   Q5_K   half d, dmin; uint8 scales[12]; uint8 qh[32]; uint8 qs[128]   x = d·s·q − dmin·m        5.5
+//   Q6_K   uint8 ql[128]; uint8 qh[64]; int8 scales[16]; half d          x = d·s·(q − 32)          6.5625
 //
 // Sub-blocks have 16 weights in Q2_K, Q3_K and Q6_K and 32 in Q4_K and Q5_K. kquants_decode.cpp and kquants_pack.hpp say
 // where each bit lies.
@@ -71,8 +71,8 @@ LANES_INLINE I32 half_bits(F32 v) {
 }
 LANES_INLINE F32 as_half(F32 v) { return through_half(limit(v, splat(-65504.0f), splat(65504.0f))); }
 
-// A step as a half. Rounded away from 0 where rounding towards it would lose much (v is a few times 2^-24, the least half), so that
-// the largest of its multiples does not fall short.
+// A step as a half. Rounded away from 0 where rounding towards it would lose much (v is a few times 2^-24, the least
+// half), so that the largest of its multiples does not fall short.
 LANES_INLINE F32 step_as_half(F32 v) {
     const F32 half = as_half(v);
     const F32 more = v + select(v < splat(0.0f), splat(-0x1p-25f), splat(0x1p-25f));

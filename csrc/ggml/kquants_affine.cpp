@@ -1,20 +1,28 @@
 // Encoders of Q2_K, Q4_K and Q5_K: x = d·s·q − dmin·m, least Σ weight · (x − x̂)² over a super-block.
+//
+// 1. Every sub-block by itself: codes for many ranges, their ends a little inside or outside the range of the weights.
+//    Given codes, the best scale and minimum are a least-squares fit, whose error is known without rounding anything.
+// 2. d, then dmin: near its best a sub-block's error is a quadratic of its scale, so many d are tried without looking at
+//    a weight.
+// 3. Neighbouring sub-scales and minima by the exact error; d and dmin by least squares given all else; neighbours
+//    again; the best of the rounds is kept.
+// numerics/ggml/kquants_search.py says the same in torch and makes the same bytes.
 
 #include "kquants_pack.hpp"
 
 namespace lowbit::LOWBIT_ISA {
 namespace {
 
-constexpr int kMost = 12;
+constexpr int kMost = 6;
 
 // What a type fixes, and how far to search.
 struct AffineKind {
-    size_t groups;         // sub-blocks
-    float codes, scales;   // the largest code; the largest sub-scale and sub-minimum
-    int least_top;         // the largest sub-scale of a super-block is one of scales … least_top
-    int rounds;            // of new d and dmin
+    size_t groups;        // sub-blocks
+    float codes, scales;  // the largest code; the largest sub-scale and sub-minimum
+    int least_top;        // the largest sub-scale of a super-block is one of scales … least_top
+    int rounds;           // of new d and dmin
     int ends;
-    float end[kMost];      // where the least and the largest weight may lie, in codes from the ends of the codes
+    float end[kMost];  // where the least and the largest weight may lie, in codes from the ends of the codes
     int neighbours;
     int neighbour[kMost][2];  // of sub-scale and sub-minimum, to try
     constexpr size_t size() const { return kSuper / groups; }
@@ -22,9 +30,10 @@ struct AffineKind {
 
 // A sub-block as it would be with a scale and a minimum of its own, and how the error grows away from that:
 //   error(scale, low) = least + curvature · (scale − best)² + weight · (low − (sum_x − scale · sum_q) / weight)²
+//   curvature = sum_qq − sum_q² / weight
 struct Fit {
     F32 scale, low;  // x ≈ scale · q + low, low ≤ 0
-    F32 weight, sum_x, sum_q, curvature;
+    F32 weight, per_weight, sum_x, sum_q, sum_qq;
 };
 
 // What a choice of codes q amounts to: Σ weight·q, Σ weight·q², Σ weight·q·x.
@@ -51,7 +60,7 @@ LANES_INLINE void improve(Fit& fit, F32& gain, const Sums& s) {
     const F32 determinant = fit.weight * s.qq - s.q * s.q;
     const I32 regular = determinant > splat(1e-5f) * (fit.weight * s.qq);
     F32 scale = (fit.weight * s.qx - fit.sum_x * s.q) / determinant;
-    F32 low = (fit.sum_x - scale * s.q) / fit.weight;
+    F32 low = (fit.sum_x - scale * s.q) * fit.per_weight;
     const I32 free = regular & (low <= zero);
     scale = select(free, scale, s.qx / s.qq);
     low = select(free, low, zero);
@@ -61,14 +70,14 @@ LANES_INLINE void improve(Fit& fit, F32& gain, const Sums& s) {
     fit.scale = select(better, scale, fit.scale);
     fit.low = select(better, low, fit.low);
     fit.sum_q = select(better, s.q, fit.sum_q);
-    fit.curvature = select(better, s.qq - s.q * s.q / fit.weight, fit.curvature);
+    fit.sum_qq = select(better, s.qq, fit.sum_qq);
 }
 
 template <AffineKind kind>
 LANES_INLINE Fit fit_group(const F32* x, const F32* weight) {
     const F32 zero = splat(0.0f), most = splat(kind.codes);
     F32 low = x[0], high = x[0];
-    Fit fit = {zero, zero, zero, zero, zero, zero};
+    Fit fit = {zero, zero, zero, zero, zero, zero, zero};
     for (size_t j = 0; j < kind.size(); ++j) {
         low = smaller(low, x[j]);
         high = larger(high, x[j]);
@@ -76,7 +85,8 @@ LANES_INLINE Fit fit_group(const F32* x, const F32* weight) {
         fit.sum_x = fit.sum_x + weight[j] * x[j];
     }
     low = smaller(low, zero);
-    fit.low = select(fit.sum_x < zero, fit.sum_x / fit.weight, zero);
+    fit.per_weight = inverse(fit.weight);
+    fit.low = smaller(fit.sum_x * fit.per_weight, zero);
     F32 gain = fit.low * fit.sum_x;
     const F32 per_range = inverse(high - low);
     for (int first = 0; first < kind.ends; ++first)
@@ -156,15 +166,15 @@ void encode_tile(const Tile& tile, Packed& packed) {
     for (size_t g = 0; g < groups; ++g) {
         fits[g] = fit_group<kind>(tile.x + g * n, tile.weight + g * n);
         values[g] = fits[g].scale;
-        weights[g] = fits[g].curvature;
+        weights[g] = fits[g].sum_qq - fits[g].sum_q * fits[g].sum_q * fits[g].per_weight;
     }
     Choice now;
     now.d = best_step<groups>(values, weights, kind.scales, kind.least_top);
     for (size_t g = 0; g < groups; ++g) {
         const Fit& fit = fits[g];
         now.scales[g] = nearest(smaller(fit.scale * inverse(now.d), top));
-        const F32 low = (fit.sum_x - now.d * now.scales[g] * fit.sum_q) / fit.weight;
-        values[g] = select(low < zero, zero - low, zero);  // a NaN of 0 / 0 is not below zero
+        const F32 low = (fit.sum_x - now.d * now.scales[g] * fit.sum_q) * fit.per_weight;
+        values[g] = select(low < zero, zero - low, zero);
         weights[g] = fit.weight;
     }
     now.dmin = best_step<groups>(values, weights, kind.scales, kind.least_top);
@@ -176,7 +186,8 @@ void encode_tile(const Tile& tile, Packed& packed) {
         F32 error = zero;
         for (size_t g = 0; g < groups; ++g) {
             F32 group_error;
-            choose_group<kind>(tile.x + g * n, tile.weight + g * n, now.d, now.dmin, now.scales[g], now.minima[g], group_error);
+            choose_group<kind>(tile.x + g * n, tile.weight + g * n, now.d, now.dmin, now.scales[g], now.minima[g],
+                               group_error);
             error = error + group_error;
         }
         const I32 better = error < best.error;
@@ -221,7 +232,7 @@ void encode_tile(const Tile& tile, Packed& packed) {
 
 constexpr AffineKind kQ2 = {
     16, 3.0f, 15.0f, 8, 2, 4, {0.1f, -0.15f, -0.4f, -0.7f},
-    12, {{1, 1}, {-1, -1}, {1, 0}, {-1, 0}, {0, 1}, {0, -1}, {2, 1}, {-2, -1}, {1, 2}, {-1, -2}, {2, 2}, {-2, -2}},
+    6, {{1, 1}, {-1, -1}, {0, 1}, {0, -1}, {1, 0}, {-1, 0}},
 };
 constexpr AffineKind kQ4 = {
     8, 15.0f, 63.0f, 24, 1, 6, {-1.0f, -0.6f, -0.2f, 0.2f, 0.6f, 1.0f}, 4, {{1, 1}, {-1, -1}, {0, 1}, {0, -1}},

@@ -1,4 +1,8 @@
 // Encoders of Q3_K and Q6_K: x = d·s·q, q and s signed, least Σ weight · (x − x̂)² over a super-block.
+//
+// As kquants_affine.cpp, without minima: scales of either sign for every sub-block, d by the quadratics of the errors,
+// neighbouring sub-scales by the exact error, d by least squares, neighbours again. There are as many codes and scales
+// below zero as there are from zero on, so which end the largest weight is given to matters: both are tried.
 
 #include "kquants_pack.hpp"
 
@@ -11,8 +15,8 @@ constexpr int kRounds = 1;  // of new d
 // What a type fixes (codes −codes … codes − 1, sub-scales −scales … scales − 1) and how far to search.
 struct SignedKind {
     float codes, scales;
-    int least_top;        // the largest sub-scale of a super-block is one of scales … least_top
-    float overhang[12];   // where the weight of largest magnitude may lie, in codes beyond the last code
+    int least_top;       // the largest sub-scale of a super-block is one of scales … least_top
+    float overhang[12];  // where the weight of largest magnitude may lie, in codes beyond the last code
 };
 
 // Σ weight·q², Σ weight·q·x

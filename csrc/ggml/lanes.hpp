@@ -260,8 +260,8 @@ LANES_INLINE F32 square_root(F32 v) {
 }
 
 // The same as `transpose`, within registers, for n that divides by 16. Element (r, c) of a square of L native vectors
-// has the address bits r c; interleaving the upper with the lower half of the rows rotates them by one, and after log2 L
-// rotations they are c r.
+// has the address bits r c; interleaving the upper with the lower half of the rows rotates them by one, and after
+// log2 L rotations they are c r.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define LANES_HAVE_SHUFFLE 1

@@ -61,8 +61,8 @@ constexpr GgmlCodec kCodecs[] = {
 
 }  // namespace
 
-// The largest magnitude gets code ±127: at 8 bits the error that a wider search saves is not worth its time. The maximum
-// is taken of bit patterns, which is exact in any order.
+// The largest magnitude gets code ±127: at 8 bits the error that a wider search saves is not worth its time. The
+// maximum is taken of bit patterns, which is exact in any order.
 void encode_q8_0(const GgmlRows& rows, uint8_t* blocks) {
     const size_t count = rows.weights.rows * rows.weights.columns / kBlock;
     for (size_t b = 0; b < count; ++b, blocks += 34) {

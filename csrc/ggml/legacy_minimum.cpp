@@ -1,7 +1,7 @@
 // Encoders of Q4_1 and Q5_1: a scale and a minimum, x ≈ d · q + m with q in 0 … 15 or 0 … 31 and d ≥ 0.
 //
 // Ranges are tried that begin and end somewhat within or beyond the smallest and the largest weight. Each leads to
-// codes; for codes q the best d and m are the weighted least-squares line, from sums about the weights' weighted mean c:
+// codes; for codes q the best d and m are the weighted least-squares line, from sums about the weighted mean c:
 //
 //   d = (W·Σ w·q·y − Σ w·q · Σ w·y) / (W·Σ w·q·q − (Σ w·q)²),  m = (Σ w·y − d·Σ w·q) / W,  y = x − c, W = Σ w
 //
@@ -19,7 +19,7 @@ constexpr size_t kBlock = kLegacyBlock;
 
 // Where the ranges begin and end, as parts of (largest − smallest) within them.
 constexpr float kTrims4[] = {-0.06f, -0.03f, 0, 0.03f, 0.06f, 0.09f, 0.13f, 0.18f, 0.25f};
-constexpr float kTrims5[] = {-0.06f, -0.045f, -0.03f, -0.015f, -0.003f, 0.01f, 0.025f, 0.045f, 0.08f};
+constexpr float kTrims5[] = {-0.06f, -0.045f, -0.03f, -0.015f, 0, 0.01f, 0.025f, 0.045f, 0.08f};
 constexpr int kSteps = 2;
 
 // A line in units of the tile, about the mean, and what it explains of Σ w·y·y.

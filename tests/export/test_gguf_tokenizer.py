@@ -244,7 +244,7 @@ def spoiled(parsed, data):
     return parsed
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_no_tokenizer_json_raises_anything_else(tmp_path_factory, data):
     parsed = spoiled(
@@ -387,6 +387,7 @@ def test_damaged_sentencepiece_models_are_named(tmp_path, data, found):
         read_sentencepiece(tmp_path / "tokenizer.model")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_sentencepiece_bytes_raise_anything_else(tmp_path_factory, data):
     whole = sentencepiece_bytes([("<unk>", 0.0, 2), ("▁a", -1.0, 1), ("b", -2.0, 1)])

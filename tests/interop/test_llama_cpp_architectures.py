@@ -8,34 +8,18 @@ import pytest
 import torch
 
 from gguf_models import CASES, describe_folder, make_case, write_plain
+from llama_cpp import top_logprobs
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_safetensors
 
 pytestmark = pytest.mark.interop
 
-xllamacpp = pytest.importorskip("xllamacpp")
+pytest.importorskip("xllamacpp")
 
 # Nats. Everything is float32, but GELU, which llama.cpp looks up in a float16 table (and has no exact form of).
 TOLERANCE = 2e-5
 LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt_neox"))}
 LOOSER["gpt_oss_yarn"] = 5e-3  # the ends of YaRN's ramp are rounded to whole dimensions
-
-
-def top_logprobs(path, ids: list[int], count: int = 10) -> dict[int, float]:
-    """Token → log-probability of the most likely next tokens, by llama.cpp."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = 128
-    params.warmup = False
-    params.verbosity = 0
-    params.cpuparams.n_threads = 1
-    params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
-    answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count})
-    first = answer["choices"][0]["logprobs"]["content"][0]
-    return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
 
 
 def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:

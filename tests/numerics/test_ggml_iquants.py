@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from lowbit import kernels
+from lowbit.kernels.choice import compiled
 from lowbit.numerics.ggml import decode, encode, find_type, iquants
 from lowbit.numerics.ggml.blocks import per_column
 from lowbit.numerics.ggml.iquant_grids import grid
 
 ISAS = kernels.available_isas()
 
-# Relative weighted error, Σ importance·(x − x̂)² / Σ importance·x², of ggml_quantize_chunk of llama.cpp (of October 2026) on
-# the weights and importance of `_recorded_case`.
+# Relative weighted error, Σ importance·(x − x̂)² / Σ importance·x², of llama.cpp's ggml_quantize_chunk on the weights
+# and the importance of `_recorded_case`.
 LLAMA_CPP = {
     "IQ1_S": 0.215887,
     "IQ1_M": 0.149821,
@@ -34,9 +35,8 @@ def _gguf_decode(name, blocks):
 
 def _same(a, b):
     """Bit for bit; any NaN equals any other."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.nan_to_num(0).view(torch.int32), b.nan_to_num(0).view(torch.int32)
-    )
+    bits = [tensor.nan_to_num(0).view(torch.int32) for tensor in (a, b)]
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
 
 
 def _random_blocks(name, rows, count):
@@ -129,11 +129,10 @@ def test_every_instruction_set_makes_the_bytes_of_the_reference(name, importance
 def test_every_instruction_set_makes_the_same_bytes(name):
     torch.manual_seed(4)
     wide = torch.cat([_hard_rows(), torch.randn(11, 512)], dim=1)
-    compiled = [isa for isa in ISAS if isa != "reference"]
     for importance in _importances().values():
         columns = None if importance is None else importance.repeat(3)
         results = []
-        for isa in compiled:
+        for isa in (isa for isa in ISAS if isa != "reference"):
             with kernels.use_isa(isa):
                 results.append(encode(name, wide, columns))
                 for dtype in (torch.bfloat16, torch.float16):
@@ -202,24 +201,24 @@ def test_rounding_finds_the_nearest_code_of_all(name):
     params = iquants.Blocks(torch.empty((3, 0), dtype=torch.int32), scale, offset)
     found = iquants.round(kind, weight, params, importance)
     point_bits = code.point_bits * (code.columns // grid(name).shape[1])
-    signs = torch.arange(1 << code.sign_bits, dtype=torch.int32)
     least = torch.full((3,), torch.inf)
     for row in range(3):
         natural = (weight[row] * scale[row] < 0).int()[: code.sign_bits]
-        natural = (natural << torch.arange(len(natural))).sum()
-        near = [sign for sign in signs if name != "IQ3_XXS" or (int(sign) ^ int(natural)).bit_count() < 2]
-        for sign in near:  # of IQ3_XXS, for time, only those that differ in one at most
-            every = torch.arange(1 << point_bits, dtype=torch.int32) | sign << point_bits
-            decoded = scale[row] * iquants.value(kind, every[None]).reshape(-1, code.columns)
-            decoded = decoded + (offset[row] if offset is not None else 0)
-            least[row] = torch.minimum(least[row], (importance * (weight[row] - decoded) ** 2).sum(dim=1).amin())
+        natural = int((natural << torch.arange(len(natural))).sum())
+        signs = [natural] + [natural ^ 1 << bit for bit in range(code.sign_bits)]  # two flips are never better
+        points = torch.arange(1 << point_bits, dtype=torch.int32)
+        every = (points | torch.tensor(signs, dtype=torch.int32)[:, None] << point_bits).reshape(1, -1)
+        decoded = scale[row] * iquants.value(kind, every).reshape(-1, code.columns)
+        decoded = decoded + (offset[row] if offset is not None else 0)
+        least[row] = (importance * (weight[row] - decoded) ** 2).sum(dim=1).amin()
     decoded = scale * iquants.value(kind, found) + (offset if offset is not None else 0)
     assert torch.allclose((importance * (weight - decoded) ** 2).sum(dim=1), least, rtol=1e-4)
 
 
 @pytest.mark.skipif(kernels.isa() == "reference", reason="there are no compiled kernels here")
 def test_the_core_refuses_a_grid_that_is_not_one():
-    core = kernels.choice.compiled(torch.device("cpu"))
+    core = compiled(torch.device("cpu"))
+    assert core is not None
     points, number = grid("IQ3_S"), find_type("IQ3_S").number
     core.set_ggml_grid(number, points)  # once more is fine
     for wrong in (points[:256], points.flip(0), points[:, :2]):

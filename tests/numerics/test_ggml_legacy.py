@@ -153,7 +153,10 @@ def test_every_code_decodes_to_its_formula(isa, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_type_holds_exactly_comes_back(isa, name):
-    """Codes that span the range; d and m whose products are exact."""
+    """Codes that span the range; d and m whose products are exact.
+
+    No column matters so little that its error is lost in the rounding of the sums.
+    """
     bits = int(name[1])
     codes = (torch.arange(320).reshape(2, 160) * 7 + torch.arange(160) // 32) % 2**bits
     lowest = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}.get(name, 0)
@@ -161,7 +164,7 @@ def test_what_a_type_holds_exactly_comes_back(isa, name):
     if name == "Q8_0":
         values[:, ::32] = 127
     weight = values * 0.0625 - (0.5 if name.endswith("1") else 0)
-    for importance in (None, importances(160)["ordinary"]):
+    for importance in (None, importances(160)["ordinary"].clamp(min=1e-3)):
         assert torch.equal(decode(name, encode(name, weight, importance)), weight)
 
 

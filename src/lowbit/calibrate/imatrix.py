@@ -31,7 +31,6 @@ from lowbit.checkpoint.gguf_table import gguf_names, row_of_model
 from lowbit.errors import NonFiniteError
 from lowbit.text import Text, cut_windows, read_text
 
-
 # Rows whose squares are added to sums of their own, which are added up at the end.
 _LANES = 64
 

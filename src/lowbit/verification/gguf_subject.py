@@ -149,19 +149,20 @@ class _Pass:
         assert not isinstance(source, RawGGUF)
         jobs: list[_Job] = []
         for name, info in ours.tensors.items():
-            known = name in source.tensors and source.tensors[name].shape == info.shape
+            origin = _origin(name, source)
+            known = origin in source.tensors and source.tensors[origin].shape == info.shape
             if not known:
                 self.found.without_source.append(name)
             rows = info.shape[0] if info.shape else 1
             columns = max(1, math.prod(info.shape[1:]))
 
-            def release(name: str = name, known: bool = known) -> None:
+            def release(name: str = name, origin: str = origin, known: bool = known) -> None:
                 ours.release(name)
                 if known:
-                    source.release(name)
+                    source.release(origin)
 
-            def theirs(first: int, last: int, name: str = name) -> Tensor:
-                return source.read(name, first, last)
+            def theirs(first: int, last: int, origin: str = origin) -> Tensor:
+                return source.read(origin, first, last)
 
             def mine(first: int, last: int, name: str = name) -> Tensor:
                 return ours.read(name, first, last)
@@ -187,6 +188,15 @@ class _Pass:
             self.done += nbytes * (last - first) // max(1, rows)
             if self.subject.progress is not None:
                 self.subject.progress(f"verify {name}", self.done, total)
+
+
+def _origin(name: str, source: Checkpoint) -> str:
+    """The tensor of the source that a tensor comes from: of a tied output matrix that has a copy of its own, the
+    embedding."""
+    if name in source.tensors or not source.config().get("tie_word_embeddings"):
+        return name
+    embeddings = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+    return next((known for known in source.tensors if known.endswith(embeddings)), name)
 
 
 def _as_float(values: Tensor) -> Tensor:

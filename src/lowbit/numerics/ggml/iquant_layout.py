@@ -1,7 +1,8 @@
 """Where each i-quant keeps what: blocks of 256 weights, little-endian. v counts points, k sub-blocks, m = v % 4.
 
     IQ1_S    half d; u8 qs[32]; u16 qh[8]                       1.5625 bits per weight
-             point v: qs[v] + 256 · bits 3m…3m+2 of qh[v // 4]; scale k: bits 12-14 of qh[k], shift of 32 weights: bit 15
+             point v: qs[v] + 256 · bits 3m…3m+2 of qh[v // 4]
+             scale k: bits 12-14 of qh[k]; shift of its 32 weights: bit 15
     IQ1_M    u8 qs[32]; u8 qh[16]; u16 scales[4]                1.75
              point v: qs[v] + 256 · bits 0-2 of nibble v of qh; shift of its 8 weights: bit 3 of it
              scale k: 3 bits of scales[k // 4] from 3 · (k % 4); half d: top nibbles of scales, first lowest

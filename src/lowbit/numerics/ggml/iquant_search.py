@@ -4,12 +4,14 @@ All of it is stated for sub-blocks [S, n] of n = 32 or 16 columns, of blocks of 
 magnitude of their block, importance w by its largest. Signs stored apart are split off, x is then a magnitude; where
 their number has to be even and is not, the x of least w x² is made negative instead. Sums are sequential, in float32.
 
-1.  A free scale for each sub-block. With points g of one scale, Σ w x g / Σ w g² is the best scale, and what it saves is
-    (Σ w x g)² / Σ w g². Kept are the points that save most, of a few scales: `guesses` times what maps the largest
-    magnitude on the largest level (IQ1: the root mean squares on each other; both shifts), then the best scale so far.
-2.  d for the block, of 64 around (largest scale) / (largest odd number), so that the scales are nearest to odd multiples
-    of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
-3.  The points again at the two nearest of the scales that now can be stored; the better stays.
+1.  A free scale for each sub-block. With points g of one scale, Σ w x g / Σ w g² is the best scale, and what it saves
+    is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: `guesses` times what maps the
+    largest magnitude on the largest level, then the best scale so far. IQ1, whose points are most of all patterns: the
+    points at one scale, that of `guesses` times the ratio of root mean squares, and with the shifts, at which rounding
+    to levels, point or not, costs least.
+2.  d for the block, of 32 around (largest scale) / (largest odd number), so that the scales are nearest to odd
+    multiples of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
+3.  The points again at the nearest of the scales that now can be stored; of the two nearest (`neighbours`) the better.
 4.  Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least squares
     and rounded to a half.
 """
@@ -30,7 +32,7 @@ NOTHING = 1e-9  # blocks of smaller weights become zeros
 LARGEST_HALF = 65504.0
 LEAST_COST = 1e-30  # keeps the costs of second halves, whose last bits are used, above the denormals
 PATTERN_MASK = 127
-STEPS_TRIED = 64
+STEPS_TRIED = 32
 CHUNK = 2048  # vectors searched at once
 
 
@@ -44,6 +46,7 @@ class Search:
     signs           "even", "free" or "none"; none: points are shifted up or down
     shift_columns   columns that share a shift
     guesses         see 1 above
+    neighbours      1 or 2, see 3 above
     """
 
     group: int
@@ -52,6 +55,7 @@ class Search:
     signs: str
     shift_columns: int
     guesses: tuple[float, ...]
+    neighbours: int
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,8 @@ def nearest_points(index: GridIndex, x: Tensor, w: Tensor, scaled: Tensor) -> tu
     x, w    float32 [V, columns]
     scaled  float32 [V, L]: what each level decodes to
 
-    The cost of a point is P[a] + Q[b], of the patterns of its halves; the last 7 bits of Q[b] are replaced by b, so that
-    a minimum says whose it is. Ties go to the smaller b and to the earlier a of `GridIndex.first`.
+    The cost of a point is P[a] + Q[b], of the patterns of its halves; the last 7 bits of Q[b] are replaced by b, so
+    that a minimum says whose it is. Ties go to the smaller b and to the earlier a of `GridIndex.first`.
     """
     entries, costs = [], []
     for part in torch.arange(len(x)).split(CHUNK):
@@ -176,18 +180,42 @@ def _move_flips(tile: _Tile, point: Tensor) -> _Tile:
 def _free_scales(type_name: str, how: Search, tile: _Tile) -> tuple[Tensor, _Points]:
     """Step 1."""
     base = _first_scale(type_name, how, tile)
-    scale, saved, best = torch.zeros_like(base), torch.full_like(base, -1.0), None
-    for guess in (*how.guesses, None):
-        if guess is None:
-            points = _find(type_name, tile, scale, best.shift)
-        else:
-            points = _guess(type_name, how, tile, base * guess)
+    unshifted = torch.zeros(len(base), how.group // grid(type_name).shape[1])
+    if how.signs == "none":
+        points = _find(type_name, tile, *_rough(type_name, how, tile, base))
+        return points.sxg / points.sgg, points
+    best = _find(type_name, tile, base * how.guesses[0], unshifted)
+    scale = best.sxg / best.sgg
+    saved = best.sxg * scale
+    for guess in (*how.guesses[1:], None):
+        points = _find(type_name, tile, scale if guess is None else base * guess, unshifted)
         fitted = points.sxg / points.sgg
         saves = points.sxg * fitted
         better = saves > saved
-        best = points if best is None else _choose(better, points, best)
+        best = _choose(better, points, best)
         scale, saved = torch.where(better, fitted, scale), torch.where(better, saves, saved)
     return scale, best
+
+
+def _rough(type_name: str, how: Search, tile: _Tile, base: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale [S] and shifts [S, points] at which rounding to levels, point or not, costs least."""
+    levels, share = index_of(type_name).levels, how.shift_columns // 8
+    scale, shift, least = base, torch.full((len(base), how.group // 8), SHIFT), torch.full_like(base, 3e38)
+    for guess in how.guesses:
+        up, down = (_rough_cost(tile, base * guess, levels + by, share) for by in (SHIFT, -SHIFT))
+        cost = _ordered_sum(torch.minimum(up, down))
+        shifts = torch.where(down < up, -SHIFT, SHIFT).repeat_interleave(share, dim=1)
+        better = cost < least
+        least, scale = torch.where(better, cost, least), torch.where(better, base * guess, scale)
+        shift = torch.where(better[:, None], shifts, shift)
+    return scale, shift
+
+
+def _rough_cost(tile: _Tile, scale: Tensor, levels: Tensor, share: int) -> Tensor:
+    """[S, shifts]: the cost of the columns that share one, added up by eights."""
+    off = (tile.x[:, :, None] - (scale[:, None] * levels)[:, None, :]).abs().amin(dim=2)
+    eights = _ordered_sum((off * off * tile.w).reshape(-1, 8))
+    return _ordered_sum(eights.reshape(-1, share)).reshape(len(scale), -1)
 
 
 def _first_scale(type_name: str, how: Search, tile: _Tile) -> Tensor:
@@ -199,30 +227,12 @@ def _first_scale(type_name: str, how: Search, tile: _Tile) -> Tensor:
     return (squares / total).sqrt() * (one / root_mean_square)
 
 
-def _guess(type_name: str, how: Search, tile: _Tile, scale: Tensor) -> _Points:
-    """The points of least error at a scale [S]; IQ1: with the better shift, for the columns that share one."""
-    count = how.group // grid(type_name).shape[1]
-    if how.signs != "none":
-        return _find(type_name, tile, scale, torch.zeros(len(scale), count))
-    up, down = torch.full((len(scale), count), SHIFT), torch.full((len(scale), count), -SHIFT)
-    up_entry, up_cost = _entries(type_name, tile, scale, up)
-    down_entry, down_cost = _entries(type_name, tile, scale, down)
-    share = how.shift_columns // 8
-    gain = _ordered_sum((up_cost - down_cost).reshape(-1, share))
-    better = (gain > 0).repeat_interleave(share).reshape(-1, count)
-    return _add_up(type_name, tile, torch.where(better, down_entry, up_entry), torch.where(better, down, up))
-
-
 def _find(type_name: str, tile: _Tile, scale: Tensor, shift: Tensor) -> _Points:
-    return _add_up(type_name, tile, _entries(type_name, tile, scale, shift)[0], shift)
-
-
-def _entries(type_name: str, tile: _Tile, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """(number, cost) [S, points] of the nearest points at scales [S], shifted."""
+    """The nearest points at scales [S], shifted."""
     columns, index = grid(type_name).shape[1], index_of(type_name)
     scaled = scale[:, None, None] * (index.levels + shift[:, :, None])
-    entry, cost = nearest_points(index, tile.x.reshape(-1, columns), tile.w.reshape(-1, columns), scaled.flatten(0, 1))
-    return entry.reshape(shift.shape), cost.reshape(shift.shape)
+    entry, _ = nearest_points(index, tile.x.reshape(-1, columns), tile.w.reshape(-1, columns), scaled.flatten(0, 1))
+    return _add_up(type_name, tile, entry.reshape(shift.shape), shift)
 
 
 def _values(type_name: str, points: _Points) -> Tensor:
@@ -251,7 +261,7 @@ def _fit_step(how: Search, scale: Tensor, weight: Tensor, unit: Tensor) -> Tenso
     """Step 2: scales and their weights [B, sub-blocks] → the step between scales that a half d makes, [B]."""
     largest = scale.amax(dim=1).clamp(min=0)
     smallest = largest / (2 * how.sub_scales - 1)
-    tried = torch.arange(STEPS_TRIED, dtype=torch.float32) * 0.0055 + 0.85
+    tried = torch.arange(STEPS_TRIED, dtype=torch.float32) * 0.011 + 0.85
     step = smallest[:, None] * tried
     half_inverse = 0.5 / step
     error = torch.zeros_like(step)
@@ -275,10 +285,12 @@ def _stored_scales(
     near = _clamped(torch.round(wish), top)
     far = _clamped(near + torch.where(wish < near, -1.0, 1.0), top)
     results = []
-    for candidate in (near, far):
+    for candidate in (near, far)[: how.neighbours]:
         effective = step * (candidate + candidate + 1)
         points = _find(type_name, tile, effective, best.shift)
         results.append((points, effective * (effective * points.sgg - points.sxg - points.sxg)))
+    if how.neighbours == 1:
+        return near, results[0][0]
     better = results[1][1] < results[0][1]
     return torch.where(better, far, near), _choose(better, results[1][0], results[0][0])
 

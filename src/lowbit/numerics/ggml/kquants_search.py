@@ -69,13 +69,10 @@ class SignedKind:
 
 _NEAR = ((1, 1), (-1, -1), (0, 1), (0, -1))
 AFFINE = {
-    "Q2_K": AffineKind(
-        16, 3, 15, 8, 2, (0.1, -0.15, -0.4, -0.7),
-        ((1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1), (2, 1), (-2, -1), (1, 2), (-1, -2), (2, 2), (-2, -2)),
-    ),
+    "Q2_K": AffineKind(16, 3, 15, 8, 2, (0.1, -0.15, -0.4, -0.7), (*_NEAR, (1, 0), (-1, 0))),
     "Q4_K": AffineKind(8, 15, 63, 24, 1, (-1.0, -0.6, -0.2, 0.2, 0.6, 1.0), _NEAR),
     "Q5_K": AffineKind(8, 31, 63, 24, 1, (-0.55, -0.3, -0.05, 0.2, 0.45, 0.7), _NEAR),
-}  # fmt: skip
+}
 SIGNED = {
     "Q3_K": SignedKind(4, 32, 16, (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6, 2.0, 2.6, 3.2, 4.0, 5.0)),
     "Q6_K": SignedKind(32, 128, 108, (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
@@ -112,10 +109,10 @@ def weighed(weight: Tensor, importance: Tensor | None, groups: int) -> tuple[Ten
 def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> Choice:
     """Codes and parameters of x [n, S, G], errors weighed with weight [n, S, G]."""
     sum_w, sum_x = _sum(weight), _sum(weight * x)
-    scale, low, sum_q, curvature = _affine_groups(kind, x, weight, sum_w, sum_x)
+    scale, sum_q, curvature = _affine_groups(kind, x, weight, sum_w, sum_x)
     d = _best_step(scale, curvature, kind.scales, kind.least_top)
     s = (scale * _inverse(d)[:, None]).clamp(max=kind.scales).round()
-    low = (sum_x - d[:, None] * s * sum_q) / sum_w
+    low = (sum_x - d[:, None] * s * sum_q) * _inverse(sum_w)
     least = torch.where(low < 0, -low, 0.0)
     dmin = _best_step(least, sum_w, kind.scales, kind.least_top)
     m = (least * _inverse(dmin)[:, None]).clamp(max=kind.scales).round()
@@ -133,24 +130,25 @@ def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> Choice:
 
 
 def _affine_groups(kind: AffineKind, x: Tensor, weight: Tensor, sum_w: Tensor, sum_x: Tensor):
-    """Step 1 → scale, low, Σ weight·q and curvature of every sub-block, x ≈ scale · q + low, low ≤ 0."""
+    """Step 1 → scale, Σ weight·q and curvature of the error of every sub-block, x ≈ scale · q + low, low ≤ 0."""
     low, high = x.amin(0).clamp(max=0.0), x.amax(0)
     zero = torch.zeros_like(low)
-    best_low = torch.where(sum_x < 0, sum_x / sum_w, 0.0)
-    best = (best_low * sum_x, zero, best_low, zero, zero)  # gain, scale, low, sum_q, curvature
+    per_weight = _inverse(sum_w)
+    best_low = (sum_x * per_weight).clamp(max=0.0)
+    best = (best_low * sum_x, zero, best_low, zero, zero)  # gain, scale, low, sum_q, sum_qq
 
     def improve(factor: Tensor, shift: Tensor, best):
         codes = (x * factor + shift).clamp(0.0, kind.codes).round()
         q, qq, qx = _sums(weight * codes, codes, x)
         determinant = sum_w * qq - q * q
         scale = (sum_w * qx - sum_x * q) / determinant
-        low = (sum_x - scale * q) / sum_w
+        low = (sum_x - scale * q) * per_weight
         free = (determinant > 1e-5 * (sum_w * qq)) & (low <= 0)
         scale = torch.where(free, scale, qx / qq)
         low = torch.where(free, low, 0.0)
         gain = scale * qx + low * sum_x
         better = (gain > best[0]) & (scale > 0)
-        return _take(better, (gain, scale, low, q, qq - q * q / sum_w), best)
+        return _take(better, (gain, scale, low, q, qq), best)
 
     per_range = _inverse(high - low)
     ends = np.asarray(kind.ends, np.float32)
@@ -159,7 +157,8 @@ def _affine_groups(kind: AffineKind, x: Tensor, weight: Tensor, sum_w: Tensor, s
             factor = float(np.float32(kind.codes) - last - first) * per_range
             best = improve(factor, float(first) - low * factor, best)
     factor = _inverse(best[1])
-    return improve(factor, -best[2] * factor, best)[1:]
+    _, scale, _, q, qq = improve(factor, -best[2] * factor, best)
+    return scale, q, qq - q * q * per_weight
 
 
 def _affine_neighbours(kind: AffineKind, x, weight, d, dmin, scales, minima):

@@ -13,7 +13,7 @@ negative; each leads to codes, codes to their best d, and the best of these is r
 importance tries fewer, as it is to run at the speed of memory. Q4_1 and Q5_1 try ranges that begin and end within or
 beyond the smallest and the largest weight, with the least-squares line of the codes each leads to. Q8_0 gives the
 largest magnitude ±127. Weights that a type holds exactly come back exactly where Q8_0's largest code is ±127, and
-elsewhere where the codes span most of the range.
+elsewhere where the codes span most of the range and no column matters a millionth of others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ QUICK_ENDS_4 = (-8.8, -8.3, -7.9, -7.5, 7.6, 7.1)
 # Where tried ranges begin and end, in parts of (largest − smallest) within them.
 TRIMS = {
     "Q4_1": (-0.06, -0.03, 0, 0.03, 0.06, 0.09, 0.13, 0.18, 0.25),
-    "Q5_1": (-0.06, -0.045, -0.03, -0.015, -0.003, 0.01, 0.025, 0.045, 0.08),
+    "Q5_1": (-0.06, -0.045, -0.03, -0.015, 0, 0.01, 0.025, 0.045, 0.08),
 }
 STEPS = 2
 

@@ -1,0 +1,107 @@
+"""llama.cpp loads every file type that we write, and computes from it what we compute from the decoded weights.
+
+It rounds activations to 8 bits in front of quantized matrices, so log-probabilities agree to hundredths, not to bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+from gguf_models import CASES, make_case
+from llama_cpp import top_logprobs
+from lowbit.architecture.loading import load_model, load_tokenizer
+from lowbit.checkpoint import open_checkpoint
+from lowbit.export.gguf_mix_table import FILE_TYPES
+from models import make_model
+
+pytestmark = pytest.mark.interop
+
+pytest.importorskip("xllamacpp")
+
+DEMO = "demo:smollm2"
+TEXT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"
+FLOATS = ("F32", "F16", "BF16")
+# Nats, of the ten most probable tokens: the mean difference, and the largest.
+MEAN, LARGEST = 0.12, 0.6
+
+
+@pytest.fixture(scope="module")
+def imatrix(tmp_path_factory) -> Path:
+    """Of a few windows: enough for the types that need one."""
+    path = tmp_path_factory.mktemp("imatrix") / "demo.imatrix"
+    lowbit.imatrix(DEMO, path, samples=4, seqlen=128)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return load_tokenizer(open_checkpoint(DEMO))(TEXT).input_ids
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_the_demo_model_in_every_file_type(file_type, imatrix, prompt, tmp_path):
+    weighed = {} if file_type in FLOATS else {"imatrix": str(imatrix)}
+    path = lowbit.quantize(DEMO, tmp_path / "x.gguf", scheme=file_type, format="gguf", **weighed).path
+    differences = differences_from_ours(path, prompt)
+    if file_type in FLOATS:
+        assert max(differences) < 0.01, differences
+    else:
+        assert sum(differences) / len(differences) < MEAN, differences
+        assert max(differences) < LARGEST, differences
+
+
+@pytest.fixture(scope="module")
+def whole_rows(tmp_path_factory) -> tuple[Path, Path]:
+    """(a tiny Llama whose rows divide by 256, so that no type falls back to another, its imatrix)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = make_model(folder / "model", hidden_size=256, intermediate_size=512, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=64)  # fmt: skip
+    text = folder / "text.txt"
+    text.write_text("abc def ghi " * 300)
+    lowbit.imatrix(model, folder / "tiny.imatrix", calib=text, samples=4, seqlen=64)
+    return model, folder / "tiny.imatrix"
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_a_model_without_fallbacks_in_every_file_type(file_type, whole_rows, tmp_path):
+    model, matrix = whole_rows
+    weighed = {} if file_type in FLOATS else {"imatrix": str(matrix)}
+    done = lowbit.quantize(model, tmp_path / "x.gguf", scheme=file_type, format="gguf", **weighed)
+    assert not [entry for entry in done.report.tensors if any("do not divide" in note for note in entry.notes)]
+    differences = differences_from_ours(done.path)
+    assert max(differences) < (1e-4 if file_type == "F32" else 0.2), differences
+    assert sum(differences) / len(differences) < 0.05
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_architecture_quantized(case, tmp_path):
+    path = lowbit.quantize(make_case(tmp_path / "hf", case), tmp_path / "x.gguf", scheme="Q8_0").path
+    differences = differences_from_ours(path)
+    assert max(differences) < 0.2, differences
+    assert sum(differences) / len(differences) < 0.05
+
+
+def differences_from_ours(path: Path, ids: list[int] | None = None) -> list[float]:
+    """|log-probability by llama.cpp − by transformers of the decoded weights|, of llama.cpp's ten most probable tokens.
+
+    ids  the prompt; None: a random one that an ASCII letter follows, because llama.cpp holds back half a character
+    """
+    model = load_model(open_checkpoint(path), torch.float32)
+    prompts = [ids] if ids else [torch.randint(3, 250, (40,), generator=random(seed)).tolist() for seed in range(100)]
+    for prompt in prompts:
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+        if ids or (3 <= int(expected.argmax()) < 97 and expected.topk(2).values.diff().abs() > 0.1):
+            found = top_logprobs(path, prompt)
+            assert len(found) == 10
+            return [abs(logprob - expected[token].item()) for token, logprob in found.items()]
+    raise AssertionError("no prompt is followed by a letter")
+
+
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

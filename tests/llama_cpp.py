@@ -1,0 +1,24 @@
+"""Real llama.cpp, through the wheel xllamacpp, for interop tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def top_logprobs(path: Path, ids: list[int], count: int = 10) -> dict[int, float]:
+    """Token → log-probability of the most likely next tokens, by llama.cpp."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 128
+    params.warmup = False
+    params.verbosity = 0
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count})
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
