@@ -2,7 +2,7 @@
 //
 //   Q2_K   uint8 scales[16]; uint8 qs[64]; half d, dmin                  x = d·s·q − dmin·m        2.625 bits per weight
 //   Q3_K   uint8 hmask[32]; uint8 qs[64]; uint8 scales[12]; half d       x = d·(s − 32)·(q − 4)    3.4375
-//   Q4_K   half d, dmin; uint8 scales[12]; uint8 qs[128]                x = d·s·q − dmin·m        4.5
+//   Q4_K   half d, dmin; uint8 scales[12]; uint8 qs[128]                 x = d·s·q − dmin·m        4.5
 //   Q5_K   half d, dmin; uint8 scales[12]; uint8 qh[32]; uint8 qs[128]   x = d·s·q − dmin·m        5.5
 //   Q6_K   uint8 ql[128]; uint8 qh[64]; int8 scales[16]; half d          x = d·s·(q − 32)          6.5625
 //
