@@ -349,7 +349,7 @@ NB_MODULE(_core, module) {
         .def("unpack_dense", &Isa::unpack_dense, words, "bits"_a, "offset"_a, codes)
         .def("ggml_error", &Isa::ggml_error, "type"_a, w, blocks)
         .def_static("set_ggml_grid", &set_ggml_grid, "type"_a, "points"_a.noconvert(),
-                    "The vector codebook [entries, columns] of a ggml type: once per process, before its blocks are touched.")
+                    "The vector codebook [entries, columns] of a ggml type, before its blocks are touched.")
         .def("ggml_types", &Isa::ggml_types)
         .def("ggml_decode", &Isa::ggml_decode, "type"_a, blocks, weights)
         .def("ggml_encode", &Isa::ggml_encode, "type"_a, w, importance, blocks);

@@ -14,7 +14,7 @@ void iq_decode(const uint8_t* blocks, size_t count, float* weights) {
         Type::unpack(blocks, block);
         const float d = float_of_half(block.d);
         for (size_t first = 0; first < kIqBlock; first += 8, weights += 8) {
-            // The product of d and the odd number is exact, so that where 1/2, 1/4 or 1/8 is multiplied in is no matter.
+            // All these products are exact, so that their order does not matter.
             const float scale = d * Type::kUnit * float(2 * block.scale[first / Type::kGroup] + 1);
             const uint32_t sign = block.sign[first / 8];
             const uint16_t* entry = block.point + first / Type::kColumns;
@@ -25,7 +25,10 @@ void iq_decode(const uint8_t* blocks, size_t count, float* weights) {
                 const float shift = sign ? -kIqShift : kIqShift;
                 for (size_t i = 0; i < 8; ++i) weights[i] = scale * (point[i] + shift);
             } else {
-                for (size_t i = 0; i < 8; ++i) weights[i] = scale * point[i] * (sign >> i & 1 ? -1.0f : 1.0f);
+                uint32_t bits[8];
+                for (size_t i = 0; i < 8; ++i)
+                    bits[i] = __builtin_bit_cast(uint32_t, scale * point[i]) ^ (sign << (31 - i) & 0x80000000u);
+                std::memcpy(weights, bits, sizeof bits);
             }
         }
     }

@@ -1,16 +1,16 @@
 // Encoding of the i-quants, sixteen sub-blocks side by side; the points of a scale are found exactly (iq_search.hpp).
 //
-//  1. A free scale for each sub-block. With the points of one scale, Σ w x g / Σ w g² is the best scale, and what it saves
-//     is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: kGuesses times what maps the
-//     largest magnitude on the largest level, then the best scale so far. IQ1, whose points are most of all patterns: the
-//     points at one scale, that of kGuesses times the ratio of root mean squares, and with the shifts, at which rounding
-//     to levels, point or not, costs least.
+//  1. A free scale for each sub-block. With the points of one scale, Σ w x g / Σ w g² is the best scale, and what it
+//     saves is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: kGuesses times what
+//     maps the largest magnitude on the largest level, then the best scale so far. IQ1, whose points are a third of all
+//     patterns: the points at one scale, that of kGuesses times the ratio of root mean squares, and with the shifts, at
+//     which rounding to levels, point or not, costs least.
 //  2. d for the block, of 32 around (largest scale) / (largest odd number), so that the scales are nearest to odd
-//     multiples of it, weighed with Σ w g².
-//     It is rounded to a half (from the smallest to the largest there is).
-//  3. The points again at the nearest of the scales that now can be stored; of the two nearest (kNeighbours) the better.
-//  4. Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least squares
-//     and rounded to a half.
+//     multiples of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
+//  3. The points again at the nearest of the scales that now can be stored, or the better of the two nearest
+//     (kNeighbours).
+//  4. Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least
+//     squares and rounded to a half.
 #pragma once
 
 #include "iq_search.hpp"

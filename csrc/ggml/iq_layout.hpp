@@ -2,10 +2,10 @@
 //
 //     half d; uint8 qs[…]; …     as below, little-endian; v counts points, k sub-blocks, i groups of 8 weights
 //     IQ1_S    d, qs[32], qh u16[8]                          1.5625 bits per weight
-//              point v: qs[v] + 256 · bits 3m…3m+2 of qh[k], m = v % 4; scale bits 12-14, shift bit 15 (of 32 weights)
+//              point v: qs[v] + 256 · bits 3m…3m+2 of qh[k], m = v % 4; scale: bits 12-14 of it, shift: bit 15
 //     IQ1_M    qs[32], qh[16], scales u16[4]                 1.75
-//              point v: qs[v] + 256 · bits 0-2 of nibble v of qh; shift bit 3 of it; scale k: 3 bits of scales[k / 4] from
-//              3 · (k % 4); d: top nibbles of scales, first lowest
+//              point v: qs[v] + 256 · bits 0-2 of nibble v of qh; shift bit 3 of it; d: top nibbles of scales
+//              scale k: 3 bits of scales[k / 4] from 3 · (k % 4)
 //     IQ2_XXS  d, {uint8 q[4]; u32 s}[8]                     2.0625
 //              point v = q; signs of its 8 weights: bits 7m…7m+6 of s; scale: bits 28-31
 //     IQ2_XS   d, u16 qs[32], scales[8]                      2.3125

@@ -1,10 +1,10 @@
 // The nearest point of a grid, exactly, for many vectors side by side.
 //
-// Given a scale, `scaled[l]` is what level l decodes to, and its cost in column i is w_i (x_i − scaled[l])². The costs of
-// all patterns of a half point are sums of those: tables P (first half) and Q (second half); the cost of a point is
-// P[a] + Q[b]. For each a the least Q[b] of the b that complete it takes one minimum per point: Q is positive, so floats
-// compare like their bits, and its last 7 bits are replaced by b, by which the minimum says whose it is (this changes a
-// cost by 2^-16 of itself at most). Ties go to the smaller b and to the a that comes first in IqGrid::first.
+// Given a scale, scaled[l] is what level l decodes to, and its cost in column i is w_i (x_i − scaled[l])². The costs
+// of all patterns of a half point are sums of those: tables P (first half) and Q (second half); the cost of a point is
+// P[a] + Q[b]. For each a the least Q[b] of the b that complete it takes one minimum per point: Q is positive, so
+// floats compare like their bits, and its last 7 bits are replaced by b, by which the minimum says whose it is (this
+// changes a cost by 2^-16 of itself at most). Ties go to the smaller b and to the a that is earlier in IqGrid::first.
 //
 // Lanes do not meet, so native vectors are searched two at a time, whichever they are.
 #pragma once

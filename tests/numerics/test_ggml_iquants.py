@@ -1,5 +1,8 @@
 """The i-quants: decoded as the gguf package does, encoded alike on every instruction set and better than llama.cpp."""
 
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -224,3 +227,15 @@ def test_the_core_refuses_a_grid_that_is_not_one():
     for wrong in (points[:256], points.flip(0), points[:, :2]):
         with pytest.raises(ValueError, match="grid"):
             core.set_ggml_grid(number, wrong.contiguous())
+
+
+@pytest.mark.skipif(kernels.isa() == "reference", reason="there are no compiled kernels here")
+def test_the_core_says_so_when_it_has_no_grid():
+    script = """
+import numpy as np
+from lowbit.kernels import _core
+core = _core.Isa(_core.available_isas()[0])
+core.ggml_decode(21, np.zeros((1, 110), np.uint8), np.zeros((1, 256), np.float32))
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "RuntimeError: the grid of this ggml type has not been set" in process.stderr

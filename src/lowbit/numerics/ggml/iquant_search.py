@@ -6,9 +6,9 @@ their number has to be even and is not, the x of least w x² is made negative in
 
 1.  A free scale for each sub-block. With points g of one scale, Σ w x g / Σ w g² is the best scale, and what it saves
     is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: `guesses` times what maps the
-    largest magnitude on the largest level, then the best scale so far. IQ1, whose points are most of all patterns: the
-    points at one scale, that of `guesses` times the ratio of root mean squares, and with the shifts, at which rounding
-    to levels, point or not, costs least.
+    largest magnitude on the largest level, then the best scale so far. IQ1, whose points are a third of all patterns:
+    the points at one scale, that of `guesses` times the ratio of root mean squares, and with the shifts, at which
+    rounding to levels, point or not, costs least.
 2.  d for the block, of 32 around (largest scale) / (largest odd number), so that the scales are nearest to odd
     multiples of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
 3.  The points again at the nearest of the scales that now can be stored; of the two nearest (`neighbours`) the better.

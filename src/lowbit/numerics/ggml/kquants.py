@@ -14,8 +14,8 @@ Sub-blocks have 16 weights in Q2_K, Q3_K and Q6_K and 32 in Q4_K and Q5_K. Bits 
     hmask of Q3_K, qh of Q5_K      bit n of byte i: weight 32·n + i
 
 How the parameters are found is in `kquants_search`. An all-zero super-block gets d = 0 and codes that decode to 0.
-Values that a type holds exactly come back exactly when d (and dmin) can be found again from the largest sub-scale; they
-are not when noise in d as a half outweighs it.
+Values that a type holds come back exactly in most super-blocks of Q2_K, Q3_K and Q6_K; in Q4_K and Q5_K often not,
+where a sub-block leaves out the outer codes: the second error is then a few hundredths of the first.
 """
 
 from __future__ import annotations
