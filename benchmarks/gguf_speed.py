@@ -13,7 +13,7 @@ Of each type, the best of --repeat runs, in millions of weights per second:
     commands         wall seconds of either command as a user types it; ours verifies what it wrote
     error            Σ importance · (w − ŵ)² of ours ÷ of theirs, over all matrices
 
-The types are pure (no mix), so that a figure is of one encoder. "copy" is read-and-write of the same bytes.
+Types are the mixes that users choose, the same ones in both files. "copy" is read-and-write of the same bytes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ from lowbit.calibrate.imatrix_file import read_imatrix
 from lowbit.checkpoint.gguf_raw import open_raw_gguf
 
 TYPES = (
-    "Q4_0,Q8_0,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q4_1,Q5_0,Q5_1,"
-    "IQ4_NL,IQ4_XS,IQ3_S,IQ3_XXS,IQ2_S,IQ2_XS,IQ2_XXS,IQ1_M,IQ1_S,TQ2_0"
+    "Q4_0,Q8_0,Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q4_1,Q5_0,Q5_1,"
+    "IQ4_NL,IQ4_XS,IQ3_S,IQ3_XXS,IQ2_S,IQ2_XS,IQ2_XXS,IQ1_M,IQ1_S"
 )
 NEED_IMPORTANCE = ("IQ2_XS", "IQ2_XXS", "IQ2_S", "IQ1_S", "IQ1_M", "IQ3_S", "IQ3_XXS")
-# llama-quantize's names of the file types whose base is that type
-THEIRS = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
 
 ENGINE = """
 import json, sys, time
@@ -78,7 +76,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, name: str, weights: int, scratch: Path) -> str:
     """One row of the table."""
     ours, theirs = scratch / "ours.gguf", scratch / "theirs.gguf"
-    settings = {"scheme": name, "pure": True} | ({"imatrix": str(args.imatrix)} if args.imatrix else {})
+    settings = {"scheme": name} | ({"imatrix": str(args.imatrix)} if args.imatrix else {})
     engine = [sys.executable, "-c", ENGINE, str(args.model), str(ours), json.dumps(settings), str(args.threads)]
     command = [
         str(Path(sys.executable).parent / "lowbit"),
@@ -89,12 +87,12 @@ def measure(args: argparse.Namespace, name: str, weights: int, scratch: Path) ->
         "--scheme",
         name,
     ]
-    command += ["--pure", "--threads", str(args.threads), "--json"]
-    peer = [str(args.llama_quantize), "--pure"]
+    command += ["--threads", str(args.threads), "--json"]
+    peer = [str(args.llama_quantize)]
     if args.imatrix:
         command += ["--imatrix", str(args.imatrix)]
         peer += ["--imatrix", str(args.imatrix)]
-    peer += [str(args.model), str(theirs), THEIRS.get(name, name), str(args.threads)]
+    peer += [str(args.model), str(theirs), name, str(args.threads)]
     seconds, whole, their_seconds, their_whole = [], [], [], []
     for _ in range(args.repeat):
         ours.unlink(missing_ok=True)

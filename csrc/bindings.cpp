@@ -268,8 +268,8 @@ struct Isa {
         codec.decode(blocks.data(), blocks.shape(0) * blocks.shape(1) / codec.bytes, weights.data());
     }
 
-    void ggml_encode(int type, const AnyMatrix& w, const Importance& importance,
-                     const Matrix<std::uint8_t>& blocks) const {
+    nb::tuple ggml_encode(int type, const AnyMatrix& w, const Importance& importance,
+                          const Matrix<std::uint8_t>& blocks) const {
         const GgmlCodec& codec = ggml_codec(type);
         const Weights weights = weights_of(w, codec.weights);
         require(codec.encode != nullptr, "this ggml type cannot be encoded");
@@ -277,8 +277,12 @@ struct Isa {
                     blocks.shape(1) == weights.columns / codec.weights * codec.bytes,
                 "blocks must be [N, K / block * bytes]");
         const GgmlRows rows{weights, importance_of(importance, weights)};
-        const nb::gil_scoped_release unlocked;
-        codec.encode(rows, blocks.data());
+        SquaredError result{};
+        {
+            const nb::gil_scoped_release unlocked;
+            result = kernels->ggml_encode(codec, rows, blocks.data());
+        }
+        return as_tuple(result);
     }
 
     nb::tuple ggml_error(int type, const AnyMatrix& w, const Matrix<const std::uint8_t>& blocks) const {

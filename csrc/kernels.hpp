@@ -61,12 +61,15 @@ struct SquaredError {
 };
 
 struct GgmlCodec;
+struct GgmlRows;
 struct GgmlCodecs;
 
 struct Kernels {
     const char* isa;
     GgmlCodecs (*ggml_codecs)();
-    // Σ (w − ŵ)², Σ w², max |w − ŵ| of rows and the blocks made of them; not finite where a weight is not
+    // Blocks of rows, and Σ (w − ŵ)², Σ w², max |w − ŵ|: NaN where a weight is NaN or inf, and then the blocks are not
+    // all written. `ggml_error` measures blocks that are there.
+    SquaredError (*ggml_encode)(const GgmlCodec&, const GgmlRows&, std::uint8_t* blocks);
     SquaredError (*ggml_error)(const GgmlCodec&, const Weights&, const std::uint8_t* blocks);
     void (*group_range)(const Weights&, float* low, float* high);
     void (*round_int)(const Weights&, const Affine&, std::int8_t* codes);

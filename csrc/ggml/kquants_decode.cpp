@@ -25,7 +25,7 @@ LANES_INLINE void scales_and_minima(const uint8_t* packed, uint8_t* scales, uint
 }  // namespace
 
 // Bits 2n, 2n + 1 of qs[32·h + i]: weight 128·h + 32·n + i. scales: s in the low nibble, m in the high one.
-void decode_q2_k(const uint8_t* blocks, size_t count, float* weights) {
+void decode_q2_k(const uint8_t* __restrict blocks, size_t count, float* __restrict weights) {
     for (size_t b = 0; b < count; ++b, blocks += 84) {
         const float d = half_at(blocks + 80), dmin = half_at(blocks + 82);
         for (size_t g = 0; g < 16; ++g, weights += 16) {
@@ -39,7 +39,7 @@ void decode_q2_k(const uint8_t* blocks, size_t count, float* weights) {
 
 // Low bits as Q2_K. Bit n of hmask[i]: the third bit of weight 32·n + i. Scale g: four bits in nibble g / 8 of
 // scales[g % 8], two in bits 2·(g / 4) of scales[8 + g % 4].
-void decode_q3_k(const uint8_t* blocks, size_t count, float* weights) {
+void decode_q3_k(const uint8_t* __restrict blocks, size_t count, float* __restrict weights) {
     for (size_t b = 0; b < count; ++b, blocks += 110) {
         const float d = half_at(blocks + 108);
         const uint8_t* scales = blocks + 96;
@@ -56,7 +56,7 @@ void decode_q3_k(const uint8_t* blocks, size_t count, float* weights) {
 }
 
 // Low nibble of qs[32·c + i]: weight 64·c + i; high nibble: weight 64·c + 32 + i.
-void decode_q4_k(const uint8_t* blocks, size_t count, float* weights) {
+void decode_q4_k(const uint8_t* __restrict blocks, size_t count, float* __restrict weights) {
     for (size_t b = 0; b < count; ++b, blocks += 144) {
         const float d = half_at(blocks), dmin = half_at(blocks + 2);
         uint8_t scales[8], minima[8];
@@ -71,7 +71,7 @@ void decode_q4_k(const uint8_t* blocks, size_t count, float* weights) {
 }
 
 // Low bits as Q4_K. Bit n of qh[i]: the fifth bit of weight 32·n + i.
-void decode_q5_k(const uint8_t* blocks, size_t count, float* weights) {
+void decode_q5_k(const uint8_t* __restrict blocks, size_t count, float* __restrict weights) {
     for (size_t b = 0; b < count; ++b, blocks += 176) {
         const float d = half_at(blocks), dmin = half_at(blocks + 2);
         const uint8_t* qh = blocks + 16;
@@ -89,7 +89,7 @@ void decode_q5_k(const uint8_t* blocks, size_t count, float* weights) {
 
 // Nibble n of ql[64·h + i], i < 64: low bits of weight 128·h + 64·n + i. Bits 2n, 2n + 1 of qh[32·h + i], i < 32:
 // high bits of weight 128·h + 32·n + i.
-void decode_q6_k(const uint8_t* blocks, size_t count, float* weights) {
+void decode_q6_k(const uint8_t* __restrict blocks, size_t count, float* __restrict weights) {
     for (size_t b = 0; b < count; ++b, blocks += 210) {
         const float d = half_at(blocks + 208);
         const int8_t* scales = reinterpret_cast<const int8_t*>(blocks + 192);

@@ -16,6 +16,7 @@ constexpr int kRounds = 1;  // of new d
 struct SignedKind {
     float codes, scales;
     int least_top;       // the largest sub-scale of a super-block is one of scales … least_top
+    int overhangs;       // how many of these
     float overhang[12];  // where the weight of largest magnitude may lie, in codes beyond the last code
 };
 
@@ -61,10 +62,10 @@ LANES_INLINE Fit fit_group(const F32* x, const F32* weight) {
     const F32 per_extreme = inverse(extreme);
     Fit fit = {splat(0.0f), splat(0.0f)};
     F32 gain = splat(0.0f);
-    for (const float overhang : kind.overhang)
-        improve<kind>(fit, gain, x, weight, per_extreme * splat(-kind.codes - overhang));
-    for (const float overhang : kind.overhang)
-        improve<kind>(fit, gain, x, weight, per_extreme * splat(kind.codes - 1.0f + overhang));
+    for (int k = 0; k < kind.overhangs; ++k)
+        improve<kind>(fit, gain, x, weight, per_extreme * splat(-kind.codes - kind.overhang[k]));
+    for (int k = 0; k < kind.overhangs; ++k)
+        improve<kind>(fit, gain, x, weight, per_extreme * splat(kind.codes - 1.0f + kind.overhang[k]));
     improve<kind>(fit, gain, x, weight, inverse(fit.scale));
     return fit;
 }
@@ -167,10 +168,10 @@ void encode_tile(const Tile& tile, Packed& packed) {
 }
 
 constexpr SignedKind kQ3 = {
-    4.0f, 32.0f, 16, {-0.8f, -0.4f, 0.0f, 0.4f, 0.8f, 1.2f, 1.6f, 2.0f, 2.6f, 3.2f, 4.0f, 5.0f},
+    4.0f, 32.0f, 16, 9, {-0.6f, -0.1f, 0.4f, 0.9f, 1.4f, 2.0f, 2.7f, 3.5f, 4.6f},
 };
 constexpr SignedKind kQ6 = {
-    32.0f, 128.0f, 108, {-1.0f, -0.75f, -0.5f, -0.25f, 0.0f, 0.25f, 0.5f, 0.75f, 1.0f, 1.5f, 2.0f, 3.0f},
+    32.0f, 128.0f, 108, 6, {-0.7f, -0.3f, 0.1f, 0.5f, 1.0f, 2.0f},
 };
 
 }  // namespace

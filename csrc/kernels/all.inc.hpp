@@ -10,6 +10,7 @@ namespace lowbit {
 
 namespace LOWBIT_ISA {
 GgmlCodecs ggml_codecs();
+SquaredError ggml_encode(const GgmlCodec&, const GgmlRows&, std::uint8_t* blocks);
 SquaredError ggml_error(const GgmlCodec&, const Weights&, const std::uint8_t* blocks);
 }
 
@@ -26,7 +27,7 @@ namespace {
 #include "packing.inc.hpp"
 
 constexpr Kernels kTable = {
-    LOWBIT_ISA_NAME,   LOWBIT_ISA::ggml_codecs, LOWBIT_ISA::ggml_error,
+    LOWBIT_ISA_NAME,   LOWBIT_ISA::ggml_codecs, LOWBIT_ISA::ggml_encode, LOWBIT_ISA::ggml_error,
     group_range,       round_int,           round_minifloat, round_codebook,
     decode_int,        decode_table,        error_int,  error_minifloat, error_codebook,
     squared_error_int, squared_error_table, pack_dense, unpack_dense,

@@ -139,13 +139,14 @@ def _write_gguf(
 ) -> Quantized:
     """Write, verify, report; all under hidden names until it is complete."""
     from lowbit.gguf_pipeline import write_gguf
+    from lowbit.verification.gguf import INHERITED
 
     made: list[schema.Report] = []
     files: list[str] = []
 
     def finish(work: Path, written: list[Path], results: dict[str, TensorResult]) -> None:
         verification = verify(written[0], source=prepared.checkpoint, engine="llama.cpp")
-        _refuse_broken(verification, output)
+        _refuse_broken(verification, output, INHERITED if prepared.source_kind == "gguf" else ())
         files.append(written[0].name)
         report = build_report(prepared, results, written, output.with_name(files[0]), verification, meter)
         write_report(report, work / output.name)
@@ -155,10 +156,14 @@ def _write_gguf(
     return Quantized(output.with_name(files[0]), made[0])
 
 
-def _refuse_broken(verification: Verification, output: Path) -> None:
-    """What the engine has no kernel or loader for stays, and the report and the command say so; damage does not."""
-    if verification.broken:
-        failed = verification.broken[0]
+def _refuse_broken(verification: Verification, output: Path, inherited: tuple[str, ...] = ()) -> None:
+    """What the engine has no kernel or loader for stays, and the report and the command say so; damage does not.
+
+    inherited  rules whose failure comes from the source, and is reported likewise
+    """
+    broken = [check for check in verification.broken if check.rule not in inherited]
+    if broken:
+        failed = broken[0]
         raise VerificationError(
             f"{output}: what was written breaks the rule {failed.rule!r}: {failed.detail}",
             "this is a bug of lowbit, or a damaged disk; please report it. Nothing was left under that name",

@@ -31,7 +31,7 @@ from lowbit.export.gguf_writer import GGUFWriter
 from lowbit.gguf_plan import GGUFPlan, PlannedBlocks, importance_of, plan_from_gguf, plan_from_model, slabs
 from lowbit.measure import resident_memory
 from lowbit.numerics import ggml
-from lowbit.pipeline import CalibrationText, Progress, TensorResult, described, is_finite, summed
+from lowbit.pipeline import CalibrationText, Progress, TensorResult, described, summed
 from lowbit.plan import model_dtype
 from lowbit.settings import MEASURE, Settings
 from lowbit.text import read_text
@@ -171,13 +171,12 @@ class _Run:
         values = values.reshape(last - first, tensor.columns)
         if values.dtype.itemsize > 4:
             values = values.float()
-        if values.numel() and not is_finite(values):
+        blocks, sums = ggml.encode_measured(tensor.kind.name, values, importance_of(tensor, first))
+        if not math.isfinite(sums[1]):
             raise NonFiniteError(
                 f"{self.prepared.source}: tensor {tensor.name} holds NaN or inf, in the slab from row {first} on",
                 "the checkpoint is damaged, or was trained into overflow; get another copy of it",
             )
-        blocks = ggml.encode(tensor.kind.name, values, importance_of(tensor, first))
-        sums = ggml.squared_error(tensor.kind.name, values, blocks)
         if not math.isfinite(sums[0]):
             raise NonFiniteError(
                 f"{self.prepared.source}: tensor {tensor.name} has weights beyond the range of {tensor.kind.name}",

@@ -91,7 +91,7 @@ def test_a_truncated_file(tmp_path):
     ("key", "value"), [("general.architecture", ("lama", V.STRING)), ("llama.block_count", ("one", V.STRING))]
 )
 def test_an_unknown_architecture_or_a_missing_size(tmp_path, key, value):
-    assert failed(write(tmp_path / "x.gguf", values=key_values() | {key: value})) == {"gguf-architecture"}
+    assert "gguf-architecture" in failed(write(tmp_path / "x.gguf", values=key_values() | {key: value}))
 
 
 @pytest.mark.parametrize(

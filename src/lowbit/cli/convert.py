@@ -18,9 +18,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, of any format that lowbit reads.")],
     format: Annotated[
         str,
-        typer.Option(
-            help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf."
-        ),
+        typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf."),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
     scheme: Annotated[str | None, typer.Option(help="For every quantized linear. [default: keep each one's]")] = None,

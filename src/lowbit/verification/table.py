@@ -191,7 +191,7 @@ RULES: tuple[Rule, ...] = (
     Rule("gguf-file", _LLAMA, _GGUF, "the container parses; all parts are there, whole, and nothing overlaps",
          gguf.check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
     Rule("gguf-architecture", _LLAMA, _GGUF, "the architecture is known and its sizes are stated",
-         gguf.check_architecture, "load_arch, load_hparams of llama-model.cpp", gate=True),
+         gguf.check_architecture, "load_arch, load_hparams of llama-model.cpp"),
     Rule("gguf-tensors", _LLAMA, _GGUF, "tensors are those of the architecture, in every block",
          gguf.check_tensors, "done_getting_tensors of llama-model-loader.cpp"),
     Rule("gguf-shapes", _LLAMA, _GGUF, "rows are as wide as the hidden state", gguf.check_shapes,

@@ -9,6 +9,7 @@ specification, and what runs where there is no compiled core. The compiled ones 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from lowbit.numerics.ggml.types import TYPES, GgmlType, find_type
 if TYPE_CHECKING:
     from lowbit.kernels._core import Isa
 
-__all__ = ["TYPES", "GgmlType", "decode", "encode", "find_type", "squared_error"]
+__all__ = ["TYPES", "GgmlType", "decode", "encode", "encode_measured", "find_type", "squared_error"]
 
 
 def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -35,14 +36,28 @@ def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> 
     Single-threaded and reentrant (the GIL is released): split rows over threads. Raises ShapeError where K does not
     divide, UsageError for an unknown type.
     """
+    return encode_measured(type_name, weight, importance)[0]
+
+
+def encode_measured(
+    type_name: str, weight: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, tuple[float, float, float]]:
+    """(blocks as of `encode`, squared errors as of `squared_error`), in one pass.
+
+    A weight that is NaN or inf makes all three sums NaN, and the blocks are then undefined; weights beyond the range of
+    the type make the first one inf.
+    """
     kind = find_type(type_name)
     _check_columns(kind, weight.shape[1])
     core = _core_for(kind, weight)
     if core is None:
-        return reference.encode(kind, weight, importance)
+        if not torch.isfinite(weight).all():
+            return torch.zeros((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8), (math.nan,) * 3
+        blocks = reference.encode(kind, weight, importance)
+        return blocks, squared_error(type_name, weight, blocks)
     blocks = torch.empty((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8)
-    core.ggml_encode(kind.number, weight.contiguous(), None if importance is None else importance.contiguous(), blocks)
-    return blocks
+    importance = None if importance is None else importance.contiguous()
+    return blocks, core.ggml_encode(kind.number, weight.contiguous(), importance, blocks)
 
 
 def decode(type_name: str, blocks: Tensor) -> Tensor:
