@@ -40,12 +40,22 @@ _NOT_COPIED = ("split.no", "split.count", "split.tensors.count", "general.alignm
 class Source(Protocol):
     """One tensor of the file to write and where its rows come from; `GGUFTensorSource` is one."""
 
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    block: int | None
-    role: str
-    keep_float: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the tensors it is made of."""
+        ...
+
+    @property
+    def block(self) -> int | None: ...
+
+    @property
+    def role(self) -> str: ...
 
     def read(self, checkpoint: Any, first: int, last: int) -> Tensor: ...
 
@@ -76,10 +86,6 @@ class RawSource:
     @property
     def role(self) -> str:
         return self.tensor.name.removesuffix(".weight").rpartition(".")[2]
-
-    @property
-    def keep_float(self) -> bool:
-        return len(self.tensor.shape) < 2
 
     def read(self, checkpoint: RawGGUF, first: int, last: int) -> Tensor:
         return checkpoint.decode(self.tensor, first, last)

@@ -38,7 +38,7 @@ def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorRes
             model=prepared.source,
             kind=prepared.source_kind,
             architecture=plan.model_class,
-            notes=prepared.source_notes,
+            notes=(*prepared.source_notes, *plan.warnings),
             bytes=bytes_in,
         ),
         output=schema.Output(

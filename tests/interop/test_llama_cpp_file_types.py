@@ -47,7 +47,7 @@ def test_the_demo_model_in_every_file_type(file_type, imatrix, prompt, tmp_path)
     weighed = {} if file_type in FLOATS else {"imatrix": str(imatrix)}
     path = lowbit.quantize(DEMO, tmp_path / "x.gguf", scheme=file_type, format="gguf", **weighed).path
     theirs, ours = both(path, prompt)
-    assert expected_difference(theirs, ours) < (0.002 if file_type == "F32" else 0.15), (theirs, ours)
+    assert expected_difference(theirs, ours) < (0.002 if file_type == "F32" else 0.25), (theirs, ours)
 
 
 @pytest.fixture(scope="module")

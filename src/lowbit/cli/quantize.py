@@ -181,6 +181,7 @@ def _summary(report: Any, path: Path) -> Any:
         "quantized": f"{len(quantized)} {what}{in_worst}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized, what),
+        "notes": "; ".join(report.source.notes),
         "verified": verified(report.verification),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
         "report": str(report_path(path, HTML_NAME)),

@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import torch
 from gguf.constants import GGUFValueType
 from torch import Tensor
 
@@ -116,7 +117,7 @@ class GGUFWriter:
     def write(self, name: str, blocks: Tensor | memoryview, offset: int) -> None:
         """Bytes of a tensor from `offset` on; thread-safe for disjoint parts."""
         part, stored = self._by_name[name]
-        data = memoryview(blocks.contiguous().numpy()).cast("B") if isinstance(blocks, Tensor) else blocks
+        data = blocks.contiguous().reshape(-1).view(torch.uint8).numpy().data if isinstance(blocks, Tensor) else blocks
         if offset + len(data) > stored.nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} overrun {stored.nbytes}")
         if len(data):

@@ -41,7 +41,8 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1").
+    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1") and of
+    the plan as a whole ("90 of 211 tensors … Q4_K became Q5_0").
 
     kind  safetensors, gguf, pickle, or the quant_method of a folder that was quantized already
     """

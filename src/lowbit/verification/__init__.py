@@ -61,6 +61,7 @@ def verify(
 
     Raises UsageError for an unknown engine or a path that is no folder; what is wrong with the files is in the result.
     """
+    from lowbit.checkpoint.gguf_raw import RawGGUF
     from lowbit.verification.subject import Subject, rounded_to_nearest
 
     folder = Path(folder)
@@ -71,6 +72,8 @@ def verify(
                          "llama.cpp loads .gguf files, the other engines folders")  # fmt: skip
     if engine == "llama.cpp":
         return _verify_gguf(folder, source, progress)
+    if isinstance(source, RawGGUF):
+        raise AssertionError("a folder is compared with a checkpoint")
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
     if nearest is None:

@@ -52,7 +52,11 @@ def encode_measured(
     core = _core_for(kind, weight)
     if core is None:
         if not torch.isfinite(weight).all():
-            return torch.zeros((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8), (math.nan,) * 3
+            return torch.zeros((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8), (
+                math.nan,
+                math.nan,
+                math.nan,
+            )
         blocks = reference.encode(kind, weight, importance)
         return blocks, squared_error(type_name, weight, blocks)
     blocks = torch.empty((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8)
