@@ -23,7 +23,6 @@ class GgmlType:
     size        bytes per block
     group       weights that share a scale
     formula     of one decoded weight
-    needs_importance  llama.cpp refuses to make it without an importance matrix, and so do we
     """
 
     name: str
@@ -33,7 +32,6 @@ class GgmlType:
     group: int
     family: Family
     formula: str
-    needs_importance: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,11 +64,11 @@ TYPES: dict[str, GgmlType] = {
         GgmlType("NVFP4", 40, 64, 36, 16, "codebook", "s·value[q], E2M1, s an unsigned E4M3"),
         GgmlType("TQ1_0", 34, 256, 54, 256, "ternary", "d·(q − 1), five q in a byte"),
         GgmlType("TQ2_0", 35, 256, 66, 256, "ternary", "d·(q − 1)"),
-        GgmlType("IQ1_S", 19, 256, 50, 32, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time", needs_importance=True),
-        GgmlType("IQ1_M", 29, 256, 56, 16, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time", needs_importance=True),
-        GgmlType("IQ2_XXS", 16, 256, 66, 32, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
-        GgmlType("IQ2_XS", 17, 256, 74, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
-        GgmlType("IQ2_S", 22, 256, 82, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time", needs_importance=True),
+        GgmlType("IQ1_S", 19, 256, 50, 32, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time"),
+        GgmlType("IQ1_M", 29, 256, 56, 16, "i", "d·(2·s + 1)·(grid[q] ± 1/8), 8 at a time"),
+        GgmlType("IQ2_XXS", 16, 256, 66, 32, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time"),
+        GgmlType("IQ2_XS", 17, 256, 74, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time"),
+        GgmlType("IQ2_S", 22, 256, 82, 16, "i", "d·(1/2 + s)/4·±grid[q], 8 at a time"),
         GgmlType("IQ3_XXS", 18, 256, 98, 32, "i", "d·(1/2 + s)/2·±grid[q], 4 at a time"),
         GgmlType("IQ3_S", 21, 256, 110, 32, "i", "d·(2·s + 1)·±grid[q], 4 at a time"),
     )
