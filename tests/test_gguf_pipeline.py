@@ -89,6 +89,14 @@ def test_a_gguf_goes_back_to_a_folder(model, tmp_path):
         assert torch.equal(original.read(name).float(), back.read(name).float()), name
 
 
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")]
+)
+def test_the_config_has_the_dtype_of_the_file(model, tmp_path, scheme, dtype):
+    path = lowbit.quantize(model, tmp_path / "x.gguf", scheme=scheme).path
+    assert open_checkpoint(path).config()["dtype"] == dtype
+
+
 def test_a_gguf_is_quantized_under_its_own_names(model, tmp_path):
     source = lowbit.quantize(model, tmp_path / "source.gguf", scheme="F32").path
     path = lowbit.quantize(source, tmp_path / "x.gguf", scheme="Q4_K_M").path

@@ -7,6 +7,7 @@ layouts: `gguf_to_hf`; config and tokenizer: `gguf_folder`, made when first aske
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class GGUFCheckpoint:
         rope, rope_notes = rope_parameters(
             self._model.row, self.metadata, self._rope_factors(), _head_dim(self._model.config)
         )
-        self._config = self._model.config | rope
+        self._config = self._model.config | rope | {"dtype": _float_dtype(self.raw.tensors)}
         derived = list(self._model.derived.values())
         self.notes: list[str] = [*stored_types_note(self.raw.tensors), *_derived_note(derived), *rope_notes]
 
@@ -142,6 +143,15 @@ def _head_dim(config: dict[str, Any]) -> int:
     if "head_dim" in config or "hidden_size" not in config:
         return config.get("head_dim", 0)
     return config["hidden_size"] // config["num_attention_heads"]
+
+
+def _float_dtype(tensors: list[GGUFTensor]) -> str:
+    """What config.json says the model is made of: the type of most weights of a file of floats, bfloat16 of others."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.type_name] += math.prod(tensor.shape)
+    most = weights.most_common(1)[0][0] if weights else "BF16"
+    return {"F16": "float16", "F32": "float32"}.get(most, "bfloat16")
 
 
 def stored_types_note(tensors: list[GGUFTensor]) -> list[str]:

@@ -22,7 +22,7 @@ from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.rows import read_json_object
 from lowbit.errors import CheckpointError, OutputError
 
-REBUILD_VERSION = 3  # raise when this module writes something else for the same file
+REBUILD_VERSION = 4  # raise when this module writes something else for the same file
 # About the machine that wrote them, not about the model.
 _CONFIG_LEFTOVERS = ("_model_name_or_path", "_name_or_path", "quantization_config")
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -85,7 +85,7 @@ def _write_config(folder: Path, file: MappedFile, header: GGUFHeader, config: di
     for key in _CONFIG_LEFTOVERS:
         written.pop(key, None)
     # what save_pretrained drops because it is the class's default; and no tokens that only the class has
-    written |= {"dtype": "bfloat16"} | {key: config[key] for key in config.keys() - written.keys()} | tokens
+    written |= {key: config[key] for key in config.keys() - written.keys()} | tokens
     _write_json(folder / "config.json", written)
     _write_json(folder / "generation_config.json", generation_config(header.metadata))
 
