@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit.api import dry_convert
 from lowbit.calibrate.imatrix_file import write_imatrix
 from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
 from lowbit.checkpoint import open_checkpoint
@@ -224,6 +225,20 @@ def test_an_existing_file_is_kept(model, tmp_path):
     lowbit.quantize(model, path, scheme="Q8_0")
     lowbit.quantize(model, path, scheme="Q4_0", overwrite=True)
     assert "Q4_0" in types_in(path).values()
+
+
+def test_an_existing_part_is_kept(model, tmp_path):
+    parts = lowbit.dry_run(model, scheme="F32", shard_size=1_000_000).plan.file_names("x.gguf")
+    (tmp_path / parts[1]).write_bytes(b"somebody's")
+    with pytest.raises(OutputError, match="exists already"):
+        lowbit.quantize(model, tmp_path / "x.gguf", scheme="F32", shard_size=1_000_000)
+    assert (tmp_path / parts[1]).read_bytes() == b"somebody's"
+
+
+def test_a_dry_conversion_to_gguf_says_what_to_do(model):
+    with pytest.raises(UsageError) as caught:
+        dry_convert(model, format="gguf", scheme="Q8_0")
+    assert "lowbit quantize" in caught.value.hint
 
 
 def test_a_run_that_fails_leaves_the_earlier_file(model, tmp_path, monkeypatch):

@@ -102,6 +102,8 @@ def dry_convert(
     **settings: Any,
 ) -> Prepared:
     """The plan of a conversion: for every linear, whether it is repacked or rounded anew, and why."""
+    if format == "gguf":
+        raise UsageError("a GGUF file is planned as a quantization", "lowbit quantize MODEL --scheme TYPE --dry-run")
     from lowbit.conversion import prepare_conversion
 
     made = make_settings(None, format=format, scheme=scheme, **settings)

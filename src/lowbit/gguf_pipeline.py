@@ -115,7 +115,8 @@ def write_gguf(
     finish  is called with the hidden folder and the files in it before they get their names, to verify them and to
             write the report beside them; an exception there leaves nothing behind
     """
-    refuse_existing_file(output, report_path(output), overwrite)
+    for name in prepared.plan.file_names(output.name):
+        refuse_existing_file(output.with_name(name), report_path(output), overwrite)
     check_disk(output, prepared.plan.file_bytes)
     with atomic_files(output) as work:
         plan = prepared.plan

@@ -28,7 +28,7 @@ from lowbit.checkpoint.gguf_raw import RawGGUF, rows_and_columns
 from lowbit.errors import UsageError
 from lowbit.export.gguf_mix import Choice, ModelFacts, TensorShape, choose_types, fallback_summary, find_file_type
 from lowbit.export.gguf_model import GGUFModel
-from lowbit.export.gguf_writer import KeyValues, StoredBlocks, packed, packed_key_values, total_bytes
+from lowbit.export.gguf_writer import KeyValues, StoredBlocks, packed, packed_key_values, part_names, total_bytes
 from lowbit.numerics.ggml import TYPES, GgmlType
 from lowbit.settings import Settings
 
@@ -213,6 +213,10 @@ class GGUFPlan:
     @property
     def quantized(self) -> list[PlannedBlocks]:
         return [tensor for tensor in self.tensors if tensor.scheme is not None]
+
+    def file_names(self, name: str) -> list[str]:
+        """Of the file, or of its parts."""
+        return part_names(name, self.stored, self.settings.shard_size)
 
     def bits_per_weight(self, decoder_only: bool) -> float:
         """Stored bits ÷ weights: of the matrices of the decoder blocks, or of everything in the file."""

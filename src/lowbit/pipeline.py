@@ -257,7 +257,7 @@ class _Run:
             if tensor.scheme is not None:
                 self._quantize_slab(tensor, values, first, tensor_range)
             else:
-                if values.dtype in FLOATS and values.numel() and not is_finite(values):
+                if values.dtype in FLOATS and values.numel() and not _is_finite(values):
                     raise _non_finite(tensor, first)
                 self._write(Piece(tensor.plain.name, values.to(tensor.plain.dtype), first))
             del values
@@ -316,7 +316,7 @@ def _stands_alone(scheme: Scheme) -> bool:
     return scheme.weight.scale_format == "nested"
 
 
-def is_finite(values: Tensor) -> bool:
+def _is_finite(values: Tensor) -> bool:
     found = measure_range(values.reshape(1, -1))
     return math.isfinite(found.high - found.low)
 

@@ -48,22 +48,14 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))  # `.` and `..` have no name to put the hidden folder beside
     refuse_existing(target, overwrite)
-    work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        with translated_os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work.mkdir()
-            yield work
-            flush_folder(work)
-            _replace(work, target)
-            _flush(target.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with _hidden_folder(target) as work:
+        yield work
+        flush_folder(work)
+        _replace(work, target)
 
 
 def refuse_existing_file(target: Path, report: Path, overwrite: bool = False) -> None:
-    """OutputError if something already has the name of a file; with `overwrite`, only if no report lies beside it."""
+    """OutputError if something already has the name of a file; with `overwrite`, only if no report is there."""
     if not (target.exists() or target.is_symlink()):
         return
     if overwrite and target.is_file() and report.is_file():
@@ -80,18 +72,24 @@ def atomic_files(target: Path) -> Iterator[Path]:
     exception its files are moved beside the target, the last in the order of names first, so that the first part of a
     split model, which readers open, appears when all others are there."""
     target = Path(os.path.abspath(target))
+    with _hidden_folder(target) as work:
+        yield work
+        flush_folder(work)
+        in_order = sorted(work.iterdir(), key=lambda path: (path.suffix != target.suffix, path.name))
+        for path in reversed(in_order):
+            os.replace(path, target.parent / path.name)
+        work.rmdir()
+
+
+@contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the target that the block moves or empties; after an exception it is gone."""
     work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         with translated_os_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             work.mkdir()
             yield work
-            flush_folder(work)
-            for path in sorted(
-                work.iterdir(), key=lambda path: (path.suffix != target.suffix, path.name), reverse=True
-            ):
-                os.replace(path, target.parent / path.name)
-            work.rmdir()
             _flush(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -145,17 +145,25 @@ def plan_parts(
 ) -> list[_Part]:
     """The parts with their headers and offsets; nothing is written."""
     groups = _split(tensors, shard_size)
-    stem = name.removesuffix(".gguf")
     parts = []
-    for number, group in enumerate(groups):
-        values, path = dict(key_values) if number == 0 else {}, folder / name
+    for number, (group, part) in enumerate(zip(groups, _names(name, len(groups)), strict=True)):
+        values, path = dict(key_values) if number == 0 else {}, folder / part
         if len(groups) > 1:
-            path = folder / f"{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
             values["split.no"] = packed(number, GGUFValueType.UINT16)
             values["split.count"] = packed(len(groups), GGUFValueType.UINT16)
             values["split.tensors.count"] = packed(len(tensors), GGUFValueType.INT32)
         parts.append(_planned_part(path, group, values))
     return parts
+
+
+def part_names(name: str, tensors: list[StoredBlocks], shard_size: int | None) -> list[str]:
+    """What the files of these tensors will be called."""
+    return _names(name, len(_split(tensors, shard_size)))
+
+
+def _names(name: str, count: int) -> list[str]:
+    stem = name.removesuffix(".gguf")
+    return [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
 def total_bytes(tensors: list[StoredBlocks], key_values: KeyValues, shard_size: int | None) -> int:
@@ -177,7 +185,6 @@ def _split(tensors: list[StoredBlocks], shard_size: int | None) -> list[list[Sto
 
 def _planned_part(path: Path, tensors: list[StoredBlocks], key_values: KeyValues) -> _Part:
     offsets, position = {}, 0
-    table = b""
     rows = []
     for tensor in tensors:
         offsets[tensor.name] = position
