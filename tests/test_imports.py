@@ -20,6 +20,7 @@ STAGES = [
     "checkpoint",
     "architecture",
     "calibrate",
+    "transform",
     "rounding",
     "export",
     "plan",
@@ -29,7 +30,7 @@ STAGES = [
     "report",
 ]
 # What runs several stages.
-ABOVE = {"pipeline", "gguf_pipeline", "conversion", "reporting", "imatrix_api", "api", "cli"}
+ABOVE = {"pipeline", "gguf_pipeline", "blockwise", "conversion", "reporting", "imatrix_api", "api", "cli"}
 
 
 def imported_parts(path: Path) -> set[str]:

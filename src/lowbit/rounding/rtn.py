@@ -75,7 +75,49 @@ def round_to_nearest(
     tensor_range: TensorRange | None = None,
     importance: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantize rows of a weight.
+    """Quantize rows of a weight; arguments as of `fit_weight`."""
+    return fit_weight(weight, spec, grid, search, tensor_range, importance).round(weight)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """All of a `QuantizedTensor` but its codes.
+
+    scale, zero_point   of the shape that the granularity has; `params` repeats them for every row
+    """
+
+    scale: Tensor
+    grid: Grid
+    granularity: Granularity
+    group_size: int
+    zero_point: Tensor | None = None
+    global_scale: float = 1.0
+    nested: NestedScale | None = None
+
+    def with_codes(self, codes: Tensor) -> QuantizedTensor:
+        return QuantizedTensor(
+            codes, self.scale, self.grid, self.granularity, self.group_size, self.zero_point, self.global_scale,
+            nested=self.nested,
+        )  # fmt: skip
+
+    def grouped(self, weight: Tensor) -> tuple[GroupParams, int]:
+        """(params [N, G] of the rows of `weight` [N, K], consecutive columns that one of them is for)."""
+        return self.with_codes(weight).grouped()
+
+    def round(self, weight: Tensor) -> QuantizedTensor:
+        """The nearest codes of the weight [N, K] that this was fitted to, or of one close to it."""
+        return self.with_codes(self.grid.round(weight, *self.grouped(weight)))
+
+
+def fit_weight(
+    weight: Tensor,
+    spec: WeightSpec,
+    grid: Grid,
+    search: RangeSearch,
+    tensor_range: TensorRange | None = None,
+    importance: Tensor | None = None,
+) -> Fitted:
+    """Scales of rows of a weight.
 
     weight        float32, bfloat16 or float16 [rows, K]; rows divide by the block for BLOCK, but for the last slab
     tensor_range  of the whole tensor, where `needs_tensor_range`
@@ -84,28 +126,19 @@ def round_to_nearest(
     BLOCK and TENSOR ranges are always absmax: their only scale format here is FP8, whose relative precision hardly
     depends on the scale.
     """
-    columns = weight.shape[1]
-    group_size = spec.columns_per_scale(columns)
-    global_scale = 1.0
-    if spec.two_level:
-        global_scale = _global_scale(grid, _known(tensor_range))
+    group_size = spec.columns_per_scale(weight.shape[1])
     if spec.granularity is Granularity.TENSOR:
         scale = _tensor_scale(grid, _known(tensor_range), weight.device)
-    elif spec.granularity is Granularity.BLOCK:
-        scale = _block_scale(grid, weight, group_size)
-    else:
-        params = grid.fit(weight, group_size, search, importance, global_scale)
-        nested = None
-        if spec.scale_format == "nested":
-            nested = _nested_scale(weight, params, group_size, _known(tensor_range))
-            params = GroupParams(decode_scales(nested))
-        codes = grid.round(weight, params, group_size)
-        return QuantizedTensor(
-            codes, params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale, nested=nested
-        )
-    shell = QuantizedTensor(weight, scale, grid, spec.granularity, group_size)
-    codes = grid.round(weight, shell.params(), group_size)
-    return QuantizedTensor(codes, scale, grid, spec.granularity, group_size)
+        return Fitted(scale, grid, spec.granularity, group_size)
+    if spec.granularity is Granularity.BLOCK:
+        return Fitted(_block_scale(grid, weight, group_size), grid, spec.granularity, group_size)
+    global_scale = _global_scale(grid, _known(tensor_range)) if spec.two_level else 1.0
+    params = grid.fit(weight, group_size, search, importance, global_scale)
+    nested = None
+    if spec.scale_format == "nested":
+        nested = _nested_scale(weight, params, group_size, _known(tensor_range))
+        params = GroupParams(decode_scales(nested))
+    return Fitted(params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale, nested)
 
 
 def _known(tensor_range: TensorRange | None) -> TensorRange:

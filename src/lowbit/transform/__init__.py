@@ -1,0 +1,1 @@
+"""Stage 4: weights rewritten so that they round better, while the float output of the model stays the same."""
