@@ -105,6 +105,20 @@ const float* table_of(const Vector<const float>& values) {
     return values.data();
 }
 
+template <class Code>
+Feedback feedback_of(const Matrix<float>& w, const Matrix<const float>& spread, std::size_t begin, std::size_t end,
+                     std::size_t block, const Scales& scale, bool descend, const Matrix<Code>& codes,
+                     const Matrix<float>& decoded) {
+    require(spread.shape(0) == w.shape(1) && spread.shape(1) == w.shape(1), "spread must be [K, K]");
+    require(begin <= end && end <= w.shape(1), "columns must lie within the weight");
+    require(block > 0, "a block must have columns");
+    require_same_shape(scale, w, "scale must be [N, K]");
+    require_same_shape(codes, w, "codes must be [N, K]");
+    require_same_shape(decoded, w, "decoded must be [N, K]");
+    return {w.data(),     spread.data(), w.shape(0), w.shape(1), begin, end, block, descend,
+            scale.data(), nullptr,       nullptr,    reinterpret_cast<std::uint8_t*>(codes.data()), decoded.data()};
+}
+
 nb::tuple as_tuple(const SquaredError& e) { return nb::make_tuple(e.error, e.weight, e.max_abs_error); }
 
 // One instruction set, as a Python object whose methods are the kernels.
@@ -245,6 +259,52 @@ struct Isa {
                               bits, offset, codes.data());
     }
 
+    void subtract_product(const Matrix<float>& w, const Matrix<const float>& change, const Matrix<const float>& spread,
+                          std::size_t begin, std::size_t end) const {
+        require(change.shape(0) == w.shape(0) && spread.shape(0) == change.shape(1) && spread.shape(1) == w.shape(1),
+                "change must be [N, B], spread [B, K]");
+        require(begin <= end && end <= w.shape(1), "columns must lie within the weight");
+        const nb::gil_scoped_release unlocked;
+        kernels->subtract_product({w.data(), change.data(), spread.data(), w.shape(0), w.shape(1), change.shape(1),
+                                   begin, end});
+    }
+
+    void feedback_int(const Matrix<float>& w, const Matrix<const float>& spread, std::size_t begin, std::size_t end,
+                      std::size_t block, const Scales& scale, const std::optional<Scales>& offset,
+                      const ZeroPoints& zero_point, int qmin, int qmax, bool descend,
+                      const Matrix<std::int8_t>& codes, const Matrix<float>& decoded) const {
+        Feedback f = feedback_of(w, spread, begin, end, block, scale, descend, codes, decoded);
+        if (offset) require_same_shape(*offset, w, "offset must be [N, K]");
+        if (zero_point) require_same_shape(*zero_point, w, "zero_point must be [N, K]");
+        require(qmin >= -128 && qmax <= 127 && qmin <= qmax, "codes must fit in a byte");
+        f.offset = offset ? offset->data() : nullptr;
+        f.zero_point = zero_point ? zero_point->data() : nullptr;
+        const nb::gil_scoped_release unlocked;
+        kernels->feedback_int(f, qmin, qmax);
+    }
+
+    void feedback_minifloat(const Matrix<float>& w, const Matrix<const float>& spread, std::size_t begin,
+                            std::size_t end, std::size_t block, const Scales& scale, const FormatFields& format,
+                            bool descend, const Matrix<std::uint8_t>& codes, const Matrix<float>& decoded) const {
+        const Feedback f = feedback_of(w, spread, begin, end, block, scale, descend, codes, decoded);
+        const Weights weights{w.data(), FloatType::float32, w.shape(0), w.shape(1), 1};
+        const Minifloat minifloat = minifloat_of(scale, format, weights);
+        const nb::gil_scoped_release unlocked;
+        kernels->feedback_minifloat(f, minifloat);
+    }
+
+    void feedback_codebook(const Matrix<float>& w, const Matrix<const float>& spread, std::size_t begin,
+                           std::size_t end, std::size_t block, const Scales& scale,
+                           const Vector<const float>& midpoints, const Vector<const float>& values,
+                           const Vector<const std::uint8_t>& code_of, bool descend,
+                           const Matrix<std::uint8_t>& codes, const Matrix<float>& decoded) const {
+        const Feedback f = feedback_of(w, spread, begin, end, block, scale, descend, codes, decoded);
+        const Weights weights{w.data(), FloatType::float32, w.shape(0), w.shape(1), 1};
+        const Codebook book = codebook_of(scale, midpoints, values, code_of, weights);
+        const nb::gil_scoped_release unlocked;
+        kernels->feedback_codebook(f, book);
+    }
+
     const GgmlCodec& ggml_codec(int type) const {
         const GgmlCodecs codecs = kernels->ggml_codecs();
         for (std::size_t i = 0; i < codecs.count; ++i)
@@ -299,6 +359,32 @@ struct Isa {
         return as_tuple(result);
     }
 
+    void iq_nearest(int type, const Matrix<const float>& x, const Matrix<const float>& w,
+                    const Matrix<const float>& scaled, const Vector<std::int32_t>& entry,
+                    const Vector<float>& cost) const {
+        const IqGrid& grid = iq_grid(type);
+        require(x.shape(1) == grid.columns && scaled.shape(1) == grid.levels, "x must be [V, columns], scaled [V, L]");
+        require_same_shape(x, w, "w must be [V, columns]");
+        require(scaled.shape(0) == x.shape(0) && entry.shape(0) == x.shape(0) && cost.shape(0) == x.shape(0),
+                "entry and cost must be [V]");
+        const nb::gil_scoped_release unlocked;
+        kernels->iq_nearest(type, {x.data(), w.data(), scaled.data(), x.shape(0)}, entry.data(), cost.data());
+    }
+
+    void iq_round(int type, const Matrix<const float>& x, const Matrix<const float>& w, const Vector<const float>& scale,
+                  const Vector<std::int32_t>& codes) const {
+        // IQ3_XXS has two points of four columns in a code.
+        require(x.shape(1) == (type == 18 ? 8 : iq_grid(type).columns), "x must be [V, columns of a code]");
+        require_same_shape(x, w, "w must be [V, columns]");
+        require(scale.shape(0) == x.shape(0) && codes.shape(0) == x.shape(0), "scale and codes must be [V]");
+        bool known = false;
+        {
+            const nb::gil_scoped_release unlocked;
+            known = kernels->iq_round(type, {x.data(), w.data(), scale.data(), x.shape(0)}, codes.data());
+        }
+        require(known, "this ggml type has no signs");
+    }
+
     static void require_word_shape(std::size_t word_rows, std::size_t words, std::size_t rows, std::size_t columns,
                                    int bits) {
         require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
@@ -331,7 +417,9 @@ NB_MODULE(_core, module) {
     const auto values = "values"_a.noconvert(), words = "words"_a.noconvert(), errors = "errors"_a.noconvert();
     const auto weights = "weights"_a.noconvert(), low = "low"_a.noconvert(), high = "high"_a.noconvert();
 
-    const auto blocks = "blocks"_a.noconvert();
+    const auto blocks = "blocks"_a.noconvert(), decoded = "decoded"_a.noconvert();
+    const auto change = "change"_a.noconvert(), spread = "spread"_a.noconvert();
+    const auto offset = "offset"_a.noconvert().none();
     const auto midpoints = "midpoints"_a.noconvert(), code_of = "code_of"_a.noconvert();
 
     nb::class_<Isa>(module, "Isa", "The kernels of one instruction set; the last argument of most is the output.")
@@ -351,9 +439,15 @@ NB_MODULE(_core, module) {
         .def("squared_error_table", &Isa::squared_error_table, w, codes, "group"_a, scale, values)
         .def("pack_dense", &Isa::pack_dense, codes, "bits"_a, "offset"_a, words)
         .def("unpack_dense", &Isa::unpack_dense, words, "bits"_a, "offset"_a, codes)
+        .def("subtract_product", &Isa::subtract_product, w, change, spread, "begin"_a, "end"_a)
+        .def("feedback_int", &Isa::feedback_int, w, spread, "begin"_a, "end"_a, "block"_a, scale, offset, zero_point, "qmin"_a, "qmax"_a, "descend"_a, codes, decoded)
+        .def("feedback_minifloat", &Isa::feedback_minifloat, w, spread, "begin"_a, "end"_a, "block"_a, scale, "format"_a, "descend"_a, codes, decoded)
+        .def("feedback_codebook", &Isa::feedback_codebook, w, spread, "begin"_a, "end"_a, "block"_a, scale, midpoints, values, code_of, "descend"_a, codes, decoded)
         .def("ggml_error", &Isa::ggml_error, "type"_a, w, blocks)
         .def_static("set_ggml_grid", &set_ggml_grid, "type"_a, "points"_a.noconvert(),
                     "The vector codebook [entries, columns] of a ggml type, before its blocks are touched.")
+        .def("iq_nearest", &Isa::iq_nearest, "type"_a, "x"_a.noconvert(), w, "scaled"_a.noconvert(), "entry"_a.noconvert(), "cost"_a.noconvert())
+        .def("iq_round", &Isa::iq_round, "type"_a, "x"_a.noconvert(), w, scale, codes)
         .def("ggml_types", &Isa::ggml_types)
         .def("ggml_decode", &Isa::ggml_decode, "type"_a, blocks, weights)
         .def("ggml_encode", &Isa::ggml_encode, "type"_a, w, importance, blocks);

@@ -60,6 +60,38 @@ struct SquaredError {
     double error, weight, max_abs_error;
 };
 
+// w [rows, columns], in columns begin .. end  -=  change [rows, depth] @ spread [depth, columns]
+struct Product {
+    float* w;
+    const float* change;
+    const float* spread;
+    std::size_t rows, columns, depth, begin, end;
+};
+
+// Rounding with error feedback (kernels/feedback.inc.hpp), in place on w [rows, columns], of columns begin .. end. All
+// matrices have that shape, but for spread [columns, columns]; offset and zero_point may be null. decoded holds the
+// former values where `descend`.
+struct Feedback {
+    float* w;
+    const float* spread;
+    std::size_t rows, columns, begin, end, block;
+    bool descend;
+    const float* scale;
+    const float* offset;
+    const std::int32_t* zero_point;
+    std::uint8_t* codes;
+    float* decoded;
+};
+
+// Vectors x [count, columns] of an i-quant, what each column's squared error counts, and what each level decodes to,
+// [count, levels].
+struct IqVectors {
+    const float* x;
+    const float* w;
+    const float* scaled;
+    std::size_t count;
+};
+
 struct GgmlCodec;
 struct GgmlRows;
 struct GgmlCodecs;
@@ -71,6 +103,9 @@ struct Kernels {
     // all written. `ggml_error` measures blocks that are there.
     SquaredError (*ggml_encode)(const GgmlCodec&, const GgmlRows&, std::uint8_t* blocks);
     SquaredError (*ggml_error)(const GgmlCodec&, const Weights&, const std::uint8_t* blocks);
+    void (*iq_nearest)(int type, const IqVectors&, std::int32_t* entry, float* cost);
+    // `scaled` is the scale of each vector [count]; false for types without signs.
+    bool (*iq_round)(int type, const IqVectors&, std::int32_t* codes);
     void (*group_range)(const Weights&, float* low, float* high);
     void (*round_int)(const Weights&, const Affine&, std::int8_t* codes);
     void (*round_minifloat)(const Weights&, const Minifloat&, std::uint8_t* codes);
@@ -86,6 +121,10 @@ struct Kernels {
     bool (*pack_dense)(const Codes&, int bits, int offset, std::uint32_t* words);
     void (*unpack_dense)(const std::uint32_t* words, std::size_t rows, std::size_t columns, int bits, int offset,
                          std::uint8_t* codes);
+    void (*subtract_product)(const Product&);
+    void (*feedback_int)(const Feedback&, int qmin, int qmax);
+    void (*feedback_minifloat)(const Feedback&, const Minifloat&);
+    void (*feedback_codebook)(const Feedback&, const Codebook&);
 };
 
 // Null where the library was built without that instruction set, or where this machine does not have it.

@@ -209,19 +209,6 @@ def test_a_partly_quantized_model_is_refused(quantized, model, tmp_path):
         lowbit.convert(folder, tmp_path / "out", format="gptq")
 
 
-def test_scales_of_a_quantized_kv_cache_are_left_out_and_said_so(quantized, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    folder = copied(quantized("compressed-tensors W4A16"), tmp_path / "in", kv_cache_scheme=scheme)
-    tensors = load_file(folder / "model.safetensors")
-    tensors |= {f"model.layers.0.self_attn.{leaf}": torch.ones(1) for leaf in ("k_scale", "v_scale")}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    report = lowbit.convert(folder, tmp_path / "out", format="gptq").report
-    assert any("KV cache" in note for note in report.source.notes)
-    assert not any(name.endswith("k_scale") for name in weights(tmp_path / "out"))
-
-
 def copied(folder: Path, to: Path, **quantization) -> Path:
     """A copy with other words in its quantization_config."""
     import shutil

@@ -5,7 +5,7 @@ from importlib import resources
 import pytest
 
 DATA = resources.files("lowbit") / "data"
-SIZES = {"evaluation.txt": (110_000, 140_000), "calibration.txt": (250_000, 400_000)}
+SIZES = {"evaluation.txt": (110_000, 140_000), "calibration.txt": (400_000, 480_000)}
 OVERLAP = 200
 COLUMNS = ("file", "passage", "begins", "author", "source", "licence", "domain", "language", "bytes")
 
@@ -71,10 +71,46 @@ def test_evaluation_is_mainly_english_prose_and_several_domains():
     assert {row["domain"] for row in rows} >= {"science", "law", "history", "code", "technical documentation"}
 
 
+def test_calibration_is_mainly_english_with_many_languages_and_domains():
+    rows = passages("calibration.txt")
+    total = sum(int(row["bytes"]) for row in rows)
+    assert sum(int(row["bytes"]) for row in rows if row["language"] == "English") >= 0.6 * total
+    code = {"SQL", "shell", "C", "C++", "Go", "Python", "JavaScript", "TypeScript", "Rust", "Java", "JSON", "HTML"}
+    languages = {language for row in rows for language in row["language"].split(", ")}
+    assert code <= languages
+    assert len(languages - code - {"YAML", "CSV"}) >= 20
+    domains = {domain for row in rows for domain in row["domain"].split(", ")}
+    assert domains >= {"conversation", "mathematics", "science", "news", "recipe", "law", "code", "data", "letters",
+                       "technical documentation", "drama", "poetry"}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SIZES)
+def test_no_passage_says_the_same_twice(file):
+    paragraphs = [paragraph for paragraph in read(file).split("\n\n") if len(paragraph) > 100]
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+@pytest.mark.demo_model
+def test_calibration_is_enough_for_128_windows_of_512_tokens():
+    from lowbit.architecture.loading import load_tokenizer
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.text import calibration_windows
+
+    checkpoint = open_checkpoint("demo:smollm2")
+    found = calibration_windows(None, load_tokenizer(checkpoint), 128, 512)
+    checkpoint.close()
+    assert found.ids.shape == (128, 512)
+    assert found.notes == ()
+    assert found.text_tokens > 110_000
+
+
 def test_every_licence_that_asks_for_its_notice_has_it():
     notices = (DATA / "LICENSES.md").read_text(encoding="utf-8")
     for row in passages("evaluation.txt") + passages("calibration.txt"):
         if row["licence"].startswith("public domain"):
+            continue
+        if row["source"] == "written for this package":
+            assert row["licence"] == "Apache-2.0", row["passage"]
             continue
         assert row["licence"] in {"BSD-3-Clause", "MIT", "Apache-2.0"}, row["passage"]
         project = row["source"].split("`")[1].split("-")[0]

@@ -15,7 +15,7 @@ import lowbit
 ROOT = Path(lowbit.__file__).parent
 
 # The order of the flow. A stage may import from the stages before it, from the shared currency and from itself.
-CURRENCY = {"errors", "tensors", "schemes", "settings", "measure", "numerics", "kernels", "text", "workers"}
+CURRENCY = {"errors", "methods", "tensors", "schemes", "settings", "measure", "numerics", "kernels", "text", "workers"}
 STAGES = [
     "checkpoint",
     "architecture",

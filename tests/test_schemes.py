@@ -11,6 +11,7 @@ NAMED_IN_DESIGN = [
     "W3A16",
     "W2A16",
     "W8A8",
+    "W8A8_STATIC",
     "W4A8",
     "FP8",
     "FP8_DYNAMIC",

@@ -3,8 +3,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
 
+from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, DependencyError, UsageError
 from lowbit.text import Text, cut_windows, read_text, wants_bos
 

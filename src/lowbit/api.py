@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.blockwise.folders import calibrate
+from lowbit.blockwise.results import TensorResult
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, report_path
 from lowbit.errors import UsageError, VerificationError
 from lowbit.export.atomic import refuse_existing, refuse_existing_file
 from lowbit.measure import Meter
-from lowbit.pipeline import Prepared, Progress, TensorResult, calibrate, prepare, write_checkpoint
+from lowbit.methods import parse_method
+from lowbit.pipeline import Prepared, Progress, prepare, write_checkpoint
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
-from lowbit.settings import Settings, make_settings
+from lowbit.settings import RunOptions, Settings, make_settings
 from lowbit.verification import Verification, verify
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ def quantize(
     *,
     recipe: Path | None = None,
     options: OpenOptions | None = None,
+    run: RunOptions | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -45,7 +49,8 @@ def quantize(
     output    a folder, or NAME.gguf for llama.cpp
 
     model     a folder, a .gguf file, a Hugging Face id, or demo:smollm2
-    settings  the fields of `lowbit.settings.Settings`: scheme, group_size, ignore, overrides, range …
+    settings  the fields of `lowbit.settings.Settings`: scheme, method, group_size, ignore, overrides, range …
+    run       device, memory bound and resuming, of methods that run a text through the model
     progress  called with (what, bytes done, bytes in all)
 
     Raises LowbitError; then nothing exists under `output` (or the earlier output is still there).
@@ -54,12 +59,13 @@ def quantize(
     made, output = make_settings(recipe, **settings), Path(output)
     if not made.writes_gguf(output):
         prepared = prepare(model, made, options, threads)
-        return _write(prepared, output, options, overwrite, progress, meter)
+        return _write(prepared, output, options, overwrite, progress, meter, run)
     from lowbit.gguf_pipeline import prepare_gguf
 
     refuse_other_name(output, made)
     refuse_existing_file(output, report_path(output), overwrite)
-    return _write_gguf(prepare_gguf(model, made, options, threads, progress), output, overwrite, progress, meter)
+    prepared_gguf = prepare_gguf(model, made, options, threads, progress)
+    return _write_gguf(prepared_gguf, output, overwrite, progress, meter, run)
 
 
 def convert(
@@ -117,37 +123,50 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
     meter: Meter,
+    run: RunOptions | None = None,
 ) -> Quantized:
     """Calibrate where that is needed, write, verify, report; all under a hidden name until it is complete."""
     refuse_existing(output, overwrite)
-    prepared = calibrate(prepared, progress)
+    prepared = calibrate(prepared, output, run, progress)
+    method = prepared.plan.settings.method
     made: list[schema.Report] = []
 
     def finish(work: Path, results: dict[str, TensorResult]) -> None:
-        nearest = prepared.plan.settings.method == "rtn" and prepared.plan.exporter.FORMAT != "float"
+        nearest = method == "rtn" and prepared.decided is None and prepared.plan.exporter.FORMAT != "float"
         engine = prepared.plan.exporter.ENGINE
-        verification = verify(work, source=prepared.checkpoint, engine=engine, options=options, nearest=nearest)
+        # What transforms rewrote has no counterpart in the source.
+        source = None if parse_method(method).transforms else prepared.checkpoint
+        verification = verify(work, source=source, engine=engine, options=options, nearest=nearest)
         _refuse_broken(verification, output)
         report = build_report(prepared, results, list(work.glob("*.safetensors")), output, verification, meter)
         write_report(report, work)
         made.append(report)
 
     write_checkpoint(prepared, output, progress, overwrite, finish)
+    if prepared.decided is not None:
+        prepared.decided.store.remove()
     return Quantized(output, made[0])
 
 
 def _write_gguf(
-    prepared: PreparedGGUF, output: Path, overwrite: bool, progress: Progress | None, meter: Meter
+    prepared: PreparedGGUF,
+    output: Path,
+    overwrite: bool,
+    progress: Progress | None,
+    meter: Meter,
+    run: RunOptions | None = None,
 ) -> Quantized:
-    """Write, verify, report; all under hidden names until it is complete."""
-    from lowbit.gguf_pipeline import write_gguf
+    """Calibrate where that is asked for, write, verify, report; all under hidden names until it is complete."""
+    from lowbit.gguf_pipeline import calibrate_gguf, write_gguf
     from lowbit.verification.gguf import INHERITED
 
+    prepared = calibrate_gguf(prepared, output, run, progress)
     made: list[schema.Report] = []
     files: list[str] = []
 
     def finish(work: Path, written: list[Path], results: dict[str, TensorResult]) -> None:
-        verification = verify(written[0], source=prepared.checkpoint, engine="llama.cpp")
+        rewritten = parse_method(prepared.plan.settings.method).transforms
+        verification = verify(written[0], source=None if rewritten else prepared.checkpoint, engine="llama.cpp")
         _refuse_broken(verification, output, INHERITED if prepared.source_kind == "gguf" else ())
         files.append(written[0].name)
         report = build_report(prepared, results, written, output.with_name(files[0]), verification, meter)
@@ -155,6 +174,8 @@ def _write_gguf(
         made.append(report)
 
     write_gguf(prepared, output, progress, overwrite, finish)
+    if prepared.decided is not None:
+        prepared.decided.store.remove()
     return Quantized(output.with_name(files[0]), made[0])
 
 

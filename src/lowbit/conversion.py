@@ -11,7 +11,8 @@ The format "float" takes the decoded weights of anything, cast to the model's dt
 It also makes a Hugging Face folder of a GGUF file.
 
 Activation schemes are kept where the target has them. Where it has not, weights stay exact and a note says that
-activations are no longer quantized. Linears that the source leaves in 16 bits stay so.
+activations are no longer quantized. Linears that the source leaves in 16 bits stay so. Scales of an FP8 KV cache are
+kept where the target has them, and dropped with a note where it has not.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes, OpenOptions
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
+from lowbit.checkpoint.kv_cache import StoredKVCache
 from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import FormatError, UsageError
 from lowbit.export import FORMATS, Exporter, find_exporter
-from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX
+from lowbit.export.kv_cache import unfit_kv_cache
+from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX
 from lowbit.pipeline import Prepared, described, needs_input_ranges, slabs
-from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
+from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype, with_kv_cache
 from lowbit.rounding.widen import widened, wider_specs
-from lowbit.schemes import SCHEMES, ActivationSpec, Scheme, WeightSpec, scheme_of_specs
+from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, ActivationSpec, Scheme, WeightSpec, scheme_of_specs
 from lowbit.settings import Settings
 
 # What a linear is rounded to where its own codes do not fit: format → (up to 4 bits, more than 4 bits).
@@ -97,7 +100,7 @@ def prepare_conversion(
     fixed = {linear: choice.scheme for linear, choice in choices.items()}
     plan = make_plan(checkpoint, architecture, settings, dtype, fixed)
     plan = replace(plan, tensors=tuple(_decided(t, choices, checkpoint, exporter) for t in plan.tensors))
-    plan = replace(plan, input_absmax=_input_ranges(plan, checkpoint))
+    plan = _with_kv_cache(replace(plan, input_absmax=_input_ranges(plan, checkpoint)), checkpoint)
     prepared = Prepared(checkpoint, plan, threads or os.cpu_count() or 1, options)
     return replace(prepared, plan=_checked_values(prepared, exporter))
 
@@ -108,9 +111,33 @@ def _input_ranges(plan: Plan, checkpoint: CanReadCodes) -> dict[str, float]:
     for linear in needs_input_ranges(plan):
         scale = stored.get(f"{linear}.weight")
         if scale is not None:
-            two_levels = plan.schemes[linear].weight.two_level
-            ranges[linear] = scale * E4M3_MAX * (E2M1_MAX if two_levels else 1.0)
+            spec = plan.schemes[linear].activation
+            assert spec is not None, "it needs calibration"
+            largest_code = INT8_MAX if spec.number == "int" else E4M3_MAX
+            ranges[linear] = scale * largest_code * (E2M1_MAX if spec.scale_format == "e4m3" else 1.0)
     return ranges
+
+
+def _with_kv_cache(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The plan with the scales of the source's KV cache, where the target can store them; else a note says why not.
+
+    What the settings ask for goes first: then keys and values are measured anew.
+    """
+    stored: StoredKVCache | None = getattr(checkpoint, "kv_cache", None)
+    if stored is None or plan.kv_cache is not None:
+        return plan
+    scheme, notes = stored.scheme, plan.notes
+    if plan.format == "modelopt" and scheme.per == "head":
+        scheme = KV_CACHE_SCHEMES["fp8"]
+        notes = (*notes, "scales of the KV cache: one per layer, the largest of the source's, which has one per head")
+    reason = unfit_kv_cache(plan.format, scheme)
+    absent = sorted(set(range(len(plan.architecture.blocks))) - stored.absmax.keys())
+    if reason is None and absent:
+        reason = f"the source has none for layer {absent[0]}"
+    if reason is not None:
+        return replace(plan, notes=(*notes, f"scales of the KV cache are dropped: {reason}"))
+    plan = with_kv_cache(plan, scheme, checkpoint.config())
+    return replace(plan, kv_absmax=stored.absmax, notes=notes)
 
 
 def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, wanted: Scheme | None = None) -> Choice:

@@ -13,11 +13,15 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit.architecture import Architecture
+from lowbit.blockwise.overlay import DecidedBlocks
+from lowbit.blockwise.results import TensorResult, decided_results, joined_results
 from lowbit.calibrate.imatrix_file import read_imatrix
 from lowbit.calibrate.importance import ImportanceMatrix
 from lowbit.checkpoint import open_checkpoint
@@ -25,17 +29,21 @@ from lowbit.checkpoint.base import Checkpoint, OpenOptions, report_path
 from lowbit.checkpoint.gguf_raw import RawGGUF
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.export.atomic import atomic_files, check_disk, refuse_existing_file
-from lowbit.export.gguf_model import describe_gguf
+from lowbit.export.gguf_model import GGUFModel, describe_gguf
 from lowbit.export.gguf_tokenizer import tokenizer_key_values
 from lowbit.export.gguf_writer import GGUFWriter
 from lowbit.gguf_plan import GGUFPlan, PlannedBlocks, importance_of, plan_from_gguf, plan_from_model, slabs
 from lowbit.measure import resident_memory
 from lowbit.numerics import ggml
-from lowbit.pipeline import CalibrationText, Progress, TensorResult, described, summed
+from lowbit.pipeline import CalibrationText, Progress, described, summed
 from lowbit.plan import model_dtype
-from lowbit.settings import MEASURE, Settings
+from lowbit.rounding.target import GgmlTarget
+from lowbit.settings import MEASURE, RunOptions, Settings
 from lowbit.text import read_text
 from lowbit.workers import run_all
+
+if TYPE_CHECKING:
+    from lowbit.blockwise.prepare import Decided
 
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source, a float32 copy where rows are put in another order, blocks.
@@ -57,11 +65,15 @@ class PreparedGGUF:
     threads: int
     options: OpenOptions = field(default_factory=OpenOptions)
     matrix: ImportanceMatrix | None = None
+    architecture: Architecture | None = None
+    decided: Decided | None = None
 
     @property
     def calibration(self) -> CalibrationText | None:
         """The text that the importance was measured on, where this run did that."""
         settings, matrix = self.plan.settings, self.matrix
+        if self.decided is not None:
+            return CalibrationText.of(self.decided.windows)
         if settings.imatrix != MEASURE or matrix is None:
             return None
         text = read_text(settings.calib, packaged="calibration")
@@ -86,7 +98,7 @@ def prepare_gguf(
     threads = threads or os.cpu_count() or 1
     options = options or OpenOptions()
     matrix = _imatrix(model, settings, options, progress)
-    raw = open_as_gguf(model, options)
+    raw = None if settings.is_blockwise else open_as_gguf(model, options)
     if raw is not None:
         plan = plan_from_gguf(raw, settings, matrix)
         return PreparedGGUF(raw, str(model), "gguf", _stored_note(raw), plan, threads, options, matrix)
@@ -97,10 +109,43 @@ def prepare_gguf(
     tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
     float_type = "BF16" if model_dtype(checkpoint) is torch.bfloat16 else "F16"
     plan = plan_from_model(
-        checkpoint, mapped, tokenizer.key_values, settings, matrix, float_type, tuple(tokenizer.notes)
-    )
+        checkpoint, mapped, tokenizer.key_values, settings, matrix, float_type, tuple(tokenizer.notes),
+        calibrated_names(mapped, architecture) if settings.is_blockwise else frozenset(),
+    )  # fmt: skip
     notes = tuple(checkpoint.notes)
-    return PreparedGGUF(checkpoint, checkpoint.source, checkpoint.kind, notes, plan, threads, options, matrix)
+    return PreparedGGUF(
+        checkpoint, checkpoint.source, checkpoint.kind, notes, plan, threads, options, matrix, architecture
+    )
+
+
+def calibrated_names(mapped: GGUFModel, architecture: Architecture) -> frozenset[str]:
+    """The tensors of the file that consist of linears of decoder blocks: those that calibration decides."""
+    linears = {f"{linear.name}.weight" for linear in architecture.linears.values() if linear.block is not None}
+    return frozenset(tensor.name for tensor in mapped.tensors if tensor.sources and linears.issuperset(tensor.sources))
+
+
+def calibrate_gguf(
+    prepared: PreparedGGUF, output: Path, run: RunOptions | None = None, progress: Progress | None = None
+) -> PreparedGGUF:
+    """The same with the blocks that a method decides block by block; nothing is run where it decides none."""
+    settings, architecture, checkpoint = prepared.plan.settings, prepared.architecture, prepared.checkpoint
+    if not settings.is_blockwise:
+        return prepared
+    from lowbit.blockwise.prepare import decide
+
+    assert architecture is not None
+    assert not isinstance(checkpoint, RawGGUF)
+    linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values() if linear.block is not None}
+    targets = {
+        linears[source].name: GgmlTarget(tensor.kind.name)
+        for tensor in prepared.plan.quantized
+        for source in tensor.source.sources
+        if source in linears
+    }
+    dtypes = dict.fromkeys(checkpoint.tensors, torch.float32)
+    decided = decide(checkpoint, architecture, targets, dtypes, settings, prepared.options, run or RunOptions(), output,
+                     progress)  # fmt: skip
+    return replace(prepared, decided=decided, checkpoint=decided.checkpoint)
 
 
 def write_gguf(
@@ -148,11 +193,14 @@ class _Run:
             for first, last in slabs(tensor, SLAB_WEIGHTS)
         )
         run_all(jobs, self.prepared.threads)
-        return {name: summed(sums) for name, sums in self.sums.items()}
+        results = {name: summed(sums) for name, sums in self.sums.items()}
+        return results | self._decided_results()
 
     def _slab(self, tensor: PlannedBlocks, first: int, last: int) -> None:
         if tensor.copied:
             self._copy(tensor, first, last)
+        elif self._is_decided(tensor):
+            self._write_decided(tensor, first, last)
         else:
             self._encode(tensor, first, last)
         self._release(tensor, first, last)
@@ -166,6 +214,31 @@ class _Run:
         stored = raw.bytes(tensor.source.tensor)  # type: ignore[attr-defined]
         begin = first * tensor.row_bytes
         self.writer.write(tensor.name, stored[begin : last * tensor.row_bytes], begin)
+
+    def _is_decided(self, tensor: PlannedBlocks) -> bool:
+        decided = self.prepared.decided
+        sources = tensor.source.sources
+        return decided is not None and bool(sources) and all(name in decided.store for name in sources)
+
+    def _write_decided(self, tensor: PlannedBlocks, first: int, last: int) -> None:
+        """Blocks that calibration has decided, row by row as the source's weights would be read."""
+        assert self.prepared.decided is not None
+        in_bytes = replace(tensor.source, shape=(*tensor.shape[:-1], tensor.row_bytes))  # type: ignore[type-var]
+        rows = in_bytes.read(DecidedBlocks(self.prepared.decided.store), first, last)  # type: ignore[attr-defined]
+        self.writer.write(tensor.name, rows, first * tensor.row_bytes)
+
+    def _decided_results(self) -> dict[str, TensorResult]:
+        """Of each tensor that calibration decided; of stacked experts the mean error and what one of them says."""
+        found: dict[str, TensorResult] = {}
+        decided = self.prepared.decided
+        if decided is None:
+            return found
+        results = decided_results(decided.store)
+        for tensor in self.prepared.plan.tensors:
+            if self._is_decided(tensor):
+                parts = [results[name] for name in tensor.source.sources]
+                found[tensor.name] = joined_results(parts)
+        return found
 
     def _encode(self, tensor: PlannedBlocks, first: int, last: int) -> None:
         values = tensor.source.read(self.prepared.checkpoint, first, last)

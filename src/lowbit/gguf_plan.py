@@ -244,17 +244,20 @@ def plan_from_model(
     matrix: ImportanceMatrix | None,
     float_type: str = "F16",
     notes: tuple[str, ...] = (),
+    calibrated: frozenset[str] = frozenset(),
 ) -> GGUFPlan:
     """Plan the GGUF of a Hugging Face model.
 
     tokenizer   its key-values: (value, type[, type of items])
     float_type  of matrices that stay in 16 bits: BF16 for a bfloat16 model
+    calibrated  names of tensors whose blocks calibration will decide: types that need importance may be chosen
     """
     facts = model_facts(model.arch, {key: value[0] for key, value in model.key_values.items()}, float_type)
     sizes = {t.name: sum(checkpoint.tensors[n].nbytes for n in t.sources if n in checkpoint.tensors)
              for t in model.tensors}  # fmt: skip
     key_values = packed_key_values(model.key_values | tokenizer)
-    return _plan(model.tensors, facts, model.arch, key_values, sizes, {}, settings, matrix, (*model.notes, *notes))
+    notes = (*model.notes, *notes)
+    return _plan(model.tensors, facts, model.arch, key_values, sizes, {}, settings, matrix, notes, calibrated)
 
 
 def plan_from_gguf(raw: RawGGUF, settings: Settings, matrix: ImportanceMatrix | None) -> GGUFPlan:
@@ -280,6 +283,7 @@ def _plan(
     settings: Settings,
     matrix: ImportanceMatrix | None,
     notes: tuple[str, ...],
+    calibrated: frozenset[str] = frozenset(),
 ) -> GGUFPlan:
     shapes = {source.name: source.shape for source in sources}
     if matrix is not None:
@@ -293,10 +297,8 @@ def _plan(
         overrides=tuple(settings.overrides.items()),
         output_type=settings.output_type,
         token_embedding_type=settings.token_embedding_type,
-        has_imatrix=matrix is not None,
-        missing_importance=set()
-        if matrix is None
-        else {n for n, s in shapes.items() if matrix.importance(n, s) is None},
+        has_imatrix=matrix is not None or bool(calibrated),
+        missing_importance=_without_importance(shapes, matrix, calibrated),
     )
     planned = tuple(
         _planned(source, choices[source.name], source_bytes[source.name], source_types.get(source.name), matrix)
@@ -309,6 +311,16 @@ def _plan(
     if matrix is not None:
         key_values |= _about_imatrix(matrix, settings)
     return GGUFPlan(planned, arch, settings, file_type.name, key_values, notes)
+
+
+def _without_importance(
+    shapes: dict[str, tuple[int, ...]], matrix: ImportanceMatrix | None, calibrated: frozenset[str]
+) -> set[str]:
+    """Tensors whose errors nothing weighs, though those of others are weighed."""
+    if matrix is None and not calibrated:
+        return set()
+    left = {name: shape for name, shape in shapes.items() if name not in calibrated}
+    return {name for name, shape in left.items() if matrix is None or matrix.importance(name, shape) is None}
 
 
 def _planned(

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lowbit.architecture import Architecture, describe_checkpoint
+from lowbit.blockwise.results import TensorResult, decided_results
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
 from lowbit.checkpoint.quantized import FLOATS, KINDS
@@ -34,6 +36,7 @@ from lowbit.export.fused_experts import FUSED_EXPERTS
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES, SafetensorsWriter
 from lowbit.measure import resident_memory
 from lowbit.numerics import grid_for
+from lowbit.numerics.grid import Grid, RangeSearch
 from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
 from lowbit.rounding.error import squared_error
 from lowbit.rounding.rtn import TensorRange, measure_range, needs_tensor_range, round_to_nearest
@@ -41,8 +44,11 @@ from lowbit.rounding.widen import widened
 from lowbit.schemes import Scheme
 from lowbit.settings import Settings
 from lowbit.tensors import QuantizedTensor
-from lowbit.text import read_text
+from lowbit.text import CalibrationWindows
 from lowbit.workers import run_all
+
+if TYPE_CHECKING:
+    from lowbit.blockwise.prepare import Decided
 
 SLAB_WEIGHTS = 2_000_000
 # Bytes per weight of a slab in flight: source (≤ 4), float32 copies in a reference kernel, codes, packed codes.
@@ -56,14 +62,6 @@ Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
 
 @dataclass(frozen=True)
-class TensorResult:
-    """What rounding one weight cost: ‖W − Ŵ‖² / ‖W‖², and the largest |w − ŵ|."""
-
-    relative_error: float
-    max_error: float
-
-
-@dataclass(frozen=True)
 class CalibrationText:
     """The text that input ranges were measured on."""
 
@@ -71,17 +69,23 @@ class CalibrationText:
     sha256: str
     windows: int
     window_tokens: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cut: CalibrationWindows) -> CalibrationText:
+        return cls(cut.name, cut.sha256, cut.ids.shape[0], cut.ids.shape[1], cut.notes)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with its open source; `calibration` once a text was run."""
+    """A plan with its open source; `calibration` once a text was run, `decided` what that decided, block by block."""
 
     checkpoint: Checkpoint
     plan: Plan
     threads: int
     options: OpenOptions = field(default_factory=OpenOptions)
     calibration: CalibrationText | None = None
+    decided: Decided | None = None
 
     @property
     def source(self) -> str:
@@ -118,24 +122,6 @@ def prepare(
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     plan = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint))
     return Prepared(checkpoint, plan, threads or os.cpu_count() or 1, options)
-
-
-def calibrate(prepared: Prepared, progress: Progress | None = None) -> Prepared:
-    """The same with the input ranges that static activation scales need; nothing is run where no scheme has any."""
-    plan = prepared.plan
-    needed = needs_input_ranges(plan) - plan.input_absmax.keys()
-    if not needed:
-        return prepared
-    from lowbit.calibrate import measure_input_ranges
-
-    settings = plan.settings
-    text = read_text(settings.calib, packaged="calibration")
-    ranges, windows = measure_input_ranges(
-        prepared.checkpoint, plan.architecture, needed, text, settings.samples, settings.seqlen, dtype=plan.dtype,
-        options=prepared.options, progress=progress,
-    )  # fmt: skip
-    plan = replace(plan, input_absmax=plan.input_absmax | ranges)
-    return replace(prepared, plan=plan, calibration=CalibrationText(text.name, text.sha256, windows, settings.seqlen))
 
 
 def needs_input_ranges(plan: Plan) -> set[str]:
@@ -177,7 +163,9 @@ def write_checkpoint(
     with atomic_folder(output, overwrite) as work:
         writer = SafetensorsWriter(work, plan.stored, plan.settings.bytes_per_shard)
         try:
-            results = _Run(checkpoint, plan, writer, prepared.threads, progress).quantize()
+            results = _Run(prepared, writer, progress).quantize()
+            for piece in plan.kv_pieces():
+                writer.write(piece.name, piece.values)
             writer.close()
         finally:
             writer.abandon()
@@ -190,8 +178,10 @@ def write_checkpoint(
 class _Run:
     """State shared by the worker threads of one run."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: SafetensorsWriter, threads: int, progress):
-        self.checkpoint, self.plan, self.writer, self.threads = checkpoint, plan, writer, threads
+    def __init__(self, prepared: Prepared, writer: SafetensorsWriter, progress: Progress | None):
+        self.plan, self.writer, self.threads, self.decided = prepared.plan, writer, prepared.threads, prepared.decided
+        plan = self.plan
+        self.checkpoint = prepared.checkpoint if self.decided is None else self.decided.checkpoint
         self.shares = plan.shares
         self.progress = progress or (lambda what, done, total: None)
         self.total = sum(tensor.source.nbytes for tensor in plan.tensors)
@@ -207,14 +197,20 @@ class _Run:
             for first, last in slabs(tensor, self.plan, self.checkpoint)
         )
         run_all(jobs, self.threads)
-        return {name: summed(sums) for name, sums in self.sums.items()}
+        results = {name: summed(sums) for name, sums in self.sums.items()}
+        return results | ({} if self.decided is None else decided_results(self.decided.store))
+
+    def _is_decided(self, tensor: PlannedTensor) -> bool:
+        return self.decided is not None and tensor.scheme is not None and tensor.name in self.decided.store
 
     def _measure_ranges(self) -> dict[str, TensorRange]:
         """Ranges that must be known before the first slab; a fused set shares the range of its members."""
         needed = [
             tensor
             for tensor in self.plan.quantized
-            if tensor.scheme and not tensor.repack and needs_tensor_range(tensor.scheme.weight)
+            if tensor.scheme
+            and needs_tensor_range(tensor.scheme.weight)
+            and not (tensor.repack or self._is_decided(tensor))
         ]
         slabs_of: dict[str, dict[int, TensorRange]] = {tensor.name: {} for tensor in needed}
 
@@ -252,6 +248,8 @@ class _Run:
     def _slab(self, tensor: PlannedTensor, first: int, last: int, tensor_range: TensorRange | None) -> None:
         if tensor.repack:
             self._repack_slab(tensor, first, last)
+        elif self._is_decided(tensor):
+            self._decided_slab(tensor, first, last)
         else:
             values = self._read(tensor, first, last)
             if tensor.scheme is not None:
@@ -269,17 +267,25 @@ class _Run:
     def _quantize_slab(
         self, tensor: PlannedTensor, values: Tensor, first: int, tensor_range: TensorRange | None
     ) -> None:
-        scheme, plan = tensor.scheme, self.plan
+        scheme = tensor.scheme
         assert scheme is not None, "planned to be quantized"
-        exporter = plan.exporter
-        grid = grid_for(scheme.weight, exporter.scale_format(scheme, tensor.dtype), exporter.lowest_zero_point(scheme))
         quantized = round_to_nearest(
-            values, scheme.weight, grid, plan.settings.range_search(scheme.weight), tensor_range
+            values, scheme.weight, grid_of(tensor, self.plan), search_of(scheme, self.plan), tensor_range
         )
         sums = squared_error(values, quantized)
         if not math.isfinite(sums[0]):
             raise _non_finite(tensor, first)
         self._pack(tensor, quantized, first, sums)
+
+    def _decided_slab(self, tensor: PlannedTensor, first: int, last: int) -> None:
+        """Codes that calibration has decided."""
+        assert self.decided is not None
+        assert tensor.scheme is not None
+        assert tensor.linear is not None
+        quantized = self.decided.store.quantized(
+            tensor.linear.name, tensor.scheme.weight, grid_of(tensor, self.plan), tensor.linear.shape[1], first, last
+        )
+        self._pack(tensor, quantized, first, None)
 
     def _repack_slab(self, tensor: PlannedTensor, first: int, last: int) -> None:
         """The source's own codes, in the target's grid where that is wider; nothing is lost."""
@@ -291,12 +297,13 @@ class _Run:
             sums = squared_error(quantized.decode().to(tensor.dtype), quantized)
         self._pack(tensor, quantized, first, sums)
 
-    def _pack(self, tensor: PlannedTensor, quantized: QuantizedTensor, first: int, sums: tuple) -> None:
+    def _pack(self, tensor: PlannedTensor, quantized: QuantizedTensor, first: int, sums: tuple | None) -> None:
         linear, scheme = tensor.linear, tensor.scheme
         assert linear is not None
         assert scheme is not None
-        with self.lock:
-            self.sums.setdefault(tensor.name, {})[first] = sums
+        if sums is not None:
+            with self.lock:
+                self.sums.setdefault(tensor.name, {})[first] = sums
         absmax = self.plan.input_absmax.get(linear.name)
         pack = self.plan.exporter.pack
         for piece in pack(linear.name, quantized, scheme, first, linear.shape, tensor.dtype, absmax):
@@ -328,6 +335,18 @@ def _non_finite(tensor: PlannedTensor, first: int) -> NonFiniteError:
     )
 
 
+def grid_of(tensor: PlannedTensor, plan: Plan) -> Grid:
+    """The grid of a quantized tensor, with scales as the format stores them."""
+    scheme, exporter = tensor.scheme, plan.exporter
+    assert scheme is not None
+    return grid_for(scheme.weight, exporter.scale_format(scheme, tensor.dtype), exporter.lowest_zero_point(scheme))
+
+
+def search_of(scheme: Scheme, plan: Plan) -> RangeSearch:
+    """How ranges of its weights are chosen."""
+    return plan.settings.range_search(scheme.weight)
+
+
 def rows_of(tensor: PlannedTensor) -> int:
     return tensor.walked_shape[0] if tensor.walked_shape else 1
 
@@ -352,10 +371,10 @@ def _write_config(work: Path, checkpoint: Checkpoint, plan: Plan) -> None:
     config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
     if not ("dtype" in config or "torch_dtype" in config):
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    quantization = plan.exporter.quantization_config(plan.schemes, plan.ignored)
+    quantization = plan.quantization_config()
     if quantization:
         config["quantization_config"] = quantization
-    files = {"config.json": config} | plan.exporter.companion_files(plan.schemes, plan.ignored)
+    files = {"config.json": config} | plan.companion_files()
     for name, content in files.items():
         (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

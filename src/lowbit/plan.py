@@ -7,7 +7,8 @@ A conversion plans in the same way, with the schemes that the source has (`fixed
 Nothing is skipped in silence: a tensor without a scheme carries the reason, a scheme that was adapted carries a note.
 Refused: settings that give linears of one fused set (q/k/v, gate/up) different schemes, since engines load such a
 checkpoint and compute nonsense; experts of one block with different schemes; a group size chosen by the user that does
-not divide K; a model that the output format is not for, or a mixture that it cannot say.
+not divide K; a model that the output format is not for, or a mixture that it cannot say; scales of a KV cache that it
+cannot store.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
 from lowbit.checkpoint.base import Checkpoint, TensorInfo, is_decoded
 from lowbit.errors import ArchitectureError, CheckpointError, FormatError, ShapeError, UsageError
-from lowbit.export import Exporter, default_format, find_exporter
+from lowbit.export import Exporter, Piece, default_format, find_exporter
 from lowbit.export.fused_experts import FUSED_EXPERTS, Share, find_shares, stores_fused_experts
+from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
 from lowbit.export.safetensors_writer import StoredTensor, total_file_bytes
-from lowbit.schemes import Scheme
+from lowbit.schemes import KVCacheScheme, Scheme, find_kv_cache_scheme
 from lowbit.settings import DEFAULT_IGNORE, Settings
 from lowbit.tensors import Granularity
 
@@ -90,7 +94,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """input_absmax: linear → largest |input| seen in calibration, of schemes with static activation scales."""
+    """
+    input_absmax  linear → the |input| to scale by, from calibration, of schemes with static activation scales
+    kv_cache      how the KV cache is quantized; None where nothing is said of it
+    kv_scales     what the files hold of it, layer by layer
+    kv_absmax     layer → largest |K| and |V| of every head, [kv_heads], from calibration
+    notes         what the user should know of the plan as a whole
+    """
 
     tensors: tuple[PlannedTensor, ...]
     architecture: Architecture
@@ -98,6 +108,10 @@ class Plan:
     dtype: torch.dtype
     exporter: Exporter
     input_absmax: dict[str, float] = field(default_factory=dict)
+    kv_cache: KVCacheScheme | None = None
+    kv_scales: tuple[CacheScales, ...] = ()
+    kv_absmax: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def format(self) -> str:
@@ -123,14 +137,45 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know of the plan as a whole."""
-        return ()
+        return self.notes
 
     @property
     def stored(self) -> list[StoredTensor]:
         """Every tensor of the files, once."""
         stored = (stored for tensor in self.tensors for stored in tensor.stored)
-        places = (self.shares[tensor.name].stored if tensor.name in self.shares else tensor for tensor in stored)
+        places = [self.shares[tensor.name].stored if tensor.name in self.shares else tensor for tensor in stored]
+        places += [tensor for scales in self.kv_scales for tensor in (scales.k, scales.v)]
         return list({tensor.name: tensor for tensor in places}.values())
+
+    @property
+    def needs_kv_ranges(self) -> bool:
+        """True where keys and values must be measured; a conversion has the ranges of its source."""
+        return self.kv_cache is not None and not self.kv_absmax
+
+    def kv_pieces(self) -> list[Piece]:
+        """The scales of the KV cache, as they lie in the files; none where it is not quantized.
+
+        Raises ArchitectureError for a layer that was not measured.
+        """
+        if self.kv_cache is None:
+            return []
+        pieces = []
+        for scales in self.kv_scales:
+            if scales.layer not in self.kv_absmax:
+                raise ArchitectureError(f"the keys and values of layer {scales.layer} were not measured",
+                                        "leave --kv-cache out")  # fmt: skip
+            pieces += scales.pieces(self.kv_cache, self.kv_absmax[scales.layer])
+        return pieces
+
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's `quantization_config`; empty where the format writes none."""
+        config = self.exporter.quantization_config(self.schemes, self.ignored)
+        return config if self.kv_cache is None else state_kv_cache(self.format, self.kv_cache, config)
+
+    def companion_files(self) -> dict[str, dict[str, Any]]:
+        """Further JSON files of the format: name → content."""
+        files = self.exporter.companion_files(self.schemes, self.ignored)
+        return files if self.kv_cache is None else state_kv_cache_beside(self.format, self.kv_cache, files)
 
     @cached_property
     def shares(self) -> dict[str, Share]:
@@ -209,7 +254,17 @@ def make_plan(
     _check_one_scheme(plan, architecture.fused_sets, "engines load these as one matrix, and would misread it")
     _check_one_scheme(plan, architecture.expert_sets, "engines stack the experts of a block, and would misread them")
     exporter.quantization_config(plan.schemes, plan.ignored)  # refuses what the format cannot say, before anything runs
-    return plan
+    chosen = getattr(settings, "kv_cache", None)
+    return plan if chosen is None else with_kv_cache(plan, find_kv_cache_scheme(chosen), checkpoint.config())
+
+
+def with_kv_cache(plan: Plan, scheme: KVCacheScheme, config: dict[str, Any]) -> Plan:
+    """The plan with scales of a quantized KV cache; FormatError or ArchitectureError where they cannot be stored.
+
+    config  config.json of the model
+    """
+    scales = stored_kv_scales(plan.format, scheme, plan.architecture, config)
+    return replace(plan, kv_cache=scheme, kv_scales=scales)
 
 
 def _check_model_type(exporter: Exporter, architecture: Architecture, checkpoint: Checkpoint) -> None:

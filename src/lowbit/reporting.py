@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import shlex
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,15 @@ from lowbit.verification import Verification
 if TYPE_CHECKING:
     from lowbit.gguf_pipeline import PreparedGGUF
     from lowbit.gguf_plan import PlannedBlocks
-    from lowbit.pipeline import Prepared, TensorResult
+    from lowbit.blockwise.results import TensorResult
+    from lowbit.pipeline import Prepared
     from lowbit.plan import PlannedTensor
+    from lowbit.settings import Settings
+
+
+# Of `Settings`: what methods that run a text can be told.
+_OPTIONS = ("damping", "correction", "correction_samples", "refine", "iterations", "expert_tokens", "all_experts", "activation_range",
+            "activation_percentile", "compute")  # fmt: skip
 
 
 def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorResult], written: list[Path],
@@ -38,7 +46,7 @@ def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorRes
             model=prepared.source,
             kind=prepared.source_kind,
             architecture=plan.model_class,
-            notes=(*prepared.source_notes, *plan.warnings),
+            notes=(*prepared.source_notes, *plan.warnings, *_decided_notes(prepared)),
             bytes=bytes_in,
         ),
         output=schema.Output(
@@ -55,7 +63,9 @@ def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorRes
             bytes_out=bytes_out,
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_bytes,
+            seconds_by_work={} if prepared.decided is None else prepared.decided.seconds,
         ),
+        transforms=_transforms(prepared),
         tensors=tuple(_entry(tensor, results.get(tensor.name)) for tensor in plan.tensors),
         verification=schema.Verification(
             ok=verification.ok,
@@ -79,6 +89,9 @@ def _settings(prepared: Prepared | PreparedGGUF) -> schema.Settings:
         ignore=settings.ignore,
         overrides=tuple(f"{pattern}={name}" for pattern, name in settings.overrides.items()),
         seed=settings.seed,
+        method_overrides=tuple(f"{pattern}={name}" for pattern, name in settings.method_overrides.items()),
+        options={name: getattr(settings, name) for name in _OPTIONS if _was_changed(settings, name)},
+        kv_cache=settings.kv_cache,
         imatrix=settings.imatrix,
         pure=settings.pure,
         calibration=_calibration(prepared),
@@ -112,8 +125,29 @@ def _calibration(prepared: Prepared | PreparedGGUF) -> schema.Calibration | None
         return None
     return schema.Calibration(
         name=text.name, sha256=text.sha256, samples=text.windows, sequence_length=text.window_tokens,
-        tokens=text.windows * text.window_tokens,
+        tokens=text.windows * text.window_tokens, notes=text.notes,
     )  # fmt: skip
+
+
+def _was_changed(settings: Settings, name: str) -> bool:
+    return getattr(settings, name) != type(settings).model_fields[name].default
+
+
+def _decided_notes(prepared: Prepared | PreparedGGUF) -> tuple[str, ...]:
+    """What was rounded otherwise than asked for, counted."""
+    decided = prepared.decided
+    if decided is None:
+        return ()
+    results = [result for record in decided.store.records.values() for result in record.linears.values()]
+    notes = Counter(note for result in results for note in result.notes)
+    return (*decided.notes, *(f"{note} ({count} linears)" for note, count in notes.items()))
+
+
+def _transforms(prepared: Prepared | PreparedGGUF) -> tuple[schema.TransformEntry, ...]:
+    if prepared.decided is None:
+        return ()
+    records = prepared.decided.store.records.values()
+    return tuple(schema.TransformEntry(**note) for record in records for note in record.transforms)
 
 
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
@@ -127,6 +161,7 @@ def _serve_lines(verification: Verification, output: Path) -> tuple[schema.Serve
 
 
 def _entry(tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None) -> schema.TensorEntry:
+    decided = None if result is None else result.decided
     return schema.TensorEntry(
         name=tensor.name,
         role=tensor.role,
@@ -137,7 +172,11 @@ def _entry(tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None) -
         bytes=tensor.stored_bytes,
         relative_error=None if result is None else result.relative_error,
         max_error=None if result is None else result.max_error,
+        method=None if decided is None else decided.method,
+        layer_error=None if decided is None else decided.layer_error,
+        nearest_error=None if decided is None else decided.nearest_error,
+        tokens=None if decided is None else decided.tokens,
         repacked=tensor.repack,
         reason=tensor.reason,
-        notes=tensor.notes,
+        notes=tensor.notes if decided is None else (*tensor.notes, *decided.notes),
     )

@@ -2,7 +2,8 @@
 
 A scheme says how weights are stored (`WeightSpec`) and how activations are quantized at run time
 (`ActivationSpec`, None for weight-only). It says nothing of the file format (export) nor of the algorithm that chooses
-the codes (rounding). `SCHEMES` is the table; a new scheme is a new row.
+the codes (rounding). `SCHEMES` is the table; a new scheme is a new row. How the KV cache is stored is a choice beside
+it (`KV_CACHE_SCHEMES`): any scheme goes with any.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lowbit.errors import UsageError
 from lowbit.tensors import Granularity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How a scale is stored. "model": a 16- or 32-bit float, which of them the file format says. "nested": 8-bit codes of
 # bitsandbytes' double quantization.
@@ -121,6 +125,7 @@ _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
 _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
+_INT8_STATIC = ActivationSpec("int", 8, "tensor", dynamic=False)
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
 _FP8_STATIC = ActivationSpec("e4m3", 8, "tensor", dynamic=False)
 _FP8_GROUP = ActivationSpec("e4m3", 8, "group", group_size=128)
@@ -137,6 +142,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W3A16", _int_group(3), None, "3-bit integers, symmetric, group 128; weight-only"),
         Scheme("W2A16", _int_group(2), None, "2-bit integers, symmetric, group 128; weight-only"),
         Scheme("W8A8", _INT8_CHANNEL, _INT8_TOKEN, "8-bit integers per row; activations 8-bit per token, dynamic"),
+        Scheme("W8A8_STATIC", _INT8_CHANNEL, _INT8_STATIC,
+               "8-bit integers per row; activations 8-bit per tensor, static"),
         Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
         Scheme("W4AFP8", _int_group(4), _FP8_TOKEN, "4-bit integers, group 128; activations FP8 per token, dynamic"),
         Scheme("FP8", _FP8_TENSOR, _FP8_STATIC, "FP8 E4M3 per tensor; activations FP8 per tensor, static"),
@@ -151,7 +158,46 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("FP4", _FP4, None, "bitsandbytes' 4-bit float codebook in 64s; weight-only"),
         Scheme("INT8", _LLM_INT8, None, "8-bit integers per row, LLM.int8() of bitsandbytes"),
     )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KVCacheScheme:
+    """How an engine stores keys and values: FP8 E4M3, scale = largest |value| / 448, static and symmetric.
+
+    per  "tensor": one scale for K and one for V of a layer; "head": one of each for every key-value head
+    """
+
+    name: str
+    per: Literal["tensor", "head"]
+    summary: str
+
+    def scales(self, absmax: Tensor) -> Tensor:
+        """float32 [1] or [kv_heads], of the largest |value| of every head, [kv_heads] of any float dtype. Above 0."""
+        largest = absmax.double().reshape(-1)
+        if self.per == "tensor":
+            largest = largest.amax(dim=0, keepdim=True)
+        return (largest / _FP8_MAX).float().clamp(min=_SMALLEST_CACHE_SCALE)
+
+
+_FP8_MAX = 448.0
+_SMALLEST_CACHE_SCALE = 1e-9  # of a head that is always 0; engines take a scale of 0 for an absent one
+
+KV_CACHE_SCHEMES: dict[str, KVCacheScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        KVCacheScheme("fp8", "tensor", "FP8 E4M3, one scale per layer for keys and one for values"),
+        KVCacheScheme("fp8_per_head", "head", "FP8 E4M3, a scale per layer and key-value head"),
+    )
 }
+
+
+def find_kv_cache_scheme(name: str) -> KVCacheScheme:
+    """The KV-cache scheme called `name`, case-insensitively; UsageError names those that there are."""
+    scheme = KV_CACHE_SCHEMES.get(name.lower())
+    if scheme is None:
+        raise UsageError(f"there is no KV-cache scheme {name!r}", f"choose one of {', '.join(KV_CACHE_SCHEMES)}")
+    return scheme
 
 
 def find_scheme(name: str) -> Scheme:

@@ -12,13 +12,14 @@ A recipe is the flags' long names in YAML:
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lowbit.errors import UsageError
+from lowbit.methods import parse_method
 from lowbit.numerics.grid import RangeSearch
 from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
 
@@ -27,17 +28,40 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 MEASURE = "measure"  # what `imatrix` says instead of a file
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is made, as opposed to what it makes.
+
+    device      of forward passes and rounding: "cpu", "cuda"
+    max_memory  bytes that calibration may take; None: a share of what is free
+    resume      go on behind the last finished block of a run that was stopped
+    """
+
+    device: str = "cpu"
+    max_memory: int | None = None
+    resume: bool = False
+
+
 class Settings(BaseModel):
     """Everything that changes the bytes written.
 
     scheme      name in `lowbit.schemes.SCHEMES`
-    method      how codes are chosen: "rtn"
+    method      transforms and roundings joined by +, see `lowbit.methods`: "rtn", "gptq", "awq+gptq" …
+    method_overrides  regex → rounding, for linears to be rounded otherwise; the first that matches wins
     format      of the files; "auto": gguf for llama.cpp's types and for an output named so, bitsandbytes for its own
                 schemes (NF4, FP4, INT8), compressed-tensors for others
     double_quant  NF4 and FP4: the scales are quantized too, as QLoRA has it (0.37 bits per weight less)
-    calib       calibration text: a file, a hub dataset, or None for the packaged one; read only where a scheme needs
-                static activation scales (FP8, NVFP4)
+    calib       calibration text: a file, a folder, a hub dataset, "self" (the model writes it), or None for the
+                packaged one; read only where a method, a static activation scale or a cache scale needs it
     samples, seqlen  windows of calibration text, and tokens in each
+    damping, correction, refine   of GPTQ (`lowbit.rounding.gptq.GPTQOptions`); None: its defaults
+    correction_samples   windows that the unquantized model is run on too, for the correction
+    iterations  of sign-SGD, per block
+    expert_tokens  an expert that fewer tokens reach is rounded to nearest, and the report lists it
+    all_experts    measure every expert on every token, whoever the router chooses
+    kv_cache    "fp8" or "fp8_per_head": store scales for a cache in FP8
+    activation_range, activation_percentile   how static activation scales are chosen: "minmax", "percentile", "mse"
+    compute     dtype of forward passes: "auto" is bfloat16 where the processor multiplies that fast
     group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
     range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for NF4, FP4
                 and wider codes, where a search finds nothing or does harm (measured: docs/log.md)
@@ -56,7 +80,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheme: str = "W4A16"
-    method: Literal["rtn"] = "rtn"
+    method: str = "rtn"
+    method_overrides: dict[str, str] = {}
     format: Literal[
         "auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "mxfp4", "float", "gguf"
     ] = "auto"
@@ -71,6 +96,17 @@ class Settings(BaseModel):
     calib: str | None = None
     samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=4)
+    damping: float | None = Field(default=None, gt=0, le=1)
+    correction: float | None = Field(default=None, ge=0, le=1)
+    refine: int | None = Field(default=None, ge=0)
+    correction_samples: int = Field(default=32, ge=1)
+    iterations: int = Field(default=200, ge=1)
+    expert_tokens: int = Field(default=128, ge=1)
+    all_experts: bool = False
+    kv_cache: Literal["fp8", "fp8_per_head"] | None = None
+    activation_range: Literal["minmax", "percentile", "mse"] = "minmax"
+    activation_percentile: float = Field(default=99.99, gt=50, le=100)
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     imatrix: str | None = None
     pure: bool = False
     output_type: str | None = None
@@ -83,6 +119,22 @@ class Settings(BaseModel):
         for pattern in patterns:
             _compiled(pattern)
         return patterns
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, text: str) -> str:
+        return parse_method(text).name
+
+    @field_validator("method_overrides")
+    @classmethod
+    def _method_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
+        for pattern, name in overrides.items():
+            _compiled(pattern)
+            method = parse_method(name)
+            if method.transforms or method.learns:
+                raise UsageError(f"linears matching {pattern!r} cannot have method {name}, which works on whole blocks",
+                                 "give rtn, hqq or gptq")  # fmt: skip
+        return overrides
 
     @field_validator("overrides")
     @classmethod
@@ -117,6 +169,11 @@ class Settings(BaseModel):
         if self.format != "auto":
             return self.format == "gguf"
         return is_gguf_name(self.scheme) or (output is not None and output.suffix == ".gguf")
+
+    @property
+    def is_blockwise(self) -> bool:
+        """True where calibration text must run through the model before anything is rounded."""
+        return any(parse_method(name).is_blockwise for name in (self.method, *self.method_overrides.values()))
 
     def base_scheme(self) -> Scheme:
         """The scheme, with the group size the user chose."""

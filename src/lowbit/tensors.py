@@ -155,6 +155,7 @@ class LayerStats:
     hessian   float32 [K, K]   Σ x xᵀ; None where only the diagonal was asked for
     cross     float32 [K, K]   Σ (x₀ − x) xᵀ, where x₀ is the same input in the unquantized model; None where only one
                                of them was run
+    mean      float32 [K]      mean x per channel; None where nobody asked for it (bias correction does)
     """
 
     tokens: int
@@ -163,3 +164,4 @@ class LayerStats:
     mean_abs: Tensor
     hessian: Tensor | None = None
     cross: Tensor | None = None
+    mean: Tensor | None = None

@@ -212,17 +212,6 @@ def test_exceptions_are_wildcards_and_parts_of_names(files):
     assert [name for name in (*names, "lm_head", "l") if checkpoint.says_quantized(name)] == ["l"]
 
 
-def test_scales_of_a_kv_cache_are_left_out_and_a_note_says_so(files):
-    made = files("FP8")
-    for leaf in ("weight", "weight_scale", "input_scale"):
-        made.tensors[f"a.k_proj.{leaf}"] = made.tensors.pop(f"l.{leaf}")
-    made.tensors["a.k_proj.k_scale"] = torch.tensor(0.01)
-    checkpoint = made.open()
-    assert set(checkpoint.tensors) == {"a.k_proj.weight", "lm_head.weight"}
-    assert any("KV cache" in note for note in checkpoint.notes)
-    assert torch.equal(checkpoint.read("a.k_proj.weight"), made.weight)
-
-
 def test_missing_scale(files):
     for algorithm, name in (("FP8", "l.weight_scale"), ("FP8", "l.input_scale"), ("NVFP4", "l.weight_scale_2"),
                             ("NVFP4", "l.weight_scale"), ("NVFP4", "l.input_scale")):  # fmt: skip

@@ -49,6 +49,34 @@ def test_int8_per_token():
     assert torch.equal(quantize_activation(x, spec_of("W8A8")), expected)
 
 
+def test_int8_static_saturates_at_both_ends_of_the_codes():
+    x = torch.tensor([[1.0, -1.26, 100.0, -100.0, 0.24]])
+    assert quantize_activation(x, spec_of("W8A8_STATIC"), 0.5).tolist() == [[1.0, -1.5, 63.5, -64.0, 0.0]]
+
+
+def test_int8_static_needs_its_scale():
+    with pytest.raises(UsageError, match="scale that calibration stored"):
+        quantize_activation(torch.ones(1, 4), spec_of("W8A8_STATIC"))
+
+
+def test_int8_asymmetric_covers_the_range_of_every_token():
+    x = activations() + 3
+    x[0, 0] = 7.0  # no range at all
+    spec = ActivationSpec("int", 8, "token", symmetric=False)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / 255
+    found = quantize_activation(x, spec)
+    assert ((found - x).abs() <= step * 0.5001 + 1e-5).all()
+    symmetric = quantize_activation(x, spec_of("W8A8"))
+    assert (found - x).square().mean() < (symmetric - x).square().mean()
+
+
+def test_static_asymmetric_activations_are_refused():
+    spec = ActivationSpec("int", 8, "tensor", dynamic=False, symmetric=False)
+    with pytest.raises(CheckpointError, match="asymmetric 8-bit int activations"):
+        quantize_activation(torch.ones(1, 4), spec, 0.5)
+
+
 def test_fp8_per_token():
     x = activations()
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))

@@ -81,7 +81,7 @@ def test_sliced_logits_equal_whole_ones(family, tmp_path):
     save_model(tmp_path, family)
     model = load_model(SafetensorsCheckpoint(tmp_path))
     ids = torch.arange(40) * 7 % 300
-    decoded = Runner(model).decode(ids)
+    decoded = Runner(model).decode(ids[None], 0)
     parts = [decoded.log_probabilities(range(start, start + 10)) for start in range(0, 40, 10)]
     whole = model(ids[None]).logits[0].log_softmax(-1)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)

@@ -106,6 +106,18 @@ def test_golden_bytes_mxfp4_scale_is_a_biased_exponent():
     assert packed["l.weight_scale"].tolist() == [[126]]
 
 
+@pytest.mark.parametrize(("name", "largest_code"), [("W8A8_STATIC", 127.0), ("FP8", 448.0)])
+def test_static_scales_are_the_range_over_the_largest_code(name, largest_code):
+    scheme = SCHEMES[name]
+    quantized = quantize(torch.randn(32, 64), scheme)
+    packed = exporter.pack("l", quantized, scheme, 0, (32, 64), torch.float32, input_absmax=3.5)
+    assert {piece.name: piece.values for piece in packed}["l.input_scale"].tolist() == pytest.approx(
+        [3.5 / largest_code]
+    )
+    activations = exporter.quantization_config({"l": scheme}, [])["config_groups"]["group_0"]["input_activations"]
+    assert (activations["strategy"], activations["dynamic"], activations["symmetric"]) == ("tensor", False, True)
+
+
 def test_e5m2_is_refused():
     with pytest.raises(FormatError, match="e5m2"):
         exporter.storage_format(spec("e5m2", 8))

@@ -46,7 +46,8 @@ def source(original):
 @pytest.fixture(scope="session")
 def good(models, tmp_path_factory):
     """Scheme (and settings, model) → folder."""
-    from lowbit.pipeline import calibrate, prepare, write_checkpoint
+    from lowbit.blockwise.folders import calibrate
+    from lowbit.pipeline import prepare, write_checkpoint
     from lowbit.settings import make_settings
 
     made: dict[str, Path] = {}
@@ -56,7 +57,7 @@ def good(models, tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp("good") / "model"
             prepared = prepare(models(model), make_settings(scheme=scheme, **settings), threads=1)
-            write_checkpoint(calibrate(prepared), folder)
+            write_checkpoint(calibrate(prepared, folder), folder)
             made[key] = folder
         return made[key]
 

@@ -128,6 +128,13 @@ def test_no_activations_with_a_format_that_needs_them(broken):
     assert_breaks(folder, "engine-limits", "group_0")
 
 
+def test_kv_cache_scheme_whose_scales_are_absent(broken):
+    folder = broken()
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    edit_config(folder, lambda q: q.update(kv_cache_scheme=scheme))
+    assert_breaks(folder, "kv-cache-scales", "layer 0 has no k_scale", "layer 0 has no v_scale")
+
+
 def test_kv_cache_scheme_of_integers(broken):
     folder = broken()
     edit_config(folder, lambda q: q.update(kv_cache_scheme={"num_bits": 8, "type": "int", "strategy": "tensor"}))

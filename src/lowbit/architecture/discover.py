@@ -191,10 +191,9 @@ def _inside(
 
     transposed = isinstance(tensor.module, Conv1D)
     rows, columns = tensor.shape[::-1] if transposed else tensor.shape
-    fed_by = full(row.fed_by)
-    exists = fed_by is not None and f"{fed_by}.weight" in stored
+    feeders = [feeder for feeder in (full(row.fed_by), full(row.or_fed_by)) if f"{feeder}.weight" in stored]
     return Linear(
-        name, row.role, (rows, columns), index, full(row.reads), full(row.fused), fed_by if exists else None,
+        name, row.role, (rows, columns), index, full(row.reads), full(row.fused), feeders[0] if feeders else None,
         f"{name}.bias" in stored, transposed, tensor.expert, row.keep,
     )  # fmt: skip
 

@@ -12,7 +12,8 @@ may name linears that only some models of the family have.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LinearRole:
     fused    name of the matrix that engines build of it and its siblings; None where it stays alone
     fed_by   the norm or linear whose output (times something elementwise) is its input; None if there is none
     keep     why it stays in 16 bits; None where it may be quantized
+    or_fed_by   what feeds it in models that have no `fed_by`
     """
 
     role: str
@@ -31,6 +33,7 @@ class LinearRole:
     fused: str | None = None
     fed_by: str | None = None
     keep: str | None = None
+    or_fed_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Family:
     spellings      (found, canonical): beginnings of names that some files of this family spell differently
     fused_experts  path of a parameter that files on the hub hold as one tensor [experts, …] → what lies in it
     norms_feed_if  (key of config.json, value): only then norms feed the linears behind them and nothing else
+    norm           what its norms compute: "rms" x/rms(x) · w, "rms_plus_one" x/rms(x) · (1 + w), "layer" LayerNorm
+    stacked_qkv    rows of a stored q, k, v matrix: "blocks" all of q, then k, then v; "heads" q, k, v of each head
     """
 
     blocks: str
@@ -62,6 +67,8 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     fused_experts: dict[str, tuple[ExpertSlice, ...]] = field(default_factory=dict)
     norms_feed_if: tuple[str, bool] | None = None
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    stacked_qkv: Literal["blocks", "heads"] = "blocks"
 
 
 ROUTER = "routers choose experts by small differences; engines read them in 16 bits only"
@@ -73,8 +80,10 @@ def _attention(norm: str | None, output: str = "o_proj") -> dict[str, LinearRole
     return {**qkv, f"self_attn.{output}": LinearRole("o_proj", "attention_output", None, "self_attn.v_proj")}
 
 
-def _gated_mlp(norm: str | None, path: str = "mlp", reads: str = "mlp_input") -> dict[str, LinearRole]:
-    gate_up = {f"{path}.{leaf}": LinearRole(leaf, reads, f"{path}.gate_up_proj", norm)
+def _gated_mlp(
+    norm: str | None, path: str = "mlp", reads: str = "mlp_input", or_norm: str | None = None
+) -> dict[str, LinearRole]:
+    gate_up = {f"{path}.{leaf}": LinearRole(leaf, reads, f"{path}.gate_up_proj", norm, or_fed_by=or_norm)
                for leaf in ("gate_proj", "up_proj")}  # fmt: skip
     hidden = "mlp_hidden" if path == "mlp" else f"{path}.hidden"
     return {**gate_up, f"{path}.down_proj": LinearRole("down_proj", hidden, None, f"{path}.up_proj")}
@@ -125,7 +134,8 @@ _GEMMA2_LINEARS = {**_attention(_PRE), **_gated_mlp("pre_feedforward_layernorm")
 _PARALLEL_LINEARS = {**_attention(_PRE), **_gated_mlp(_PRE, reads="attention_input")}
 
 _LLAMA = Family("model.layers", _LLAMA_LINEARS)
-_GEMMA2 = Family("model.layers", _GEMMA2_LINEARS)
+_GEMMA = Family("model.layers", _LLAMA_LINEARS, norm="rms_plus_one")
+_GEMMA2 = Family("model.layers", _GEMMA2_LINEARS, norm="rms_plus_one")
 # Norms stand behind attention and MLP; their inputs are the residual stream itself.
 _OLMO2 = Family("model.layers", {**_attention(None), **_gated_mlp(None)})
 _PHI3 = Family(
@@ -159,10 +169,16 @@ _DEEPSEEK = Family(
         **_experts(_POST, "mlp", "gate", _GATE_UP_DOWN),
     },
 )
-# gate and up alternate in the columns of one matrix, which is stored [in, out].
+_GPT_OSS_EXPERTS = _experts(_POST, "mlp", "router", _GATE_UP_DOWN)
+# gate and up alternate in the columns of one matrix, which is stored [in, out]. The input of down_proj is
+# (clamp(up) + 1) · glu(clamp(gate)), which no scale can be moved through.
 _GPT_OSS = Family(
     "model.layers",
-    {**_attention(_PRE), **_experts(_POST, "mlp", "router", _GATE_UP_DOWN)},
+    {
+        **_attention(_PRE),
+        **_GPT_OSS_EXPERTS,
+        "mlp.experts.*.down_proj": replace(_GPT_OSS_EXPERTS["mlp.experts.*.down_proj"], fed_by=None),
+    },
     fused_experts={
         "mlp.experts.gate_up_proj": (
             ExpertSlice("mlp.experts.*.gate_proj.weight", 0, 2, transposed=True),
@@ -180,17 +196,21 @@ _GPT2 = Family(
     "transformer.h",
     {**_stacked_attention("ln_1", "attn.c_attn", "attn.c_proj"), **_wide_mlp("ln_2", "mlp.c_fc", "mlp.c_proj")},
     spellings=(("", "transformer."),),
+    norm="layer",
 )
 _OPT = Family(
     "model.decoder.layers",
     {**_attention("self_attn_layer_norm", "out_proj"), **_wide_mlp("final_layer_norm", "fc1", "fc2")},
     spellings=(("decoder.", "model.decoder."),),
     norms_feed_if=("do_layer_norm_before", True),
+    norm="layer",
 )
 _NEOX_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _GPT_NEOX = Family(
     "gpt_neox.layers",
     {**_stacked_attention(_PRE, "attention.query_key_value", "attention.dense"), **_wide_mlp(_POST, *_NEOX_MLP)},
+    norm="layer",
+    stacked_qkv="heads",
 )
 _BLOOM = Family(
     "transformer.h",
@@ -200,18 +220,25 @@ _BLOOM = Family(
     },
     spellings=(("", "transformer."),),
     norms_feed_if=("apply_residual_connection_post_layernorm", False),
+    norm="layer",
+    stacked_qkv="heads",
 )
 _GEMMA3 = Family(
-    "language_model.model.layers", _GEMMA2_LINEARS, spellings=(("vision_tower.", "vision_tower.vision_model."),)
+    "language_model.model.layers",
+    _GEMMA2_LINEARS,
+    spellings=(("vision_tower.", "vision_tower.vision_model."),),
+    norm="rms_plus_one",
 )
+# use_parallel_residual: one norm feeds attention and MLP, and post_attention_layernorm is not there.
+_STABLELM = Family("model.layers", {**_attention(_PRE), **_gated_mlp(_POST, or_norm=_PRE)}, norm="layer")
 
 # config.model_type → family
 FAMILIES: dict[str, Family] = {
     "bloom": _BLOOM,
-    "cohere2": Family("model.layers", _PARALLEL_LINEARS),
+    "cohere2": Family("model.layers", _PARALLEL_LINEARS, norm="layer"),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "gemma": _LLAMA,
+    "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA2,
@@ -233,5 +260,5 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "qwen3_moe": _QWEN3_MOE,
     "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
+    "stablelm": _STABLELM,
 }

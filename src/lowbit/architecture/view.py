@@ -152,6 +152,7 @@ class _CodesView(_View):
                 "start from the 16-bit checkpoint",
             )
         self._names = whole
+        self.kv_cache = getattr(stored, "kv_cache", None)
         self.schemes: dict[str, Scheme] = {whole[name]: scheme for name, scheme in stored.schemes.items()}
 
     @property

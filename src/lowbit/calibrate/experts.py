@@ -28,8 +28,18 @@ def is_described(experts: Any) -> bool:
     return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj"))
 
 
-def run_experts(experts: Any, look: Look, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What `experts` computes for tokens [tokens, H], experts and routing weights [tokens, k] → [tokens, H]."""
+def run_experts(
+    experts: Any,
+    look: Look,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    all_tokens: bool = False,
+) -> Tensor:
+    """What `experts` computes for tokens [tokens, H], experts and routing weights [tokens, k] → [tokens, H].
+
+    all_tokens  `look` is shown every token by every expert; what comes out stays the same
+    """
     chosen = top_k_index.reshape(-1)
     order = torch.argsort(chosen, stable=True)
     tokens = order // top_k_index.shape[1]
@@ -41,14 +51,20 @@ def run_experts(experts: Any, look: Look, hidden_states: Tensor, top_k_index: Te
     stop = 0
     for expert, count in enumerate(torch.bincount(chosen, minlength=first.shape[0]).tolist()):
         start, stop = stop, stop + count
+        if all_tokens:
+            every = _linear(experts, hidden_states, first[expert], first_bias, expert)
+            look(expert, "input", hidden_states)
+            look(expert, "hidden", experts._apply_gate(every) if experts.has_gate else experts.act_fn(every))
         if not count:
             continue
         rows = tokens[start:stop]
         x = hidden_states[rows]
-        look(expert, "input", x)
+        if not all_tokens:
+            look(expert, "input", x)
         inner = _linear(experts, x, first[expert], first_bias, expert)
         h = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        look(expert, "hidden", h)
+        if not all_tokens:
+            look(expert, "hidden", h)
         y = _linear(experts, h, experts.down_proj[expert], down_bias, expert)
         if experts.has_post_expert_norm:
             y = experts.post_expert_norm(y)

@@ -1,8 +1,8 @@
 """Compressed-tensors folders, read: the `Layout` of llm-compressor's format.
 
 The layouts are pictured in lowbit/export/compressed_tensors.py; this file reads them from the files and config.json
-alone. Static activation scales: L.input_scale, or L.input_global_scale (a divisor) with NVFP4. Scales of a quantized KV
-cache are left out, and a note says so: nothing here quantizes a KV cache yet.
+alone. Static activation scales: L.input_scale, or L.input_global_scale (a divisor) with NVFP4. Scales of an FP8 KV
+cache (kv_cache_scheme) are read by kv_cache.py.
 
 A trap: releases before 0.20 pack 3, 5, 6 and 7 bits differently (the last bits of a word stay empty), which shows in
 the number of words per row; such a file is refused by name, never guessed at.
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.checkpoint.base import Checkpoint
-from lowbit.checkpoint.compressed_tensors_config import Group, parse_quantization_config
+from lowbit.checkpoint.compressed_tensors_config import Group, is_fp8_cache, parse_quantization_config
+from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import e8m0_values
-from lowbit.schemes import Scheme
+from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
 _LEAVES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale",
@@ -41,8 +42,14 @@ class CompressedTensorsLayout:
         self.stored = stored
         self.parsed = parse_quantization_config({"quantization_config": quantization})
         self.notes: list[str] = []
-        if self.parsed.kv_cache is not None:
-            self.notes.append("scales of a quantized KV cache (k_scale, v_scale) are left out; engines can do without")
+
+    @property
+    def kv_cache(self) -> KVCacheScheme | None:
+        """See `lowbit.checkpoint.quantized.HasKVCache`."""
+        stated = self.parsed.kv_cache
+        if stated is None or not is_fp8_cache(stated):
+            return None
+        return kv_cache_scheme("head" if stated.get("strategy") == "attn_head" else "tensor")
 
     def linears(self) -> dict[str, tuple[int, int]]:
         found = {}
@@ -61,10 +68,7 @@ class CompressedTensorsLayout:
         return expected_tensors(linear, shape, group)
 
     def owned(self, linear: str) -> list[str]:
-        names = [f"{linear}.{leaf}" for leaf in _LEAVES]
-        attention, _, leaf = linear.rpartition(".")
-        if self.parsed.kv_cache is not None and leaf in ("q_proj", "k_proj", "v_proj"):
-            names += [f"{attention}.{leaf[0]}_scale", f"{attention}.{leaf[0]}_zero_point"]
+        names = (f"{linear}.{leaf}" for leaf in _LEAVES)
         return [name for name in names if name in self.stored.tensors]
 
     def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:

@@ -87,6 +87,17 @@ def matches(target: str, name: str) -> bool:
     return target == name
 
 
+def is_fp8_cache(scheme: dict[str, Any]) -> bool:
+    """True for a kv_cache_scheme that engines know: FP8, symmetric, static, one scale per tensor or head."""
+    return (
+        str(scheme.get("type", "int")).lower() == "float"
+        and scheme.get("num_bits", 8) == 8
+        and scheme.get("symmetric", True) is True
+        and not scheme.get("dynamic", False)
+        and scheme.get("strategy") in ("tensor", "attn_head")
+    )
+
+
 def parse_quantization_config(config: dict[str, Any]) -> CompressedTensorsConfig:
     """The parsed `quantization_config` of a config.json; CheckpointError for what the module docstring refuses."""
     stated = config.get("quantization_config")

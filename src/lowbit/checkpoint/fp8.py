@@ -8,7 +8,7 @@ For a linear `L` with weight [N, K] and blocks of b × b (`weight_block_size`, 1
 
 W = codes · scale: "inv" is the inverse of what the weight was multiplied with. Scales may be float8_e8m0fnu (powers of
 two, `scale_fmt: "ue8m0"`). What `modules_to_not_convert` (or `ignored_layers`) lists stays in 16 bits; where neither is
-there, as in DeepSeek-V3, the files alone say what does.
+there, as in DeepSeek-V3, the files alone say what does. Scales of an FP8 KV cache are read by kv_cache.py.
 Spec: `FineGrainedFP8Config`, `FP8Linear` and `Fp8Dequantize` of transformers 5.23; fp8.py of vLLM 0.32.
 
 Refused: E5M2 and E4M3 "fnuz" (AMD's, other values for the same bits), blocks that are not squares, packed FP4 experts,
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.base import Checkpoint
+from lowbit.checkpoint.kv_cache import kv_cache_names, kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
@@ -52,6 +53,8 @@ class Fp8Layout:
         _check_numbers(quantization)
         self.scheme = _scheme(quantization)
         self.skip = _skip_patterns(quantization)
+        # vLLM reads the scales of a cache by their names, when it is told to quantize one.
+        self.kv_cache = kv_cache_scheme("tensor") if kv_cache_names(stored) else None
         if self.skip is None:
             self.notes.append("config.json does not list what stays in 16 bits; the tensors themselves say it")
 

@@ -8,8 +8,8 @@ Read as well, though lowbit does not write it:
 
 Scales with a dimension of 1 more or less are the same: [] and [1], [N] and [N, 1], [⌈N/128⌉, 1, K/128, 1] and without
 the ones. Names in `ignore` (exclude_modules) are wildcards; as vLLM does for old checkpoints, they are taken for a part
-of a name too where the files hold the linear in 16 bits. Scales of a quantized KV cache, L.k_scale and L.v_scale, are
-left out, and a note says so.
+of a name too where the files hold the linear in 16 bits. Scales of an FP8 KV cache (kv_cache_quant_algo, or
+kv_cache_scheme in config.json) are read by kv_cache.py.
 
 Refused by name: algorithms that lowbit does not know; a linear with `pre_quant_scale` (its codes are of a weight whose
 columns were scaled, and QuantizedTensor has no scale per column); experts fused into one tensor; a group size other
@@ -26,12 +26,13 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.checkpoint.base import Checkpoint
+from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected
 from lowbit.checkpoint.rows import read_json_object
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import e8m0_values
-from lowbit.schemes import SCHEMES, Scheme
+from lowbit.schemes import SCHEMES, KVCacheScheme, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
 COMPANION = "hf_quant_config.json"
@@ -47,8 +48,7 @@ _SCHEME_OF = {
     "MXFP8": SCHEMES["MXFP8"],
     "W4A16_AWQ": SCHEMES["W4A16"],
 }
-_KV_LEAVES = ("k_scale", "v_scale")  # of k_proj and v_proj, where the KV cache is quantized
-_LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", *_KV_LEAVES)
+_LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _CODES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 _HINT = "the files and config.json do not belong together, or a download is incomplete"
 
@@ -70,9 +70,8 @@ class ModelOptLayout:
         self.layers = _layers(stated)
         self.scheme = None if self.layers is not None else _scheme(stated, "quantization_config")
         self.schemes: dict[str, Scheme | None] = {}  # of linears that were asked for
+        self.kv_cache = _kv_cache(stated)
         self._refuse_unreadable()
-        if any(name.endswith((".k_proj.k_scale", ".v_proj.v_scale")) for name in stored.tensors):
-            self.notes.append("scales of a quantized KV cache (k_scale, v_scale) are left out; engines can do without")
 
     def linears(self) -> dict[str, tuple[int, int]]:
         found = {}
@@ -239,6 +238,16 @@ def _stated(quantization: dict[str, Any]) -> dict[str, Any]:
     if len(sizes) == 1 and "group_size" not in stated:
         stated["group_size"] = sizes.pop()
     return stated
+
+
+def _kv_cache(stated: dict[str, Any]) -> KVCacheScheme | None:
+    """FP8, per tensor; None where the cache is not quantized, or in another way (NVFP4)."""
+    scheme = stated.get("kv_cache_scheme")
+    if isinstance(scheme, dict):
+        is_fp8 = scheme.get("type") == "float" and scheme.get("num_bits") == 8 and not scheme.get("dynamic")
+    else:
+        is_fp8 = str(stated.get("kv_cache_quant_algo")).upper() == "FP8"
+    return kv_cache_scheme("tensor") if is_fp8 else None
 
 
 def _check_companion(stored: Checkpoint, stated: dict[str, Any]) -> None:

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.base import Checkpoint, TensorInfo
+from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
 from lowbit.errors import CheckpointError
-from lowbit.schemes import Scheme
+from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import QuantizedTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,8 +87,21 @@ class Layout(Protocol):
         ...
 
 
+@runtime_checkable
+class HasKVCache(Protocol):
+    """What the layout of a format has that can speak of a quantized KV cache."""
+
+    @property
+    def kv_cache(self) -> KVCacheScheme | None:
+        """What is said of it; None where that is nothing, or nothing that lowbit knows."""
+        ...
+
+
 class QuantizedCheckpoint:
-    """A view of an open safetensors folder. `tensors` lists logical weights; see the module docstring."""
+    """A view of an open safetensors folder. `tensors` lists logical weights; see the module docstring.
+
+    kv_cache  the scales of a quantized KV cache, which are not among `tensors`
+    """
 
     def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
         self.stored, self.layout, self.kind = stored, layout, kind
@@ -103,8 +117,14 @@ class QuantizedCheckpoint:
             owned = self._owned[f"{linear}.weight"] = layout.owned(linear)
             for name in owned:
                 self._owners.setdefault(name, []).append(linear)
+        self.kv_cache: StoredKVCache | None = None
+        beside: set[str] = set()
+        if isinstance(layout, HasKVCache):
+            beside = set(kv_cache_names(stored))
+            self.kv_cache, notes = read_kv_cache(stored, layout.kv_cache)
+            self.notes += notes
         for name, info in stored.tensors.items():
-            if name not in self._owners:
+            if name not in self._owners and name not in beside:
                 self.tensors[name] = info
             for linear in self._owners.get(name, ()):
                 if f"{linear}.weight" not in self.tensors:

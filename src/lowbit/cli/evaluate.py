@@ -49,6 +49,13 @@ def evaluate(
     ] = None,
     dtype: Annotated[DtypeOption, typer.Option(help="What the models compute in.")] = DtypeOption.float32,
     device: Device = "cpu",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory to stay within; models that do not fit are run block by block. Default: most of what is free.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not add the figures to the report beside the weights.")
@@ -65,6 +72,7 @@ def evaluate(
     from lowbit.evaluation import evaluate as run
     from lowbit.evaluation import evaluation_table, heading, sentence
     from lowbit.measure import return_freed_memory
+    from lowbit.settings import parse_bytes
 
     return_freed_memory()
     with window_progress("windows", quiet=as_json) as progress:
@@ -79,6 +87,7 @@ def evaluate(
             bos="auto" if bos is None else bos,
             dtype=getattr(torch, dtype.value),
             device=device,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
             options=OpenOptions(allow_pickle, trust_remote_code, revision),
             progress=progress,
         )

@@ -20,17 +20,45 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS … [default: W4A16]")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="How codes are chosen: rtn. [default: rtn]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="rtn, hqq, gptq, awq, smoothquant, sign-sgd … joined by +: awq+gptq. [default: rtn]"),
+    ] = None,
+    method_override: Annotated[
+        list[str] | None, typer.Option(help="REGEX=METHOD for some linears (rtn, hqq, gptq). Repeatable.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help=FORMATS_HELP)] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
     range: Annotated[str | None, typer.Option(help="absmax, mse, wmse, percentile, or auto. [default: auto]")] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="NF4, FP4: quantize scales too.")] = False,
     percentile: Annotated[float | None, typer.Option(help="What --range percentile keeps. [default: 99.9]")] = None,
     calib: Annotated[
-        str | None, typer.Option(help="Calibration text, for static activation scales and --imatrix.")
+        str | None,
+        typer.Option(help="Calibration text: file, folder, hub dataset, or 'self'. [default: the packaged text]"),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of it. [default: 128]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Scales for an FP8 cache: fp8 (per tensor) or fp8_per_head.")
+    ] = None,
+    activation_range: Annotated[
+        str | None, typer.Option(help="Static activation scales: minmax, percentile or mse. [default: minmax]")
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="GPTQ: share of mean(diag H) added to it.")] = None,
+    correction: Annotated[
+        float | None, typer.Option(help="GPTQ: share of the rounded prefix's error to make up for, 0 to 1.")
+    ] = None,
+    refine: Annotated[int | None, typer.Option(help="GPTQ: sweeps over the codes afterwards.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="sign-sgd: steps per block. [default: 200]")] = None,
+    expert_tokens: Annotated[
+        int | None, typer.Option(help="Experts that fewer tokens reach are rounded to nearest. [default: 128]")
+    ] = None,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Measure every expert on every token.")
+    ] = False,
+    compute: Annotated[
+        str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16. [default: auto]")
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
     imatrix: Annotated[
@@ -44,6 +72,11 @@ def quantize(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; flags win over it.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB; one GGUF file]")] = None,
+    device: Annotated[str, typer.Option(help="Of forward passes and rounding: cpu, cuda.")] = "cpu",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What calibration may take: 8GiB. [default: 80 % of what is free]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -58,6 +91,7 @@ def quantize(
 
     settings = given_settings(locals())
     options = _options(allow_pickle, trust_remote_code, revision)
+    run = run_options(device, max_memory, resume)
     if dry_run:
         import lowbit
 
@@ -73,8 +107,8 @@ def quantize(
 
     with byte_progress(f"{model} → {output}", quiet=json) as progress:
         done = lowbit.quantize(
-            model, output, recipe=recipe, options=options, threads=threads, overwrite=overwrite, progress=progress,
-            **settings,
+            model, output, recipe=recipe, options=options, run=run, threads=threads, overwrite=overwrite,
+            progress=progress, **settings,
         )  # fmt: skip
     if json:
         print_json(done.report.model_dump(mode="json", by_alias=True))
@@ -90,10 +124,11 @@ def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
 
     names = (
         "scheme", "method", "format", "group_size", "range", "percentile", "calib", "samples", "seqlen", "imatrix",
-        "output_type", "token_embedding_type", "pre_tokenizer",
+        "output_type", "token_embedding_type", "pre_tokenizer", "kv_cache", "activation_range", "damping", "correction",
+        "refine", "iterations", "expert_tokens", "compute",
     )  # fmt: skip
     given = {name: flags[name] for name in names}
-    given |= {name: True for name in ("double_quant", "pure") if flags[name]}
+    given |= {name: True for name in ("double_quant", "pure", "all_experts") if flags[name]}
     if flags["ignore"]:
         given["ignore"] = tuple(flags["ignore"])
     if flags["shard_size"]:
@@ -103,7 +138,19 @@ def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
         if not equals or not pattern:
             raise UsageError(f"--override {text!r} is not REGEX=SCHEME", "for example --override 'down_proj$=W8A16'")
         given.setdefault("overrides", {})[pattern] = name
+    for text in flags["method_override"] or []:
+        pattern, equals, name = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"--method-override {text!r} is not REGEX=METHOD", "for example 'down_proj$=rtn'")
+        given.setdefault("method_overrides", {})[pattern] = name
     return {name: value for name, value in given.items() if value is not None}
+
+
+def run_options(device: str, max_memory: str | None, resume: bool) -> Any:
+    """The flags that say how a run is made."""
+    from lowbit.settings import RunOptions, parse_bytes
+
+    return RunOptions(device, None if max_memory is None else parse_bytes(max_memory), resume)
 
 
 def _options(allow_pickle: bool, trust_remote_code: bool, revision: str | None) -> Any:
@@ -176,6 +223,8 @@ def _summary(report: Any, path: Path) -> Any:
     rows = {
         "scheme": f"{report.settings.scheme}, {report.settings.method}, range {report.settings.range}",
         "imatrix": report.settings.imatrix,
+        "calibrated on": _calibrated(report.settings.calibration),
+        "output error": _output_error(quantized),
         "size": f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}",
         "bits per weight": f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file",
         "quantized": f"{len(quantized)} {what}{in_worst}",
@@ -190,6 +239,23 @@ def _summary(report: Any, path: Path) -> Any:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _calibrated(calibration: Any) -> str:
+    if calibration is None:
+        return ""
+    shown = f"{calibration.name}, {calibration.samples} windows of {calibration.sequence_length} tokens"
+    return "; ".join((shown, *calibration.notes))
+
+
+def _output_error(quantized: list[Any]) -> str:
+    """Mean over linears of the relative error of what they put out, beside that of round to nearest."""
+    measured = [tensor for tensor in quantized if tensor.layer_error is not None and tensor.nearest_error is not None]
+    if not measured:
+        return ""
+    chosen, nearest = (sum(getattr(tensor, name) for tensor in measured) / len(measured)
+                       for name in ("layer_error", "nearest_error"))  # fmt: skip
+    return f"{100 * chosen:.3f} % of a linear's output on average; round to nearest {100 * nearest:.3f} %"
 
 
 def verified(verification: Any) -> str:

@@ -1,9 +1,10 @@
 """Activation quantization as an engine does it at run time, simulated: x̂ = decode(encode(x)) in front of each linear.
 
     int, per token    s = max|x| / 127             codes = clamp(rint(x / s), −128, 127)
+    int, asymmetric   s = (max x − min x) / 255    codes = clamp(rint(x / s) + z, −128, 127), z = rint(−128 − min x / s)
     e4m3, per token   s = max(max|x| / 448, 1/(448·512))    codes = e4m3(x / s), saturating
     e4m3, per group   the same over g channels of a token
-    static            s is the stored input scale, for all tokens
+    static            s is the stored input scale, for all tokens; int8 and e4m3
     MX (e8m0)         s = 2^(floor(log2 max|x|) − emax) over 32 channels, emax 2 for E2M1 and 8 for E4M3
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
 
@@ -20,8 +21,9 @@ Experts that transformers computes in one fused operation are simulated there: x
 (routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and of what its
 gate gives to the second matrix.
 
-Refused: a scheme on something that is not a linear, a static scheme without its scale, and, for fused experts, a static
-scheme (every expert has a scale of its own) and experts of one block with different schemes.
+Refused: a scheme on something that is not a linear, a static scheme without its scale, a static asymmetric one (its
+zero point is not read), and, for fused experts, a static scheme (every expert has a scale of its own) and experts of
+one block with different schemes.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | No
     if spec.needs_calibration and input_scale is None:
         raise UsageError("a static activation scheme needs the scale that calibration stored")
     values = x.to(torch.float32)
+    if not spec.symmetric:
+        return _asymmetric(values, spec).to(x.dtype)
     if spec.per != "group":
         absmax = values.abs().amax(-1, keepdim=True) if spec.per == "token" else values.abs().amax()
         return _encode_decode(values, _scale(absmax, spec, input_scale), spec).to(x.dtype)
@@ -61,6 +65,24 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | No
     groups = F.pad(values, (0, -columns % spec.group_size)).unflatten(-1, (-1, spec.group_size))
     scale = _scale(groups.abs().amax(-1, keepdim=True), spec, input_scale)
     return _encode_decode(groups, scale, spec).flatten(-2)[..., :columns].to(x.dtype)
+
+
+def _asymmetric(values: Tensor, spec: ActivationSpec) -> Tensor:
+    """Integers that cover [min, max] of every token (or of all), which need not hold 0."""
+    if spec.number != "int" or spec.per == "group" or spec.needs_calibration:
+        kind = "static" if spec.needs_calibration else f"per {spec.per}"
+        raise CheckpointError(
+            f"asymmetric {spec.bits}-bit {spec.number} activations, {kind}, cannot be simulated",
+            "evaluate the weights alone with --activations none",
+        )
+    across = (-1,) if spec.per == "token" else tuple(range(values.dim()))
+    low, high = values.amin(across, keepdim=True), values.amax(across, keepdim=True)
+    least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+    scale = (high - low) / (largest - least)
+    scale = torch.where(scale > 0, scale, torch.where(high != 0, high.abs(), torch.ones_like(high)))
+    zero_point = (least - low / scale).round()
+    codes = ((values / scale).round() + zero_point).clamp(least, largest)
+    return (codes - zero_point) * scale
 
 
 def _scale(absmax: Tensor, spec: ActivationSpec, input_scale: float | None) -> Tensor:

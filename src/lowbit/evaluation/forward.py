@@ -3,7 +3,8 @@
 A window of 512 tokens of a 262k vocabulary is 537 MB of float32 logits, and comparing two models needs both, twice.
 So the decoder runs once per window and the head on some positions at a time: while the decoder's output stands in for
 its `forward`, the model's own `forward` (head, soft-capping, logit scale and all) is asked for those positions only,
-through `logits_to_keep`. Nothing of the model is rewritten.
+through `logits_to_keep`. Nothing of the model is rewritten. The decoder's output may come from elsewhere, too: where a
+model was run block by block (`blockwise.py`), its head alone is in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,15 @@ LOGIT_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Runner:
-    """A model and the context it runs in (activation simulation, or nothing)."""
+    """A model and the context it runs in (activation simulation, or nothing).
+
+    head_inputs  what the head multiplies, [windows, T, H], where the decoder has run before; then nothing but the head
+                 needs its weights
+    """
 
     model: PreTrainedModel
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    head_inputs: Tensor | None = None
 
     def __post_init__(self):
         if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
@@ -42,18 +48,39 @@ class Runner:
                 "upgrade transformers; its causal language models have had it since 4.45",
             )
 
-    def decode(self, ids: Tensor) -> Decoded:
-        """Run the decoder on one window, int64 [T]."""
-        decoder = self.model.base_model
-        ids = ids[None].to(self.model.device)
+    def decode(self, windows: Tensor, index: int) -> Decoded:
+        """Run the decoder on one of the windows, int64 [windows, T], or take what it gave before."""
+        device = self._head.weight.device
+        ids = windows[index : index + 1].to(device)
+        if self.head_inputs is not None:
+            return Decoded(self, ids, _KeptOutput(self.head_inputs[index : index + 1].to(device)))
         with self.context():
-            return Decoded(self, ids, decoder(input_ids=ids, use_cache=False))  # type: ignore[operator]
+            return Decoded(self, ids, self.model.base_model(input_ids=ids, use_cache=False))  # type: ignore[operator]
 
     @property
     def vocabulary(self) -> int:
+        return self._head.weight.shape[0]
+
+    @property
+    def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has a head"
-        return head.weight.shape[0]  # type: ignore[return-value]
+        return head  # type: ignore[return-value]
+
+
+class _KeptOutput:
+    """Stands for a decoder's output of which the last hidden state [1, T, H] is known. Whatever else a model hands on
+    (caches, attentions, router logits) is None."""
+
+    def __init__(self, last_hidden_state: Tensor):
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @dataclass(frozen=True)
@@ -66,9 +93,9 @@ class Decoded:
 
     def log_probabilities(self, positions: range) -> Tensor:
         """Log-softmax of the logits at some positions, float32 [len(positions), V]."""
-        model = self.runner.model
+        model: Any = self.runner.model
         keep = torch.arange(positions.start, positions.stop, device=self.ids.device)
-        with self.runner.context(), _standing_in(model.base_model, self.output):
+        with self.runner.context(), _standing_in(model, self.output):
             logits = model(input_ids=self.ids, use_cache=False, logits_to_keep=keep).logits
         return logits[0].to(torch.float32).log_softmax(-1)
 
@@ -80,11 +107,20 @@ def slices(positions: range, vocabulary: int) -> Iterator[range]:
         yield range(start, min(start + size, positions.stop))
 
 
+def inner_decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the decoder blocks: the model's base, or what lies in that (OPT, models that see)."""
+    base: Any = model.base_model
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
 @contextlib.contextmanager
-def _standing_in(decoder: nn.Module, output: object) -> Iterator[None]:
-    """Inside, calling `decoder` returns `output`."""
-    decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
+def _standing_in(model: PreTrainedModel, output: object) -> Iterator[None]:
+    """Inside, the decoder of `model` returns `output`, whether the model asks its base or what lies in that."""
+    decoders = {model.base_model, inner_decoder(model)}
+    for decoder in decoders:
+        decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del decoder.forward
+        for decoder in decoders:
+            del decoder.forward

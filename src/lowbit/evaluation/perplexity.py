@@ -1,17 +1,18 @@
-"""`evaluate`: a quantized model against its source, on the same tokens. One pass; logits are never kept.
+"""`evaluate`: a quantized model against its source, on the same tokens. Logits are never kept.
 
 For every window the reference's log-probabilities are computed once, a slice of positions at a time, and every variant
 of the quantized model (weights alone; with activations quantized as at run time) is compared with them on the spot.
 
-Both models are in memory in `dtype`. Without a reference, and with none that the quantized checkpoint's report names
-and that still opens, perplexity alone is measured.
+Both models are in memory in `dtype` where they fit (`memory.py`), else they are run block by block (`blockwise.py`);
+the figures are the same. Without a reference, and with none that the quantized checkpoint's report names and that still
+opens, perplexity alone is measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,20 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import LowbitError, NonFiniteError, UsageError
+from lowbit.errors import NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulated_activations
-from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, read_report, reported_source
+from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
+from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, read_report
 from lowbit.evaluation.forward import Decoded, Runner, slices
+from lowbit.evaluation.memory import Way, choose_way
 from lowbit.evaluation.metrics import Divergence, Scores, TokenValues
+from lowbit.evaluation.opening import Opened, Opener, Reference, open_reference
 from lowbit.evaluation.result import Evaluation, TextRecord
 from lowbit.measure import Meter
 from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from lowbit.checkpoint.base import Checkpoint
 
 Progress = Callable[[int, int], None]
@@ -41,37 +42,21 @@ Variant = Literal["none", "simulated"]
 
 
 @dataclass(frozen=True)
-class _Opened:
-    checkpoint: Checkpoint
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+class _Comparison:
+    """What is asked: the variants of a model, with what each runs in, on some windows; `reference` may be missing.
 
+    models  the reference, if there is one, and the judged model
+    """
 
-@dataclass(frozen=True)
-class _Loader:
-    """How models are opened; what it opens is closed with `stack`."""
+    judged: Opened
+    reference: Opened | None
+    variants: Mapping[Variant, Context]
+    windows: Windows
+    progress: Progress | None
 
-    stack: contextlib.ExitStack
-    dtype: torch.dtype
-    device: str
-    options: OpenOptions
-
-    def open(self, path: str | Path) -> _Opened:
-        from lowbit.checkpoint import open_checkpoint
-
-        checkpoint = open_checkpoint(str(path), self.options)
-        self.stack.callback(checkpoint.close)
-        model = load_model(checkpoint, self.dtype, self.device, self.options)
-        return _Opened(checkpoint, model, load_tokenizer(checkpoint, self.options))
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """What to compare with, who named it, and why there is none."""
-
-    opened: _Opened | None
-    named_by: Literal["given", "report", "none"]
-    notes: tuple[str, ...] = ()
+    @property
+    def models(self) -> list[Opened]:
+        return [self.judged] if self.reference is None else [self.reference, self.judged]
 
 
 def evaluate(
@@ -86,6 +71,7 @@ def evaluate(
     bos: bool | Literal["auto"] = "auto",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    max_memory: int | None = None,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
@@ -96,24 +82,56 @@ def evaluate(
     protocol     "full": every token of a window but the first is scored; "second-half": as llama.cpp does
     activations  "auto": weights alone, and a second row with activations simulated where the scheme quantizes them
     bos          "auto": each window opens with BOS where the tokenizer adds it by itself
-    progress     called with (windows done, windows in all)
+    max_memory   bytes that the process may hold; models that do not fit are run block by block, which a note says.
+                 None: most of what the machine has left. On CUDA, bytes of the device
+    progress     called with (windows done, windows in all); block by block a window counts once per block and model
     """
     meter = Meter()
     judged_text = read_text(text)
     with contextlib.ExitStack() as stack:
-        loader = _Loader(stack, dtype, device, options or OpenOptions())
-        judged = loader.open(quantized)
+        opener = Opener(stack, dtype, device, options or OpenOptions())
+        judged = opener.open(quantized)
         report = read_report(judged.checkpoint)
-        variants = _variants(judged, activations)
-        source = _open_reference(reference, report, loader)
+        variants = _variants(judged.checkpoint, activations)
+        source = open_reference(reference, report, opener)
         tokenizer = (source.opened or judged).tokenizer
         cut = cut_windows(judged_text, tokenizer, windows, window_tokens, protocol, bos)
         _check_fits(judged, source.opened, cut)
-        scores = score(None if source.opened is None else Runner(source.opened.model), variants, cut, progress)
-        facts = _facts(judged, source, report, judged_text, cut, windows)
+        asked = _Comparison(judged, source.opened, variants, cut, progress)
+        runs = len(asked.models) - 1 + len(variants)
+        way = choose_way([each.loader for each in asked.models], runs, max_memory)
+        scores = _block_by_block(asked, way, opener.options) if way.block_by_block else _whole(asked)
+        facts = _facts(judged, source, report, judged_text, cut, windows, way)
         facts |= {"protocol": protocol, "dtype": str(dtype).removeprefix("torch.")}
         facts |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_bytes + device_peak_bytes(device)}
     return [Evaluation(**facts, activations=name, **_figures(scores[name])) for name in variants]
+
+
+def _whole(asked: _Comparison) -> dict[Variant, Scores]:
+    """Every model in memory."""
+    for opened in asked.models:
+        opened.loader.fill(lambda _: True)
+    base = None if asked.reference is None else Runner(asked.reference.model)
+    model = asked.judged.model
+    runners: dict[Variant, Runner] = {}
+    for name, context in asked.variants.items():
+        runners[name] = Runner(model, partial(context, model))
+    return score(base, runners, asked.windows, asked.progress)
+
+
+def _block_by_block(asked: _Comparison, way: Way, options: OpenOptions) -> dict[Variant, Scores]:
+    """One block in memory at a time, then the heads."""
+    ids = asked.windows.ids
+    blocks = sum(
+        block_count(opened) * (len(asked.variants) if opened is asked.judged else 1) for opened in asked.models
+    )
+    steps = Steps((blocks + 1) * len(ids), asked.progress)
+    runs = BlockwiseRuns(ids, way.states_memory, options, steps)
+    base = None if asked.reference is None else runs.run(asked.reference)
+    runners: dict[Variant, Runner] = {name: runs.run(asked.judged, context) for name, context in asked.variants.items()}
+    for opened in asked.models:
+        fill_head(opened)
+    return score(base, runners, asked.windows, lambda done, _: steps.within(done))
 
 
 @torch.inference_mode()
@@ -125,9 +143,9 @@ def score(
     vocabulary = next(iter(variants.values())).vocabulary
     # Position t predicts token t + 1.
     positions = range(windows.first_scored - 1, windows.ids.shape[1] - 1)
-    for index, ids in enumerate(windows.ids):
-        base = None if reference is None else reference.decode(ids)
-        decoded: dict[Variant, Decoded] = {name: runner.decode(ids) for name, runner in variants.items()}
+    for index in range(len(windows.ids)):
+        base = None if reference is None else reference.decode(windows.ids, index)
+        decoded: dict[Variant, Decoded] = {name: runner.decode(windows.ids, index) for name, runner in variants.items()}
         for part in slices(positions, vocabulary):
             log_p = None if base is None else base.log_probabilities(part)
             for name, window in decoded.items():
@@ -142,41 +160,25 @@ def score(
     return {name: collected.summary() for name, collected in values.items()}
 
 
-def _open_reference(given: str | Path | None, report: dict[str, Any] | None, loader: _Loader) -> _Reference:
-    """The reference that was given must open; the one that a report names may be gone, and then a note says so."""
-    if given is not None:
-        return _Reference(loader.open(given), "given")
-    named = reported_source(report)
-    if named is None:
-        return _Reference(None, "none")
-    try:
-        # The revision was the user's word on the quantized model, not on its source.
-        source = replace(loader, options=replace(loader.options, revision=None))
-        return _Reference(source.open(named), "report")
-    except LowbitError as error:
-        return _Reference(None, "none", (f"no reference: {named}, which the report names, does not open: {error}",))
-
-
-def _variants(judged: _Opened, activations: Activations) -> dict[Variant, Runner]:
-    """The variants that were asked for and exist: "none" for weights alone, "simulated"."""
+def _variants(checkpoint: Checkpoint, activations: Activations) -> dict[Variant, Context]:
+    """The variants that were asked for and exist, and what each runs in: "none" for weights alone, "simulated"."""
     if activations not in ("auto", "none", "simulated"):
         raise UsageError(f"there is no activations mode {activations!r}", "choose one of auto, none, simulated")
-    schemes = getattr(judged.checkpoint, "schemes", {})
+    schemes = getattr(checkpoint, "schemes", {})
     quantizes_activations = any(scheme.activation is not None for scheme in schemes.values())
     if activations == "simulated" and not quantizes_activations:
         raise UsageError(
-            f"{judged.checkpoint.source}: no layer quantizes its activations, so there is nothing to simulate",
+            f"{checkpoint.source}: no layer quantizes its activations, so there is nothing to simulate",
             "use --activations auto",
         )
-    variants: dict[Variant, Runner] = {} if activations == "simulated" else {"none": Runner(judged.model)}
+    variants: dict[Variant, Context] = {} if activations == "simulated" else {"none": contextlib.nullcontext}
     if quantizes_activations and activations != "none":
-        input_scales = getattr(judged.checkpoint, "input_scales", {})
-        context = partial(simulated_activations, judged.model, schemes, input_scales)
-        variants["simulated"] = Runner(judged.model, context)
+        input_scales = getattr(checkpoint, "input_scales", {})
+        variants["simulated"] = lambda model: simulated_activations(model, schemes, input_scales)
     return variants
 
 
-def _check_fits(judged: _Opened, reference: _Opened | None, cut: Windows) -> None:
+def _check_fits(judged: Opened, reference: Opened | None, cut: Windows) -> None:
     """Both models speak of the same tokens, and can see a whole window."""
     vocabulary = Runner(judged.model).vocabulary
     if reference is not None:
@@ -195,17 +197,18 @@ def _check_fits(judged: _Opened, reference: _Opened | None, cut: Windows) -> Non
 
 
 def _facts(
-    judged: _Opened,
-    source: _Reference,
+    judged: Opened,
+    source: Reference,
     report: dict[str, Any] | None,
     text: Text,
     cut: Windows,
     windows_asked: int,
+    way: Way,
 ) -> dict[str, Any]:
     """The fields of an Evaluation that all its variants share."""
     schemes = {scheme.name for scheme in getattr(judged.checkpoint, "schemes", {}).values()}
     bits, bits_from = bits_per_weight(judged.checkpoint, report)
-    notes = (*judged.checkpoint.notes, *source.notes)
+    notes = (*judged.checkpoint.notes, *source.notes, *way.notes)
     if source.opened is not None and source.opened.checkpoint.notes:
         notes += tuple(f"reference: {note}" for note in source.opened.checkpoint.notes)
     if len(cut.ids) < windows_asked:

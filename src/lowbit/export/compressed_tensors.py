@@ -12,7 +12,8 @@ For a linear `L` with weight [N, K], b bits, G groups, in the model's float dtyp
     mxfp4-pack-quantized   L.weight_packed uint8 [N, K/2]  L.weight_scale uint8 [N, K/32], exponent + 127
     mxfp8-quantized        L.weight float8_e4m3fn [N, K]   L.weight_scale uint8 [N, K/32]
 
-Static activation scales add L.input_scale [1], or L.input_global_scale float32 [1] (a divisor) for NVFP4.
+Static activation scales add L.input_scale [1] (range of |input| / 448 for E4M3, / 127 for INT8), or, for NVFP4,
+L.input_global_scale float32 [1] (a divisor). Scales of a KV cache: kv_cache.py.
 Spec: the compressors of compressed-tensors 0.20. Refused: E5M2 (the format's 8-bit float is E4M3).
 """
 
@@ -28,7 +29,7 @@ from lowbit import kernels
 from lowbit.errors import FormatError
 from lowbit.export import Piece
 from lowbit.export.safetensors_writer import StoredTensor
-from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, e8m0_codes
+from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX, e8m0_codes
 from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
@@ -200,7 +201,8 @@ def _once_per_linear(kind: str, quantized: QuantizedTensor, activation: Activati
             divisor = E4M3_MAX * E2M1_MAX / input_absmax
             stored.append(("input_global_scale", torch.tensor([divisor], dtype=torch.float32), 0))
         else:
-            stored.append(("input_scale", torch.tensor([input_absmax / E4M3_MAX]).to(dtype), 0))
+            largest_code = INT8_MAX if activation.number == "int" else E4M3_MAX
+            stored.append(("input_scale", torch.tensor([input_absmax / largest_code]).to(dtype), 0))
     return stored
 
 

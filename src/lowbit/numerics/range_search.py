@@ -19,6 +19,9 @@ from lowbit import kernels
 from lowbit.numerics.grid import Grid, RangeSearch
 from lowbit.tensors import GroupParams
 
+# Candidates are judged together up to so many weights: enough for one call to be worth its while, few enough for caches.
+_CANDIDATE_WEIGHTS = 1 << 19
+
 
 def fit_by_search(
     grid: Grid,
@@ -64,27 +67,38 @@ class _Best:
         low: Tensor,
         high: Tensor,
     ):
-        self.grid, self.global_scale = grid, global_scale
-        self.error_of = lambda params: grid.error(weight, params, group_size, importance, by_magnitude)
+        self.grid, self.global_scale, self.weight = grid, global_scale, weight
+        self.error_of = lambda rows, params: grid.error(rows, params, group_size, importance, by_magnitude)
         self.low, self.high = low, high
         self.params = grid.params_from_range(low, high, global_scale)
-        self.error = self.error_of(self.params)
+        self.error = self.error_of(weight, self.params)
 
     def try_ratios(self, ratios: list[tuple[float, float]]) -> None:
         """Try (low ratio, high ratio) pairs of the range that was best when this began."""
-        base_low, base_high = self.low, self.high
-        for low_ratio, high_ratio in ratios:
-            low, high = base_low * low_ratio, base_high * high_ratio
-            params = self.grid.params_from_range(low, high, self.global_scale)
-            error = self.error_of(params)
-            better = error < self.error
-            self.error = torch.where(better, error, self.error)
-            self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-            zero_point = params.zero_point
-            if zero_point is not None and self.params.zero_point is not None:
-                zero_point = torch.where(better, zero_point, self.params.zero_point)
-            scale = torch.where(better, params.scale, self.params.scale)
-            self.params = GroupParams(scale, zero_point, self.global_scale)
+        base = (self.low, self.high)
+        at_once = max(1, _CANDIDATE_WEIGHTS // max(1, self.weight.numel()))
+        for first in range(0, len(ratios), at_once):
+            self._try(base, ratios[first : first + at_once])
+
+    def _try(self, base: tuple[Tensor, Tensor], ratios: list[tuple[float, float]]) -> None:
+        """Several candidates in one pass: their rows stand below each other."""
+        count, rows = len(ratios), self.low.shape[0]
+        low = torch.cat([base[0] * ratio for ratio, _ in ratios])
+        high = torch.cat([base[1] * ratio for _, ratio in ratios])
+        params = self.grid.params_from_range(low, high, self.global_scale)
+        error = self.error_of(self.weight.repeat(count, 1) if count > 1 else self.weight, params)
+        error, chosen = error.reshape(count, rows, -1).min(dim=0)  # of equals the first, which is the widest
+        better = error < self.error
+
+        def merged(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(better, new.reshape(count, rows, -1).gather(0, chosen[None])[0], old)
+
+        self.error = torch.where(better, error, self.error)
+        self.low, self.high = merged(low, self.low), merged(high, self.high)
+        zero_point = params.zero_point
+        if zero_point is not None and self.params.zero_point is not None:
+            zero_point = merged(zero_point, self.params.zero_point)
+        self.params = GroupParams(merged(params.scale, self.params.scale), zero_point, self.global_scale)
 
 
 def _percentile_range(weight: Tensor, group_size: int, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:

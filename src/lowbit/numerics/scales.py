@@ -20,6 +20,7 @@ from torch import Tensor
 
 E8M0_BIAS = 127
 E4M3_MAX = 448.0
+INT8_MAX = 127.0
 E2M1_MAX = 6.0
 E4M3_SMALLEST = 2.0**-9
 

@@ -27,7 +27,7 @@ from pydantic_core import from_json
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 
-SCHEMA = 3
+SCHEMA = 4
 # A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
 LARGEST_FILE = 256 * 2**20
 
@@ -70,18 +70,24 @@ class Output(_Part):
 
 
 class Calibration(_Part):
-    """The text that statistics were measured on. None in `Settings` where the method needs no data."""
+    """The text that statistics were measured on. None in `Settings` where the method needs no data.
+
+    notes  "the text has 8 000 tokens: 15 windows of 512, not the 128 asked for"
+    """
 
     name: str
     sha256: str | None = None
     samples: Count
     sequence_length: Count
     tokens: Count
+    notes: tuple[str, ...] = ()
 
 
 class Settings(_Part):
     """What the user asked for, defaults filled in. `overrides` are "RE=SCHEME", in the order they apply.
 
+    method_overrides  "RE=METHOD", in the order they apply
+    options  of the method, by their names in `lowbit.settings.Settings`, those that the user changed
     imatrix  of GGUF files: where the importance came from that errors were weighed with; pure: no mix of types
     """
 
@@ -94,6 +100,9 @@ class Settings(_Part):
     overrides: tuple[str, ...] = ()
     shard_size: Count | None = None
     seed: int
+    method_overrides: tuple[str, ...] = ()
+    options: dict[str, float | int | str | bool] = {}
+    kv_cache: str | None = None
     imatrix: str | None = None
     pure: bool = False
     calibration: Calibration | None = None
@@ -107,6 +116,7 @@ class Totals(_Part):
     decoder_bits_per_weight   stored bits per weight of the transformer blocks' linears, scales included
     file_bits_per_weight      8 * bytes_out / weights
     peak_memory_bytes         of the process; None where it could not be measured
+    seconds_by_work           of calibration: forward passes with statistics, transforms, rounding …
     """
 
     weights: Count
@@ -117,6 +127,7 @@ class Totals(_Part):
     bytes_out: Count
     seconds: NonNegative
     peak_memory_bytes: Count | None = None
+    seconds_by_work: dict[str, NonNegative] = {}
 
 
 class TensorEntry(_Part):
@@ -127,6 +138,10 @@ class TensorEntry(_Part):
     shape            [N, K] for a linear
     bytes            stored, with scales and zero points
     relative_error   None where it was not measured, and for tensors left alone
+    method           how its codes were chosen, where a text was run for it: "gptq", "rtn" …
+    layer_error      tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) over the text: the error of the linear's output
+    nearest_error    what that would be with round to nearest
+    tokens           of the text that the linear was measured on
     repacked         True where the source's own codes were kept, bit for bit (`lowbit convert`)
     notes            what was changed on the way: "group size 64: 128 does not divide 576"
     """
@@ -140,6 +155,10 @@ class TensorEntry(_Part):
     bytes: Count
     relative_error: NonNegative | None = None
     max_error: NonNegative | None = None
+    method: str | None = None
+    layer_error: NonNegative | None = None
+    nearest_error: NonNegative | None = None
+    tokens: Count | None = None
     repacked: bool = False
     reason: str | None = None
     notes: tuple[str, ...] = ()
@@ -149,6 +168,22 @@ class TensorEntry(_Part):
         if (self.scheme is None) == (self.reason is None):
             raise ValueError("a tensor has either a scheme or a reason for being left alone")
         return self
+
+
+class TransformEntry(_Part):
+    """What a transform did at one place.
+
+    point    the norm or linear whose output was rewritten
+    error_before, error_after   of rounding the linears behind it to nearest, relative; None where nothing was measured
+    detail   the parameters chosen, or why nothing was done
+    """
+
+    point: str
+    what: str
+    error_before: NonNegative | None = None
+    error_after: NonNegative | None = None
+    applied: bool
+    detail: str = ""
 
 
 class Check(_Part):
@@ -246,7 +281,7 @@ class ServeLine(_Part):
 class Report(_Part):
     """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`."""
 
-    schema_version: Literal[3] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[4] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: Source
@@ -255,6 +290,7 @@ class Report(_Part):
     versions: dict[str, str]
     totals: Totals
     tensors: tuple[TensorEntry, ...]
+    transforms: tuple[TransformEntry, ...] = ()
     verification: Verification | None = None
     evaluation: tuple[Evaluation, ...] = ()
     serve: tuple[ServeLine, ...] = ()

@@ -20,3 +20,9 @@ def squared_error(weight: Tensor, quantized: QuantizedTensor) -> tuple[float, fl
     original = weight.to(dtype=params.scale.dtype)
     error = original - quantized.decode()
     return error.square().sum().item(), original.square().sum().item(), error.abs().max().item()
+
+
+def squared_error_of(weight: Tensor, decoded: Tensor) -> tuple[float, float, float]:
+    """The same three sums of a float32 weight and what its codes decode to."""
+    error = weight - decoded
+    return error.square().sum().item(), weight.square().sum().item(), error.abs().max().item()

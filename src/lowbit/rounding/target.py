@@ -15,11 +15,12 @@ from typing import Protocol
 from torch import Tensor
 
 from lowbit.numerics import ggml
+from lowbit.numerics.ggml.blocks import Blocks
 from lowbit.numerics.ggml.grid import GgmlGrid
 from lowbit.numerics.grid import Grid, RangeSearch
 from lowbit.rounding.rtn import Fitted, TensorRange, fit_weight
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class GridTarget:
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Fitted:
         return fit_weight(weight, self.spec, self.grid, self.search, self.tensor_range, importance)
 
+    @property
+    def rows_are_apart(self) -> bool:
+        """True where each row has scales of its own, which do not depend on other rows."""
+        return self.spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and self.spec.scale_format != "nested"
+
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         quantized = self.fit(weight, importance).round(weight)
         return Rounded(quantized, quantized.decode())
@@ -95,6 +101,10 @@ class GgmlTarget:
     @property
     def columns_per_code(self) -> int:
         return self.grid.columns_per_code
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """Params of whole blocks of columns."""
+        return self.grid.fit(weight, importance)
 
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         blocks = ggml.encode(self.type_name, weight, importance)

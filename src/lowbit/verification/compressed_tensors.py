@@ -65,21 +65,6 @@ def check_activations(subject: Subject) -> Finding:
     return Finding(problems, f"{quantized} of {len(subject.parsed.groups)} groups quantize activations")
 
 
-def check_kv_cache(subject: Subject) -> Finding:
-    """A KV-cache scheme is FP8, symmetric, one scale per tensor or head."""
-    stated = subject.parsed.kv_cache
-    if stated is None:
-        return Finding([], "not quantized")
-    fits = (
-        stated.get("type") == "float"
-        and stated.get("num_bits") == 8
-        and stated.get("symmetric", True)
-        and stated.get("strategy") in ("tensor", "attn_head")
-    )
-    problem = f"quantization_config.kv_cache_scheme is {stated!r}; vLLM takes 8-bit float, tensor or attn_head"
-    return Finding([] if fits else [problem], "FP8")
-
-
 def check_zero_points(subject: Subject) -> Finding:
     """Symmetric groups ship no zero points; those of the others are packed cleanly."""
     problems = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lowbit.checkpoint.quantized import tensor_problem
+from lowbit.verification.kv_cache import KV_LEAVES, quantizes_kv_cache
 from lowbit.verification.left_out import is_accounted_for
 from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
 # Never loaded: recomputed from config.json by every engine.
 _IGNORED_LEAVES = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", "attention.bias")
-_KV_LEAVES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 # Rules of their own say more of these.
 _NAMED_ELSEWHERE = ("weight_zero_point", "input_zero_point", "weight_g_idx")
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale")
@@ -76,20 +76,13 @@ def _is_known_beside(subject: Subject, name: str) -> bool:
     if subject.architecture.stands_beside(name):
         return True
     owner, _, leaf = name.rpartition(".")
-    if leaf in _KV_LEAVES:
-        return subject.format != PLAIN and quantizes_kv_cache(subject)
+    if leaf in KV_LEAVES:
+        # fp8 folders do not speak of the cache; vLLM reads its scales by their names
+        return subject.format != PLAIN and (subject.format == "fp8" or quantizes_kv_cache(subject))
     if leaf == "bias":
         # AutoGPTQ writes a bias for every linear; loaders pass over what the model lacks
         return subject.format in ("gptq", "awq") and owner in subject.schemes
     return subject.format == "mxfp4" and leaf.endswith(("_blocks", "_scales"))
-
-
-def quantizes_kv_cache(subject: Subject) -> bool:
-    """True where config.json (or ModelOpt's file) speaks of a quantized KV cache."""
-    stated = subject.quantization
-    nested = stated.get("quantization")
-    inner = nested if isinstance(nested, dict) else {}
-    return any((stated.get("kv_cache_scheme"), stated.get("kv_cache_quant_algo"), inner.get("kv_cache_quant_algo")))
 
 
 def _why(subject: Subject, owner: str) -> str:

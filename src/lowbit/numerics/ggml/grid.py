@@ -27,8 +27,10 @@ from torch import Tensor
 
 from lowbit.errors import ShapeError
 from lowbit.numerics import ggml
+from lowbit.numerics.codebook_tables import Codebook
 from lowbit.numerics.ggml import reference
 from lowbit.numerics.ggml.blocks import Blocks, per_column
+from lowbit.numerics.ggml.codebooks import FP4_VALUES, IQ4_VALUES
 from lowbit.numerics.ggml.types import GgmlType, find_type
 
 # Bits that a block spends on the codes of one weight. Signs of lattice points are part of the code (IQ2_XXS, IQ2_XS and
@@ -41,6 +43,26 @@ _CODE_BITS = {
     "TQ1_0": 52 / 32, "TQ2_0": 2,
     "IQ1_S": 11 / 8, "IQ1_M": 12 / 8, "IQ2_XXS": 15 / 8, "IQ2_XS": 16 / 8, "IQ2_S": 18 / 8,
     "IQ3_XXS": 23 / 8, "IQ3_S": 13 / 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IntLevels:
+    """The integers that scales multiply: lowest … highest, stored as themselves plus `zero`."""
+
+    lowest: int
+    highest: int
+    zero: int = 0
+
+
+_FP4 = Codebook("e2m1_doubled", tuple(float(value) for value in FP4_VALUES))
+_IQ4 = Codebook("iq4_nl", tuple(float(value) for value in IQ4_VALUES))
+_LEVELS: dict[str, IntLevels | Codebook] = {
+    "Q4_0": IntLevels(-8, 7, 8), "Q4_1": IntLevels(0, 15), "Q5_0": IntLevels(-16, 15, 16), "Q5_1": IntLevels(0, 31),
+    "Q8_0": IntLevels(-128, 127),
+    "Q2_K": IntLevels(0, 3), "Q3_K": IntLevels(-4, 3, 4), "Q4_K": IntLevels(0, 15), "Q5_K": IntLevels(0, 31),
+    "Q6_K": IntLevels(-32, 31, 32), "TQ1_0": IntLevels(-1, 1, 1), "TQ2_0": IntLevels(-1, 1, 1),
+    "IQ4_NL": _IQ4, "IQ4_XS": _IQ4, "MXFP4": _FP4, "NVFP4": _FP4,
 }  # fmt: skip
 
 
@@ -80,6 +102,11 @@ class GgmlGrid:
     def symmetric(self) -> bool:
         """True where no offset is stored."""
         return _layout(self.kind)[2]
+
+    @property
+    def levels(self) -> IntLevels | Codebook | None:
+        """What scales multiply, of types that round single columns; None for floats and lattices."""
+        return _LEVELS.get(self.name)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
         """Params of weight [N, K], K whole blocks; importance float32 [K] weighs the squared errors."""

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.kernels.choice import compiled
 from lowbit.numerics.ggml import iquant_layout
 from lowbit.numerics.ggml.blocks import Blocks, per_column
-from lowbit.numerics.ggml.iquant_grids import grid, index_of
+from lowbit.numerics.ggml.iquant_grids import grid, hand_over, index_of
 from lowbit.numerics.ggml.iquant_layout import Fields, even_sign
 from lowbit.numerics.ggml.iquant_search import BLOCK, SHIFT, Search, nearest_points, search
 from lowbit.numerics.ggml.types import GgmlType
@@ -155,14 +156,20 @@ def _round_shifted(kind: GgmlType, x: Tensor, w: Tensor, scale: Tensor) -> Tenso
     """Codes [V] of IQ1_S, whose shift is off x already, and of IQ1_M, which has a choice."""
     index = index_of(kind.name)
     if kind.name == "IQ1_S":
-        return nearest_points(index, x, w, scale[:, None] * index.levels)[0].int()
-    up, up_cost = nearest_points(index, x, w, scale[:, None] * (index.levels + SHIFT))
-    down, down_cost = nearest_points(index, x, w, scale[:, None] * (index.levels - SHIFT))
+        return _nearest(kind, x, w, scale[:, None] * index.levels)[0].int()
+    up, up_cost = _nearest(kind, x, w, scale[:, None] * (index.levels + SHIFT))
+    down, down_cost = _nearest(kind, x, w, scale[:, None] * (index.levels - SHIFT))
     return torch.where(down_cost < up_cost, down | 1 << 11, up).int()
 
 
 def _round_signed(kind: GgmlType, x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     """Codes [V]. Where an even number of signs has to be negative, each of the 8 flips is tried."""
+    core = compiled(x.device)
+    if core is not None:
+        hand_over(core, kind)
+        codes = torch.empty(len(x), dtype=torch.int32)
+        core.iq_round(kind.number, x.contiguous(), w.contiguous(), scale.contiguous(), codes)
+        return codes
     code, width = _CODES[kind.name], grid(kind.name).shape[1]
     x = torch.where(scale[:, None] < 0, -x, x)
     negative, magnitude = x < 0, x.abs()
@@ -186,8 +193,19 @@ def _nearest_magnitudes(kind: GgmlType, x: Tensor, w: Tensor, scale: Tensor) -> 
     index, width = index_of(kind.name), grid(kind.name).shape[1]
     each = x.shape[1] // width
     scaled = (scale.abs()[:, None] * index.levels).repeat_interleave(each, dim=0)
-    entry, cost = nearest_points(index, x.reshape(-1, width), w.reshape(-1, width), scaled)
+    entry, cost = _nearest(kind, x.reshape(-1, width), w.reshape(-1, width), scaled)
     return entry.reshape(-1, each), cost.reshape(-1, each).sum(dim=1)
+
+
+def _nearest(kind: GgmlType, x: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest_points`, in the compiled core where there is one: the same points."""
+    core = compiled(x.device)
+    if core is None:
+        return nearest_points(index_of(kind.name), x, w, scaled)
+    hand_over(core, kind)
+    entry, cost = torch.empty(len(x), dtype=torch.int32), torch.empty(len(x))
+    core.iq_nearest(kind.number, x.contiguous(), w.contiguous(), scaled.contiguous(), entry, cost)
+    return entry, cost
 
 
 def _signs_of_codes(kind: GgmlType, sign: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The texts that models are judged on and calibrated with, and the windows of tokens they are cut into.
+"""One running text, and the consecutive windows of tokens it is cut into.
 
 A text is a file, a dataset of the Hugging Face hub (`wikitext`, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]`), or, by default,
-the text that comes with the package. It is tokenized once, without special tokens, and cut into consecutive windows.
+the text that comes with the package. Of a dataset the split `test` is judged on and the split `train` calibrated with.
+The text is tokenized once, without special tokens.
 
     full          window i = [BOS] + text[i·step : (i+1)·step], step = window_tokens − (1 with BOS);
                   every token but the first of the window is scored
@@ -18,19 +19,19 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, DependencyError, UsageError
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.hub import find_dataset, running_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Protocol = Literal["full", "second-half"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "second-half")
-HUB_ALIASES = {"wikitext": "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"}
 PackagedText = Literal["evaluation", "calibration"]
 
 
@@ -67,45 +68,34 @@ class Windows:
 
 
 def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") -> Text:
-    """A file, a hub dataset, or the packaged text for None."""
+    """A file, a hub dataset, or the packaged text for None.
+
+    packaged  what the text is for, which is also the split that is read of a dataset whose split is not named
+    """
     if source is None:
         file = resources.files("lowbit") / "data" / f"{packaged}.txt"
         return Text(f"packaged {packaged} text", file.read_text(encoding="utf-8"))
     name = str(source)
-    if name in HUB_ALIASES or name.startswith("hub:"):
-        return Text(name, _hub_text(HUB_ALIASES.get(name, name)))
+    split = "test" if packaged == "evaluation" else "train"
+    if name == "wikitext" or name.startswith("hub:"):
+        return Text(name, running_text(find_dataset(name, split)))
     path = Path(name)
     if not path.is_file():
         raise UsageError(
-            f"there is no text {name!r}: no such file",
-            f"give a text file, one of {', '.join(HUB_ALIASES)}, or hub:OWNER/NAME:CONFIG:SPLIT",
+            f"there is no text {name!r}: no such file", "give a text file, wikitext, or hub:OWNER/NAME:CONFIG:SPLIT"
         )
+    return Text(name, read_plain(path))
+
+
+def read_plain(path: Path, characters: int = -1) -> str:
+    """The start of a UTF-8 file; all of it where `characters` is -1."""
     try:
-        return Text(name, path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            return file.read(characters)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 text: {error}", "convert it, for example with iconv -t utf-8") from error
-
-
-def _hub_text(name: str) -> str:
-    """Rows of the dataset's `text` column joined by blank lines, as in GPTQ's and transformers' perplexity recipes."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DependencyError(
-            f"reading {name} needs the package `datasets`, which is not installed", 'pip install "lowbit[eval]"'
-        ) from error
-    parts = name.removeprefix("hub:").split(":")
-    if not 1 <= len(parts) <= 3 or not all(parts):
-        raise UsageError(f"{name!r} is not of the form hub:OWNER/NAME[:CONFIG[:SPLIT]]")
-    config = parts[1] if len(parts) > 1 else None
-    split = parts[2] if len(parts) > 2 else "test"
-    try:
-        rows: Any = load_dataset(parts[0], config, split=split)
-        return "\n\n".join(rows["text"])
-    except KeyError as error:
-        raise UsageError(f"the dataset {name} has no column `text`", "save the text to a file and give that") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the dataset {name} cannot be read: {error}", "check its name, config and split") from error
+        raise UsageError(f"{path} is not UTF-8 text: {error}", "convert it, for example with iconv -t utf-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
 
 
 def wants_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"]) -> bool:

@@ -1,0 +1,117 @@
+"""How large keys and values get: what the scales of an FP8 KV cache are made of.
+
+    k[layer][head] = max over tokens and channels of |K|,  K as the cache stores it: after norms and rotary embedding
+    v[layer][head] = the same of V
+
+transformers hands K and V to an attention function that it looks up by name; while a model is observed, that look-up
+gives the function with somebody looking at its arguments. Nothing else changes: masks are made for the same name.
+
+Refused: classes that call no such function (Bloom), and multi-head latent attention (DeepSeek): its cache holds one
+latent vector per token instead of keys and values, which vLLM stores by a single k_scale of a layer that the
+compressed-tensors loader gives no scales to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import ArchitectureError, NonFiniteError
+
+
+@dataclass
+class CacheRanges:
+    """k, v: index of the layer → largest |K| and |V| of every key-value head, float32 [kv_heads]."""
+
+    k: dict[int, Tensor] = field(default_factory=dict)
+    v: dict[int, Tensor] = field(default_factory=dict)
+
+    def absmax(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer → (of K, of V): what `Plan.kv_absmax` holds."""
+        return {layer: (self.k[layer], self.v[layer]) for layer in sorted(self.k)}
+
+    def look(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """key, value [B, kv_heads, T, head_dim]; NonFiniteError where one is NaN or inf."""
+        for name, found, states in (("keys", self.k, key), ("values", self.v, value)):
+            largest = states.abs().amax(dim=(0, 2, 3)).float().cpu()
+            if not torch.isfinite(largest).all():
+                head = int((~torch.isfinite(largest)).nonzero()[0])
+                raise NonFiniteError(
+                    f"the {name} of layer {layer}, head {head}, are not finite for some token of the calibration text",
+                    "run it in float32, or look for damage with `lowbit evaluate`",
+                )
+            found[layer] = torch.maximum(found[layer], largest) if layer in found else largest
+
+
+@contextmanager
+def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
+    """Inside, forward passes of the model (whole, or block by block) are measured.
+
+    Raises ArchitectureError for what the module docstring refuses; at the end, for attention that was never called.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    layers = _attention_layers(model)
+    ranges = CacheRanges()
+    find = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(_looking, find(name, default), layers, ranges)
+
+    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield ranges
+    finally:
+        del ALL_ATTENTION_FUNCTIONS.get_interface  # the class's own is seen again
+    missing = sorted(set(layers.values()) - ranges.k.keys())
+    if missing:
+        raise ArchitectureError(
+            f"the attention of layer {missing[0]} of {type(model).__name__} does not run through transformers' "
+            f"attention functions; its keys and values cannot be measured",
+            "leave --kv-cache out",
+        )
+
+
+def _looking(
+    attention: Callable[..., Any], layers: dict[nn.Module, int], ranges: CacheRanges,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    layer = layers.get(module)
+    if layer is not None:
+        ranges.look(layer, key, value)
+    return attention(module, query, key, value, *args, **kwargs)
+
+
+def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
+    """ArchitectureError for a config.json with multi-head latent attention."""
+    text = config.get("text_config")
+    if any(isinstance(each, dict) and each.get("kv_lora_rank") for each in (config, text)):
+        raise ArchitectureError(
+            f"{model} has multi-head latent attention, whose cache holds one latent vector per token; there are no "
+            f"keys and values to scale",
+            "leave --kv-cache out; vLLM can quantize that cache without stored scales",
+        )
+
+
+def _attention_layers(model: nn.Module) -> dict[nn.Module, int]:
+    """Module that computes attention → index of its layer; of towers for images and the like, nothing."""
+    name = type(model).__name__
+    refuse_latent_attention(model.config.to_dict(), name)  # type: ignore[operator,union-attr]
+    layers = {
+        module: module.layer_idx
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+    }
+    if not layers:
+        raise ArchitectureError(
+            f"{name} does not run its attention through transformers' attention functions; its keys and values cannot "
+            f"be measured",
+            "leave --kv-cache out",
+        )
+    return layers  # type: ignore[return-value]

@@ -1,0 +1,39 @@
+"""Which arithmetic calibration computes in: bfloat16 products where the processor multiplies them fast.
+
+Statistics stay float32: with `fast_products` a float32 matrix product rounds its factors to bfloat16 (activations that
+were computed in bfloat16 lose nothing) and sums in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def has_fast_bfloat16(device: str = "cpu") -> bool:
+    """True where products of bfloat16 are faster than those of float32: AMX, AVX512_BF16, CUDA."""
+    if not device.startswith("cpu"):
+        return True
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def compute_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """ "auto", "bfloat16", "float16" or "float32" → the dtype of forward passes."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+@contextmanager
+def fast_products(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, float32 products have factors of `dtype` where that is bfloat16, and float32 sums."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

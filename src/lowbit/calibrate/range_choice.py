@@ -1,0 +1,98 @@
+"""Which range of an input a static activation scale covers, chosen from a histogram of |x|.
+
+A static scale maps the range r to the largest code, s = r / max, and values beyond r saturate. Three choices:
+
+    minmax      r = max |x|
+    percentile  r = the p-th percentile of |x|
+    mse         r = argmin E[(x − s·Q(x / s))²], Q the nearest value of the grid, over r = max|x| · 2^(−j/16), j < 128
+
+The histogram cuts every power of two into 16 equal parts, bin edges (1 + i/16) · 2^e, which are the top bits of a
+float32: 64 octaves around 1 are 1024 counts, whatever the number of tokens. |x| below the first edge counts as the
+first bin, above the last as the last. Within a bin x is taken to be spread evenly, and the error is integrated, not
+sampled: with values v_0 < v_1 < … of a grid (the positive half; it is symmetric) and m_i the middle of v_i and v_{i+1},
+
+    F(t) = ∫₀ᵗ (u − Q(u))² du = Σ_{i<n} [(m_i − v_i)³ + (v_{i+1} − m_i)³] / 3 + (t − v_n)³ / 3,    v_n nearest to t
+
+holds beyond the largest value too, where n is the last and everything saturates. In float64.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics import minifloat_formats
+from lowbit.schemes import Number
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
+
+_PER_OCTAVE = 16
+_FIRST_EXPONENT, _LAST_EXPONENT = -32, 32
+BINS = (_LAST_EXPONENT - _FIRST_EXPONENT) * _PER_OCTAVE
+_MANTISSA_BITS_LEFT_OUT = 23 - 4  # of float32; 2^4 bins an octave
+_FIRST_CODE = (127 + _FIRST_EXPONENT) << 4
+_CANDIDATES = 128
+
+
+def histogram(x: Tensor) -> Tensor:
+    """int64 [BINS]: how many |x| lie in each bin; x finite, of any shape."""
+    bits = x.reshape(-1).float().abs().view(torch.int32)
+    bins = (bits >> _MANTISSA_BITS_LEFT_OUT).sub_(_FIRST_CODE).clamp_(0, BINS - 1)
+    return torch.bincount(bins, minlength=BINS)
+
+
+def bin_edges() -> Tensor:
+    """float64 [BINS + 1]; the first is 0, since zeros are in the first bin."""
+    octave = torch.arange(_FIRST_EXPONENT, _LAST_EXPONENT, dtype=torch.float64)
+    part = 1 + torch.arange(_PER_OCTAVE, dtype=torch.float64) / _PER_OCTAVE
+    edges = (torch.exp2(octave)[:, None] * part).reshape(-1)
+    edges[0] = 0
+    return torch.cat((edges, torch.tensor([2.0**_LAST_EXPONENT], dtype=torch.float64)))
+
+
+def percentile_range(counts: Tensor, absmax: float, percentile: float) -> float:
+    """The |x| that `percentile` percent of the values do not exceed, evenly spread within its bin; at most absmax."""
+    cumulative = counts.cumsum(0).double()
+    wanted = cumulative[-1] * percentile / 100
+    index = int(torch.searchsorted(cumulative, wanted).clamp(max=BINS - 1))
+    before = cumulative[index - 1] if index else cumulative.new_zeros(())
+    share = (wanted - before) / counts[index].clamp(min=1)
+    edges = bin_edges()
+    return min(absmax, (edges[index] + share * (edges[index + 1] - edges[index])).item())
+
+
+def mse_range(counts: Tensor, absmax: float, number: Number, bits: int) -> float:
+    """The range with the least expected squared error; of equal ones the widest."""
+    values, middles, prefix = _grid(number, bits)
+    occupied = counts.nonzero().reshape(-1)
+    low = bin_edges()[occupied].clamp(max=absmax)
+    high = bin_edges()[occupied + 1].clamp(max=absmax)
+    ranges = absmax * torch.exp2(-torch.arange(_CANDIDATES, dtype=torch.float64) / 16)
+    scale = (ranges / values[-1])[:, None]
+    integral = _integral(high / scale, values, middles, prefix) - _integral(low / scale, values, middles, prefix)
+    width = (high - low).clamp(min=1e-300)
+    errors = (integral * scale**3 / width * counts[occupied]).sum(dim=1)
+    return ranges[int(errors.argmin())].item()
+
+
+def _integral(t: Tensor, values: Tensor, middles: Tensor, prefix: Tensor) -> Tensor:
+    """F(t) of the module docstring."""
+    nearest = torch.searchsorted(middles, t)
+    return prefix[nearest] + (t - values[nearest]) ** 3 / 3
+
+
+@lru_cache
+def _grid(number: Number, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values from 0 up, the middles between them, Σ of the first n cells), float64."""
+    if number == "int":
+        values = torch.arange(2 ** (bits - 1), dtype=torch.float64)
+    else:
+        fmt = minifloat_formats.FORMATS[number]
+        values = minifloat_formats.values(fmt)[: fmt.finite_magnitudes].double()
+    middles = (values[1:] + values[:-1]) / 2
+    cells = ((middles - values[:-1]) ** 3 + (values[1:] - middles) ** 3) / 3
+    return values, middles, torch.cat((torch.zeros(1, dtype=torch.float64), cells.cumsum(0)))

@@ -1,0 +1,150 @@
+"""Statistics of the inputs of one stage of a block: what GPTQ, AWQ, SmoothQuant and the rest are given.
+
+    H = Σ x xᵀ                      hessian [K, K]
+    C = Σ (x₀ − x) xᵀ               cross [K, K], x₀ the input of the unquantized model for the same token; from the first
+                                    windows only, by what they say of the others: C = C₁ (H₁ + λ)⁻¹ H, λ a hundredth of
+                                    the mean of diag H₁
+    absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
+
+in float32 over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the upper half is
+computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
+
+Refused: NaN and inf in an input. An input that no token reached has no statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.calibrate.block_modules import BlockInput
+from lowbit.calibrate.precision import fast_products
+from lowbit.errors import NonFiniteError
+from lowbit.tensors import LayerStats
+
+_CROSS_DAMPING = 0.01
+# Side of the tiles that the symmetric product is cut into.
+_TILE = 512
+
+
+class InputKeeper:
+    """A `BlockVisitor`: keeps the last batch of every input, to be compared with the same batch in another stream."""
+
+    def __init__(self):
+        self.inputs: dict[str, Tensor] = {}
+
+    def look(self, source: BlockInput, x: Tensor) -> None:
+        if source.expert is None:  # routing differs between streams, so tokens of experts do not correspond
+            self.inputs[source.name] = x
+
+    def finish(self, block: int) -> None:
+        self.inputs.clear()
+
+
+class InputStatistics:
+    """A `BlockVisitor` that sums.
+
+    channels     absmax, mean |x| and mean x of every channel too: AWQ, SmoothQuant; else they are 0
+    unquantized  holds the same batch as the unquantized model has it; C is summed for the inputs found there
+    """
+
+    def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None):
+        self._dtype, self._channels, self._unquantized = dtype, channels, unquantized
+        self._sums: dict[str, _Sums] = {}
+
+    def look(self, source: BlockInput, x: Tensor) -> None:
+        if not len(x):
+            return
+        sums = self._sums.get(source.name)
+        if sums is None:
+            crossed = self._unquantized is not None and source.expert is None
+            sums = self._sums[source.name] = _Sums(x.shape[1], self._channels, crossed, x.device)
+        original = None if self._unquantized is None else self._unquantized.inputs.get(source.name)
+        with fast_products(self._dtype):
+            sums.add(x.float(), None if original is None else original - x)
+
+    def finish(self, block: int) -> None:
+        pass
+
+    def end_of_unquantized(self) -> None:
+        """From here on there is nothing to compare with."""
+        self._unquantized = None
+        for sums in self._sums.values():
+            sums.end_cross()
+
+    def take(self) -> dict[str, LayerStats]:
+        """Name of an input → its statistics; hands the memory over."""
+        sums, self._sums = self._sums, {}
+        return {name: each.statistics(name) for name, each in sums.items()}
+
+
+class _Sums:
+    def __init__(self, columns: int, channels: bool, cross: bool, device: torch.device):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.tokens, self.channels = 0, channels
+        self.absmax, self.absolute, self.values = (zeros(columns) for _ in range(3))
+        self.hessian = zeros(columns, columns)
+        self.cross = zeros(columns, columns) if cross else None
+
+    def add(self, x: Tensor, difference: Tensor | None) -> None:
+        self.tokens += len(x)
+        _add_gram(self.hessian, x)
+        if self.cross is not None and difference is not None:
+            self.cross.addmm_(difference.float().t(), x)
+        if self.channels:
+            magnitude = x.abs()
+            torch.maximum(self.absmax, magnitude.amax(dim=0), out=self.absmax)
+            self.absolute += magnitude.sum(dim=0)
+            self.values += x.sum(dim=0)
+
+    def end_cross(self) -> None:
+        """C → C (H + λ)⁻¹, how far x₀ − x can be foretold from x; nothing where H has no inverse."""
+        if self.cross is None:
+            return
+        damped = self.hessian.triu() + self.hessian.triu(1).t()
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(_CROSS_DAMPING * mean + (mean == 0))
+        root, failed = torch.linalg.cholesky_ex(damped)
+        self.cross = None if failed else torch.cholesky_solve(self.cross.t(), root).t().contiguous()
+
+    def statistics(self, name: str) -> LayerStats:
+        _mirror(self.hessian)
+        cross = self.cross
+        if cross is not None:
+            cross = cross @ self.hessian  # in float32: what divides by H later would enlarge what bfloat16 loses
+        squares = self.hessian.diagonal().clone()
+        wrong = ~torch.isfinite(squares)
+        if wrong.any():
+            raise NonFiniteError(
+                f"{name} is not finite in {int(wrong.sum())} of {len(wrong)} channels for some token of the "
+                f"calibration text (the first is channel {int(wrong.nonzero()[0])})",
+                "compute in float32 (--dtype float32), or look for damage with `lowbit evaluate`",
+            )
+        count = max(1, self.tokens)
+        return LayerStats(
+            self.tokens, self.absmax, squares / count, self.absolute / count, self.hessian, cross,
+            self.values / count,
+        )  # fmt: skip
+
+
+def _add_gram(hessian: Tensor, x: Tensor) -> None:
+    """H += xᵀ x for the tiles on and above the diagonal."""
+    columns = x.shape[1]
+    if columns <= _TILE:
+        hessian.addmm_(x.t(), x)
+        return
+    for first in range(0, columns, _TILE):
+        last = min(first + _TILE, columns)
+        hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
+
+
+def _mirror(hessian: Tensor) -> None:
+    """Fill what lies below the diagonal."""
+    columns = len(hessian)
+    for first in range(0, columns, _TILE):
+        last = min(first + _TILE, columns)
+        hessian[last:, first:last] = hessian[first:last, last:].t()
+        tile = hessian[first:last, first:last]
+        tile.copy_((tile + tile.t()) / 2)

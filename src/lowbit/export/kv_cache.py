@@ -1,0 +1,124 @@
+"""Scales of an FP8 KV cache, in the formats that can say that there are any.
+
+    compressed-tensors  A.k_scale, A.v_scale float32 [1], or [kv_heads, 1, 1] per head
+                        config.json: kv_cache_scheme, strategy "tensor" or "attn_head"
+    modelopt            A.k_proj.k_scale, A.v_proj.v_scale float32 [] (A.qkv_proj.… where the three are one matrix)
+                        config.json: kv_cache_scheme; hf_quant_config.json: kv_cache_quant_algo "FP8"
+
+with A the attention of a layer, "model.layers.3.self_attn", and scale = largest |K| or |V| / 448. float32, as engines
+keep them. vLLM quantizes the cache of such a checkpoint without being told (kv_cache_dtype "auto" becomes "fp8").
+
+Spec: `CompressedTensorsKVCacheMethod`, `ModelOptKVCacheMethod` and `get_cache_scale_mapper` of vLLM 0.32, which renames
+what lies under `self_attn`; `_init_kv_cache` of compressed-tensors; export/quant_utils.py of ModelOpt 0.47.
+Refused: other formats (vLLM's loaders of GPTQ and AWQ give the attention no scales, and would drop them), scales per
+head in ModelOpt's, models whose attention is not called `self_attn`, and multi-head latent attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.architecture import Architecture
+from lowbit.checkpoint.kv_cache import key_value_heads
+from lowbit.errors import ArchitectureError, FormatError
+from lowbit.export import Piece
+from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.schemes import KVCacheScheme
+
+FORMATS = ("compressed-tensors", "modelopt")
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """What the files hold of the cache of one layer."""
+
+    layer: int
+    k: StoredTensor
+    v: StoredTensor
+
+    def pieces(self, scheme: KVCacheScheme, absmax: tuple[Tensor, Tensor]) -> list[Piece]:
+        """absmax  largest |K| and |V| of every head, [kv_heads]"""
+        pieces = []
+        for stored, largest in zip((self.k, self.v), absmax, strict=True):
+            scales = scheme.scales(largest)
+            if scales.numel() != (stored.shape[0] if stored.shape else 1):
+                raise ArchitectureError(
+                    f"{stored.name}: {scales.numel()} heads were measured, config.json has {stored.shape[0]}",
+                    "store one scale per layer instead: --kv-cache fp8",
+                )
+            pieces.append(Piece(stored.name, scales.reshape(stored.shape)))
+        return pieces
+
+
+def unfit_kv_cache(format: str, scheme: KVCacheScheme) -> str | None:
+    """Why a format cannot say this of the cache; None where it can."""
+    if format not in FORMATS:
+        return f"{format} has no scales for a KV cache"
+    if format == "modelopt" and scheme.per == "head":
+        return "modelopt has one scale per layer for a KV cache, not one per head"
+    return None
+
+
+def stored_kv_scales(
+    format: str, scheme: KVCacheScheme, architecture: Architecture, config: dict[str, Any]
+) -> tuple[CacheScales, ...]:
+    """What will be written, layer by layer. Raises what the module docstring refuses.
+
+    config  config.json of the model
+    """
+    reason = unfit_kv_cache(format, scheme)
+    if reason is not None:
+        raise FormatError(reason, "use --format compressed-tensors, or leave --kv-cache out")
+    heads = key_value_heads(config) if scheme.per == "head" else 0
+    shape = () if format == "modelopt" else (heads, 1, 1) if heads else (1,)
+    found = []
+    for layer, (attention, key, value) in attention_of(architecture).items():
+        names = (f"{key}.k_scale", f"{value}.v_scale")
+        if format == "compressed-tensors":
+            names = (f"{attention}.k_scale", f"{attention}.v_scale")
+        found.append(CacheScales(layer, *(StoredTensor(name, torch.float32, shape) for name in names)))
+    return tuple(found)
+
+
+def attention_of(architecture: Architecture) -> dict[int, tuple[str, str, str]]:
+    """Layer → (its attention, the linear that makes keys, the one that makes values)."""
+    found: dict[int, tuple[str, str, str]] = {}
+    for linear in architecture.linears.values():
+        if linear.block is None or linear.role not in ("k_proj", "qkv_proj"):
+            continue
+        attention = linear.name.rpartition(".")[0]
+        value = linear.name if linear.role == "qkv_proj" else f"{attention}.v_proj"
+        found[linear.block] = (attention, linear.name, value)
+    for layer in range(len(architecture.blocks)):
+        attention = found.get(layer, ("",))[0]
+        if not attention.endswith(".self_attn"):
+            what = f"the attention of layer {layer} is {attention}" if attention else f"layer {layer} makes no keys"
+            raise ArchitectureError(
+                f"{architecture.class_name}: {what}; scales of a KV cache are read below self_attn, of keys and values",
+                "leave --kv-cache out",
+            )
+    return found
+
+
+def state_kv_cache(format: str, scheme: KVCacheScheme, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json's `quantization_config`, with what it says of the cache."""
+    if format == "modelopt":
+        return config | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    strategy = {"tensor": "tensor", "head": "attn_head"}[scheme.per]
+    said = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+    return config | {"kv_cache_scheme": said}
+
+
+def state_kv_cache_beside(
+    format: str, scheme: KVCacheScheme, files: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The format's further JSON files, the same."""
+    if format != "modelopt":
+        return files
+    name = "hf_quant_config.json"
+    quantization = files[name]["quantization"] | {"kv_cache_quant_algo": "FP8"}
+    return files | {name: files[name] | {"quantization": quantization}}

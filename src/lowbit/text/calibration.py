@@ -1,0 +1,276 @@
+"""Calibration windows from any source: the packaged text, a file, a folder, a dataset of the hub.
+
+Running text (the packaged one, a plain file) is cut as `cut_windows` cuts it ("full"): consecutive windows, each
+opened by BOS where the tokenizer adds one. Documents (files of a folder, articles, rows) and conversations are packed
+(`packing.py`).
+
+Rows of datasets and of files come in an order drawn with the seed; files of a folder in the order of their names. Only
+as much is read as the windows need.
+
+Refused: windows longer than the model's context, a source without text, less text than one window. Said in the notes:
+fewer windows than asked for, everything that was passed over, a split that models are judged on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
+from lowbit.text.packing import Packer, Renderer, spaced
+from lowbit.text.rows import ROW_SUFFIXES, Document, articles, document_of, file_rows, shuffled
+from lowbit.text.windows import Text, cut_windows, read_plain, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows of a file among which the next one is drawn.
+FILE_BUFFER = 10_000
+# A source whose first rows hold no text is given up: datasets may be endless.
+HOPELESS_ROWS = 10_000
+# No more of a running text is read than surely makes the windows; below the second bound it is read whole.
+CHARACTERS_PER_TOKEN = 32
+WHOLE_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """
+    ids          int64 [windows, window_tokens]
+    name         what the user typed, or "packaged calibration text"
+    sha256       of the UTF-8 bytes of the text that was tokenized, a blank line between documents; of text that a model
+                 wrote itself, of the little-endian bytes of `ids`
+    text_tokens  tokens in the text that was read
+    asked        windows asked for
+    notes        what the user should know: fewer windows than asked for, what was passed over, how rows were drawn
+    """
+
+    ids: Tensor
+    name: str
+    sha256: str
+    text_tokens: int
+    asked: int
+    notes: tuple[str, ...]
+
+
+def calibration_windows(
+    source: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    window_tokens: int,
+    *,
+    seed: int = 0,
+    longest: int | None = None,
+) -> CalibrationWindows:
+    """The first `windows` windows of a source, or as many as it has; the packaged text for None.
+
+    source   a short name of `hub.DATASETS`, hub:OWNER/NAME[:CONFIG[:SPLIT]], a file, or a folder
+    seed     of the order of rows
+    longest  the model's context in tokens; None: not known
+
+    Raises UsageError and CheckpointError as the module says, DependencyError where a package is missing.
+    """
+    check_context(windows, window_tokens, longest)
+    characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
+    if source is None:
+        return _of_running_text(read_text(None, "calibration"), tokenizer, windows, window_tokens, [])
+    name, path = str(source), Path(source)
+    reading = _Reading(name, seed, characters)
+    if is_dataset(name):
+        documents = _of_dataset(find_dataset(name, "train"), reading)
+    elif path.is_dir():
+        documents = _of_folder(path, reading)
+    elif not path.is_file():
+        raise UsageError(
+            f"there is no calibration text {name!r}: no such file or folder",
+            f"give a file, a folder, one of {', '.join(DATASETS)}, or hub:OWNER/NAME:CONFIG:SPLIT",
+        )
+    elif path.suffix.lower() in ROW_SUFFIXES:
+        documents = _of_rows(file_rows(path), reading, name, FILE_BUFFER)
+    else:
+        content = read_plain(path, characters)
+        if len(content) == characters:
+            reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
+        return _of_running_text(Text(name, content), tokenizer, windows, window_tokens, reading.notes)
+    return _packed(documents, reading, tokenizer, windows, window_tokens)
+
+
+def check_context(windows: int, window_tokens: int, longest: int | None) -> None:
+    """UsageError for windows that hold nothing, or that are longer than the model's context."""
+    if windows < 1 or window_tokens < 4:
+        raise UsageError(f"{windows} windows of {window_tokens} tokens say nothing", "use at least 1 of 4 tokens")
+    if longest is not None and window_tokens > longest:
+        raise UsageError(
+            f"windows of {window_tokens} tokens (--seqlen) are longer than the model's context of {longest} tokens",
+            f"use --seqlen {longest} or less",
+        )
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens that a model's positions were made for, by its config.json; None where that says nothing of it."""
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(place.get(key), int):
+                return place[key]
+    return None
+
+
+def _of_running_text(
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, notes: list[str]
+) -> CalibrationWindows:
+    if not text.content.strip():
+        raise CheckpointError(f"the text {text.name!r} is empty", "give another, or leave --calib out")
+    cut = cut_windows(text, tokenizer, windows, window_tokens)
+    notes = notes + _too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)
+    return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, tuple(notes))
+
+
+def _too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int) -> list[str]:
+    if found == asked:
+        return []
+    return [
+        f"the text {name!r} has {spaced(tokens)} tokens: {found} windows of {window_tokens}, not the {asked} asked for"
+    ]
+
+
+@dataclass
+class _Reading:
+    """One pass over a source that makes documents, and what there is to say of it.
+
+    characters  at most so many of one document
+    empty       rows that held nothing
+    skipped     what else was passed over, and why
+    """
+
+    name: str
+    seed: int
+    characters: int
+    rows: int = 0
+    empty: int = 0
+    documents: int = 0
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def counted(self, document: Document) -> bool:
+        """True for a document that holds something; counts either kind."""
+        self.rows += 1
+        self.empty += not document
+        self.documents += bool(document)
+        if not self.documents and self.rows >= HOPELESS_ROWS:
+            raise self.nothing_found()
+        return bool(document)
+
+    def nothing_found(self) -> CheckpointError:
+        rows = f"{spaced(self.rows)} rows, none with text" if self.rows else "no text in it"
+        reasons = f"; passed over: {_some(self.skipped)}" if self.skipped else ""
+        return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text, or leave --calib out")
+
+    def all_notes(self) -> list[str]:
+        notes = list(self.notes)
+        if self.empty:
+            notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: they hold no text")
+        if self.skipped:
+            notes.append(f"passed over: {_some(self.skipped)}")
+        return notes
+
+
+def _of_dataset(dataset: HubDataset, reading: _Reading) -> Iterator[Document]:
+    if dataset.split.startswith("test"):
+        reading.notes.append(
+            f"calibrated on the split {dataset.split} of {dataset.repository}: figures measured on the same split "
+            f"look better than the model is"
+        )
+    rows = stream_rows(dataset)
+    if not dataset.running:
+        return _of_rows(rows, reading, dataset.name, dataset.buffer)
+    return _of_rows(articles(rows, dataset.name), reading, dataset.name, dataset.buffer, "articles")
+
+
+def _of_rows(
+    rows: Iterable[Any], reading: _Reading, source: str, buffer: int, what: str = "rows"
+) -> Iterator[Document]:
+    reading.notes.append(f"{what} of {source} in an order drawn with seed {reading.seed}, {spaced(buffer)} at a time")
+    for row in shuffled(rows, reading.seed, buffer):
+        document = document_of(row, source)
+        if reading.counted(document):
+            yield document
+
+
+def _of_folder(folder: Path, reading: _Reading) -> Iterator[Document]:
+    """Documents of every text-like file below a folder, by name; hidden files are none of them."""
+    relative = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    for index, name in enumerate(relative):
+        path = folder / name
+        try:
+            if path.suffix.lower() in ROW_SUFFIXES:
+                yield from _of_rows(file_rows(path), reading, name, FILE_BUFFER)
+            else:
+                document = _file_document(path, reading)
+                if reading.counted(document):
+                    yield document
+        except (CheckpointError, UsageError) as error:
+            reading.skipped.append(f"{name} ({error})")
+        except GeneratorExit:  # the windows are full
+            reading.notes.append(f"the first {index + 1} of {len(relative)} files were enough")
+            raise
+
+
+def _file_document(path: Path, reading: _Reading) -> str:
+    text = read_plain(path, reading.characters)
+    if "\0" in text:
+        raise UsageError(f"{path} is not text: it holds zero bytes")
+    return text if text.strip() else ""
+
+
+def _packed(
+    documents: Iterator[Document],
+    reading: _Reading,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: int,
+    window_tokens: int,
+) -> CalibrationWindows:
+    render = Renderer(tokenizer, reading.characters)
+    packer = Packer(tokenizer, windows, window_tokens)
+    digest = hashlib.sha256()
+    for document in documents:
+        text, ids = render(document)
+        if not ids:
+            if render.refused >= HOPELESS_ROWS and not packer.stream:
+                break
+            continue
+        digest.update((b"\n\n" if packer.stream else b"") + text.encode("utf-8"))
+        packer.add(ids)
+        if len(packer.cut) == windows:
+            break
+    documents.close()  # type: ignore[attr-defined]
+    if not packer.stream and render.refused:
+        raise CheckpointError(f"{reading.name}: {render.notes()[0]}", "give plain text")
+    if not packer.stream:
+        raise reading.nothing_found()
+    if not packer.cut:
+        raise CheckpointError(
+            f"the text {reading.name!r} has {len(packer.stream)} tokens; one window needs {packer.step}",
+            "give a longer text, or smaller windows (--seqlen)",
+        )
+    tokens = len(packer.stream)
+    notes = reading.all_notes() + render.notes()
+    notes += _too_few(reading.name, tokens, len(packer.cut), window_tokens, windows)
+    ids = torch.tensor(packer.cut, dtype=torch.long)
+    return CalibrationWindows(ids, reading.name, digest.hexdigest(), tokens, windows, tuple(notes))
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

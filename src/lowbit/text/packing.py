@@ -1,0 +1,134 @@
+"""Documents and conversations as one stream of tokens, cut into windows, so that nothing is padded.
+
+    stream    a document       tokenizer that adds BOS:  [BOS] text [EOS]       any other:  text, blank line
+              a conversation   the chat template's text, behind [BOS] where the tokenizer adds one and the template none
+    window i  the next window_tokens of the stream; where the tokenizer adds BOS: BOS and the next window_tokens − 1,
+              and a BOS of the stream that would come second is dropped
+
+Documents are tokenized one by one, without special tokens but these. Attention goes across documents inside a window,
+as in the packing of pre-training. Without a chat template the turns of a conversation are joined by blank lines.
+Templates that write today's date are given a fixed one. Passed over and counted: conversations that the template
+refuses (many want user and assistant to take turns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from lowbit.text.rows import Document, Message
+from lowbit.text.windows import wants_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Put before templates that write today's date, so that the same run makes the same text on another day. A macro, since
+# transformers hands no functions on to templates; the plus sign keeps a line break that the template begins with.
+FIXED_DATE = "{% macro strftime_now(format) -%}01 Jan 2025{%- endmacro +%}"
+
+
+class Renderer:
+    """Documents as (text, token ids with what separates documents).
+
+    characters  at most so many of one plain document
+    refused     conversations that the chat template did not take
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, characters: int):
+        self._characters = characters
+        self._tokenizer = tokenizer
+        self._bos = opening_bos(tokenizer)
+        eos = cast("int | None", tokenizer.eos_token_id)
+        self._eos = [eos] if self._bos and eos is not None else []
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.refused = self._templated = self._joined = 0
+        self._refusal = ""
+
+    def __call__(self, document: Document) -> tuple[str, list[int]]:
+        """("", []) for a conversation that the chat template refuses."""
+        if isinstance(document, str):
+            return self._plain(document[: self._characters])
+        if not self._has_template:
+            self._joined += 1
+            return self._plain("\n\n".join(message["content"] for message in document))
+        try:
+            text = self._apply_template(document)
+        except Exception as error:  # a template is a program that came with the model, and raises what it likes
+            self.refused += 1
+            self._refusal = self._refusal or str(error).strip().split("\n")[0]
+            return "", []
+        self._templated += 1
+        ids = self._ids(text)
+        return text, ids if ids[:1] == self._bos else self._bos + ids
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self._templated:
+            notes.append(f"chat template applied to {spaced(self._templated)} conversations")
+        if self._joined:
+            notes.append(
+                f"the tokenizer has no chat template: the turns of {spaced(self._joined)} conversations are joined by "
+                f"blank lines"
+            )
+        if self.refused:
+            notes.append(
+                f"{spaced(self.refused)} conversations passed over: the chat template refuses them ({self._refusal})"
+            )
+        return notes
+
+    def _plain(self, text: str) -> tuple[str, list[int]]:
+        text = _encodable(text)
+        if self._bos:
+            return text, [*self._bos, *self._ids(text), *self._eos]
+        return text, self._ids(text.rstrip("\n") + "\n\n")
+
+    def _apply_template(self, messages: list[Message]) -> str:
+        apply: Callable[..., Any] = self._tokenizer.apply_chat_template
+        template = self._tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = FIXED_DATE + template
+        return _encodable(apply(messages, tokenize=False, chat_template=template))
+
+    def _ids(self, text: str) -> list[int]:
+        return cast("list[int]", self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+class Packer:
+    """The stream of all documents' tokens, and the windows cut from it so far.
+
+    step  tokens of the stream in a window
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int):
+        self._bos = opening_bos(tokenizer)
+        self._windows = windows
+        self.step = window_tokens - len(self._bos)
+        self.stream: list[int] = []
+        self.cut: list[list[int]] = []
+        self._at = 0
+
+    def add(self, ids: list[int]) -> None:
+        self.stream += ids
+        while len(self.cut) < self._windows:
+            start = self._at
+            if self._bos and self.stream[start : start + 1] == self._bos:
+                start += 1
+            if len(self.stream) - start < self.step:
+                return
+            self.cut.append(self._bos + self.stream[start : start + self.step])
+            self._at = start + self.step
+
+
+def opening_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer itself adds it, [] for any other."""
+    return [cast(int, tokenizer.bos_token_id)] if wants_bos(tokenizer, "auto") else []
+
+
+def spaced(number: int) -> str:
+    """12 345"""
+    return f"{number:,}".replace(",", " ")
+
+
+def _encodable(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,178 @@
+"""Rows of any known layout → documents: plain text, or a conversation.
+
+    columns                        document
+    messages                       [{role, content}, …]
+    conversations                  [{from, value}, …] (ShareGPT), or as messages
+    instruction, output [, input]  user: instruction, blank line, input; assistant: output   (Alpaca)
+    text                           plain
+
+The first layout whose columns a row has counts, so a dataset of conversations that also has them as `text` is rendered
+with the model's own template. Rows of files are JSON objects or strings: one a line (.jsonl), a list (.json), or the
+rows of a table (.parquet, with pyarrow).
+
+Refused: rows without any of these columns. Counted and passed over: rows whose columns hold nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import CheckpointError, DependencyError, UsageError
+
+Message = dict[str, str]
+Document = str | list[Message]
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def _from_messages(row: dict[str, Any]) -> list[Message]:
+    return _messages(row["messages"])
+
+
+def _from_conversations(row: dict[str, Any]) -> list[Message]:
+    return _messages(row["conversations"])
+
+
+def _from_instruction(row: dict[str, Any]) -> list[Message]:
+    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if isinstance(part, str) and part)
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    return _messages(turns) if asked and row["output"] else []
+
+
+def _from_text(row: dict[str, Any]) -> str:
+    text = row["text"]
+    return text if isinstance(text, str) and text.strip() else ""
+
+
+# Columns that a row must have → what it becomes; "" or [] for a row that holds nothing.
+LAYOUTS: dict[tuple[str, ...], Callable[[dict[str, Any]], Document]] = {
+    ("messages",): _from_messages,
+    ("conversations",): _from_conversations,
+    ("instruction", "output"): _from_instruction,
+    ("text",): _from_text,
+}
+
+
+def document_of(row: Any, source: str) -> Document:
+    """The document of one row; "" or [] where it holds nothing."""
+    row = {"text": row} if isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise CheckpointError(f"{source}: a row is {type(row).__name__}, not an object with columns")
+    for columns, make in LAYOUTS.items():
+        if all(column in row for column in columns):
+            return make(row)
+    understood = ", ".join(" + ".join(columns) for columns in LAYOUTS)
+    raise UsageError(
+        f"{source} has the columns {', '.join(map(str, row)) or '(none)'}; understood are {understood}",
+        "rename a column, or save the text to a file and give that",
+    )
+
+
+def shuffled(rows: Iterable[Any], seed: int, buffer: int) -> Iterator[Any]:
+    """Every row once: each is drawn from the `buffer` next ones, so a source of fewer rows is shuffled whole.
+
+    Written out here, and not left to `datasets`, so that a seed means the same for files and in every version.
+    """
+    draw = random.Random(seed)
+    waiting: list[Any] = []
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) > buffer:
+            yield _taken(waiting, draw)
+    while waiting:
+        yield _taken(waiting, draw)
+
+
+def _taken(waiting: list[Any], draw: random.Random) -> Any:
+    index = draw.randrange(len(waiting))
+    waiting[index], waiting[-1] = waiting[-1], waiting[index]
+    return waiting.pop()
+
+
+def articles(rows: Iterable[Any], source: str) -> Iterator[str]:
+    """WikiText's lines joined to articles, each with its heading (" = Title = "), by blank lines as it is judged."""
+    lines: list[str] = []
+    for row in rows:
+        line = document_of(row, source)
+        if not isinstance(line, str):
+            raise UsageError(f"{source} has conversations where the lines of one text were expected")
+        if _is_title(line) and lines:
+            yield "\n\n".join(lines)
+            lines = []
+        lines.append(line)
+    if any(lines):
+        yield "\n\n".join(lines)
+
+
+def _is_title(line: str) -> bool:
+    words = line.split()
+    return len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
+
+
+def file_rows(path: Path) -> Iterator[Any]:
+    """Rows of a .jsonl, .json or .parquet file, in its order."""
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path)
+    return _json_list(path) if path.suffix.lower() == ".json" else _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parsed(line, f"{path}: line {number}")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}", "convert it with iconv -t utf-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+
+
+def _json_list(path: Path) -> Iterator[Any]:
+    """A list of rows, or, as many files named .json are, one row a line."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the lines say which
+        yield from _json_lines(path)
+        return
+    yield from rows if isinstance(rows, list) else [rows]
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet as parquet  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise DependencyError(f"reading {path} needs the package `pyarrow`", "pip install pyarrow") from error
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise CheckpointError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where} is not JSON: {error}", "one JSON object a line is wanted; rename plain text to .txt"
+        ) from error
+
+
+def _messages(turns: Any) -> list[Message]:
+    """Turns with role and content, without empty ones; [] where any of them is not text."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return []
+    found: list[Message] = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not (isinstance(role, str) and isinstance(content, str)):
+            return []
+        if content:
+            found.append({"role": _ROLES.get(role, role), "content": content})
+    return found

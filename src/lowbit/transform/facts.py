@@ -1,0 +1,255 @@
+"""`ModelFacts`: where the weights of a model can be rewritten without changing what it computes.
+
+A *scaling point* is a place where every channel of an input can be divided by a number and every linear that reads it
+multiplied by the same:
+
+    norm → its readers         q, k, v; gate, up; the router and all experts; attention and MLP that run in parallel
+    up_proj → down_proj        the input of down_proj is act(gate) · up, linear in up
+    v_proj → o_proj            the input of o_proj is a mean of values, linear in v; query heads that share a
+                               key/value head share the numbers, since v_proj has one row for all of them
+
+Which norm or linear feeds which reader is in the table of families (`fed_by`). Left out, each with its reason: inputs
+that nothing feeds alone (an activation stands between, or the norm stands elsewhere), norms that also feed experts kept
+in one tensor, and shapes that do not fit the number of heads.
+
+Rows of the values inside a matrix that holds more than them, d = columns of o_proj per head:
+
+    qkv_proj, "blocks"   [q: heads · d | k | v: kv · d]                 phi3, gpt2
+    qkv_proj, "heads"    [q d | k d | v d] of each head                 gpt-neox, bloom
+    kv_b_proj            [k without position | v d] of each head        MLA
+    gate_up_proj         [gate | up]                                    phi3, glm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.architecture.structure import Architecture, Linear
+from lowbit.architecture.table import FAMILIES
+from lowbit.errors import ArchitectureError
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """One place where scales can be moved; K = columns of the readers, C = channels that can be chosen freely.
+
+    feeder    module whose output is divided
+    kind      whether that is a norm or a linear
+    sources   names of the inputs (`Linear.reads`): one, but for norms of mixtures of experts
+    readers   all linears that see them, routers and those that stay in 16 bits included
+    plus_one  the norm multiplies with 1 + weight
+    rows      int64 [C]: rows of the feeding linear; None: row c
+    channel   int64 [K]: channel of each column; None: channel k (then C = K)
+    """
+
+    feeder: str
+    kind: Literal["norm", "linear"]
+    sources: tuple[str, ...]
+    readers: tuple[Linear, ...]
+    plus_one: bool = False
+    rows: Tensor | None = None
+    channel: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.readers[0].shape[1]
+
+    @property
+    def feeds_output_projection(self) -> bool:
+        """True for v → o."""
+        return self.kind == "linear" and self.readers[0].role == "o_proj"
+
+    def share(self, values: Tensor) -> Tensor:
+        """[K] → [K]: the mean over the columns of every channel, so that columns of one channel have one value."""
+        return values if self.channel is None else self.of_channels(values)[self.channel]
+
+    def of_channels(self, values: Tensor) -> Tensor:
+        """[K] → [C]: the mean over the columns of every channel."""
+        if self.channel is None:
+            return values
+        channel = self.channel.to(values.device)
+        count = torch.bincount(channel).to(values.dtype)
+        return torch.zeros_like(count).index_add_(0, channel, values) / count
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Stored names of the tensors that stand before and behind the blocks; `head` also where it is tied."""
+
+    embedding: str
+    norm: str
+    head: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What transforms need to know of a model; made once by `model_facts`.
+
+    heads         query heads of attention
+    norm          what the norms compute, as in the table of families
+    stacked_qkv   order of rows in a stored q, k, v matrix, likewise
+    """
+
+    architecture: Architecture
+    heads: int
+    norm: Literal["rms", "rms_plus_one", "layer"]
+    stacked_qkv: Literal["blocks", "heads"]
+
+    @property
+    def plus_one(self) -> bool:
+        return self.norm == "rms_plus_one"
+
+    @cached_property
+    def outside(self) -> Outside:
+        """ArchitectureError where the model has not one embedding of tokens, one final norm and one head."""
+        whole = self.architecture
+        parameters = {name: role for name, role in whole.roles.items() if whole.block_of(name) is None}
+        norms = [name for name, role in parameters.items() if role == "norm" and not name.endswith(".bias")]
+        embeddings = [name for name, role in parameters.items() if role == "embedding"]
+        heads = [linear.name for linear in whole.linears.values() if linear.block is None and linear.role == "lm_head"]
+        if not (len(norms) == len(embeddings) == len(heads) == 1):
+            raise ArchitectureError(
+                f"{whole.class_name} has {len(embeddings)} embeddings, {len(norms)} norms and {len(heads)} heads "
+                f"outside its blocks; one of each is needed"
+            )
+        return Outside(embeddings[0], norms[0], f"{heads[0]}.weight")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.architecture.parameters[self.outside.embedding][1]
+
+    @cached_property
+    def _linears_of(self) -> dict[int, list[Linear]]:
+        found: dict[int, list[Linear]] = {}
+        for linear in self.architecture.linears.values():
+            if linear.block is not None:
+                found.setdefault(linear.block, []).append(linear)
+        return found
+
+    @cached_property
+    def _holds_fused_experts(self) -> frozenset[int | None]:
+        roles = self.architecture.roles
+        return frozenset(self.architecture.block_of(name) for name, role in roles.items() if role == "experts")
+
+    def points(self, block: int) -> tuple[list[ScalingPoint], dict[str, str]]:
+        """(scaling points of a block in the order of its linears, input that is at none of them → why)."""
+        linears = self._linears_of[block]
+        fed: dict[str | None, list[Linear]] = {}
+        for linear in linears:
+            fed.setdefault(linear.fed_by, []).append(linear)
+        points: list[ScalingPoint] = []
+        left_out: dict[str, str] = {}
+        for feeder, readers in fed.items():
+            if feeder is None:
+                why = "no norm or linear feeds it alone"
+            elif _shares_inputs_with_others(readers, linears):
+                why = f"it is read by linears that {feeder} does not feed"
+            else:
+                point = self._point(block, feeder, tuple(readers))
+                if isinstance(point, ScalingPoint):
+                    points.append(point)
+                    continue
+                why = point
+            left_out |= dict.fromkeys(_sources(readers), why)
+        return points, left_out
+
+    def _point(self, block: int, feeder: str, readers: tuple[Linear, ...]) -> ScalingPoint | str:
+        """The point, or why it is none."""
+        columns = readers[0].shape[1]
+        if any(reader.shape[1] != columns for reader in readers):
+            return f"the linears that {feeder} feeds differ in their columns"
+        source = self.architecture.linears.get(feeder)
+        if source is not None:
+            return self._behind_linear(source, readers)
+        if any(reader.role == "router" for reader in readers) and block in self._holds_fused_experts:
+            return f"{feeder} also feeds experts that are kept in one tensor"
+        if self.architecture.parameters.get(f"{feeder}.weight") != (columns,):
+            return f"{feeder} has not one weight for each of the {columns} columns"
+        return ScalingPoint(feeder, "norm", _sources(readers), readers, self.plus_one)
+
+    def _behind_linear(self, source: Linear, readers: tuple[Linear, ...]) -> ScalingPoint | str:
+        rows, columns = source.shape[0], readers[0].shape[1]
+        point = ScalingPoint(source.name, "linear", _sources(readers), readers)
+        roles = {reader.role for reader in readers}
+        if roles == {"down_proj"} and source.role == "up_proj" and rows == columns:
+            return point
+        if roles == {"down_proj"} and source.role == "gate_up_proj" and rows == 2 * columns:
+            return replace(point, rows=torch.arange(columns, rows))
+        if roles != {"o_proj"} or columns % self.heads:
+            return f"{source.name} [{rows} rows] does not fit the {columns} columns that it feeds"
+        chosen = self._rows_of_values(source, columns // self.heads)
+        if chosen is None or columns % len(chosen):
+            return f"{source.name} [{rows} rows] does not fit {self.heads} heads of {columns // self.heads}"
+        plain = torch.equal(chosen, torch.arange(rows))
+        shared = columns != len(chosen)
+        channel = _channels(self.heads, columns // self.heads, len(chosen)) if shared else None
+        return replace(point, rows=None if plain else chosen, channel=channel)
+
+    def _rows_of_values(self, source: Linear, head: int) -> Tensor | None:
+        """Rows that make values, head after head; None where they do not fit."""
+        rows = source.shape[0]
+        if source.role == "v_proj":
+            return torch.arange(rows) if rows % head == 0 else None
+        if source.role == "kv_b_proj" and rows % self.heads == 0 and rows // self.heads >= head:
+            return torch.arange(rows).reshape(self.heads, -1)[:, -head:].flatten()
+        if source.role != "qkv_proj":
+            return None
+        if self.stacked_qkv == "heads":
+            return torch.arange(rows).reshape(self.heads, 3, head)[:, 2].flatten() \
+                if rows == 3 * self.heads * head else None  # fmt: skip
+        keys_and_values = rows - self.heads * head
+        fits = keys_and_values > 0 and keys_and_values % (2 * head) == 0
+        return torch.arange(rows - keys_and_values // 2, rows) if fits else None
+
+
+def model_facts(architecture: Architecture, config: dict[str, Any]) -> ModelFacts:
+    """Facts of a model from its architecture and parsed config.json.
+
+    Raises ArchitectureError where the number of heads cannot be told.
+    """
+    family = FAMILIES.get(architecture.model_type)
+    if family is None:
+        raise ArchitectureError(
+            f"model type {architecture.model_type!r} has no row in the table of families, so nothing is known of what "
+            f"its norms feed",
+            "choose a method that rewrites no weights, such as gptq",
+        )
+    return ModelFacts(architecture, _heads(config), family.norm, family.stacked_qkv)
+
+
+def _heads(config: dict[str, Any]) -> int:
+    """Query heads; a config.json that leaves them out means its class's default."""
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        heads = AutoConfig.for_model(**plain).get_text_config().num_attention_heads
+    except Exception as error:  # whatever a config can make somebody else's validators raise
+        first = " ".join(str(error).split())[:300]
+        raise ArchitectureError(f"config.json does not tell the number of attention heads: {first}") from error
+    if not isinstance(heads, int) or heads < 1:
+        raise ArchitectureError(f"config.json has num_attention_heads {heads!r}; a positive number is needed")
+    return heads
+
+
+def _sources(readers: Iterable[Linear]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(reader.reads for reader in readers if reader.reads is not None))
+
+
+def _shares_inputs_with_others(readers: list[Linear], linears: list[Linear]) -> bool:
+    inputs = set(_sources(readers))
+    return any(linear.reads in inputs and linear.fed_by != readers[0].fed_by for linear in linears)
+
+
+def _channels(heads: int, head: int, channels: int) -> Tensor:
+    """Channel of every column of o_proj: query head h takes its values from key/value head h // (heads / kv)."""
+    groups = heads // (channels // head)
+    column = torch.arange(heads * head)
+    return (column // head // groups) * head + column % head
