@@ -18,17 +18,19 @@ from lowbit.report.html import render_html
 from lowbit.verification import Verification
 
 if TYPE_CHECKING:
+    from lowbit.blockwise.results import TensorResult
     from lowbit.gguf_pipeline import PreparedGGUF
     from lowbit.gguf_plan import PlannedBlocks
-    from lowbit.blockwise.results import TensorResult
     from lowbit.pipeline import Prepared
     from lowbit.plan import PlannedTensor
     from lowbit.settings import Settings
 
 
 # Of `Settings`: what methods that run a text can be told.
-_OPTIONS = ("damping", "correction", "correction_samples", "refine", "iterations", "expert_tokens", "all_experts", "activation_range",
-            "activation_percentile", "compute")  # fmt: skip
+_OPTIONS = (
+    "damping", "correction", "correction_samples", "refine", "iterations", "expert_tokens", "all_experts",
+    "activation_range", "activation_percentile", "compute",
+)  # fmt: skip
 
 
 def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorResult], written: list[Path],

@@ -55,7 +55,7 @@ class Settings(BaseModel):
                 packaged one; read only where a method, a static activation scale or a cache scale needs it
     samples, seqlen  windows of calibration text, and tokens in each
     damping, correction, refine   of GPTQ (`lowbit.rounding.gptq.GPTQOptions`); None: its defaults
-    correction_samples   windows that the unquantized model is run on too, for the correction
+    correction_samples   windows that the unquantized model is run on too, for the correction; None: all
     iterations  of sign-SGD, per block
     expert_tokens  an expert that fewer tokens reach is rounded to nearest, and the report lists it
     all_experts    measure every expert on every token, whoever the router chooses
@@ -99,7 +99,7 @@ class Settings(BaseModel):
     damping: float | None = Field(default=None, gt=0, le=1)
     correction: float | None = Field(default=None, ge=0, le=1)
     refine: int | None = Field(default=None, ge=0)
-    correction_samples: int = Field(default=32, ge=1)
+    correction_samples: int | None = Field(default=None, ge=1)
     iterations: int = Field(default=200, ge=1)
     expert_tokens: int = Field(default=128, ge=1)
     all_experts: bool = False

@@ -58,7 +58,9 @@ def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_a
         calibrated(model, tmp_path / "out", text, "awq+gptq")
     assert not (tmp_path / "out").exists()
     decided = []
-    monkeypatch.setattr(BlockStore, "save", lambda self, index, *rest: (decided.append(index), save(self, index, *rest)))
+    monkeypatch.setattr(
+        BlockStore, "save", lambda self, index, *rest: (decided.append(index), save(self, index, *rest))
+    )
     calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
     assert decided == list(range(stop_at + 1, BLOCKS))
     assert files_of(tmp_path / "out") == whole

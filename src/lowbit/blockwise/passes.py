@@ -128,9 +128,9 @@ class BlockPasses:
     def _outputs(self, number: int, unquantized: bool) -> ChildOutputs:
         key = (number, unquantized)
         if key not in self._kept:
-            _, tokens, width = self._streams.quantized.values.shape
+            tokens = self._streams.quantized.values.shape[1]
             windows = self._streams.compared if unquantized else len(self._streams.ids)
-            self._kept[key] = ChildOutputs(self._runner.new_states((windows, tokens, width)).values)
+            self._kept[key] = ChildOutputs(lambda width: self._runner.new_states((windows, tokens, width)).values)
         return self._kept[key]
 
 

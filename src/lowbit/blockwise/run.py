@@ -48,8 +48,8 @@ from lowbit.transform.rotate import residual_rotation, rotate_outside
 
 # Hidden states are kept on disk when so many seconds have passed since the last time.
 KEEP_STATES_EVERY = 60.0
-# Errors are weighed with the Hessian in GPTQ, so a plain square is right; a finer search gains nothing (docs/gptq.md).
-GPTQ_SEARCH = RangeSearch("mse", steps=24, smallest=0.5)
+# A finer search gains nothing (docs/gptq.md).
+GPTQ_SEARCH = RangeSearch("wmse", steps=24, smallest=0.5)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Job:
         if self.method.learns:
             return len(self.ids)
         uses_cross = "gptq" in self.method.roundings and self.gptq_options.correction > 0
-        return min(len(self.ids), self.settings.correction_samples) if uses_cross else 0
+        windows = self.settings.correction_samples or len(self.ids)
+        return min(len(self.ids), windows) if uses_cross else 0
 
 
 class Cost:
@@ -159,9 +160,7 @@ class _Block:
         self.cost.timed("read", runner.load, self.index)
         if "hadamard" in job.method.transforms:
             self._transform({}, ("hadamard",))
-        passes = BlockPasses(
-            runner, self.index, self.streams, job.settings.all_experts, bool(job.method.transforms)
-        )
+        passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, bool(job.method.transforms))
         # Of the windows in front of this block; the quantized stream goes on only at the end.
         for number, stage in enumerate(passes.stages):
             stats = self.cost.timed("forward", passes.measure, number, self.tick)

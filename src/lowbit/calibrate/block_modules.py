@@ -144,12 +144,14 @@ def _look_at_expert(
 class ChildOutputs:
     """What one child of a block put out for every window, kept so that it is computed once.
 
-    values  [windows, tokens, H], to be written by `recording` and read by `replaying`
+    room  width → a tensor [windows, tokens, width], asked for at the first output
     """
 
-    def __init__(self, values: Tensor):
-        self.values = values
+    def __init__(self, room: Callable[[int], Tensor]):
+        self._room = room
+        self._values: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None
+        self._flat = False
 
     @contextmanager
     def recording(self, child: nn.Module, batch: slice, stops: bool = False) -> Iterator[None]:
@@ -158,8 +160,12 @@ class ChildOutputs:
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             out = inner(*arguments, **keywords)
+            first = out[0] if isinstance(out, tuple) else out
             self._rest = tuple(None for _ in out[1:]) if isinstance(out, tuple) else None
-            self.values[batch] = (out[0] if isinstance(out, tuple) else out).reshape(self.values[batch].shape)
+            if self._values is None:
+                self._values = self._room(first.shape[-1])
+            self._values[batch] = first.reshape(self._values[batch].shape)
+            self._flat = first.dim() == 2
             if stops:
                 raise StageDone
             return out
@@ -172,7 +178,9 @@ class ChildOutputs:
         """Inside, the child puts out what was kept and computes nothing."""
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            kept = self.values[batch].to(device)
+            assert self._values is not None, "it was recorded"
+            kept = self._values[batch].to(device)
+            kept = kept.flatten(0, 1) if self._flat else kept
             return kept if self._rest is None else (kept, *self._rest)
 
         with replaced_forward(child, forward):

@@ -118,6 +118,8 @@ class BlockRunner:
                     _, others = self._capture(ids[batch].flip(1))
                     _check_same(found, others, type(self.model).__name__)
                     self._calls[len(hidden)] = found
+            if 1 not in self._calls:
+                self._calls[1] = self._capture(ids[:1])[1]
         assert states is not None, "there is at least one window"
         self._loader.drop(self._is_outside)
         return states
@@ -146,6 +148,9 @@ class BlockRunner:
 
     def forward(self, index: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
         """What a loaded block, or a copy of its module, makes of some windows [windows, tokens, H]."""
+        if len(x) not in self._calls:  # in pieces of sizes that are known; 1 always is
+            size = max(known for known in self._calls if known < len(x))
+            return torch.cat([self.forward(index, x[:size], module), self.forward(index, x[size:], module)])
         call = self._calls[len(x)][index]
         block = self.blocks[index].module if module is None else module
         output = block(x.to(self.device), *call.arguments, **call.keywords)

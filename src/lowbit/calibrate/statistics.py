@@ -1,13 +1,12 @@
 """Statistics of the inputs of one stage of a block: what GPTQ, AWQ, SmoothQuant and the rest are given.
 
     H = Σ x xᵀ                      hessian [K, K]
-    C = Σ (x₀ − x) xᵀ               cross [K, K], x₀ the input of the unquantized model for the same token; from the first
-                                    windows only, by what they say of the others: C = C₁ (H₁ + λ)⁻¹ H, λ a hundredth of
-                                    the mean of diag H₁
+    C = Σ (x₀ − x) xᵀ               cross [K, K], x₀ the input of the unquantized model for the same token
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
-in float32 over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the upper half is
-computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
+Where only the first windows are compared, C is what they say of all: C = C₁ (H₁ + λ)⁻¹ H, λ a hundredth of the mean of
+diag H₁. All sums are float32, over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the
+upper half is computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
 
 Refused: NaN and inf in an input. An input that no token reached has no statistics.
 """

@@ -53,9 +53,7 @@ def quantize(
     expert_tokens: Annotated[
         int | None, typer.Option(help="Experts that fewer tokens reach are rounded to nearest. [default: 128]")
     ] = None,
-    all_experts: Annotated[
-        bool, typer.Option("--all-experts", help="Measure every expert on every token.")
-    ] = False,
+    all_experts: Annotated[bool, typer.Option("--all-experts", help="Measure every expert on every token.")] = False,
     compute: Annotated[
         str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16. [default: auto]")
     ] = None,

@@ -19,7 +19,7 @@ from lowbit import kernels
 from lowbit.numerics.grid import Grid, RangeSearch
 from lowbit.tensors import GroupParams
 
-# Candidates are judged together up to so many weights: enough for one call to be worth its while, few enough for caches.
+# Candidates are judged together up to so many weights: enough for one call to be worth it, few enough for caches.
 _CANDIDATE_WEIGHTS = 1 << 19
 
 
