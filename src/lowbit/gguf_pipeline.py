@@ -37,7 +37,7 @@ from lowbit.measure import resident_memory
 from lowbit.numerics import ggml
 from lowbit.pipeline import CalibrationText, Progress, described, summed
 from lowbit.plan import model_dtype
-from lowbit.rounding.target import GgmlTarget
+from lowbit.rounding.target import GgmlTarget, Target
 from lowbit.settings import MEASURE, RunOptions, Settings
 from lowbit.text import read_text
 from lowbit.workers import run_all
@@ -136,7 +136,7 @@ def calibrate_gguf(
     assert architecture is not None
     assert not isinstance(checkpoint, RawGGUF)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values() if linear.block is not None}
-    targets = {
+    targets: dict[str, Target] = {
         linears[source].name: GgmlTarget(tensor.kind.name)
         for tensor in prepared.plan.quantized
         for source in tensor.source.sources

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -29,7 +30,10 @@ def compute_dtype(name: str, device: str = "cpu") -> torch.dtype:
 @contextmanager
 def fast_products(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 products have factors of `dtype` where that is bfloat16, and float32 sums."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):  # torch before 2.9 has float32 products alone
+        yield
+        return
     before = matmul.fp32_precision
     if dtype is torch.bfloat16:
         matmul.fp32_precision = "bf16"

@@ -5,8 +5,8 @@
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
 Where only the first windows are compared, C is what they say of all: C = C₁ (H₁ + λ)⁻¹ H, λ a hundredth of the mean of
-diag H₁. All sums are float32, over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the
-upper half is computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
+diag H₁. All sums are float32, over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only
+the upper half is computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
 
 Refused: NaN and inf in an input. An input that no token reached has no statistics.
 """

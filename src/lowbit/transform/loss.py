@@ -15,15 +15,15 @@ where the processor has that (float32 accumulation): a relative error of 2⁻⁸
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Linear
+from lowbit.calibrate.precision import fast_products
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, FakeQuantize
 
@@ -31,19 +31,9 @@ from lowbit.transform.block import BlockTensors, FakeQuantize
 FEWEST_ROWS = 8
 
 
-@contextmanager
-def quick_products() -> Iterator[None]:
+def quick_products() -> AbstractContextManager[None]:
     """Inside, float32 matrix products on the CPU may round their factors to bfloat16."""
-    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    return fast_products(torch.bfloat16)
 
 
 def gram(weight: Tensor, stats: LayerStats) -> float:
