@@ -1,9 +1,11 @@
 """Does a real vLLM compute what `lowbit evaluate` says it will? Quantize, evaluate, serve, compare perplexities.
 
-usage: compare_with_vllm.py --vllm PYTHON --text FILE [--model demo:smollm2] [--windows 8] [SCHEME[:FORMAT] ...]
+usage: compare_with_vllm.py --vllm PYTHON --text FILE [--model demo:smollm2] [--windows 8] [--more FLAGS]
+                            [SCHEME[:FORMAT[:METHOD]] ...]
 
     --vllm   the python of an environment with vLLM; vllm_perplexity.py beside this file says how to make it
-    SCHEME   those of `DEFAULT` unless given; FORMAT is compressed-tensors unless given
+    SCHEME   those of `DEFAULT` unless given; FORMAT is compressed-tensors unless given, METHOD is rtn
+    --more   flags for all `lowbit quantize`, such as "--samples 32 --calib FILE"
 
 Both sides score every token but the first of the same 512-token windows, without BOS. lowbit computes in float32 with
 activations quantized as the scheme says; vLLM computes in bfloat16. Exits with 1 if a pair differs by more than 2 %.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,7 @@ def main() -> None:
     arguments.add_argument("--text", required=True)
     arguments.add_argument("--model", default="demo:smollm2")
     arguments.add_argument("--windows", type=int, default=8)
+    arguments.add_argument("--more", default="")
     args = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = {scheme: Path(scratch) / scheme.replace(":", "-") for scheme in args.schemes}
@@ -48,9 +52,11 @@ def main() -> None:
 def quantize_and_evaluate(args: argparse.Namespace, scheme: str, folder: Path) -> float:
     """Perplexity as `lowbit evaluate` measures it, of the last row: activations simulated where there are any."""
     lowbit = str(Path(sys.executable).parent / "lowbit")
-    name, _, format = scheme.partition(":")
-    command = [lowbit, "quantize", args.model, "-o", str(folder), "--scheme", name, "--json"]
-    subprocess.run(command + (["--format", format] if format else []), check=True, stdout=subprocess.DEVNULL)
+    name, format, method = (scheme.split(":") + ["", ""])[:3]
+    command = [lowbit, "quantize", args.model, "-o", str(folder), "--scheme", name, "--json", *shlex.split(args.more)]
+    command += ["--format", format] if format else []
+    command += ["--method", method] if method else []
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     command = [lowbit, "evaluate", str(folder), "--reference", args.model, "--text", args.text, "--windows",
                str(args.windows), "--no-bos", "--json"]  # fmt: skip
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
