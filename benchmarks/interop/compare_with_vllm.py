@@ -52,7 +52,7 @@ def main() -> None:
 def quantize_and_evaluate(args: argparse.Namespace, scheme: str, folder: Path) -> float:
     """Perplexity as `lowbit evaluate` measures it, of the last row: activations simulated where there are any."""
     lowbit = str(Path(sys.executable).parent / "lowbit")
-    name, format, method = (scheme.split(":") + ["", ""])[:3]
+    name, format, method = [*scheme.split(":"), "", ""][:3]
     command = [lowbit, "quantize", args.model, "-o", str(folder), "--scheme", name, "--json", *shlex.split(args.more)]
     command += ["--format", format] if format else []
     command += ["--method", method] if method else []

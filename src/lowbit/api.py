@@ -134,8 +134,9 @@ def _write(
     def finish(work: Path, results: dict[str, TensorResult]) -> None:
         nearest = method == "rtn" and prepared.decided is None and prepared.plan.exporter.FORMAT != "float"
         engine = prepared.plan.exporter.ENGINE
-        # What transforms rewrote has no counterpart in the source.
-        source = None if parse_method(method).transforms else prepared.checkpoint
+        source: Checkpoint | None = prepared.checkpoint if prepared.decided is None else prepared.decided.checkpoint
+        if parse_method(method).transforms:  # what they rewrote has no counterpart in the source
+            source = None
         verification = verify(work, source=source, engine=engine, options=options, nearest=nearest)
         _refuse_broken(verification, output)
         report = build_report(prepared, results, list(work.glob("*.safetensors")), output, verification, meter)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Of `Settings`: what methods that run a text can be told.
 _OPTIONS = (
     "damping", "correction", "correction_samples", "refine", "iterations", "expert_tokens", "all_experts",
+    "bias_correction",
     "activation_range", "activation_percentile", "compute",
 )  # fmt: skip
 

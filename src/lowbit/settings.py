@@ -59,6 +59,7 @@ class Settings(BaseModel):
     iterations  of sign-SGD, per block
     expert_tokens  an expert that fewer tokens reach is rounded to nearest, and the report lists it
     all_experts    measure every expert on every token, whoever the router chooses
+    bias_correction  move the mean error of a linear's outputs into its bias, where it has one
     kv_cache    "fp8" or "fp8_per_head": store scales for a cache in FP8
     activation_range, activation_percentile   how static activation scales are chosen: "minmax", "percentile", "mse"
     compute     dtype of forward passes: "auto" is bfloat16 where the processor multiplies that fast
@@ -103,6 +104,7 @@ class Settings(BaseModel):
     iterations: int = Field(default=200, ge=1)
     expert_tokens: int = Field(default=128, ge=1)
     all_experts: bool = False
+    bias_correction: bool = False
     kv_cache: Literal["fp8", "fp8_per_head"] | None = None
     activation_range: Literal["minmax", "percentile", "mse"] = "minmax"
     activation_percentile: float = Field(default=99.99, gt=50, le=100)

@@ -167,3 +167,27 @@ def test_too_little_memory_is_said_with_what_it_takes(tiny_llama, tmp_path, text
         lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W4A16", group_size=32, method="gptq", calib=str(text),
                         samples=4, seqlen=48, run=RunOptions(max_memory=1000))  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.txt"]
+
+
+def test_bias_correction_keeps_mean_outputs(tmp_path, text):
+    from safetensors.torch import load_file
+
+    model = make_model(tmp_path / "model", "opt")
+    calibrated(model, tmp_path / "plain", text, scheme="W3A16")
+    calibrated(model, tmp_path / "out", text, scheme="W3A16", bias_correction=True)
+    plain, moved = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    biases = [name for name in plain if name.endswith("fc1.bias")]
+    assert biases
+    assert all(not torch.equal(plain[name], moved[name]) for name in biases)
+    assert divergence(tmp_path / "out", model) < 1.2 * divergence(tmp_path / "plain", model)
+
+
+def test_bias_correction_says_where_there_is_no_bias(tiny_llama, tmp_path, text):
+    report = calibrated(tiny_llama, tmp_path / "out", text, bias_correction=True)
+    assert any("the linear has no bias" in note for note in report.source.notes)
+
+
+def test_outliers_of_int8_are_reported(tiny_llama, tmp_path, text):
+    report = calibrated(tiny_llama, tmp_path / "out", text, scheme="INT8", group_size=None)
+    noted = [entry for entry in report.tensors if any("input channels reach 6" in note for note in entry.notes)]
+    assert len(noted) == 14

@@ -16,6 +16,7 @@ from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.gptq import GPTQOptions, gptq, prepare
 from lowbit.rounding.hessian import PreparedHessian
 from lowbit.rounding.hqq import hqq
+from lowbit.rounding.outliers import THRESHOLD, outlier_columns
 from lowbit.rounding.target import GridTarget, Rounded, Target
 from lowbit.tensors import LayerStats
 
@@ -90,6 +91,8 @@ def round_linear(
             note = f"rounded to nearest: {seen} tokens reached it, gptq wants {least_tokens}"
         elif method != "rtn":
             note = f"rounded to nearest: {method} does not work on {target.name}"
+    if stats is not None and is_llm_int8(target):
+        rounded = replace(rounded, notes=(*rounded.notes, outlier_note(stats)))
     if note is not None:
         rounded = replace(rounded, notes=(*rounded.notes, note))
     return Outcome(rounded, used, *_errors(weight, rounded.decoded, target, data))
@@ -125,3 +128,17 @@ def _errors(weight: Tensor, decoded: Tensor, target: Target, data: InputData) ->
 
 def _rows_are_apart(target: Target) -> bool:
     return not isinstance(target, GridTarget) or target.rows_are_apart
+
+
+def is_llm_int8(target: Target) -> bool:
+    """True for bitsandbytes' INT8, which multiplies some columns in 16 bits at run time."""
+    return isinstance(target, GridTarget) and target.spec.narrow
+
+
+def outlier_note(stats: LayerStats) -> str:
+    """How much of an input LLM.int8() would keep in 16 bits."""
+    found = outlier_columns(stats)
+    return (
+        f"{len(found.columns)} of {len(stats.absmax)} input channels reach {THRESHOLD:g}, with "
+        f"{100 * found.energy:.1f} % of their squares; bitsandbytes multiplies those in 16 bits"
+    )

@@ -26,14 +26,16 @@ from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.blockwise.passes import BlockPasses, Streams, run_through
-from lowbit.blockwise.rounders import InputData, Outcome, round_linear, round_to_nearest
+from lowbit.blockwise.rounders import InputData, Outcome, is_llm_int8, round_linear, round_to_nearest
 from lowbit.blockwise.store import BlockRecord, BlockStore, LinearResult
+from lowbit.blockwise.tensors import StoredTensors
 from lowbit.calibrate.block_modules import Stage
 from lowbit.calibrate.blocks import BlockRunner, Progress
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError
 from lowbit.methods import Method, parse_method
 from lowbit.numerics.grid import RangeSearch
+from lowbit.rounding.bias_correction import corrected_bias, why_not_corrected
 from lowbit.rounding.error import squared_error_of
 from lowbit.rounding.gptq import GPTQOptions
 from lowbit.rounding.rtn import TensorRange, measure_range, needs_tensor_range
@@ -88,6 +90,12 @@ class Job:
         settings = self.settings
         given = {"damping": settings.damping, "correction": settings.correction, "refine": settings.refine}
         return GPTQOptions(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def wants_channels(self) -> bool:
+        """True where ranges and means of channels are looked at, beside the Hessian."""
+        int8 = any(is_llm_int8(target) for target in self.targets.values())
+        return bool(self.method.transforms) or self.settings.bias_correction or int8
 
     @property
     def compared_windows(self) -> int:
@@ -148,7 +156,7 @@ class _Block:
         self.job, self.runner, self.index, self.streams, self.tick, self.cost = job, runner, index, streams, tick, cost
         self.facts = facts
         self.linears = tuple(each for each in runner.architecture.linears.values() if each.block == index)
-        self.tensors = _Tensors(job.checkpoint, runner, index, {each.name: each for each in self.linears})
+        self.tensors = StoredTensors(job.checkpoint, runner, index, {each.name: each for each in self.linears})
         self.rewritten: dict[str, Tensor] = {}
         self.rounded: dict[str, Rounded] = {}
         self.results: dict[str, LinearResult] = {}
@@ -160,7 +168,7 @@ class _Block:
         self.cost.timed("read", runner.load, self.index)
         if "hadamard" in job.method.transforms:
             self._transform({}, ("hadamard",))
-        passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, bool(job.method.transforms))
+        passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.wants_channels)
         # Of the windows in front of this block; the quantized stream goes on only at the end.
         for number, stage in enumerate(passes.stages):
             stats = self.cost.timed("forward", passes.measure, number, self.tick)
@@ -227,6 +235,8 @@ class _Block:
                     search,
                 )  # fmt: skip
                 self._keep(linear, weight, outcome.rounded, outcome, 0 if data.stats is None else data.stats.tokens)
+                if job.settings.bias_correction:
+                    self._correct_bias(linear, weight, data.stats)
             stats.pop(source.name, None)
 
     def _sharing_range(self, linear: Linear, target: Target) -> list[Tensor]:
@@ -246,6 +256,21 @@ class _Block:
         )  # fmt: skip
         name = f"{linear.name}.weight"
         self.runner.put({name: self.tensors.turned(name, rounded.decoded)})
+
+    def _correct_bias(self, linear: Linear, weight: Tensor, stats: LayerStats | None) -> None:
+        """The mean error of the linear's outputs, moved into its bias; a note where there is none to move it to."""
+        name = f"{linear.name}.bias"
+        bias = self.tensors.read(name) if name in self.tensors.names else None
+        corrected = corrected_bias(weight, self.rounded[linear.name].decoded, stats, bias)
+        if corrected is None:
+            result = self.results[linear.name]
+            why = why_not_corrected(stats, bias) or ""
+            self.results[linear.name] = replace(result, notes=(*result.notes, why))
+            return
+        written = corrected.to(self.job.dtypes[name]).float()
+        self.tensors.replace(name, written)
+        self.rewritten[name] = written
+        self.runner.put({name: written})
 
     def _learn(self) -> None:
         """Sign-SGD from the codes that there are, towards what the unquantized model makes of these windows."""
@@ -285,51 +310,13 @@ def with_range(target: Target, weights: list[Tensor]) -> Target:
     return replace(target, tensor_range=reduce(TensorRange.joined, ranges))
 
 
-class _Tensors:
-    """The stored tensors of a block as float32, linears as [N, K]; from the checkpoint, or as transforms rewrote
-    them."""
-
-    def __init__(self, checkpoint: Checkpoint, runner: BlockRunner, index: int, linears: dict[str, Linear]):
-        self._checkpoint, self._linears = checkpoint, linears
-        prefix = runner.architecture.blocks[index] + "."
-        self.names = [name for name in runner.architecture.parameters if name.startswith(prefix)]
-        self._rewritten: dict[str, Tensor] = {}
-
-    def read(self, name: str) -> Tensor:
-        if name in self._rewritten:
-            return self._rewritten[name]
-        values = self._checkpoint.read(name).float()
-        self._checkpoint.release(name)
-        return self.turned(name, values).contiguous()
-
-    def all(self) -> dict[str, Tensor]:
-        return {name: self.read(name) for name in self.names}
-
-    def replace(self, name: str, values: Tensor) -> None:
-        self._rewritten[name] = values
-
-    def in_file(self, name: str) -> Tensor:
-        """In the file's orientation."""
-        return self.turned(name, self.read(name))
-
-    def turned(self, name: str, values: Tensor) -> Tensor:
-        """[N, K] ↔ what the file holds; the same but for transposed linears."""
-        linear = self._linears.get(name.removesuffix(".weight"))
-        turn = linear is not None and linear.transposed and name.endswith(".weight")
-        return values.t() if turn and not is_decoded(self._checkpoint, name) else values
-
-    def stored(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """As the output file holds it."""
-        return self.turned(name, values).to(dtype)
-
-
 def _again(job: Job, runner: BlockRunner, index: int, streams: Streams, store: BlockStore) -> None:
     """A block that was finished by an earlier run: its hidden states, with what was decided in place."""
     runner.load(index)
     if streams.unquantized is not None:
         run_through(runner, index, streams.unquantized, job.ids[: streams.compared])
     linears = {each.name: each for each in runner.architecture.linears.values() if each.block == index}
-    tensors = _Tensors(job.checkpoint, runner, index, linears)
+    tensors = StoredTensors(job.checkpoint, runner, index, linears)
     values = {name: store.tensor(name).float() for name in store.rewritten() if name in tensors.names}
     for linear in linears.values():
         if linear.name in store.records[index].linears:

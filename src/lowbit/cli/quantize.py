@@ -54,6 +54,9 @@ def quantize(
         int | None, typer.Option(help="Experts that fewer tokens reach are rounded to nearest. [default: 128]")
     ] = None,
     all_experts: Annotated[bool, typer.Option("--all-experts", help="Measure every expert on every token.")] = False,
+    bias_correction: Annotated[
+        bool, typer.Option("--bias-correction", help="Move the mean error of outputs into biases.")
+    ] = False,
     compute: Annotated[
         str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16. [default: auto]")
     ] = None,
@@ -126,7 +129,7 @@ def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
         "refine", "iterations", "expert_tokens", "compute",
     )  # fmt: skip
     given = {name: flags[name] for name in names}
-    given |= {name: True for name in ("double_quant", "pure", "all_experts") if flags[name]}
+    given |= {name: True for name in ("double_quant", "pure", "all_experts", "bias_correction") if flags[name]}
     if flags["ignore"]:
         given["ignore"] = tuple(flags["ignore"])
     if flags["shard_size"]:
