@@ -204,7 +204,10 @@ def test_truncated_gguf_is_refused(lowbit, tmp_path, fraction):
 
 BAD_OPTIONS = {
     "unknown scheme": (["--scheme", "W4A17"], ["W4A17", "W4A16"]),
-    "calibration text that is not there": (["--scheme", "FP8", "--calib", "absent.txt"], ["absent.txt"]),
+    "calibration text that is not there": (
+        ["--scheme", "FP8", "--calib", "absent.txt", "--seqlen", "64"],
+        ["absent.txt"],
+    ),
     "group size that does not divide": (
         ["--group-size", "100"],
         ["in_features 128", "group size 100", "--group-size 64"],

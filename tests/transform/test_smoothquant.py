@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rewriting import stats_of
-from test_awq import FACTS, POINT, make_block, outputs
+from test_awq_scales import FACTS, POINT, make_block, outputs
 
 from lowbit.transform.smoothquant import (
     SmoothingLoss,
