@@ -191,3 +191,29 @@ def test_outliers_of_int8_are_reported(tiny_llama, tmp_path, text):
     report = calibrated(tiny_llama, tmp_path / "out", text, scheme="INT8", group_size=None)
     noted = [entry for entry in report.tensors if any("input channels reach 6" in note for note in entry.notes)]
     assert len(noted) == 14
+
+
+def test_nothing_of_a_finished_block_stays(tiny_llama):
+    """Without waiting for the collector of circles: a block of a large model is gigabytes."""
+    import gc
+    import weakref
+
+    from lowbit.blockwise.passes import BlockPasses, Streams
+    from lowbit.calibrate.blocks import BlockRunner
+
+    runner = BlockRunner(open_checkpoint(tiny_llama))
+    ids = torch.randint(3, 250, (4, 32), generator=torch.Generator().manual_seed(0))
+    streams = Streams(runner, ids, len(ids))
+    runner.load(0)
+    gc.disable()
+    try:
+        passes = BlockPasses(runner, 0, streams)
+        for number in range(len(passes.stages)):
+            passes.measure(number, lambda windows: None)
+        passes.advance(lambda windows: None)
+        kept = [weakref.ref(each) for each in passes._kept.values()] + [weakref.ref(passes)]
+        assert len(kept) == 3
+        del passes
+        assert [each() for each in kept] == [None, None, None]
+    finally:
+        gc.enable()

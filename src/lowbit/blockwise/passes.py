@@ -130,7 +130,8 @@ class BlockPasses:
         if key not in self._kept:
             tokens = self._streams.quantized.values.shape[1]
             windows = self._streams.compared if unquantized else len(self._streams.ids)
-            self._kept[key] = ChildOutputs(lambda width: self._runner.new_states((windows, tokens, width)).values)
+            new_states = self._runner.new_states  # not `self`, which holds these: a circle is freed late
+            self._kept[key] = ChildOutputs(lambda width: new_states((windows, tokens, width)).values)
         return self._kept[key]
 
 
