@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -109,19 +109,19 @@ def decide(
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          "loosen --ignore, or take --method rtn")  # fmt: skip
     windows = read_windows(checkpoint, settings, options, run, progress)
-    rotated: dict[str, Tensor] = {}
+    replaced: dict[str, Replacement] = {}
     if "hadamard" in method.transforms:
         facts = model_facts(architecture, checkpoint.config())
-        rotated = {name: values.to(dtypes[name]) for name, values in outside_rotated(checkpoint, facts).items()}
-    source = OverlaidCheckpoint(checkpoint, {name: _whole(values) for name, values in rotated.items()})
+        rotated = outside_rotated(checkpoint, facts)
+        replaced = {name: _whole(values.to(dtypes[name])) for name, values in rotated.items()}
+    source = OverlaidCheckpoint(checkpoint, replaced)
     limit = run.max_memory or resident_memory() + int(_SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
     job = Job(source, targets, dtypes, windows.ids, settings, options, dtype, run.device)
     memory = states_memory(architecture, dtype, job.compared_windows > 0, bool(method.transforms), limit)
-    job = Job(source, targets, dtypes, windows.ids, settings, options, dtype, run.device, memory)
-    store = BlockStore(work_folder(output), _depends_on(job, targets), run.resume)
+    job = replace(job, states_memory=memory)
+    store = BlockStore(work_folder(output), _depends_on(job), run.resume)
     cost = quantize_blocks(job, store, progress)
-    replaced = {name: _whole(values) for name, values in rotated.items()}
-    replaced |= {name: Replacement(_stored_rows(store, name), dtypes[name]) for name in store.rewritten()}
+    replaced = replaced | {name: Replacement(_stored_rows(store, name), dtypes[name]) for name in store.rewritten()}
     return Decided(OverlaidCheckpoint(checkpoint, replaced), store, windows, cost.seconds)
 
 
@@ -143,7 +143,7 @@ def _decoded_rows(
     return rows
 
 
-def _depends_on(job: Job, targets: dict[str, Target]) -> dict[str, object]:
+def _depends_on(job: Job) -> dict[str, object]:
     """Whatever changes a byte of the result."""
     headers = hashlib.sha256()
     for name, info in sorted(job.checkpoint.tensors.items()):
@@ -154,7 +154,7 @@ def _depends_on(job: Job, targets: dict[str, Target]) -> dict[str, object]:
         "source": job.checkpoint.source,
         "headers": headers.hexdigest(),
         "tokens": ids,
-        "targets": {name: repr(target) for name, target in sorted(targets.items())},
+        "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
         "dtype": str(job.dtype),
         "device": job.device,
         "threads": torch.get_num_threads(),
