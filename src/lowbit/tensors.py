@@ -153,8 +153,8 @@ class LayerStats:
     mean_sq   float32 [K]      mean x² per channel = diag(H) / tokens; the imatrix
     mean_abs  float32 [K]      mean |x| per channel
     hessian   float32 [K, K]   Σ x xᵀ; None where only the diagonal was asked for
-    cross     float32 [K, K]   Σ (x₀ − x) xᵀ, where x₀ is the same input in the unquantized model; None where only one
-                               of them was run
+    drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ, where x₀ is the same input in the unquantized model: what
+                               of the difference x₀ − x can be foretold from x; None where only one of them was run
     mean      float32 [K]      mean x per channel; None where nobody asked for it (bias correction does)
     """
 
@@ -163,5 +163,5 @@ class LayerStats:
     mean_sq: Tensor
     mean_abs: Tensor
     hessian: Tensor | None = None
-    cross: Tensor | None = None
+    drift: Tensor | None = None
     mean: Tensor | None = None

@@ -208,12 +208,12 @@ def test_nothing_of_a_finished_block_stays(tiny_llama):
     gc.disable()
     try:
         passes = BlockPasses(runner, 0, streams)
-        for number in range(len(passes.stages)):
-            passes.measure(number, lambda windows: None)
-        passes.advance(lambda windows: None)
+        for stage in passes.stages:
+            passes.measure(stage, lambda windows: None)
+        passes.advance(lambda windows: None, open_checkpoint(tiny_llama).read)
         kept = [weakref.ref(each) for each in passes._kept.values()] + [weakref.ref(passes)]
-        assert len(kept) == 3
+        assert len(kept) == 4
         del passes
-        assert [each() for each in kept] == [None, None, None]
+        assert [each() for each in kept] == [None] * 4
     finally:
         gc.enable()

@@ -26,9 +26,11 @@ def problem(rows: int = 40, columns: int = 128) -> tuple[torch.Tensor, LayerStat
     return 0.05 * torch.randn(rows, columns, generator=generator), stats_of(x)
 
 
-def stats_of(x: torch.Tensor, float_x: torch.Tensor | None = None) -> LayerStats:
-    cross = None if float_x is None else (float_x - x).T @ x
-    return LayerStats(len(x), x.abs().amax(0), x.square().mean(0), x.abs().mean(0), x.T @ x, cross)
+def stats_of(x: torch.Tensor, float_x: torch.Tensor | None = None, ridge: float = 0.01) -> LayerStats:
+    hessian = x.T @ x
+    damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(len(hessian))
+    drift = None if float_x is None else torch.linalg.solve(damped, x.T @ (float_x - x)).T
+    return LayerStats(len(x), x.abs().amax(0), x.square().mean(0), x.abs().mean(0), hessian, drift)
 
 
 def with_hessian(hessian: torch.Tensor) -> LayerStats:

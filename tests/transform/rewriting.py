@@ -87,11 +87,8 @@ class Meter:
 
 
 def stats_of(x: Tensor) -> LayerStats:
-    """Statistics of inputs [tokens, K]; cross as if the unquantized model had half of each input."""
-    hessian = x.T @ x
-    return LayerStats(
-        len(x), x.abs().amax(0), x.square().mean(0), x.abs().mean(0), hessian, cross=-0.5 * hessian
-    )  # fmt: skip
+    """Statistics of inputs [tokens, K]."""
+    return LayerStats(len(x), x.abs().amax(0), x.square().mean(0), x.abs().mean(0), x.T @ x)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -102,7 +99,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 def assert_same_stats(found: LayerStats, expected: LayerStats, exact: bool = True) -> None:
     """Equal but for rounding; without `exact` the magnitudes may be bounds from above."""
     assert found.tokens == expected.tokens
-    for part in ("mean_sq", "hessian", "cross"):
+    for part in ("mean_sq", "hessian"):
         assert_near(getattr(found, part), getattr(expected, part))
     for part in ("absmax", "mean_abs"):
         values, bound = getattr(expected, part), getattr(found, part)

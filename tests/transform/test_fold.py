@@ -9,9 +9,10 @@ import torch
 from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_of
 
 from lowbit.architecture.structure import Linear
+from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ScalingPoint, _channels
-from lowbit.transform.fold import fold
+from lowbit.transform.fold import fold, scaled_stats
 from models import ARCHITECTURES, make_model
 
 
@@ -154,3 +155,12 @@ def test_an_input_read_by_a_linear_that_is_not_fed_is_no_scaling_point(folder):
     points, left_out = facts.points(0)
     assert "model.layers.0.post_attention_layernorm" not in [point.feeder for point in points]
     assert "model.layers.0.mlp_input" in left_out
+
+
+def test_drift_of_scaled_inputs_is_the_scaled_drift():
+    generator = torch.Generator().manual_seed(3)
+    drift, x, scales = (torch.randn(shape, generator=generator) for shape in ((6, 6), (6,), (6,)))
+    scales = scales.exp()
+    moved = scaled_stats(LayerStats(1, x.abs(), x.square(), x.abs(), torch.outer(x, x), drift), scales)
+    assert moved.drift is not None
+    torch.testing.assert_close(moved.drift @ (x / scales), (drift @ x) / scales)

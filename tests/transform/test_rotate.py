@@ -157,3 +157,13 @@ def test_the_transform_of_the_stream_says_what_it_did(folder):
     assert note.error_before is None
     assert note.point == "model.layers.1"
     assert note.detail == "Hadamard rotation of 128 channels, seed 5"
+
+
+def test_drift_of_rotated_inputs_is_the_rotated_drift():
+    generator = torch.Generator().manual_seed(3)
+    drift, x = torch.randn(12, 12, generator=generator), torch.randn(1, 12, generator=generator)
+    rotation = make_rotation(12)
+    moved = rotated_stats(LayerStats(1, x[0].abs(), x[0] ** 2, x[0].abs(), x.T @ x, drift), rotation)
+    assert moved is not None
+    assert moved.drift is not None
+    torch.testing.assert_close(rotation.columns(x) @ moved.drift.T, rotation.columns(x @ drift.T))

@@ -110,12 +110,16 @@ class Loader:
             if any(chosen(name) for name in slot.names):
                 _put(self.model, slot.names, torch.empty(slot.shape, dtype=self.dtype, device="meta"))
 
-    def put(self, values: dict[str, Tensor]) -> None:
-        """Other values for stored tensors whose parameters are filled, by their stored names; shapes as stored."""
+    def put(self, values: dict[str, Tensor], find: Callable[[str], Tensor] | None = None) -> None:
+        """Other values for stored tensors whose parameters are filled, by their stored names; shapes as stored.
+
+        find  parameter name → where to put them, if not into the model itself
+        """
+        find = self.model.get_parameter if find is None else find
         for slot in self._slots:
             for stored, part, expert in (piece for source in slot.sources for piece in source):
                 if stored in values:
-                    parameter = self.model.get_parameter(slot.names[0])
+                    parameter = find(slot.names[0])
                     place = part.of(parameter.data if expert is None else parameter.data[expert])
                     if _lies_transposed(self.checkpoint, self.model, slot, stored):
                         place = place.t()

@@ -1,15 +1,16 @@
 """Windows of text through one block, stage by stage, in one or two streams.
 
     quantized    hidden states behind rounded blocks: what the statistics are taken from
-    unquantized  hidden states of the model as it was, where the difference of the two is wanted (`cross`)
+    unquantized  hidden states of the model as it was, where the difference of the two is wanted (`drift`)
 
-A stage is a child of the block (attention, then MLP). When its inputs are measured, the stages before it are rounded
-already. What they put out is computed once with their rounded weights and kept (`ChildOutputs`), so that a block costs
-about two forward passes in the quantized stream and one in the other:
+When the inputs of a stage are measured, everything before it is rounded already. What a child of the block put out is
+kept (`calibrate/stages.py`), so that a block of the usual shape costs one forward pass in each stream:
 
-    measure(0)   attention up to the input of o_proj
-    measure(1)   attention, rounded, and the MLP up to the input of down_proj
-    advance()    the MLP, rounded, behind what attention put out
+    measure(q, k, v)     the norm
+    measure(o)           q, k, v, rounded, and attention
+    measure(gate, up)    o, rounded, and the norm
+    measure(down)        gate and up, rounded
+    advance()            down, rounded
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibrate.block_modules import ChildOutputs, StageDone, observed
+from lowbit.calibrate.block_modules import AllSeen, BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner, batches_of
 from lowbit.calibrate.hidden_states import HiddenStates
+from lowbit.calibrate.stages import ChildOutputs, Stage, find_stages
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.tensors import LayerStats
 
@@ -50,8 +52,12 @@ class Streams:
 
 
 class BlockPasses:
-    """The passes through one loaded block; make it before any weight of the block is replaced."""
+    """The passes through one loaded block; make it before any weight of the block is replaced.
 
+    stages  in the order in which they are to be measured and rounded
+    """
+
+    @torch.no_grad()
     def __init__(
         self,
         runner: BlockRunner,
@@ -63,76 +69,148 @@ class BlockPasses:
         self._runner, self._index, self._streams = runner, index, streams
         self._all_experts, self._channels = all_experts, channels
         self.block = runner.blocks[index]
-        self.stages = self.block.stages
+        self.stages = find_stages(self.block, lambda: runner.forward(index, streams.quantized.values[:1]))
+        self._children = dict.fromkeys(stage.child for stage in self.stages)
         # The weights as they were, for the unquantized stream.
         self._original = None if streams.unquantized is None else copy.deepcopy(self.block.module)
-        self._kept: dict[tuple[int, bool], ChildOutputs] = {}
+        self._kept: dict[tuple[str, bool], ChildOutputs] = {}
+        self._rewritten: set[str] = set()
 
     @torch.no_grad()
-    def measure(self, number: int, tick: Tick) -> dict[str, LayerStats]:
-        """Statistics of the inputs of a stage by name; those that no token reached are absent."""
-        stage = self.stages[number]
-        keeper = InputKeeper() if self._original is not None else None
-        visitor = InputStatistics(self._runner.dtype, self._channels, keeper)
+    def measure(self, stage: Stage, tick: Tick, compare: bool = True) -> dict[str, LayerStats]:
+        """Statistics of the inputs of a stage by name; those that no token reached are absent.
+
+        compare  with the unquantized stream, where there is one; stages are compared once, in their order
+        """
+        original = self._original if compare else None
+        keeper = None if original is None else InputKeeper()
+        statistics = InputStatistics(self._runner.dtype, self._channels, keeper)
+        visitor = _Keeping(statistics, self._keep_input(stage))
         with ExitStack() as stack:
-            if keeper is not None and self._original is not None:
-                stack.enter_context(observed(self.block, self._original, keeper, stage))
-            seen = observed(self.block, self.block.module, visitor, stage, True, self._all_experts)
+            if keeper is not None and original is not None:
+                # The last stage of a child goes on to the child's end, except where `advance` will have to do it.
+                stops = not stage.last or (self._ends(stage) and bool(self._rewritten))
+                stack.enter_context(observed(self.block, original, keeper, stage.inputs, stops))
+            seen = observed(self.block, self.block.module, visitor, stage.inputs, True, self._all_experts)
             stack.enter_context(seen)
             for batch in batches_of(self._streams.ids):
-                compared = self._original is not None and batch.start < self._streams.compared
+                visitor.batch = batch
+                compared = original is not None and batch.start < self._streams.compared
                 if compared:
-                    self._unquantized(number, batch)
-                with self._going_on(self.block.module, number - 1, False, batch), suppress(StageDone):
+                    self._unquantized(stage, batch)
+                with self._behind(self.block.module, stage.child, False, batch), suppress(AllSeen):
                     self._runner.forward(self._index, self._streams.quantized.values[batch])
                 if compared and batch.stop >= self._streams.compared:
-                    visitor.end_of_unquantized()
+                    statistics.end_of_unquantized()
                 tick(batch.stop - batch.start)
-        return visitor.take()
+        return statistics.take()
+
+    def transformed(self, values: dict[str, Tensor]) -> None:
+        """Stored tensors that transforms rewrote: in the unquantized stream too, since its inputs are compared."""
+        if self._original is not None:
+            self._runner.put_into(self._original, self._index, values)
+            self._rewritten |= values.keys()
+
+    def forget(self) -> None:
+        """Weights have changed that had been rounded: nothing that was kept behind them holds."""
+        self._kept = {key: outputs for key, outputs in self._kept.items() if key[1]}
 
     @torch.no_grad()
-    def advance(self, tick: Tick) -> None:
-        """The quantized stream goes on to the next block; the other one has done so with the last stage."""
+    def advance(self, tick: Tick, read: Callable[[str], Tensor]) -> None:
+        """Both streams go on to the next block.
+
+        read  stored name → its values as they were: what transforms rewrote rounds otherwise in the compute dtype, and
+              the unquantized stream must not depend on it, or a resumed run could not repeat it
+        """
         states = self._streams.quantized.values
+        if self._original is not None and self._rewritten:
+            self._runner.put_into(self._original, self._index, {name: read(name) for name in self._rewritten})
+            self._kept = {key: outputs for key, outputs in self._kept.items() if not key[1]}
         for batch in batches_of(self._streams.ids):
-            with self._going_on(self.block.module, len(self.stages) - 1, False, batch, records=False):
+            with self._behind(self.block.module, None, False, batch):
                 states[batch] = self._runner.forward(self._index, states[batch])
+            if self._rewritten and batch.start < self._streams.compared:
+                self._advance_unquantized(batch)
             tick(batch.stop - batch.start)
 
-    def _unquantized(self, number: int, batch: slice) -> None:
-        """One batch of the other stream: through this stage and no further, but for the last one."""
+    def _advance_unquantized(self, batch: slice) -> None:
         assert self._original is not None
         assert self._streams.unquantized is not None
         states = self._streams.unquantized.values
-        last = number == len(self.stages) - 1
-        with self._going_on(self._original, number, True, batch, records=not last), suppress(StageDone):
-            behind = self._runner.forward(self._index, states[batch], self._original)
-            if last:
-                states[batch] = behind
+        with self._behind(self._original, None, True, batch):
+            states[batch] = self._runner.forward(self._index, states[batch], self._original)
+
+    def _unquantized(self, stage: Stage, batch: slice) -> None:
+        """One batch of the other stream up to the inputs of a stage; for the last one of a child, through the child."""
+        assert self._original is not None
+        assert self._streams.unquantized is not None
+        states = self._streams.unquantized.values
+        with ExitStack() as stack:
+            stack.enter_context(self._behind(self._original, stage.child, True, batch))
+            if stage.last and not self._ends(stage):
+                child = self._original.get_submodule(stage.child)
+                outputs = self._outputs(stage, True)
+                stack.enter_context(outputs.standing_in(child, batch, self._runner.device, stops=True))
+            stack.enter_context(suppress(AllSeen))
+            out = self._runner.forward(self._index, states[batch], self._original)
+            if self._ends(stage):  # not reached where that is for `advance` to do
+                states[batch] = out
+
+    def _ends(self, stage: Stage) -> bool:
+        """True where the block has nothing behind it."""
+        return stage.last and stage.child == list(self._children)[-1]
 
     @contextmanager
-    def _going_on(
-        self, module: nn.Module, computed: int, unquantized: bool, batch: slice, records: bool = True
-    ) -> Iterator[None]:
-        """Inside, children before stage `computed` replay what they put out, and that one records it."""
+    def _behind(self, module: nn.Module | None, child: str | None, unquantized: bool, batch: slice) -> Iterator[None]:
+        """Inside, children before `child` (all, for None) put out what was kept, or compute it and it is kept."""
+        assert module is not None
         with ExitStack() as stack:
-            for number, stage in enumerate(self.stages[: computed + 1]):
-                child = module.get_submodule(stage.child)
-                if number < computed:
-                    kept = self._kept[number, unquantized]
-                    stack.enter_context(kept.replaying(child, batch, self._runner.device))
-                elif records:
-                    stack.enter_context(self._outputs(number, unquantized).recording(child, batch, stops=unquantized))
+            for stage in self.stages:
+                if stage.child == child:
+                    break
+                if stage.last:
+                    part = module.get_submodule(stage.child)
+                    outputs = self._outputs(stage, unquantized)
+                    records = child is not None  # nothing of this block is wanted behind it
+                    stack.enter_context(outputs.standing_in(part, batch, self._runner.device, records))
             yield
 
-    def _outputs(self, number: int, unquantized: bool) -> ChildOutputs:
-        key = (number, unquantized)
+    def _keep_input(self, stage: Stage) -> Callable[[slice, Tensor], None] | None:
+        """What to do with the input of a linear that its child ends in."""
+        if stage.end is None:
+            return None
+        end, outputs = self.block.module.get_submodule(stage.end), self._outputs(stage, False)
+        return lambda batch, x: outputs.keep_input(end, batch, x)
+
+    def _outputs(self, stage: Stage, unquantized: bool) -> ChildOutputs:
+        key = (stage.child, unquantized)
         if key not in self._kept:
             tokens = self._streams.quantized.values.shape[1]
             windows = self._streams.compared if unquantized else len(self._streams.ids)
-            new_states = self._runner.new_states  # not `self`, which holds these: a circle is freed late
-            self._kept[key] = ChildOutputs(lambda width: new_states((windows, tokens, width)).values)
+            runner = self._runner  # not `self`, which holds these: a circle is freed late
+
+            def room(width: int, may_spill: bool) -> Tensor | None:
+                shape = (windows, tokens, width)
+                return runner.new_states(shape).values if may_spill or runner.has_room(shape) else None
+
+            self._kept[key] = ChildOutputs(stage.form, room)
         return self._kept[key]
+
+
+class _Keeping:
+    """A `BlockVisitor` that shows everything to another one, and keeps it for later where that is wanted."""
+
+    def __init__(self, visitor: InputStatistics, keep: Callable[[slice, Tensor], None] | None):
+        self._visitor, self._keep = visitor, keep
+        self.batch = slice(0)
+
+    def look(self, source: BlockInput, x: Tensor) -> None:
+        self._visitor.look(source, x)
+        if self._keep is not None:
+            self._keep(self.batch, x)
+
+    def finish(self, block: int) -> None:
+        pass
 
 
 @torch.no_grad()

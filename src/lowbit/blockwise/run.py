@@ -1,10 +1,11 @@
 """The loop: block by block, measure, transform, round, keep, go on with what the rounded block makes.
 
     for each block, not finished earlier:
-        for each stage (attention, MLP):
-            statistics of its inputs, behind rounded blocks and stages      calibrate
-            transforms of its scaling points                                transform
-            codes of its linears                                            rounding
+        for each child (attention, MLP) where there are transforms:
+            statistics of its inputs → scales                               transform
+        for each distinct input:
+            statistics, behind everything that is rounded already           calibrate
+            codes of the linears that read it                               rounding
         sign-SGD over the whole block, where asked for
         what was decided → store
         hidden states go on, through the rounded block
@@ -29,8 +30,9 @@ from lowbit.blockwise.passes import BlockPasses, Streams, run_through
 from lowbit.blockwise.rounders import InputData, Outcome, is_llm_int8, round_linear, round_to_nearest
 from lowbit.blockwise.store import BlockRecord, BlockStore, LinearResult
 from lowbit.blockwise.tensors import StoredTensors
-from lowbit.calibrate.block_modules import Stage
+from lowbit.calibrate.block_modules import Block
 from lowbit.calibrate.blocks import BlockRunner, Progress
+from lowbit.calibrate.stages import Stage, by_child, count_stages
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError
 from lowbit.methods import Method, parse_method
@@ -92,6 +94,16 @@ class Job:
         return GPTQOptions(**{name: value for name, value in given.items() if value is not None})
 
     @property
+    def transforms(self) -> tuple[str, ...]:
+        """Those that look at statistics; a rotation of the residual stream does not."""
+        return tuple(name for name in self.method.transforms if name != "hadamard")
+
+    @property
+    def feeds_back(self) -> bool:
+        """True where some linear is rounded by GPTQ."""
+        return any(self.method_of(linear) == "gptq" for linear in self.targets)
+
+    @property
     def wants_channels(self) -> bool:
         """True where ranges and means of channels are looked at, beside the Hessian."""
         int8 = any(is_llm_int8(target) for target in self.targets.values())
@@ -102,9 +114,8 @@ class Job:
         """Windows that the unquantized model is run on too."""
         if self.method.learns:
             return len(self.ids)
-        uses_cross = "gptq" in self.method.roundings and self.gptq_options.correction > 0
         windows = self.settings.correction_samples or len(self.ids)
-        return min(len(self.ids), windows) if uses_cross else 0
+        return min(len(self.ids), windows) if self.feeds_back and self.gptq_options.correction > 0 else 0
 
 
 class Cost:
@@ -126,8 +137,8 @@ def quantize_blocks(job: Job, store: BlockStore, progress: Progress | None = Non
     runner = BlockRunner(job.checkpoint, job.dtype, job.device, job.options, job.states_memory)
     facts = model_facts(runner.architecture, job.checkpoint.config()) if job.method.transforms else None
     cost = Cost()
-    stages = max(len(block.stages) for block in runner.blocks) + 1
-    meter = _Meter(progress, len(runner.blocks) * stages * len(job.ids), stages * len(job.ids))
+    steps = max(_steps(job, block) for block in runner.blocks)
+    meter = _Meter(progress, len(runner.blocks) * steps * len(job.ids), steps * len(job.ids))
     if store.finished == len(runner.blocks):
         return cost
     streams = cost.timed("forward", Streams, runner, job.ids, job.compared_windows)
@@ -139,13 +150,19 @@ def quantize_blocks(job: Job, store: BlockStore, progress: Progress | None = Non
             continue
         meter.block(block.name, index)
         if index < store.finished:
-            _again(job, runner, index, streams, store)
+            _again(job, runner, index, streams, facts, store)
             continue
         _Block(job, runner, index, streams, facts, meter.tick, cost).decide(store)
         if time.monotonic() - kept_at > KEEP_STATES_EVERY and index + 1 < len(runner.blocks):
             store.save_states(index + 1, streams.all)
             kept_at = time.monotonic()
     return cost
+
+
+def _steps(job: Job, block: Block) -> int:
+    """How often every window goes on in a block, at most."""
+    children = len({path.split(".")[0] for path in (*block.inputs, *block.experts)}) if job.transforms else 0
+    return children + (0 if job.transforms and not job.feeds_back else count_stages(block)) + 1
 
 
 class _Block:
@@ -166,27 +183,40 @@ class _Block:
     def decide(self, store: BlockStore) -> None:
         runner, job = self.runner, self.job
         self.cost.timed("read", runner.load, self.index)
-        if "hadamard" in job.method.transforms:
-            self._transform({}, ("hadamard",))
+        self.rotate()
         passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.wants_channels)
         # Of the windows in front of this block; the quantized stream goes on only at the end.
-        for number, stage in enumerate(passes.stages):
-            stats = self.cost.timed("forward", passes.measure, number, self.tick)
-            self._transform(stats, tuple(name for name in job.method.transforms if name != "hadamard"))
-            self.cost.timed("round", self._round_stage, stage, stats)
+        for stage in by_child(passes.stages) if job.transforms else passes.stages:
+            stats = self.cost.timed("forward", passes.measure, stage, self.tick, not job.transforms)
+            passes.transformed(self._transform(stats, job.transforms))
+            if not (job.transforms and job.feeds_back):
+                self.cost.timed("round", self._round_stage, stage, stats)
+                continue
+            del stats  # each input once more, behind what is rounded of its own child
+            for part in passes.stages:
+                if part.child == stage.child:
+                    stats = self.cost.timed("forward", passes.measure, part, self.tick)
+                    self.cost.timed("round", self._round_stage, part, stats)
         if job.method.learns:
             self.cost.timed("learn", self._learn)
+            passes.forget()
         changed = {name: self.tensors.stored(name, self.rewritten[name], job.dtypes[name]) for name in self.rewritten}
         stored: dict[str, QuantizedTensor | Tensor] = {name: each.stored for name, each in self.rounded.items()}
         record = BlockRecord(self.results, tuple(self.transforms), notes=tuple(self.notes))
         self.cost.timed("store", store.save, self.index, stored, changed, record)
         if self.index + 1 < len(runner.blocks):
-            self.cost.timed("forward", passes.advance, self.tick)
+            self.cost.timed("forward", passes.advance, self.tick, job.checkpoint.read)
         runner.drop(self.index)
 
-    def _transform(self, stats: dict[str, LayerStats], names: tuple[str, ...]) -> None:
+    def rotate(self) -> None:
+        """The residual stream's rotation, where it is asked for: of the quantized and the unquantized stream."""
+        if "hadamard" in self.job.method.transforms:
+            self._transform({}, ("hadamard",))
+
+    def _transform(self, stats: dict[str, LayerStats], names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Rewrite weights and `stats`; what changed, by stored name."""
         if not names:
-            return
+            return {}
         assert self.facts is not None
         dtypes = {name: dtype for name, dtype in self.job.dtypes.items() if name in self.tensors.names}
         block = BlockTensors(self.linears, self.tensors.all(), dict(stats), dtypes)
@@ -201,8 +231,10 @@ class _Block:
             self.tensors.replace(name, written)
             if name.removesuffix(".weight") not in self.job.targets:
                 self.rewritten[name] = written
-        self.runner.put({name: self.tensors.in_file(name) for name in changed})
+        stored = {name: self.tensors.in_file(name) for name in changed}
+        self.runner.put(stored)
         stats.update(block.stats)
+        return stored
 
     def _points(self, stats: dict[str, LayerStats]) -> set[str]:
         """Names that notes of a transform may have in this stage."""
@@ -310,9 +342,13 @@ def with_range(target: Target, weights: list[Tensor]) -> Target:
     return replace(target, tensor_range=reduce(TensorRange.joined, ranges))
 
 
-def _again(job: Job, runner: BlockRunner, index: int, streams: Streams, store: BlockStore) -> None:
+def _again(
+    job: Job, runner: BlockRunner, index: int, streams: Streams, facts: ModelFacts | None, store: BlockStore
+) -> None:
     """A block that was finished by an earlier run: its hidden states, with what was decided in place."""
     runner.load(index)
+    if facts is not None:
+        _Block(job, runner, index, streams, facts, lambda windows: None, Cost()).rotate()
     if streams.unquantized is not None:
         run_through(runner, index, streams.unquantized, job.ids[: streams.compared])
     linears = {each.name: each for each in runner.architecture.linears.values() if each.block == index}

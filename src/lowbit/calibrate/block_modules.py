@@ -1,18 +1,13 @@
-"""The decoder blocks of a transformers model: where the inputs of their linears can be seen, and in which order.
-
-A block is run in *stages*: one for each of its direct children that holds linears (attention, then MLP or experts), so
-that the linears of the first can be rounded before the inputs of the second are measured. What a finished stage put out
-is kept (`ChildOutputs`) and not computed again.
-"""
+"""The decoder blocks of a transformers model, and where the inputs of their linears can be seen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -50,14 +45,6 @@ class BlockVisitor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A child of a block and the inputs of the linears in it."""
-
-    child: str
-    inputs: tuple[BlockInput, ...]
-
-
 @dataclass
 class Block:
     """A decoder block. Paths are relative to it.
@@ -75,20 +62,9 @@ class Block:
     def all_inputs(self) -> list[BlockInput]:
         return [*self.inputs.values(), *(one for each in self.experts.values() for one in each.values())]
 
-    @property
-    def stages(self) -> list[Stage]:
-        """In the order in which transformers' blocks define (and run) their children."""
-        found: dict[str, list[BlockInput]] = {}
-        for path, source in self.inputs.items():
-            found.setdefault(path.split(".")[0], []).append(source)
-        for path, sources in self.experts.items():
-            found.setdefault(path.split(".")[0], []).extend(sources.values())
-        order = [name for name, _ in self.module.named_children()]
-        return [Stage(child, tuple(found[child])) for child in sorted(found, key=order.index)]
 
-
-class StageDone(Exception):
-    """Everything that was to be seen of a stage has been seen; the rest of the block need not be computed."""
+class AllSeen(Exception):
+    """Everything that was to be seen has been seen; the rest of the block need not be computed."""
 
 
 @contextmanager
@@ -96,25 +72,26 @@ def observed(
     block: Block,
     module: nn.Module,
     visitor: BlockVisitor,
-    stage: Stage | None = None,
+    only: tuple[BlockInput, ...] | None = None,
     stops: bool = False,
     all_experts: bool = False,
 ) -> Iterator[None]:
-    """Inside, the visitor sees the inputs of the block (of one stage) when `module`, the block or a copy, runs.
+    """Inside, the visitor sees the inputs of the block when `module`, the block or a copy, runs.
 
-    stops        the run ends in `StageDone` once all inputs of the stage were seen, unless it has experts
+    only         these inputs and no others
+    stops        the run ends in `AllSeen` once all of `only` were seen, unless some are of experts
     all_experts  every expert is shown every token, whoever it is routed to
     """
-    wanted = None if stage is None else {source.name for source in stage.inputs}
+    wanted = None if only is None else {source.name for source in only}
     remaining: set[str] = set()
-    whole = not stops or stage is None or any(source.expert is not None for source in stage.inputs)
+    whole = not stops or only is None or any(source.expert is not None for source in only)
 
     def look(source: BlockInput, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         visitor.look(source, arguments[0].reshape(-1, arguments[0].shape[-1]))
         remaining.discard(source.name)
         if not whole and not remaining:
             remaining.update(wanted or ())
-            raise StageDone
+            raise AllSeen
 
     with ExitStack() as stack:
         for path, source in block.inputs.items():
@@ -139,66 +116,6 @@ def _look_at_expert(
     x: Tensor,
 ) -> None:
     visitor.look(sources[expert, which], x)
-
-
-class ChildOutputs:
-    """What one child of a block put out for every window, kept so that it is computed once.
-
-    room  width → a tensor [windows, tokens, width], asked for at the first output
-    """
-
-    def __init__(self, room: Callable[[int], Tensor]):
-        self._room = room
-        self._values: Tensor | None = None
-        self._rest: tuple[Any, ...] | None = None
-        self._flat = False
-
-    @contextmanager
-    def recording(self, child: nn.Module, batch: slice, stops: bool = False) -> Iterator[None]:
-        """Inside, what the child puts out is kept; `stops` ends the run in `StageDone` behind it."""
-        inner = child.forward
-
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            out = inner(*arguments, **keywords)
-            first = out[0] if isinstance(out, tuple) else out
-            self._rest = tuple(None for _ in out[1:]) if isinstance(out, tuple) else None
-            if self._values is None:
-                self._values = self._room(first.shape[-1])
-            self._values[batch] = first.reshape(self._values[batch].shape)
-            self._flat = first.dim() == 2
-            if stops:
-                raise StageDone
-            return out
-
-        with replaced_forward(child, forward):
-            yield
-
-    @contextmanager
-    def replaying(self, child: nn.Module, batch: slice, device: str) -> Iterator[None]:
-        """Inside, the child puts out what was kept and computes nothing."""
-
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            assert self._values is not None, "it was recorded"
-            kept = self._values[batch].to(device)
-            kept = kept.flatten(0, 1) if self._flat else kept
-            return kept if self._rest is None else (kept, *self._rest)
-
-        with replaced_forward(child, forward):
-            yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling the module calls `forward`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, Placement], count: int) -> list[Block]:

@@ -21,6 +21,7 @@ arguments depend on the tokens (they are captured once per batch size).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ class BlockRunner:
         """Room for [windows, tokens, width] in the compute dtype."""
         return HiddenStates(shape, self.dtype, self._max_memory)
 
+    def has_room(self, shape: tuple[int, int, int]) -> bool:
+        """True where [windows, tokens, width] in the compute dtype would lie in memory."""
+        return math.prod(shape) * self.dtype.itemsize <= self._max_memory
+
     def load(self, index: int) -> None:
         """Read the weights of a block."""
         self._loader.fill(_below(self.blocks[index].name))
@@ -139,6 +144,11 @@ class BlockRunner:
     def put(self, values: dict[str, Tensor]) -> None:
         """Other values for stored tensors of a loaded block, by their stored names, in the file's orientation."""
         self._loader.put(values)
+
+    def put_into(self, copy: nn.Module, index: int, values: dict[str, Tensor]) -> None:
+        """The same into a copy of a block's module."""
+        prefix = self.blocks[index].name + "."
+        self._loader.put(values, lambda name: copy.get_parameter(name.removeprefix(prefix)))
 
     def linear_module(self, name: str) -> nn.Linear | None:
         """The module that computes a linear by itself; None for experts and for other classes."""

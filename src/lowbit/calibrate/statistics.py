@@ -1,12 +1,13 @@
 """Statistics of the inputs of one stage of a block: what GPTQ, AWQ, SmoothQuant and the rest are given.
 
     H = Σ x xᵀ                      hessian [K, K]
-    C = Σ (x₀ − x) xᵀ               cross [K, K], x₀ the input of the unquantized model for the same token
+    D = C (H₁ + λ)⁻¹                drift [K, K], C = Σ (x₀ − x) xᵀ, x₀ the input of the unquantized model for the
+                                    same token, λ a hundredth of the mean of diag H₁
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
-Where only the first windows are compared, C is what they say of all: C = C₁ (H₁ + λ)⁻¹ H, λ a hundredth of the mean of
-diag H₁. All sums are float32, over batches of at most `blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only
-the upper half is computed. Factors of a product are bfloat16 where the forward pass is (`precision.py`).
+C and H₁ are of the windows that both models were run on. All sums are float32, over batches of at most
+`blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the upper half is computed. Factors of a product are
+bfloat16 where the forward pass is (`precision.py`).
 
 Refused: NaN and inf in an input. An input that no token reached has no statistics.
 """
@@ -69,7 +70,7 @@ class InputStatistics:
         """From here on there is nothing to compare with."""
         self._unquantized = None
         for sums in self._sums.values():
-            sums.end_cross()
+            sums.foretell()
 
     def take(self) -> dict[str, LayerStats]:
         """Name of an input → its statistics; hands the memory over."""
@@ -86,6 +87,7 @@ class _Sums:
         self.absmax, self.absolute, self.values = (zeros(columns) for _ in range(3))
         self.hessian = zeros(columns, columns)
         self.cross = zeros(columns, columns) if cross else None
+        self.drift: Tensor | None = None
 
     def add(self, x: Tensor, difference: Tensor | None) -> None:
         self.tokens += len(x)
@@ -98,21 +100,19 @@ class _Sums:
             self.absolute += magnitude.sum(dim=0)
             self.values += x.sum(dim=0)
 
-    def end_cross(self) -> None:
-        """C → C (H + λ)⁻¹, how far x₀ − x can be foretold from x; nothing where H has no inverse."""
+    def foretell(self) -> None:
+        """D from what was summed so far; nothing where H has no inverse."""
         if self.cross is None:
             return
         damped = self.hessian.triu() + self.hessian.triu(1).t()
         mean = damped.diagonal().mean()
         damped.diagonal().add_(_CROSS_DAMPING * mean + (mean == 0))
         root, failed = torch.linalg.cholesky_ex(damped)
-        self.cross = None if failed else torch.cholesky_solve(self.cross.t(), root).t().contiguous()
+        self.drift = None if failed else torch.cholesky_solve(self.cross.t(), root).t().contiguous()
+        self.cross = None
 
     def statistics(self, name: str) -> LayerStats:
         _mirror(self.hessian)
-        cross = self.cross
-        if cross is not None:
-            cross = cross @ self.hessian  # in float32: what divides by H later would enlarge what bfloat16 loses
         squares = self.hessian.diagonal().clone()
         wrong = ~torch.isfinite(squares)
         if wrong.any():
@@ -123,7 +123,7 @@ class _Sums:
             )
         count = max(1, self.tokens)
         return LayerStats(
-            self.tokens, self.absmax, squares / count, self.absolute / count, self.hessian, cross,
+            self.tokens, self.absmax, squares / count, self.absolute / count, self.hessian, self.drift,
             self.values / count,
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ class GPTQOptions:
     weighting   squared errors in the search of scales count with diag H ("diagonal"), with what they cost once later
                 columns have made up for them ("cost"), or alike ("none")
     block       columns whose changes are spread over later blocks at once; changes nothing but rounding errors and time
-    correction  α, how much of the quantized prefix's error is corrected, 0 to 1; without `cross` there is nothing to do
+    correction  α, how much of the quantized prefix's error is corrected, 0 to 1; without `drift` there is nothing to do
     refine      sweeps of coordinate descent after the last column
     """
 
@@ -82,7 +82,7 @@ def gptq(weight: Tensor, target: Target, stats: LayerStats | PreparedHessian, op
         plain = target.nearest(weight, hessian.diagonal)
         return Rounded(plain.stored, plain.decoded, ("rounded to nearest: the Hessian has no inverse at any damping",))
     notes = () if factor.damping <= options.damping else (f"damping raised to {factor.damping:g}",)
-    wanted = hessian.corrected(weight, options.correction, factor)
+    wanted = hessian.corrected(weight, options.correction)
     order = Order(factor, run, _weights(hessian, factor, options))
     kind = ScalarRows if target.columns_per_code == 1 else LatticeRows
 

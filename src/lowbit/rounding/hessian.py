@@ -15,9 +15,9 @@ columns of H are cleared, their diagonal is 1, so that they neither cause nor re
 The correction for a quantized prefix (asymmetric calibration: GPTAQ, arXiv 2504.02692; QEP, arXiv 2504.09629): the
 input is x where the unquantized model has x₀, so the weight to round is the one that makes W x₀ of x,
 
-    W* = argmin Σ ‖W* x − W x₀‖² = W + W C H⁻¹         C = Σ (x₀ − x) xᵀ
+    W* = argmin Σ ‖W* x − W x₀‖² = W + W D             D = C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ
 
-of which a fraction α is taken.
+of which a fraction α is taken. D comes with the statistics.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import NonFiniteError
-from lowbit.rounding.products import inverse_root, product, triangular_product
+from lowbit.rounding.products import inverse_root, product
 from lowbit.tensors import LayerStats
 
 LARGEST_DAMPING = 1.0
@@ -42,23 +42,13 @@ class Factor:
     order    int64 [K]         the column that is rounded first, second, …
     spread   float32 [K, K]    unit upper triangular, by order; block-unit where codes stand for several columns
     cost     float32 [K]       by order
-    pivots   float32 [K / v, v, v]   what is left of H⁻¹ when v columns are rounded: H⁻¹ = spreadᵀ · pivots · spread
     damping  what it took
     """
 
     order: Tensor
     spread: Tensor
     cost: Tensor
-    pivots: Tensor
     damping: float
-
-    def solve(self, values: Tensor) -> Tensor:
-        """values @ H⁻¹, float32 [N, K]."""
-        steps, each, _ = self.pivots.shape
-        half = triangular_product(values[:, self.order], self.spread.t(), upper=False)
-        scaled = (half.reshape(-1, steps, 1, each) @ self.pivots).reshape(half.shape)
-        solved = triangular_product(scaled, self.spread, upper=True)
-        return torch.empty_like(solved).index_copy_(1, self.order, solved)
 
 
 @dataclass(frozen=True)
@@ -69,17 +59,16 @@ class PreparedHessian:
     diagonal  float32 [K]      of Σ x xᵀ: 0 where dead
     dead      bool [K]
     damping   asked for
-    cross     float32 [K, K] or None
+    drift     float32 [K, K] or None: D
     """
 
     hessian: Tensor
     diagonal: Tensor
     dead: Tensor
     damping: float
-    cross: Tensor | None
+    drift: Tensor | None
     _factors: dict[tuple, Factor | None] = field(default_factory=dict, repr=False, compare=False)
     _descents: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _corrections: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def columns(self) -> int:
@@ -98,15 +87,11 @@ class PreparedHessian:
             self._factors[key] = self._factored(order, step)
         return self._factors[key]
 
-    def corrected(self, weight: Tensor, fraction: float, factor: Factor) -> Tensor:
-        """W + fraction · W C H⁻¹, float32 [N, K]; `factor` is any of this Hessian's."""
-        if fraction == 0 or self.cross is None:
+    def corrected(self, weight: Tensor, fraction: float) -> Tensor:
+        """W + fraction · W D, float32 [N, K]."""
+        if fraction == 0 or self.drift is None:
             return weight
-        if weight.shape[0] < self.columns:
-            return weight + fraction * factor.solve(product(weight, self.cross))
-        if not self._corrections:
-            self._corrections.append(factor.solve(self.cross))
-        return weight + fraction * product(weight, self._corrections[0])
+        return weight + fraction * product(weight, self.drift)
 
     def descent(self, factor: Factor) -> Tensor:
         """float32 [K, K] by order, diagonal 0: H_jk / H_kk, what column k has to change by when column j does."""
@@ -156,7 +141,7 @@ def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
         raise AssertionError("error feedback needs the Hessian of the input")
     hessian = stats.hessian.to(torch.float32)
     diagonal = hessian.diagonal().clone()
-    if not diagonal.isfinite().all() or (stats.cross is not None and not stats.cross.isfinite().all()):
+    if not diagonal.isfinite().all() or (stats.drift is not None and not stats.drift.isfinite().all()):
         raise NonFiniteError(
             f"the Hessian of an input of {len(diagonal)} columns over {stats.tokens} tokens has NaN or inf",
             "check the model's activations on the calibration text, or run it in float32",
@@ -166,7 +151,7 @@ def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
     if dead.any():
         hessian = hessian.masked_fill(dead[:, None] | dead[None, :], 0.0)
         hessian.diagonal()[dead] = 1.0
-    return PreparedHessian(hessian, diagonal, dead, damping, stats.cross)
+    return PreparedHessian(hessian, diagonal, dead, damping, stats.drift)
 
 
 def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor | None:
@@ -177,14 +162,13 @@ def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor
     if not upper.isfinite().all() or not (diagonal > 0).all():
         return None
     if step == 1:
-        pivots = diagonal.square()
-        return Factor(order, upper / diagonal[:, None], pivots.reciprocal(), pivots[:, None, None], damping)
+        return Factor(order, upper / diagonal[:, None], diagonal.square().reciprocal(), damping)
     steps = columns // step
     blocks = upper.reshape(steps, step, steps, step).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     inverse = torch.linalg.solve_triangular(blocks, torch.eye(step, device=root.device).expand_as(blocks), upper=True)
     spread = (inverse @ upper.reshape(steps, step, columns)).reshape(columns, columns).contiguous()
     # An error e costs ‖e · block⁻¹‖²; of column j alone, the j-th row of block⁻¹ squared.
-    return Factor(order, spread, inverse.square().sum(dim=2).flatten(), blocks.transpose(1, 2) @ blocks, damping)
+    return Factor(order, spread, inverse.square().sum(dim=2).flatten(), damping)
 
 
 def _by_falling_sums(values: Tensor, run: int) -> Tensor:

@@ -32,18 +32,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-def triangular_product(a: Tensor, triangle: Tensor, upper: bool) -> Tensor:
-    """a [N, K] @ triangle [K, K], whose other half is not read, but for what lies in blocks around the diagonal."""
-    if a.device.type != "cpu":
-        return a @ (triangle.triu() if upper else triangle.tril())
-    columns, result = a.shape[1], torch.zeros_like(a)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        rows = slice(0, stop) if upper else slice(start, columns)
-        _subtract(result, -a[:, rows], triangle[rows], start, stop)
-    return result
-
-
 def inverse_root(matrix: Tensor) -> Tensor | None:
     """L⁻¹ of matrix = L Lᵀ, float32 or float64 [K, K]; None where it is not positive definite."""
     if matrix.device.type != "cpu" or matrix.dtype != torch.float32:

@@ -51,7 +51,7 @@ def scaled_stats(stats: LayerStats, scales: Tensor) -> LayerStats:
         mean_sq=stats.mean_sq / scales.square(),
         mean_abs=stats.mean_abs / scales,
         hessian=None if stats.hessian is None else stats.hessian / both,
-        cross=None if stats.cross is None else stats.cross / both,
+        drift=None if stats.drift is None else stats.drift * (scales[None, :] / scales[:, None]),
     )
 
 

@@ -14,7 +14,7 @@ need nothing of the engine. A rotation mixes all channels, so that none stands o
     writers         W' = Qᵀ W, b' = Qᵀ b     o_proj, down_proj
     embedding       E' = E Q
 
-Statistics follow exactly where they can: H' = Qᵀ diag(w)⁻¹ H diag(w)⁻¹ Q, cross likewise, mean x² from the diagonal.
+Statistics follow exactly where they can: H' = Qᵀ diag(w)⁻¹ H diag(w)⁻¹ Q, drift likewise, mean x² from the diagonal.
 Largest and mean magnitudes are not known any more and become bounds from above:
 
     absmax_j    min( Σ_i |Q_ij| absmax_i,  sqrt(tokens · mean x²_j) )
@@ -251,7 +251,7 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
         mean_sq=total / max(stats.tokens, 1),
         mean_abs=(total / max(stats.tokens, 1)).sqrt(),
         hessian=hessian,
-        cross=None if stats.cross is None else rotation.sandwich(stats.cross),
+        drift=None if stats.drift is None else rotation.sandwich(stats.drift),
     )
 
 
