@@ -59,7 +59,7 @@ class GPTQOptions:
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
     block: int = 128
-    correction: float = 0.5
+    correction: float = 0.75
     refine: int = 1
 
 

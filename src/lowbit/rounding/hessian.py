@@ -97,9 +97,9 @@ class PreparedHessian:
         """float32 [K, K] by order, diagonal 0: H_jk / H_kk, what column k has to change by when column j does."""
         key = id(factor)  # factors live as long as this
         if key not in self._descents:
-            hessian = self.hessian[factor.order][:, factor.order]
+            hessian = self.hessian.index_select(0, factor.order).index_select(1, factor.order)
             diagonal = hessian.diagonal() + factor.damping * self._mean()
-            self._descents[key] = (hessian / diagonal).fill_diagonal_(0.0)
+            self._descents[key] = hessian.div_(diagonal).fill_diagonal_(0.0)
         return self._descents[key]
 
     def _mean(self) -> float:
@@ -121,12 +121,13 @@ class PreparedHessian:
         return torch.cat([columns[_by_falling_sums(self.diagonal[columns], step)] for columns in runs])
 
     def _factored(self, order: Tensor, step: int) -> Factor | None:
-        hessian, mean, damping = self.hessian[order.flip(0)][:, order.flip(0)], self._mean(), self.damping
+        mean, damping, reversed_order = self._mean(), self.damping, order.flip(0)
         while True:
             for dtype in (torch.float32, torch.float64):
-                damped = hessian.to(dtype, copy=True)
+                damped = self.hessian.index_select(0, reversed_order).index_select(1, reversed_order).to(dtype)
                 damped.diagonal().add_(damping * mean)
                 root = inverse_root(damped)
+                del damped
                 found = None if root is None else _factor_of(order, root, step, damping)
                 if found is not None:
                     return found
@@ -162,7 +163,8 @@ def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor
     if not upper.isfinite().all() or not (diagonal > 0).all():
         return None
     if step == 1:
-        return Factor(order, upper / diagonal[:, None], diagonal.square().reciprocal(), damping)
+        cost = diagonal.square().reciprocal()
+        return Factor(order, upper.div_(diagonal.clone()[:, None]), cost, damping)
     steps = columns // step
     blocks = upper.reshape(steps, step, steps, step).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     inverse = torch.linalg.solve_triangular(blocks, torch.eye(step, device=root.device).expand_as(blocks), upper=True)

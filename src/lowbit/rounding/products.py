@@ -33,13 +33,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def inverse_root(matrix: Tensor) -> Tensor | None:
-    """L⁻¹ of matrix = L Lᵀ, float32 or float64 [K, K]; None where it is not positive definite."""
+    """L⁻¹ of matrix = L Lᵀ, float32 or float64 [K, K], in its place or not; None where it is not positive definite."""
     if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         with _one_thread():
             return _small_inverse_root(matrix)
     # Columns to the left of `start` hold what will be L⁻¹, the others what is left of the matrix; both need nothing
     # above the diagonal.
-    columns, both = len(matrix), matrix.clone()
+    columns, both = len(matrix), matrix
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         with _one_thread():
