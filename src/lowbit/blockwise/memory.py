@@ -1,7 +1,7 @@
 """What a calibrated run holds at once, and what is left of the user's bound for hidden states.
 
     weights    of the largest block in the compute dtype, twice where the unquantized stream runs too
-    products   H (and C) of every input of its largest stage, and three matrices of the largest H while it is factored
+    products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored
     rounding   eight float32 copies of the largest linear
     rest       the interpreter with torch (what is resident now), a batch in flight
 
@@ -18,7 +18,8 @@ from lowbit.errors import UsageError
 from lowbit.measure import resident_memory
 
 _COPIES_OF_A_LINEAR = 8
-_ARRAYS_OF_STATES = 4  # two streams, and what a finished stage put out of each
+# Two streams, what attention put out of each, and what the last linears of attention and MLP are given.
+_ARRAYS_OF_STATES = 6
 
 
 def states_memory(

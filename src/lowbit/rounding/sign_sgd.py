@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibrate.precision import has_fast_bfloat16
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.numerics.grid import Grid
 from lowbit.numerics.integer import IntGrid
@@ -413,15 +414,8 @@ def _scale_is_free(stored: QuantizedTensor) -> bool:
     return fine and stored.nested is None and stored.granularity in (Granularity.GROUP, Granularity.CHANNEL)
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """True where matrix products in bfloat16 are faster than in float32."""
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda"
-
-
 def _in_bfloat16(options: SignSGDOptions, weight: Tensor) -> bool:
-    return has_fast_bfloat16(weight.device) if options.bfloat16 is None else options.bfloat16
+    return has_fast_bfloat16(str(weight.device)) if options.bfloat16 is None else options.bfloat16
 
 
 def _batches(windows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
