@@ -24,19 +24,24 @@ def is_hub_id(model: str) -> bool:
     return _ID.fullmatch(model) is not None
 
 
-def download(model: str, options: OpenOptions) -> Path:
-    """The local snapshot folder, or the GGUF file in it, of a Hugging Face id."""
+def split_id(model: str) -> tuple[str, str | None]:
+    """(repository, the GGUF file that is named or None) of a Hugging Face id."""
     match = _ID.fullmatch(model)
     assert match is not None, "callers ask is_hub_id first"
-    repo, file = match["repo"], match["file"]
-    files = _list_files(repo, options)
+    return match["repo"], match["file"]
+
+
+def download(model: str, options: OpenOptions) -> Path:
+    """The local snapshot folder, or the GGUF file in it, of a Hugging Face id."""
+    repo, file = split_id(model)
+    files = list_files(repo, options)
     if files is None:
         folder = _cached_snapshot(repo, options)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         chosen = choose_files(repo, files, file, options)
     else:
         chosen = choose_files(repo, files, file, options)
-        folder = _snapshot(repo, options, chosen)
+        folder = download_files(repo, options, chosen)
     gguf = sorted(name for name in chosen if name.endswith(".gguf"))
     return folder / gguf[0] if gguf else folder
 
@@ -86,7 +91,7 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _list_files(repo: str, options: OpenOptions) -> list[str] | None:
+def list_files(repo: str, options: OpenOptions) -> list[str] | None:
     """Every file of the repository; None where the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
@@ -134,7 +139,8 @@ def _cached_snapshot(repo: str, options: OpenOptions) -> Path:
         ) from error
 
 
-def _snapshot(repo: str, options: OpenOptions, chosen: list[str]) -> Path:
+def download_files(repo: str, options: OpenOptions, chosen: list[str]) -> Path:
+    """The snapshot folder with these files of a repository in it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 

@@ -1,0 +1,170 @@
+"""`lowbit estimate MODEL`: size, memory, what fits, and the cost of the run, before anything is spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli.options import FORMATS_HELP, AllowPickle, Revision, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from lowbit.estimation import Estimate
+
+
+def estimate(
+    model: Annotated[
+        str, typer.Argument(help="Folder (config.json is enough), .gguf file, Hugging Face id, or demo:smollm2.")
+    ],
+    scheme: Annotated[
+        str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS … [default: W4A16]")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="As of quantize; changes the cost of the run. [default: rtn]")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help=FORMATS_HELP)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Not written; NAME.gguf asks for a GGUF file.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence. [default: 8192, or all that the model has]", min=1)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm, sglang, tensorrt-llm, transformers, llama.cpp. [default: the format's own]"),
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Type of the KV cache: auto (16 bits), fp8, of llama.cpp q8_0, q4_0 …")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="Device to fit: h100, rtx4090, m3-max …, or this.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Its memory, in place of a device's: 24GiB.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="NF4, FP4: quantize scales too.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: importance matrix, a file or 'measure'.")] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="GGUF: every matrix in the same type, no mix.")] = False,
+    output_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the output matrix.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the embedding.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of quantize's settings; flags win over it.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB; one GGUF file]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text. [default: 128]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="What calibration may take: 8GiB. [default: what it needs]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's rates, for two seconds, and take them for times.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """What a quantized model costs, from config and headers alone: no weight is read or downloaded."""
+    import lowbit
+    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.cli.console import print_json, print_table
+    from lowbit.cli.quantize import given_settings
+    from lowbit.settings import parse_bytes
+
+    flags = dict.fromkeys(_QUANTIZE_FLAGS) | locals()
+    found = lowbit.estimate(
+        model, output=output, context=context, batch=batch, engine=engine, kv_cache=kv_cache, hardware=hardware,
+        memory=None if memory is None else parse_bytes(memory), measure=measure,
+        max_memory=None if max_memory is None else parse_bytes(max_memory), recipe=recipe,
+        options=OpenOptions(allow_pickle, trust_remote_code, revision), threads=threads,
+        **given_settings({**flags, "kv_cache": None}),
+    )  # fmt: skip
+    if json:
+        print_json(found.to_dict())
+    else:
+        print_table(estimate_table(found))
+
+
+# What `given_settings` looks for and this command leaves at its default.
+_QUANTIZE_FLAGS = (
+    "method_override", "range", "percentile", "calib", "activation_range", "damping", "correction", "refine",
+    "iterations", "expert_tokens", "all_experts", "bias_correction", "compute", "pre_tokenizer",
+)  # fmt: skip
+
+
+def estimate_table(found: Estimate) -> Any:
+    """An estimate as a rich table: verdict, sizes, then every assumption on a line of its own."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found.model} in {found.files.scheme}, {found.files.format}", title_justify="left", show_header=False,
+        caption_justify="left", padding=(0, 1, 0, 0), box=None,
+    )  # fmt: skip
+    table.add_column("what", no_wrap=True, style="bold")
+    table.add_column("how much", overflow="fold")
+    for name, value in (*_file_rows(found), *_serving_rows(found), *_run_rows(found)):
+        table.add_row(name, value)
+    lines = [f"note: {note}" for note in found.notes] + [f"assumed: {line}" for line in found.assumptions]
+    table.caption = "\n" + "\n".join(lines)
+    return table
+
+
+def _file_rows(found: Estimate) -> list[tuple[str, str]]:
+    from lowbit.cli.console import human_bytes
+
+    files = found.files
+    exact = f"{files.bytes:,} bytes exactly" if files.exact else "from shapes alone"
+    return [
+        ("files", f"{human_bytes(files.bytes)} ({exact}), from {human_bytes(files.source_bytes)}"),
+        ("bits per weight", f"{files.decoder_bits_per_weight:.3f} decoder, {files.file_bits_per_weight:.3f} file"),
+    ]
+
+
+def _serving_rows(found: Estimate) -> list[tuple[str, str]]:
+    from lowbit.cli.console import human_bytes
+
+    cache, serving, fit = found.cache, found.serving, found.fit
+    if cache is None or serving is None:
+        return []
+    bounded = f"; {cache.bounded_layers} of {cache.layers} layers keep a window only" if cache.bounded_layers else ""
+    sequences = f"{serving.batch} sequence{'s' * (serving.batch != 1)} of {serving.context} tokens"
+    rows = [
+        ("", ""),
+        (f"serving, {serving.engine}", sequences),
+        ("  weights", human_bytes(serving.weights)),
+        ("  KV cache", f"{human_bytes(serving.kv_cache)}, {cache.bytes_per_token:,.0f} bytes per token in "
+                       f"{cache.type}{bounded}"),
+        ("  activations", human_bytes(serving.activations)),
+        ("  framework", human_bytes(serving.framework)),
+        ("  total", human_bytes(serving.total)),
+    ]  # fmt: skip
+    if fit is not None:
+        rows.append((f"on {fit.device}", fit.verdict))
+        if fit.hint:
+            rows.append(("", fit.hint))
+    return rows
+
+
+def _run_rows(found: Estimate) -> list[tuple[str, str]]:
+    from lowbit.cli.console import human_bytes
+
+    run = found.run
+    parts = ", ".join(f"{what} {human_bytes(size)}" for what, size in run.memory.items())
+    work = ", ".join(f"{what} {human_seconds(seconds)}" for what, seconds in run.work.items() if seconds >= 0.05)
+    return [
+        ("", ""),
+        ("quantizing", f"{found.files.method}, {run.threads} thread{'s' * (run.threads != 1)} on this machine"),
+        ("  disk", human_bytes(run.disk)),
+        ("  peak memory", f"{human_bytes(run.peak_memory)}: {parts}"),
+        ("  time", f"{human_seconds(run.seconds[0])} to {human_seconds(run.seconds[1])}; mid: {work}"),
+    ]
+
+
+def human_seconds(seconds: float) -> str:
+    """42.3 → "42 s", 4000 → "1 h 7 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
