@@ -28,7 +28,7 @@ WRITABLE = [name for name, s in SCHEMES.items() if s.activation is None or not s
 def write(model, output, threads=2, **settings):
     results = {}
     prepared = prepare(model, make_settings(**settings), threads=threads)
-    write_checkpoint(prepared, output, finish=lambda work, found: results.update(found))
+    write_checkpoint(prepared, output, finish=lambda work, found, _: results.update(found))
     return results
 
 

@@ -17,6 +17,7 @@ from lowbit.methods import parse_method
 from lowbit.pipeline import Prepared, Progress, prepare, write_checkpoint
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
+from lowbit.rounding.histogram import WeightHistogram
 from lowbit.settings import RunOptions, Settings, make_settings
 from lowbit.verification import Verification, verify
 
@@ -131,7 +132,7 @@ def _write(
     method = prepared.plan.settings.method
     made: list[schema.Report] = []
 
-    def finish(work: Path, results: dict[str, TensorResult]) -> None:
+    def finish(work: Path, results: dict[str, TensorResult], histograms: dict[str, WeightHistogram]) -> None:
         nearest = method == "rtn" and prepared.decided is None and prepared.plan.exporter.FORMAT != "float"
         engine = prepared.plan.exporter.ENGINE
         source: Checkpoint | None = prepared.checkpoint if prepared.decided is None else prepared.decided.checkpoint
@@ -139,7 +140,8 @@ def _write(
             source = None
         verification = verify(work, source=source, engine=engine, options=options, nearest=nearest)
         _refuse_broken(verification, output)
-        report = build_report(prepared, results, list(work.glob("*.safetensors")), output, verification, meter)
+        files = list(work.glob("*.safetensors"))
+        report = build_report(prepared, results, histograms, files, output, verification, meter)
         write_report(report, work)
         made.append(report)
 
@@ -165,12 +167,15 @@ def _write_gguf(
     made: list[schema.Report] = []
     files: list[str] = []
 
-    def finish(work: Path, written: list[Path], results: dict[str, TensorResult]) -> None:
+    def finish(
+        work: Path, written: list[Path], results: dict[str, TensorResult], histograms: dict[str, WeightHistogram]
+    ) -> None:
         rewritten = parse_method(prepared.plan.settings.method).transforms
         verification = verify(written[0], source=None if rewritten else prepared.checkpoint, engine="llama.cpp")
         _refuse_broken(verification, output, INHERITED if prepared.source_kind == "gguf" else ())
         files.append(written[0].name)
-        report = build_report(prepared, results, written, output.with_name(files[0]), verification, meter)
+        named = output.with_name(files[0])
+        report = build_report(prepared, results, histograms, written, named, verification, meter)
         write_report(report, work / output.name)
         made.append(report)
 

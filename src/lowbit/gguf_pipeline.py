@@ -37,6 +37,7 @@ from lowbit.measure import resident_memory
 from lowbit.numerics import ggml
 from lowbit.pipeline import CalibrationText, Progress, described, summed
 from lowbit.plan import model_dtype
+from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.target import GgmlTarget, Target
 from lowbit.settings import MEASURE, RunOptions, Settings
 from lowbit.text import read_text
@@ -153,12 +154,12 @@ def write_gguf(
     output: Path,
     progress: Progress | None = None,
     overwrite: bool = False,
-    finish: Callable[[Path, list[Path], dict[str, TensorResult]], None] | None = None,
+    finish: Callable[[Path, list[Path], dict[str, TensorResult], dict[str, WeightHistogram]], None] | None = None,
 ) -> None:
     """Write the plan's file (or parts) under the name `output`, atomically.
 
-    finish  is called with the hidden folder and the files in it before they get their names, to verify them and to
-            write the report beside them; an exception there leaves nothing behind
+    finish  is called with the hidden folder, the files in it, results and histograms by tensor, before the files get
+            their names, to verify them and to write the report beside them; an exception there leaves nothing behind
     """
     for name in prepared.plan.file_names(output.name):
         refuse_existing_file(output.with_name(name), report_path(output), overwrite)
@@ -167,12 +168,13 @@ def write_gguf(
         plan = prepared.plan
         writer = GGUFWriter(work, output.name, plan.stored, plan.key_values, plan.settings.shard_size)
         try:
-            results = _Run(prepared, writer, progress).encode()
+            run = _Run(prepared, writer, progress)
+            results = run.encode()
             writer.close()
         finally:
             writer.abandon()
         if finish is not None:
-            finish(work, writer.files, results)
+            finish(work, writer.files, results, run.histograms.done)
 
 
 class _Run:
@@ -185,6 +187,7 @@ class _Run:
         self.done = 0
         self.lock = threading.Lock()
         self.sums: dict[str, dict[int, tuple[float, float, float]]] = {}
+        self.histograms = WeightHistograms()
 
     def encode(self) -> dict[str, TensorResult]:
         jobs = (
@@ -225,6 +228,7 @@ class _Run:
         assert self.prepared.decided is not None
         in_bytes = replace(tensor.source, shape=(*tensor.shape[:-1], tensor.row_bytes))  # type: ignore[type-var]
         rows = in_bytes.read(DecidedBlocks(self.prepared.decided.store), first, last)  # type: ignore[attr-defined]
+        self._sample(tensor, first, last, lambda chosen: self._read(tensor, first, last)[chosen], rows)
         self.writer.write(tensor.name, rows, first * tensor.row_bytes)
 
     def _decided_results(self) -> dict[str, TensorResult]:
@@ -241,10 +245,7 @@ class _Run:
         return found
 
     def _encode(self, tensor: PlannedBlocks, first: int, last: int) -> None:
-        values = tensor.source.read(self.prepared.checkpoint, first, last)
-        values = values.reshape(last - first, tensor.columns)
-        if values.dtype.itemsize > 4:
-            values = values.float()
+        values = self._read(tensor, first, last)
         blocks, sums = ggml.encode_measured(tensor.kind.name, values, importance_of(tensor, first))
         if not math.isfinite(sums[1]):
             raise NonFiniteError(
@@ -258,7 +259,21 @@ class _Run:
             )
         with self.lock:
             self.sums.setdefault(tensor.name, {})[first] = sums
+        self._sample(tensor, first, last, lambda chosen: values[chosen], blocks)
         self.writer.write(tensor.name, blocks, first * tensor.row_bytes)
+
+    def _read(self, tensor: PlannedBlocks, first: int, last: int) -> torch.Tensor:
+        """Rows of the source in the order of the file, of at most 4 bytes a weight, [rows, K]."""
+        values = tensor.source.read(self.prepared.checkpoint, first, last).reshape(last - first, tensor.columns)
+        return values.float() if values.dtype.itemsize > 4 else values
+
+    def _sample(self, tensor: PlannedBlocks, first: int, last: int, source: RowReader, blocks: torch.Tensor) -> None:
+        """Rows for the tensor's histogram; `blocks` are the bytes of rows first … last."""
+        blocks = blocks.reshape(last - first, tensor.row_bytes)
+        self.histograms.add(
+            tensor.name, (tensor.rows, tensor.columns), first, last, source,
+            lambda chosen: ggml.decode(tensor.kind.name, blocks[chosen]),
+        )  # fmt: skip
 
     def _release(self, tensor: PlannedBlocks, first: int, last: int) -> None:
         checkpoint = self.prepared.checkpoint

@@ -39,6 +39,7 @@ from lowbit.numerics import grid_for
 from lowbit.numerics.grid import Grid, RangeSearch
 from lowbit.plan import Plan, PlannedTensor, make_plan, model_dtype
 from lowbit.rounding.error import squared_error
+from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms, rows_decoder
 from lowbit.rounding.rtn import TensorRange, measure_range, needs_tensor_range, round_to_nearest
 from lowbit.rounding.widen import widened
 from lowbit.schemes import Scheme
@@ -150,12 +151,12 @@ def write_checkpoint(
     output: Path,
     progress: Progress | None = None,
     overwrite: bool = False,
-    finish: Callable[[Path, dict[str, TensorResult]], None] | None = None,
+    finish: Callable[[Path, dict[str, TensorResult], dict[str, WeightHistogram]], None] | None = None,
 ) -> None:
     """Write the plan's checkpoint to `output`, atomically.
 
-    finish  is called with the still hidden folder before it is renamed (to verify it and to write the report);
-            an exception there leaves nothing behind
+    finish  is called with the still hidden folder, results and histograms by tensor, before the folder is renamed (to
+            verify it and to write the report); an exception there leaves nothing behind
     """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     refuse_existing(output, overwrite)
@@ -163,7 +164,8 @@ def write_checkpoint(
     with atomic_folder(output, overwrite) as work:
         writer = SafetensorsWriter(work, plan.stored, plan.settings.bytes_per_shard)
         try:
-            results = _Run(prepared, writer, progress).quantize()
+            run = _Run(prepared, writer, progress)
+            results = run.quantize()
             for piece in plan.kv_pieces():
                 writer.write(piece.name, piece.values)
             writer.close()
@@ -172,7 +174,7 @@ def write_checkpoint(
         _write_config(work, checkpoint, plan)
         copy_companions(checkpoint.folder, work)
         if finish is not None:
-            finish(work, results)
+            finish(work, results, run.histograms.done)
 
 
 class _Run:
@@ -188,6 +190,7 @@ class _Run:
         self.done = 0
         self.lock = threading.Lock()
         self.sums: dict[str, dict[int, tuple[float, float, float]]] = {}
+        self.histograms = WeightHistograms()
 
     def quantize(self) -> dict[str, TensorResult]:
         ranges = self._measure_ranges()
@@ -253,10 +256,11 @@ class _Run:
         else:
             values = self._read(tensor, first, last)
             if tensor.scheme is not None:
-                self._quantize_slab(tensor, values, first, tensor_range)
+                self._quantize_slab(tensor, values, first, last, tensor_range)
             else:
                 if values.dtype in FLOATS and values.numel() and not _is_finite(values):
                     raise _non_finite(tensor, first)
+                self._sample(tensor, first, last, lambda rows: values.reshape(last - first, -1)[rows])
                 self._write(Piece(tensor.plain.name, values.to(tensor.plain.dtype), first))
             del values
         self._release(tensor, last)
@@ -265,7 +269,7 @@ class _Run:
             self.progress(tensor.name, self.done, self.total)
 
     def _quantize_slab(
-        self, tensor: PlannedTensor, values: Tensor, first: int, tensor_range: TensorRange | None
+        self, tensor: PlannedTensor, values: Tensor, first: int, last: int, tensor_range: TensorRange | None
     ) -> None:
         scheme = tensor.scheme
         assert scheme is not None, "planned to be quantized"
@@ -275,6 +279,7 @@ class _Run:
         sums = squared_error(values, quantized)
         if not math.isfinite(sums[0]):
             raise _non_finite(tensor, first)
+        self._sample(tensor, first, last, lambda rows: values[rows], rows_decoder(quantized))
         self._pack(tensor, quantized, first, sums)
 
     def _decided_slab(self, tensor: PlannedTensor, first: int, last: int) -> None:
@@ -285,6 +290,7 @@ class _Run:
         quantized = self.decided.store.quantized(
             tensor.linear.name, tensor.scheme.weight, grid_of(tensor, self.plan), tensor.linear.shape[1], first, last
         )
+        self._sample(tensor, first, last, lambda rows: self._read(tensor, first, last)[rows], rows_decoder(quantized))
         self._pack(tensor, quantized, first, None)
 
     def _repack_slab(self, tensor: PlannedTensor, first: int, last: int) -> None:
@@ -293,9 +299,14 @@ class _Run:
         assert isinstance(self.checkpoint, CanReadCodes)
         quantized = widened(self.checkpoint.read_quantized(tensor.name, first, last), tensor.scheme.weight)
         sums = (0.0, 1.0, 0.0)
+        self._sample(tensor, first, last, rows_decoder(quantized), rows_decoder(quantized))
         if self.plan.exporter.FORMAT == "float":
             sums = squared_error(quantized.decode().to(tensor.dtype), quantized)
         self._pack(tensor, quantized, first, sums)
+
+    def _sample(self, tensor: PlannedTensor, first: int, last: int, source: RowReader, decode: RowReader | None = None):
+        """Rows for the tensor's histogram."""
+        self.histograms.add(tensor.name, tensor.walked_shape, first, last, source, decode)
 
     def _pack(self, tensor: PlannedTensor, quantized: QuantizedTensor, first: int, sums: tuple | None) -> None:
         linear, scheme = tensor.linear, tensor.scheme

@@ -6,13 +6,16 @@ import datetime
 import platform
 import shlex
 from collections import Counter
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit import __version__
+from lowbit.calibrate.summary import pack_vocabulary
 from lowbit.checkpoint.base import HTML_NAME, report_path
 from lowbit.measure import Meter
+from lowbit.neighbours import planned_neighbours
 from lowbit.report import schema
 from lowbit.report.html import render_html
 from lowbit.verification import Verification
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from lowbit.gguf_plan import PlannedBlocks
     from lowbit.pipeline import Prepared
     from lowbit.plan import PlannedTensor
+    from lowbit.rounding.histogram import WeightHistogram
     from lowbit.settings import Settings
 
 
@@ -34,12 +38,35 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorResult], written: list[Path],
-                 output: Path, verification: Verification, meter: Meter) -> schema.Report:  # fmt: skip
-    """The report of a finished run; `written` are the weight files, `output` is the name to be."""
+# Settings that the command line has, in the order in which a person would write them.
+_FLAGS = (
+    "scheme", "method", "format", "group_size", "range", "percentile", "double_quant", "method_overrides", "overrides",
+    "ignore", "calib", "samples", "seqlen", "imatrix", "pure", "output_type", "token_embedding_type", "pre_tokenizer",
+    "kv_cache", "activation_range", "damping", "correction", "refine", "iterations", "expert_tokens", "all_experts",
+    "bias_correction", "compute", "shard_size",
+)  # fmt: skip
+# Histograms of more tensors than this would make a report of many megabytes; those of largest error are kept.
+_HISTOGRAMS = 2000
+
+
+def build_report(
+    prepared: Prepared | PreparedGGUF,
+    results: dict[str, TensorResult],
+    histograms: dict[str, WeightHistogram],
+    written: list[Path],
+    output: Path,
+    verification: Verification,
+    meter: Meter,
+) -> schema.Report:
+    """The report of a finished run.
+
+    results, histograms  by the names of the plan's tensors
+    written              the weight files; `output` is the name to be
+    """
     plan = prepared.plan
     files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written))
     weights = sum(tensor.weights for tensor in plan.tensors)
+    shown = _kept_histograms(histograms, results)
     bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
     return schema.Report(
         schema=schema.SCHEMA,
@@ -69,14 +96,39 @@ def build_report(prepared: Prepared | PreparedGGUF, results: dict[str, TensorRes
             seconds_by_work={} if prepared.decided is None else prepared.decided.seconds,
         ),
         transforms=_transforms(prepared),
-        tensors=tuple(_entry(tensor, results.get(tensor.name)) for tensor in plan.tensors),
+        tensors=tuple(_entry(tensor, results.get(tensor.name), shown.get(tensor.name)) for tensor in plan.tensors),
         verification=schema.Verification(
             ok=verification.ok,
             engine=verification.engine,
             checks=tuple(schema.Check(rule=c.rule, passed=c.passed, detail=c.detail) for c in verification.checks),
         ),
         serve=_serve_lines(verification, output),
+        command=command_line(prepared, output),
+        neighbours=planned_neighbours(prepared),
     )
+
+
+def command_line(prepared: Prepared | PreparedGGUF, output: Path) -> str:
+    """The command that makes it again, with the settings that are not the defaults."""
+    settings = prepared.plan.settings
+    converted = any(tensor.repack for tensor in prepared.plan.tensors) and prepared.plan.format != "gguf"
+    words = ["lowbit", "convert" if converted else "quantize", prepared.source, "-o", str(output)]
+    given = {name: getattr(settings, name) for name in _FLAGS
+             if name in settings.model_fields_set}  # fmt: skip
+    if converted:
+        given = {"format": prepared.plan.format} | given
+    elif "scheme" not in given:
+        given = {"scheme": settings.scheme} | given
+    for name, value in given.items():
+        flag = "--" + name.removesuffix("s" if isinstance(value, dict) else "").replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif isinstance(value, dict):
+            words += [word for pattern, chosen in value.items() for word in (flag, f"{pattern}={chosen}")]
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [word for each in values for word in (flag, str(each))]
+    return shlex.join(words)
 
 
 def _settings(prepared: Prepared | PreparedGGUF) -> schema.Settings:
@@ -128,8 +180,17 @@ def _calibration(prepared: Prepared | PreparedGGUF) -> schema.Calibration | None
         return None
     return schema.Calibration(
         name=text.name, sha256=text.sha256, samples=text.windows, sequence_length=text.window_tokens,
-        tokens=text.windows * text.window_tokens, notes=text.notes,
+        tokens=text.windows * text.window_tokens, notes=text.notes, inputs=_calibration_inputs(prepared),
+        vocabulary=None if prepared.decided is None else pack_vocabulary(prepared.decided.windows.ids),
     )  # fmt: skip
+
+
+def _calibration_inputs(prepared: Prepared | PreparedGGUF) -> tuple[schema.InputRecord, ...]:
+    """What inputs of some blocks looked like on the calibration text."""
+    if prepared.decided is None:
+        return ()
+    records = prepared.decided.store.records.values()
+    return tuple(schema.InputRecord(**each) for record in records for each in record.inputs.values())
 
 
 def _was_changed(settings: Settings, name: str) -> bool:
@@ -163,8 +224,21 @@ def _serve_lines(verification: Verification, output: Path) -> tuple[schema.Serve
     return (schema.ServeLine(engine=verification.engine, command=command), ours)
 
 
-def _entry(tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None) -> schema.TensorEntry:
+def _kept_histograms(
+    histograms: dict[str, WeightHistogram], results: dict[str, TensorResult]
+) -> dict[str, WeightHistogram]:
+    """All of them, or where there are too many those of the tensors that lost most."""
+    if len(histograms) <= _HISTOGRAMS:
+        return histograms
+    worst = sorted(histograms, key=lambda name: -results[name].relative_error if name in results else 1.0)
+    return {name: histograms[name] for name in worst[:_HISTOGRAMS]}
+
+
+def _entry(
+    tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None, histogram: WeightHistogram | None
+) -> schema.TensorEntry:
     decided = None if result is None else result.decided
+    linear = getattr(tensor, "linear", None)  # tensors of a GGUF file may be made of several
     return schema.TensorEntry(
         name=tensor.name,
         role=tensor.role,
@@ -182,4 +256,6 @@ def _entry(tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None) -
         repacked=tensor.repack,
         reason=tensor.reason,
         notes=tensor.notes if decided is None else (*tensor.notes, *decided.notes),
+        reads=None if linear is None else linear.reads,
+        histogram=None if histogram is None else schema.Histogram(**asdict(histogram)),
     )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import random
+import struct
 from datetime import UTC, datetime
 
+from lowbit.report.diagnosis import Contribution, Diagnosis, DiagnosisText, Finding, Flip, Suggestion
 from lowbit.report.schema import (
+    BINS,
     Check,
+    Continuation,
     Evaluation,
     EvaluationText,
+    GeneratedSample,
+    Histogram,
+    Neighbour,
     Output,
     OutputFile,
     Report,
@@ -83,8 +92,66 @@ def make_report(blocks: int = 30, seed: int = 0, **changes) -> Report:
         verification=make_verification(),
         evaluation=(make_evaluation(bytes_out),),
         serve=(ServeLine(engine="vllm", command="vllm serve /models/smollm2-w4a16 --max-model-len 4096"),),
+        command="lowbit quantize demo:smollm2 -o out --scheme W4A16",
+        neighbours=make_neighbours(),
     )
     return report.model_copy(update=changes)
+
+
+def make_neighbours() -> tuple[Neighbour, ...]:
+    """One planned, two measured."""
+    return (
+        Neighbour(origin="plan", label="W3A16", scheme="W3A16", bytes=99_900_000, bits_per_weight=3.25),
+        Neighbour(origin="compare", label="NVFP4A16", scheme="NVFP4A16", bytes=116_492_336, bits_per_weight=4.5,
+                  kld_mean=0.0583, kld_se=0.0006, same_top1=0.871),
+        Neighbour(origin="compare", label="FP8_DYNAMIC", scheme="FP8_DYNAMIC", bytes=163_227_736, bits_per_weight=8.023,
+                  kld_mean=0.0061, kld_se=0.0001, same_top1=0.952),
+    )  # fmt: skip
+
+
+def make_diagnosis(text: str = "k_proj of block 0 has doubled scales") -> Diagnosis:
+    """One fault found, two contributions, one flip, one command."""
+    command = "lowbit quantize demo:smollm2 -o out --override k_proj=W8A16"
+    contributions = (
+        Contribution(block=0, role="qkv_proj", tensor=None, kld=0.21, se=0.004, bytes=500_000, level="set",
+                     name=text, significant=True),
+        Contribution(block=1, role="down_proj", tensor="model.layers.1.mlp.down_proj.weight", kld=-0.0002, se=0.001,
+                     bytes=470_000, level="tensor", name="model.layers.1.mlp.down_proj", significant=False),
+    )  # fmt: skip
+    return Diagnosis(
+        verdict=text, healthy=False, model="/models/smollm2-w4a16", reference="demo:smollm2",
+        text=DiagnosisText(name="packaged", sha256="0b7e" * 16, tokens=4096), windows=4, window_tokens=512,
+        scored_tokens=2044, dtype="float32", kld=0.4, kld_se=0.01, same_top1=0.6,
+        findings=(Finding(kind="scale", severity="fault", title=text, detail="ratio 2.0", kld=0.21, share=0.5),),
+        contributions=contributions,
+        flips=(Flip(window=0, position=7, context="a bright cold day", token=" in", reference=text, reference_p=0.9,
+                    quantized=" of", quantized_p=0.4, kld=2.5),),
+        suggestions=(Suggestion(text="Give k_proj 8 bits.", command=command, gain=0.2, gain_se=0.01, bytes=450_000),),
+        forward_passes=6.5, seconds=81.0, peak_memory_bytes=900_000_000, versions={"torch": "2.13.0"},
+    )  # fmt: skip
+
+
+def make_samples() -> tuple[GeneratedSample, ...]:
+    """One that parts, one that does not."""
+    return (
+        GeneratedSample(
+            prompt="Why is the sky blue?", chat=True, shared="The sky is blue because of", shared_tokens=6,
+            reference=Continuation(token=" a", rest=" process called scattering.", tokens=6, token_probability=0.72),
+            quantized=Continuation(token=" the", rest=" way light travels.", tokens=5, token_probability=0.2),
+        ),
+        GeneratedSample(prompt="Count to three.", chat=True, shared="One, two, three.", shared_tokens=7),
+    )  # fmt: skip
+
+
+def make_histogram(error: float | None) -> Histogram:
+    """A bell; with an error also a second, somewhat wider one."""
+
+    def bell(width: float) -> str:
+        counts = [round(65535 * math.exp(-(((i - BINS // 2) / width) ** 2))) for i in range(BINS)]
+        return base64.b64encode(struct.pack(f"<{BINS}H", *counts)).decode()
+
+    decoded = None if error is None else bell(10 + 20 * error)
+    return Histogram(reach=0.31, rows=28, values=16_128, largest=816, source=bell(10), decoded=decoded)
 
 
 def make_tensors(blocks: int, seed: int = 0) -> tuple[TensorEntry, ...]:
@@ -160,6 +227,8 @@ def make_evaluation(file_bytes: int = 116_000_000, **changes) -> Evaluation:
         bits_per_weight=4.2512,
         bits_from="report",
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        reference_sha256="7303" * 16,
+        samples=make_samples(),
     )
     return evaluation.model_copy(update=changes)
 
@@ -178,6 +247,7 @@ def _quantized(name: str, role: str, block: int, shape: tuple[int, int], error: 
         relative_error=error,
         max_error=0.9 * error**0.5,
         notes=(GROUP_NOTE,) if columns == HIDDEN else (),
+        histogram=make_histogram(error),
     )
 
 

@@ -8,11 +8,15 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 
 import pytest
-from sample import make_report, with_hostile_name
+from sample import make_evaluation, make_report, with_hostile_name
 
+from lowbit.report.compared import Compared, Comparison
+from lowbit.report.comparison_page import render_comparison
 from lowbit.report.html import render_html
+from lowbit.report.schema import Calibration, InputRecord
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -56,7 +60,7 @@ def probe(html, folder, script="", width=1280, fragment="", flags=()):
     dump = chromium(folder, "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom", *flags,
                     outer.as_uri()).stdout  # fmt: skip
     text = re.search(r"FOUND(.*)DNUOF", dump).group(1)
-    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found = json.loads(unescape(text))
     assert found["problems"] == []
     return found
 
@@ -162,6 +166,100 @@ def test_the_plot_answers_to_keys_pointer_and_click(html, tmp_path):
     assert re.fullmatch(r"#t\d+", found["address"])
     assert found["hidden"] is True
     assert found["pointed"] == "model.layers.29.mlp.down_proj.weight"
+
+
+def test_any_tensor_can_be_picked_by_list_arrow_and_heat_map(html, tmp_path):
+    script = """
+      const pick = $("#pick"), shape = () => $("#h-source").getAttribute("d") + $("#h-decoded").getAttribute("d");
+      const facts = () => [...document.querySelectorAll("#h-facts dd")].map((dd) => dd.textContent);
+      found.options = pick.options.length;
+      found.first = $("#picked").textContent; found.before = shape(); found.drawn = facts();
+      $("#pick-next").click(); found.next = $("#picked").textContent;
+      pick.value = [...pick.options].find((option) => option.text === "model.layers.2.mlp.up_proj.weight").value;
+      pick.dispatchEvent(new Event("change"));
+      found.picked = $("#picked").textContent; found.facts = facts(); found.label = $("#h-picture").ariaLabel;
+      found.changed = shape() !== found.before;
+      const cell = document.querySelector("#heat-weights rect:not(.here)");
+      cell.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+      found.clicked = $("#picked").textContent; found.here = cell.classList.contains("here");
+      found.title = cell.textContent;
+      pick.focus(); found.focus = document.activeElement === pick;"""
+    found = probe(html, tmp_path, script)
+    assert found["options"] == 210
+    assert found["first"] == "model.layers.0.self_attn.k_proj.weight"
+    assert found["next"] == "model.layers.0.self_attn.v_proj.weight"
+    assert found["picked"] == "model.layers.2.mlp.up_proj.weight"
+    assert found["facts"][1:4] == ["W4A16", "4.25", "1536\u00a0×\u00a0576"]
+    assert "up_proj" in found["label"]
+    assert found["changed"]
+    assert found["clicked"] == "model.layers.0.self_attn.q_proj.weight"
+    assert found["title"].startswith("block 0, q_proj")
+    assert found["here"]
+    assert found["focus"]
+
+
+def test_picking_a_tensor_marks_the_activations_it_reads(tmp_path):
+    record = InputRecord(name="model.layers.1.mlp_input", block=1, tokens=64, low=-3, step=0.1, codes="AQL/")
+    report = make_report(blocks=2)
+    tensors = tuple(
+        tensor.model_copy(update={"reads": record.name}) if tensor.role == "up_proj" and tensor.block == 1 else tensor
+        for tensor in report.tensors
+    )
+    calibration = Calibration(name="text", samples=1, sequence_length=64, tokens=64, inputs=(record,))
+    settings = report.settings.model_copy(update={"calibration": calibration})
+    html = render_html(report.model_copy(update={"tensors": tensors, "settings": settings}))
+    script = """
+      const input = () => [...document.querySelectorAll("#h-facts dd")].pop().textContent;
+      const pick = (name) => {
+        $("#pick").value = [...$("#pick").options].find((option) => option.text === name).value;
+        $("#pick").dispatchEvent(new Event("change"));
+      };
+      found.before = input(); found.marked = !!$(".strips .here");
+      pick("model.layers.1.mlp.up_proj.weight");
+      found.after = input(); found.here = $(".strips .here").title;"""
+    found = probe(html, tmp_path, script)
+    assert (found["before"], found["marked"]) == ("not recorded", False)
+    assert found["after"] == found["here"] == record.name
+
+
+def test_the_script_draws_what_python_drew(html, tmp_path):
+    """The tensor that is drawn without a script looks the same once the script has run."""
+    drawn = [re.search(rf'<path d="([^"]*)"[^>]*id="{name}"', html).group(1) for name in ("h-source", "h-decoded")]
+    facts = re.findall(r"<dd>([^<]*)</dd>", html[html.index('id="h-facts"') :])[:5]
+    script = """
+      found.drawn = ["#h-source", "#h-decoded"].map((name) => $(name).getAttribute("d"));
+      found.facts = [...document.querySelectorAll("#h-facts dd")].map((dd) => dd.textContent);"""
+    found = probe(html, tmp_path, script)
+    assert found["drawn"] == drawn
+    assert [re.sub(r"\s", " ", fact) for fact in found["facts"]] == [re.sub(r"\s", " ", fact) for fact in facts]
+
+
+def test_the_page_of_several_models_fits_and_runs_clean(tmp_path):
+    models = tuple(
+        Compared(label, label, (make_evaluation(size, kld_mean=kld, scheme=label),), "measured", make_report())
+        for label, size, kld in (("W4A16", 113_000_000, 0.2), ("FP8_DYNAMIC", 163_000_000, 0.02))
+    )
+    page = render_comparison(Comparison("demo:smollm2", models))
+    for width in (1280, 320):
+        (tmp_path / str(width)).mkdir()
+        found = probe(page, tmp_path / str(width), width=width)
+        assert found["content"] <= width
+    (tmp_path / "compare.html").write_text(page)
+    ran = chromium(tmp_path, "--dump-dom", (tmp_path / "compare.html").as_uri())
+    assert "CONSOLE" not in ran.stderr
+    assert '<html lang="en" class="live">' in ran.stdout
+
+
+def test_without_scripts_everything_but_the_picker_is_there(html, tmp_path):
+    still = re.sub(r"<script>.*</script>", "", html, flags=re.S)
+    (tmp_path / "page.html").write_text(still)
+    picture = tmp_path / "still.png"
+    chromium(tmp_path, "--window-size=1280,2000", f"--screenshot={picture}", (tmp_path / "page.html").as_uri())
+    assert picture.stat().st_size > 50_000
+    dump = chromium(tmp_path, "--dump-dom", (tmp_path / "page.html").as_uri()).stdout
+    for part in ('id="h-source"', 'id="heat-weights"', 'class="quality"', 'id="samples"', 'id="tensors-table"'):
+        assert part in dump
+    assert 'class="live"' not in dump
 
 
 def test_a_row_address_marks_the_row(html, tmp_path):

@@ -5,11 +5,20 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from sample import make_evaluation, make_report, make_tensors, make_verification, with_hostile_name
+from sample import (
+    make_diagnosis,
+    make_evaluation,
+    make_neighbours,
+    make_report,
+    make_samples,
+    make_tensors,
+    make_verification,
+    with_hostile_name,
+)
 
 from lowbit.report.html import render_html
 from lowbit.report.markup import Html, escape, tag
-from lowbit.report.schema import TensorEntry, write_text
+from lowbit.report.schema import Calibration, InputRecord, TensorEntry, write_text
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -83,7 +92,11 @@ def test_the_page_is_well_formed(page):
         "88.74 ± 0.14 %",
         "14 s",
         "611.3 MB",
-        "picks the same next token as its source 88.7 % of the time",
+        "4.25 bits per weight, 113.1 MB (15 % larger than its source)",
+        "keeps 88.7 % of the source's top tokens",
+        "mean KLD 0.04713 ± 0.00051",
+        "slightly worse than the source",
+        "lowbit quantize demo:smollm2 -o out --scheme W4A16",
         "perplexity is 3.79 ± 0.14 % higher",
         "48 windows of 2048 tokens without overlap",
         "frankenstein.txt, 98,304 tokens",
@@ -173,6 +186,58 @@ def test_hostile_text_stays_text_in_every_other_field(text):
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text_in_samples_neighbours_and_diagnosis(text):
+    spoken = make_samples()[0]
+    parts = {name: getattr(spoken, name).model_copy(update={"token": text, "rest": text})
+             for name in ("reference", "quantized")}  # fmt: skip
+    said = spoken.model_copy(update={"prompt": text, "shared": text} | parts)
+    neighbours = tuple(each.model_copy(update={"label": text}) for each in make_neighbours())
+    record = InputRecord(name=text, block=0, tokens=8, low=0, step=0.1, codes="AQL/")
+    calibration = Calibration(name=text, samples=1, sequence_length=8, tokens=8, inputs=(record,))
+    base = make_report(blocks=1)
+    settings = base.settings.model_copy(update={"calibration": calibration})
+    report = base.model_copy(
+        update={"evaluation": (make_evaluation(samples=(said,)),), "neighbours": neighbours, "command": text,
+                "settings": settings, "diagnosis": make_diagnosis(text)}
+    )  # fmt: skip
+    page = Page(render_html(report))
+    assert page.open == []
+    assert (page.count("script"), page.count("img"), page.count("b", onmouseover="alert(1)")) == (1, 0, 0)
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+
+
+def test_both_answers_are_shown_and_the_token_where_they_part_is_marked():
+    page = Page(render_html(make_report(blocks=1)))
+    assert page.count("mark") == 2
+    for words in (
+        "Why is the sky blue?",
+        "process called scattering.",
+        "way light travels.",
+        "the same to the end, 7 tokens",
+        "parts at token 7; the source gave this one 72 %",
+        "the source gave this one 20 %",
+    ):
+        assert re.sub(r"\s+", "", words) in re.sub(r"\s+", "", page.text)
+
+
+def test_a_diagnosis_has_its_verdict_map_and_commands():
+    report = make_report(blocks=2, diagnosis=make_diagnosis())
+    page = Page(render_html(report))
+    for words in ("k_proj of block 0 has doubled scales", "lowbit quantize demo:smollm2 -o out --override k_proj=W8A16",
+                  "within the noise", "a bright cold day", "Sensitivity"):  # fmt: skip
+        assert re.sub(r"\s+", "", words) in re.sub(r"\s+", "", page.text)
+    assert page.count("div", id="heat-sensitivity") == 1
+    assert page.count("section", id="damage") == 1
+
+
+def test_the_numbers_behind_the_histograms_are_in_the_table(page):
+    held = [attributes["data-h"] for name, attributes in page.elements if "data-h" in attributes]
+    assert len(held) == 210
+    reach, values, rows, source, decoded = held[0].split(" ")
+    assert (reach, values, rows, len(source), len(decoded)) == ("0.31", "16128", "28", 168, 168)
+
+
 def test_characters_that_do_not_print_are_shown_as_escapes(tmp_path):
     report = with_hostile_name("model.\u202egnp.weight\x00\n\ud800")
     write_text(render_html(report), tmp_path / "report.html")
@@ -209,7 +274,8 @@ def test_an_evaluation_without_reference_claims_no_comparison():
     alone = make_evaluation(reference=None, reference_from="none", **dict.fromkeys(compared))
     text = Page(render_html(make_report(blocks=2, evaluation=(alone,)))).text
     assert "it was not compared with the source model" in text
-    assert "same next token as its source" not in text
+    assert "top tokens" not in text
+    assert "worse than the source" not in text
 
 
 def test_several_evaluations_stand_side_by_side_under_their_names():
@@ -253,6 +319,12 @@ def test_a_report_without_any_tensor_renders():
     page = Page(render_html(make_report(blocks=1, tensors=())))
     assert "No tensor has a measured error" in page.text
     assert page.open == []
+
+
+def test_a_model_of_32_blocks_stays_under_two_megabytes():
+    runs = (make_evaluation(), make_evaluation(activations="simulated"))
+    text = render_html(make_report(blocks=32, evaluation=runs, diagnosis=make_diagnosis()))
+    assert len(text.encode()) < 600_000
 
 
 def test_two_thousand_tensors_render_quickly_and_stay_small():

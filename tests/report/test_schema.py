@@ -85,6 +85,43 @@ def test_a_missing_output_folder_is_named(tmp_path):
         dump(make_report(blocks=1), tmp_path / "absent" / REPORT_NAME)
 
 
+LATER = {"command", "neighbours", "diagnosis"}
+LATER_OF_TENSORS, LATER_OF_EVALUATIONS = {"histogram", "reads"}, {"samples", "reference_sha256"}
+
+
+def test_a_report_of_schema_4_is_read_without_what_came_later(tmp_path, document):
+    document["schema"] = 4
+    for part, names in ((document, LATER), *((tensor, LATER_OF_TENSORS) for tensor in document["tensors"]),
+                        *((run, LATER_OF_EVALUATIONS) for run in document["evaluation"])):  # fmt: skip
+        for name in names:
+            del part[name]
+    report = load(write(tmp_path / REPORT_NAME, document))
+    assert report.schema_version == SCHEMA
+    assert (report.command, report.neighbours) == (None, ())
+    assert report.tensors[3].histogram is None
+    assert report.evaluation[0].samples == ()
+    dump(report, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["schema"] == SCHEMA
+
+
+def test_a_report_of_schema_4_is_as_strict(tmp_path, document):
+    with pytest.raises(CheckpointError, match=r"settings\.sede"):
+        load(write(tmp_path / REPORT_NAME, document | {"schema": 4, "settings": document["settings"] | {"sede": 0}}))
+
+
+@pytest.mark.parametrize("counts", ["", "A" * 167, "A" * 169, "\u00e9" * 168, "A" * 167 + "="])
+def test_counts_of_another_length_or_alphabet_are_refused(tmp_path, document, counts):
+    document["tensors"][3]["histogram"]["source"] = counts
+    with pytest.raises(CheckpointError, match="histogram"):
+        load(write(tmp_path / REPORT_NAME, document))
+
+
+def test_a_sample_parts_for_both_or_for_none(tmp_path, document):
+    document["evaluation"][0]["samples"][0]["reference"] = None
+    with pytest.raises(CheckpointError, match="both models go on"):
+        load(write(tmp_path / REPORT_NAME, document))
+
+
 def test_an_absent_report_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         load(tmp_path / REPORT_NAME)
@@ -108,7 +145,7 @@ def test_json_that_is_no_report_is_refused(tmp_path, content):
         load(write(tmp_path / REPORT_NAME, content))
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 99, "3", 3.0, True, None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 99, "5", 5.0, True, None, [2]])
 def test_another_schema_version_is_named(tmp_path, document, version):
     with pytest.raises(CheckpointError, match="report schema") as caught:
         load(write(tmp_path / REPORT_NAME, document | {"schema": version}))

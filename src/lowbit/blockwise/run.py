@@ -33,8 +33,10 @@ from lowbit.blockwise.tensors import StoredTensors
 from lowbit.calibrate.block_modules import Block
 from lowbit.calibrate.blocks import BlockRunner, Progress
 from lowbit.calibrate.stages import Stage, by_child, count_stages
+from lowbit.calibrate.summary import summaries_of
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError
+from lowbit.measure import trim_memory
 from lowbit.methods import Method, parse_method
 from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.bias_correction import corrected_bias, why_not_corrected
@@ -179,6 +181,7 @@ class _Block:
         self.results: dict[str, LinearResult] = {}
         self.transforms: list[dict] = []
         self.notes: list[str] = []
+        self.inputs: dict[str, dict] = {}
 
     def decide(self, store: BlockStore) -> None:
         runner, job = self.runner, self.job
@@ -188,6 +191,8 @@ class _Block:
         # Of the windows in front of this block; the quantized stream goes on only at the end.
         for stage in by_child(passes.stages) if job.transforms else passes.stages:
             stats = self.cost.timed("forward", passes.measure, stage, self.tick, not job.transforms)
+            if "hadamard" not in job.method.transforms:  # channels of a rotated stream are no channels of the model
+                self.inputs |= summaries_of(stats, self.index, len(runner.blocks))
             passes.transformed(self._transform(stats, job.transforms))
             if not (job.transforms and job.feeds_back):
                 self.cost.timed("round", self._round_stage, stage, stats)
@@ -202,11 +207,12 @@ class _Block:
             passes.forget()
         changed = {name: self.tensors.stored(name, self.rewritten[name], job.dtypes[name]) for name in self.rewritten}
         stored: dict[str, QuantizedTensor | Tensor] = {name: each.stored for name, each in self.rounded.items()}
-        record = BlockRecord(self.results, tuple(self.transforms), notes=tuple(self.notes))
+        record = BlockRecord(self.results, tuple(self.transforms), notes=tuple(self.notes), inputs=self.inputs)
         self.cost.timed("store", store.save, self.index, stored, changed, record)
         if self.index + 1 < len(runner.blocks):
             self.cost.timed("forward", passes.advance, self.tick, job.checkpoint.read)
         runner.drop(self.index)
+        trim_memory()  # what statistics leave in pieces: 0.2 GB of 0.86 for SmolLM2 with 16 windows
 
     def rotate(self) -> None:
         """The residual stream's rotation, where it is asked for: of the quantized and the unquantized stream."""

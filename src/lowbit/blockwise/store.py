@@ -66,6 +66,7 @@ class BlockRecord:
     transforms    what transforms did, as plain values
     input_absmax  linear → the range of its input, where a static activation scale is stored
     cache_absmax  "k" and "v" → largest value of each head, where a cache scale is stored
+    inputs        name of a distinct input → its summary (`calibrate.summary`), of the blocks that the report shows
     """
 
     linears: dict[str, LinearResult]
@@ -73,6 +74,7 @@ class BlockRecord:
     input_absmax: dict[str, float] = field(default_factory=dict)
     cache_absmax: dict[str, list[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class BlockStore:

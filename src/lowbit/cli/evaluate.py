@@ -56,6 +56,9 @@ def evaluate(
             help="Memory to stay within; models that do not fit are run block by block. Default: most of what is free.",
         ),
     ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Prompts that both models answer, for the report; 0 for none.", min=0, max=6)
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not add the figures to the report beside the weights.")
@@ -67,7 +70,7 @@ def evaluate(
     """Measure perplexity, KL divergence from the unquantized model and agreement on the most probable token."""
     import torch
 
-    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.checkpoint.base import OpenOptions, report_path
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.evaluation import evaluate as run
     from lowbit.evaluation import evaluation_table, heading, sentence
@@ -75,6 +78,7 @@ def evaluate(
     from lowbit.settings import parse_bytes
 
     return_freed_memory()
+    reported = not no_report and report_path(Path(quantized)).is_file()
     with window_progress("windows", quiet=as_json) as progress:
         evaluations = run(
             quantized,
@@ -88,10 +92,11 @@ def evaluate(
             dtype=getattr(torch, dtype.value),
             device=device,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
+            samples=samples if reported else 0,
             options=OpenOptions(allow_pickle, trust_remote_code, revision),
             progress=progress,
         )
-    if not no_report:
+    if reported:
         _add_to_report(Path(quantized), evaluations, quiet=as_json)
     if as_json:
         print_json([evaluation.to_dict() for evaluation in evaluations])
@@ -110,7 +115,7 @@ def _add_to_report(folder: Path, evaluations: list[Any], quiet: bool) -> None:
     from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import say
 
-    if evaluations[0].reference is None or not report_path(folder).is_file():
+    if evaluations[0].reference is None:
         return
     add_evaluation(folder, evaluations)
     if not quiet:

@@ -24,12 +24,13 @@ from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulated_activations
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
-from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, read_report
+from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, fingerprint, read_report
 from lowbit.evaluation.forward import Decoded, Runner, slices
 from lowbit.evaluation.memory import Way, choose_way
 from lowbit.evaluation.metrics import Divergence, Scores, TokenValues
 from lowbit.evaluation.opening import Opened, Opener, Reference, open_reference
 from lowbit.evaluation.result import Evaluation, TextRecord
+from lowbit.evaluation.samples import MOST, TOKENS, GeneratedSample, parted, prompts, say
 from lowbit.measure import Meter
 from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
 
@@ -72,6 +73,8 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     max_memory: int | None = None,
+    samples: int = 0,
+    sample_tokens: int = TOKENS,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
@@ -84,8 +87,12 @@ def evaluate(
     bos          "auto": each window opens with BOS where the tokenizer adds it by itself
     max_memory   bytes that the process may hold; models that do not fit are run block by block, which a note says.
                  None: most of what the machine has left. On CUDA, bytes of the device
+    samples      let both models answer so many packaged prompts (at most 6), `sample_tokens` tokens each, and keep
+                 where they part; not where models are run block by block, which a note says
     progress     called with (windows done, windows in all); block by block a window counts once per block and model
     """
+    if not 0 <= samples <= MOST:
+        raise UsageError(f"{samples} samples were asked for", f"there are {MOST} prompts; 0 for none")
     meter = Meter()
     judged_text = read_text(text)
     with contextlib.ExitStack() as stack:
@@ -101,10 +108,17 @@ def evaluate(
         runs = len(asked.models) - 1 + len(variants)
         way = choose_way([each.loader for each in asked.models], runs, max_memory)
         scores = _block_by_block(asked, way, opener.options) if way.block_by_block else _whole(asked)
+        said = () if way.block_by_block or not samples else _samples(asked, samples, sample_tokens)
         facts = _facts(judged, source, report, judged_text, cut, windows, way)
         facts |= {"protocol": protocol, "dtype": str(dtype).removeprefix("torch.")}
+        if samples and way.block_by_block:
+            facts["notes"] += ("no samples: models that are run block by block do not generate",)
         facts |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_bytes + device_peak_bytes(device)}
-    return [Evaluation(**facts, activations=name, **_figures(scores[name])) for name in variants]
+    spoken = next(reversed(variants))  # with activations simulated, where there is that: as an engine would
+    return [
+        Evaluation(**facts, activations=name, **_figures(scores[name]), samples=said if name == spoken else ())
+        for name in variants
+    ]
 
 
 def _whole(asked: _Comparison) -> dict[Variant, Scores]:
@@ -117,6 +131,22 @@ def _whole(asked: _Comparison) -> dict[Variant, Scores]:
     for name, context in asked.variants.items():
         runners[name] = Runner(model, partial(context, model))
     return score(base, runners, asked.windows, asked.progress)
+
+
+def _samples(asked: _Comparison, count: int, tokens: int) -> tuple[GeneratedSample, ...]:
+    """Both models on the packaged prompts, the judged one in its last variant; none without a reference."""
+    if asked.reference is None:
+        return ()
+    *_, context = asked.variants.values()
+    reference, judged, tokenizer = asked.reference.model, asked.judged.model, asked.reference.tokenizer
+    questions, chat = prompts(tokenizer, count)
+    made = []
+    for prompt in questions:
+        wanted = say(reference, tokenizer, prompt, chat, tokens, keep_probabilities=True)
+        with context(judged):
+            got = say(judged, tokenizer, prompt, chat, tokens)
+        made.append(parted(tokenizer, prompt, chat, wanted, got))
+    return tuple(made)
 
 
 def _block_by_block(asked: _Comparison, way: Way, options: OpenOptions) -> dict[Variant, Scores]:
@@ -217,6 +247,7 @@ def _facts(
         "model": judged.checkpoint.source,
         "reference": None if source.opened is None else source.opened.checkpoint.source,
         "reference_from": source.named_by,
+        "reference_sha256": None if source.opened is None else fingerprint(source.opened.checkpoint),
         "scheme": " + ".join(sorted(schemes)) or None,
         "text": TextRecord(text.name, text.sha256, cut.text_tokens),
         "windows": len(cut.ids),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lowbit.evaluation.samples import GeneratedSample
+
 
 @dataclass(frozen=True)
 class TextRecord:
@@ -33,6 +35,8 @@ class Evaluation:
     peak_memory_bytes   highest resident memory of the process meanwhile (plus device memory on CUDA)
     bits_per_weight     of the decoder's linear weights as stored, scales included; bits_from says where it was read
     notes               what a reader should know: fewer windows, a source that no longer opens
+    reference_sha256    fingerprint of the reference (`footprint.fingerprint`)
+    samples             what both say to a few prompts, where that was asked for; of the variant that an engine runs
     """
 
     model: str
@@ -70,10 +74,12 @@ class Evaluation:
     bits_from: Literal["report", "tensors"]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    reference_sha256: str | None = None
+    samples: tuple[GeneratedSample, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return {**asdict(self), "notes": list(self.notes), "samples": [asdict(sample) for sample in self.samples]}
 
     @property
     def label(self) -> str:

@@ -12,9 +12,11 @@ import hashlib
 from pathlib import Path
 from string import Template
 
-from lowbit.report import sections, summary, tables
+from lowbit.report import quality, sections, summary, tables
+from lowbit.report.damage import damage
 from lowbit.report.markup import Html, escape, join
 from lowbit.report.plot import marker_definitions
+from lowbit.report.samples import samples_section
 from lowbit.report.schema import Report
 
 _HERE = Path(__file__).parent
@@ -22,13 +24,15 @@ _HERE = Path(__file__).parent
 
 def render_html(report: Report) -> str:
     """The whole page, from doctype to `</html>`."""
-    style, script = _asset("report.css"), _asset("report.js")
+    title = f"{report.source.model} in {report.settings.scheme} – lowbit report"
+    return page(title, _body(report), "report.js", "copy.js")
+
+
+def page(title: str, body: Html, *scripts: str) -> str:
+    """A page around a body, with scripts that lie beside this file."""
+    script = "\n".join(_asset(name) for name in scripts)
     return Template(_asset("report.html")).substitute(
-        title=escape(f"{report.source.model} in {report.settings.scheme} – lowbit report"),
-        policy=_policy(script),
-        style=style,
-        script=script,
-        body=_body(report),
+        title=escape(title), policy=_policy(script), style=_asset("report.css"), script=script, body=body
     )
 
 
@@ -37,9 +41,12 @@ def _body(report: Report) -> Html:
         marker_definitions(),
         summary.masthead(report),
         summary.cards(report),
-        sections.serve(report),
-        sections.evaluation(report),
+        quality.size_and_quality(report),
+        _samples(report),
+        damage(report),
         sections.errors(report),
+        sections.evaluation(report),
+        sections.serve(report),
         tables.breakdown(report),
         sections.left_alone(report),
         sections.notes(report),
@@ -47,6 +54,11 @@ def _body(report: Report) -> Html:
         tables.tensor_table(report),
         sections.provenance(report),
     )
+
+
+def _samples(report: Report) -> Html | None:
+    evaluation = summary.headline_evaluation(report)
+    return None if evaluation is None else samples_section([(evaluation.label, evaluation.samples)])
 
 
 def _policy(script: str) -> str:

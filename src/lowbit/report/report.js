@@ -1,4 +1,4 @@
-// What the page does beyond showing: find, filter, sort, point, copy. It reads everything from the document itself.
+// What the page does beyond showing: find, filter, sort, point, pick. It reads everything from the document itself.
 //
 // State lives in one object; `#find=text` and `#t17` in the address set it, so a finding can be linked to.
 // Text goes in through textContent only: tensor names are not ours.
@@ -8,7 +8,7 @@
 
   const byId = (id) => document.getElementById(id);
   const all = (selector) => [...document.querySelectorAll(selector)];
-  const [NAME, ROLE, ERROR, SCHEME, BITS, NOTES] = [0, 1, 3, 5, 6, 9]; // columns of the tensor table
+  const [NAME, ROLE, ERROR, SCHEME, BITS, SHAPE, NOTES] = [0, 1, 3, 5, 6, 8, 9]; // columns of the tensor table
   const state = { find: "", role: "", kind: "all" };
 
   const plot = byId("plot");
@@ -98,6 +98,7 @@
     }
     for (const other of all("tr.here")) other.classList.remove("here");
     row.element.classList.add("here");
+    if (pick) showWeights(row);
     row.element.scrollIntoView({ block: "center" });
     point(points.find((candidate) => candidate.row === row) || null);
   }
@@ -187,6 +188,68 @@
     new ResizeObserver(() => point(current)).observe(plot);
   }
 
+  // ---- the weights of one tensor ------------------------------------------------------------------------------------
+
+  const pick = byId("pick");
+  const withWeights = rows.filter((row) => row.element.dataset.h);
+
+  function shares(base64) {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const view = new DataView(bytes.buffer);
+    return Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true) / 65535);
+  }
+
+  const outline = (base64) => // as histogram.py draws it
+    "M0 100" + shares(base64).map((share, i) => `V${(100 - 96 * Math.sqrt(share)).toFixed(1)}H${i + 1}`).join("") + "V100";
+
+  const short = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(2) : Number(value.toPrecision(3)).toString());
+
+  function showWeights(row) {
+    if (!row || !row.element.dataset.h) return;
+    const [reach, values, sampled, source, decoded] = row.element.dataset.h.split(" ");
+    const cells = row.element.cells;
+    const name = cells[NAME].textContent;
+    pick.value = row.element.id.slice(1);
+    byId("picked").textContent = name;
+    byId("h-source").setAttribute("d", outline(source));
+    byId("h-decoded").setAttribute("d", decoded ? outline(decoded) : "M0 0");
+    byId("h-picture").setAttribute("aria-label", `Histogram of the weights of ${name}, from −${short(+reach)} to ${short(+reach)}`);
+    const ticks = [-reach, -reach / 2, 0, reach / 2, +reach].map((tick) => short(tick).replace("-", "−"));
+    [...byId("h-axis").children].forEach((tick, i) => { tick.textContent = ticks[i]; });
+    const error = cells[ERROR].textContent;
+    const share = values / cells[SHAPE].dataset.v;
+    const facts = [
+      /\d/.test(error) ? `${error} dB` : error,
+      row.kind === "quantized" ? cells[SCHEME].textContent : "not quantized",
+      cells[BITS].textContent,
+      cells[SHAPE].textContent,
+      `${(+values).toLocaleString("en")} weights in ${(+sampled).toLocaleString("en")} rows, ${(100 * share).toFixed(1)}\u00a0%`,
+    ];
+    const input = row.element.dataset.input; // has a strip below
+    facts.push(input ?? "not recorded");
+    [...byId("h-facts").querySelectorAll("dd")].forEach((fact, i) => { fact.textContent = facts[i]; });
+    for (const label of all(".strips [data-input]")) label.classList.toggle("here", label.dataset.input === input);
+    for (const cell of all(".heat rect")) {
+      cell.classList.toggle("here", cell.dataset.t === pick.value);
+      if (cell.dataset.t === pick.value) cell.parentNode.append(cell); // above its neighbours, with the whole outline
+    }
+  }
+
+  if (pick) {
+    for (const row of withWeights) pick.add(new Option(row.element.cells[NAME].textContent, row.element.id.slice(1)));
+    const step = (by) => {
+      const at = withWeights.findIndex((row) => row.element.id.slice(1) === pick.value);
+      showWeights(withWeights[(at + by + withWeights.length) % withWeights.length]);
+    };
+    pick.addEventListener("change", () => showWeights(rowOf.get(pick.value)));
+    byId("pick-before").addEventListener("click", () => step(-1));
+    byId("pick-next").addEventListener("click", () => step(1));
+    showWeights(rowOf.get(byId("weights").dataset.row));
+    for (const map of all(".heat")) {
+      map.addEventListener("click", (event) => showWeights(rowOf.get(event.target.closest("[data-t]")?.dataset.t)));
+    }
+  }
+
   // ---- the table -------------------------------------------------------------------------------------------------
 
   const sortKey = (element, column) => {
@@ -217,21 +280,6 @@
   });
   for (const box of all(".find")) box.addEventListener("input", () => setFind(box.value));
 
-  // ---- copy ------------------------------------------------------------------------------------------------------
-
-  for (const button of all(".copy")) {
-    button.addEventListener("click", async () => {
-      const code = button.parentElement.querySelector("code");
-      try {
-        await navigator.clipboard.writeText(code.textContent);
-        button.textContent = "Copied";
-      } catch {
-        getSelection().selectAllChildren(code); // no permission: leave it selected for the keyboard
-        button.textContent = "Selected";
-      }
-      setTimeout(() => { button.textContent = "Copy"; }, 1600);
-    });
-  }
   addEventListener("hashchange", readAddress);
 
   document.documentElement.classList.add("live"); // shows the search boxes

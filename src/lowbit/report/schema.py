@@ -8,6 +8,9 @@ reads a field as something else or drops one on the way through.
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
+A report of schema 4 is read too, as one of schema 5 without what came later: histograms, samples, neighbours, the
+command.
+
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
 reason, a verification that is `ok` although a check failed. A report of another schema version is named as such.
@@ -26,8 +29,11 @@ from pydantic_core import from_json
 
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.report.diagnosis import Diagnosis
 
-SCHEMA = 4
+SCHEMA = 5
+# Read as well: everything that has been added since has a default.
+EARLIER = (4,)
 # A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
 LARGEST_FILE = 256 * 2**20
 
@@ -69,10 +75,27 @@ class Output(_Part):
     dtype: str
 
 
+class InputRecord(_Part):
+    """What one distinct input looked like on the calibration text (`lowbit.calibrate.summary`).
+
+    low, step   code c of a channel stands for a mean of x² of 2^(low + step · c)
+    codes       uint8 [K], base64
+    """
+
+    name: str
+    block: Count | None
+    tokens: Count
+    low: float
+    step: NonNegative
+    codes: str
+
+
 class Calibration(_Part):
     """The text that statistics were measured on. None in `Settings` where the method needs no data.
 
     notes  "the text has 8 000 tokens: 15 windows of 512, not the 128 asked for"
+    inputs      of a few evenly spaced blocks, as the quantized model saw the text; empty where nothing was measured
+    vocabulary  which tokens the text has: a bit for each, least significant first, zlib, base64
     """
 
     name: str
@@ -81,6 +104,8 @@ class Calibration(_Part):
     sequence_length: Count
     tokens: Count
     notes: tuple[str, ...] = ()
+    inputs: tuple[InputRecord, ...] = ()
+    vocabulary: str | None = None
 
 
 class Settings(_Part):
@@ -130,6 +155,28 @@ class Totals(_Part):
     seconds_by_work: dict[str, NonNegative] = {}
 
 
+BINS = 63  # odd, so that 0 lies in the middle of one
+Counts = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{168}$")]  # 63 numbers of 2 bytes in base64
+
+
+class Histogram(_Part):
+    """How the values of one tensor are distributed, on an evenly spaced subsample of its rows.
+
+    reach    BINS equal bins span −reach … +reach; the first and the last hold what lies beyond, too
+    rows, values   of the subsample
+    source   little-endian uint16 [BINS], round(65535 · count / largest), in base64
+    decoded  the same of what the stored codes stand for; None where the tensor was left alone
+    largest  the count that 65535 stands for
+    """
+
+    reach: NonNegative
+    rows: Count
+    values: Count
+    largest: Count
+    source: Counts
+    decoded: Counts | None = None
+
+
 class TensorEntry(_Part):
     """One tensor of the model: quantized (`scheme`), or left alone (`reason`); always exactly one of them.
 
@@ -144,6 +191,8 @@ class TensorEntry(_Part):
     tokens           of the text that the linear was measured on
     repacked         True where the source's own codes were kept, bit for bit (`lowbit convert`)
     notes            what was changed on the way: "group size 64: 128 does not divide 576"
+    reads            name of its input, which it may share with others: model.layers.3.attention_input
+    histogram        None where none was taken: of models with very many tensors, those of least error have none
     """
 
     name: str
@@ -162,6 +211,8 @@ class TensorEntry(_Part):
     repacked: bool = False
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    reads: str | None = None
+    histogram: Histogram | None = None
 
     @model_validator(mode="after")
     def _quantized_or_explained(self) -> TensorEntry:
@@ -214,6 +265,42 @@ class EvaluationText(_Part):
     tokens: Count
 
 
+class Continuation(_Part):
+    """How one model goes on from where two part: the first token that differs, and what follows it.
+
+    token_probability  what the reference gave this token there
+    ended              True where the model stopped by itself instead
+    """
+
+    token: str
+    rest: str
+    tokens: Count
+    token_probability: Share
+    ended: bool = False
+
+
+class GeneratedSample(_Part):
+    """What reference and quantized model say after the same prompt, always taking the most probable token.
+
+    chat    True where the prompt went through the chat template
+    shared, shared_tokens   what both say before they part
+    reference, quantized    from there on; both None where they never part
+    """
+
+    prompt: str
+    chat: bool
+    shared: str
+    shared_tokens: Count
+    reference: Continuation | None = None
+    quantized: Continuation | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> GeneratedSample:
+        if (self.reference is None) != (self.quantized is None):
+            raise ValueError("either both models go on, or none does")
+        return self
+
+
 class Evaluation(_Part):
     """The quantized model against its source, over the same tokens. Without a reference only `ppl` is known.
 
@@ -226,6 +313,8 @@ class Evaluation(_Part):
     same_top1       share of tokens where both prefer the same next token
     delta_p_*       change of the probability of the token that came
     bits_from       where bits_per_weight was read: the report, or the tensors' stored sizes
+    reference_sha256   fingerprint of the reference: names, shapes and a sample of its weights
+    samples         what both say to a few prompts; empty where that was not asked for
     """
 
     model: str
@@ -263,12 +352,33 @@ class Evaluation(_Part):
     bits_from: Literal["report", "tensors"]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    reference_sha256: str | None = None
+    samples: tuple[GeneratedSample, ...] = ()
 
     @property
     def label(self) -> str:
         """What a column of figures is called."""
         name = self.scheme or self.model
         return f"{name}, activations rounded" if self.activations == "simulated" else name
+
+
+class Neighbour(_Part):
+    """Another scheme for the same source: what its files weigh and, where it was measured beside this one, its quality.
+
+    origin     "plan": planned to the byte, not made; "compare": made, and compared by `lowbit compare`
+    label      what it is called in the chart
+    bytes      of the weight files
+    kld_mean   nats per token on the text and protocol of this report's headline evaluation; None of a plan
+    """
+
+    origin: Literal["plan", "compare"]
+    label: str
+    scheme: str
+    bytes: Count
+    bits_per_weight: NonNegative
+    kld_mean: float | None = None
+    kld_se: NonNegative | None = None
+    same_top1: Share | None = None
 
 
 class ServeLine(_Part):
@@ -279,9 +389,13 @@ class ServeLine(_Part):
 
 
 class Report(_Part):
-    """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`."""
+    """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`.
 
-    schema_version: Literal[4] = Field(default=SCHEMA, alias="schema")
+    command     the command line that makes it again
+    neighbours  other schemes for the same source
+    """
+
+    schema_version: Literal[5] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: Source
@@ -293,19 +407,21 @@ class Report(_Part):
     transforms: tuple[TransformEntry, ...] = ()
     verification: Verification | None = None
     evaluation: tuple[Evaluation, ...] = ()
+    diagnosis: Diagnosis | None = None
     serve: tuple[ServeLine, ...] = ()
+    command: str | None = None
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 def load(path: Path | str) -> Report:
     """Read a report from a file, or from the checkpoint folder that holds one.
 
-    Raises CheckpointError for anything that is not a report of this schema version.
+    Raises CheckpointError for anything that is not a report of this schema version, or of one of `EARLIER`.
     """
     path = Path(path)
     if path.is_dir():
         path = path / REPORT_NAME
-    text = _read_bounded(path)
-    _check_version(path, text)
+    text = _of_this_schema(path, _read_bounded(path))
     try:
         return Report.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -359,7 +475,8 @@ def _read_bounded(path: Path) -> bytes:
     return text
 
 
-def _check_version(path: Path, text: bytes) -> None:
+def _of_this_schema(path: Path, text: bytes) -> bytes:
+    """The JSON, with the schema number raised where an earlier one is read."""
     try:
         document = from_json(text)
     except ValueError as error:
@@ -370,11 +487,12 @@ def _check_version(path: Path, text: bytes) -> None:
             f"lowbit quantize writes {REPORT_NAME} beside the weights",
         )
     version = document["schema"]
-    if type(version) is not int or version != SCHEMA:
+    if type(version) is not int or version not in (SCHEMA, *EARLIER):
         raise CheckpointError(
-            f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA}",
+            f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA} and {EARLIER[0]}",
             "use the lowbit that wrote it, or write it again with this one",
         )
+    return text if version == SCHEMA else json.dumps(document | {"schema": SCHEMA}).encode()
 
 
 def _first_problem(error: ValidationError) -> str:

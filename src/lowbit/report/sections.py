@@ -6,9 +6,12 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from lowbit.report.activations import activation_strips, recorded_inputs
 from lowbit.report.elements import column_heads, command_line, scrolling, search_box, section
+from lowbit.report.histogram import weights_figure
 from lowbit.report.markup import Html, join, tag
 from lowbit.report.plot import error_plot
+from lowbit.report.quality import heat_maps
 from lowbit.report.schema import Calibration, Check, Evaluation, Output, Report, Settings, Source, TensorEntry
 from lowbit.report.summary import engine_name, rounds_activations
 from lowbit.report.units import (
@@ -103,16 +106,24 @@ def _measured(value: float | None, error: float | None = None, percent: bool = F
 
 
 def errors(report: Report) -> Html:
-    """The plot, the search box that it shares with the tensor table, and the worst tensors by name."""
-    plot = error_plot(report.tensors)
+    """Heat maps, the weights of a tensor, the plot with the search box that it shares with the table, the worst."""
+    plot, weights = error_plot(report.tensors), weights_figure(report.tensors, recorded_inputs(report))
+    calibration = report.settings.calibration
+    inputs = activation_strips(calibration.inputs) if calibration is not None else None
     if plot is None:
-        return section("errors", "Error by tensor", tag("p", "No tensor has a measured error."))
+        nothing = tag("p", "No tensor has a measured error.")
+        return section("errors", "Where the error is", nothing, weights, inputs)
     words = (
         "Relative error ‖W − Ŵ‖² ∕ ‖W‖² of every quantized tensor, by transformer block. "
         f"Lower is better; {number(-20, 0)}{NBSP}dB is 1{NBSP}%."
     )
     caption = tag("p", words, class_="caption")
-    return section("errors", "Error by tensor", caption, search_box("find-plot"), plot, _worst(report.tensors))
+    maps = heat_maps(report.tensors)
+    heading = tag("h3", "Error by tensor") if maps else None
+    by = "By transformer block, from left to right, and by role; of experts the worst. The more colour, the worse."
+    hint = tag("p", by, class_="caption") if maps else None
+    parts = (hint, maps, weights, inputs, heading, caption, search_box("find-plot"), plot, _worst(report.tensors))
+    return section("errors", "Where the error is", *parts)
 
 
 def _worst(tensors: Sequence[TensorEntry]) -> Html:
@@ -216,7 +227,8 @@ def provenance(report: Report) -> Html:
         _facts("Output", _output_facts(report.output)),
         _facts("Versions", _version_facts(report)),
     )
-    return section("provenance", "How it was made", tag("div", *groups, class_="fact-groups"))
+    again = None if report.command is None else join(tag("h3", "To make it again"), command_line(report.command))
+    return section("provenance", "How it was made", again, tag("div", *groups, class_="fact-groups"))
 
 
 def _settings_facts(settings: Settings) -> Iterable[tuple[str, str]]:

@@ -1,10 +1,12 @@
 """The top of the page: what the model became, what that cost, and whether anything says otherwise.
 
-Sentences state measurements and their error; no thresholds of ours turn them into praise.
+Sentences state measurements and their error; the one phrase that judges them has limits that the page states
+(verdict.py).
 """
 
 from __future__ import annotations
 
+from lowbit.report import verdict as wording
 from lowbit.report.markup import Html, join, tag
 from lowbit.report.schema import Evaluation, Report
 from lowbit.report.units import DASH, NBSP, duration, number, percent, plural, quantity, size
@@ -43,6 +45,7 @@ def masthead(report: Report) -> Html:
         tag("p", " · ".join([*done, f"{report.created:%d %B %Y}".lstrip("0")]), class_="meta"),
         tag("p", verdict(report), class_="verdict"),
         tag("p", *status(report), class_="status"),
+        wording.explained() if wording.words(headline_evaluation(report)) else None,
     )
 
 
@@ -57,13 +60,15 @@ def verdict(report: Report) -> str:
 def _measured(report: Report) -> str:
     evaluation = headline_evaluation(report)
     bits = number(report.totals.decoder_bits_per_weight, 2)
-    got = f"{_size_change(report)}, at {bits} bits per weight in the decoder."
+    got = f"{bits} bits per weight, {size(report.totals.bytes_out)} ({_size_change(report)})"
     if evaluation is None:
-        return f"{got} What that cost in quality has not been measured yet."
-    if evaluation.same_top1 is None:
-        return f"{got} Perplexity is {number(evaluation.ppl, 2)}; it was not compared with the source model."
-    agreement = f"It picks the same next token as its source {percent(evaluation.same_top1)} of the time"
-    return f"{got} {agreement}; {_perplexity_change(evaluation)}."
+        return f"{got}. What that cost in quality has not been measured yet."
+    if evaluation.same_top1 is None or evaluation.kld_mean is None:
+        return f"{got}. Perplexity is {number(evaluation.ppl, 2)}; it was not compared with the source model."
+    value, error = value_and_error(evaluation.kld_mean, evaluation.kld_se)
+    divergence = f"mean KLD {value}" + (f" ±{NBSP}{error}" if error else "")
+    kept = f"keeps {percent(evaluation.same_top1)} of the source's top tokens"
+    return f"{got}; {kept}; {divergence}; {_perplexity_change(evaluation)}: {wording.words(evaluation)}."
 
 
 def status(report: Report) -> list[Html]:
@@ -105,7 +110,7 @@ def cards(report: Report) -> Html:
         _card("Time", duration(totals.seconds), None, f"for {quantity(totals.weights)} weights"),
         _card("Peak memory", *_memory(totals.peak_memory_bytes)),
     ]
-    return tag("section", *shown, class_="cards", aria_label="Key figures")
+    return tag("section", *shown, class_="cards" if evaluation else "cards few", aria_label="Key figures")
 
 
 def _quality_cards(evaluation: Evaluation) -> list[Html]:
@@ -162,10 +167,10 @@ def _size_change(report: Report) -> str:
     """Smaller than the source, or larger: a source may already be quantized."""
     before, after = report.totals.bytes_in, report.totals.bytes_out
     if not before or not after:
-        return "Its size is not known"
+        return "the size of its source is not known"
     change = after / before - 1
     if abs(change) < 0.005:
-        return "As large as its source"
+        return "as large as its source"
     if change > 1:
         return f"{number(1 + change, 1)} times the size of its source"
     return f"{percent(abs(change), 0)} {'larger' if change > 0 else 'smaller'} than its source"

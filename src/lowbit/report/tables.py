@@ -6,7 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+from lowbit.report.activations import recorded_inputs
 from lowbit.report.elements import column_heads, number_cell, scrolling, search_box, section
+from lowbit.report.histogram import histogram_data
 from lowbit.report.markup import Html, breakable, join, tag
 from lowbit.report.plot import marker_symbol, order_roles
 from lowbit.report.schema import Report, TensorEntry
@@ -68,7 +70,8 @@ def tensor_table(report: Report) -> Html:
     heads = (tag("th", tag("button", label, type="button"), scope="col", aria_sort="none") for label in COLUMNS)
     roles = order_roles(tensor.role for tensor in report.tensors if tensor.relative_error is not None)
     position = {role: i for i, role in enumerate(roles)}
-    rows = (_tensor_row(i, tensor, position.get(tensor.role)) for i, tensor in enumerate(report.tensors))
+    recorded = recorded_inputs(report)
+    rows = (_tensor_row(i, tensor, position.get(tensor.role), recorded) for i, tensor in enumerate(report.tensors))
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), id="tensors-table")
     kinds = tag("select", *(tag("option", words, value=value) for value, words in KINDS), id="kind")
     show = tag("div", tag("label", "Show", for_="kind"), kinds, class_="toolbar scripted")
@@ -76,7 +79,7 @@ def tensor_table(report: Report) -> Html:
     return section("tensors", "All tensors", tools, scrolling(table, "All tensors", "tall"))
 
 
-def _tensor_row(row: int, tensor: TensorEntry, position: int | None) -> Html:
+def _tensor_row(row: int, tensor: TensorEntry, position: int | None, recorded: frozenset[str]) -> Html:
     symbol = None if position is None or tensor.relative_error is None else marker_symbol(position)
     notes = " · ".join(([tensor.reason] if tensor.reason else []) + list(tensor.notes))
     return tag(
@@ -94,6 +97,8 @@ def _tensor_row(row: int, tensor: TensorEntry, position: int | None) -> Html:
         id=f"t{row}",
         data_kind="quantized" if tensor.scheme else "alone",
         data_noted=bool(tensor.notes),
+        data_h=histogram_data(tensor.histogram),
+        data_input=tensor.reads if tensor.reads in recorded else None,
     )
 
 

@@ -1,0 +1,110 @@
+"""The page of several models: every figure, who beats whom, that sizes differ; hostile text stays text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from sample import make_evaluation, make_report
+from test_html import HOSTILE, Page
+
+from lowbit.report.compared import Compared, Comparison
+from lowbit.report.comparison_page import block_errors, error_curves, findings, render_comparison, sizes_differ
+
+
+def model(label, size, kld, report=True, **changes):
+    run = make_evaluation(size, kld_mean=kld, kld_se=0.001, **changes)
+    return Compared(label, f"/models/{label}", (run,), "measured", make_report(3) if report else None)
+
+
+def comparison(*models):
+    return Comparison("demo:smollm2", models or (model("A", 113_000_000, 0.2), model("B", 163_000_000, 0.02)))
+
+
+@pytest.fixture(scope="module")
+def page():
+    simulated = make_evaluation(163_000_000, kld_mean=0.031, activations="simulated", kld_p99=0.777)
+    alone = make_evaluation(163_000_000, kld_mean=0.02, samples=())
+    other = Compared("B", "/models/B", (alone, simulated), "report", make_report(3))
+    return Page(render_comparison(comparison(model("A", 113_000_000, 0.2), other, model("C", 90_000_000, 0.9, False))))
+
+
+def test_the_page_is_well_formed_and_self_contained(page):
+    assert page.open == []
+    identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    for _, attributes in page.elements:
+        for name in ("src", "href", "action"):
+            assert attributes.get(name) is None or attributes[name].startswith("#")
+    targets = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
+    assert targets <= set(identities)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demo:smollm2 in 3 versions",
+        "0.2000 ± 0.0010",
+        "0.777",
+        "weights alone",
+        "activations rounded",
+        "from its report",
+        "measured now",
+        "113.0 MB",
+        "Why is the sky blue?",
+        "lowbit did not make it",
+        "lowbit quantize demo:smollm2 -o out",
+    ],
+)
+def test_the_figures_are_on_the_page(page, words):
+    assert re.sub(r"\s+", "", words) in re.sub(r"\s+", "", page.text)
+
+
+def test_models_of_different_size_are_said_to_be():
+    models = comparison().models
+    assert "44\u00a0% more than A" in sizes_differ(models)
+    assert "of equal size" in sizes_differ((models[0], model("C", 113_500_000, 0.3)))
+
+
+def test_who_is_closest_smallest_and_beaten():
+    words = findings((model("A", 100, 0.2), model("B", 100, 0.1), model("C", 200, 0.01)))
+    assert words.startswith("Closest to the source is C")
+    assert "B beats A" in words
+    assert "beats C" not in words
+    assert "beats B" not in words
+
+
+def test_a_difference_within_the_error_beats_nobody():
+    assert "beats" not in findings((model("A", 100, 0.2), model("B", 100, 0.1985)))
+
+
+def test_one_model_can_be_closest_and_smallest():
+    assert "and it is the smallest" in findings((model("A", 100, 0.1), model("B", 200, 0.2)))
+
+
+def test_block_errors_are_weighted_by_the_number_of_weights():
+    tensors = make_report(2).tensors
+    members = [tensor for tensor in tensors if tensor.block == 1 and tensor.relative_error is not None]
+    weights = [tensor.shape[0] * tensor.shape[1] for tensor in members]
+    expected = sum(w * (t.relative_error or 0) for w, t in zip(weights, members, strict=True)) / sum(weights)
+    assert block_errors(tensors)[1] == pytest.approx(expected)
+    assert set(block_errors(tensors)) == {0, 1}
+
+
+def test_curves_need_a_report():
+    assert error_curves((model("A", 1, 0.1, report=False),)) is None
+    assert (error_curves(comparison().models) or "").count("<polyline") == 2
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text):
+    sample = make_evaluation().samples[0]
+    spoken = sample.quantized.model_copy(update={"token": text, "rest": text}) if sample.quantized else None
+    said = sample.model_copy(update={"prompt": text, "shared": text, "quantized": spoken})
+    run = make_evaluation(model=text, scheme=text, reference=text, protocol=text, notes=(text,), samples=(said,))
+    report = make_report(1, command=text)
+    other = Compared(text, text, (run,), "measured", report)
+    made = Page(render_comparison(Comparison(text, (other, Compared("B", text, (run,), "report", None)))))
+    assert made.open == []
+    assert (made.count("script"), made.count("img")) == (1, 0)
+    assert not any(key.startswith("on") for _, attributes in made.elements for key in attributes)
