@@ -1,0 +1,235 @@
+"""`lowbit advise [MODEL] --hardware H --engine E`: which scheme, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli.options import TrustRemoteCode
+
+if TYPE_CHECKING:
+    from lowbit.advice import Advice, Option
+
+_SHOWN = 6  # options in the table, unless --all
+_LABEL = 11  # columns of "quality:   "
+_EXPLAINED = 3  # of those, with the reason in words
+
+
+def advise(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, .gguf file, Hugging Face id (headers only), demo:smollm2. [default: 8B, Llama]"),
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option(help="A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-4090, M2-Max … or this.")
+    ] = "this",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers. [default: by the hardware]"),
+    ] = None,
+    goal: Annotated[str | None, typer.Option(help="quality, speed or memory. [default: balanced]")] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(help="chat, serve, decode, prefill, finetune. [default: serve on servers, else chat]"),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once. [default: 8 on servers, else 1]")] = None,
+    kv_cache: Annotated[str, typer.Option(help="auto, fp8 or bf16.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help="Of the device, where it differs: 16GiB.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars per hour of the device: adds cost per token.")] = None,
+    all_options: Annotated[bool, typer.Option("--all", help="Every scheme, not the first six.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Quantize MODEL to the first one that lowbit can write.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where --run writes.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Rank schemes for a model, a device and an engine: memory, speed, expected quality, cost, and why."""
+    from lowbit.advice import advise as ask
+    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.cli.console import print_json
+    from lowbit.settings import parse_bytes
+
+    _check(run, model, output)
+    options = OpenOptions(trust_remote_code=trust_remote_code)
+    answer = ask(
+        model, hardware=hardware, engine=engine, goal=goal, workload=workload, context=context, batch=batch,
+        kv_cache=kv_cache, memory=None if memory is None else parse_bytes(memory), price=price, options=options,
+    )  # fmt: skip
+    if json:
+        print_json(_as_json(answer))
+    else:
+        _print(answer, len(answer.options) if all_options else _SHOWN)
+    if run and model is not None:
+        _run(answer, model, output, json, options)
+
+
+def _check(run: bool, model: str | None, output: Path | None) -> None:
+    from lowbit.errors import UsageError
+
+    if run and model is None:
+        raise UsageError("--run quantizes a model, and none was given", "give MODEL")
+    if output is not None and not run:
+        raise UsageError("-o says where --run writes, and --run is not there", "add --run")
+
+
+def _run(answer: Advice, model: str, output: Path | None, json: bool, options: Any) -> None:
+    import lowbit
+    from lowbit.cli.console import byte_progress, say
+    from lowbit.errors import UsageError
+
+    chosen = next((each for each in answer.options if each.settings is not None and each.memory.fits), None)
+    if chosen is None or chosen.settings is None or chosen.output is None:
+        raise UsageError(
+            "nothing that lowbit can write fits", f"the least is {answer.options[-1].label}; see --all and --memory"
+        )
+    target = output or Path(chosen.output)
+    with byte_progress(f"quantize to {chosen.scheme}", quiet=json) as progress:
+        made = lowbit.quantize(model, target, options=options, progress=progress, **chosen.settings)
+    say(f"wrote {made.path} ({chosen.label})")
+
+
+def _print(answer: Advice, count: int) -> None:
+    from lowbit.cli.console import print_table, say
+
+    shown = answer.options[:count]
+    load = answer.load
+    typer.echo(f"{_first_line(answer)}\n")
+    typer.echo(f"{answer.engine} on {answer.device.label}, goal {answer.goal.name}, workload {answer.workload.name}: "
+               f"{load.batch} × {load.context} tokens")  # fmt: skip
+    print_table(_table(shown))
+    more = len(answer.options) - count
+    _echo(
+        "",
+        "memory: weights, cache and overhead; decode: of one sequence; loss: expected at 8 billion weights"
+        + (f"; {more} more schemes: --all" if more > 0 else ""),
+    )
+    typer.echo("")
+    for place, option in enumerate(shown[:_EXPLAINED], 1):
+        _echo(f"{place}  {option.label}: ", option.reason)
+    _print_lines(answer)
+    for note in answer.notes:
+        say(f"note: {note}")
+
+
+def _print_lines(answer: Advice) -> None:
+    best = answer.best
+    if best.expectation.source:
+        typer.echo("")
+        _echo("quality:   ", f"{best.expectation.says} ({best.expectation.model}; {best.expectation.source})")
+    if best.instead is not None:
+        typer.echo(f"make it with the engine's own tools:\n           {best.instead}")
+        writable = next((each for each in answer.options if each.quantize is not None and each.memory.fits), None)
+        if writable is None:
+            _echo("           ", f"lowbit writes nothing quantized that {answer.engine} runs on this device; --engine "
+                                 f"vllm lists what it writes for that")  # fmt: skip
+        else:
+            typer.echo(f"\nthe best that lowbit writes for {answer.engine} is {writable.label}:")
+            best = writable
+    if best.quantize is not None:
+        typer.echo(f"make it:   {best.quantize}")
+    if best.serve is not None:
+        typer.echo(f"{'load it:   ' if answer.workload.name == 'finetune' else 'serve it:  '}{best.serve}")
+
+
+def _echo(label: str, text: str) -> None:
+    """Prose, folded at the width of the terminal and indented below its label; commands are never folded."""
+    import shutil
+    import textwrap
+
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    indent = " " * (_LABEL if label.endswith("   ") else 3 * bool(label))
+    typer.echo(textwrap.fill(label + text, width, subsequent_indent=indent, break_on_hyphens=False,
+                             break_long_words=False))  # fmt: skip
+
+
+def _first_line(answer: Advice) -> str:
+    active = "" if answer.active_billions > 0.8 * answer.billions else f", {answer.active_billions:.3g} active"
+    return f"{answer.model}: {answer.billions:.3g} billion weights{active}"
+
+
+def _table(options: tuple[Option, ...]) -> Any:
+    """At most 100 columns wide."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from lowbit.cli.console import human_bytes
+
+    priced = any(option.cost_output is not None for option in options)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", justify="right")
+    table.add_column("scheme", no_wrap=True)
+    for column in ("memory", "fits", "decode", "prefill", "loss", *(("$/M out", "$/M in") if priced else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for place, option in enumerate(options, 1):
+        costs = (_dollars(option.cost_output), _dollars(option.cost_input)) if priced else ()
+        table.add_row(
+            str(place), option.label, human_bytes(option.memory.total), "yes" if option.memory.fits else "no",
+            f"{_rate(option.speed.decode)} tok/s", f"{_rate(option.speed.prefill)} tok/s", f"{option.loss:.1f} %",
+            *costs, "" if option.writable else "not by lowbit",
+        )  # fmt: skip
+    return table
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+
+
+def _dollars(amount: float | None) -> str:
+    return "" if amount is None else f"{amount:.3f}" if amount < 1 else f"{amount:.2f}"
+
+
+def _as_json(answer: Advice) -> dict[str, Any]:
+    device = answer.device
+    return {
+        "model": answer.model,
+        "billions": answer.billions,
+        "active_billions": answer.active_billions,
+        "device": {
+            "name": device.name, "label": device.label, "kind": device.kind, "memory_bytes": device.memory_bytes,
+            "bandwidth": device.bandwidth, "peak": dict(device.peak), "source": device.source, "note": device.note,
+        },
+        "engine": answer.engine,
+        "goal": answer.goal.name,
+        "workload": answer.workload.name,
+        "batch": answer.load.batch,
+        "context": answer.load.context,
+        "options": [_option_as_json(option) for option in answer.options],
+        "left_out": answer.left_out,
+        "assumptions": list(answer.assumptions),
+        "notes": list(answer.notes),
+    }  # fmt: skip
+
+
+def _option_as_json(option: Option) -> dict[str, Any]:
+    memory, how = option.memory, option.how
+    return {
+        "scheme": option.scheme,
+        "fp8_cache": option.fp8_cache,
+        "score": option.score,
+        "fits": memory.fits,
+        "memory": {
+            "weights": memory.weights, "cache": memory.cache, "overhead": memory.overhead, "total": memory.total,
+            "usable": memory.usable,
+        },
+        "decode_tokens_per_second": option.speed.decode,
+        "decode_tokens_per_second_all": option.speed.decode_all,
+        "prefill_tokens_per_second": option.speed.prefill,
+        "decode_bound_by": option.speed.bound,
+        "expected_loss_percent": option.loss,
+        "quality": {
+            "says": option.expectation.says, "model": option.expectation.model, "source": option.expectation.source,
+            "scaled_from": option.expectation.scaled_from,
+        },
+        "compute": None if how is None else how.compute,
+        "fallback": how is not None and how.fallback,
+        "kernel_source": None if how is None else how.source,
+        "dollars_per_million_output_tokens": option.cost_output,
+        "dollars_per_million_input_tokens": option.cost_input,
+        "reason": option.reason,
+        "quantize": option.quantize,
+        "serve": option.serve,
+        "instead": option.instead,
+    }  # fmt: skip
