@@ -6,7 +6,7 @@
 Work is counted, in bytes, weights and operations, and divided by rates (`rates.py`). Operations of a calibrated run, T
 tokens, per linear [N, K]:
 
-    forward     2 N K T · passes      two in the quantized stream, one more in the unquantized one
+    forward     2 N K T · passes      one in the quantized stream, two where transforms look first; one in the other
     Hessian     K² T per input, and 2 K² T for what the unquantized stream differs by
     GPTQ        N K², at a rate of its own: updates of later columns, a sweep of refinement, the errors reported
 """
@@ -88,7 +88,7 @@ def _calibration(
     tokens = settings.samples * settings.seqlen
     linears = [linear for linear in architecture.linears.values() if linear.block is not None]
     two = method.learns or "gptq" in method.roundings
-    passes = 1 if not settings.is_blockwise else 3 if two else 2
+    passes = 1 + two + bool(settings.is_blockwise and method.transforms)
     products = gram = feedback = 0.0
     seen: set[str] = set()
     for linear in linears:

@@ -7,8 +7,9 @@
     verify        the same with the verifier's slabs; of a GGUF file the largest tensor, mapped in source and output
     vocabulary    of a GGUF file: tokens and merges as Python objects
     embeddings    of a calibrated run: all of them, in source and compute dtype, before the first block
-    calibrate     hidden states (up to four arrays) + a block's weights (twice beside an unquantized stream) + H and C
-                  of its inputs + the largest linear in float32 with what rounding needs + a batch of activations
+    calibrate     hidden states of the streams, what attention put out of each, and what the last linear of the MLP is
+                  given + a block's weights (twice beside an unquantized stream) + H and C of its inputs + the largest
+                  linear in float32 with what rounding needs + a batch of activations
 
 The constants below were fitted to runs of SmolLM2-135M and of two Llamas of the same size; benchmarks/estimates.py
 prints prediction and measurement side by side.
@@ -108,8 +109,9 @@ def run_memory(
 def hidden_state_bytes(settings: Settings, shape: ModelShape) -> int:
     """Of all arrays of hidden states of a calibrated run; what does not fit in memory goes to a file of this size."""
     dtype = compute_dtype(settings.compute)
-    one = settings.samples * settings.seqlen * shape.hidden * dtype.itemsize
-    return one * (4 if _two_streams(settings) else 2)
+    last = 0 if shape.experts else shape.intermediate  # what goes into experts is not kept
+    width = shape.hidden * (4 if _two_streams(settings) else 2) + last
+    return settings.samples * settings.seqlen * width * dtype.itemsize
 
 
 def _vocabulary(prepared: Prepared | PreparedGGUF, shape: ModelShape | None) -> dict[str, int]:
