@@ -17,7 +17,8 @@ from lowbit.schemes import SCHEMES, find_scheme, is_gguf_name
 from lowbit.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -60,15 +61,16 @@ def test_commands_and_options_have_help(command):
         assert param.help, f"lowbit {command}: {param.name}"
 
 
+def examples_of(path: Path) -> list[str]:
+    """Every `lowbit …` line of a document's shell blocks, continuation lines joined."""
+    lines = [line for block in blocks(path, "sh") for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    return [line for line in lines if line.startswith("lowbit ")]
+
+
 def examples() -> list[Any]:
-    """Every `lowbit …` line of the shell blocks, continuation lines joined."""
-    found = []
-    for path in DOCUMENTS:
-        for block in blocks(path, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("lowbit "):
-                    found.append(pytest.param(line, id=f"{path.name}: {line}"))
-    return found
+    return [
+        pytest.param(line, id=f"{path.relative_to(ROOT)}: {line}") for path in DOCUMENTS for line in examples_of(path)
+    ]
 
 
 @pytest.mark.parametrize("line", examples())
@@ -93,11 +95,12 @@ def test_example_uses_commands_and_options_that_exist(line):
             if word == "--scheme" and value != "SCHEME" and not is_gguf_name(value):
                 find_scheme(value)
     wanted = [param for param in COMMANDS[command].params if param.param_type_name == "argument"]
-    assert sum(param.required for param in wanted) <= len(arguments) <= len(wanted)
+    most = len(arguments) if any(param.nargs == -1 for param in wanted) else len(wanted)
+    assert sum(param.required for param in wanted) <= len(arguments) <= most
     assert {option.name for option in options_of(command) if option.required} <= given
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_resolve(path):
     prose = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -157,7 +160,7 @@ def test_scheme_is_in_the_tables_with_its_bits_per_weight(name):
     exporter = find_exporter(default_format(SCHEMES[name]))
     stored = exporter.stored_tensors("l", (4096, 4096), SCHEMES[name], torch.bfloat16)
     bits = 8 * sum(tensor.nbytes for tensor in stored) / 4096**2
-    for document in ("README.md", "docs/schemes.md"):
+    for document in ("README.md", "README.zh-CN.md", "docs/schemes.md"):
         rows = re.findall(rf"^\| `{name}` .*$", (ROOT / document).read_text(encoding="utf-8"), flags=re.M)
         assert len(rows) == 1, document
         assert f"| {bits:.3f} |" in rows[0], f"{document}: {bits:.3f}"

@@ -15,7 +15,19 @@ import lowbit
 ROOT = Path(lowbit.__file__).parent
 
 # The order of the flow. A stage may import from the stages before it, from the shared currency and from itself.
-CURRENCY = {"errors", "methods", "tensors", "schemes", "settings", "measure", "numerics", "kernels", "text", "workers"}
+CURRENCY = {
+    "errors",
+    "hardware",
+    "kernels",
+    "measure",
+    "methods",
+    "numerics",
+    "schemes",
+    "settings",
+    "tensors",
+    "text",
+    "workers",
+}
 STAGES = [
     "checkpoint",
     "architecture",
@@ -30,7 +42,21 @@ STAGES = [
     "report",
 ]
 # What runs several stages.
-ABOVE = {"pipeline", "gguf_pipeline", "blockwise", "conversion", "reporting", "imatrix_api", "api", "cli"}
+ABOVE = {
+    "advice",
+    "estimation",
+    "diagnosis",
+    "pipeline",
+    "gguf_pipeline",
+    "blockwise",
+    "conversion",
+    "neighbours",
+    "comparison",
+    "reporting",
+    "imatrix_api",
+    "api",
+    "cli",
+}
 
 
 def imported_parts(path: Path) -> set[str]:

@@ -22,6 +22,10 @@ _CALLS = {
     "dry_run": "lowbit.api:dry_run",
     "verify": "lowbit.verification:verify",
     "evaluate": "lowbit.evaluation:evaluate",
+    "advise": "lowbit.advice:advise",
+    "compare": "lowbit.comparison:compare",
+    "diagnose": "lowbit.diagnosis:diagnose",
+    "estimate": "lowbit.estimation:estimate",
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
     from lowbit.api import dry_run as dry_run
     from lowbit.api import inspect as inspect
     from lowbit.api import quantize as quantize
+    from lowbit.advice import advise as advise
+    from lowbit.comparison import compare as compare
+    from lowbit.diagnosis import diagnose as diagnose
+    from lowbit.estimation import estimate as estimate
     from lowbit.evaluation import evaluate as evaluate
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load

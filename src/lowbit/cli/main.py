@@ -19,8 +19,12 @@ from typing import NoReturn
 
 import typer
 
+from lowbit.cli.advise import advise
+from lowbit.cli.compare import compare
 from lowbit.cli.convert import convert
 from lowbit.cli.demo import demo
+from lowbit.cli.diagnose import diagnose
+from lowbit.cli.estimate import estimate
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
@@ -38,7 +42,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, convert, imatrix, inspect, verify, evaluate, generate, demo):
+_COMMANDS = (
+    quantize, convert, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo
+)  # fmt: skip
+for command in _COMMANDS:
     app.command()(command)
 
 
