@@ -36,12 +36,20 @@ def download(model: str, options: OpenOptions) -> Path:
     repo, file = split_id(model)
     files = list_files(repo, options)
     if files is None:
-        folder = _cached_snapshot(repo, options)
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        chosen = choose_files(repo, files, file, options)
-    else:
-        chosen = choose_files(repo, files, file, options)
-        folder = download_files(repo, options, chosen)
+        return local_copy(model, options)
+    chosen = choose_files(repo, files, file, options)
+    return _model_in(download_files(repo, options, chosen), chosen)
+
+
+def local_copy(model: str, options: OpenOptions) -> Path:
+    """The same where the Hub cannot be reached: what an earlier download left in the local cache."""
+    repo, file = split_id(model)
+    folder = _cached_snapshot(repo, options)
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return _model_in(folder, choose_files(repo, files, file, options))
+
+
+def _model_in(folder: Path, chosen: list[str]) -> Path:
     gguf = sorted(name for name in chosen if name.endswith(".gguf"))
     return folder / gguf[0] if gguf else folder
 

@@ -29,7 +29,7 @@ from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.demo import DEMO_PREFIX
 from lowbit.checkpoint.header_copies import copy_side_files, folder_for_copies, safetensors_without_weights
-from lowbit.checkpoint.hub import is_hub_id
+from lowbit.checkpoint.hub import is_hub_id, local_copy
 from lowbit.checkpoint.pickle import pickle_files
 from lowbit.checkpoint.remote import remote_headers
 from lowbit.checkpoint.rows import read_config
@@ -136,7 +136,7 @@ def opened(model: str | Path | dict[str, Any], options: OpenOptions) -> Iterator
     with remote_headers(source, options) as found:
         if found is None:
             note = ("the Hub cannot be reached: headers are those of the copy in the local cache",)
-            yield _with_config(model, source, options, note)
+            yield _with_config(local_copy(source, options), source, options, note)
             return
         folder, fetched = found
         note = (f"no weights were downloaded: {fetched / 1e6:.2f} MB of headers were read",)
