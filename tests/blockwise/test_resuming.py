@@ -87,6 +87,27 @@ def test_killed_at_some_moment(model, text, whole, tmp_path, seconds):
     assert files_of(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("method", ["hadamard+gptq", "gptq+sign-sgd", "smoothquant+gptq"])
+def test_blocks_that_are_run_again_are_those_of_the_method(model, text, tmp_path, monkeypatch, method):
+    """Without kept hidden states, what an earlier run rotated, learned or scaled must come back from its decisions."""
+    monkeypatch.setattr(loop, "KEEP_STATES_EVERY", 1e9)
+    source = make_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
+    settings = {"iterations": 12} if "sign" in method else {}
+    calibrated(source, tmp_path / "whole", text, method, **settings)
+    save = BlockStore.save
+
+    def save_and_stop(self, index, *arguments):
+        save(self, index, *arguments)
+        if index == 1:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(BlockStore, "save", save_and_stop)
+        calibrated(source, tmp_path / "out", text, method, **settings)
+    calibrated(source, tmp_path / "out", text, method, run=RunOptions(resume=True), **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 def test_resuming_with_other_settings_is_refused(model, text, tmp_path, monkeypatch):
     def stop(self, index, *arguments):
         raise Stopped
