@@ -35,11 +35,11 @@ _CALLS = {
 __all__ = ["__version__", *_CALLS]
 
 if TYPE_CHECKING:
+    from lowbit.advice import advise as advise
     from lowbit.api import convert as convert
     from lowbit.api import dry_run as dry_run
     from lowbit.api import inspect as inspect
     from lowbit.api import quantize as quantize
-    from lowbit.advice import advise as advise
     from lowbit.comparison import compare as compare
     from lowbit.diagnosis import diagnose as diagnose
     from lowbit.estimation import estimate as estimate

@@ -8,7 +8,7 @@ import torch
 from lowbit.blockwise.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.block_modules import BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.calibrate.stages import by_child, count_stages, find_stages
+from lowbit.calibrate.stages import by_child, count_stages, find_idle, find_stages
 from lowbit.checkpoint import open_checkpoint
 from models import ARCHITECTURES, make_model
 
@@ -49,6 +49,27 @@ def test_a_llama_block_has_four_stages(tiny_llama):
     assert [stage.last for stage in stages] == [False, True, False, True]
     assert [stage.end for stage in stages] == [None, "self_attn.o_proj", None, "mlp.down_proj"]
     assert [len(stage.inputs) for stage in by_child(stages)] == [2, 2]
+
+
+IDLE = {
+    "llama": [("input_layernorm",), ("input_layernorm", "post_attention_layernorm")],
+    # What attention put out is normed before it is added.
+    "gemma2": [("input_layernorm",), ("input_layernorm", "pre_feedforward_layernorm")],
+    # Both norms look at the block's input; the MLP wants its own.
+    "gpt_neox": [("input_layernorm",), ("input_layernorm", "post_attention_layernorm")],
+}
+
+
+@pytest.mark.parametrize("architecture", IDLE)
+def test_norms_whose_output_nobody_wants(folder, architecture):
+    runner = BlockRunner(open_checkpoint(make_model(folder / f"idle-{architecture}", architecture)))
+    states, stages = runner.embed(IDS), stages_of(runner)
+    with torch.no_grad():
+        found = find_idle(runner.blocks[1], stages, lambda: runner.forward(1, states.values[:1]))
+    first, *rest = found.values()
+    assert first == ()
+    norms = [tuple(name for name in names if "norm" in name) for names in rest]
+    assert norms == IDLE[architecture]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

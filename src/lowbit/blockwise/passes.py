@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lowbit.calibrate.block_modules import AllSeen, BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner, batches_of
 from lowbit.calibrate.hidden_states import HiddenStates
-from lowbit.calibrate.stages import ChildOutputs, Stage, find_stages
+from lowbit.calibrate.stages import ChildOutputs, Stage, find_idle, find_stages, idle
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.tensors import LayerStats
 
@@ -69,12 +69,16 @@ class BlockPasses:
         self._runner, self._index, self._streams = runner, index, streams
         self._all_experts, self._channels = all_experts, channels
         self.block = runner.blocks[index]
-        self.stages = find_stages(self.block, lambda: runner.forward(index, streams.quantized.values[:1]))
+        self.stages = find_stages(self.block, self._one_window)
+        self._idle = find_idle(self.block, self.stages, self._one_window)
         self._children = dict.fromkeys(stage.child for stage in self.stages)
         # The weights as they were, for the unquantized stream.
         self._original = None if streams.unquantized is None else copy.deepcopy(self.block.module)
         self._kept: dict[tuple[str, bool], ChildOutputs] = {}
         self._rewritten: set[str] = set()
+
+    def _one_window(self) -> Tensor:
+        return self._runner.forward(self._index, self._streams.quantized.values[:1])
 
     @torch.no_grad()
     def measure(self, stage: Stage, tick: Tick, compare: bool = True) -> dict[str, LayerStats]:
@@ -165,15 +169,21 @@ class BlockPasses:
         """Inside, children before `child` (all, for None) put out what was kept, or compute it and it is kept."""
         assert module is not None
         with ExitStack() as stack:
-            for stage in self.stages:
-                if stage.child == child:
-                    break
-                if stage.last:
-                    part = module.get_submodule(stage.child)
-                    outputs = self._outputs(stage, unquantized)
-                    records = child is not None  # nothing of this block is wanted behind it
-                    stack.enter_context(outputs.standing_in(part, batch, self._runner.device, records))
+            computed = child  # the first that computes
+            for stage in reversed(self._before(child)):
+                outputs = self._outputs(stage, unquantized)
+                computed = computed if outputs.has(batch) else stage.child
+                records = child is not None  # nothing of this block is wanted behind it
+                part = module.get_submodule(stage.child)
+                stack.enter_context(outputs.standing_in(part, batch, self._runner.device, records))
+            stack.enter_context(idle(module, self._idle[computed]))
             yield
+
+    def _before(self, child: str | None) -> list[Stage]:
+        """The last stages of the children before one, or of all."""
+        children = list(self._children)
+        wanted = children if child is None else children[: children.index(child)]
+        return [stage for stage in self.stages if stage.last and stage.child in wanted]
 
     def _keep_input(self, stage: Stage) -> Callable[[slice, Tensor], None] | None:
         """What to do with the input of a linear that its child ends in."""

@@ -8,8 +8,10 @@ What a direct child of a block puts out (attention, the MLP) is kept for every w
 ends in a linear, as nearly all do, the input of that linear is kept instead, before it is rounded, and what the child
 puts out is one product away. So each linear runs once, except where there is no room.
 
-Orders and ends are not in a table of ours: a window is run through the block, and hooks see what is reached when, and
-whether what the child puts out equals what the linear did.
+Where a child puts out what was kept, the norm in front of it need not be computed either (`find_idle`).
+
+None of this is in a table of ours: a window is run through the block. Hooks see what is reached when, and whether what
+the child puts out equals what the linear did; a norm is idle where the block puts out the same with NaN in its place.
 """
 
 from __future__ import annotations
@@ -89,6 +91,55 @@ def count_stages(block: Block) -> int:
     return len(with_experts) + sum(path.split(".")[0] not in with_experts for path in block.inputs)
 
 
+def find_idle(block: Block, stages: list[Stage], run: Callable[[], Tensor]) -> dict[str | None, tuple[str, ...]]:
+    """Child → the parts of the block, norms mostly, that need not be computed when all children before it (for None:
+    all of them) put out what was kept."""
+    children = list(dict.fromkeys(stage.child for stage in stages))
+    others = [name for name, _ in block.module.named_children() if name not in children]
+    outputs: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for child in children:
+            keep = partial(lambda child, _module, _arguments, out: outputs.update({child: out}), child)
+            stack.callback(block.module.get_submodule(child).register_forward_hook(keep).remove)
+        expected = run().clone()
+    found: dict[str | None, tuple[str, ...]] = {children[0]: ()}
+    for number in range(1, len(children) + 1):
+        known = {child: outputs[child] for child in children[:number] if child in outputs}
+        idle = tuple(name for name in others if _same_without(block, name, known, run, expected))
+        found[children[number] if number < len(children) else None] = idle
+    return found
+
+
+def _same_without(block: Block, name: str, known: dict[str, Any], run: Callable[[], Tensor], expected: Tensor) -> bool:
+    """True where the block puts out the same with NaN from a part of it, and from `known` children what they did."""
+    with ExitStack() as stack:
+        for child, out in known.items():
+            replay = partial(lambda out, *_arguments, **_keywords: out, out)
+            stack.enter_context(replaced_forward(block.module.get_submodule(child), replay))
+        stack.enter_context(replaced_forward(block.module.get_submodule(name), _nan))
+        try:
+            return torch.equal(run(), expected)
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it is not called with a tensor alone
+            return False
+
+
+def _nan(x: Tensor, *_arguments: Any, **_keywords: Any) -> Tensor:
+    return torch.full_like(x, torch.nan)
+
+
+@contextmanager
+def idle(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Inside, these parts of a block, or of a copy, compute nothing."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replaced_forward(module.get_submodule(name), _unchanged))
+        yield
+
+
+def _unchanged(x: Tensor, *_arguments: Any, **_keywords: Any) -> Tensor:
+    return x
+
+
 @dataclass
 class _Seen:
     """order: children and paths of inputs as they were reached; outputs: what they put out first."""
@@ -156,6 +207,10 @@ class ChildOutputs:
             self._end, self._inputs = end, self._room(x.shape[-1], False)
         if self._inputs is not None:
             self._inputs[batch] = x.reshape(self._inputs[batch].shape)
+
+    def has(self, batch: slice) -> bool:
+        """True where the child need not compute for these windows."""
+        return batch.start in self._known or self._inputs is not None
 
     @contextmanager
     def standing_in(
