@@ -32,8 +32,10 @@ bench: $(VENV)/.installed-dev
 	test -d build/bench/llama-0.5b || $(BIN)/python benchmarks/make_random_llama.py build/bench/llama-0.5b --weights 0.5e9
 	$(BIN)/python benchmarks/throughput.py build/bench/llama-0.5b
 
+# The site, in build/site, with every warning an error; then that commands, links and pictures of the documents are right.
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest tests/test_docs*.py
 
 clean:
 	rm -rf $(VENV) build demo-out
@@ -48,5 +50,5 @@ $(VENV)/.installed: $(CORE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,interop]'
+	$(PIP) --editable '.[dev,interop,docs]'
 	touch $@

@@ -164,3 +164,19 @@ def test_scheme_is_in_the_tables_with_its_bits_per_weight(name):
         rows = re.findall(rf"^\| `{name}` .*$", (ROOT / document).read_text(encoding="utf-8"), flags=re.M)
         assert len(rows) == 1, document
         assert f"| {bits:.3f} |" in rows[0], f"{document}: {bits:.3f}"
+
+
+@pytest.mark.parametrize("language", ["sh", "text", "python"])
+def test_chinese_readme_has_the_same_commands_and_figures(language):
+    """Blocks of code are the same, but for comments in Python."""
+    english, chinese = ([re.sub(r"  # .*", "", block) for block in blocks(readme, language)] for readme in READMES)
+    assert english
+    assert chinese == english
+
+
+def test_chinese_readme_has_the_same_headings_and_links():
+    texts = [re.sub(r"^```.*?^```$", "", readme.read_text(encoding="utf-8"), flags=re.M | re.S) for readme in READMES]
+    english, chinese = ([line.split(" ")[0] for line in text.splitlines() if line.startswith("#")] for text in texts)
+    assert chinese == english
+    linked = [{target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "README" not in target} for text in texts]
+    assert linked[0] <= linked[1]

@@ -1,0 +1,189 @@
+"""Every `lowbit …` line of the documents is run, and every Python block: what people paste works.
+
+Lines run inside this process, in one folder, with a tiny random model in place of the models that documents name
+(`STANDS_FOR`) and with little text (`SMALLER`). A line that reads what another line writes (`smollm2-W4A16`) gets it:
+the command that makes it, in the same document or else in any, is run first. A line that stands in several documents
+is run once. What is not run is in `ONLY_PARSED` or `FOREIGN`, with the reason; tests/test_docs.py holds all lines
+against the options that exist.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lowbit.cli.main import app
+from lowbit.errors import LowbitError
+from models import make_model
+from test_docs import DOCUMENTS, ROOT, blocks, examples_of
+
+# Words of a command line → what stands there when it is run; "{model}" is the tiny model's folder.
+STANDS_FOR = {
+    "demo:smollm2": "{model}",
+    "MODEL": "{model}",
+    "SCHEME": "W4A16",
+    "RANGE": "mse",
+    "c4.txt": "my-text.txt",
+}
+# Options added at the end of a command, where the last one given counts: less text, less time.
+SMALLER = {
+    "quantize": "--samples 4 --seqlen 32",
+    "imatrix": "--samples 4 --seqlen 32",
+    "evaluate": "--windows 2 --window-tokens 32 --samples 1",
+    "compare": "--windows 2 --window-tokens 32 --samples 0",
+    "diagnose": "--windows 2 --window-tokens 32 --budget 2",
+    "generate": "--max-tokens 4",
+    "demo": "--windows 1 --model {model}",
+}
+# The same for lines with a word.
+SMALLER_WITH = {"sign-sgd": "--iterations 2"}
+# Lines that begin so are parsed, not run.
+ONLY_PARSED: dict[str, str] = {}
+# Packages that Python blocks may import beside what the suite has; blocks with them are compiled, not run.
+FOREIGN = {"peft": "the suite has no PEFT, and bitsandbytes would train on a GPU"}
+
+
+@dataclass
+class Bench:
+    """The folder that lines run in, and what was run there."""
+
+    folder: Path
+    model: Path
+    done: dict[str, str] = field(default_factory=dict)
+
+    def run(self, line: str, document: Path) -> str:
+        """Runs a line once, after those that make what it reads; its output."""
+        if line not in self.done:
+            self.done[line] = ""  # a line that reads its own output does not wait for itself
+            for word in shlex.split(line, comments=True)[2:]:
+                maker = maker_of(word, document)
+                if maker is not None and not (self.folder / word).exists() and maker != line:
+                    self.run(maker, document)
+            self.done[line] = self._invoke(line)
+        return self.done[line]
+
+    def _invoke(self, line: str) -> str:
+        words = [self._filled(STANDS_FOR.get(word, word)) for word in words_of(line)]
+        if "--help" not in words:
+            words += self._filled(SMALLER.get(words[0], "")).split()
+            words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
+        output = output_of(line)
+        if words[0] in ("quantize", "convert", "imatrix") and output and (self.folder / output).exists():
+            words.append("--overwrite")
+        result = CliRunner().invoke(app, words)
+        assert not isinstance(result.exception, LowbitError), f"{line}\n{result.exception}\n{result.exception.hint}"
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+        assert output is None or (self.folder / output).exists(), f"{line}: {output} was not written"
+        return result.stdout
+
+    def _filled(self, word: str) -> str:
+        return word.replace("{model}", str(self.model))
+
+
+def words_of(line: str) -> list[str]:
+    """The words behind `lowbit`, without pipes and redirections."""
+    return shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
+
+
+def output_of(line: str) -> str | None:
+    """What a line writes: the word behind -o, unless it is a dry run or an estimate."""
+    words = words_of(line)
+    if "-o" not in words or "--dry-run" in words or words[0] == "estimate":
+        return None
+    return words[words.index("-o") + 1]
+
+
+LINES = [(path, line) for path in DOCUMENTS for line in examples_of(path)]
+MAKERS: dict[Path | None, dict[str, str]] = {}
+for path, line in LINES:
+    output = output_of(line)
+    if output is not None:
+        MAKERS.setdefault(path, {}).setdefault(output, line)
+        MAKERS.setdefault(None, {}).setdefault(output, line)
+
+
+def maker_of(name: str, document: Path) -> str | None:
+    """The line that writes `name`: of the same document, or else the first of any."""
+    return MAKERS.get(document, {}).get(name) or MAKERS[None].get(name)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("documents")
+    model = make_model(folder / "tiny", "llama", tie_word_embeddings=True, max_position_embeddings=4096)
+    (folder / "my-text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    recipe = blocks(ROOT / "docs" / "recipes.md", "yaml")[0]
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    return Bench(folder, model)
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder(bench, monkeypatch):
+    monkeypatch.chdir(bench.folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def cases() -> list[Any]:
+    seen: set[str] = set()
+    found = []
+    for path, line in LINES:
+        if line not in seen and not any(line.startswith(start) for start in ONLY_PARSED):
+            seen.add(line)
+            found.append(pytest.param(path, line, id=f"{path.relative_to(ROOT)}: {line}"))
+    return found
+
+
+@pytest.mark.parametrize(("path", "line"), cases())
+def test_line_runs(bench, path, line):
+    bench.run(line, path)
+
+
+def test_lines_that_are_only_parsed_are_still_there():
+    for start in ONLY_PARSED:
+        assert any(line.startswith(start) for _, line in LINES), f"no document has {start!r} any more"
+
+
+PYTHON = [
+    pytest.param(path, text, id=f"{path.relative_to(ROOT)}: {index}")
+    for path in DOCUMENTS
+    for index, text in enumerate(blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize(("path", "text"), PYTHON)
+def test_python_block_runs(bench, path, text, tmp_path, monkeypatch):
+    """In a folder of its own, with links to what command lines make of what it reads."""
+    compile(text, str(path), "exec")
+    if any(re.search(rf"^(from|import) {package}\b", text, flags=re.M) for package in FOREIGN):
+        return
+    for word in set(re.findall(r'"([^"\s]+)"', text)):
+        maker = maker_of(word, path)
+        if maker is not None and not re.search(rf'(quantize|convert)\(\s*"[^"]*",\s*"{re.escape(word)}"', text):
+            bench.run(maker, path)
+            (tmp_path / word).symlink_to(bench.folder / word)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text.replace("demo:smollm2", str(bench.model)), str(path), "exec"), {"__name__": "document"})
+
+
+GOALS = {2: "balanced", 3: "memory", 4: "quality"}
+ROWS = re.findall(r"^\| vLLM \|.*$", (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_table_of_choosing_is_what_advise_says(row):
+    import lowbit
+
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    for card in cells[1].split(", "):
+        for column, goal in GOALS.items():
+            best = lowbit.advise(hardware=card, engine="vllm", goal=goal).best
+            assert best.scheme == re.findall(r"`(\w+)`", cells[column])[0], f"{card}, {goal}"
