@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lowbit demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 # Damaged files for five minutes, from a new seed each time; a failure names the seed, the try and the file it kept.
 fuzz: $(VENV)/.installed-dev

@@ -10,6 +10,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One of several processes, one per core (`make test`): threads that spin while they wait would starve the others.
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _NEEDS = {
     "interop": ("compressed_tensors", "the `interop` extra is not installed"),
@@ -30,10 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
+def threads() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if PARALLEL else 2)
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,11 @@ class _Sums:
         mean = damped.diagonal().mean()
         damped.diagonal().add_(_CROSS_DAMPING * mean + (mean == 0))
         root, failed = torch.linalg.cholesky_ex(damped)
-        self.drift = None if failed else torch.cholesky_solve(self.cross.t(), root).t().contiguous()
+        del damped
+        if not failed:
+            for rows in self.cross.split(_TILE):  # in its place: these matrices are the largest of a run
+                rows.copy_(torch.cholesky_solve(rows.t(), root).t())
+            self.drift = self.cross
         self.cross = None
 
     def statistics(self, name: str) -> LayerStats:
