@@ -46,8 +46,6 @@ _TOKEN_PARSED, _TOKEN_WRITTEN, _TOKEN_STORED = 1000, 2500, 500
 _TENSOR = 6000
 _COPIES_OF_A_LINEAR = 8
 _BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
-# What decoding a GGUF source for every block leaves in the allocators, as a share of what calibration holds.
-_DECODING = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,6 @@ def run_memory(
     found = _calibration(architecture, settings, shape)
     states = found.pop("hidden states")
     room = None if limit is None else max(0, limit - sum(parts.values()) - sum(found.values()))
-    if prepared.source_kind == "gguf":
-        found["decoding the source"] = round(_DECODING * sum(found.values()))
     found["hidden states"] = states if room is None else min(states, room)
     embedding = shape.vocab * shape.hidden * (4 if prepared.source_kind == "gguf" else 2)
     embedding += shape.vocab * shape.hidden * compute_dtype(settings.compute).itemsize
@@ -109,7 +105,9 @@ def run_memory(
 def hidden_state_bytes(settings: Settings, shape: ModelShape) -> int:
     """Of all arrays of hidden states of a calibrated run; what does not fit in memory goes to a file of this size."""
     dtype = compute_dtype(settings.compute)
-    last = 0 if shape.experts else shape.intermediate  # what goes into experts is not kept
+    method = parse_method(settings.method)
+    # What goes into the last linear is kept, but not into experts, and not where transforms look at a whole MLP.
+    last = 0 if shape.experts or (method.transforms and "gptq" not in method.roundings) else shape.intermediate
     width = shape.hidden * (4 if _two_streams(settings) else 2) + last
     return settings.samples * settings.seqlen * width * dtype.itemsize
 
