@@ -18,6 +18,7 @@ from lowbit.errors import UsageError
 from lowbit.measure import resident_memory
 
 _COPIES_OF_A_LINEAR = 8
+_BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
 # Two streams, what attention put out of each, and what the last linears of attention and MLP are given.
 _ARRAYS_OF_STATES = 6
 
@@ -31,13 +32,7 @@ def states_memory(
 
     Raises UsageError where the rest alone exceeds `limit`, saying what it takes.
     """
-    needed = {
-        "the program": resident_memory(),
-        "the weights of a block": _weights(architecture) * dtype.itemsize * (2 if both_streams else 1),
-        "statistics of inputs": _products(architecture, both_streams),
-        "rounding": _rounding(architecture, rewrites),
-        "a batch of activations": 8 * BATCH_TOKENS * max(max(each.shape) for each in _of_blocks(architecture)) * 4,
-    }
+    needed = {"the program": resident_memory(), **block_memory(architecture, dtype, both_streams, rewrites)}
     left = limit - sum(needed.values())
     if left < 0:
         shown = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needed.items())
@@ -46,6 +41,17 @@ def states_memory(
             "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
         )
     return left // _ARRAYS_OF_STATES
+
+
+def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool) -> dict[str, int]:
+    """What one block at a time takes, in bytes, hidden states and the program apart; arguments as above."""
+    widest = max((max(each.shape) for each in _of_blocks(architecture)), default=0)
+    return {
+        "the weights of a block": _weights(architecture) * dtype.itemsize * (2 if both_streams else 1),
+        "statistics of inputs": _products(architecture, both_streams),
+        "rounding": _rounding(architecture, rewrites),
+        "a batch of activations": _BATCHES * BATCH_TOKENS * widest * 4,
+    }
 
 
 def _of_blocks(architecture: Architecture) -> list[Linear]:

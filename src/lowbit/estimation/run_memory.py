@@ -20,10 +20,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import torch
-
 from lowbit.architecture import Architecture
-from lowbit.calibrate.blocks import BATCH_TOKENS
+from lowbit.blockwise.memory import block_memory
 from lowbit.calibrate.precision import compute_dtype
 from lowbit.checkpoint.gguf_raw import RawGGUF
 from lowbit.estimation.program import Kind
@@ -44,8 +42,6 @@ _DECODED_WEIGHT = 8  # more, where the source is a GGUF file that is decoded to 
 # GGUF file's header), and of a tensor in plan, header and report.
 _TOKEN_PARSED, _TOKEN_WRITTEN, _TOKEN_STORED = 1000, 2500, 500
 _TENSOR = 6000
-_COPIES_OF_A_LINEAR = 8
-_BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
 
 
 @dataclass(frozen=True)
@@ -145,25 +141,6 @@ def _two_streams(settings: Settings) -> bool:
 
 
 def _calibration(architecture: Architecture, settings: Settings, shape: ModelShape) -> dict[str, int]:
-    dtype = compute_dtype(settings.compute)
-    linears = [linear for linear in architecture.linears.values() if linear.block is not None]
-    blocks: dict[int, int] = {}
-    stages: dict[tuple[int | None, bool], dict[str, int]] = {}
-    for linear in linears:
-        blocks[linear.block or 0] = blocks.get(linear.block or 0, 0) + linear.shape[0] * linear.shape[1]
-        if linear.reads is not None:
-            stages.setdefault((linear.block, "attention" in linear.reads), {})[linear.reads] = linear.shape[1]
-    two = _two_streams(settings)
-    block = max(blocks.values(), default=0)
-    squares = max((sum(width**2 for width in inputs.values()) for inputs in stages.values()), default=0)
-    widest = max((linear.shape[1] for linear in linears), default=0)
-    largest = max((linear.shape[0] * linear.shape[1] for linear in linears), default=0)
     rewrites = bool(parse_method(settings.method).transforms)
-    rows = max((max(linear.shape) for linear in linears), default=0)
-    return {
-        "hidden states": hidden_state_bytes(settings, shape),
-        "weights of a block": block * dtype.itemsize * (2 if two else 1),
-        "statistics": 4 * (squares * (2 if two else 1) + 3 * widest * widest),
-        "rounding": 4 * (_COPIES_OF_A_LINEAR * largest + (2 * block if rewrites else 0)),
-        "a batch of activations": _BATCHES * BATCH_TOKENS * rows * torch.float32.itemsize,
-    }
+    parts = block_memory(architecture, compute_dtype(settings.compute), _two_streams(settings), rewrites)
+    return {"hidden states": hidden_state_bytes(settings, shape), **parts}
