@@ -117,7 +117,10 @@ class BlockPasses:
 
     def forget(self) -> None:
         """Weights have changed that had been rounded: nothing that was kept behind them holds."""
-        self._kept = {key: outputs for key, outputs in self._kept.items() if key[1]}
+        self._forget(unquantized=False)
+
+    def _forget(self, unquantized: bool) -> None:
+        self._kept = {key: outputs for key, outputs in self._kept.items() if key[1] != unquantized}
 
     @torch.no_grad()
     def advance(self, tick: Tick, read: Callable[[str], Tensor]) -> None:
@@ -129,7 +132,7 @@ class BlockPasses:
         states = self._streams.quantized.values
         if self._original is not None and self._rewritten:
             self._runner.put_into(self._original, self._index, {name: read(name) for name in self._rewritten})
-            self._kept = {key: outputs for key, outputs in self._kept.items() if not key[1]}
+            self._forget(unquantized=True)
         for batch in batches_of(self._streams.ids):
             with self._behind(self.block.module, None, False, batch):
                 states[batch] = self._runner.forward(self._index, states[batch])

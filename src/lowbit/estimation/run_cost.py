@@ -18,7 +18,7 @@ import math
 from lowbit.architecture import Architecture
 from lowbit.estimation.rates import FEEDBACK, VERIFIED, Rates
 from lowbit.estimation.result import Run
-from lowbit.estimation.run_memory import RunMemory, hidden_state_bytes
+from lowbit.estimation.run_memory import RunMemory, hidden_state_bytes, two_streams
 from lowbit.estimation.shapes import ModelShape
 from lowbit.gguf_pipeline import PreparedGGUF
 from lowbit.methods import parse_method
@@ -87,7 +87,7 @@ def _calibration(
     method = parse_method(settings.method)
     tokens = settings.samples * settings.seqlen
     linears = [linear for linear in architecture.linears.values() if linear.block is not None]
-    two = method.learns or "gptq" in method.roundings
+    two = two_streams(settings)
     passes = 1 + two + bool(settings.is_blockwise and method.transforms)
     products = gram = feedback = 0.0
     seen: set[str] = set()

@@ -104,7 +104,7 @@ def hidden_state_bytes(settings: Settings, shape: ModelShape) -> int:
     method = parse_method(settings.method)
     # What goes into the last linear is kept, but not into experts, and not where transforms look at a whole MLP.
     last = 0 if shape.experts or (method.transforms and "gptq" not in method.roundings) else shape.intermediate
-    width = shape.hidden * (4 if _two_streams(settings) else 2) + last
+    width = shape.hidden * (4 if two_streams(settings) else 2) + last
     return settings.samples * settings.seqlen * width * dtype.itemsize
 
 
@@ -134,7 +134,8 @@ def _writing(prepared: Prepared | PreparedGGUF, threads: int) -> int:
     return threads * (slab * per_weight + min(max(turned, default=0), ASSEMBLED_BYTES))
 
 
-def _two_streams(settings: Settings) -> bool:
+def two_streams(settings: Settings) -> bool:
+    """True where the unquantized model runs beside the quantized one."""
     method = parse_method(settings.method)
     correction = GPTQOptions().correction if settings.correction is None else settings.correction
     return method.learns or ("gptq" in method.roundings and correction > 0)
@@ -142,5 +143,5 @@ def _two_streams(settings: Settings) -> bool:
 
 def _calibration(architecture: Architecture, settings: Settings, shape: ModelShape) -> dict[str, int]:
     rewrites = bool(parse_method(settings.method).transforms)
-    parts = block_memory(architecture, compute_dtype(settings.compute), _two_streams(settings), rewrites)
+    parts = block_memory(architecture, compute_dtype(settings.compute), two_streams(settings), rewrites)
     return {"hidden states": hidden_state_bytes(settings, shape), **parts}
