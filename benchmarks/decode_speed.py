@@ -17,11 +17,14 @@ import tempfile
 from pathlib import Path
 
 import lowbit
-from lowbit.advice.engines import SIXTEEN, supported
-from lowbit.advice.footprint import footprint
 from lowbit.advice.roofline import Load, speed
-from lowbit.advice.subject import subject
-from lowbit.estimation.kv_cache import cache_of
+from lowbit.architecture.shape import shape_of
+from lowbit.checkpoint.base import OpenOptions
+from lowbit.engines import find_engine
+from lowbit.engines.engine import SIXTEEN
+from lowbit.estimation.footprint import footprint
+from lowbit.estimation.serving import cache_of
+from lowbit.estimation.weights import open_headers
 from lowbit.hardware import Device, find_device
 
 _PROMPT = "Tell me a long story about the sea, the wind and a lighthouse."
@@ -59,14 +62,15 @@ def row(args: argparse.Namespace, model: str, name: str, device: Device) -> str:
 
 def predict(model: str, name: str, size: int, device: Device, tokens: int) -> tuple[float, float]:
     """(bytes of weights that a token reads, tokens/s)."""
-    with subject(model) as about:
-        shape = about.shape
-        how = None if name in _FLOATS else supported("llama.cpp", device)[name]
-        weights = footprint(shape, name).scaled(size)
-        load = Load(1, max(1, tokens // 2), 1)
-        cache = cache_of(shape, "llama.cpp", 16.0).sequence_bytes(load.context)
-        found = speed(shape, weights, footprint(shape, SIXTEEN), cache, how, device, load)
-        return weights.read_by_a_step(1), found.decode
+    engine = find_engine("llama.cpp")
+    with open_headers(model, OpenOptions()) as headers:
+        shape = shape_of(headers.config)
+    how = None if name in _FLOATS else engine.supported(device)[name]
+    weights = footprint(shape, name).scaled(size)
+    load = Load(1, max(1, tokens // 2), 1)
+    cache = cache_of(shape, engine).sequence_bytes(load.context)
+    found = speed(shape, weights, footprint(shape, SIXTEEN), cache, how, device, load)
+    return weights.read_by_a_step(1), found.decode
 
 
 def measure(path: Path, tokens: int, threads: int) -> float:

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from throughput import copy_bytes, run, warm
 
-from lowbit.calibrate.imatrix_file import read_imatrix
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
+from lowbit.formats.gguf.imatrix_file import read_imatrix
+from lowbit.formats.gguf.raw import open_raw_gguf
 
 TYPES = (
     "Q4_0,Q8_0,Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q4_1,Q5_0,Q5_1,"
@@ -43,11 +43,13 @@ NEED_IMPORTANCE = ("IQ2_XS", "IQ2_XXS", "IQ2_S", "IQ1_S", "IQ1_M", "IQ3_S", "IQ3
 ENGINE = """
 import json, sys, time
 from pathlib import Path
-from lowbit.gguf_pipeline import prepare_gguf, write_gguf
+from lowbit.pipeline import write_checkpoint
+from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
-prepared = prepare_gguf(sys.argv[1], make_settings(**json.loads(sys.argv[3])), threads=int(sys.argv[4]))
+settings = make_settings(**json.loads(sys.argv[3]) | {"format": "gguf"})
+prepared = prepare(Request(sys.argv[1], settings, threads=int(sys.argv[4])))
 began = time.perf_counter()
-write_gguf(prepared, Path(sys.argv[2]))
+write_checkpoint(prepared, Path(sys.argv[2]))
 print(json.dumps({"seconds": time.perf_counter() - began}))
 """
 

@@ -22,8 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.calibrate.imatrix_file import read_imatrix
-from lowbit.calibrate.importance import ImportanceMatrix
+from lowbit.formats.gguf.imatrix_file import read_imatrix
+from lowbit.formats.gguf.importance import ImportanceMatrix
 
 WINDOW_TOKENS = 512
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")

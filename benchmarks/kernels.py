@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowbit import kernels
-from lowbit.numerics.minifloat_formats import E2M1, E4M3
+from lowbit.kernels.tables import E2M1, E4M3
 
 ROWS, COLUMNS = 256, 1024
 SECONDS_PER_CELL = 0.1
@@ -48,7 +48,7 @@ def cases(dtype: torch.dtype, group_size: int) -> dict[str, Callable[[], object]
         "round_minifloat e4m3": lambda: kernels.round_minifloat(w, group_size, fp_scale[E4M3], E4M3),
         "round_minifloat e2m1": lambda: kernels.round_minifloat(w, group_size, fp_scale[E2M1], E2M1),
         "error_minifloat e2m1": lambda: kernels.error_minifloat(w, group_size, fp_scale[E2M1], E2M1, importance),
-        "decode_minifloat e4m3": lambda: kernels.decode_minifloat(fp_codes, group_size, fp_scale[E4M3], E4M3),
+        "decode_table e4m3": lambda: kernels.decode_table(fp_codes, group_size, fp_scale[E4M3], E4M3),
         "squared_error": lambda: kernels.squared_error(w, codes, group_size, scale),
         "pack_dense 3 bits": lambda: kernels.pack_dense(small_codes, 3),
         "pack_dense 4 bits": lambda: kernels.pack_dense(codes, 4),

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from gguf.constants import GGUFValueType as V
 
-from lowbit.export.gguf_writer import GGUFWriter, StoredBlocks, packed_key_values
+from lowbit.export import Piece
+from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_values
 from lowbit.numerics import ggml
 
 WIDTH, MLP, KEYS, ROWS = 2048, 5632, 256, 8192
@@ -64,7 +65,7 @@ def main() -> None:
     random = torch.Generator().manual_seed(0)
     for tensor in stored:
         values = torch.randn(tensor.shape, generator=random) * 0.02
-        writer.write(tensor.name, (values.bfloat16() if len(tensor.shape) > 1 else values + 1).view(torch.uint8), 0)
+        writer.write(Piece(tensor.name, values.bfloat16() if len(tensor.shape) > 1 else values + 1))
     writer.close()
     print(f"{args.output}: {layers} layers, {sum(torch.Size(t.shape).numel() for t in stored) / 1e6:.1f} M weights")
     if args.imatrix:
@@ -72,8 +73,8 @@ def main() -> None:
 
 
 def write_importance(path: Path, layers: int) -> None:
-    from lowbit.calibrate.imatrix_file import write_imatrix
-    from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
+    from lowbit.formats.gguf.imatrix_file import write_imatrix
+    from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix
 
     random = torch.Generator().manual_seed(1)
     entries = {

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 import lowbit
+from lowbit.knobs import Facts
+from lowbit.settings import facts_of, make_settings
 
 ROWS = (
     "W8A16 rtn,W4A16 rtn,W4A16 gptq,W4A16 awq,W4A16_ASYM gptq,W4A16_ASYM awq,W3A16 gptq,W2A16 gptq,W8A8 rtn,"
@@ -40,7 +42,9 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, scheme: str, method: str, output: Path) -> str:
-    lowbit.quantize(args.model, output, scheme=scheme, method=method, samples=args.samples)
+    reads_text = facts_of(make_settings(None, scheme=scheme, method=method), Facts()).reads_text
+    samples = {"samples": args.samples} if reads_text else {}
+    lowbit.quantize(args.model, output, scheme=scheme, method=method, **samples)
     row = lowbit.evaluate(output, reference=args.model, text=args.text, windows=args.windows)[-1]
     shutil.rmtree(output)
     return (

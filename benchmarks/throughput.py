@@ -34,9 +34,10 @@ from pathlib import Path
 ENGINE = """
 import json, sys, time
 from pathlib import Path
-from lowbit.pipeline import prepare, write_checkpoint
+from lowbit.pipeline import write_checkpoint
+from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
-prepared = prepare(sys.argv[1], make_settings(**json.loads(sys.argv[3])))
+prepared = prepare(Request(sys.argv[1], make_settings(**json.loads(sys.argv[3]))))
 began = time.perf_counter()
 write_checkpoint(prepared, Path(sys.argv[2]))
 print(json.dumps({"seconds": time.perf_counter() - began}))

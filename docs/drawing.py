@@ -1,4 +1,4 @@
-"""Charts as SVG text: axes, lines, dots, bars, and labels beside what they name.
+"""Charts as SVG text on the axes of the report: lines, dots, bars, and labels beside what they name.
 
 A picture has its own background, and its colours follow `prefers-color-scheme`, so it can be read on light and dark
 pages. Coordinates are rounded to a tenth of a pixel: the same numbers give the same bytes.
@@ -6,10 +6,11 @@ pages. Coordinates are rounded to a tenth of a pixel: the same numbers give the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+
+from lowbit.report.axes import Axis
 
 STYLE = """
 .page{fill:#fff}.edge{fill:none;stroke:#d7dbe2}.text{fill:#1f2430}.soft{fill:#5c6575}.grid{stroke:#e6e9ef}
@@ -20,27 +21,6 @@ STYLE = """
 .name{fill:var(--c);font-weight:600}.tick{stroke:var(--c);stroke-width:1.6}
 text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}.title{font-size:14px;font-weight:600}
 """
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis: the values at its ends, where ticks stand, what is written there, and whether it is logarithmic."""
-
-    low: float
-    high: float
-    ticks: Sequence[float]
-    title: str
-    labels: Sequence[str] | None = None
-    log: bool = False
-
-    def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end, 1 at the high one."""
-        if self.log:
-            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        return (value - self.low) / (self.high - self.low)
-
-    def label(self, index: int) -> str:
-        return self.labels[index] if self.labels is not None else f"{self.ticks[index]:g}"
 
 
 @dataclass
@@ -99,8 +79,7 @@ class Panel:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Pixels of a point; what lies beyond an axis is drawn at its end."""
-        across, up = (min(max(share, 0.0), 1.0) for share in (self.x.share(x), self.y.share(y)))
-        return self.left + across * self.width, self.top + (1 - up) * self.height
+        return self.left + self.x.share(x) * self.width, self.top + (1 - self.y.share(y)) * self.height
 
     def frame(self) -> None:
         picture, bottom = self.picture, self.top + self.height

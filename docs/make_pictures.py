@@ -12,26 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from drawing import Axis, Picture
+from drawing import Picture
 from torch import Tensor
 
 from lowbit.architecture.structure import Linear
+from lowbit.kernels.tables import FP4, MINIFLOATS, NF4
+from lowbit.kernels.tables import values as minifloat_values
 from lowbit.numerics import ggml
-from lowbit.numerics.codebook_tables import FP4, NF4
 from lowbit.numerics.ggml.codebooks import IQ4_VALUES
-from lowbit.numerics.ggml.iquant_grids import grid as iquant_grid
+from lowbit.numerics.ggml.iquant_layout import grid as iquant_grid
 from lowbit.numerics.ggml.types import TYPES
-from lowbit.numerics.grid import RangeSearch
-from lowbit.numerics.integer import IntGrid
-from lowbit.numerics.minifloat import MinifloatGrid
-from lowbit.numerics.minifloat_formats import FORMATS
-from lowbit.numerics.minifloat_formats import values as minifloat_values
-from lowbit.rounding.gptq import GPTQOptions, gptq, layer_error
+from lowbit.numerics.scalar_grids import IntGrid, MinifloatGrid
+from lowbit.report.axes import Axis
+from lowbit.rounding.error import layer_error
+from lowbit.rounding.gptq import GPTQOptions, gptq
+from lowbit.rounding.hessian import InputData
 from lowbit.rounding.hqq import hqq
-from lowbit.rounding.sign_sgd import LinearSlot, SignSGDOptions, sign_sgd_block
-from lowbit.rounding.target import GridTarget
+from lowbit.rounding.sign_sgd import SignSGDOptions, sign_sgd_block
+from lowbit.rounding.target import GridTarget, LinearSlot
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, GroupParams, LayerStats
+from lowbit.tensors import Granularity, GroupParams, LayerStats, RangeSearch
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ScalingPoint
 from lowbit.transform.hadamard import make_rotation
@@ -108,7 +108,7 @@ def gptq_error() -> Picture:
     hessian = stats.hessian.double()
     signal = ((weight.double() @ hessian) * weight.double()).sum()
     options = GPTQOptions(act_order=False, scales="static", weighting="none", correction=0.0, refine=0)
-    delta_gptq = (weight - gptq(weight, target, stats, options).decoded).double()
+    delta_gptq = (weight - gptq(weight, target, InputData(stats), options).decoded).double()
     delta_rtn = (weight - target.nearest(weight).decoded).double()
     inverse = torch.linalg.inv(hessian)
 
@@ -311,7 +311,7 @@ def _number_line(picture: Picture, row: int, name: str, note: str, values: list[
 
 def four_bit_values() -> Picture:
     integers = [float(code) / 8 for code in range(-8, 8)]
-    e2m1 = sorted({float(value) / 6 for value in minifloat_values(FORMATS["e2m1"])})
+    e2m1 = sorted({float(value) / 6 for value in minifloat_values(MINIFLOATS["e2m1"])})
     iq4 = [value / 127 for value in IQ4_VALUES]
     picture = Picture("Sixteen codes, five sets of values", height=340)
     for row, (name, note, values, kind) in enumerate((
@@ -358,8 +358,8 @@ def nf4_values() -> Picture:
 
 
 def fp8_error() -> Picture:
-    grids = {"INT8": (IntGrid(8, True, "float32"), "b"), "E4M3": (MinifloatGrid(FORMATS["e4m3"], "float32"), "a"),
-             "E5M2": (MinifloatGrid(FORMATS["e5m2"], "float32"), "c")}  # fmt: skip
+    grids = {"INT8": (IntGrid(8, True, "float32"), "b"), "E4M3": (MinifloatGrid(MINIFLOATS["e4m3"], "float32"), "a"),
+             "E5M2": (MinifloatGrid(MINIFLOATS["e5m2"], "float32"), "c")}  # fmt: skip
     octaves = [step / 4 for step in range(67)]
     within = 2 ** (torch.arange(64) / 64)  # an octave, evenly in the logarithm
     picture = Picture("Relative error, from the largest value of a group downwards")
@@ -385,7 +385,8 @@ def fp8_error() -> Picture:
 
 
 def kv_cache() -> Picture:
-    from lowbit.estimation.kv_cache import kv_bytes_per_token
+    from lowbit.architecture.shape import shape_of
+    from lowbit.estimation.serving import cache_of
 
     config = {
         "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -400,7 +401,7 @@ def kv_cache() -> Picture:
     )
     thousands = [context / 1024 for context in contexts]
     for bits, name, kind in ((16, "cache, 16 bits", "b"), (8, "cache, FP8", "a")):
-        per_token = kv_bytes_per_token(config, bits)
+        per_token = cache_of(shape_of(config), kv_cache=bits).bytes_per_token()
         panel.line(thousands, [context * per_token / 1e9 for context in contexts], kind)
         panel.name(128, contexts[-1] * per_token / 1e9, name, kind)
     matrices = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)

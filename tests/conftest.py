@@ -6,14 +6,18 @@ import importlib.util
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One of several processes, one per core (`make test`): threads that spin while they wait would starve the others.
+# Threads that spin while they wait starve others: the other processes of `make test`, or what else the machine does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-if PARALLEL:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A machine may be busy: no example is too slow.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 _NEEDS = {
     "interop": ("compressed_tensors", "the `interop` extra is not installed"),

@@ -9,7 +9,7 @@ import gguf
 from lowbit.architecture import describe_checkpoint
 from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import Checkpoint
-from lowbit.export.gguf_model import GGUFModel, describe_gguf
+from lowbit.formats.gguf.model import GGUFModel, describe_gguf
 from models import make_model
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit import comparison
-from lowbit.api import add_evaluation
 from lowbit.cli.main import app
 from lowbit.comparison import add_to_reports, compare, named
 from lowbit.errors import UsageError
 from lowbit.report import schema
 from lowbit.report.compared import Compared
+from lowbit.reporting import add_to_report
 
 ASKED = {"windows": 2, "window_tokens": 32, "samples": 1}
 
@@ -149,5 +149,5 @@ def test_the_command_prints_a_table_and_says_that_sizes_differ(made, tiny_llama,
 def test_evaluating_again_keeps_the_neighbours(first, made, tiny_llama, text):
     add_to_reports(first)
     [row] = lowbit.evaluate(made / "W4A16", tiny_llama, text, windows=2, window_tokens=32)
-    report = add_evaluation(made / "W4A16", [row])
+    report = add_to_report(made / "W4A16", evaluation=(row,))
     assert [each.label for each in report.neighbours if each.origin == "compare"] == ["W8A16"]

@@ -12,7 +12,7 @@ import torch
 import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.export import FORMATS
+from lowbit.registry import folder_formats
 from models import make_model
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
@@ -44,7 +44,7 @@ SOURCES = {
     "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
 }  # fmt: skip
 # "float" takes anything, and mxfp4 the experts of gpt-oss alone (tests/export/test_mxfp4.py).
-TARGETS = [name for name in FORMATS if name not in ("float", "mxfp4")]
+TARGETS = [name for name in folder_formats() if name not in ("float", "mxfp4")]
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +154,7 @@ def test_a_dry_run_writes_nothing(quantized, tmp_path):
     from lowbit.api import dry_convert
 
     prepared = dry_convert(quantized("awq W4A16_ASYM"), format="compressed-tensors")
-    assert all(tensor.repack for tensor in prepared.plan.quantized)
+    assert all(tensor.making == "repacked" for tensor in prepared.plan.quantized)
     assert list(tmp_path.iterdir()) == []
 
 

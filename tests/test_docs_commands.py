@@ -19,9 +19,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lowbit.cli.main import app
+from lowbit.cli.options import of_table
 from lowbit.errors import LowbitError
+from lowbit.knobs import Facts
+from lowbit.settings import Settings, facts_of, make_settings
 from models import make_model
-from test_docs import DOCUMENTS, ROOT, blocks, examples_of
+from test_docs import COMMANDS, DOCUMENTS, ROOT, blocks, examples_of
 
 # Words of a command line → what stands there when it is run; "{model}" is the tiny model's folder.
 STANDS_FOR = {
@@ -33,7 +36,7 @@ STANDS_FOR = {
 }
 # Options added at the end of a command, where the last one given counts: less text, less time.
 SMALLER = {
-    "quantize": "--samples 4 --seqlen 32",
+    "quantize": "--samples 4 --seqlen 32",  # where it reads a text
     "imatrix": "--samples 4 --seqlen 32",
     "evaluate": "--windows 2 --window-tokens 32 --samples 1",
     "compare": "--windows 2 --window-tokens 32 --samples 0",
@@ -71,7 +74,8 @@ class Bench:
     def _invoke(self, line: str) -> str:
         words = [self._filled(STANDS_FOR.get(word, word)) for word in words_of(line)]
         if "--help" not in words:
-            words += self._filled(SMALLER.get(words[0], "")).split()
+            if words[0] != "quantize" or reads_text(words):
+                words += self._filled(SMALLER.get(words[0], "")).split()
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)
         if words[0] in ("quantize", "convert", "imatrix") and output and (self.folder / output).exists():
@@ -86,6 +90,15 @@ class Bench:
 
     def _filled(self, word: str) -> str:
         return word.replace("{model}", str(self.model))
+
+
+def reads_text(words: list[str]) -> bool:
+    """True where a text is run through the model: then numbers of windows and tokens are read."""
+    params = COMMANDS["quantize"].make_context("quantize", words[1:]).params
+    table = of_table(Settings)
+    settings = make_settings(params["recipe"], **table.value({row.name: params[row.name] for row in table.options}))
+    facts = facts_of(settings, Facts(gguf=settings.writes_gguf(params["output"])))
+    return facts.reads_text or facts.measures
 
 
 def words_of(line: str) -> list[str]:

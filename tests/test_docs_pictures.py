@@ -63,7 +63,7 @@ def test_picture_is_well_formed_has_a_title_and_loads_nothing(path):
 
 def test_numbers_of_the_picture_of_four_bit_values_are_the_tables(maker):
     """Ticks of one line lie where its values are."""
-    from lowbit.numerics.codebook_tables import NF4
+    from lowbit.kernels.tables import NF4
 
     drawn = maker.PICTURES["four-bit-values"]().text
     at = [float(x) for x in re.findall(r'class="tick a" x1="([\d.]+)"', drawn)]

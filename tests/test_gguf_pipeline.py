@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.api import dry_convert
-from lowbit.calibrate.imatrix_file import write_imatrix
-from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import report_path
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
+from lowbit.checkpoint.base import OpenOptions, report_path
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
-from lowbit.export import gguf_writer
-from lowbit.export.gguf_mix_table import FILE_TYPES
+from lowbit.formats.gguf import write as gguf_writer
+from lowbit.formats.gguf.imatrix_file import write_imatrix
+from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix
+from lowbit.formats.gguf.mix_table import FILE_TYPES
+from lowbit.formats.gguf.raw import open_raw_gguf
 from lowbit.numerics import ggml
 from lowbit.report import schema
 from models import make_model
@@ -120,7 +120,7 @@ def test_tensors_of_that_type_are_copied(model, tmp_path):
 
 def test_bytes_do_not_depend_on_threads_or_slabs(model, imatrix, tmp_path, monkeypatch):
     one = lowbit.quantize(model, tmp_path / "one.gguf", scheme="Q3_K_M", imatrix=str(imatrix), threads=1).path
-    monkeypatch.setattr("lowbit.gguf_pipeline.SLAB_WEIGHTS", 3000)
+    monkeypatch.setattr("lowbit.pipeline.SLAB_WEIGHTS", 3000)
     four = lowbit.quantize(model, tmp_path / "four.gguf", scheme="Q3_K_M", imatrix=str(imatrix), threads=4).path
     assert one.read_bytes() == four.read_bytes()
 
@@ -156,10 +156,10 @@ def test_importance_weighs_the_errors_of_its_columns(model, tmp_path):
 
 def test_overrides_and_fallbacks_are_said(tiny_llama, tmp_path):
     prepared = lowbit.dry_run(tiny_llama, scheme="Q4_K_M", overrides={r"ffn_gate": "Q8_0"})
-    kinds = {tensor.name: tensor.kind.name for tensor in prepared.plan.tensors}
+    kinds = {tensor.name: tensor.stored_as for tensor in prepared.plan.tensors}
     assert kinds["blk.1.ffn_gate.weight"] == "Q8_0"
     assert kinds["blk.1.ffn_up.weight"] == "Q5_0"  # rows of 128
-    assert "do not divide by 256" in prepared.plan.fallbacks
+    assert "do not divide by 256" in prepared.plan.notes[0]
     assert any("Q5_0, because rows" in note for tensor in prepared.plan.tensors for note in tensor.notes)
 
 
@@ -228,17 +228,48 @@ def test_an_existing_file_is_kept(model, tmp_path):
 
 
 def test_an_existing_part_is_kept(model, tmp_path):
-    parts = lowbit.dry_run(model, scheme="F32", shard_size=1_000_000).plan.file_names("x.gguf")
-    (tmp_path / parts[1]).write_bytes(b"somebody's")
+    plan = lowbit.dry_run(model, scheme="F32", shard_size=1_000_000).plan
+    first = plan.opened_at(tmp_path / "x.gguf")
+    second = first.with_name(first.name.replace("-00001-", "-00002-"))
+    second.write_bytes(b"somebody's")
     with pytest.raises(OutputError, match="exists already"):
         lowbit.quantize(model, tmp_path / "x.gguf", scheme="F32", shard_size=1_000_000)
-    assert (tmp_path / parts[1]).read_bytes() == b"somebody's"
+    assert second.read_bytes() == b"somebody's"
 
 
-def test_a_dry_conversion_to_gguf_says_what_to_do(model):
-    with pytest.raises(UsageError) as caught:
-        dry_convert(model, format="gguf", scheme="Q8_0")
-    assert "lowbit quantize" in caught.value.hint
+def test_a_dry_conversion_to_gguf_is_a_plan_and_needs_a_type(model):
+    planned = dry_convert(model, format="gguf", scheme="Q8_0").plan
+    assert planned.file_bytes == lowbit.dry_run(model, scheme="Q8_0").plan.file_bytes
+    with pytest.raises(UsageError, match="needs a type"):
+        dry_convert(model, format="gguf")
+
+
+def test_ignored_matrices_stay_in_16_bits_under_either_name(model, tmp_path):
+    for pattern in ("ffn_down", r"mlp\.down_proj$"):
+        plan = lowbit.dry_run(model, scheme="Q4_K_M", ignore=(pattern,)).plan
+        left = {tensor.name: tensor.reason for tensor in plan.tensors if tensor.reason and "--ignore" in tensor.reason}
+        assert left == {f"blk.{block}.ffn_down.weight": f"matches --ignore {pattern}" for block in range(2)}
+    done = lowbit.quantize(model, tmp_path / "x.gguf", scheme="Q4_K_M", ignore=("ffn_down",))
+    assert types_in(done.path)["blk.1.ffn_down.weight"] == "BF16"
+    with pytest.raises(UsageError, match="--ignore 'nothing' matches no tensor"):
+        lowbit.dry_run(model, scheme="Q4_K_M", ignore=("nothing",))
+
+
+def test_ignored_tensors_of_a_gguf_keep_their_bytes(model, tmp_path):
+    source = lowbit.quantize(model, tmp_path / "source.gguf", scheme="Q8_0").path
+    path = lowbit.quantize(source, tmp_path / "x.gguf", scheme="Q4_K_M", ignore=("ffn_down",)).path
+    ours, others = open_raw_gguf(path), open_raw_gguf(source)
+    before = {tensor.name: bytes(others.bytes(tensor)) for tensor in others.tensors}
+    assert types_in(path)["blk.0.ffn_down.weight"] == "Q8_0"
+    assert types_in(path)["blk.0.ffn_up.weight"] == "Q4_K"
+    assert all(bytes(ours.bytes(t)) == before[t.name] for t in ours.tensors if "ffn_down" in t.name)
+
+
+def test_a_preview_measures_nothing(model, monkeypatch):
+    from lowbit.formats.gguf import imatrix
+
+    monkeypatch.setattr(imatrix, "measure_imatrix_of", lambda *_: pytest.fail("a dry run measures"))
+    assert lowbit.dry_run(model, scheme="IQ2_XS", imatrix="measure").plan.file_bytes
 
 
 def test_a_run_that_fails_leaves_the_earlier_file(model, tmp_path, monkeypatch):
@@ -259,7 +290,7 @@ def test_the_report_and_its_page(model, imatrix, tmp_path):
     done = lowbit.quantize(model, tmp_path / "x.gguf", scheme="IQ3_M", imatrix=str(imatrix))
     said = json.loads((tmp_path / "x.lowbit-report.json").read_text())
     assert said["output"]["format"] == "gguf"
-    assert said["settings"]["imatrix"] == str(imatrix)
+    assert said["settings"]["given"]["imatrix"] == str(imatrix)
     assert said["verification"]["engine"] == "llama.cpp"
     assert done.report.serve[0].command.startswith("llama-server -m ")
     assert "IQ3_M" in (tmp_path / "x.report.html").read_text()
@@ -267,3 +298,23 @@ def test_the_report_and_its_page(model, imatrix, tmp_path):
     kind = ggml.TYPES[row["scheme"]]
     assert row["bits_per_weight"] == pytest.approx(kind.bits_per_weight)
     assert 0 < row["relative_error"] < 0.2
+
+
+def test_an_output_never_takes_the_place_of_its_source(model, tmp_path):
+    path = lowbit.quantize(model, tmp_path / "x.gguf", scheme="F16").path
+    folder = lowbit.quantize(model, tmp_path / "folder", scheme="W8A16").path
+    for source, settings in ((path, {"scheme": "Q4_0"}), (folder, {"scheme": "W4A16"})):
+        with pytest.raises(OutputError, match="is the model itself"):
+            lowbit.quantize(source, source, overwrite=True, **settings)
+        assert source.exists()
+
+
+def test_a_scheme_of_folders_is_told_from_a_typing_mistake(model):
+    with pytest.raises(UsageError) as caught:
+        lowbit.dry_run(model, output=Path("x.gguf"))
+    assert "Q4_K_M" in caught.value.hint
+
+
+def test_a_revision_of_a_local_model_is_refused(model):
+    with pytest.raises(UsageError, match="read only for a Hugging Face id"):
+        lowbit.dry_run(model, options=OpenOptions(revision="main"))

@@ -1,11 +1,8 @@
-"""The package is light to import, and data flows in one direction."""
+"""Data flows in one direction: one ordered list of all packages and modules; each imports only from its left."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,117 +11,80 @@ import lowbit
 
 ROOT = Path(lowbit.__file__).parent
 
-# The order of the flow. A stage may import from the stages before it, from the shared currency and from itself.
-CURRENCY = {
-    "errors",
-    "hardware",
-    "kernels",
-    "measure",
-    "methods",
-    "numerics",
-    "schemes",
-    "settings",
-    "tensors",
-    "text",
-    "workers",
-}
-STAGES = [
-    "checkpoint",
-    "architecture",
-    "calibrate",
-    "transform",
-    "rounding",
-    "export",
-    "plan",
-    "gguf_plan",
-    "verification",
-    "evaluation",
-    "report",
-]
-# What runs several stages.
-ABOVE = {
-    "advice",
-    "estimation",
-    "diagnosis",
-    "pipeline",
-    "gguf_pipeline",
-    "blockwise",
-    "conversion",
-    "neighbours",
-    "comparison",
-    "reporting",
-    "imatrix_api",
-    "api",
-    "cli",
-}
+# From left to right. What lies to the right is reached by name, through the rows of `registry` and `methods`.
+LAYERS = [
+    # leaves, and the currency that stages hand on
+    "version", "errors", "records", "measure", "workers", "registry", "hardware", "tensors", "schemes", "methods",
+    "kernels", "numerics", "knobs", "settings", "text",
+    # the flow
+    "checkpoint", "architecture", "rounding", "transform", "calibrate", "export", "plan", "verification", "formats",
+    "engines", "pipeline", "evaluation", "report", "reporting", "api",
+    # beside the flow
+    "estimation", "advice", "comparison", "diagnosis",
+    # entries
+    "cli", "__main__",
+]  # fmt: skip
+# The public calls, loaded when they are first used: lazily, and for type checkers.
+ENTRY = "__init__"
 
 
-def imported_parts(path: Path) -> set[str]:
-    """First components below lowbit of everything that a module imports, at any depth."""
-    parts = set()
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path) -> set[str]:
+    """First components below lowbit of everything that a module imports, at any depth, for type checkers too."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "lowbit":
+            names |= {f"lowbit.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        parts |= {name.split(".")[1] for name in names if name.startswith("lowbit.")}
-    known = CURRENCY | set(STAGES) | ABOVE
-    return parts & known
+            names |= {alias.name for alias in node.names}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports relatively"
+    return {name.split(".")[1] for name in names if name.startswith("lowbit.")} & set(LAYERS)
 
 
-def modules_of(part: str) -> list[Path]:
-    single = ROOT / f"{part}.py"
-    return [single] if single.exists() else sorted((ROOT / part).rglob("*.py"))
+def test_every_package_and_module_has_its_place():
+    found = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert found - {"__pycache__", "data", ENTRY} == set(LAYERS)
+    assert len(set(LAYERS)) == len(LAYERS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_imports_only_from_its_left(stage):
-    allowed = CURRENCY | set(STAGES[: STAGES.index(stage) + 1])
-    for path in modules_of(stage):
-        assert imported_parts(path) <= allowed, path
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_from_its_left(layer):
+    """So no two packages import each other, either."""
+    allowed = set(LAYERS[: LAYERS.index(layer) + 1])
+    for path in modules():
+        if layer_of(path) == layer:
+            assert imported_layers(path) <= allowed, path
 
 
-@pytest.mark.parametrize("part", sorted(CURRENCY))
-def test_currency_imports_no_stage(part):
-    for path in modules_of(part):
-        assert imported_parts(path) <= CURRENCY, path
+def test_a_format_is_a_folder_that_knows_no_other_format():
+    for path in modules():
+        parts = path.relative_to(ROOT).parts
+        if parts[0] != "formats" or len(parts) < 3:
+            continue
+        names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        others = {name for name in names if name and name.startswith("lowbit.formats.")}
+        assert all(name.split(".")[2] == parts[1] for name in others), path
 
 
-def test_verification_knows_nothing_of_how_files_are_written():
-    writing = {"export", "rounding", "plan", "gguf_plan", "pipeline", "gguf_pipeline", "api"}
-    for path in modules_of("verification"):
-        assert not imported_parts(path) & writing, path
-
-
-def test_every_module_belongs_to_a_stage():
-    names = {path.stem if path.is_file() else path.name for path in ROOT.iterdir()}
-    entries = {"__init__", "__main__", "__pycache__", "py", "data"}
-    assert names - entries <= CURRENCY | set(STAGES) | ABOVE | {"py.typed"}
-
-
-def run_python(code: str) -> tuple[str, float]:
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout, time.perf_counter() - began
-
-
-@pytest.mark.parametrize("code", ["import lowbit", "import lowbit.cli.main"])
-def test_import_is_quick_and_leaves_torch_out(code):
-    bare = min(run_python("pass")[1] for _ in range(3))
-    heavy = "torch transformers numpy safetensors gguf"
-    script = f"{code}; import sys; print(*(m for m in {heavy.split()!r} if m in sys.modules))"
-    runs = [run_python(script) for _ in range(3)]
-    assert runs[0][0].strip() == ""
-    assert min(seconds for _, seconds in runs) - bare < 0.3
-
-
-def test_help_is_quick():
-    bare = min(run_python("pass")[1] for _ in range(3))
-    script = "import sys; sys.argv = ['lowbit', '--help']; from lowbit.cli.main import run; run()"
-    runs = [run_python(script) for _ in range(3)]
-    assert "quantize" in runs[0][0]
-    assert min(seconds for _, seconds in runs) - bare < 0.3
+def test_rules_of_a_format_know_nothing_of_how_it_is_written():
+    """So that they cannot repeat the writer's mistakes. Verification stands left of all writers but the containers."""
+    for path in modules():
+        parts = path.relative_to(ROOT).parts
+        if parts[0] == "verification" or parts[-1] in ("rules.py", "subject.py"):
+            text = path.read_text()
+            for written in (".write", "lowbit.export", "lowbit.plan", "lowbit.pipeline", "lowbit.rounding"):
+                assert f"from lowbit.formats.{parts[1]}{written}" not in text, path
+                assert f"from {written} import" not in text, path
+                assert f"from {written}." not in text, path
 
 
 def test_public_calls_exist():

@@ -15,11 +15,12 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError, NonFiniteError, OutputError
 from lowbit.export import default_format, find_exporter
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
-from lowbit.pipeline import prepare, write_checkpoint
+from lowbit.pipeline import write_checkpoint
+from lowbit.plan.plan import Request, prepare
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES
 from lowbit.settings import make_settings
+from lowbit.tensors import RangeSearch
 from models import FAMILIES, make_model
 
 WRITABLE = [name for name, s in SCHEMES.items() if s.activation is None or not s.activation.needs_calibration]
@@ -27,8 +28,8 @@ WRITABLE = [name for name, s in SCHEMES.items() if s.activation is None or not s
 
 def write(model, output, threads=2, **settings):
     results = {}
-    prepared = prepare(model, make_settings(**settings), threads=threads)
-    write_checkpoint(prepared, output, finish=lambda work, found, _: results.update(found))
+    prepared = prepare(Request(model, make_settings(**settings), threads=threads))
+    write_checkpoint(prepared, output, finish=lambda work, written: results.update(written.results))
     return results
 
 
@@ -173,7 +174,7 @@ def test_existing_output_is_refused_before_any_work(tiny_llama, tmp_path):
 
 
 def test_interrupt_leaves_nothing(tiny_llama, tmp_path):
-    prepared = prepare(tiny_llama, make_settings())
+    prepared = prepare(Request(tiny_llama, make_settings()))
 
     def interrupt(what, done, total):
         raise KeyboardInterrupt
@@ -194,6 +195,6 @@ def test_unknown_architecture_and_absent_folder_write_nothing(tiny_llama, tmp_pa
 
 def test_predicted_bytes_are_the_written_bytes(tiny_llama, tmp_path):
     for scheme in WRITABLE:
-        prepared = prepare(tiny_llama, make_settings(scheme=scheme))
+        prepared = prepare(Request(tiny_llama, make_settings(scheme=scheme)))
         write_checkpoint(prepared, tmp_path / scheme)
         assert (tmp_path / scheme / "model.safetensors").stat().st_size == prepared.plan.file_bytes

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
-from lowbit.pipeline import needs_input_ranges, prepare
+from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
 from models import FAMILIES, make_model
 
 
 def plan_of(folder, **settings):
-    return prepare(folder, make_settings(**settings)).plan
+    return prepare(Request(folder, make_settings(**settings))).plan
 
 
 def by_name(plan):
@@ -25,7 +25,7 @@ def by_name(plan):
 def test_every_decoder_linear_is_quantized_and_the_rest_explained(tmp_path, model_type):
     plan = plan_of(make_model(tmp_path / "m", model_type), group_size=64)
     assert len(plan.quantized) == 14
-    assert all((tensor.scheme is None) != (tensor.reason is None) for tensor in plan.tensors)
+    assert all(tensor.is_quantized == (tensor.scheme is not None) for tensor in plan.tensors)
 
 
 def test_lm_head_stays_by_default_and_says_how_to_change_that(tiny_llama):
@@ -147,7 +147,7 @@ def test_extra_tensors_are_kept_and_listed(tiny_llama, tmp_path):
 @pytest.mark.parametrize(("scheme", "needs"), [("FP8", True), ("NVFP4", True), ("FP8_DYNAMIC", False)])
 def test_static_schemes_need_the_range_of_every_quantized_linear(tiny_llama, scheme, needs):
     plan = plan_of(tiny_llama, scheme=scheme)
-    assert needs_input_ranges(plan) == (plan.schemes.keys() if needs else set())
+    assert plan.static_inputs == (plan.schemes.keys() if needs else set())
 
 
 def test_bits_per_weight_counts_scales(tiny_llama):

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import UsageError
+from lowbit.knobs import parse_bytes
 from lowbit.schemes import SCHEMES
-from lowbit.settings import Settings, make_settings, parse_bytes
+from lowbit.settings import Settings, make_settings
 
 
 def recipe(tmp_path: Path, text: str) -> Path:

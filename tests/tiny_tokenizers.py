@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.gguf_pre_tokenizers import BY_NAME
-from lowbit.export.gguf_pre_tokenizers import HARD_TEXT
+from lowbit.formats.gguf.pre_tokenizers import BY_NAME
+from lowbit.formats.gguf.write_pre_tokenizers import HARD_TEXT
 
 TEXTS = [
     *[line for line in HARD_TEXT.split("\n") if line],

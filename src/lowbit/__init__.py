@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lowbit.version import __version__
 
 _CALLS = {
     "quantize": "lowbit.api:quantize",
@@ -29,7 +29,7 @@ _CALLS = {
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
-    "imatrix": "lowbit.imatrix_api:imatrix",
+    "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
 }
 
 __all__ = ["__version__", *_CALLS]
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import evaluate as evaluate
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
-    from lowbit.imatrix_api import imatrix as imatrix
+    from lowbit.formats.gguf.imatrix import imatrix as imatrix
     from lowbit.verification import verify as verify
 
 

@@ -1,10 +1,8 @@
 """`compare`: several quantized models of one source, measured on the same text and put on one page.
 
-Each is evaluated as `lowbit.evaluate` does. Figures that its report already has are taken from there, and said to be,
-where they were measured in the same way: the same text (SHA-256), reference (fingerprint of its weights), protocol,
-windows, tokens per window, dtype, and files of the same size.
-
-Refused: fewer than two models, and models that share a name in the end.
+Each is evaluated by `lowbit.evaluate`. Figures come from a model's report, and are marked so, if it measured them the
+same way: same text (SHA-256), reference (fingerprint of its weights), protocol, windows, tokens per window, dtype, and
+files of the same size. Refused: fewer than two models, and one model twice.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ import torch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions, report_path
 from lowbit.errors import UsageError
-from lowbit.evaluation import evaluate
+from lowbit.evaluation import Evaluation, evaluate
 from lowbit.evaluation.footprint import file_bytes, fingerprint
 from lowbit.report import schema
 from lowbit.report.compared import Compared, Comparison
-from lowbit.reporting import write_report
+from lowbit.reporting import add_to_report
 from lowbit.text import Protocol, read_text
 
 # (which model, windows done, windows in all)
@@ -77,22 +75,11 @@ def compare(
             found.append(Compared(path, path, known, "report", report))
             continue
         measured = evaluate(
-            path,
-            source,
-            text,
-            windows=windows,
-            window_tokens=window_tokens,
-            protocol=protocol,
-            bos=bos,
-            samples=samples,
-            dtype=dtype,
-            device=device,
-            max_memory=max_memory,
-            options=options,
+            path, source, text, windows=windows, window_tokens=window_tokens, protocol=protocol, bos=bos,
+            samples=samples, dtype=dtype, device=device, max_memory=max_memory, options=options,
             progress=None if progress is None else lambda done, total, path=path: progress(path, done, total),
-        )
-        rows = tuple(schema.Evaluation.model_validate(each.to_dict()) for each in measured)
-        found.append(Compared(path, path, rows, "measured", report))
+        )  # fmt: skip
+        found.append(Compared(path, path, tuple(measured), "measured", report))
     return Comparison(source, named(found))
 
 
@@ -110,15 +97,14 @@ def add_to_reports(comparison: Comparison) -> list[Path]:
         planned = tuple(
             each for each in model.report.neighbours if each.origin == "plan" and each.scheme not in measured
         )
-        report = model.report.model_copy(update={"neighbours": (*others, *planned), "evaluation": model.evaluations})
-        write_report(report, Path(model.path))
+        add_to_report(Path(model.path), neighbours=(*others, *planned), evaluation=model.evaluations)
         written.append(Path(model.path))
     return written
 
 
 def named(models: Sequence[Compared]) -> tuple[Compared, ...]:
     """With labels as short as they can be told apart by: scheme, then the method, then the format, then the path."""
-    labels = [_first_label(model) for model in models]
+    labels = [model.scheme if model.scheme != "16 bits" else Path(model.path).name or model.path for model in models]
     for more in (_method, _format, lambda model: Path(model.path).name, lambda model: model.path):
         count = Counter(labels)
         labels = [
@@ -131,10 +117,6 @@ def named(models: Sequence[Compared]) -> tuple[Compared, ...]:
     return tuple(replace(model, label=label) for model, label in zip(models, labels, strict=True))
 
 
-def _first_label(model: Compared) -> str:
-    return model.scheme if model.scheme != "16 bits" else Path(model.path).name or model.path
-
-
 def _method(model: Compared) -> str:
     return "" if model.report is None else model.report.settings.method
 
@@ -144,7 +126,7 @@ def _format(model: Compared) -> str:
 
 
 def _report(path: str) -> schema.Report | None:
-    """The report beside the weights; None where there is none."""
+    """The report beside the weights; None if there is none."""
     beside = report_path(Path(path))
     return schema.load(beside) if beside.is_file() else None
 
@@ -164,20 +146,17 @@ def _fingerprint(source: str, options: OpenOptions) -> str:
 
 
 def _known(
-    report: schema.Report,
-    path: str,
-    wanted: dict[str, Any],
-    bos: bool | Literal["auto"],
-    samples: int,
+    report: schema.Report, path: str, wanted: dict[str, Any], bos: bool | Literal["auto"], samples: int,
     options: OpenOptions,
-) -> tuple[schema.Evaluation, ...]:
+) -> tuple[Evaluation, ...]:  # fmt: skip
     """The evaluations of a report, where they answer this very question; none otherwise."""
     runs = report.evaluation
     if not runs or any(run.kld_mean is None for run in runs):
         return ()
     for run in runs:
-        has = {name: run.text.sha256 if name == "text" else getattr(run, name) for name in wanted}
-        if has != wanted or (bos != "auto" and run.bos != bos):
+        if run.model_dump(include=set(wanted)) | {"text": run.text.sha256} != wanted or (
+            bos != "auto" and run.bos != bos
+        ):
             return ()
     could_speak = not any(note.startswith("no samples") for note in runs[-1].notes)
     if could_speak and len(runs[-1].samples) < samples:

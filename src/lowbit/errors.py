@@ -1,7 +1,7 @@
-"""Every error that a user can cause. Each says what was found, and carries a `hint` with the next step.
+"""All errors that a user can cause.
 
-The command line prints `error: <message>`, a blank line and `hint: <hint>`, and exits with `exit_code`. Anything that
-is not a `LowbitError` is a bug of ours and keeps its traceback.
+The command line prints `error: <message>`, a blank line and `hint: <hint>`, and exits with `exit_code`. Any other
+exception is a bug of lowbit and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 class LowbitError(Exception):
     """Base of the errors that the user can act on.
 
-    message  one sentence without full stop: file, tensor, what was found, what was needed
-    hint     one sentence: what to do next; where none is given, what usually helps with this kind of error
+    message  one sentence without full stop: file, tensor, actual value, required value
+    hint     one sentence: the next step; by default what usually helps with this kind of error
     """
 
     exit_code = 1
@@ -36,7 +36,7 @@ class CheckpointError(LowbitError):
 
 
 class UnsafeError(LowbitError):
-    """Reading it would run somebody else's code (pickle, remote modelling code) and the user did not ask for that."""
+    """Reading it would run foreign code (pickle, remote modelling code), which the user has not allowed."""
 
 
 class ArchitectureError(LowbitError):

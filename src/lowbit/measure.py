@@ -1,9 +1,10 @@
-"""What a run cost: wall time and peak resident memory of this process."""
+"""Wall time and memory of this process: what a run cost, and what is left."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 class Meter:
-    """Wall seconds since it was made, and peak resident bytes since then.
+    """Wall seconds and peak resident bytes since its construction.
 
     On Linux the kernel's high-water mark is reset first, so that several runs in one process do not hide each other;
     elsewhere the peak is that of the whole process.
@@ -42,9 +43,9 @@ def resident_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give every freed block of a megabyte or more back at once; for processes of our own only.
+    """Make glibc return freed blocks of a megabyte or more at once; for processes of our own only.
 
-    Left alone it keeps what tensors of changing sizes free, in pieces: a third of what an evaluation held.
+    By default it keeps the blocks of freed tensors of changing sizes: a third of the memory of an evaluation.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -52,13 +53,15 @@ def return_freed_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Have glibc give what is free now back to the system, once; a millisecond or two."""
+    """Return all memory that glibc holds free to the system; takes a millisecond or two."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 
 
 _M_MMAP_THRESHOLD = -3
+# "No limit" in version 1 of control groups is a number near 2^63.
+_NO_LIMIT = 1 << 60
 _RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -70,3 +73,71 @@ def _status_kib(field: str) -> int:
     except OSError:
         pass
     return 0
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can allocate without swapping or being killed; None if unknown.
+
+    The least of MemAvailable (/proc/meminfo) and of what the control groups of the process allow: memory.max −
+    memory.current, page cache that can go counted as free; version 1 of control groups likewise.
+    """
+    found = [_meminfo_available(), _left_in_control_groups()]
+    known = [count for count in found if count is not None]
+    if known:
+        return min(known)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def _meminfo_available(path: Path = Path("/proc/meminfo")) -> int | None:
+    for line in _lines(path):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_in_control_groups(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes left under the tightest memory limit of the process's control groups and their parents; None without one.
+
+    A line of /proc/self/cgroup is `0::/path` (version 2) or `n:controllers:/path` (version 1).
+    """
+    left = []
+    for line in _lines(groups):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = base / path.strip().lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(base):
+                break
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None and limit < _NO_LIMIT:
+                left.append(max(0, limit - max(0, used - _inactive_file(folder / "memory.stat"))))
+    return min(left, default=None)
+
+
+def _inactive_file(path: Path) -> int:
+    """Page cache that the kernel would drop first."""
+    for line in _lines(path):
+        if line.startswith(("inactive_file ", "total_inactive_file ")):
+            return int(line.split()[1])
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    """None for a file that is not there, and for "max"."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

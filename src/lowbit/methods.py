@@ -1,83 +1,147 @@
-"""Methods: what is done to weights before they are rounded, and how codes are chosen.
+"""Methods: transforms that rewrite weights, and the rounding that chooses codes.
 
     rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq …
 
-A method is transforms in the order given, then one rounding; a transform alone is followed by rounding to nearest.
+A method is transforms in the order given, then one rounding; the default is rounding to nearest. A row names its
+function as "module:function", imported when it runs, and its needs; other code tests these attributes, never a name. A
+new method is a module and a row.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from lowbit.errors import UsageError
+from lowbit.registry import load
 
-TRANSFORMS = {
-    "smoothquant": "scales that move outliers of activations into weights (2211.10438)",
-    "awq": "scales that protect weights which meet large activations (2306.00978)",
-    "rotate": "a Hadamard rotation of each value head (QuaRot, 2404.00456)",
-    "hadamard": "a Hadamard rotation of the residual stream (QuaRot, 2404.00456)",
-}
-ROUNDINGS = {
-    "rtn": "round to nearest, no data",
-    "hqq": "half-quadratic search of scales and zero points, no data",
-    "gptq": "rounding with error feedback through the Hessian of the inputs (2210.17323)",
-    "sign-sgd": "rounding and ranges learned block by block by signed gradients (AutoRound, 2309.05516); slow",
-}
-_ALIASES = {"autoround": "sign-sgd", "signsgd": "sign-sgd", "smooth": "smoothquant", "quarot": "hadamard"}
+
+@dataclass(frozen=True)
+class Transform:
+    """Rewrites the weights of a block so that they round better; the float output of the model stays the same.
+
+    function  (block: BlockTensors, facts: ModelFacts, fake_quantize: FakeQuantize) → list[TransformNote]
+    paper     arXiv
+    outside   (checkpoint, facts) → embedding, final norm and head, rewritten; for transforms of the residual stream,
+              which use no statistics and run before any measurement
+    """
+
+    name: str
+    function: str
+    summary: str
+    paper: str
+    aliases: tuple[str, ...] = ()
+    outside: str | None = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.outside is None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Chooses codes.
+
+    function       (weight [N, K], target: Target, data: InputData, options) → Rounded; if it `learns`,
+                   (block, call, inputs, targets, linears, options) → Rounded by linear, see `rounding.sign_sgd`
+    options        dataclass of its knobs, with a constructor `of(settings)`; None if it has none
+    paper          arXiv, or a web page
+    needs_hessian  needs calibration text; linears that too few tokens reach are rounded to nearest. Its options say
+                   whether it also `needs_drift`
+    grids_only     does not work on ggml types
+    learns         tunes all linears of a block together, starting from the codes of one of `starts`, or of rtn
+    """
+
+    name: str
+    function: str
+    summary: str
+    paper: str | None = None
+    options: str | None = None
+    aliases: tuple[str, ...] = ()
+    needs_hessian: bool = False
+    grids_only: bool = False
+    learns: bool = False
+    starts: tuple[str, ...] = ()
+
+    @property
+    def needs_text(self) -> bool:
+        """True if calibration text runs through the model, block by block."""
+        return self.needs_hessian or self.learns
+
+    def options_of(self, settings: Any) -> Any:
+        """Its options from `lowbit.settings.Settings`."""
+        return None if self.options is None else load(self.options).of(settings)
+
+
+TRANSFORMS = {row.name: row for row in (
+    Transform("smoothquant", "lowbit.transform.smoothquant:apply",
+              "scales that move outliers of activations into weights", "2211.10438", ("smooth",)),
+    Transform("awq", "lowbit.transform.awq:apply",
+              "scales that protect weights which meet large activations", "2306.00978"),
+    Transform("rotate", "lowbit.transform.rotate:apply_values",
+              "a Hadamard rotation of each value head (QuaRot)", "2404.00456"),
+    Transform("hadamard", "lowbit.transform.rotate:apply_residual",
+              "a Hadamard rotation of the residual stream (QuaRot)", "2404.00456", ("quarot",),
+              outside="lowbit.transform.rotate:rotated_outside"),
+)}  # fmt: skip
+ROUNDINGS = {row.name: row for row in (
+    Rounding("rtn", "lowbit.rounding.target:nearest", "round to nearest, no data"),
+    Rounding("hqq", "lowbit.rounding.hqq:hqq", "half-quadratic search of scales and zero points, no data",
+             "mobiusml.github.io/hqq_blog", "lowbit.rounding.hqq:HqqOptions", grids_only=True),
+    Rounding("gptq", "lowbit.rounding.gptq:gptq",
+             "rounding with error feedback through the Hessian of the inputs", "2210.17323",
+             "lowbit.rounding.gptq:GPTQOptions", needs_hessian=True),
+    Rounding("sign-sgd", "lowbit.rounding.sign_sgd:sign_sgd_block",
+             "rounding and ranges learned block by block by signed gradients (AutoRound); slow", "2309.05516",
+             "lowbit.rounding.sign_sgd:SignSGDOptions", ("autoround", "signsgd"), grids_only=True, learns=True,
+             starts=("gptq",)),
+)}  # fmt: skip
+RTN = ROUNDINGS["rtn"]
+_BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values()) for name in (row.name, *row.aliases)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """transforms in the order they are applied, then the roundings: one, or gptq and sign-sgd, which starts from it."""
+    """Transforms in order, the rounding of each linear by itself, and the rounding that then learns, if any."""
 
-    transforms: tuple[str, ...]
-    roundings: tuple[str, ...]
+    transforms: tuple[Transform, ...]
+    rounding: Rounding
+    learned: Rounding | None = None
 
     @property
     def name(self) -> str:
-        """The method as one would type it."""
-        shown = self.transforms + self.roundings
-        return "+".join(name for name in shown if name != "rtn") or "rtn"
+        """The method as the user types it."""
+        rows = (*self.transforms, self.rounding, *([self.learned] if self.learned else []))
+        return "+".join(row.name for row in rows if row is not RTN) or RTN.name
 
     @property
-    def rounding(self) -> str:
-        """How each linear is rounded by itself."""
-        return self.roundings[0]
-
-    @property
-    def learns(self) -> bool:
-        """True where a whole block is optimised at once."""
-        return "sign-sgd" in self.roundings
-
-    @property
-    def is_blockwise(self) -> bool:
-        """True where calibration text runs through the model, block by block."""
-        return bool(self.transforms) or not set(self.roundings) <= {"rtn", "hqq"}
+    def needs_text(self) -> bool:
+        """True if calibration text runs through the model, block by block."""
+        return bool(self.transforms) or self.rounding.needs_text or self.learned is not None
 
 
 def parse_method(text: str) -> Method:
     """ "smoothquant+gptq" → Method; UsageError names what is unknown or stands in the wrong order."""
-    transforms: list[str] = []
-    roundings: list[str] = []
+    transforms: list[Transform] = []
+    roundings: list[Rounding] = []
     for part in text.lower().split("+"):
-        name = _ALIASES.get(part.strip(), part.strip())
-        if name in TRANSFORMS and not roundings and name not in transforms:
-            transforms.append(name)
-        elif name in ROUNDINGS and name not in roundings:
-            roundings.append(name)
-        elif name in TRANSFORMS or name in ROUNDINGS:
-            raise UsageError(f"method {text!r}: {name} stands there twice, or behind a rounding",
-                             "transforms come first: smoothquant+gptq")  # fmt: skip
-        else:
+        row = _BY_NAME.get(part.strip())
+        if row is None:
             known = [*TRANSFORMS, *ROUNDINGS]
-            near = difflib.get_close_matches(name, known, n=2)
-            raise UsageError(f"there is no method {name!r}", f"did you mean {' or '.join(near)}?" if near else
+            near = difflib.get_close_matches(part.strip(), known, n=2)
+            raise UsageError(f"there is no method {part.strip()!r}", f"did you mean {' or '.join(near)}?" if near else
                              f"choose from {', '.join(known)}, joined by +")  # fmt: skip
-    if len(roundings) > 1 and roundings != ["gptq", "sign-sgd"]:
-        raise UsageError(f"method {text!r} rounds twice", "only gptq+sign-sgd does: the second starts from the first")
-    if not roundings:
-        roundings = ["rtn"]
-    if roundings == ["sign-sgd"]:
-        roundings = ["rtn", "sign-sgd"]
-    return Method(tuple(transforms), tuple(roundings))
+        if row in transforms or row in roundings or (isinstance(row, Transform) and roundings):
+            raise UsageError(f"method {text!r}: {row.name} appears twice, or after a rounding",
+                             "transforms come first: smoothquant+gptq")  # fmt: skip
+        if isinstance(row, Transform):
+            transforms.append(row)
+        else:
+            roundings.append(row)
+    learned = roundings.pop() if roundings and roundings[-1].learns else None
+    if len(roundings) > 1 or (learned and roundings and roundings[0].name not in learned.starts):
+        pairs = [f"{start}+{row.name}" for row in ROUNDINGS.values() for start in row.starts]
+        raise UsageError(f"method {text!r} rounds twice",
+                         f"only {' and '.join(pairs)} does: the second starts from the first")  # fmt: skip
+    return Method(tuple(transforms), roundings[0] if roundings else RTN, learned)

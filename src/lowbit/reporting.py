@@ -9,80 +9,64 @@ from collections import Counter
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from lowbit import __version__
-from lowbit.calibrate.summary import pack_vocabulary
+from lowbit.calibrate.summary import InputSummary, pack_vocabulary
 from lowbit.checkpoint.base import HTML_NAME, report_path
+from lowbit.engines import find_engine
+from lowbit.errors import LowbitError
 from lowbit.measure import Meter
-from lowbit.neighbours import planned_neighbours
+from lowbit.pipeline import TensorResult, Written
+from lowbit.plan.plan import Making, PlannedTensor, Prepared
 from lowbit.report import schema
-from lowbit.report.html import render_html
+from lowbit.report.page import render_html
+from lowbit.rounding.histogram import WeightHistogram
+from lowbit.settings import Settings, command_line
 from lowbit.verification import Verification
+from lowbit.version import __version__
 
-if TYPE_CHECKING:
-    from lowbit.blockwise.results import TensorResult
-    from lowbit.gguf_pipeline import PreparedGGUF
-    from lowbit.gguf_plan import PlannedBlocks
-    from lowbit.pipeline import Prepared
-    from lowbit.plan import PlannedTensor
-    from lowbit.rounding.histogram import WeightHistogram
-    from lowbit.settings import Settings
-
-
-# Of `Settings`: what methods that run a text can be told.
-_OPTIONS = (
-    "damping", "correction", "correction_samples", "refine", "iterations", "expert_tokens", "all_experts",
-    "bias_correction",
-    "activation_range", "activation_percentile", "compute",
-)  # fmt: skip
-
-
-# Settings that the command line has, in the order in which a person would write them.
-_FLAGS = (
-    "scheme", "method", "format", "group_size", "range", "percentile", "double_quant", "method_overrides", "overrides",
-    "ignore", "calib", "samples", "seqlen", "imatrix", "pure", "output_type", "token_embedding_type", "pre_tokenizer",
-    "kv_cache", "activation_range", "damping", "correction", "refine", "iterations", "expert_tokens", "all_experts",
-    "bias_correction", "compute", "shard_size",
-)  # fmt: skip
-# Histograms of more tensors than this would make a report of many megabytes; those of largest error are kept.
+# From few bits to many: in folders, in GGUF files. Schemes with quantized activations have the same sizes.
+NEIGHBOURS = (
+    ("W2A16", "W3A16", "W4A16", "NVFP4A16", "FP8_DYNAMIC", "W8A16"),
+    ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"),
+)
+SHOWN_EACH_SIDE = 2
+# Planning takes milliseconds per thousand tensors and scheme; models with more tensors get no neighbours.
+MOST_TENSORS = 10_000
+# More histograms would make a report of many megabytes; those with the largest errors are kept.
 _HISTOGRAMS = 2000
 
 
 def build_report(
-    prepared: Prepared | PreparedGGUF,
-    results: dict[str, TensorResult],
-    histograms: dict[str, WeightHistogram],
-    written: list[Path],
-    output: Path,
-    verification: Verification,
-    meter: Meter,
+    prepared: Prepared, written: Written, output: Path, verification: Verification, meter: Meter
 ) -> schema.Report:
-    """The report of a finished run.
-
-    results, histograms  by the names of the plan's tensors
-    written              the weight files; `output` is the name to be
-    """
-    plan = prepared.plan
-    files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written))
+    """The report of a finished run; `output` is its final name."""
+    plan, checkpoint, calibrated = prepared.plan, prepared.checkpoint, prepared.calibrated
+    files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written.files))
     weights = sum(tensor.weights for tensor in plan.tensors)
-    shown = _kept_histograms(histograms, results)
+    shown = _kept_histograms(written.histograms, written.results)
     bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
     return schema.Report(
         schema=schema.SCHEMA,
         lowbit=__version__,
         created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
-        source=schema.Source(
+        source=schema.ReportSource(
             model=prepared.source,
-            kind=prepared.source_kind,
+            kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*prepared.source_notes, *plan.warnings, *_decided_notes(prepared)),
+            notes=(*checkpoint.notes, *plan.notes, *_calibration_notes(prepared)),
             bytes=bytes_in,
         ),
         output=schema.Output(
-            format=plan.format, files=files, bytes=bytes_out, dtype=str(plan.dtype).removeprefix("torch.")
+            format=plan.format.name, files=files, bytes=bytes_out, dtype=str(plan.dtype).removeprefix("torch.")
         ),
-        settings=_settings(prepared),
+        settings=schema.ReportSettings(
+            scheme=plan.scheme_name,
+            method=plan.settings.method,
+            range=plan.range_method,
+            given=plan.settings.given,
+            calibration=_calibration(prepared),
+        ),
         versions=versions(),
         totals=schema.Totals(
             weights=weights,
@@ -93,74 +77,78 @@ def build_report(
             bytes_out=bytes_out,
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_bytes,
-            seconds_by_work={} if prepared.decided is None else prepared.decided.seconds,
+            seconds_by_work={} if calibrated is None else calibrated.seconds,
         ),
-        transforms=_transforms(prepared),
-        tensors=tuple(_entry(tensor, results.get(tensor.name), shown.get(tensor.name)) for tensor in plan.tensors),
-        verification=schema.Verification(
-            ok=verification.ok,
-            engine=verification.engine,
-            checks=tuple(schema.Check(rule=c.rule, passed=c.passed, detail=c.detail) for c in verification.checks),
+        transforms=() if calibrated is None else tuple(
+            schema.TransformEntry(**note) for record in calibrated.store.records.values() for note in record.transforms
         ),
+        tensors=tuple(_entry(t, written.results.get(t.name), shown.get(t.name)) for t in plan.tensors),
+        verification=verification,
         serve=_serve_lines(verification, output),
-        command=command_line(prepared, output),
+        command=_command(prepared, output),
         neighbours=planned_neighbours(prepared),
-    )
+    )  # fmt: skip
 
 
-def command_line(prepared: Prepared | PreparedGGUF, output: Path) -> str:
-    """The command that makes it again, with the settings that are not the defaults."""
-    settings = prepared.plan.settings
-    converted = any(tensor.repack for tensor in prepared.plan.tensors) and prepared.plan.format != "gguf"
-    words = ["lowbit", "convert" if converted else "quantize", prepared.source, "-o", str(output)]
-    given = {name: getattr(settings, name) for name in _FLAGS
-             if name in settings.model_fields_set}  # fmt: skip
-    if converted:
-        given = {"format": prepared.plan.format} | given
-    elif "scheme" not in given:
-        given = {"scheme": settings.scheme} | given
-    for name, value in given.items():
-        flag = "--" + name.removesuffix("s" if isinstance(value, dict) else "").replace("_", "-")
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        elif isinstance(value, dict):
-            words += [word for pattern, chosen in value.items() for word in (flag, f"{pattern}={chosen}")]
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [word for each in values for word in (flag, str(each))]
-    return shlex.join(words)
+def _command(prepared: Prepared, output: Path) -> str:
+    """The command that repeats the run."""
+    plan, given = prepared.plan, prepared.plan.settings.given
+    repacked = any(tensor.making is Making.repacked for tensor in plan.tensors)
+    if repacked and plan.format.suffix is None:
+        return command_line("convert", prepared.source, output, given, asdict(prepared.options))
+    scheme = {"scheme": plan.settings.scheme}
+    return command_line("quantize", prepared.source, output, scheme | given, asdict(prepared.options))
 
 
-def _settings(prepared: Prepared | PreparedGGUF) -> schema.Settings:
-    plan = prepared.plan
-    settings = plan.settings
-    return schema.Settings(
-        scheme=plan.scheme_name,
-        method=settings.method,
-        range=plan.range_method,
-        group_size=settings.group_size,
-        percentile=settings.percentile if settings.range == "percentile" else None,
-        shard_size=settings.shard_size if plan.format == "gguf" else settings.bytes_per_shard,
-        ignore=settings.ignore,
-        overrides=tuple(f"{pattern}={name}" for pattern, name in settings.overrides.items()),
-        seed=settings.seed,
-        method_overrides=tuple(f"{pattern}={name}" for pattern, name in settings.method_overrides.items()),
-        options={name: getattr(settings, name) for name in _OPTIONS if _was_changed(settings, name)},
-        kv_cache=settings.kv_cache,
-        imatrix=settings.imatrix,
-        pure=settings.pure,
-        calibration=_calibration(prepared),
-    )
+def planned_neighbours(prepared: Prepared) -> tuple[schema.Neighbour, ...]:
+    """The next smaller and next larger schemes in the format of this run, smallest first, with their exact sizes as
+    planned from headers; empty for models of very many tensors.
+
+    The report's chart of size against quality marks them on the axis of size; `lowbit compare` adds the quality of
+    those that exist.
+    """
+    plan, kept = prepared.plan, prepared.plan.settings
+    if len(plan.tensors) > MOST_TENSORS:
+        return ()
+    others = []
+    for name in NEIGHBOURS[plan.format.suffix is not None]:
+        if name == plan.scheme_name:
+            continue
+        settings = Settings(scheme=name, format=plan.format.name, shard_size=kept.shard_size, ignore=kept.ignore)
+        try:
+            other = prepared.plan_again(settings)
+        except LowbitError:  # the scheme does not fit the format, or the model's shapes
+            continue
+        bits = other.bits_per_weight(decoder_only=True)
+        others.append(
+            schema.Neighbour(origin="plan", label=name, scheme=name, bytes=other.file_bytes, bits_per_weight=bits)
+        )
+    others.sort(key=lambda other: other.bytes)
+    smaller = [other for other in others if other.bytes < plan.file_bytes]
+    larger = [other for other in others if other.bytes > plan.file_bytes]
+    return (*smaller[-SHOWN_EACH_SIDE:], *larger[:SHOWN_EACH_SIDE])
 
 
 def write_report(report: schema.Report, output: Path) -> None:
-    """lowbit-report.json and report.html in a folder, or beside a GGUF file."""
+    """Write lowbit-report.json and report.html into the folder, or beside a GGUF file."""
     schema.dump(report, report_path(output))
     schema.write_text(render_html(report), report_path(output, HTML_NAME))
 
 
+def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
+    """Replace parts of the report and its page; None where the output has no report.
+
+    parts  fields of `Report`: evaluation, diagnosis, neighbours
+    """
+    if not report_path(output).is_file():
+        return None
+    report = schema.load(report_path(output)).model_copy(update=parts)
+    write_report(report, output)
+    return report
+
+
 def versions() -> dict[str, str]:
-    """What a figure depends on beside the settings."""
+    """Versions of the software, and the instruction set of the kernels."""
     import torch
 
     from lowbit import kernels
@@ -174,88 +162,66 @@ def versions() -> dict[str, str]:
     }
 
 
-def _calibration(prepared: Prepared | PreparedGGUF) -> schema.Calibration | None:
-    text = prepared.calibration
+def _calibration(prepared: Prepared) -> schema.Calibration | None:
+    text, calibrated = prepared.calibration, prepared.calibrated
     if text is None:
         return None
+    records = () if calibrated is None else calibrated.store.records.values()
     return schema.Calibration(
         name=text.name, sha256=text.sha256, samples=text.windows, sequence_length=text.window_tokens,
-        tokens=text.windows * text.window_tokens, notes=text.notes, inputs=_calibration_inputs(prepared),
-        vocabulary=None if prepared.decided is None else pack_vocabulary(prepared.decided.windows.ids),
+        tokens=text.windows * text.window_tokens, notes=text.notes,
+        inputs=tuple(InputSummary(**summary) for record in records for summary in record.inputs.values()),
+        vocabulary=None if calibrated is None else pack_vocabulary(calibrated.windows.ids),
     )  # fmt: skip
 
 
-def _calibration_inputs(prepared: Prepared | PreparedGGUF) -> tuple[schema.InputRecord, ...]:
-    """What inputs of some blocks looked like on the calibration text."""
-    if prepared.decided is None:
+def _calibration_notes(prepared: Prepared) -> tuple[str, ...]:
+    """Notes on linears that were not rounded as requested, counted."""
+    if prepared.calibrated is None:
         return ()
-    records = prepared.decided.store.records.values()
-    return tuple(schema.InputRecord(**each) for record in records for each in record.inputs.values())
-
-
-def _was_changed(settings: Settings, name: str) -> bool:
-    return getattr(settings, name) != type(settings).model_fields[name].default
-
-
-def _decided_notes(prepared: Prepared | PreparedGGUF) -> tuple[str, ...]:
-    """What was rounded otherwise than asked for, counted."""
-    decided = prepared.decided
-    if decided is None:
-        return ()
-    results = [result for record in decided.store.records.values() for result in record.linears.values()]
-    notes = Counter(note for result in results for note in result.notes)
-    return (*decided.notes, *(f"{note} ({count} linears)" for note, count in notes.items()))
-
-
-def _transforms(prepared: Prepared | PreparedGGUF) -> tuple[schema.TransformEntry, ...]:
-    if prepared.decided is None:
-        return ()
-    records = prepared.decided.store.records.values()
-    return tuple(schema.TransformEntry(**note) for record in records for note in record.transforms)
+    records = prepared.calibrated.store.records.values()
+    notes = Counter(note for record in records for result in record.linears.values() for note in result.notes)
+    return (*prepared.calibrated.notes, *(f"{note} ({count} linears)" for note, count in notes.items()))
 
 
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
-    """How to run it: the engine where its rules hold, and in any case our own command."""
+    """Commands that run the model: the engine's, if all its rules passed, and lowbit's own."""
     ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {shlex.quote(str(output.absolute()))} -p "…"')
-    theirs = {"vllm": "vllm serve {}", "llama.cpp": "llama-server -m {}"}.get(verification.engine)
-    if not verification.ok or theirs is None:
+    engine = find_engine(verification.engine)
+    if not verification.ok or not engine.serves:
         return (ours,)
-    command = theirs.format(shlex.quote(str(output.absolute())))
-    return (schema.ServeLine(engine=verification.engine, command=command), ours)
+    return (schema.ServeLine(engine=engine.name, command=engine.serve_line(str(output.absolute()))), ours)
 
 
 def _kept_histograms(
     histograms: dict[str, WeightHistogram], results: dict[str, TensorResult]
 ) -> dict[str, WeightHistogram]:
-    """All of them, or where there are too many those of the tensors that lost most."""
+    """The histograms of the tensors with the largest errors, at most _HISTOGRAMS."""
     if len(histograms) <= _HISTOGRAMS:
         return histograms
     worst = sorted(histograms, key=lambda name: -results[name].relative_error if name in results else 1.0)
     return {name: histograms[name] for name in worst[:_HISTOGRAMS]}
 
 
-def _entry(
-    tensor: PlannedTensor | PlannedBlocks, result: TensorResult | None, histogram: WeightHistogram | None
-) -> schema.TensorEntry:
-    decided = None if result is None else result.decided
-    linear = getattr(tensor, "linear", None)  # tensors of a GGUF file may be made of several
+def _entry(tensor: PlannedTensor, result: TensorResult | None, histogram: WeightHistogram | None) -> schema.TensorEntry:
+    calibrated = None if result is None else result.linear
     return schema.TensorEntry(
         name=tensor.name,
         role=tensor.role,
         block=tensor.block,
         shape=tensor.shape,
-        scheme=None if tensor.scheme is None else tensor.scheme.name,
+        scheme=tensor.stored_as if tensor.is_quantized else None,
         bits_per_weight=8 * tensor.stored_bytes / tensor.weights if tensor.weights else 0.0,
         bytes=tensor.stored_bytes,
         relative_error=None if result is None else result.relative_error,
         max_error=None if result is None else result.max_error,
-        method=None if decided is None else decided.method,
-        layer_error=None if decided is None else decided.layer_error,
-        nearest_error=None if decided is None else decided.nearest_error,
-        tokens=None if decided is None else decided.tokens,
-        repacked=tensor.repack,
+        method=None if calibrated is None else calibrated.method,
+        layer_error=None if calibrated is None else calibrated.layer_error,
+        nearest_error=None if calibrated is None else calibrated.nearest_error,
+        tokens=None if calibrated is None else calibrated.tokens,
+        repacked=tensor.making is Making.repacked and tensor.is_quantized,
         reason=tensor.reason,
-        notes=tensor.notes if decided is None else (*tensor.notes, *decided.notes),
-        reads=None if linear is None else linear.reads,
-        histogram=None if histogram is None else schema.Histogram(**asdict(histogram)),
+        notes=tensor.notes if calibrated is None else (*tensor.notes, *calibrated.notes),
+        reads=None if tensor.linear is None else tensor.linear.reads,
+        histogram=histogram,
     )

@@ -1,9 +1,8 @@
-"""Schemes: the field's names for what is stored and computed in how many bits.
+"""Schemes, by the field's names: `W4A16`, `FP8_DYNAMIC`, `NVFP4` …
 
-A scheme says how weights are stored (`WeightSpec`) and how activations are quantized at run time
-(`ActivationSpec`, None for weight-only). It says nothing of the file format (export) nor of the algorithm that chooses
-the codes (rounding). `SCHEMES` is the table; a new scheme is a new row. How the KV cache is stored is a choice beside
-it (`KV_CACHE_SCHEMES`): any scheme goes with any.
+A scheme defines how weights are stored (`WeightSpec`) and how activations are quantized at run time (`ActivationSpec`,
+None for weight-only); file format and rounding method are separate choices. `SCHEMES` is the table; a new scheme is a
+new row. Any scheme combines with any of `KV_CACHE_SCHEMES`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from lowbit.tensors import Granularity
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How a scale is stored. "model": a 16- or 32-bit float, which of them the file format says. "nested": 8-bit codes of
-# bitsandbytes' double quantization.
+# Storage of a scale. "model": a 16- or 32-bit float, as the file format has it. "nested": 8-bit codes of bitsandbytes'
+# double quantization.
 ScaleFormat = Literal["model", "e8m0", "e4m3", "nested"]
 Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4"]
 
@@ -55,6 +54,11 @@ class WeightSpec:
     def group_size_is_free(self) -> bool:
         """MX and NVFP4 fix the group size; so does a square block."""
         return self.number == "int" and self.granularity is Granularity.GROUP and self.scale_format == "model"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that share a scale: g where scales are of g × g blocks, else 1."""
+        return self.group_size or 1 if self.granularity is Granularity.BLOCK else 1
 
     def columns_per_scale(self, columns: int) -> int:
         """g, with K where one scale spans the row."""
@@ -193,7 +197,7 @@ KV_CACHE_SCHEMES: dict[str, KVCacheScheme] = {
 
 
 def find_kv_cache_scheme(name: str) -> KVCacheScheme:
-    """The KV-cache scheme called `name`, case-insensitively; UsageError names those that there are."""
+    """The KV-cache scheme called `name`, case-insensitively; UsageError lists all of them."""
     scheme = KV_CACHE_SCHEMES.get(name.lower())
     if scheme is None:
         raise UsageError(f"there is no KV-cache scheme {name!r}", f"choose one of {', '.join(KV_CACHE_SCHEMES)}")
@@ -214,7 +218,7 @@ def find_scheme(name: str) -> Scheme:
 
 @lru_cache(maxsize=1)
 def gguf_names() -> tuple[str, ...]:
-    """What `--scheme` may say of a GGUF file: llama.cpp's file types, and the ggml types."""
+    """Values of `--scheme` for GGUF files: llama.cpp's file types, and the ggml types."""
     from gguf.constants import GGMLQuantizationType, LlamaFileType
 
     prefixed = (name.removeprefix("ALL_").removeprefix("MOSTLY_") for name in LlamaFileType.__members__)

@@ -1,119 +1,188 @@
-"""What the user asked for: `Settings`, from flags, from Python or from a YAML recipe, which all say the same.
+"""The user's settings: `Settings` and `RunOptions`, from flags, from Python or from a YAML recipe.
 
-A recipe is the flags' long names in YAML:
+A recipe has the flags' long names in YAML:
 
     scheme: W4A16
     group_size: 64
     range: mse
     ignore: ['\\.0\\.mlp\\.']
     overrides: {'down_proj$': W8A16}
+
+The fields of both are the one table of options (`lowbit.knobs`). A setting that the run would not read is an error
+(`refuse_unread`), and so is a pattern that matches nothing (`check_patterns`).
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass, replace
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from lowbit import knobs
 from lowbit.errors import UsageError
-from lowbit.methods import parse_method
-from lowbit.numerics.grid import RangeSearch
+from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
+from lowbit.methods import ROUNDINGS, Rounding, parse_method
+from lowbit.registry import written_formats
 from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
+from lowbit.tensors import RangeSearch
 
 DEFAULT_IGNORE = r"(^|\.)lm_head$"
 DEFAULT_SHARD_SIZE = 5_000_000_000
-MEASURE = "measure"  # what `imatrix` says instead of a file
+MEASURE = "measure"  # value of `imatrix` in place of a file
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is made, as opposed to what it makes.
+class RunOptions(Table):
+    """Options of the run that do not change its output."""
 
-    device      of forward passes and rounding: "cpu", "cuda"
-    max_memory  bytes that calibration may take; None: a share of what is free
-    resume      go on behind the last finished block of a run that was stopped
-    """
+    device: Annotated[
+        str, Knob("Of forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
+    ] = "cpu"
+    max_memory: Annotated[
+        Size | None,
+        Knob("What calibration may take, such as 8GiB", RUNNING, knobs.MEMORY, "SIZE",
+             "80 % of what is free", "calibration.md#memory"),
+    ] = None  # fmt: skip
+    resume: Annotated[
+        bool,
+        Knob("Go on behind the last finished block of a run that was stopped", RUNNING, knobs.BLOCKWISE,
+             see="calibration.md#stopping-and-going-on"),
+    ] = False  # fmt: skip
 
-    device: str = "cpu"
-    max_memory: int | None = None
-    resume: bool = False
 
+class Settings(Table):
+    """Everything that changes the bytes written: the table of options."""
 
-class Settings(BaseModel):
-    """Everything that changes the bytes written.
+    scheme: Annotated[
+        str,
+        Knob("W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS …", MAKE, knobs.SCHEME, "SCHEME",
+             see="schemes.md"),
+    ] = "W4A16"  # fmt: skip
+    method: Annotated[
+        str,
+        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, sign-sgd, joined by +: awq+gptq", MAKE, knobs.METHOD,
+             "METHOD", see="calibration.md#methods"),
+    ] = "rtn"  # fmt: skip
+    format: Annotated[
+        str,
+        Knob("Of the files; auto is gguf for ggml types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
+             "compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+    ] = "auto"  # fmt: skip
+    group_size: Annotated[
+        int | None,
+        Knob("Columns per scale; -1 for one scale per row", MAKE, knobs.GROUPS, absent="the scheme's",
+             see="recipes.md#group-sizes"),
+    ] = None  # fmt: skip
+    overrides: Annotated[
+        dict[str, str],
+        Knob("Another scheme (of GGUF: type) for some names", MAKE, knobs.QUANTIZE, "REGEX=SCHEME",
+             see="recipes.md#which-linears"),
+    ] = Field(default_factory=dict)  # fmt: skip
+    ignore: Annotated[
+        tuple[str, ...],
+        Knob("Leave some linears in 16 bits", MAKE, knobs.QUANTIZE, "REGEX", see="recipes.md#which-linears"),
+    ] = ()  # fmt: skip
 
-    scheme      name in `lowbit.schemes.SCHEMES`
-    method      transforms and roundings joined by +, see `lowbit.methods`: "rtn", "gptq", "awq+gptq" …
-    method_overrides  regex → rounding, for linears to be rounded otherwise; the first that matches wins
-    format      of the files; "auto": gguf for llama.cpp's types and for an output named so, bitsandbytes for its own
-                schemes (NF4, FP4, INT8), compressed-tensors for others
-    double_quant  NF4 and FP4: the scales are quantized too, as QLoRA has it (0.37 bits per weight less)
-    calib       calibration text: a file, a folder, a hub dataset, "self" (the model writes it), or None for the
-                packaged one; read only where a method, a static activation scale or a cache scale needs it
-    samples, seqlen  windows of calibration text, and tokens in each
-    damping, correction, refine   of GPTQ (`lowbit.rounding.gptq.GPTQOptions`); None: its defaults
-    correction_samples   windows that the unquantized model is run on too, for the correction; None: all
-    iterations  of sign-SGD, per block
-    expert_tokens  an expert that fewer tokens reach is rounded to nearest, and the report lists it
-    all_experts    measure every expert on every token, whoever the router chooses
-    bias_correction  move the mean error of a linear's outputs into its bias, where it has one
-    kv_cache    "fp8" or "fp8_per_head": store scales for a cache in FP8
-    activation_range, activation_percentile   how static activation scales are chosen: "minmax", "percentile", "mse"
-    compute     dtype of forward passes: "auto" is bfloat16 where the processor multiplies that fast
-    group_size  columns per scale; -1 one scale per row; None the scheme's own, adapted where it does not divide K
-    range       "auto": "wmse" for integers of 4 bits or fewer, "mse" for minifloats of 4 bits, "absmax" for NF4, FP4
-                and wider codes, where a search finds nothing or does harm (measured: docs/log.md)
-    ignore      regexes (searched in module names) of linears left in 16 bits; always wins
-    overrides   regex → scheme name; the first that matches wins over `scheme` and over the default of leaving lm_head
-    shard_size  bytes of tensors per file; None: 5 GB in folders, and no parts for GGUF
+    range: Annotated[
+        Literal["auto", "absmax", "mse", "wmse", "percentile"],
+        Knob("How the range of a group is chosen", STORE, knobs.RANGES, "RANGE", see="schemes.md#range-search"),
+    ] = "auto"  # fmt: skip
+    percentile: Annotated[
+        float, Field(gt=50, le=100), Knob("What --range percentile keeps of a group", STORE, knobs.RANGE_PERCENTILE)
+    ] = 99.9
+    double_quant: Annotated[bool, Knob("NF4 and FP4: quantize the scales too, as QLoRA does", STORE, knobs.NESTED)] = (
+        False
+    )
+    kv_cache: Annotated[
+        Literal["fp8", "fp8_per_head"] | None,
+        Knob("Store scales for a KV cache in FP8", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
+    ] = None
+    shard_size: Annotated[
+        Size | None, Knob("Largest weight file, such as 500MB", STORE, metavar="SIZE", absent="5GB; one GGUF file")
+    ] = None
 
-    Of GGUF files alone:
-
-    imatrix     importance matrix that errors are weighed with: a file, or "measure" (on `calib`)
-    pure        every matrix in the file type's own ggml type, without its mix
-    output_type, token_embedding_type  ggml types of those two matrices
-    pre_tokenizer  llama.cpp's name of the pre-tokenizer, where it cannot be told from tokenizer.json
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scheme: str = "W4A16"
-    method: str = "rtn"
-    method_overrides: dict[str, str] = {}
-    format: Literal[
-        "auto", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "modelopt", "mxfp4", "float", "gguf"
+    calib: Annotated[
+        str | None,
+        Knob("Calibration text: a file, a folder, c4, wikitext, hub:OWNER/NAME:CONFIG:SPLIT, or self, which the model "
+             "writes", CALIBRATION, knobs.TEXT, "TEXT", "the packaged text", "calibration-text.md"),
+    ] = None  # fmt: skip
+    samples: Annotated[int, Field(ge=1), Knob("Windows of that text", CALIBRATION, knobs.TEXT)] = 128
+    seqlen: Annotated[int, Field(ge=4), Knob("Tokens in a window", CALIBRATION, knobs.TEXT)] = 512
+    seed: Annotated[int, Knob("Of rows drawn from a text, and of sign-SGD", CALIBRATION, knobs.DRAWS)] = 0
+    compute: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Knob("Numbers of forward passes; auto is bfloat16 where that is fast", CALIBRATION, knobs.READS_TEXT, "DTYPE"),
     ] = "auto"
-    double_quant: bool = False
-    group_size: int | None = None
-    range: Literal["auto", "absmax", "mse", "wmse", "percentile"] = "auto"
-    percentile: float = 99.9
-    ignore: tuple[str, ...] = ()
-    overrides: dict[str, str] = {}
-    shard_size: int | None = None
-    seed: int = 0
-    calib: str | None = None
-    samples: int = Field(default=128, ge=1)
-    seqlen: int = Field(default=512, ge=4)
-    damping: float | None = Field(default=None, gt=0, le=1)
-    correction: float | None = Field(default=None, ge=0, le=1)
-    refine: int | None = Field(default=None, ge=0)
-    correction_samples: int | None = Field(default=None, ge=1)
-    iterations: int = Field(default=200, ge=1)
-    expert_tokens: int = Field(default=128, ge=1)
-    all_experts: bool = False
-    bias_correction: bool = False
-    kv_cache: Literal["fp8", "fp8_per_head"] | None = None
-    activation_range: Literal["minmax", "percentile", "mse"] = "minmax"
-    activation_percentile: float = Field(default=99.99, gt=50, le=100)
-    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    imatrix: str | None = None
-    pure: bool = False
-    output_type: str | None = None
-    token_embedding_type: str | None = None
-    pre_tokenizer: str | None = None
+    activation_range: Annotated[
+        Literal["minmax", "percentile", "mse"],
+        Knob("How static activation scales are chosen", CALIBRATION, knobs.STATIC, "RANGE"),
+    ] = "minmax"
+    activation_percentile: Annotated[
+        float, Field(gt=50, le=100),
+        Knob("What --activation-range percentile keeps", CALIBRATION, knobs.STATIC_PERCENTILE),
+    ] = 99.99  # fmt: skip
+    all_experts: Annotated[
+        bool, Knob("Measure every expert on every token, whichever the router chooses", CALIBRATION, knobs.BLOCKWISE)
+    ] = False
+    bias_correction: Annotated[
+        bool,
+        Knob("Move the mean error of a linear's outputs into its bias, where it has one", CALIBRATION, knobs.BLOCKWISE,
+             see="rounding.md"),
+    ] = False  # fmt: skip
+
+    method_overrides: Annotated[
+        dict[str, str],
+        Knob("Another rounding (rtn, hqq, gptq) for some linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
+    ] = Field(default_factory=dict)  # fmt: skip
+    damping: Annotated[
+        float | None, Field(gt=0, le=1), Knob("GPTQ: share of mean(diag H) added to H", METHODS, knobs.GPTQ,
+                                              absent="0.01", see="gptq.md"),
+    ] = None  # fmt: skip
+    correction: Annotated[
+        float | None, Field(ge=0, le=1),
+        Knob("GPTQ: share of the rounded prefix's error that weights make up for", METHODS, knobs.GPTQ, absent="0.75",
+             see="gptq.md"),
+    ] = None  # fmt: skip
+    correction_samples: Annotated[
+        int | None, Field(ge=1),
+        Knob("GPTQ: windows that the unquantized model is run on too, for the correction", METHODS, knobs.CORRECTION,
+             absent="all", see="gptq.md"),
+    ] = None  # fmt: skip
+    refine: Annotated[
+        int | None, Field(ge=0), Knob("GPTQ: sweeps of coordinate descent over the codes afterwards", METHODS,
+                                      knobs.GPTQ, absent="1", see="gptq.md"),
+    ] = None  # fmt: skip
+    expert_tokens: Annotated[
+        int, Field(ge=1),
+        Knob("GPTQ: experts that fewer tokens reach are rounded to nearest, and listed", METHODS, knobs.GPTQ),
+    ] = 128  # fmt: skip
+    allow_fallback: Annotated[
+        bool, Knob("Keep an output for which every linear fell back to nearest rounding", METHODS, knobs.BLOCKWISE)
+    ] = False
+    iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
+
+    imatrix: Annotated[
+        str | None,
+        Knob("Importance matrix that errors are weighed with: a file, or measure (on --calib)", GGUF_PANEL, knobs.GGUF,
+             "FILE", see="imatrix.md"),
+    ] = None  # fmt: skip
+    pure: Annotated[bool, Knob("Every matrix in the file type's own type, without its mix", GGUF_PANEL, knobs.GGUF)] = (
+        False
+    )
+    output_type: Annotated[str | None, Knob("Type of the output matrix", GGUF_PANEL, knobs.GGUF, "TYPE")] = None
+    token_embedding_type: Annotated[
+        str | None, Knob("Type of the embedding", GGUF_PANEL, knobs.GGUF, "TYPE")
+    ] = None  # fmt: skip
+    pre_tokenizer: Annotated[
+        str | None,
+        Knob("llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell it", GGUF_PANEL, knobs.HEADER,
+             "NAME"),
+    ] = None  # fmt: skip
 
     @field_validator("ignore")
     @classmethod
@@ -121,6 +190,16 @@ class Settings(BaseModel):
         for pattern in patterns:
             _compiled(pattern)
         return patterns
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, name: str) -> str:
+        known = ("auto", *written_formats())
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"there is no format {name!r}", f"{f'did you mean {near[0]}? ' if near else ''}"
+                             f"formats: {', '.join(known)}")  # fmt: skip
+        return name
 
     @field_validator("method")
     @classmethod
@@ -133,9 +212,10 @@ class Settings(BaseModel):
         for pattern, name in overrides.items():
             _compiled(pattern)
             method = parse_method(name)
-            if method.transforms or method.learns:
+            if method.transforms or method.learned:
+                alone = ", ".join(row.name for row in ROUNDINGS.values() if not row.learns)
                 raise UsageError(f"linears matching {pattern!r} cannot have method {name}, which works on whole blocks",
-                                 "give rtn, hqq or gptq")  # fmt: skip
+                                 f"give one of {alone}")  # fmt: skip
         return overrides
 
     @field_validator("overrides")
@@ -147,13 +227,6 @@ class Settings(BaseModel):
                 find_scheme(name)
         return overrides
 
-    @field_validator("percentile")
-    @classmethod
-    def _percentile(cls, value: float) -> float:
-        if not 50.0 < value <= 100.0:
-            raise UsageError(f"percentile {value} is not in (50, 100]", "99.9 keeps all but one weight in a thousand")
-        return value
-
     @field_validator("shard_size")
     @classmethod
     def _shard_size(cls, value: int | None) -> int | None:
@@ -163,25 +236,34 @@ class Settings(BaseModel):
 
     @property
     def bytes_per_shard(self) -> int:
-        """Of tensors in one file of a folder."""
+        """Largest weight file of a folder, in bytes of its tensors."""
         return self.shard_size or DEFAULT_SHARD_SIZE
 
     def writes_gguf(self, output: Path | None = None) -> bool:
-        """True where a GGUF file is asked for: by format, by a scheme that is one of its types, or by its name."""
+        """True if a GGUF file is asked for: by format, by a scheme that is one of its types, or by its name."""
         if self.format != "auto":
             return self.format == "gguf"
         return is_gguf_name(self.scheme) or (output is not None and output.suffix == ".gguf")
 
     @property
     def is_blockwise(self) -> bool:
-        """True where calibration text must run through the model before anything is rounded."""
-        return any(parse_method(name).is_blockwise for name in (self.method, *self.method_overrides.values()))
+        """True if calibration text must run through the model before anything is rounded."""
+        return any(parse_method(name).needs_text for name in (self.method, *self.method_overrides.values()))
+
+    def rounding_of(self, linear: str) -> Rounding:
+        """The rounding of the first method override whose regex is found in the name, else that of the method."""
+        for pattern, name in self.method_overrides.items():
+            if re.search(pattern, linear):
+                return parse_method(name).rounding
+        return parse_method(self.method).rounding
 
     def base_scheme(self) -> Scheme:
-        """The scheme, with the group size the user chose."""
+        """The scheme with the user's group size and double quantization."""
         scheme = find_scheme(self.scheme)
         if self.double_quant:
-            scheme = _with_nested_scales(scheme)
+            if scheme.weight.number not in ("nf4", "fp4"):
+                raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
+            scheme = replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
 
     def override_for(self, linear: str) -> Scheme | None:
@@ -199,6 +281,8 @@ class Settings(BaseModel):
         return next((pattern for pattern in self.ignore if re.search(pattern, linear)), None)
 
     def range_search(self, weight: WeightSpec) -> RangeSearch:
+        """The range search; "auto" searches for codes of 4 bits or fewer. For more bits, and for NF4 and FP4, a search
+        gains nothing or does harm (measured: docs/log.md)."""
         if self.range == "auto":
             if weight.bits > 4 or weight.number in ("nf4", "fp4"):
                 return RangeSearch("absmax")
@@ -206,14 +290,8 @@ class Settings(BaseModel):
         return RangeSearch(self.range, percentile=self.percentile)
 
 
-def _with_nested_scales(scheme: Scheme) -> Scheme:
-    if scheme.weight.number not in ("nf4", "fp4"):
-        raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
-    return replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
-
-
 def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
-    """Settings from a recipe file with flags (those not None) on top; UsageError for anything it cannot mean."""
+    """Settings from a recipe file, overridden by flags that are not None; UsageError for unknown or invalid ones."""
     values = {} if recipe is None else _read_recipe(recipe)
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
@@ -222,19 +300,14 @@ def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         origin = f"{recipe}: " if recipe is not None and where.split(".")[0] not in flags else ""
-        raise UsageError(
-            f"{origin}{where}: {first['msg'][0].lower()}{first['msg'][1:]}",
-            f"known settings: {', '.join(Settings.model_fields)}",
-        ) from error
-
-
-def parse_bytes(text: str) -> int:
-    """ "5GB", "8GiB", "300MB", "1000000" → bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", "write it as 5GB, 300MB or 8GiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+        near = difflib.get_close_matches(where, Settings.model_fields, n=1)
+        if first["type"] == "extra_forbidden":
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"{origin}there is no setting {where}", f"{hint}known settings: {', '.join(Settings.model_fields)}"
+            ) from error
+        raise UsageError(f"{origin}{where}: {first['msg'][0].lower()}{first['msg'][1:]}",
+                         "lowbit quantize --help lists the values") from error  # fmt: skip
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -246,13 +319,86 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of settings, found {type(values).__name__}")
-    if isinstance(values.get("shard_size"), str):
-        values["shard_size"] = parse_bytes(values["shard_size"])
     return {str(name): value for name, value in values.items()}
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str) -> None:
+    if not pattern:
+        raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
     try:
-        return re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """UsageError for a pattern that matches none of the names, most likely a typo."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UsageError(f"{option} {pattern!r} matches no linear of the model",
+                             f"names look like {names[0]}; `lowbit inspect` lists them")  # fmt: skip
+
+
+def refuse_unread(settings: Settings, run: RunOptions | None = None, facts: Facts | None = None) -> None:
+    """UsageError for the first given setting that the run would not read.
+
+    facts  of the run, beyond the settings; None: a quantization to the format they name
+    """
+    known = facts_of(settings, facts or Facts(gguf=settings.writes_gguf()))
+    for table in (settings, run or RunOptions()):
+        for name, row in type(table).rows().items():
+            if name in table.given and not row.knob.reader.reads(known):
+                value = "" if row.kind in (bool, dict, tuple) else f" {table.given[name]}"
+                reader = row.knob.reader
+                raise UsageError(f"{row.flag}{value} is read only by {reader.who}",
+                                 f"{reader.use}; leave it out otherwise")  # fmt: skip
+
+
+def facts_of(settings: Settings, facts: Facts) -> Facts:
+    """The facts of a run with these settings; `facts` holds those that do not follow from the settings."""
+    gguf, converts = facts.gguf, facts.converts
+    asked = () if converts else (settings.method, *settings.method_overrides.values())
+    methods = [parse_method(name) for name in asked]
+    blockwise = any(method.needs_text for method in methods)
+    learns = bool(methods) and methods[0].learned is not None
+    scheme = find_scheme(settings.scheme) if not gguf and facts.takes_scheme else None
+    static = facts.static
+    if scheme is not None and not converts:
+        others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
+        activations = [each.activation for each in (scheme, *others)]
+        static = any(each is not None and each.needs_calibration for each in activations)
+    reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
+    return replace(
+        facts,
+        blockwise=blockwise,
+        roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
+        learns=learns,
+        corrects=settings.correction != 0,
+        static=static,
+        reads_text=reads_text,
+        writes_text=reads_text and settings.calib == "self",
+        draws=learns or (reads_text and settings.calib is not None),
+        measures=gguf and settings.imatrix == MEASURE,
+        nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
+        by_percentile=settings.range == "percentile",
+        activations_by_percentile=settings.activation_range == "percentile",
+    )
+
+
+def command_line(command: str, source: str, output: str | Path, *options: Mapping[str, Any]) -> str:
+    """The command line: "lowbit quantize SOURCE -o OUTPUT --scheme …".
+
+    options  name → value, such as `Settings.given`; empty values (None, False) are omitted
+    """
+    words = ["lowbit", command, source, "-o", str(output)]
+    for name, value in ((name, value) for group in options for name, value in group.items() if is_given(value)):
+        flag = knobs.flag_of(name, isinstance(value, dict))
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [word for pattern, chosen in value.items() for word in (flag, f"{pattern}={chosen}")]
+        else:
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            words += [word for each in values for word in (flag, str(each))]
+    return shlex.join(words)

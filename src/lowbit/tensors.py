@@ -1,24 +1,22 @@
-"""The shared currency: what the stages of the flow hand to each other.
+"""The types that stages pass to each other: grids, quantized tensors, layer statistics.
 
     x ≈ scale * (codes - zero_point)                      integer grids
     x ≈ scale * value(codes)                              minifloat and codebook grids
     with scale = scale * global_scale for two-level grids (NVFP4)
 
 Shapes: N = out_features, K = in_features, g = group size, G = ceil(K / g) groups. Weights are [N, K] row-major, as in
-`torch.nn.Linear`. Codes are *logical and unpacked*: rounding makes them, exporters pack them, the evaluator decodes
-them; nobody else knows a bit order.
+`torch.nn.Linear`. Codes are *logical and unpacked*: rounding chooses them, exporters pack them, the evaluator decodes
+them; only the modules of a format know its bit order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lowbit.numerics.grid import Grid
 
 
 class Granularity(StrEnum):
@@ -43,9 +41,9 @@ class Granularity(StrEnum):
 
 @dataclass(frozen=True)
 class GroupParams:
-    """What turns the codes of a group into weights. All tensors are float32 or int32, one entry per row and group.
+    """Scale and zero point of every row and group.
 
-    scale        float32 [N, G]   > 0; multiplies on decode; already rounded to what the format stores
+    scale        float32 [N, G]   > 0; multiplies on decode; already rounded to a value that the format stores
     zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids
     global_scale float            second level: scale [N, G] is stored as (scale / global_scale); 1 where there is none
     """
@@ -53,6 +51,103 @@ class GroupParams:
     scale: Tensor
     zero_point: Tensor | None = None
     global_scale: float = 1.0
+
+
+RangeMethod = Literal["absmax", "mse", "wmse", "percentile"]
+
+
+@dataclass(frozen=True)
+class RangeSearch:
+    """How the range of a group is chosen before rounding.
+
+    absmax      the range just covers the group
+    mse         the range of smallest squared error, over `steps` ratios down to `smallest`; on asymmetric grids both
+                ends are searched
+    wmse        the same with each squared error weighed by |w|: a plain mse clips the largest weights, which are few
+                but matter most, since they tend to meet the largest activations (llama.cpp's encoders weigh likewise)
+    percentile  clip to this percentile of |w| within the group (of w, both ends, on asymmetric grids)
+    """
+
+    method: RangeMethod = "absmax"
+    steps: int = 48
+    smallest: float = 0.35
+    percentile: float = 99.9
+
+
+class Grid(Protocol):
+    """One number format, as seen by the algorithms that round to it. Implementations are frozen dataclasses: equal
+    settings compare equal.
+
+    A grid can do three things, always on a weight [N, K] cut along K into groups of g columns (the last may be short):
+
+        fit     weights → GroupParams      the scale (and zero point) of each row and group
+        round   weights, params → codes    nearest code; ties to even unless the format says otherwise
+        decode  codes, params → weights    float32
+
+    `round` takes any slice of columns with the params of those columns, so error feedback (GPTQ) can round the next
+    `columns_per_code` columns, correct the rest, and go on. Fitting is separate from rounding, so an algorithm can fit
+    the weights it has already compensated. Everything else about a format (bit order, file layout) belongs to the
+    exporters.
+
+    Degenerate groups: an all-zero group gets scale 1 and the code of zero. NaN and inf are the caller's to refuse:
+    `fit` and `round` are undefined on them.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored code."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """True where no zero point is stored."""
+        ...
+
+    @property
+    def columns_per_code(self) -> int:
+        """1 for scalar grids; 4 or 8 for vector codebooks."""
+        ...
+
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+        """The params that just cover [low, high]; float32 tensors of any one shape."""
+        ...
+
+    def fit(
+        self,
+        weight: Tensor,
+        group_size: int,
+        search: RangeSearch,
+        importance: Tensor | None = None,
+        global_scale: float = 1.0,
+    ) -> GroupParams:
+        """Params of each row and group of weight [N, K]; importance float32 [K] weighs the squared errors."""
+        ...
+
+    def clip_ratios(self, search: RangeSearch) -> list[float]:
+        """What a range search multiplies the range with, widest first."""
+        ...
+
+    def error(
+        self,
+        weight: Tensor,
+        params: GroupParams,
+        group_size: int,
+        importance: Tensor | None = None,
+        by_magnitude: bool = False,
+    ) -> Tensor:
+        """Σ importance · (w − decode(round(w)))² of each group, times |w| if `by_magnitude`; float32 [N, G]."""
+        ...
+
+    def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
+        """Codes [N, K] of weight [N, K] (float32, bfloat16 or float16; computed in float32)."""
+        ...
+
+    def decode(self, codes: Tensor, params: GroupParams, group_size: int) -> Tensor:
+        """Float32 [N, K]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -146,16 +241,16 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What calibration measured for one input. One per *distinct input*, not per linear: q, k and v share one.
+    """Calibration statistics of one input, which several linears may share (q, k and v).
 
-    tokens    how many input vectors were seen
+    tokens    number of input vectors
     absmax    float32 [K]      largest |x| per channel
     mean_sq   float32 [K]      mean x² per channel = diag(H) / tokens; the imatrix
     mean_abs  float32 [K]      mean |x| per channel
-    hessian   float32 [K, K]   Σ x xᵀ; None where only the diagonal was asked for
-    drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ, where x₀ is the same input in the unquantized model: what
-                               of the difference x₀ − x can be foretold from x; None where only one of them was run
-    mean      float32 [K]      mean x per channel; None where nobody asked for it (bias correction does)
+    hessian   float32 [K, K]   Σ x xᵀ; None if only the diagonal is needed
+    drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ: predicts x₀ − x from x, where x₀ is the same input in the
+                               unquantized model; None if that model was not run
+    mean      float32 [K]      mean x per channel, for bias correction; None otherwise
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""The pool of worker threads that both pipelines run their slabs on."""
+"""The pool of worker threads that runs the slabs of the pipeline."""
 
 from __future__ import annotations
 

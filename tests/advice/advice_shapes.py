@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowbit.estimation.shapes import ModelShape
+from lowbit.architecture.shape import ModelShape
 
 LLAMA_3B = ModelShape("llama", 3072, 28, 24, 8, 128, 8192, 128256, tied=True)
 MISTRAL_7B = ModelShape("mistral", 4096, 32, 32, 8, 128, 14336, 32768)

@@ -3,9 +3,10 @@ them."""
 
 from __future__ import annotations
 
-from lowbit.advice.engines import SUPPORT, Support
 from lowbit.advice.quality import ANCHORS, OURS, PUBLISHED, SUMS, expected
 from lowbit.advice.score import GOALS, WORKLOADS
+from lowbit.engines import Engine, all_engines
+from lowbit.engines.engine import Support
 from lowbit.hardware import DEVICES, Device
 
 _LATEST = (90, 0)
@@ -52,7 +53,7 @@ def workload_row(name: str) -> str:
     return _cells(f"`{name}`", *shares, load.summary)
 
 
-def engine_row(row: Support) -> str:
+def engine_row(engine: Engine, row: Support) -> str:
     where = ", ".join(row.kinds)
     if "cuda" in row.kinds and (row.least != (0, 0) or row.most < _LATEST):
         most = f" to {row.most[0]}.{row.most[1]}" if row.most < _LATEST else " and later"
@@ -60,7 +61,7 @@ def engine_row(row: Support) -> str:
     batch = "–" if row.small_batch is None else str(row.small_batch)
     schemes = ", ".join(f"`{scheme}`" for scheme in row.schemes)
     remark = "fallback" if row.fallback else ("" if row.format else "not written by lowbit")
-    return _cells(row.engine, schemes, where, row.compute, batch, remark)
+    return _cells(engine.name, schemes, where, row.compute, batch, remark)
 
 
 def _table(head: str, rule: str, rows: list[str]) -> str:
@@ -85,7 +86,7 @@ TABLES = {
     )),
     "ENGINE_TABLE": lambda: _table(
         "| engine | schemes | devices, compute capability | computes in | batch | |", "|---|---|---|---|---:|---|",
-        [engine_row(row) for row in SUPPORT],
+        [engine_row(engine, row) for engine in all_engines() for row in engine.support],
     ),
     "DEVICE_TABLE": lambda: _table(
         "| name | device | memory, GiB | bandwidth, GB/s | 16 bits | FP8 | INT8 | FP4 | compute capability |",

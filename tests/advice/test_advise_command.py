@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.advice import advise
-from lowbit.advice.engines import ENGINES
-from lowbit.advice.subject import GENERIC_NAME
+from lowbit.advice.advise import GENERIC_NAME
 from lowbit.cli.main import app
 from lowbit.errors import UsageError
 from lowbit.hardware import DEVICES
+from lowbit.registry import ENGINES
 from lowbit.schemes import is_gguf_name
 from lowbit.settings import make_settings
 
@@ -180,7 +180,7 @@ def test_run_without_a_model_is_refused():
 def test_of_a_folder_the_bytes_are_exact_and_a_small_model_is_warned_of(tiny_llama, tmp_path):
     advice = advise(tiny_llama, hardware="h100", engine="vllm")
     option = next(each for each in advice.options if each.settings is not None)
-    made = lowbit.quantize(tiny_llama, tmp_path / "out", scheme=option.scheme)
+    made = lowbit.quantize(tiny_llama, tmp_path / "out", **{**option.settings, "samples": 1, "seqlen": 16})
     written = sum(path.stat().st_size for path in made.path.glob("*.safetensors"))
     assert option.memory.weights == written
     assert any("loses more" in note for note in advice.notes)

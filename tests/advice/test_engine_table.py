@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.advice.engines import ENGINES, GGUF_TYPES, SIXTEEN, SUPPORT, engine_for, left_out, supported
 from lowbit.checkpoint.compressed_tensors_config import Group
+from lowbit.engines import all_engines, engine_for, find_engine, sglang, tensorrt_llm, vllm
+from lowbit.engines.engine import SIXTEEN, Engine, Support
+from lowbit.engines.llama_cpp import GGUF_TYPES
 from lowbit.errors import UsageError
-from lowbit.estimation.engines import ENGINES as ESTIMATED
 from lowbit.export import find_exporter
-from lowbit.export.gguf_mix_table import FILE_TYPES
-from lowbit.export.modelopt import ALGORITHMS as MODELOPT
+from lowbit.formats.gguf.mix_table import FILE_TYPES
+from lowbit.formats.modelopt.write import ALGORITHMS as MODELOPT
 from lowbit.hardware import DEVICES
 from lowbit.methods import parse_method
+from lowbit.registry import ENGINES
 from lowbit.schemes import SCHEMES, find_scheme
-from lowbit.verification import engine_limits, engines, modelopt
-from lowbit.verification.table import ALL_ENGINES
 
-FOLDERS = [row for row in SUPPORT if row.format not in (None, "gguf")]
+ROWS = [(engine, row) for engine in all_engines() for row in engine.support]
+FOLDERS = [(engine, row) for engine, row in ROWS if row.format not in (None, "gguf")]
+
+
+def row_name(value: Engine | Support) -> str:
+    return value.name if isinstance(value, Engine) else value.schemes[0]
 
 
 def group_of(scheme: str) -> Group:
@@ -26,44 +31,44 @@ def group_of(scheme: str) -> Group:
     return Group("group_0", ("Linear",), found, stored)
 
 
-def test_the_engines_are_those_of_verification_and_of_estimates():
-    assert set(ENGINES) == set(ALL_ENGINES) == set(ESTIMATED)
+def test_a_row_of_the_table_is_the_engine_of_that_name():
+    assert [engine.name for engine in all_engines()] == list(ENGINES)
 
 
-@pytest.mark.parametrize("row", SUPPORT, ids=lambda row: f"{row.engine} {row.schemes[0]}")
-def test_rows_name_what_exists(row):
-    assert row.engine in ENGINES
+@pytest.mark.parametrize(("engine", "row"), ROWS, ids=row_name)
+def test_rows_name_what_exists(engine, row):
     assert row.source
+    assert set(row.kinds) <= set(engine.kinds)
     parse_method(row.method)
     for scheme in row.schemes:
-        assert scheme in (FILE_TYPES if row.engine == "llama.cpp" else SCHEMES)
+        assert scheme in (FILE_TYPES if engine.loading.reads_gguf else SCHEMES)
     assert (row.format is None) == bool(row.instead)
 
 
-@pytest.mark.parametrize("row", FOLDERS, ids=lambda row: f"{row.engine} {row.schemes[0]}")
-def test_verification_would_let_the_engine_load_it(row):
+@pytest.mark.parametrize(("engine", "row"), FOLDERS, ids=row_name)
+def test_verification_would_let_the_engine_load_it(engine, row):
     """A scheme that the table offers has a loader and a kernel by the rules of `lowbit verify --engine`."""
-    assert row.format not in engines.NO_LOADER.get(row.engine, {})
+    assert row.format not in engine.loading.no_loader
     for scheme in row.schemes:
         if row.format == "modelopt":
             algorithm = next(name for name, found in MODELOPT.items() if found.name == scheme)
-            assert algorithm.upper() in modelopt.ALGORITHMS[row.engine]
+            assert algorithm.upper() in engine.loading.quant_algos
         elif row.format == "compressed-tensors":
             group = group_of(scheme)
-            if row.engine == "vllm":
-                assert engine_limits._scheme_problem(group) is None
-            elif row.engine == "sglang":
-                assert engines._sglang_problem(group) is None
-            elif row.engine == "tensorrt-llm":
-                assert engines._tensorrt_takes(group)
+            if engine.name == "vllm":
+                assert vllm._scheme_problem(group) is None
+            elif engine.name == "sglang":
+                assert sglang.scheme_problem(group) is None
+            elif engine.name == "tensorrt-llm":
+                assert tensorrt_llm.takes(group)
 
 
 def test_what_verification_refuses_is_not_offered():
     """TensorRT-LLM takes no packed integers of ours, SGLang no MX formats: they are in no writable row."""
-    for row in FOLDERS:
-        if row.engine == "tensorrt-llm":
+    for engine, row in FOLDERS:
+        if engine.name == "tensorrt-llm":
             assert not {"W4A16", "W8A16", "W8A8"} & set(row.schemes)
-        if row.engine == "sglang":
+        if engine.name == "sglang":
             assert not {"MXFP4", "MXFP8", "W4AFP8"} & set(row.schemes)
 
 
@@ -84,37 +89,37 @@ def test_what_verification_refuses_is_not_offered():
 )
 def test_vllm_computes_in(device, scheme, compute, fallback):
     """docs/schemes.md: FP8 activations need capability 8.9, FP4 ones Blackwell; older cards decode (Marlin)."""
-    row = supported("vllm", DEVICES[device])[scheme]
+    row = find_engine("vllm").supported(DEVICES[device])[scheme]
     assert (row.compute, row.fallback) == (compute, fallback)
 
 
 def test_vllm_has_no_int8_on_blackwell():
-    assert "W8A8" not in supported("vllm", DEVICES["b200"])
-    assert "W8A8" in left_out("vllm", DEVICES["b200"])
+    assert "W8A8" not in find_engine("vllm").supported(DEVICES["b200"])
+    assert "W8A8" in find_engine("vllm").left_out(DEVICES["b200"])
 
 
 def test_w4afp8_is_hoppers():
-    having = {
-        name for name, device in DEVICES.items() if device.kind != "metal" and "W4AFP8" in supported("vllm", device)
-    }
+    engine = find_engine("vllm")
+    devices = {name: device for name, device in DEVICES.items() if device.kind in engine.kinds}
+    having = {name for name, device in devices.items() if "W4AFP8" in engine.supported(device)}
     assert having == {"h100", "h100-pcie", "h200"}
 
 
 def test_native_arithmetic_is_of_devices_that_have_it():
     for device in DEVICES.values():
-        for engine in ENGINES:
+        for engine in all_engines():
             try:
-                rows = supported(engine, device)
+                rows = engine.supported(device)
             except UsageError:
                 continue
             for scheme, row in rows.items():
-                assert row.compute == "16" or device.has(row.compute), (device.name, engine, scheme)
+                assert row.compute == "16" or device.has(row.compute), (device.name, engine.name, scheme)
 
 
 @pytest.mark.parametrize(("engine", "device"), [("vllm", "m2-max"), ("tensorrt-llm", "mi300x"), ("sglang", "m4")])
 def test_an_engine_that_does_not_run_there_is_refused(engine, device):
     with pytest.raises(UsageError, match="does not run on") as caught:
-        supported(engine, DEVICES[device])
+        find_engine(engine).supported(DEVICES[device])
     assert "llama.cpp" in caught.value.hint
 
 
@@ -127,5 +132,5 @@ def test_gguf_types_are_file_types_and_16_bits_is_no_scheme():
     ("device", "engine"), [("h100", "vllm"), ("mi300x", "vllm"), ("rtx-4090", "llama.cpp"), ("m3-max", "llama.cpp")]
 )
 def test_the_engine_that_one_would_take(device, engine):
-    assert engine_for(DEVICES[device]) == engine
-    assert engine_for(DEVICES[device], finetune=True) == "transformers"
+    assert engine_for(DEVICES[device]).name == engine
+    assert engine_for(DEVICES[device], finetune=True).name == "transformers"

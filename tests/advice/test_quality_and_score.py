@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from lowbit.advice.engines import GGUF_TYPES, SIXTEEN, SUPPORT
 from lowbit.advice.quality import ANCHORS, OURS, PUBLISHED, SUMS, expected
 from lowbit.advice.score import GOALS, WORKLOADS, Goal, Ratios, Workload, find_goal, find_workload, score
+from lowbit.engines import all_engines
+from lowbit.engines.engine import SIXTEEN
+from lowbit.engines.llama_cpp import GGUF_TYPES
 from lowbit.errors import UsageError
 
 
@@ -21,12 +23,12 @@ def test_every_published_figure_has_a_source_and_a_model(figure):
 
 
 def test_every_scheme_of_the_engine_table_has_an_expectation():
-    for row in SUPPORT:
-        for scheme in row.schemes:
-            found = expected(scheme)
-            assert found is not None, scheme
-            assert found.source
-            assert found.model
+    schemes = {scheme for engine in all_engines() for row in engine.support for scheme in row.schemes}
+    for scheme in schemes:
+        found = expected(scheme)
+        assert found is not None, scheme
+        assert found.source
+        assert found.model
 
 
 @pytest.mark.parametrize(("scheme", "anchor"), ANCHORS.items())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from advice_shapes import LLAMA_3B, LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B
 
-from lowbit.advice.engines import GGUF_TYPES, SIXTEEN, supported
-from lowbit.advice.footprint import active_weights, footprint, matrices, scheme_bits
 from lowbit.advice.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, FALLBACK_SHARE, Load, speed
+from lowbit.engines import find_engine
+from lowbit.engines.engine import SIXTEEN
+from lowbit.engines.llama_cpp import GGUF_TYPES
+from lowbit.estimation.footprint import active_weights, footprint, matrices, scheme_bits
 from lowbit.hardware import DEVICES
 
 H100, A100, B200 = (DEVICES[name] for name in ("h100", "a100-80gb", "b200"))
@@ -69,7 +71,7 @@ def test_exact_bytes_scale_all_parts():
 
 
 def decode(device, scheme, batch=1, cache=0.0, engine="vllm", context=1):
-    how = None if scheme == SIXTEEN else supported(engine, device)[scheme]
+    how = None if scheme == SIXTEEN else find_engine(engine).supported(device)[scheme]
     sixteen = footprint(LLAMA_8B, SIXTEEN)
     weights = footprint(LLAMA_8B, scheme)
     return speed(LLAMA_8B, weights, sixteen, cache, how, device, Load(batch, context, 1024))

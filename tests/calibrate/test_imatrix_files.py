@@ -12,10 +12,9 @@ from gguf import GGUFReader, GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.calibrate.imatrix_dat import unpack_dat
-from lowbit.calibrate.imatrix_file import is_imatrix, read_imatrix, write_imatrix
-from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
 from lowbit.errors import CheckpointError, LowbitError, OutputError
+from lowbit.formats.gguf.imatrix_file import is_imatrix, read_imatrix, unpack_dat, write_imatrix
+from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix
 
 Q, EXPERTS = "blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fuzzing import Sample, fuzz, gguf_sample
-from lowbit.calibrate.imatrix_file import is_imatrix, read_imatrix, write_imatrix
-from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
+from lowbit.formats.gguf.imatrix_file import is_imatrix, read_imatrix, write_imatrix
+from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix
 
 
 def _matrix():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix, check_fits, merge
-from lowbit.calibrate.importance_statistics import statistics
 from lowbit.errors import CheckpointError
+from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix, check_fits, merge, statistics
 
 Q, EXPERTS = "blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"
 

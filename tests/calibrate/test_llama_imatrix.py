@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gguf_models import make_case
-from lowbit.calibrate.imatrix import measure_importance
-from lowbit.calibrate.imatrix_file import read_imatrix, write_imatrix
 from lowbit.checkpoint import open_checkpoint
+from lowbit.formats.gguf.imatrix import measure_importance
+from lowbit.formats.gguf.imatrix_file import read_imatrix, write_imatrix
 from lowbit.text import Text
 
 RECORDED = Path(__file__).parent.parent / "data" / "imatrix"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.blockwise.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.block_modules import BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner
+from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import by_child, count_stages, find_idle, find_stages
 from lowbit.checkpoint import open_checkpoint
 from models import ARCHITECTURES, make_model

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError
-from lowbit.export import awq as exporter
+from lowbit.formats.awq import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import QuantizedTensor
@@ -223,7 +223,7 @@ def test_tensors_that_do_not_fit_the_group_size(tmp_path, group_size):
 
 def test_a_gptq_file_that_claims_to_be_awq(tmp_path):
     """GPTQ's qweight is packed along K: its shape gives other scales."""
-    from lowbit.export.gptq import GPTQ_V1
+    from lowbit.formats.gptq.write import GPTQ_V1
 
     pieces = GPTQ_V1.pack(LINEAR, random_codes(SYM, (64, 128)), SYM, 0, (64, 128), torch.float16)
     tensors = {piece.name: piece.values.contiguous() for piece in pieces}

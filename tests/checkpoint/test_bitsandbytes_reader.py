@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import CheckpointError
-from lowbit.numerics.codebook_tables import CODEBOOKS, values
-from lowbit.numerics.nested import dynamic_map
+from lowbit.kernels.tables import CODEBOOKS, values
+from lowbit.numerics.scales import dynamic_map
 from lowbit.tensors import Granularity
 
 SHAPE = (24, 128)

@@ -9,8 +9,8 @@ import torch
 from checkpoint_files import tiny_tensors, write_tiny_gguf
 
 from lowbit.checkpoint import open_checkpoint, open_gguf
-from lowbit.checkpoint.gguf_rope import LLAMA3, llama3_divisors
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.formats.gguf.rope import LLAMA3, llama3_divisors
 
 TEXTS = [
     "Hello world",

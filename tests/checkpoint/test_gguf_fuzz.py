@@ -34,11 +34,11 @@ from checkpoint_files import (
 
 from fuzzing import TooSlowError, bounded_memory, bounded_time, fuzz, gguf_sample
 from lowbit import kernels
-from lowbit.checkpoint.gguf import open_gguf
-from lowbit.checkpoint.gguf_header import read_header
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import LowbitError
+from lowbit.formats.gguf.header import read_header
+from lowbit.formats.gguf.raw import open_raw_gguf
+from lowbit.formats.gguf.read import open_gguf
 from lowbit.numerics.ggml import TYPES, decode
 
 ALIGNMENT = 32
@@ -83,7 +83,7 @@ def _read_all(path, with_folder=None):
     raw = open_raw_gguf(path)
     try:
         for tensor in raw.tensors:
-            if not tensor.type_is_known:
+            if tensor.type_name.startswith("type "):
                 continue
             decoded = raw.decode(tensor)
             assert decoded.numel() == torch.Size(tensor.shape).numel()
@@ -141,6 +141,7 @@ def test_the_harness_notices_a_hang_and_a_flood(tmp_path):
 
 def test_the_harness_reports_a_bug_and_keeps_its_file(samples, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_FUZZ_SECONDS", "1")
+    monkeypatch.setattr("fuzzing.CPU_SECONDS_PER_FILE", 0.2)
     for bug in (_raise, _flood, _hang):
         with pytest.raises(AssertionError, match=r"seed 0, try 0 .*failure-0-0\.gguf"):
             fuzz(samples, bug, tmp_path, ".gguf", 0.6)
@@ -148,20 +149,19 @@ def test_the_harness_reports_a_bug_and_keeps_its_file(samples, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("isa", kernels.available_isas())
-@pytest.mark.parametrize("name", TYPES)
-def test_random_bytes_decode_to_the_right_shape(name, isa):
+def test_random_bytes_decode_to_the_right_shape(isa):
     """Of all types; NaN and inf scales included, nothing is read or written outside."""
-    kind = TYPES[name]
     generator = torch.Generator().manual_seed(0)
     with kernels.use_isa(isa):
-        for rows, blocks in ((1, 1), (3, 17), (0, 2), (2, 0)):
-            data = torch.randint(0, 256, (rows, blocks * kind.size), dtype=torch.uint8, generator=generator)
-            decoded = decode(name, data)
-            assert decoded.shape == (rows, blocks * kind.weights)
-            assert decoded.dtype == torch.float32
-            # the same blocks one by one: no block looks at another
-            each = decode(name, data.reshape(rows * blocks, kind.size))
-            assert torch.equal(each.reshape(decoded.shape).view(torch.int32), decoded.view(torch.int32))
+        for name, kind in TYPES.items():
+            for rows, blocks in ((1, 1), (3, 17), (0, 2), (2, 0)):
+                data = torch.randint(0, 256, (rows, blocks * kind.size), dtype=torch.uint8, generator=generator)
+                decoded = decode(name, data)
+                assert decoded.shape == (rows, blocks * kind.weights), name
+                assert decoded.dtype == torch.float32
+                # the same blocks one by one: no block looks at another
+                each = decode(name, data.reshape(rows * blocks, kind.size))
+                assert torch.equal(each.reshape(decoded.shape).view(torch.int32), decoded.view(torch.int32)), name
 
 
 def test_a_count_of_four_billion_strings_is_refused_without_reading_them(tmp_path):

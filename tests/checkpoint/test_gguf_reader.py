@@ -8,9 +8,9 @@ from checkpoint_files import TINY, tiny_tensors, write_tiny_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from lowbit.checkpoint import open_checkpoint, open_gguf
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
-from lowbit.checkpoint.gguf_table import DERIVED, ROWS
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.formats.gguf.raw import open_raw_gguf
+from lowbit.formats.gguf.table import DERIVED, ROWS
 
 # What `checkpoint_files` can write and transformers can read.
 ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")

@@ -7,11 +7,11 @@ import pytest
 from checkpoint_files import ARRAY, STRING, gguf_bytes, gguf_key_value, gguf_string
 from tokenizers import Tokenizer
 
-from lowbit.checkpoint.gguf_header import read_header
-from lowbit.checkpoint.gguf_pre_tokenizers import BY_NAME, PRE_TOKENIZERS
-from lowbit.checkpoint.gguf_tokenizer import generation_config, write_tokenizer
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError
+from lowbit.formats.gguf.header import read_header
+from lowbit.formats.gguf.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
+from lowbit.formats.gguf.tokenizer import generation_config, write_tokenizer
 
 LETTERS = [chr(ord("!") + index) for index in range(90)]
 

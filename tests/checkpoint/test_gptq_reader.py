@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError
-from lowbit.export.gptq import GPTQ_V1, GPTQ_V2
+from lowbit.formats.gptq.write import GPTQ_V1, GPTQ_V2
 from lowbit.numerics import grid_for
 from lowbit.schemes import Scheme, WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -126,7 +126,7 @@ def test_slabs_equal_the_whole(tmp_path, bits):
 
 def test_golden_words():
     """One word by hand: nibbles 0..7 are the codes −8..−1, stored zero 6 is a zero of 7, (u − 7) · 0.5."""
-    from lowbit.checkpoint.gptq import GptqLayout
+    from lowbit.formats.gptq.read import GptqLayout
 
     class Stored:
         source, tensors = "x", {}
@@ -401,7 +401,7 @@ def test_tensors_that_do_not_fit_the_bits_or_the_group_size(tmp_path, bits, grou
 
 def test_an_awq_file_that_claims_to_be_gptq(tmp_path):
     """AWQ's qweight is packed along N: its shape gives other scales."""
-    from lowbit.export import awq
+    from lowbit.formats.awq import write as awq
 
     pieces = awq.pack(LINEAR, random_codes(scheme_of(4)), scheme_of(4), 0, SHAPE, torch.float16)
     tensors = {piece.name: piece.values.contiguous() for piece in pieces}

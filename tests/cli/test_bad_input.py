@@ -364,5 +364,5 @@ def test_one_error_through_the_installed_command(tmp_path):
     from commands import Outcome, start
 
     process = start("quantize", tmp_path / "none", "-o", tmp_path / "out")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate()
     assert_refused(Outcome(process.returncode, stdout, stderr), "none")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lowbit.calibrate.imatrix_file import read_imatrix
+from lowbit.formats.gguf.imatrix_file import read_imatrix
 
 
 @pytest.fixture(scope="module")

@@ -109,3 +109,10 @@ def test_version_through_python_dash_m():
     process = start("--version")
     assert process.communicate()[0].startswith("lowbit ")
     assert process.returncode == 0
+
+
+def test_convert_to_gguf_names_the_report_beside_the_file(lowbit, quantized, tmp_path):
+    outcome = lowbit("convert", quantized, "--format", "gguf", "--scheme", "Q8_0", "-o", tmp_path / "x.gguf")
+    assert outcome.code == 0
+    assert "x.report.html" in outcome.stdout
+    assert (tmp_path / "x.report.html").is_file()

@@ -7,8 +7,9 @@ from faults import diagnosed
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit.diagnosis.contributions import contribution, standard_error
-from lowbit.diagnosis.units import Node
+from lowbit.diagnosis.contributions import contribution
+from lowbit.diagnosis.tree import Node
+from lowbit.evaluation.metrics import standard_error
 from lowbit.text import read_text
 from models import make_model
 

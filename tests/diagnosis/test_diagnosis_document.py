@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.diagnosis import contributions, findings, inputs, weights
+from lowbit.diagnosis import contributions, findings, inputs, pair
 
 TEXT = " ".join((Path(__file__).parents[2] / "docs" / "diagnose.md").read_text(encoding="utf-8").split())
 
@@ -12,8 +12,8 @@ TEXT = " ".join((Path(__file__).parents[2] / "docs" / "diagnose.md").read_text(e
 @pytest.mark.parametrize(
     "stated",
     [
-        f"1/{weights.FACTOR:g} … {weights.FACTOR:g}",
-        f"more than {100 * weights.ROWS_SHARE:g} % of its rows outside 1/{weights.ROW_FACTOR:g} …",
+        f"1/{pair.FACTOR:g} … {pair.FACTOR:g}",
+        f"more than {100 * pair.ROWS_SHARE:g} % of its rows outside 1/{pair.ROW_FACTOR:g} …",
         f"at least {findings.FEWER_BITS:g} bits less",
         f"head in under {findings.LOW_HEAD_BITS:g} bits",
         f"at least {100 * findings.OUTSTANDING:g} % of the KLD and four times the median",

@@ -59,7 +59,7 @@ def test_statistics_of_another_model_are_refused():
     with pytest.raises(CheckpointError, match="4 channels; this model has 5"):
         distance(summary, torch.ones(5))
     with pytest.raises(CheckpointError, match="not base64"):
-        InputSummary("x", 0, 1, 0.0, 0.1, "§").log2_mean_sq  # noqa: B018
+        InputSummary(name="x", block=0, tokens=1, low=0.0, step=0.1, codes="§").log2_mean_sq  # noqa: B018
 
 
 def test_at_most_eight_blocks_are_kept_with_the_first_and_the_last():
@@ -126,7 +126,7 @@ def test_the_nearer_stream_counts_and_halves_are_the_null():
      (0.7, 0.3, None, False), (1.0, 0.3, None, True)],
 )  # fmt: skip
 def test_rule_of_a_mismatch(distance_, halves, unseen, found):
-    assert Mismatch(distance_, halves, "x", distance_, 1).is_found(unseen) is found
+    assert Mismatch(distance_, halves, "x", 1).is_found(unseen) is found
 
 
 def test_summaries_are_plain_values():

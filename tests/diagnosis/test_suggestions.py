@@ -8,10 +8,10 @@ from faults import diagnosed, multiply_scales
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.cli.quantize import given_settings
+from lowbit.cli.options import of_table
 from lowbit.diagnosis.suggestions import WIDER, pattern_for
 from lowbit.schemes import SCHEMES, find_scheme, is_gguf_name
-from lowbit.settings import make_settings
+from lowbit.settings import Settings, make_settings
 from models import make_model
 
 COMMANDS = typer.main.get_command(app).commands
@@ -27,7 +27,8 @@ def parsed(command):
 def settings_of(command):
     name, params = parsed(command)
     assert name == "quantize"
-    return make_settings(None, **given_settings(params))
+    table = of_table(Settings)
+    return make_settings(None, **table.value({option.name: params[option.name] for option in table.options}))
 
 
 def test_every_suggestion_parses(w4a16, llama, text):
@@ -45,7 +46,7 @@ def test_every_suggestion_parses(w4a16, llama, text):
 def test_cost_and_gain_of_a_suggestion(w4a16, llama, text, tmp_path):
     before = diagnosed(w4a16, llama, text)
     first = before.suggestions[0]
-    done = lowbit.quantize(llama, tmp_path / "wider", **settings_of(first.command).model_dump(exclude_unset=True))
+    done = lowbit.quantize(llama, tmp_path / "wider", **settings_of(first.command).given)
     assert done.report.totals.bytes_out - lowbit_bytes(w4a16) == first.bytes
     (row,) = lowbit.evaluate(tmp_path / "wider", llama, text, windows=4, window_tokens=64)
     assert before.kld - row.kld_mean == pytest.approx(first.gain, rel=0.1)
@@ -64,6 +65,22 @@ def test_damaged_files_are_written_anew_and_verified(w4a16, llama, text):
     assert settings_of(second.command) == make_settings(None, scheme="W4A16", group_size=32)
 
 
+def test_writing_anew_loses_no_setting(llama, text, tmp_path):
+    asked = {"scheme": "W4A16", "group_size": 32, "range": "percentile", "percentile": 99.5, "ignore": ("0.*o_proj$",),
+             "overrides": {"down_proj$": "W8A16"}, "shard_size": 500_000_000}  # fmt: skip
+    lowbit.quantize(llama, tmp_path / "q", **asked)
+    multiply_scales(tmp_path / "q", ".layers.1.mlp.up_proj", 2)
+    _, anew, *_ = diagnosed(tmp_path / "q", llama, text, budget=1).suggestions
+    assert settings_of(anew.command) == make_settings(None, **asked)
+
+
+def test_a_conversion_is_made_anew_with_the_scheme_of_its_files(llama, text, tmp_path):
+    lowbit.quantize(llama, tmp_path / "ct", scheme="W8A16", group_size=32)
+    lowbit.convert(tmp_path / "ct", tmp_path / "q", format="gptq")
+    settings = settings_of(diagnosed(tmp_path / "q", llama, text).suggestions[0].command)
+    assert (settings.scheme, settings.format, settings.group_size) == ("W8A16", "gptq", 32)
+
+
 def test_without_a_report_the_scheme_is_read_from_the_files(llama, text, tmp_path):
     folder = tmp_path / "q"
     lowbit.quantize(llama, folder, scheme="W4A16", group_size=32, format="gptq")
@@ -78,7 +95,7 @@ def test_gguf_types_are_widened_by_the_names_of_the_file(tmp_path, text):
     found = diagnosed(tmp_path / "q.gguf", source, text)
     settings = settings_of(found.suggestions[0].command)
     assert set(settings.overrides.values()) <= {"Q5_K", "Q6_K", "Q8_0"}
-    plan = lowbit.dry_run(source, output=tmp_path / "x.gguf", **settings.model_dump(exclude_unset=True)).plan
+    plan = lowbit.dry_run(source, output=tmp_path / "x.gguf", **settings.given).plan
     assert plan.file_bytes - (tmp_path / "q.gguf").stat().st_size == found.suggestions[0].bytes
 
 

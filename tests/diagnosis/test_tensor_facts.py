@@ -6,8 +6,7 @@ from faults import diagnosed, edit_tensors
 
 import lowbit
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.diagnosis.pair import Pair
-from lowbit.diagnosis.weights import codes_at_ends, look_at_tensors
+from lowbit.diagnosis.pair import Pair, codes_at_ends, look_at_tensors
 from lowbit.evaluation.opening import Opener
 from models import make_model
 

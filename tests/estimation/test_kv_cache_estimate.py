@@ -10,11 +10,11 @@ import torch
 
 import lowbit
 from gguf_models import make_case
-from lowbit.checkpoint.gguf_raw import RawGGUF
+from lowbit.architecture.shape import shape_of, shape_of_gguf
+from lowbit.engines import find_engine
 from lowbit.errors import ArchitectureError, UsageError
-from lowbit.estimation.engines import find_engine, overhead_bytes
-from lowbit.estimation.kv_cache import CACHE_BITS, cache_of, kv_bytes_per_token
-from lowbit.estimation.shapes import shape_of, shape_of_gguf
+from lowbit.estimation.serving import CACHE_BITS, cache_of
+from lowbit.formats.gguf.raw import RawGGUF
 from lowbit.numerics.ggml import TYPES
 from models import ARCHITECTURES, config_of
 
@@ -47,7 +47,7 @@ GEMMA_3_4B = {
     ],
 )
 def test_bytes_of_one_token(config, bits, expected):
-    assert kv_bytes_per_token(config, bits) == expected
+    assert cache_of(shape_of(config), kv_cache=bits).bytes_per_token() == expected
 
 
 def test_full_windows_no_longer_grow():
@@ -57,7 +57,6 @@ def test_full_windows_no_longer_grow():
     assert cache.growth(100) == 34 * 4096
     assert cache.growth(4096) == 5 * 4096
     assert cache.sequence_bytes(32768) == (5 * 32768 + 29 * 1024) * 4096
-    assert kv_bytes_per_token(GEMMA_3_4B, 16, context=32768) == (5 * 32768 + 29 * 1024) / 32768 * 4096
 
 
 @pytest.mark.parametrize(
@@ -77,21 +76,24 @@ def test_windows_of_families(config, bounded):
 
 def test_engines_differ_where_they_say_so():
     mistral = shape_of({"model_type": "mistral", "sliding_window": 4096})
-    of = {name: cache_of(mistral, name).sequence_bytes(65536) for name in ("transformers", "vllm", "llama.cpp")}
+    of = {
+        name: cache_of(mistral, find_engine(name)).sequence_bytes(65536)
+        for name in ("transformers", "vllm", "llama.cpp")
+    }
     assert of["transformers"] == 4096 * 131072
     assert of["vllm"] == (4096 + 2 * 8192) * 131072  # two passes of a prefill in flight
     assert of["llama.cpp"] == 65536 * 131072  # it has no windows for the llama architecture
-    small = cache_of(mistral, "vllm", memory=24 << 30)
+    small = cache_of(mistral, find_engine("vllm"), memory=24 << 30)
     assert small.sequence_bytes(65536) == (4096 + 2 * 2048) * 131072
     gemma = shape_of(GEMMA_3_4B)
-    assert cache_of(gemma, "llama.cpp").sequence_bytes(32768) == (5 * 32768 + 29 * (1024 + 512)) * 4096
-    assert cache_of(gemma, "sglang").bounded == 0
+    assert cache_of(gemma, find_engine("llama.cpp")).sequence_bytes(32768) == (5 * 32768 + 29 * (1024 + 512)) * 4096
+    assert cache_of(gemma, find_engine("sglang")).bounded == 0
 
 
 def test_whole_blocks_are_counted():
     shape = shape_of(LLAMA_8B)
-    assert cache_of(shape, "vllm").sequence_bytes(17) == 32 * 131072
-    assert cache_of(shape, "llama.cpp").sequence_bytes(17) == 256 * 131072
+    assert cache_of(shape, find_engine("vllm")).sequence_bytes(17) == 32 * 131072
+    assert cache_of(shape, find_engine("llama.cpp")).sequence_bytes(17) == 256 * 131072
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"])
@@ -112,7 +114,7 @@ def test_a_cache_that_transformers_fills_has_these_bytes(architecture):
     with torch.no_grad():
         filled = model(torch.zeros(1, 24, dtype=torch.int64), use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in filled.layers for t in (layer.keys, layer.values))
-    assert cache_of(shape_of(config_of(architecture)), "transformers").sequence_bytes(24) == held
+    assert cache_of(shape_of(config_of(architecture)), find_engine("transformers")).sequence_bytes(24) == held
 
 
 def test_unknown_names_are_answered_with_neighbours():
@@ -120,10 +122,10 @@ def test_unknown_names_are_answered_with_neighbours():
         find_engine("vlm")
     assert "vllm" in caught.value.hint
     with pytest.raises(UsageError, match="no KV cache type 'q8'") as caught:
-        cache_of(shape_of(LLAMA_8B), "llama.cpp", "q8")
+        cache_of(shape_of(LLAMA_8B), find_engine("llama.cpp"), "q8")
     assert "q8_0" in caught.value.hint
     with pytest.raises(UsageError, match="vllm keeps no KV cache in q8_0") as caught:
-        cache_of(shape_of(LLAMA_8B), "vllm", "q8_0")
+        cache_of(shape_of(LLAMA_8B), find_engine("vllm"), "q8_0")
     assert "fp8" in caught.value.hint
 
 
@@ -132,7 +134,7 @@ def test_what_cannot_be_counted_is_refused():
         cache_of(shape_of({**LLAMA_8B, "model_type": "other", "layer_types": ["linear_attention"] * 32}))
     with pytest.raises(ArchitectureError, match="no window"):
         cache_of(shape_of({**LLAMA_8B, "model_type": "other", "layer_types": ["sliding_attention"] * 32}))
-    with pytest.raises(ArchitectureError, match="says nothing of hidden_size"):
+    with pytest.raises(ArchitectureError, match="has no hidden_size"):
         shape_of({"model_type": "nothing"})
     for wrong in (-1, "8", 2.5, True, 1 << 50):
         with pytest.raises(ArchitectureError, match="hidden_size"):
@@ -142,10 +144,10 @@ def test_what_cannot_be_counted_is_refused():
 def test_overhead_agrees_with_what_engines_have_logged():
     shape = shape_of(LLAMA_8B)
     # vllm pull request 10511: "PyTorch activation peak memory 1.26GiB" on an 80 GB card
-    assert overhead_bytes("vllm", shape, 8192).activations == pytest.approx(1.26 * 2**30, rel=0.02)
+    assert find_engine("vllm").memory.activations(shape, 8192, 1) == pytest.approx(1.26 * 2**30, rel=0.02)
     # llama.cpp: "CUDA0 compute buffer size = 258.50 MiB"
-    assert overhead_bytes("llama.cpp", shape, 512).activations == pytest.approx(258.5 * 2**20, rel=0.02)
-    assert all(overhead_bytes("vllm", shape, 8192).assumptions)
+    assert find_engine("llama.cpp").memory.activations(shape, 512, 1) == pytest.approx(258.5 * 2**20, rel=0.02)
+    assert all(find_engine("vllm").memory.assumptions)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gpt2", "phi3", "olmo2", "granite"])

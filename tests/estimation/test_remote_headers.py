@@ -17,7 +17,7 @@ import huggingface_hub.errors as hub_errors
 import pytest
 
 import lowbit
-from lowbit.checkpoint import header_copies, open_checkpoint, remote
+from lowbit.checkpoint import open_checkpoint, remote
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.remote import remote_headers
 from lowbit.errors import CheckpointError, OutputError, UnsafeError
@@ -228,10 +228,10 @@ def test_the_local_cache_serves_without_network(hub, tiny_llama, monkeypatch):
 
 
 def test_a_file_system_without_holes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(header_copies, "_PROBE", 0)
-    monkeypatch.setattr(header_copies.os, "stat", lambda path: type("Stat", (), {"st_blocks": 1}))
+    monkeypatch.setattr(remote, "_PROBE", 0)
+    monkeypatch.setattr(remote.os, "stat", lambda path: type("Stat", (), {"st_blocks": 1}))
     with pytest.raises(OutputError, match="no holes"):
-        header_copies.require_holes(tmp_path)
+        remote.require_holes(tmp_path)
 
 
 def test_errors_name_the_repository_and_not_the_copy(hub, tiny_llama):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, save_model
 from transformers import LlamaConfig
 
+from lowbit import measure
 from lowbit.architecture.loading import Loader
-from lowbit.calibrate import hidden_states
+from lowbit.calibrate import blocks
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import UsageError
 from lowbit.evaluation import memory
@@ -78,8 +79,8 @@ def test_soft_capped_logits_and_hidden_states_in_a_file(tmp_path, text_file, mon
     save_model(reference, "gemma3")
     judged = perturbed(reference, tmp_path / "judged")
     spilled = []
-    mapped = hidden_states._mapped
-    monkeypatch.setattr(hidden_states, "_mapped", lambda *shape: spilled.append(shape) or mapped(*shape))
+    mapped = blocks._mapped
+    monkeypatch.setattr(blocks, "_mapped", lambda *shape: spilled.append(shape) or mapped(*shape))
     weights = bytes_of(reference)
     least = max(weights.largest_part, 2 * weights.head)
     whole = evaluate(judged, reference, text_file, **SETTINGS)
@@ -201,16 +202,16 @@ def test_the_tightest_control_group_counts(tmp_path):
     inner.mkdir(parents=True)
     groups = tmp_path / "cgroup"
     groups.write_text("0::/slice/unit\n")
-    assert memory._left_in_control_groups(groups, tmp_path) is None
+    assert measure._left_in_control_groups(groups, tmp_path) is None
     (inner / "memory.max").write_text("max\n")
     (inner / "memory.current").write_text("300\n")
-    assert memory._left_in_control_groups(groups, tmp_path) is None
+    assert measure._left_in_control_groups(groups, tmp_path) is None
     (inner.parent / "memory.max").write_text("1000\n")
     (inner.parent / "memory.current").write_text("700\n")
     (inner.parent / "memory.stat").write_text("anon 100\ninactive_file 200\n")
-    assert memory._left_in_control_groups(groups, tmp_path) == 500
+    assert measure._left_in_control_groups(groups, tmp_path) == 500
     (inner / "memory.max").write_text("350\n")
-    assert memory._left_in_control_groups(groups, tmp_path) == 50
+    assert measure._left_in_control_groups(groups, tmp_path) == 50
 
 
 def test_control_groups_of_version_1(tmp_path):
@@ -220,16 +221,16 @@ def test_control_groups_of_version_1(tmp_path):
     groups.write_text("5:cpu,cpuacct:/other\n4:memory:/job\n")
     (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (group / "memory.usage_in_bytes").write_text("400\n")
-    assert memory._left_in_control_groups(groups, tmp_path) is None
+    assert measure._left_in_control_groups(groups, tmp_path) is None
     (group / "memory.limit_in_bytes").write_text("1000\n")
-    assert memory._left_in_control_groups(groups, tmp_path) == 600
+    assert measure._left_in_control_groups(groups, tmp_path) == 600
 
 
 def test_available_memory_of_meminfo(tmp_path):
     path = tmp_path / "meminfo"
     path.write_text("MemTotal:       24000 kB\nMemAvailable:   12000 kB\n")
-    assert memory._meminfo_available(path) == 12000 * 1024
-    assert memory._meminfo_available(tmp_path / "gone") is None
+    assert measure._meminfo_available(path) == 12000 * 1024
+    assert measure._meminfo_available(tmp_path / "gone") is None
 
 
 # Block by block first, so that nothing which the other run leaves behind counts.

@@ -250,9 +250,9 @@ def test_nothing_to_simulate_is_refused(models, text_file):
         evaluate(models[0], None, text_file, activations="simulated", **SETTINGS)
 
 
-def test_to_dict_is_json(models, text_file):
+def test_a_row_is_json(models, text_file):
     [row] = evaluate(models[1], models[0], text_file, **SETTINGS)
-    document = json.loads(json.dumps(row.to_dict()))
+    document = json.loads(json.dumps(row.model_dump(mode="json")))
     assert document["kld_mean"] == row.kld_mean
     assert document["text"]["tokens"] == 3000
     assert document["versions"]["torch"] == torch.__version__

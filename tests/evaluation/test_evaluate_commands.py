@@ -7,11 +7,12 @@ from typer.testing import CliRunner
 
 from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
+from lowbit.cli.options import with_groups
 from lowbit.errors import UsageError
 
 app = typer.Typer()
-app.command()(evaluate)
-app.command()(generate)
+app.command()(with_groups(evaluate))
+app.command()(with_groups(generate))
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from tiny_models import byte_tokenizer, save_model
 
 from lowbit.architecture.loading import load
 from lowbit.evaluation import evaluate
-from lowbit.evaluation.samples import OPENINGS, QUESTIONS, Said, parted, prompts, say
+from lowbit.evaluation.samples import OPENINGS, QUESTIONS, GreedyText, parted, prompts, say
 
 
-def said(text: str, tokenizer, shift: float = 0.0) -> Said:
+def said(text: str, tokenizer, shift: float = 0.0) -> GreedyText:
     tokens = tokenizer(text)["input_ids"]
     log_p = torch.full((len(tokens), 300), 0.25).log()
-    return Said(tokens, log_p + shift)
+    return GreedyText(tokens, log_p + shift)
 
 
 def test_the_first_differing_token_is_found():
@@ -81,7 +81,7 @@ def test_samples_are_on_the_last_row_and_only_where_asked_for(tmp_path, text_fil
     arguments = {"text": text_file, "windows": 2, "window_tokens": 16}
     [row] = evaluate(tmp_path / "b", tmp_path / "a", **arguments, samples=2, sample_tokens=4)
     assert [sample.prompt for sample in row.samples] == list(OPENINGS[:2])
-    assert row.to_dict()["samples"][0]["prompt"] == OPENINGS[0]
+    assert row.model_dump(mode="json")["samples"][0]["prompt"] == OPENINGS[0]
     [row] = evaluate(tmp_path / "b", tmp_path / "a", **arguments)
     assert row.samples == ()
     [row] = evaluate(tmp_path / "b", **arguments, samples=2)

@@ -95,7 +95,7 @@ class FakeCheckpoint:
         self.tensors[new] = replace(self.tensors.pop(old), name=new)
 
     def config(self):
-        from lowbit.checkpoint.rows import read_config
+        from lowbit.checkpoint.base import read_config
 
         return read_config(self.folder)
 

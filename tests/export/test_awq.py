@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.errors import FormatError
-from lowbit.export import awq as exporter
+from lowbit.formats.awq import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor

@@ -12,15 +12,15 @@ import torch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import FormatError
-from lowbit.export import bitsandbytes as exporter
 from lowbit.export.safetensors_writer import SafetensorsWriter
+from lowbit.formats.bitsandbytes import write as exporter
+from lowbit.kernels.tables import CODEBOOKS
 from lowbit.numerics import grid_for
-from lowbit.numerics.codebook import CODEBOOKS, CodebookGrid
-from lowbit.numerics.grid import RangeSearch
-from lowbit.numerics.nested import decode_scales
+from lowbit.numerics.scalar_grids import CodebookGrid
+from lowbit.numerics.scales import decode_scales
 from lowbit.rounding.rtn import TensorRange, measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme
-from lowbit.tensors import Granularity, NestedScale, QuantizedTensor
+from lowbit.tensors import Granularity, NestedScale, QuantizedTensor, RangeSearch
 
 
 def double(scheme: Scheme) -> Scheme:
@@ -55,7 +55,7 @@ def write(folder: Path, scheme: Scheme, quantized: QuantizedTensor, step: int | 
     for first in range(0, shape[0], step or shape[0]):
         slab = rows_of(quantized, first, first + (step or shape[0]))
         for piece in exporter.pack("l", slab, scheme, first, shape, DTYPE):
-            writer.write(piece.name, piece.values, piece.row, piece.column)
+            writer.write(piece)
     writer.close()
     config = {"quantization_config": exporter.quantization_config({"l": scheme}, ["lm_head"])}
     (folder / "config.json").write_text(json.dumps(config))

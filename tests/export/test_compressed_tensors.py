@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from lowbit.errors import FormatError
-from lowbit.export import compressed_tensors as exporter
+from lowbit.formats.compressed_tensors import write as exporter
+from lowbit.kernels.tables import MINIFLOATS
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
-from lowbit.numerics.integer import IntGrid
-from lowbit.numerics.minifloat import MinifloatGrid
-from lowbit.numerics.minifloat_formats import FORMATS
+from lowbit.numerics.scalar_grids import IntGrid, MinifloatGrid
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
 HELD = {name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8")}
 
@@ -92,7 +90,7 @@ def test_golden_bytes_zero_points_are_packed_along_rows():
 
 def test_golden_bytes_nvfp4():
     """Codes 0..7 are 0 .5 1 1.5 2 3 4 6, bit 3 the sign; scale 0.5 = 2 · 2^-2, stored as E4M3 2.0 and divisor 4."""
-    grid = MinifloatGrid(FORMATS["e2m1"], "e4m3")
+    grid = MinifloatGrid(MINIFLOATS["e2m1"], "e4m3")
     quantized = tensor([[1, 2, 3, 4, 5, 6, 7, 15]], grid, global_scale=0.25)
     packed = pack(quantized, spec("e2m1", 4, scale_format="e4m3"))
     assert packed["l.weight_packed"].numpy().tobytes() == bytes([0x21, 0x43, 0x65, 0xF7])
@@ -101,7 +99,7 @@ def test_golden_bytes_nvfp4():
 
 
 def test_golden_bytes_mxfp4_scale_is_a_biased_exponent():
-    grid = MinifloatGrid(FORMATS["e2m1"], "e8m0")
+    grid = MinifloatGrid(MINIFLOATS["e2m1"], "e8m0")
     packed = pack(tensor([[0] * 8], grid), spec("e2m1", 4, scale_format="e8m0"))
     assert packed["l.weight_scale"].tolist() == [[126]]
 

@@ -11,19 +11,19 @@ import gguf
 import pytest
 
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.export import gguf_mix_table
-from lowbit.export.gguf_mix import (
+from lowbit.formats.gguf import mix_table as gguf_mix_table
+from lowbit.formats.gguf.mix import (
     Asked,
-    Choice,
-    ModelFacts,
+    MixFacts,
     TensorShape,
+    TypeChoice,
     assign_types,
     choose_types,
     fallback_summary,
     find_file_type,
     importance_needed,
 )
-from lowbit.export.gguf_mix_table import (
+from lowbit.formats.gguf.mix_table import (
     FALLBACKS,
     FILE_TYPES,
     MODELS_70B,
@@ -90,7 +90,7 @@ CASES = [(title, variant) for title, model in GOLDEN["models"].items() for varia
 
 @pytest.mark.parametrize(("title", "variant"), CASES)
 def test_types_equal_those_of_llama_quantize(title, variant):
-    facts = ModelFacts(**GOLDEN["models"][title]["facts"])
+    facts = MixFacts(**GOLDEN["models"][title]["facts"])
     shapes = shapes_of(title)
     given = options_of(variant)
     asking = {key: given.pop(key) for key in list(given) if key not in ("pure", "has_imatrix")}
@@ -112,7 +112,7 @@ def differs(file_type: str) -> bool:
     """Whether the types of some recorded model are not those that the tables give now."""
     for title, variant in CASES:
         if variant in ("plain", "imatrix"):
-            facts = ModelFacts(**GOLDEN["models"][title]["facts"])
+            facts = MixFacts(**GOLDEN["models"][title]["facts"])
             choices = assign_types(
                 find_file_type(file_type), shapes_of(title), facts,
                 pure=False, has_imatrix=variant == "imatrix", asked=Asked({}),
@@ -187,8 +187,8 @@ def test_fallbacks_are_types_with_smaller_blocks():
     assert {kind.name for kind in TYPES.values() if kind.weights > 32} == set(FALLBACKS)
 
 
-LLAMA_8B = ModelFacts("llama", 32, 0, 32, 8)
-GPT_OSS_20B = ModelFacts("gpt-oss", 24, 32, 64, 8)
+LLAMA_8B = MixFacts("llama", 32, 0, 32, 8)
+GPT_OSS_20B = MixFacts("gpt-oss", 24, 32, 64, 8)
 
 
 def llama_8b() -> list[TensorShape]:
@@ -216,7 +216,7 @@ def gpt_oss_20b() -> list[TensorShape]:
     ]
 
 
-def bits_per_weight(file_type: str, tensors: list[TensorShape], facts: ModelFacts) -> float:
+def bits_per_weight(file_type: str, tensors: list[TensorShape], facts: MixFacts) -> float:
     choices = choose_types(file_type, tensors, facts, has_imatrix=FILE_TYPES[file_type].needs_imatrix)
     bits = sum(t.weights * TYPES[choices[t.name].type_name].bits_per_weight for t in tensors)
     return bits / sum(t.weights for t in tensors)
@@ -253,7 +253,7 @@ def small(columns: int = 256, layers: int = 8, *, tied: bool = False) -> list[Te
     ]
 
 
-FACTS = ModelFacts("llama", 8, 0, 8, 8)
+FACTS = MixFacts("llama", 8, 0, 8, 8)
 
 
 def test_a_file_type_is_found_in_any_case_and_by_its_alias():
@@ -266,9 +266,9 @@ def test_a_file_type_is_found_in_any_case_and_by_its_alias():
 
 def test_reasons_say_what_decided():
     choices = choose_types("Q4_K_M", small(), FACTS)
-    assert choices["blk.0.attn_q.weight"] == Choice("Q4_K")
-    assert choices["output_norm.weight"] == Choice("F32", "vectors are never quantized")
-    assert choices["output.weight"] == Choice("Q6_K", "file type Q4_K_M makes the output Q6_K")
+    assert choices["blk.0.attn_q.weight"] == TypeChoice("Q4_K")
+    assert choices["output_norm.weight"] == TypeChoice("F32", "vectors are never quantized")
+    assert choices["output.weight"] == TypeChoice("Q6_K", "file type Q4_K_M makes the output Q6_K")
     reason = choices["blk.0.ffn_down.weight"].reason
     assert reason is not None
     assert reason.startswith("file type Q4_K_M makes ffn_down Q6_K where it lies in the first or last eighth of the")
@@ -279,7 +279,7 @@ def test_reasons_say_what_decided():
 def test_fallbacks_are_reported_per_tensor_and_in_total():
     tensors = small(576)
     choices = choose_types("Q4_K_M", tensors, FACTS)
-    assert choices["blk.1.attn_q.weight"] == Choice(
+    assert choices["blk.1.attn_q.weight"] == TypeChoice(
         "Q5_0", "rows of 576 do not divide by 256, so Q4_K became Q5_0", "Q4_K"
     )
     assert choices["output.weight"].type_name == "Q8_0"
@@ -309,7 +309,7 @@ def test_types_that_need_an_importance_matrix_are_refused_without(name):
     choices = choose_types(name, small(), FACTS, has_imatrix=True)
     needing = importance_needed(name, choices)
     assert needing
-    with pytest.raises(UsageError, match=f"says nothing of {needing[-1]}, which"):
+    with pytest.raises(UsageError, match=f"has no entry for {needing[-1]}, which"):
         choose_types(name, small(), FACTS, has_imatrix=True, missing_importance={needing[-1]})
     choose_types(name, small(), FACTS, has_imatrix=True, missing_importance={"output.weight", "token_embd.weight"})
 
@@ -321,7 +321,7 @@ def test_types_that_need_none_are_made_without(name):
 
 def test_an_importance_matrix_is_not_asked_for_where_everything_falls_back():
     choices = choose_types("IQ2_XXS", small(96), FACTS)
-    assert choices["blk.7.ffn_up.weight"] == Choice(
+    assert choices["blk.7.ffn_up.weight"] == TypeChoice(
         "IQ4_NL", "rows of 96 do not divide by 256, so IQ2_XXS became IQ4_NL", "IQ2_XXS"
     )
 
@@ -329,19 +329,19 @@ def test_an_importance_matrix_is_not_asked_for_where_everything_falls_back():
 def test_the_first_override_that_is_found_decides():
     overrides = [("attn_[kv]", "q8_0"), (r"blk\.0\.", "F16")]
     choices = choose_types("Q4_K_M", small(), FACTS, overrides=overrides, token_embedding_type="Q5_1")
-    assert choices["blk.0.attn_v.weight"] == Choice("Q8_0", "matches --override attn_[kv]=q8_0")
+    assert choices["blk.0.attn_v.weight"] == TypeChoice("Q8_0", "matches --override attn_[kv]=q8_0")
     assert choices["blk.0.attn_q.weight"].type_name == "F16"
-    assert choices["blk.1.attn_q.weight"] == Choice("Q4_K")
-    assert choices["token_embd.weight"] == Choice("Q5_1", "the token embedding type that was asked for")
+    assert choices["blk.1.attn_q.weight"] == TypeChoice("Q4_K")
+    assert choices["token_embd.weight"] == TypeChoice("Q5_1", "the token embedding type that was asked for")
 
 
 def test_overrides_hold_in_files_of_floats_and_with_pure():
     choices = choose_types("BF16", small(), FACTS, overrides=[("ffn", "Q8_0")])
     assert choices["blk.0.ffn_up.weight"].type_name == "Q8_0"
-    assert choices["blk.0.attn_q.weight"] == Choice("BF16")
+    assert choices["blk.0.attn_q.weight"] == TypeChoice("BF16")
     tied = choose_types("Q4_K_M", small(tied=True), FACTS, pure=True, output_type="Q6_K")
     assert tied["token_embd.weight"].type_name == "Q6_K"
-    assert tied["blk.0.ffn_down.weight"] == Choice("Q4_K")
+    assert tied["blk.0.ffn_down.weight"] == TypeChoice("Q4_K")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_an_end_of_the_model_that_is_not_there_cannot_have_a_type():
 
 
 def test_an_expert_tensor_outside_the_layers_is_an_error():
-    experts = ModelFacts("llama", 8, 4, 8, 8)
+    experts = MixFacts("llama", 8, 4, 8, 8)
     tensors = [*small(), TensorShape("blk.8.ffn_down_exps.weight", (4, 32, 256))]
     with pytest.raises(CheckpointError, match=r"blk\.8\.ffn_down_exps\.weight belongs to no layer"):
         choose_types("Q4_K_M", tensors, experts)
@@ -393,7 +393,7 @@ def test_an_expert_tensor_outside_the_layers_is_an_error():
     ],
 )
 def test_what_is_never_quantized_is_written_as_the_converter_writes_it(name, shape, expected):
-    facts = ModelFacts("llama", 8, 0, 8, 8, float_type="BF16")
+    facts = MixFacts("llama", 8, 0, 8, 8, float_type="BF16")
     found = choose_types("Q4_K_M", [*small(), TensorShape(name, shape)], facts)[name]
     assert found.type_name == expected
     assert found.reason

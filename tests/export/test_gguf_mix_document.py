@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.export.gguf_mix_table import (
+from lowbit.formats.gguf.mix_table import (
     CONDITIONS,
     FALLBACKS,
     FILE_TYPES,

@@ -16,10 +16,11 @@ from gguf_models import CASES, describe_folder, make_case, write_plain
 from lowbit.architecture import describe_checkpoint
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_gguf, open_safetensors
-from lowbit.checkpoint.gguf_raw import rows_and_columns
-from lowbit.checkpoint.gguf_table import ROWS, gguf_names
 from lowbit.errors import ArchitectureError
-from lowbit.export.gguf_model import describe_gguf
+from lowbit.formats.gguf.mix import MixFacts, TensorShape, choose_types
+from lowbit.formats.gguf.model import describe_gguf
+from lowbit.formats.gguf.raw import rows_and_columns
+from lowbit.formats.gguf.table import ROWS, gguf_names
 from models import make_model
 
 
@@ -95,7 +96,11 @@ def test_names_and_order_are_those_of_the_gguf_package(cases, case):
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_moe", "gpt_oss", "gemma2", "gpt2"])
 def test_what_llama_cpp_keeps_in_f32(cases, case):
-    for tensor in cases(case)[1].tensors:
+    model = cases(case)[1]
+    facts = MixFacts(model.arch, layers=2)
+    shapes = [TensorShape(tensor.name, tensor.shape) for tensor in model.tensors]
+    choices = choose_types("F16", shapes, facts)
+    for tensor in model.tensors:
         name = tensor.name
         expected = (
             len(tensor.shape) == 1
@@ -104,7 +109,7 @@ def test_what_llama_cpp_keeps_in_f32(cases, case):
             or "ffn_gate_inp" in name
             or name == "position_embd.weight"
         )
-        assert tensor.keep_float is expected, name
+        assert (choices[name].type_name == "F32") is expected, name
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:

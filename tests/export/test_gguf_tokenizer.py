@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lowbit.checkpoint.gguf_tokenizer import write_tokenizer
 from lowbit.errors import ArchitectureError, CheckpointError, LowbitError, UsageError
-from lowbit.export.gguf_tokenizer import tokenizer_key_values
-from lowbit.export.sentencepiece import read_sentencepiece
+from lowbit.formats.gguf.sentencepiece import read_sentencepiece
+from lowbit.formats.gguf.tokenizer import write_tokenizer
+from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from tiny_tokenizers import (
     BYTE_LEVEL,
     CHAT,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from gguf.constants import GGUFValueType as V
 
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
 from lowbit.errors import OutputError
-from lowbit.export.gguf_writer import ALIGNMENT, GGUFWriter, StoredBlocks, packed_key_values, total_bytes
+from lowbit.export import Piece
+from lowbit.formats.gguf.raw import open_raw_gguf
+from lowbit.formats.gguf.write import ALIGNMENT, GGUFWriter, StoredBlocks, packed_key_values, total_bytes
 
 KEYS = {
     "general.architecture": ("llama", V.STRING),
@@ -45,7 +46,7 @@ def write(folder, shard_size=None, left_out=()):
         for name, (_, values) in reversed(content.items()):
             for row in reversed(range(len(values))):  # out of order
                 if name not in left_out:
-                    writer.write(name, values[row : row + 1], row * values.shape[1])
+                    writer.write(Piece(name, values[row : row + 1], row))
         writer.close()
     finally:
         writer.abandon()
@@ -93,6 +94,6 @@ def test_bytes_beyond_a_tensor_are_refused(tmp_path):
     writer = GGUFWriter(tmp_path, "x.gguf", [stored], packed_key_values(KEYS))
     try:
         with pytest.raises(AssertionError, match="overrun"):
-            writer.write("a.weight", values, 1)
+            writer.write(Piece("a.weight", values, 1))
     finally:
         writer.abandon()

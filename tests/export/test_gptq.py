@@ -10,12 +10,11 @@ import torch
 
 from lowbit.errors import FormatError
 from lowbit.export import find_exporter
-from lowbit.export.gptq import GPTQ_V1, GPTQ_V2
+from lowbit.formats.gptq.write import GPTQ_V1, GPTQ_V2
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec, scheme_of_specs
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
 BOTH = pytest.mark.parametrize("exporter", [GPTQ_V1, GPTQ_V2], ids=["v1", "v2"])
 

@@ -17,8 +17,10 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.kv_cache import key_value_heads
 from lowbit.errors import ArchitectureError, FormatError, UsageError
 from lowbit.export.kv_cache import stored_kv_scales
-from lowbit.pipeline import prepare, write_checkpoint
-from lowbit.plan import with_kv_cache
+from lowbit.pipeline import write_checkpoint
+from lowbit.plan.folder import with_kv_cache
+from lowbit.plan.plan import Request, prepare
+from lowbit.registry import FORMATS
 from lowbit.schemes import KV_CACHE_SCHEMES, find_kv_cache_scheme
 from lowbit.settings import make_settings
 from lowbit.verification import verify
@@ -44,7 +46,7 @@ def written(model, tmp_path_factory):
 
     def make(format: str, name: str) -> Path:
         if (format, name) not in made:
-            prepared = prepare(model, make_settings(scheme="FP8_DYNAMIC", format=format), threads=1)
+            prepared = prepare(Request(model, make_settings(scheme="FP8_DYNAMIC", format=format), threads=1))
             plan = with_kv_cache(prepared.plan, find_kv_cache_scheme(name), prepared.checkpoint.config())
             folder = tmp_path_factory.mktemp("written") / "model"
             write_checkpoint(replace(prepared, plan=replace(plan, kv_absmax=ABSMAX)), folder)
@@ -135,35 +137,37 @@ def test_a_format_without_such_scales_drops_them_and_says_so(written, tmp_path):
 def test_formats_without_such_scales_refuse_them(format):
     config = config_of("llama", **SIZES)
     with pytest.raises(FormatError, match=f"{format} has no scales for a KV cache"):
-        stored_kv_scales(format, KV_CACHE_SCHEMES["fp8"], discover_once(config, "llama"), config)
+        stored_kv_scales(FORMATS[format], KV_CACHE_SCHEMES["fp8"], discover_once(config, "llama"), config)
 
 
 def test_modelopt_refuses_scales_per_head():
     config = config_of("llama", **SIZES)
     with pytest.raises(FormatError, match="not one per head"):
-        stored_kv_scales("modelopt", KV_CACHE_SCHEMES["fp8_per_head"], discover_once(config, "llama"), config)
+        stored_kv_scales(FORMATS["modelopt"], KV_CACHE_SCHEMES["fp8_per_head"], discover_once(config, "llama"), config)
 
 
 @pytest.mark.parametrize(("architecture", "said"), [("deepseek_v3", "makes no keys"), ("gpt2", "is transformer.h.0")])
 def test_models_whose_attention_is_not_where_engines_look_are_refused(architecture, said):
     config = config_of(architecture)
     with pytest.raises(ArchitectureError, match=said):
-        stored_kv_scales("compressed-tensors", KV_CACHE_SCHEMES["fp8"], discover_once(config, architecture), config)
+        stored_kv_scales(
+            FORMATS["compressed-tensors"], KV_CACHE_SCHEMES["fp8"], discover_once(config, architecture), config
+        )
 
 
 def test_stacked_keys_and_values_have_their_scales_beside_the_one_matrix():
     config = config_of("phi3")
-    scales = stored_kv_scales("modelopt", KV_CACHE_SCHEMES["fp8"], discover_once(config, "phi3"), config)
+    scales = stored_kv_scales(FORMATS["modelopt"], KV_CACHE_SCHEMES["fp8"], discover_once(config, "phi3"), config)
     assert scales[1].v.name == "model.layers.1.self_attn.qkv_proj.v_scale"
 
 
 def test_heads_that_are_not_those_of_the_config_are_named(model):
-    prepared = prepare(model, make_settings(scheme="FP8_DYNAMIC"), threads=1)
+    prepared = prepare(Request(model, make_settings(scheme="FP8_DYNAMIC"), threads=1))
     plan = with_kv_cache(prepared.plan, KV_CACHE_SCHEMES["fp8_per_head"], prepared.checkpoint.config())
     with pytest.raises(ArchitectureError, match=r"3 heads were measured, config\.json has 2"):
-        replace(plan, kv_absmax=dict.fromkeys(range(2), (torch.ones(3), torch.ones(3)))).kv_pieces()
+        replace(plan, kv_absmax=dict.fromkeys(range(2), (torch.ones(3), torch.ones(3)))).pieces_beside()
     with pytest.raises(ArchitectureError, match="layer 1 were not measured"):
-        replace(plan, kv_absmax={0: ABSMAX[0]}).kv_pieces()
+        replace(plan, kv_absmax={0: ABSMAX[0]}).pieces_beside()
 
 
 def test_heads_of_configs():

@@ -13,14 +13,13 @@ import torch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import FormatError
-from lowbit.export import modelopt as exporter
-from lowbit.export import plain
 from lowbit.export.safetensors_writer import SafetensorsWriter
+from lowbit.formats.float import write as plain
+from lowbit.formats.modelopt import write as exporter
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
 WRITABLE = {scheme.name: scheme for scheme in exporter.ALGORITHMS.values()}
 EVERY = pytest.mark.parametrize("scheme", WRITABLE.values(), ids=WRITABLE)
@@ -59,7 +58,7 @@ def write(folder: Path, scheme: Scheme, quantized: QuantizedTensor, step: int | 
     for first in range(0, shape[0], step or shape[0]):
         slab = rows_of(quantized, first, first + (step or shape[0]))
         for piece in exporter.pack("l", slab, scheme, first, shape, DTYPE, ABSMAX):
-            writer.write(piece.name, piece.values, piece.row, piece.column)
+            writer.write(piece)
     writer.close()
     schemes = {"l": scheme}
     config = {"quantization_config": exporter.quantization_config(schemes, [])}

@@ -14,8 +14,9 @@ import lowbit
 from lowbit import pipeline
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import FormatError, NonFiniteError, OutputError
-from lowbit.export import mxfp4 as exporter
+from lowbit.export import Piece
 from lowbit.export.safetensors_writer import SafetensorsWriter
+from lowbit.formats.mxfp4 import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -244,8 +245,8 @@ def test_a_row_that_is_never_written_is_noticed(tmp_path):
     writer = SafetensorsWriter(tmp_path, planned, 10**9)
     blocks = torch.arange(32, dtype=torch.uint8).reshape(2, 16)
     for row in range(4):
-        writer.write("L.weight_blocks", blocks, index=(row,))
-    writer.write("L.weight_scales", torch.ones(1, dtype=torch.uint8), index=(2, slice(1, 2)))
+        writer.write(Piece("L.weight_blocks", blocks, index=(row,)))
+    writer.write(Piece("L.weight_scales", torch.ones(1, dtype=torch.uint8), index=(2, slice(1, 2))))
     with pytest.raises(OutputError, match="weight_scales"):
         writer.close()
     writer.abandon()

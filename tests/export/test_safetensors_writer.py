@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lowbit.errors import OutputError
-from lowbit.export import safetensors_writer
+from lowbit.export import Piece, safetensors_writer
 from lowbit.export.atomic import atomic_folder, refuse_existing, translated_os_errors
 from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
 
@@ -33,10 +33,10 @@ def test_written_rows_are_read_by_safetensors(tmp_path, shard_size):
     writer = SafetensorsWriter(tmp_path, STORED, shard_size)
     for name, value in reversed(VALUES.items()):
         if value.dim() == 2 and value.shape[0] > 1:
-            writer.write(name, value[1:], row=1)
-            writer.write(name, value[:1])
+            writer.write(Piece(name, value[1:], row=1))
+            writer.write(Piece(name, value[:1]))
         else:
-            writer.write(name, value)
+            writer.write(Piece(name, value))
     writer.close()
     read = {}
     for path in writer.files:
@@ -51,7 +51,7 @@ def test_shards_have_an_index_that_names_every_tensor(tmp_path):
 
     writer = SafetensorsWriter(tmp_path, STORED, 10)
     for name, value in VALUES.items():
-        writer.write(name, value)
+        writer.write(Piece(name, value))
     writer.close()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == VALUES.keys()
@@ -71,7 +71,7 @@ def test_tensors_are_aligned_to_their_item_size(tmp_path):
 def test_unwritten_rows_are_refused(tmp_path):
     writer = SafetensorsWriter(tmp_path, STORED, 10**9)
     for name, value in VALUES.items():
-        writer.write(name, value[:2] if name == "b" else value)
+        writer.write(Piece(name, value[:2] if name == "b" else value))
     with pytest.raises(OutputError, match="first b"):
         writer.close()
     writer.abandon()
@@ -80,7 +80,7 @@ def test_unwritten_rows_are_refused(tmp_path):
 def test_overrun_is_a_bug(tmp_path):
     writer = SafetensorsWriter(tmp_path, STORED, 10**9)
     with pytest.raises(AssertionError, match="overrun"):
-        writer.write("a", VALUES["a"], row=1)
+        writer.write(Piece("a", VALUES["a"], row=1))
     writer.abandon()
 
 
@@ -150,7 +150,7 @@ def test_strips_of_columns_make_the_whole(tmp_path, monkeypatch, assembled):
     value = torch.arange(6 * 10, dtype=torch.int32).reshape(6, 10)
     writer = SafetensorsWriter(tmp_path, [StoredTensor("t", value.dtype, (6, 10))], 10**9)
     for first, last in ((4, 10), (0, 1), (1, 4)):
-        writer.write("t", value[:, first:last], column=first)
+        writer.write(Piece("t", value[:, first:last], column=first))
     writer.close()
     assert torch.equal(load_file(writer.files[0])["t"], value)
 
@@ -161,5 +161,5 @@ def test_a_strip_beyond_the_last_column_is_refused(tmp_path, monkeypatch, column
     monkeypatch.setattr(safetensors_writer, "ASSEMBLED_BYTES", assembled)
     writer = SafetensorsWriter(tmp_path, [StoredTensor("t", torch.int32, (6, 10))], 10**9)
     with pytest.raises(AssertionError, match="overruns"):
-        writer.write("t", torch.zeros(6, 3, dtype=torch.int32), column=column)
+        writer.write(Piece("t", torch.zeros(6, 3, dtype=torch.int32), column=column))
     writer.abandon()

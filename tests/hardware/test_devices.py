@@ -7,8 +7,7 @@ import torch
 
 from lowbit.errors import UsageError
 from lowbit.hardware import DEVICES, Device, find_device, this_processor
-from lowbit.hardware.device import PEAK_DTYPES
-from lowbit.hardware.table import ALIASES
+from lowbit.hardware.table import ALIASES, PEAK_DTYPES
 
 
 @pytest.mark.parametrize(

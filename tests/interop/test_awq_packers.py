@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "external"))
 import autoawq_pack
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.export import awq as exporter
+from lowbit.formats.awq import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import QuantizedTensor
@@ -82,14 +82,15 @@ def test_transformers_with_gptqmodel_decodes_our_bits(tmp_path, name):
     pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
     from transformers import AutoModelForCausalLM, AwqConfig
 
-    from lowbit.pipeline import prepare, write_checkpoint
+    from lowbit.pipeline import write_checkpoint
+    from lowbit.plan.plan import Request, prepare
     from lowbit.settings import make_settings
     from models import make_model
 
     make_model(tmp_path / "model")
     out, settings = tmp_path / "out", {"ignore": [r"layers\.0\.mlp\.down_proj"]}
     write_checkpoint(
-        prepare(tmp_path / "model", make_settings(format="awq", scheme=name, group_size=32, **settings)), out
+        prepare(Request(tmp_path / "model", make_settings(format="awq", scheme=name, group_size=32, **settings))), out
     )
     kernels = AwqConfig(bits=4, backend="torch_awq")
     loaded = AutoModelForCausalLM.from_pretrained(

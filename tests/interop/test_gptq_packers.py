@@ -20,7 +20,7 @@ import auto_gptq_pack
 import gptqmodel_pack
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.export.gptq import GPTQ_V1, GPTQ_V2
+from lowbit.formats.gptq.write import GPTQ_V1, GPTQ_V2
 from lowbit.numerics import grid_for
 from lowbit.schemes import WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -150,13 +150,14 @@ def test_transformers_with_gptqmodel_decodes_our_bits(tmp_path, settings):
     pytest.importorskip("optimum.gptq", reason="optimum is not installed")
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    from lowbit.pipeline import prepare, write_checkpoint
+    from lowbit.pipeline import write_checkpoint
+    from lowbit.plan.plan import Request, prepare
     from lowbit.settings import make_settings
     from models import make_model
 
     make_model(tmp_path / "model")
     out = tmp_path / "out"
-    write_checkpoint(prepare(tmp_path / "model", make_settings(group_size=32, **settings)), out)
+    write_checkpoint(prepare(Request(tmp_path / "model", make_settings(group_size=32, **settings))), out)
     kernels = GPTQConfig(bits=4, backend="gptq_torch")
     loaded = AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float16, device_map="cpu", quantization_config=kernels

@@ -6,6 +6,7 @@ It rounds activations to 8 bits in front of quantized matrices, so log-probabili
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gguf_models import CASES, make_case
 from llama_cpp import top_logprobs
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
-from lowbit.export.gguf_mix_table import FILE_TYPES
+from lowbit.formats.gguf.mix_table import FILE_TYPES
 from models import make_model
 
 pytestmark = pytest.mark.interop
@@ -26,14 +27,33 @@ pytest.importorskip("xllamacpp")
 DEMO = "demo:smollm2"
 TEXT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"
 FLOATS = ("F32", "F16", "BF16")
+WHOLE = ("F16", "Q4_0", "Q4_K_M", "IQ2_M")  # of which the demo model is made with all its blocks
 
 
 @pytest.fixture(scope="module")
-def imatrix(tmp_path_factory) -> Path:
-    """Of a few windows: enough for the types that need one."""
-    path = tmp_path_factory.mktemp("imatrix") / "demo.imatrix"
-    lowbit.imatrix(DEMO, path, samples=4, seqlen=128)
-    return path
+def first_blocks(tmp_path_factory) -> Path:
+    """Four of the demo model's thirty blocks: its rows, which do not divide by 256, and a third of its bytes."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    checkpoint = open_checkpoint(DEMO)
+    model = load_model(checkpoint, torch.bfloat16)
+    model.model.layers = model.model.layers[:4]
+    model.config.num_hidden_layers = 4
+    model.save_pretrained(folder)
+    load_tokenizer(checkpoint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imatrix(tmp_path_factory):
+    """Model → its importance matrix, of a few windows: enough for the types that need one."""
+
+    @cache
+    def matrix(model: str | Path) -> str:
+        path = tmp_path_factory.mktemp("imatrix") / "demo.imatrix"
+        lowbit.imatrix(model, path, samples=4, seqlen=128)
+        return str(path)
+
+    return matrix
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +63,10 @@ def prompt() -> list[int]:
 
 @pytest.mark.demo_model
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_the_demo_model_in_every_file_type(file_type, imatrix, prompt, tmp_path):
-    weighed = {} if file_type in FLOATS else {"imatrix": str(imatrix)}
-    path = lowbit.quantize(DEMO, tmp_path / "x.gguf", scheme=file_type, format="gguf", **weighed).path
+def test_the_demo_model_in_every_file_type(file_type, first_blocks, imatrix, prompt, tmp_path):
+    model = DEMO if file_type in WHOLE else first_blocks
+    weighed = {} if file_type in FLOATS else {"imatrix": imatrix(model)}
+    path = lowbit.quantize(model, tmp_path / "x.gguf", scheme=file_type, format="gguf", **weighed).path
     theirs, ours = both(path, prompt)
     assert expected_difference(theirs, ours) < (0.002 if file_type == "F32" else 0.25), (theirs, ours)
 

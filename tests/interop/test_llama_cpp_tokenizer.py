@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.export.gguf_tokenizer import tokenizer_key_values
-from lowbit.export.gguf_writer import packed_key_values
+from lowbit.formats.gguf.write import packed_key_values
+from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from tiny_tokenizers import BYTE_LEVEL, SENTENCEPIECE, TEXTS, as_metadata, write_kind
 
 pytestmark = pytest.mark.interop
@@ -39,7 +39,7 @@ class Server:
         body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
         address = f"{self._server.listening_address}/tokenize"
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request) as answer:
             return json.load(answer)["tokens"]
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
-from lowbit.export import modelopt as exporter
+from lowbit.formats.modelopt import write as exporter
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "external"))
 import modelopt_convert_hf_config

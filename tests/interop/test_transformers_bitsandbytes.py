@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
-from lowbit.pipeline import prepare, write_checkpoint
+from lowbit.pipeline import write_checkpoint
+from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
 from models import make_model
 
@@ -42,7 +43,9 @@ def written(model, tmp_path_factory):
         if key not in folders:
             scheme, nested = WAYS[way]
             out = tmp_path_factory.mktemp("written") / "out"
-            write_checkpoint(prepare(model, make_settings(scheme=scheme, double_quant=nested, **settings)), out)
+            write_checkpoint(
+                prepare(Request(model, make_settings(scheme=scheme, double_quant=nested, **settings))), out
+            )
             folders[key] = out
         return folders[key]
 
@@ -116,9 +119,9 @@ def test_linear8bit_decodes_to_our_weights_but_for_the_last_bit(written):
 def test_int8_codes_are_those_of_bitsandbytes(seed):
     """But for weights that lie halfway between two codes, to the last bit of the division."""
     from lowbit.numerics import grid_for
-    from lowbit.numerics.grid import RangeSearch
     from lowbit.rounding.rtn import round_to_nearest
     from lowbit.schemes import SCHEMES
+    from lowbit.tensors import RangeSearch
 
     weight = (torch.randn(300, 200, generator=torch.Generator().manual_seed(seed)) * 0.05).to(torch.float16)
     theirs, scb, _ = bnb.functional.int8_vectorwise_quant(weight.clone())

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.blockwise.folders import calibrate
 from lowbit.checkpoint import open_checkpoint
-from lowbit.pipeline import prepare, write_checkpoint
+from lowbit.pipeline import calibrate, write_checkpoint
+from lowbit.plan.plan import Request, prepare
 from lowbit.schemes import SCHEMES
 from lowbit.settings import make_settings
 from models import FAMILIES, make_model
@@ -53,7 +53,7 @@ def load_then_decompress(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def quantize(model: Path, out: Path, **settings) -> Path:
-    prepared = prepare(model, make_settings(samples=2, seqlen=64, **settings))
+    prepared = prepare(Request(model, make_settings(samples=2, seqlen=64, **settings)))
     write_checkpoint(calibrate(prepared, out), out)
     return out
 

@@ -7,11 +7,10 @@ import torch
 
 from lowbit import kernels
 from lowbit.kernels.feedback import feedback_codebook, feedback_int, feedback_minifloat, subtract_product
-from lowbit.numerics.codebook_tables import FP4, NF4
+from lowbit.kernels.tables import E2M1, E4M3, E5M2, FP4, NF4
 from lowbit.numerics.ggml import find_type
-from lowbit.numerics.ggml.iquant_grids import grid, hand_over, index_of
+from lowbit.numerics.ggml.iquant_layout import grid, hand_over, index_of
 from lowbit.numerics.ggml.iquant_search import nearest_points
-from lowbit.numerics.minifloat_formats import E2M1, E4M3, E5M2
 
 COMPILED = [isa for isa in kernels.available_isas() if isa != "reference"]
 IQUANTS = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]

@@ -1,5 +1,7 @@
 """Dense bit streams and nibbles: golden bytes, round trips, and compressed-tensors' own packer."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowbit import kernels
 
-EVERY_WIDTH = pytest.mark.parametrize("bits", range(1, 9))
+WIDTHS = range(1, 9)
 SHAPES = [(1, 1), (128, 33), (3, 257), (2, 32), (5, 8), (4, 7), (1, 0), (0, 9), (17, 64)]
 
 
@@ -52,15 +54,15 @@ def test_golden_nibbles(isa):
     assert kernels.pack_nibbles(codes).tolist() == [[0x21, 0xF3, 0x80]]
 
 
-@EVERY_WIDTH
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pack_is_the_reference_and_unpack_its_inverse(isa, bits, shape, random):
-    codes = random_codes(bits, shape, random)
-    words = kernels.pack_dense(codes, bits)
-    assert words.shape == (shape[0], -(-shape[1] * bits // 32))
-    assert torch.equal(words, kernels.reference.pack_dense(codes, bits))
-    assert torch.equal(kernels.unpack_dense(words, bits, shape[1]), codes)
-    assert torch.equal(kernels.reference.unpack_dense(words, bits, shape[1]), codes)
+def test_pack_is_the_reference_and_unpack_its_inverse(isa, shape, random):
+    for bits in WIDTHS:
+        codes = random_codes(bits, shape, random)
+        words = kernels.pack_dense(codes, bits)
+        assert words.shape == (shape[0], -(-shape[1] * bits // 32))
+        assert torch.equal(words, kernels.reference.pack_dense(codes, bits))
+        assert torch.equal(kernels.unpack_dense(words, bits, shape[1]), codes)
+        assert torch.equal(kernels.reference.unpack_dense(words, bits, shape[1]), codes)
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,28 +74,28 @@ def test_unpack_after_pack_is_identity(bits, rows, columns, seed):
             assert torch.equal(kernels.unpack_dense(kernels.pack_dense(codes, bits), bits, columns), codes)
 
 
-@EVERY_WIDTH
-def test_unsigned_codes_round_trip_with_offset_0(isa, bits, random):
-    codes = torch.randint(0, 1 << bits, (3, 45), generator=random).to(torch.uint8)
-    unpacked = kernels.unpack_dense(kernels.pack_dense(codes, bits, offset=0), bits, 45, offset=0)
-    assert unpacked.dtype == torch.uint8
-    assert torch.equal(unpacked, codes)
+def test_unsigned_codes_round_trip_with_offset_0(isa, random):
+    for bits in WIDTHS:
+        codes = torch.randint(0, 1 << bits, (3, 45), generator=random).to(torch.uint8)
+        unpacked = kernels.unpack_dense(kernels.pack_dense(codes, bits, offset=0), bits, 45, offset=0)
+        assert unpacked.dtype == torch.uint8
+        assert torch.equal(unpacked, codes)
 
 
-@EVERY_WIDTH
-def test_columns_round_trip(isa, bits, random):
-    codes = random_codes(bits, (37, 5), random)
-    words = kernels.pack_dense_columns(codes, bits)
-    assert words.shape == (-(-37 * bits // 32), 5)
-    assert torch.equal(kernels.unpack_dense_columns(words, bits, 37), codes)
+def test_columns_round_trip(isa, random):
+    for bits in WIDTHS:
+        codes = random_codes(bits, (37, 5), random)
+        words = kernels.pack_dense_columns(codes, bits)
+        assert words.shape == (-(-37 * bits // 32), 5)
+        assert torch.equal(kernels.unpack_dense_columns(words, bits, 37), codes)
 
 
-@pytest.mark.parametrize("columns", [2, 6, 8, 14, 16, 258])
-def test_nibbles_round_trip(isa, columns, random):
-    codes = torch.randint(0, 16, (3, columns), generator=random).to(torch.uint8)
-    packed = kernels.pack_nibbles(codes)
-    assert torch.equal(packed, codes[:, 0::2] | (codes[:, 1::2] << 4))
-    assert torch.equal(kernels.unpack_nibbles(packed), codes)
+def test_nibbles_round_trip(isa, random):
+    for columns in (2, 6, 8, 14, 16, 258):
+        codes = torch.randint(0, 16, (3, columns), generator=random).to(torch.uint8)
+        packed = kernels.pack_nibbles(codes)
+        assert torch.equal(packed, codes[:, 0::2] | (codes[:, 1::2] << 4))
+        assert torch.equal(kernels.unpack_nibbles(packed), codes)
 
 
 def test_an_odd_number_of_nibbles_is_refused():
@@ -101,48 +103,42 @@ def test_an_odd_number_of_nibbles_is_refused():
         kernels.pack_nibbles(torch.zeros(1, 3, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("bits", range(1, 8))
-@pytest.mark.parametrize("column", [0, 7, 8, 12])
-def test_a_code_that_does_not_fit_is_refused_wherever_it_is(isa, bits, column):
-    codes = torch.zeros(2, 13, dtype=torch.int8)
-    codes[1, column] = 1 << (bits - 1)
-    with pytest.raises(ValueError, match="does not fit"):
-        kernels.pack_dense(codes, bits)
+def test_a_code_that_does_not_fit_is_refused_wherever_it_is(isa):
+    for bits, column in itertools.product(range(1, 8), (0, 7, 8, 12)):
+        codes = torch.zeros(2, 13, dtype=torch.int8)
+        codes[1, column] = 1 << (bits - 1)
+        with pytest.raises(ValueError, match="does not fit"):
+            kernels.pack_dense(codes, bits)
 
 
-@pytest.mark.parametrize("stray", [128, 300, -129])
-def test_wide_integers_that_do_not_fit_are_refused(isa, stray):
-    with pytest.raises(ValueError, match="does not fit"):
-        kernels.pack_dense(torch.tensor([[stray, 0]]), 8)
-
-
-@pytest.mark.parametrize(
-    ("codes", "offset"),
-    [(torch.tensor([[-1, 0]], dtype=torch.int8), 0), (torch.tensor([[200, 0]], dtype=torch.uint8), 128)],
-    ids=["negative code without offset", "unsigned code with an offset"],
-)
-def test_bytes_that_would_wrap_around_are_refused(isa, codes, offset):
-    with pytest.raises(ValueError, match="does not fit"):
-        kernels.pack_dense(codes, 8, offset)
+def test_wide_integers_and_bytes_that_would_wrap_around_are_refused(isa):
+    for codes, offset in (
+        (torch.tensor([[128, 0]]), None),
+        (torch.tensor([[300, 0]]), None),
+        (torch.tensor([[-129, 0]]), None),
+        (torch.tensor([[-1, 0]], dtype=torch.int8), 0),
+        (torch.tensor([[200, 0]], dtype=torch.uint8), 128),
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            kernels.pack_dense(codes, 8, offset)
 
 
 @pytest.mark.interop
-@EVERY_WIDTH
-@pytest.mark.parametrize("shape", [(128, 33), (1, 1), (3, 257), (16, 64)], ids=str)
-def test_packing_is_compressed_tensors(bits, shape, random):
+def test_packing_is_compressed_tensors(random):
     theirs = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    codes = random_codes(bits, shape, random)
-    words = kernels.pack_dense(codes, bits)
-    assert torch.equal(words, theirs.pack_to_int32(codes, bits))
-    assert torch.equal(theirs.unpack_from_int32(words, bits, torch.Size(shape)), codes)
-    down = kernels.pack_dense_columns(codes, bits)
-    assert torch.equal(down, theirs.pack_to_int32(codes, bits, packed_dim=0))
+    for bits, shape in itertools.product(WIDTHS, ((128, 33), (1, 1), (3, 257), (16, 64))):
+        codes = random_codes(bits, shape, random)
+        words = kernels.pack_dense(codes, bits)
+        assert torch.equal(words, theirs.pack_to_int32(codes, bits))
+        assert torch.equal(theirs.unpack_from_int32(words, bits, torch.Size(shape)), codes)
+        down = kernels.pack_dense_columns(codes, bits)
+        assert torch.equal(down, theirs.pack_to_int32(codes, bits, packed_dim=0))
 
 
 @pytest.mark.interop
 def test_nibbles_are_compressed_tensors(random):
     theirs = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
-    from lowbit.numerics.minifloat_formats import E2M1, values
+    from lowbit.kernels.tables import E2M1, values
 
     codes = torch.randint(0, 16, (4, 32), generator=random).to(torch.uint8)
     assert torch.equal(kernels.pack_nibbles(codes), theirs.pack_fp4_to_uint8(values(E2M1)[codes.long()]))

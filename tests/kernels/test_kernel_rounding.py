@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from lowbit import kernels
 from lowbit.kernels import reference
-from lowbit.numerics.minifloat_formats import E2M1, FORMATS
+from lowbit.kernels.tables import E2M1, MINIFLOATS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around the vector widths of every instruction set, and the unrolled group sizes.
 LENGTHS = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 600]
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 COMPILED = [isa for isa in kernels.available_isas() if isa != "reference"]
 # Sums are float32 within 256 columns.
 SUM_TOLERANCE = {"rtol": 1e-5, "atol": 0}
@@ -30,47 +29,41 @@ def affine_case(columns, group_size, dtype, generator, rows=3):
     return w, scale, torch.randint(-8, 8, (rows, groups), generator=generator).to(torch.int32)
 
 
-@pytest.mark.parametrize("isa", COMPILED)
-@EVERY_DTYPE
 @pytest.mark.parametrize("columns", LENGTHS)
-def test_every_kernel_is_the_reference(isa, dtype, columns, random):
-    for group_size in {columns, 16, 5, min(columns, 128)}:
+def test_every_kernel_is_the_reference(columns, random):
+    for dtype, group_size in product(DTYPES, {columns, 16, 5, min(columns, 128)}):
         w, scale, zero_point = affine_case(columns, group_size, dtype, random)
         importance = torch.rand(columns, generator=random) + 0.1
-        with kernels.use_isa(isa):
-            low, high = kernels.group_range(w, group_size)
-            assert torch.equal(torch.stack([low, high]), torch.stack(reference.group_range(w, group_size)))
-            for zeros in (None, zero_point):
-                check_integers(w, group_size, scale, zeros, importance)
-            for fmt in FORMATS.values():
-                check_minifloats(w, group_size, scale / fmt.max_value * 10, fmt, importance)
+        cases = [(None, zeros, scale) for zeros in (None, zero_point)]
+        cases += [(fmt, None, scale / fmt.max_value * 10) for fmt in MINIFLOATS.values()]
+        expected = [every_result(reference, w, group_size, importance, *case) for case in cases]
+        expected_range = torch.stack(reference.group_range(w, group_size))
+        for isa in COMPILED:
+            with kernels.use_isa(isa):
+                assert torch.equal(torch.stack(kernels.group_range(w, group_size)), expected_range), isa
+                for case, (exact, sums) in zip(cases, expected, strict=True):
+                    ours = every_result(kernels, w, group_size, importance, *case)
+                    assert torch.equal(ours[0][0], exact[0]), (isa, dtype, group_size, case[0])
+                    assert torch.equal(ours[0][1], exact[1]), (isa, dtype, group_size, case[0])
+                    torch.testing.assert_close(ours[1], sums, **SUM_TOLERANCE)
 
 
-def check_integers(w, group_size, scale, zero_point, importance):
-    grid = (w, group_size, scale, zero_point, -8, 7)
-    codes = kernels.round_int(*grid)
-    assert torch.equal(codes, reference.round_int(*grid))
-    decoded = kernels.decode_int(codes, group_size, scale, zero_point)
-    assert torch.equal(decoded, reference.decode_int(codes, group_size, scale, zero_point))
+def every_result(module, w, group_size, importance, fmt, zero_point, scale):
+    """((codes, decoded), all sums of errors) of one format, by `kernels` or `reference`."""
+    if fmt is None:
+        codes = module.round_int(w, group_size, scale, zero_point, -8, 7)
+        decoded = module.decode_int(codes, group_size, scale, zero_point)
+    else:
+        codes = module.round_minifloat(w, group_size, scale, fmt)
+        decoded = module.decode_table(codes, group_size, scale, fmt)
+    sums = []
     for weights, by_magnitude in product((None, importance), (False, True)):
-        ours = kernels.error_int(*grid, weights, by_magnitude)
-        theirs = reference.error_int(*grid, weights, by_magnitude)
-        torch.testing.assert_close(ours, theirs, **SUM_TOLERANCE)
-    ours = kernels.squared_error(w, codes, group_size, scale, zero_point)
-    assert ours == pytest.approx(reference.squared_error(w, codes, group_size, scale, zero_point), rel=1e-5)
-
-
-def check_minifloats(w, group_size, scale, fmt, importance):
-    codes = kernels.round_minifloat(w, group_size, scale, fmt)
-    assert torch.equal(codes, reference.round_minifloat(w, group_size, scale, fmt))
-    decoded = kernels.decode_minifloat(codes, group_size, scale, fmt)
-    assert torch.equal(decoded, reference.decode_minifloat(codes, group_size, scale, fmt))
-    for weights, by_magnitude in product((None, importance), (False, True)):
-        ours = kernels.error_minifloat(w, group_size, scale, fmt, weights, by_magnitude)
-        theirs = reference.error_minifloat(w, group_size, scale, fmt, weights, by_magnitude)
-        torch.testing.assert_close(ours, theirs, **SUM_TOLERANCE)
-    ours = kernels.squared_error(w, codes, group_size, scale, fmt=fmt)
-    assert ours == pytest.approx(reference.squared_error(w, codes, group_size, scale, fmt=fmt), rel=1e-5)
+        if fmt is None:
+            sums.append(module.error_int(w, group_size, scale, zero_point, -8, 7, weights, by_magnitude))
+        else:
+            sums.append(module.error_minifloat(w, group_size, scale, fmt, weights, by_magnitude))
+    total = torch.tensor(module.squared_error(w, codes, group_size, scale, zero_point, fmt))
+    return (codes, decoded), torch.cat([torch.stack(sums).flatten(), total])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -127,25 +120,23 @@ def test_the_error_is_at_most_half_a_step_in_range(bits, columns, group_size, sy
         assert (error <= step * 0.5 * (1 + 1e-5) + 1e-6).all()
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("position", [0, 15, 16, 37])
-@pytest.mark.parametrize("bad", [math.nan, -math.nan])
-def test_a_nan_of_either_sign_shows_at_both_ends_of_its_group_only(isa, dtype, position, bad):
-    w = torch.ones(2, 38, dtype=dtype)
-    w[1, position] = math.copysign(bad, math.copysign(1, bad))
-    low, high = kernels.group_range(w, 19)
-    expected = torch.zeros(2, 2, dtype=torch.bool)
-    expected[1, position // 19] = True
-    assert torch.equal(low.isnan(), expected)
-    assert torch.equal(high.isnan(), expected)
+def test_a_nan_of_either_sign_shows_at_both_ends_of_its_group_only(isa):
+    for dtype, position, bad in product(DTYPES, (0, 15, 16, 37), (math.nan, -math.nan)):
+        w = torch.ones(2, 38, dtype=dtype)
+        w[1, position] = math.copysign(bad, math.copysign(1, bad))
+        low, high = kernels.group_range(w, 19)
+        expected = torch.zeros(2, 2, dtype=torch.bool)
+        expected[1, position // 19] = True
+        assert torch.equal(low.isnan(), expected)
+        assert torch.equal(high.isnan(), expected)
 
 
-@EVERY_DTYPE
-def test_infinities_show_at_their_end(isa, dtype):
-    w = torch.tensor([[1, math.inf, -2, 3], [1, -math.inf, -2, 3]], dtype=dtype)
-    low, high = kernels.group_range(w, 4)
-    assert low.tolist() == [[-2], [-math.inf]]
-    assert high.tolist() == [[math.inf], [3]]
+def test_infinities_show_at_their_end(isa):
+    for dtype in DTYPES:
+        w = torch.tensor([[1, math.inf, -2, 3], [1, -math.inf, -2, 3]], dtype=dtype)
+        low, high = kernels.group_range(w, 4)
+        assert low.tolist() == [[-2], [-math.inf]]
+        assert high.tolist() == [[math.inf], [3]]
 
 
 def test_a_range_of_negative_zeros_is_zero(isa):

@@ -17,14 +17,13 @@ NOT_MADE = {"Q1_0"}
 FIELD_BYTES = {"half": 2, "float": 4, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4}
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_number_and_sizes_are_those_of_the_gguf_package(name):
-    kind = TYPES[name]
-    number = gguf.GGMLQuantizationType[name]
-    assert kind.number == number
-    assert (kind.weights, kind.size) == gguf.GGML_QUANT_SIZES[number]
-    assert kind.weights % kind.group == 0
-    assert kind.row_bytes(kind.weights * 3) == 3 * kind.size
+def test_numbers_and_sizes_are_those_of_the_gguf_package():
+    for name, kind in TYPES.items():
+        number = gguf.GGMLQuantizationType[name]
+        assert kind.number == number
+        assert (kind.weights, kind.size) == gguf.GGML_QUANT_SIZES[number]
+        assert kind.weights % kind.group == 0
+        assert kind.row_bytes(kind.weights * 3) == 3 * kind.size
 
 
 def test_no_type_of_the_gguf_package_is_missing():
@@ -40,15 +39,14 @@ def test_every_type_is_documented_and_no_other():
     assert list(_documented()) == list(TYPES)
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_the_document_says_what_the_table_says(name):
-    kind = TYPES[name]
-    number, bits, weights, size, group, layout, formula = _documented()[name]
-    assert (int(number), int(weights), int(size), int(group)) == (kind.number, kind.weights, kind.size, kind.group)
-    assert float(bits) == kind.bits_per_weight
-    assert formula == kind.formula
-    fields = re.findall(r"(\w+) \w+(?:\[(\d+)\])?", layout)
-    assert sum(FIELD_BYTES[field] * int(count or 1) for field, count in fields) == kind.size
+def test_the_document_says_what_the_table_says():
+    for name, (number, bits, weights, size, group, layout, formula) in _documented().items():
+        kind = TYPES[name]
+        assert (int(number), int(weights), int(size), int(group)) == (kind.number, kind.weights, kind.size, kind.group)
+        assert float(bits) == kind.bits_per_weight
+        assert formula == kind.formula
+        fields = re.findall(r"(\w+) \w+(?:\[(\d+)\])?", layout)
+        assert sum(FIELD_BYTES[field] * int(count or 1) for field, count in fields) == kind.size
 
 
 def test_types_are_found_in_any_case_and_wrong_names_are_answered():

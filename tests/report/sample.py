@@ -8,26 +8,22 @@ import random
 import struct
 from datetime import UTC, datetime
 
-from lowbit.report.diagnosis import Contribution, Diagnosis, DiagnosisText, Finding, Flip, Suggestion
+from lowbit.evaluation.result import Continuation, Evaluation, GeneratedSample, TextRecord
+from lowbit.report.diagnosis import Contribution, Diagnosis, DiagnosisFinding, Flip, Suggestion
+from lowbit.report.page import environment
 from lowbit.report.schema import (
-    BINS,
-    Check,
-    Continuation,
-    Evaluation,
-    EvaluationText,
-    GeneratedSample,
-    Histogram,
     Neighbour,
     Output,
     OutputFile,
     Report,
+    ReportSettings,
+    ReportSource,
     ServeLine,
-    Settings,
-    Source,
     TensorEntry,
     Totals,
-    Verification,
 )
+from lowbit.rounding.histogram import BINS, WeightHistogram
+from lowbit.verification.result import Check, Verification
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 576, 1536, 192, 49152
 LINEARS = {
@@ -54,7 +50,7 @@ def make_report(blocks: int = 30, seed: int = 0, **changes) -> Report:
     report = Report(
         lowbit="0.1.0",
         created=datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC),
-        source=Source(
+        source=ReportSource(
             model="demo:smollm2",
             kind="gguf",
             architecture="LlamaForCausalLM",
@@ -68,8 +64,8 @@ def make_report(blocks: int = 30, seed: int = 0, **changes) -> Report:
             bytes=bytes_out + 1893,
             dtype="bfloat16",
         ),
-        settings=Settings(
-            scheme="W4A16", method="rtn", range="mse", group_size=64, ignore=("lm_head",), seed=0, calibration=None
+        settings=ReportSettings(
+            scheme="W4A16", method="rtn", range="mse", given={"group_size": 64, "range": "mse", "ignore": ("lm_head",)}
         ),
         versions={
             "python": "3.11.2",
@@ -120,9 +116,10 @@ def make_diagnosis(text: str = "k_proj of block 0 has doubled scales") -> Diagno
     )  # fmt: skip
     return Diagnosis(
         verdict=text, healthy=False, model="/models/smollm2-w4a16", reference="demo:smollm2",
-        text=DiagnosisText(name="packaged", sha256="0b7e" * 16, tokens=4096), windows=4, window_tokens=512,
+        text=TextRecord(name="packaged", sha256="0b7e" * 16, tokens=4096), windows=4, window_tokens=512,
         scored_tokens=2044, dtype="float32", kld=0.4, kld_se=0.01, same_top1=0.6,
-        findings=(Finding(kind="scale", severity="fault", title=text, detail="ratio 2.0", kld=0.21, share=0.5),),
+        findings=(DiagnosisFinding(kind="scale", severity="fault", title=text, detail="ratio 2.0", kld=0.21,
+                                   share=0.5),),
         contributions=contributions,
         flips=(Flip(window=0, position=7, context="a bright cold day", token=" in", reference=text, reference_p=0.9,
                     quantized=" of", quantized_p=0.4, kld=2.5),),
@@ -143,7 +140,7 @@ def make_samples() -> tuple[GeneratedSample, ...]:
     )  # fmt: skip
 
 
-def make_histogram(error: float | None) -> Histogram:
+def make_histogram(error: float | None) -> WeightHistogram:
     """A bell; with an error also a second, somewhat wider one."""
 
     def bell(width: float) -> str:
@@ -151,7 +148,7 @@ def make_histogram(error: float | None) -> Histogram:
         return base64.b64encode(struct.pack(f"<{BINS}H", *counts)).decode()
 
     decoded = None if error is None else bell(10 + 20 * error)
-    return Histogram(reach=0.31, rows=28, values=16_128, largest=816, source=bell(10), decoded=decoded)
+    return WeightHistogram(reach=0.31, rows=28, values=16_128, largest=816, source=bell(10), decoded=decoded)
 
 
 def make_tensors(blocks: int, seed: int = 0) -> tuple[TensorEntry, ...]:
@@ -197,7 +194,7 @@ def make_evaluation(file_bytes: int = 116_000_000, **changes) -> Evaluation:
         reference="demo:smollm2",
         reference_from="given",
         scheme="W4A16",
-        text=EvaluationText(name="frankenstein.txt", sha256="0b7e" * 16, tokens=98_304),
+        text=TextRecord(name="frankenstein.txt", sha256="0b7e" * 16, tokens=98_304),
         protocol="48 windows of 2048 tokens without overlap, the second half of each scored",
         windows=48,
         windows_asked=48,
@@ -270,3 +267,8 @@ def with_hostile_name(name: str, **changes) -> Report:
     tensors = list(make_tensors(1))
     tensors[3] = tensors[3].model_copy(update={"name": name, **changes})
     return make_report(blocks=1, tensors=tuple(tensors))
+
+
+def draw(macro: str, view: object) -> str:
+    """The markup that charts.html.j2 makes of a picture; nothing of None."""
+    return "" if view is None else str(getattr(environment().get_template("charts.html.j2").module, macro)(view))

@@ -13,10 +13,10 @@ from html import unescape
 import pytest
 from sample import make_evaluation, make_report, with_hostile_name
 
+from lowbit.calibrate.summary import InputSummary
 from lowbit.report.compared import Compared, Comparison
-from lowbit.report.comparison_page import render_comparison
-from lowbit.report.html import render_html
-from lowbit.report.schema import Calibration, InputRecord
+from lowbit.report.page import render_comparison, render_html
+from lowbit.report.schema import Calibration
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -48,7 +48,7 @@ def html():
 
 def chromium(folder, *arguments):
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def probe(html, folder, script="", width=1280, fragment="", flags=()):
@@ -199,7 +199,7 @@ def test_any_tensor_can_be_picked_by_list_arrow_and_heat_map(html, tmp_path):
 
 
 def test_picking_a_tensor_marks_the_activations_it_reads(tmp_path):
-    record = InputRecord(name="model.layers.1.mlp_input", block=1, tokens=64, low=-3, step=0.1, codes="AQL/")
+    record = InputSummary(name="model.layers.1.mlp_input", block=1, tokens=64, low=-3, step=0.1, codes="AQL/")
     report = make_report(blocks=2)
     tensors = tuple(
         tensor.model_copy(update={"reads": record.name}) if tensor.role == "up_proj" and tensor.block == 1 else tensor
@@ -262,6 +262,23 @@ def test_without_scripts_everything_but_the_picker_is_there(html, tmp_path):
     assert 'class="live"' not in dump
 
 
+def test_what_is_wider_than_the_screen_says_so(html, tmp_path):
+    """A line stands over each table that scrolls, and over no other; at phone width no column is hidden."""
+    script = """
+      const shown = (note) => getComputedStyle(note).display !== "none";
+      found.notes = [...document.querySelectorAll(".sideways")].map((note) => {
+        const box = note.nextElementSibling;
+        return [shown(note), box.scrollWidth > box.clientWidth + 1];
+      });
+      found.hidden = [...document.querySelectorAll("th, td")].filter((cell) => !shown(cell)).length;"""
+    for width in (1280, 390):
+        (tmp_path / str(width)).mkdir()
+        found = probe(html, tmp_path / str(width), script, width=width)
+        assert all(said == wide for said, wide in found["notes"])
+        assert sum(wide for _, wide in found["notes"]) >= (2 if width == 390 else 0)
+        assert found["hidden"] == 0
+
+
 def test_a_row_address_marks_the_row(html, tmp_path):
     found = probe(html, tmp_path, 'found.here = $("tr.here th").textContent;', fragment="#t3", width=390)
     assert found["here"] == "model.layers.0.self_attn.q_proj.weight"
@@ -278,19 +295,25 @@ def test_dark_and_light_follow_the_system(html, tmp_path):
 
 
 def test_two_thousand_tensors_stay_responsive(tmp_path):
-    """Loaded without a frame and without virtual time, in which every clock stands still."""
+    """Ten times the tensors take about ten times as long to find, clear and sort.
+
+    Loaded without a frame and without virtual time, in which every clock stands still.
+    """
     script = """<script>
-      const clock = (act) => {
+      const clock = (act) => Math.min(...[1, 2, 3].map(() => {
         const from = performance.now();
         act();
         document.body.offsetHeight;  // lay out now
         return performance.now() - from;
-      };
+      }));
       const box = document.querySelector("#find-plot");
-      const find = () => { box.value = "layers.221.mlp.down_proj"; box.dispatchEvent(new Event("input")); };
+      const find = () => { box.value = "layers.1.mlp.down_proj"; box.dispatchEvent(new Event("input")); };
       const clear = () => { box.value = ""; box.dispatchEvent(new Event("input")); };
       const sort = () => document.querySelector("#tensors-table thead th:nth-child(4) button").click();
-      document.body.dataset.times = [find, clear, sort].map(clock).join(" ");
+      const layout = () => { document.body.style.display = "none"; document.body.offsetHeight;
+                             document.body.style.display = ""; };
+      const times = [1, 2, 3].map(() => [layout, find, clear, sort].map(clock));
+      document.body.dataset.times = times[0].map((_, act) => Math.min(...times.map((row) => row[act]))).join(" ");
     </script></body>"""
     html = re.sub(
         r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_html(make_report(blocks=222)), count=1
@@ -299,7 +322,7 @@ def test_two_thousand_tensors_stay_responsive(tmp_path):
     dump = chromium(tmp_path, "--dump-dom", (tmp_path / "page.html").as_uri()).stdout
     times = [float(time) for time in re.search(r'data-times="([^"]*)"', dump).group(1).split()]
     assert min(times) > 0
-    assert max(times) < 3000  # milliseconds; about 300 on an idle core, and test machines are busy
+    assert max(times[1:]) < 5 * times[0], "of laying out the whole page once"
 
 
 def test_a_screenshot_is_taken(html, tmp_path):

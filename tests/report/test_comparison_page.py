@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from sample import make_evaluation, make_report
+from sample import draw, make_evaluation, make_report
 from test_html import HOSTILE, Page
 
-from lowbit.report.compared import Compared, Comparison
-from lowbit.report.comparison_page import block_errors, error_curves, findings, render_comparison, sizes_differ
+from lowbit.report.compared import Compared, Comparison, sizes_differ, summary
+from lowbit.report.page import render_comparison
+from lowbit.report.plot import block_errors, error_curves
 
 
 def model(label, size, kld, report=True, **changes):
@@ -67,7 +68,7 @@ def test_models_of_different_size_are_said_to_be():
 
 
 def test_who_is_closest_smallest_and_beaten():
-    words = findings((model("A", 100, 0.2), model("B", 100, 0.1), model("C", 200, 0.01)))
+    words = summary((model("A", 100, 0.2), model("B", 100, 0.1), model("C", 200, 0.01)))
     assert words.startswith("Closest to the source is C")
     assert "B beats A" in words
     assert "beats C" not in words
@@ -75,11 +76,11 @@ def test_who_is_closest_smallest_and_beaten():
 
 
 def test_a_difference_within_the_error_beats_nobody():
-    assert "beats" not in findings((model("A", 100, 0.2), model("B", 100, 0.1985)))
+    assert "beats" not in summary((model("A", 100, 0.2), model("B", 100, 0.1985)))
 
 
 def test_one_model_can_be_closest_and_smallest():
-    assert "and it is the smallest" in findings((model("A", 100, 0.1), model("B", 200, 0.2)))
+    assert "and it is the smallest" in summary((model("A", 100, 0.1), model("B", 200, 0.2)))
 
 
 def test_block_errors_are_weighted_by_the_number_of_weights():
@@ -92,8 +93,11 @@ def test_block_errors_are_weighted_by_the_number_of_weights():
 
 
 def test_curves_need_a_report():
-    assert error_curves((model("A", 1, 0.1, report=False),)) is None
-    assert (error_curves(comparison().models) or "").count("<polyline") == 2
+    stranger = comparison(model("A", 1, 0.1, report=False), model("B", 2, 0.1, report=False))
+    assert 'id="errors"' not in render_comparison(stranger)
+    assert error_curves({}) is None
+    tensors = {each.label: each.report.tensors for each in comparison().models if each.report}
+    assert draw("error_curves", error_curves(tensors)).count("<polyline") == 2
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -6,11 +6,10 @@ from functools import lru_cache
 import torch
 
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range
 from lowbit.rounding.target import GridTarget
 from lowbit.schemes import SCHEMES
-from lowbit.tensors import LayerStats
+from lowbit.tensors import LayerStats, RangeSearch
 
 GRIDS = ["W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4",
          "MXFP8", "NF4", "FP4", "INT8"]  # fmt: skip

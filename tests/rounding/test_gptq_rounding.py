@@ -10,7 +10,9 @@ from gptq_cases import GRIDS, problem, stats_of, target_of, with_hessian
 
 from lowbit import kernels
 from lowbit.errors import NonFiniteError
-from lowbit.rounding.gptq import GPTQOptions, gptq, layer_error, prepare
+from lowbit.rounding.error import layer_error
+from lowbit.rounding.gptq import GPTQOptions, gptq
+from lowbit.rounding.hessian import InputData, prepare
 from lowbit.tensors import GroupParams
 
 STATIC = GPTQOptions(scales="static", refine=0)
@@ -46,7 +48,7 @@ def test_it_is_the_classic_column_loop(scheme, act_order, scales):
     weight, stats = problem(columns=64)
     target = target_of(scheme, weight)
     group = target.spec.columns_per_scale(64)
-    found = gptq(weight, target, stats, replace(STATIC, act_order=act_order, scales=scales, block=24))
+    found = gptq(weight, target, InputData(stats), replace(STATIC, act_order=act_order, scales=scales, block=24))
     params, each = found.stored.grouped()
 
     def quantize(column, number):
@@ -70,7 +72,7 @@ def test_it_beats_rounding_to_nearest_on_correlated_inputs(scheme, options):
     weight, stats = problem()
     target = target_of(scheme, weight)
     plain = layer_error(weight, target.nearest(weight, stats.mean_sq).decoded, stats.hessian)
-    found = gptq(weight, target, stats, options)
+    found = gptq(weight, target, InputData(stats), options)
     assert layer_error(weight, found.decoded, stats.hessian) < 0.6 * plain
     assert torch.equal(found.decoded, found.stored.decode())
     assert found.stored.g_idx is None
@@ -83,7 +85,7 @@ def test_without_correlations_it_is_rounding_to_nearest(scheme):
     target = target_of(scheme, weight)
     importance = stats.hessian.diagonal()
     for options in (STATIC, COMPENSATED, replace(STATIC, refine=2)):
-        found = gptq(weight, target, with_hessian(importance.diag()), replace(options, weighting="diagonal"))
+        found = gptq(weight, target, InputData(with_hessian(importance.diag())), replace(options, weighting="diagonal"))
         plain = target.nearest(weight, importance).stored
         assert torch.equal(found.stored.scale, plain.scale)
         assert torch.equal(found.stored.codes, plain.codes)
@@ -92,7 +94,7 @@ def test_without_correlations_it_is_rounding_to_nearest(scheme):
 def test_double_quantized_scales_are_those_that_codes_were_chosen_for():
     weight, stats = problem()
     target = target_of("NF4", weight, nested=True)
-    found = gptq(weight, target, stats, COMPENSATED)
+    found = gptq(weight, target, InputData(stats), COMPENSATED)
     assert found.stored.nested is not None
     assert torch.equal(found.decoded, found.stored.decode())
     plain = target.nearest(weight, stats.mean_sq)
@@ -103,10 +105,10 @@ def test_double_quantized_scales_are_those_that_codes_were_chosen_for():
 def test_refining_never_raises_the_error(scheme):
     weight, stats = problem()
     target = target_of(scheme, weight)
-    hessian = prepare(stats, STATIC)
+    data = InputData(stats)
     damped = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(128)
     errors = [
-        layer_error(weight, gptq(weight, target, hessian, replace(STATIC, refine=sweeps)).decoded, damped)
+        layer_error(weight, gptq(weight, target, data, replace(STATIC, refine=sweeps)).decoded, damped)
         for sweeps in range(4)
     ]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
@@ -119,7 +121,7 @@ def test_the_correction_is_the_least_squares_weight():
     x0 = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     x = x0 + torch.randn(400, 32, generator=generator)
     stats = stats_of(x, x0, ridge=0.0)
-    hessian = prepare(stats, GPTQOptions(damping=0.0))
+    hessian = prepare(stats, damping=0.0)
     wanted = hessian.corrected(weight, 1.0)
     expected = torch.linalg.lstsq(x.double(), x0.double() @ weight.double().T).solution.T
     torch.testing.assert_close(wanted.double(), expected, rtol=1e-3, atol=1e-4)
@@ -136,7 +138,7 @@ def test_with_correction_the_output_is_nearer_to_the_unquantized_models():
     target = target_of("W4A16", weight)
 
     def error(correction):
-        found = gptq(weight, target, stats_of(x, x0), replace(STATIC, correction=correction))
+        found = gptq(weight, target, InputData(stats_of(x, x0)), replace(STATIC, correction=correction))
         return (x @ found.decoded.T - x0 @ weight.T).square().sum()
 
     assert error(1.0) < error(0.5) < error(0.0)
@@ -145,10 +147,10 @@ def test_with_correction_the_output_is_nearer_to_the_unquantized_models():
 def test_prepared_hessians_are_shared_and_factored_once():
     weight, stats = problem()
     target = target_of("W4A16", weight)
-    hessian = prepare(stats, STATIC)
-    first = gptq(weight, target, hessian, STATIC)
-    assert hessian.factor() is hessian.factor()
-    assert torch.equal(first.stored.codes, gptq(weight, target, stats, STATIC).stored.codes)
+    data = InputData(stats)
+    first = gptq(weight, target, data, STATIC)
+    assert data.hessian(0.01).factor() is data.hessian(0.01).factor()
+    assert torch.equal(first.stored.codes, gptq(weight, target, InputData(stats), STATIC).stored.codes)
 
 
 @pytest.mark.parametrize("scales", ["static", "compensated"])
@@ -159,7 +161,7 @@ def test_threads_do_not_change_anything(scales):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(gptq(weight, target, stats, GPTQOptions(scales=scales, refine=1)).stored)
+            found.append(gptq(weight, target, InputData(stats), GPTQOptions(scales=scales, refine=1)).stored)
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -172,11 +174,11 @@ def test_every_instruction_set_chooses_the_same_codes(isa):
     weight, stats = problem()
     for scheme in ("W4A16_ASYM", "NF4", "MXFP8"):
         target = target_of(scheme, weight)
-        hessian = prepare(stats, COMPENSATED)
+        data = InputData(stats)
         with kernels.use_isa(kernels.available_isas()[0]):
-            best = gptq(weight, target, hessian, STATIC)
+            best = gptq(weight, target, data, STATIC)
         with kernels.use_isa(isa):
-            assert torch.equal(gptq(weight, target, hessian, STATIC).stored.codes, best.stored.codes)
+            assert torch.equal(gptq(weight, target, data, STATIC).stored.codes, best.stored.codes)
 
 
 def test_dead_columns_are_rounded_by_themselves_and_change_nothing():
@@ -188,13 +190,13 @@ def test_dead_columns_are_rounded_by_themselves_and_change_nothing():
     hessian[:, 40:45] = 0
     target = target_of("W8A8", weight)
     for options in (STATIC, replace(STATIC, correction=1.0)):
-        found = gptq(weight, target, with_hessian(hessian), options)
+        found = gptq(weight, target, InputData(with_hessian(hessian)), options)
         params, each = found.stored.grouped()
         nearest = target.grid.round(weight, params, each)
         assert torch.equal(found.stored.codes[:, 40:45], nearest[:, 40:45])
         changed = weight.clone()
         changed[:, 40:45] = 0.01
-        again = gptq(changed, target, with_hessian(hessian), options)
+        again = gptq(changed, target, InputData(with_hessian(hessian)), options)
         assert torch.equal(again.stored.codes[:, 50:], found.stored.codes[:, 50:])
 
 
@@ -203,7 +205,7 @@ def test_a_group_of_dead_columns():
     hessian = stats.hessian.clone()
     hessian[32:64], hessian[:, 32:64] = 0, 0
     for scheme in GRIDS:
-        found = gptq(weight, target_of(scheme, weight), with_hessian(hessian), COMPENSATED)
+        found = gptq(weight, target_of(scheme, weight), InputData(with_hessian(hessian)), COMPENSATED)
         assert found.decoded.isfinite().all()
         assert (found.decoded - weight)[:, 32:64].abs().max() < 0.2
 
@@ -215,7 +217,7 @@ def test_damping_raises_itself_and_says_so():
     values = torch.linspace(0.5, 1.5, 32)
     values[0] = -0.05
     stats = with_hessian((basis * values) @ basis.T)
-    found = gptq(weight, target_of("W4A16", weight), stats, STATIC)
+    found = gptq(weight, target_of("W4A16", weight), InputData(stats), STATIC)
     assert found.notes == ("damping raised to 0.1",)
     assert torch.equal(found.decoded, found.stored.decode())
 
@@ -225,7 +227,7 @@ def test_a_hessian_without_inverse_is_rounded_to_nearest_and_says_so():
     hessian = torch.eye(32)
     hessian[0, 1] = hessian[1, 0] = 100.0
     target = target_of("W4A16", weight)
-    found = gptq(weight, target, with_hessian(hessian), STATIC)
+    found = gptq(weight, target, InputData(with_hessian(hessian)), STATIC)
     assert found.notes == ("rounded to nearest: the Hessian has no inverse at any damping",)
     assert torch.equal(found.stored.codes, target.nearest(weight, hessian.diagonal()).stored.codes)
 
@@ -234,7 +236,7 @@ def test_one_token_is_enough():
     weight, _ = problem()
     x = torch.randn(1, 128, generator=torch.Generator().manual_seed(4))
     for options in (STATIC, COMPENSATED):
-        found = gptq(weight, target_of("W4A16", weight), stats_of(x), options)
+        found = gptq(weight, target_of("W4A16", weight), InputData(stats_of(x)), options)
         plain = target_of("W4A16", weight).nearest(weight)
         assert layer_error(weight, found.decoded, x.T @ x) < layer_error(weight, plain.decoded, x.T @ x)
 
@@ -244,7 +246,7 @@ def test_nan_in_the_hessian_is_an_error():
     hessian = stats.hessian.clone()
     hessian[3, 3] = torch.nan
     with pytest.raises(NonFiniteError, match="128 columns"):
-        gptq(weight, target_of("W4A16", weight), with_hessian(hessian), STATIC)
+        gptq(weight, target_of("W4A16", weight), InputData(with_hessian(hessian)), STATIC)
 
 
 def test_odd_shapes():
@@ -254,7 +256,7 @@ def test_odd_shapes():
         here = with_hessian(stats.hessian[:columns, :columns].clone())
         for scheme in ("W4A16", "W4A16_ASYM", "NF4", "NVFP4"):
             for options in (STATIC, COMPENSATED, replace(COMPENSATED, act_order=False, refine=1)):
-                found = gptq(weight, target_of(scheme, weight, group), here, options)
+                found = gptq(weight, target_of(scheme, weight, group), InputData(here), options)
                 assert found.stored.shape == (rows, columns)
                 assert torch.equal(found.decoded, found.stored.decode())
                 assert (found.decoded - weight).abs().max() < 2
@@ -265,12 +267,12 @@ def test_rows_of_zeros_stay_zeros():
     weight = weight.clone()
     weight[3] = 0
     for scheme in GRIDS:
-        assert not gptq(weight, target_of(scheme, weight), stats, COMPENSATED).decoded[3].any()
+        assert not gptq(weight, target_of(scheme, weight), InputData(stats), COMPENSATED).decoded[3].any()
 
 
 def test_no_weight_is_changed():
     weight, stats = problem()
     before, hessian = weight.clone(), stats.hessian.clone()
-    gptq(weight, target_of("W4A16", weight), stats, replace(COMPENSATED, refine=1))
+    gptq(weight, target_of("W4A16", weight), InputData(stats), replace(COMPENSATED, refine=1))
     assert torch.equal(weight, before)
     assert torch.equal(stats.hessian, hessian)

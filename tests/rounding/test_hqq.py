@@ -7,11 +7,11 @@ import torch
 
 from lowbit.errors import UsageError
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.hqq import HqqOptions, hqq
 from lowbit.rounding.rtn import measure_range
 from lowbit.rounding.target import GgmlTarget, GridTarget
 from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
 
 
 def target(name: str, group_size: int | None = 32, lowest: int | None = None, search: str = "absmax") -> GridTarget:
@@ -100,7 +100,7 @@ def test_a_short_last_group():
 def test_is_deterministic_and_no_iterations_are_round_to_nearest():
     weight, grid = heavy_tailed(), target("W4A16_ASYM")
     assert torch.equal(hqq(weight, grid).decoded, hqq(weight, grid).decoded)
-    assert torch.equal(hqq(weight, grid, HqqOptions(iterations=0)).decoded, grid.nearest(weight).decoded)
+    assert torch.equal(hqq(weight, grid, options=HqqOptions(iterations=0)).decoded, grid.nearest(weight).decoded)
 
 
 @pytest.mark.parametrize("name", ["MXFP4A16", "NVFP4A16", "FP8"])

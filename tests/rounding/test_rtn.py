@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import TensorRange, measure_range, needs_tensor_range, round_to_nearest
 from lowbit.schemes import SCHEMES
-from lowbit.tensors import Granularity
+from lowbit.tensors import Granularity, RangeSearch
 
 SHAPE = (160, 256)
 

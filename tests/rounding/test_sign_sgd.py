@@ -10,11 +10,11 @@ from torch import nn
 
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range, needs_tensor_range
-from lowbit.rounding.sign_sgd import LinearSlot, SignSGDOptions, sign_sgd_block
-from lowbit.rounding.target import GgmlTarget, GridTarget, Rounded
+from lowbit.rounding.sign_sgd import SignSGDOptions, sign_sgd_block
+from lowbit.rounding.target import GgmlTarget, GridTarget, LinearSlot, Rounded
 from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
 
 OPTIONS = SignSGDOptions(iterations=60, batch_windows=4, evaluations=4, bfloat16=False)
 
@@ -114,7 +114,7 @@ def test_equals_ten_lines_of_autograd():
 @pytest.mark.parametrize("name", ["W3A16", "W3A16_ASYM"])
 def test_gradients_of_ranges_are_those_of_autograd(name):
     """One step from a clipped range moves every range the way that autograd says."""
-    from lowbit.numerics.integer import IntGrid
+    from lowbit.numerics.scalar_grids import IntGrid
     from lowbit.schemes import _int_group
 
     symmetric = name == "W3A16"
@@ -241,17 +241,6 @@ def test_zero_rows_constant_groups_and_a_short_last_group():
     assert found["up"].stored.scale.shape == (48, 3)
     assert found["up"].decoded.isfinite().all()
     assert found["up"].decoded.shape == (48, 40)
-
-
-def test_equal_tokens_look_after_small_ones():
-    block, x = Block(), correlated()
-    x[:, 0] *= 30
-    wanted = block(x).detach()
-    errors = {}
-    for equal in (False, True):
-        found = sign_sgd_block(block, call, x, wanted, slots(block, "W3A16"), replace(OPTIONS, equal_tokens=equal))
-        errors[equal] = block_loss(block, found, x[:, 1:], wanted[:, 1:])
-    assert errors[True] < errors[False]
 
 
 def test_bfloat16_ends_near_float32():

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.histogram import BINS, WeightHistograms, rows_decoder, sampled_rows, weight_histogram
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
 
 
 def counts(histogram, which="source"):

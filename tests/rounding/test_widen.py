@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from lowbit.numerics import grid_for
-from lowbit.numerics.grid import RangeSearch
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.rounding.widen import widened, wider_specs
 from lowbit.schemes import SCHEMES, WeightSpec
-from lowbit.tensors import Granularity
+from lowbit.tensors import Granularity, RangeSearch
 
 COLUMNS = 256
 SPECS = {name: scheme.weight for name, scheme in SCHEMES.items() if scheme.weight.number not in ("nf4", "fp4")}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rewriting import stats_of
 
 from lowbit.architecture.structure import Linear
-from lowbit.transform import TRANSFORMS, find_transform
+from lowbit.methods import TRANSFORMS
+from lowbit.registry import load
 from lowbit.transform.awq import AwqOptions, apply, column_use, mean_activation, search
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ModelFacts, ScalingPoint
@@ -273,5 +274,6 @@ def test_search_finds_the_bottom_of_a_valley(least, centre, duo, exhaustive):
 
 
 def test_every_transform_of_the_table_can_be_called():
-    for name in TRANSFORMS:
-        assert callable(find_transform(name))
+    for row in TRANSFORMS.values():
+        assert callable(load(row.function))
+        assert row.outside is None or callable(load(row.outside))

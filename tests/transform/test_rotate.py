@@ -10,10 +10,11 @@ from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_
 
 from lowbit.errors import UsageError
 from lowbit.tensors import LayerStats
-from lowbit.transform import find_transform
 from lowbit.transform.hadamard import make_rotation
 from lowbit.transform.rotate import (
     RotateOptions,
+    apply_residual,
+    apply_values,
     residual_refusal,
     residual_rotation,
     rotate_block,
@@ -76,8 +77,8 @@ def test_a_rotated_residual_stream_changes_no_logit(folder, architecture):
 
 
 REFUSED = {
-    "gpt2": "LayerNorm", "cohere2": "LayerNorm", "gemma2": "post_attention_layernorm", "glm4": "behind",
-    "olmo2": "behind", "deepseek_v3": "multi-token", "qwen2_5_vl": "visual|norms", "gemma3": "vision|norms",
+    "gpt2": "LayerNorm", "cohere2": "LayerNorm", "gemma2": "post_attention_layernorm", "glm4": "follows",
+    "olmo2": "follows", "deepseek_v3": "multi-token", "qwen2_5_vl": "visual|norms", "gemma3": "vision|norms",
 }  # fmt: skip
 
 
@@ -139,12 +140,12 @@ def test_values_are_left_alone_where_rounding_gains_nothing(folder):
         name = f"model.layers.0.self_attn.{leaf}.weight"
         block.tensors[name] = block.tensors[name].sign()
     before, stats = dict(block.tensors), dict(block.stats)
-    (note,) = find_transform("rotate")(block, model.facts, coarse)
+    (note,) = apply_values(block, model.facts, coarse)
     assert not note.applied
     assert note.error_before == note.error_after == 0.0
     assert block.tensors == before
     assert block.stats == stats
-    (note,) = find_transform("rotate")(block, model.facts, coarse, RotateOptions(always=True))
+    (note,) = apply_values(block, model.facts, coarse, RotateOptions(always=True))
     assert note.applied
     assert note.error_after > 0
 
@@ -152,7 +153,7 @@ def test_values_are_left_alone_where_rounding_gains_nothing(folder):
 def test_the_transform_of_the_stream_says_what_it_did(folder):
     model = Model(make_model(folder / "note", "llama", dtype=torch.float32))
     block = model.block(1)
-    (note,) = find_transform("hadamard")(block, model.facts, coarse, RotateOptions(seed=5))
+    (note,) = apply_residual(block, model.facts, coarse, RotateOptions(seed=5))
     assert note.applied
     assert note.error_before is None
     assert note.point == "model.layers.1"

@@ -46,8 +46,8 @@ def source(original):
 @pytest.fixture(scope="session")
 def good(models, tmp_path_factory):
     """Scheme (and settings, model) → folder."""
-    from lowbit.blockwise.folders import calibrate
-    from lowbit.pipeline import prepare, write_checkpoint
+    from lowbit.pipeline import calibrate, write_checkpoint
+    from lowbit.plan.plan import Request, prepare
     from lowbit.settings import make_settings
 
     made: dict[str, Path] = {}
@@ -56,7 +56,7 @@ def good(models, tmp_path_factory):
         key = f"{scheme} {model} {settings}"
         if key not in made:
             folder = tmp_path_factory.mktemp("good") / "model"
-            prepared = prepare(models(model), make_settings(scheme=scheme, **settings), threads=1)
+            prepared = prepare(Request(models(model), make_settings(scheme=scheme, **settings), threads=1))
             write_checkpoint(calibrate(prepared, folder), folder)
             made[key] = folder
         return made[key]

@@ -248,12 +248,13 @@ def test_tensor_parallel_sizes_that_do_not_fit_are_named(good):
 
 def test_fused_set_that_blocks_straddle(tmp_path, monkeypatch):
     """A plan never makes one; another tool might."""
-    from lowbit import plan
-    from lowbit.pipeline import prepare, write_checkpoint
+    from lowbit.pipeline import write_checkpoint
+    from lowbit.plan import folder
+    from lowbit.plan.plan import Request, prepare
     from lowbit.settings import make_settings
     from models import make_model
 
-    monkeypatch.setattr(plan, "_leave_whole_sets", lambda tensors, *others: tensors)
+    monkeypatch.setattr(folder, "_leave_whole_sets", lambda tensors, *others: tensors)
     narrow = make_model(tmp_path / "narrow", hidden_size=128, num_key_value_heads=2, head_dim=32)
-    write_checkpoint(prepare(narrow, make_settings(scheme="FP8_BLOCK"), threads=1), tmp_path / "out")
+    write_checkpoint(prepare(Request(narrow, make_settings(scheme="FP8_BLOCK"), threads=1)), tmp_path / "out")
     assert_breaks(tmp_path / "out", "fused-blocks", K, "64 rows")

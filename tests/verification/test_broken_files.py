@@ -257,7 +257,7 @@ def test_weight_shape_that_lies(broken):
 
 
 def test_padding_bits_that_are_set():
-    from lowbit.verification.raw_storage import padding_is_set
+    from lowbit.verification.survey import padding_is_set
 
     assert not padding_is_set(torch.tensor([[0x00088888]], dtype=torch.int32), 20)
     assert padding_is_set(torch.tensor([[0x00188888]], dtype=torch.int32), 20)
@@ -267,7 +267,7 @@ def test_padding_bits_that_are_set():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_packed_rows_leave_their_padding_alone(bits):
     from lowbit import kernels
-    from lowbit.verification.raw_storage import padding_is_set
+    from lowbit.verification.survey import padding_is_set
 
     generator = torch.Generator().manual_seed(bits)
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from gguf.constants import GGUFValueType as V
 
-from lowbit.checkpoint.gguf_raw import open_raw_gguf
 from lowbit.errors import UsageError
-from lowbit.export.gguf_writer import GGUFWriter, StoredBlocks, packed_key_values
+from lowbit.export import Piece
+from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
+from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_values
 from lowbit.numerics import ggml
 from lowbit.verification import verify
 
@@ -64,7 +65,7 @@ def write(path: Path, tensors=None, values=None, type_name="Q8_0") -> Path:
     stored = [stored for stored, _ in content.values()]
     writer = GGUFWriter(path.parent, path.name, stored, packed_key_values(values or key_values()))
     for name, (_, blocks) in content.items():
-        writer.write(name, blocks, 0)
+        writer.write(Piece(name, blocks))
     writer.close()
     return path
 
@@ -74,7 +75,7 @@ def failed(path: Path, source=None) -> set[str]:
 
 
 def test_a_good_file_passes(tmp_path):
-    source = open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32"))
+    source = RawCheckpoint(open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32")), "source.gguf")
     checked = verify(write(tmp_path / "x.gguf"), source=source)
     assert checked.ok
     assert {"gguf-finite", "gguf-weights"} <= {check.rule for check in checked.checks}
@@ -150,7 +151,7 @@ def test_a_scale_that_is_nan(tmp_path):
 
 
 def test_weights_of_another_model(tmp_path):
-    source = open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32"))
+    source = RawCheckpoint(open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32")), "source.gguf")
     tensors = weights()
     tensors["blk.0.attn_q.weight"] = tensors["blk.0.attn_q.weight"].flip(0)  # rows in another order
     assert failed(write(tmp_path / "x.gguf", tensors), source) == {"gguf-weights"}

@@ -1,61 +1,87 @@
 """`lowbit.advise`: every scheme that the engine runs on the device, with memory, speed and expected loss, ranked.
 
-    engines.py      which schemes run here, and what they compute in
-    footprint.py    how many bytes the weights take, and how many a step reads
-    estimation      bytes of the KV cache, and what the engine needs beside it
-    roofline.py     tokens per second from those
-    quality.py      what a scheme is expected to lose, with the source
-    score.py        one number from all of it, by goal and workload
+    lowbit.engines      which schemes run here, and what they compute in
+    lowbit.estimation   bytes of the weights, of the KV cache, and of what the engine needs beside them
+    roofline.py         tokens per second from those
+    quality.py          what a scheme is expected to lose, with the source
+    score.py            one number from all of it, by goal and workload
 
-Nothing here says which scheme suits which device: the order follows from the tables.
+No rule ties a scheme to a device: the order follows from the tables.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.advice.commands import output_name, quantize_line, quantize_settings, serve_line
-from lowbit.advice.engines import (
-    ENGINES,
-    FP8_CACHE_ENGINES,
-    FP8_CACHE_FORMATS,
-    SIXTEEN,
-    SUPPORT,
-    Support,
-    engine_for,
-    left_out,
-    supported,
-)
-from lowbit.advice.footprint import Footprint, footprint, matrices
-from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, expected
-from lowbit.advice.reasons import reason_for
-from lowbit.advice.result import Advice, Memory, Option
-from lowbit.advice.roofline import ASSUMPTIONS, USABLE_MEMORY, Load, Speed, speed
+from lowbit.advice.commands import output_name, quantize_line, quantize_settings
+from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, Expectation, expected
+from lowbit.advice.result import Advice, Memory, Option, reason_for
+from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
 from lowbit.advice.score import Goal, Ratios, Workload, find_goal, find_workload, score
-from lowbit.advice.subject import Subject, subject
+from lowbit.architecture.shape import ModelShape, shape_of
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import LowbitError, UsageError
-from lowbit.estimation.engines import find_engine, overhead_bytes
-from lowbit.estimation.kv_cache import cache_of
-from lowbit.estimation.shapes import ModelShape
+from lowbit.engines import Engine, engine_for, find_engine
+from lowbit.engines.engine import SIXTEEN, Support
+from lowbit.errors import ArchitectureError, LowbitError, UsageError
+from lowbit.estimation.footprint import Footprint, active_weights, footprint
+from lowbit.estimation.serving import ADAPTER_RANK, deploy, training_bytes
+from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
+from lowbit.registry import FORMATS
+from lowbit.settings import make_settings
 
 DEFAULT_CONTEXT = 2048
-_SERVER_BATCH = 8  # sequences at once of engines that serve; one of those on somebody's desk
 _SMALL_MODEL = 4.0  # billions of weights, below which figures of 8B models are too kind
-# QLoRA: adapters of this rank on every linear, each weight with a gradient and two Adam moments in float32.
-_RANK, _ADAPTER_BYTES = 16, 2 + 4 + 4 + 4
+# Without MODEL: the shape of Llama 3.1 8B.
+GENERIC = ModelShape("llama", hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336,
+                     vocab=128256, max_positions=131072)  # fmt: skip
+GENERIC_NAME = "a model of Llama 3.1 8B's shape (no MODEL was given)"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """
+    name     as typed by the user, or a description
+    path     argument of `lowbit quantize`; None without a model
+    headers  for planning its files; None if only the shape is known
+    notes    on how the headers were read
+    """
+
+    name: str
+    shape: ModelShape
+    path: str | None = None
+    headers: ModelHeaders | None = None
+    options: OpenOptions = field(default_factory=OpenOptions)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def billions(self) -> float:
+        """Billions of weights, embeddings included."""
+        return footprint(self.shape, SIXTEEN).total / 2e9
+
+    def weights(self, scheme: str, settings: dict[str, Any] | None) -> Footprint:
+        """The bytes in a scheme: of the files that `lowbit quantize` would write with these settings if the headers are
+        known, else from the shape. Raises the errors of planning: FormatError, ShapeError, ArchitectureError,
+        UsageError."""
+        by_shape = footprint(self.shape, scheme)
+        if self.headers is None or settings is None:
+            return by_shape
+        prepared, _ = plan_of(self.headers, make_settings(None, **settings), self.options)
+        prepared.checkpoint.close()
+        return by_shape.scaled(prepared.plan.file_bytes + self.headers.guessed_bytes(prepared))
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What was asked, worked out."""
+    """The resolved arguments of `advise`. sixteen: the model in 16 bits, the basis of all comparisons."""
 
-    subject: Subject
+    model: _Model
     device: Device
-    engine: str
+    engine: Engine
     goal: Goal
     workload: Workload
     load: Load
@@ -65,6 +91,27 @@ class _Question:
     @property
     def finetune(self) -> bool:
         return self.workload.name == "finetune"
+
+    @property
+    def sixteen(self) -> Footprint:
+        return footprint(self.model.shape, SIXTEEN)
+
+    def memory(self, weights: Footprint, fp8_cache: bool) -> Memory:
+        """Memory as in `lowbit estimate`; for fine-tuning, with adapters and optimizer."""
+        shape, load, device = self.model.shape, self.load, self.device
+        total, usable = round(weights.total), self.engine.memory.usable(device.memory_bytes, device)
+        if self.finetune:
+            return Memory(total, 0, training_bytes(shape, load.context, load.batch), usable)
+        kv_cache = "fp8" if fp8_cache else "auto"
+        serving = deploy(self.engine, shape, total, kv_cache, device.memory_bytes).serving(load.context, load.batch)
+        return Memory(total, serving.kv_cache, serving.activations + serving.framework, usable)
+
+    def speed(self, weights: Footprint, how: Support | None, fp8_cache: bool) -> Speed:
+        """Speed with half-full caches, the average."""
+        shape, device = self.model.shape, self.device
+        half = Load(self.load.batch, max(1, self.load.context // 2), self.load.prompt)
+        cache = deploy(self.engine, shape, 0, "fp8" if fp8_cache else "auto", device.memory_bytes).cache
+        return speed(shape, weights, self.sixteen, cache.sequence_bytes(half.context), how, device, half)
 
 
 def advise(
@@ -81,36 +128,64 @@ def advise(
     price: float | None = None,
     options: OpenOptions | None = None,
 ) -> Advice:
-    """Which scheme to quantize to, and why.
+    """Rank the schemes to quantize to, with reasons.
 
     model      as `lowbit quantize` takes it (of a Hugging Face id only headers are fetched), a parsed config.json, or
                None for the shape of Llama 3.1 8B
     hardware   a row of `lowbit.hardware.DEVICES` in any spelling, "this", or a Device
-    engine     vllm, sglang, tensorrt-llm, llama.cpp, transformers; None: what one would take for the device
+    engine     vllm, sglang, tensorrt-llm, llama.cpp, transformers; None: the usual one for the device
     goal       balanced (None), quality, speed, memory: `lowbit.advice.score.GOALS`
-    workload   chat, serve, decode, prefill, finetune; None: serve with an engine that serves, else chat
+    workload   chat, serve, decode, prefill, finetune; None: serve with an engine that serves many, else chat
     context    tokens of a sequence at its end; caches are half full on average, and prompts are half as long
-    batch      sequences at once; None: 8 with an engine that serves, else 1
-    kv_cache   "auto": 16 bits or FP8, whichever scores better; "fp8" or "bf16": that alone
-    memory     bytes of the device, where they are not the table's
+    batch      sequences at once; None: typical of the engine, 8 or 1
+    kv_cache   "auto": 16 bits or FP8, whichever scores better; "fp8" or "bf16": only that
+    memory     bytes of the device, instead of the table's
     price      dollars per hour of the device
 
-    Raises UsageError for what is not known or does not go together, and what opening the model raises.
+    UsageError for unknown or incompatible arguments, and the errors of opening the model.
     """
     _check(context, batch, kv_cache, price)
     device = find_device(hardware) if isinstance(hardware, str) else hardware
-    device = device if memory is None else _with_memory(device, memory)
-    engine = _engine(engine, device, workload)
-    serves = engine in ("vllm", "sglang", "tensorrt-llm")
-    chosen = find_workload(workload or ("serve" if serves else "chat"))
-    load = Load(batch or (_SERVER_BATCH if serves else 1), context, max(1, context // 2))
-    with subject(model, options) as about:
-        asked = _Question(about, device, engine, find_goal(goal), chosen, load, kv_cache, price)
-        found, without = _options(asked)
+    device = device if memory is None else replace(device, memory_bytes=memory)
+    finetune = workload == "finetune"
+    chosen = engine_for(device, finetune) if engine is None else find_engine(engine)
+    if finetune and not chosen.trains:
+        raise UsageError(f"{chosen.name} does not train adapters", "leave --engine out: transformers does, with peft")
+    load = Load(batch or chosen.batch, context, max(1, context // 2))
+    with _open(model, options or OpenOptions()) as about:
+        asked = _Question(about, device, chosen, find_goal(goal),
+                          find_workload(workload or ("serve" if chosen.batch > 1 else "chat")), load, kv_cache,
+                          price)  # fmt: skip
+        options_found, without = _options(asked)
         return Advice(
-            about.name, about.billions, about.active_billions, device, engine, asked.goal, chosen, load,
-            tuple(sorted(found, key=_rank)), without, _assumptions(asked, found), (*about.notes, *_notes(asked)),
+            about.name, about.billions, active_weights(about.shape) / 1e9, device, chosen.name, asked.goal,
+            asked.workload, load, tuple(sorted(options_found, key=_rank)), without, _assumptions(asked, options_found),
+            (*about.notes, *_notes(asked)),
         )  # fmt: skip
+
+
+@contextmanager
+def _open(model: str | Path | ModelShape | dict[str, Any] | None, options: OpenOptions) -> Iterator[_Model]:
+    """A folder, a .gguf file, a Hugging Face id (headers only), demo:…, a parsed config.json, a shape, or None."""
+    if model is None or isinstance(model, ModelShape):
+        name = GENERIC_NAME if model is None else f"a model of {model.hidden} × {model.layers}"
+        yield _Model(name, model or GENERIC)
+        return
+    with ExitStack() as stack:
+        try:
+            headers = stack.enter_context(open_headers(model, options))
+        except ArchitectureError:
+            if not isinstance(model, dict):
+                raise
+            headers = None  # transformers does not know the model type; config.json may still give the shape
+        if isinstance(model, dict):
+            yield _Model(str(model.get("model_type", "a config.json")), shape_of(model), None, headers, options)
+        elif headers is None or not headers.config:
+            raise UsageError(
+                f"{model}: the model's shape is unknown", "give the Hugging Face model that it was made from"
+            )
+        else:
+            yield _Model(headers.name, shape_of(headers.config), str(model), headers, options, headers.notes)
 
 
 def _check(context: int, batch: int | None, kv_cache: str, price: float | None) -> None:
@@ -124,136 +199,86 @@ def _check(context: int, batch: int | None, kv_cache: str, price: float | None) 
         raise UsageError(f"a price of {price} dollars per hour is not one", "leave --price out")
 
 
-def _engine(name: str | None, device: Device, workload: str | None) -> str:
-    finetune = workload == "finetune"
-    engine = engine_for(device, finetune) if name is None else find_engine(name).name
-    assert engine in ENGINES
-    if finetune and not any(row.finetune for row in SUPPORT if row.engine == engine):
-        raise UsageError(f"{engine} does not train adapters", "leave --engine out: transformers does, with peft")
-    return engine
-
-
 def _options(asked: _Question) -> tuple[list[Option], dict[str, str]]:
-    """(every option, scheme → why it is none)."""
-    about, found = asked.subject, []
-    without = dict.fromkeys(left_out(asked.engine, asked.device), f"{asked.engine} has no kernel for it here")
-    sixteen = footprint(about.shape, SIXTEEN)
-    basis = _speed(asked, sixteen, sixteen, None, False)
-    candidates: dict[str, Support | None] = {SIXTEEN: None, **supported(asked.engine, asked.device)}
+    """(every option, scheme left out → reason)."""
+    options: list[Option] = []
+    without = dict.fromkeys(asked.engine.left_out(asked.device), f"{asked.engine.name} has no kernel for it here")
+    basis = asked.speed(asked.sixteen, None, False)
+    candidates: dict[str, Support | None] = {SIXTEEN: None, **asked.engine.supported(asked.device)}
     for scheme, how in candidates.items():
+        expectation = expected(scheme, asked.finetune)
         if asked.finetune and not (how is None or how.finetune):
             without[scheme] = "adapters are not trained on it"
-            continue
-        if expected(scheme, asked.finetune) is None:
+        elif expectation is None:
             without[scheme] = "no figure of its quality is known"
-            continue
-        try:
-            weights = about.weights(scheme, how)
-        except LowbitError as error:
-            without[scheme] = str(error)
-            continue
-        found += [_option(asked, scheme, how, weights, sixteen, basis, fp8) for fp8 in _caches(asked, how)]
-    return found, without
+        else:
+            try:
+                options += [_option(asked, scheme, how, expectation, basis, fp8) for fp8 in _caches(asked, how)]
+            except LowbitError as error:
+                without[scheme] = str(error)
+    return options, without
 
 
 def _caches(asked: _Question, how: Support | None) -> list[bool]:
-    """Whether the KV cache is FP8: what is to be tried."""
-    possible = asked.engine in FP8_CACHE_ENGINES and asked.device.kind != "cpu" and not asked.finetune
-    possible = possible and how is not None and how.format in FP8_CACHE_FORMATS
-    if asked.kv_cache == "bf16" or not possible:
+    """The choices of an FP8 KV cache to try."""
+    possible = "fp8" in asked.engine.memory.cache_types and asked.device.kind != "cpu" and not asked.finetune
+    if asked.kv_cache == "bf16" or not possible or how is None or not FORMATS[how.format or "float"].kv_cache:
         return [False]
     return [True] if asked.kv_cache == "fp8" else [False, True]
 
 
 def _option(
-    asked: _Question, scheme: str, how: Support | None, weights: Footprint, sixteen: Footprint, basis: Speed,
-    fp8_cache: bool,
-) -> Option:  # fmt: skip
-    about, load = asked.subject, asked.load
-    expectation = expected(scheme, asked.finetune)
-    assert expectation is not None
-    reached = _speed(asked, weights, sixteen, how, fp8_cache)
-    memory, whole = _memory(asked, weights, fp8_cache), _memory(asked, sixteen, False)
+    asked: _Question, scheme: str, how: Support | None, expectation: Expectation, basis: Speed, fp8_cache: bool
+) -> Option:
+    about, load, engine = asked.model, asked.load, asked.engine
+    settings = None
+    if how is not None and how.format is not None:
+        settings = quantize_settings(scheme, how, fp8_cache, about.shape.max_positions)
+    weights = about.weights(scheme, settings)
+    reached = asked.speed(weights, how, fp8_cache)
+    memory, whole = asked.memory(weights, fp8_cache), asked.memory(asked.sixteen, False)
     ratios = Ratios(reached.decode / basis.decode, reached.prefill / basis.prefill, whole.total / memory.total)
     loss = expectation.loss + FP8_CACHE_LOSS * fp8_cache
-    settings = (
-        None
-        if how is None or how.format is None
-        else quantize_settings(scheme, how, fp8_cache, about.shape.max_positions)
-    )
-    output = None if settings is None else output_name(about.path, scheme, fp8_cache)
+    output = quantize = serve = None
+    if settings is not None:
+        output = output_name(about.path, scheme, fp8_cache)
+        quantize = quantize_line(about.path, output, settings)
+        if asked.finetune:
+            serve = engine.train.format(output=output)
+        else:
+            serve = engine.serve_line(output, load.context, load.batch, fp8_cache)
+    per_million = None if asked.price is None else asked.price / 3600 * 1e6  # dollars · tokens/s
     return Option(
         scheme, how, fp8_cache, memory, reached, expectation, ratios, loss,
         score(ratios, loss, asked.goal, asked.workload, expectation.scaled_from is not None),
         reason_for(asked.device, how, memory, ratios, reached, loss, fp8_cache),
-        output, settings,
-        None if settings is None or output is None else quantize_line(about.path, output, settings),
-        None if output is None else serve_line(asked.engine, output, load, fp8_cache, asked.finetune),
-        how.instead if how is not None and how.format is None else None,
-        _dollars(asked.price, reached.decode_all), _dollars(asked.price, reached.prefill),
+        output, settings, quantize, serve, how.instead if how is not None and how.format is None else None,
+        None if per_million is None else per_million / reached.decode_all,
+        None if per_million is None else per_million / reached.prefill,
     )  # fmt: skip
 
 
-def _speed(asked: _Question, weights: Footprint, sixteen: Footprint, how: Support | None, fp8_cache: bool) -> Speed:
-    shape, load = asked.subject.shape, asked.load
-    half = Load(load.batch, max(1, load.context // 2), load.prompt)  # caches are half full on average
-    cache = cache_of(shape, asked.engine, 8.0 if fp8_cache else 16.0).sequence_bytes(half.context)
-    return speed(shape, weights, sixteen, cache, how, asked.device, half)
-
-
-def _memory(asked: _Question, weights: Footprint, fp8_cache: bool) -> Memory:
-    shape, load, device = asked.subject.shape, asked.load, asked.device
-    usable = int(device.memory_bytes * min(find_engine(asked.engine).share, USABLE_MEMORY[device.kind]))
-    if asked.finetune:
-        return Memory(round(weights.total), 0, _training_bytes(shape, load), usable)
-    cache = cache_of(shape, asked.engine, 8.0 if fp8_cache else 16.0)
-    overhead = overhead_bytes(asked.engine, shape, load.context, load.batch).total
-    return Memory(round(weights.total), load.batch * cache.sequence_bytes(load.context), overhead, usable)
-
-
-def _training_bytes(shape: ModelShape, load: Load) -> int:
-    """Of QLoRA with gradient checkpoints: adapters, optimizer, a hidden state per layer, one layer at work, logits.
-
-    Assumed: rank 16 on every linear, 14 bytes per trained weight; 34 · hidden bytes per token of the layer at work, and
-    logits in 16 and 32 bits with a gradient.
-    """
-    linears = (each for each in matrices(shape) if each.part in ("dense", "experts"))
-    adapters = sum(_RANK * (each.rows + each.columns) * each.copies for each in linears) * _ADAPTER_BYTES
-    tokens = load.batch * load.context
-    return adapters + tokens * (shape.hidden * (2 * shape.layers + 34) + shape.vocab * 10) + (1 << 30)
-
-
-def _with_memory(device: Device, memory: int) -> Device:
-    return replace(device, memory_bytes=memory)
-
-
-def _dollars(price: float | None, tokens_per_second: float) -> float | None:
-    """Dollars per million tokens."""
-    return None if price is None else price / 3600 / tokens_per_second * 1e6
-
-
 def _rank(option: Option) -> tuple[bool, float]:
-    """What fits first, by score; then what does not, the smallest first."""
+    """Sort key: options that fit, by score; then the others, smallest first."""
     fits = option.memory.fits
     return (not fits, -option.score if fits else float(option.memory.total))
 
 
-def _assumptions(asked: _Question, found: list[Option]) -> tuple[str, ...]:
-    lines = list(ASSUMPTIONS)
-    lines.append(f"caches are half full on average and prompts {asked.load.prompt} tokens long")
-    if any(option.fp8_cache for option in found):
+def _assumptions(asked: _Question, options: list[Option]) -> tuple[str, ...]:
+    lines = [*ASSUMPTIONS, f"caches are half full on average and prompts {asked.load.prompt} tokens long"]
+    if any(option.fp8_cache for option in options):
         lines.append(f"an FP8 cache costs {FP8_CACHE_LOSS} % ({FP8_CACHE_SOURCE})")
     if asked.finetune:
-        lines.append(f"adapters of rank {_RANK} on every linear, with gradient checkpoints")
-    return (*lines, *(find_engine(asked.engine).assumptions if not asked.finetune else ()))
+        lines.append(f"adapters of rank {ADAPTER_RANK} on every linear, with gradient checkpoints")
+    return (*lines, *(asked.engine.memory.assumptions if not asked.finetune else ()))
 
 
 def _notes(asked: _Question) -> tuple[str, ...]:
     notes = []
-    if asked.subject.billions < _SMALL_MODEL:
-        notes.append(f"expected losses are of models of 8 billion weights; one of {asked.subject.billions:.2g} billion "
+    if asked.model.billions < _SMALL_MODEL:
+        notes.append(f"expected losses are of models of 8 billion weights; one of {asked.model.billions:.2g} billion "
                      f"loses more, at 4 bits several times as much: evaluate what you make")  # fmt: skip
-    longest = asked.subject.shape.max_positions
+    longest = asked.model.shape.max_positions
     if longest is not None and asked.load.context > longest:
         notes.append(f"the model was made for {longest} tokens; {asked.load.context} were asked about")
     if asked.device.note:

@@ -1,17 +1,17 @@
-"""What a scheme is expected to cost in quality: published figures and our own, each with its source. No figure, no row.
+"""Expected loss of quality per scheme: published figures and our own, each with its source. No figure, no row.
 
-`expected` gives one number per scheme, `loss`: by how many percent the quantized model does worse than the original, in
-the metric of its source: 100 · ln(PPL / PPL of the original), or 100 − recovery of benchmark averages. GGUF types have
-the former, all from one table; most others the latter. They are compared within an engine, where the metric is mostly
-the same, and never presented as the same thing.
+`expected` gives one number per scheme, `loss`: percent by which the quantized model is worse than the original, in the
+metric of its source: 100 · ln(PPL / PPL of the original), or 100 − recovery of benchmark averages. GGUF types have the
+former, all from one table; most others the latter. They are compared within an engine, where the metric is mostly the
+same, and the metric is always named.
 
-Published figures are of models of 8 billion weights. Smaller models lose more: at 4 bits SmolLM2-135M loses several
-times as much (OURS), and larger ones less. A scheme that nobody published an 8B figure for is scaled,
+Published figures are for models of 8 billion weights. Smaller models lose more (SmolLM2-135M several times as much at
+4 bits, see OURS), larger ones less. A scheme without a published 8B figure is scaled,
 
     loss = loss of the anchor · max(1, our mean KLD of the scheme / our mean KLD of the anchor)
 
-from a related scheme that has one, both rounded to nearest; `Expectation.scaled_from` names it. It is never better than
-its anchor's: one small model is no evidence that a scheme beats a published one. OURS are demo:smollm2's, made by
+from a related scheme that has one, both rounded to nearest; `Expectation.scaled_from` names it. The loss is never less
+than the anchor's: one small model is no evidence that a scheme beats a published one. OURS are for demo:smollm2, by
 `python benchmarks/scheme_quality.py demo:smollm2`.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowbit.advice.engines import SIXTEEN
+from lowbit.engines.engine import SIXTEEN
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Measured:
+class OurFigure:
     """One of ours: mean KLD per token against the original, its standard error, PPL ratio; activations simulated."""
 
     method: str
@@ -62,22 +62,11 @@ _SCOREBOARD = "github.com/ggml-org/llama.cpp, tools/perplexity/README.md, LLaMA 
 _F16_PPL = 6.231636  # 6.233160 of the F16 file − 0.001524, its difference to the base: same table
 # GGUF type → (perplexity on WikiText-2, importance matrix)
 _GGUF_PPL: dict[str, tuple[float, bool]] = {
-    "Q8_0": (6.234284, False),
-    "Q6_K": (6.253382, False),
-    "Q5_K_M": (6.288607, False),
-    "Q5_K_S": (6.336598, False),
-    "Q4_K_M": (6.382937, True),
-    "Q4_K_S": (6.409697, True),
-    "IQ4_NL": (6.455593, True),
-    "IQ4_XS": (6.459705, True),
-    "Q4_0": (6.700147, False),
-    "Q3_K_L": (6.671223, True),
-    "Q3_K_M": (6.734255, True),
-    "IQ3_M": (6.898327, True),
-    "IQ3_XXS": (7.458436, True),
-    "Q2_K": (8.647825, True),
-    "IQ2_M": (8.600799, True),
-}
+    "Q8_0": (6.234284, False), "Q6_K": (6.253382, False), "Q5_K_M": (6.288607, False), "Q5_K_S": (6.336598, False),
+    "Q4_K_M": (6.382937, True), "Q4_K_S": (6.409697, True), "IQ4_NL": (6.455593, True), "IQ4_XS": (6.459705, True),
+    "Q4_0": (6.700147, False), "Q3_K_L": (6.671223, True), "Q3_K_M": (6.734255, True), "IQ3_M": (6.898327, True),
+    "IQ3_XXS": (7.458436, True), "Q2_K": (8.647825, True), "IQ2_M": (8.600799, True),
+}  # fmt: skip
 
 
 def _gguf(name: str, ppl: float, imatrix: bool) -> Figure:
@@ -110,43 +99,36 @@ PUBLISHED: dict[str, Figure] = {
 
 # scheme → the one whose published figure is scaled to it, by the ratio of our KLDs
 ANCHORS: dict[str, str] = {
-    "W4A16_ASYM": "W4A16",
-    "NVFP4A16": "W4A16",
-    "MXFP4A16": "W4A16",
-    "NF4": "W4A16",
-    "FP4": "W4A16",
-    "FP8": "FP8_DYNAMIC",
-    "FP8_BLOCK": "FP8_DYNAMIC",
-    "MXFP4": "NVFP4",
-    "INT8": "W8A16",
-}
-# schemes that err twice: in the weights as one, in the activations as the other
+    "W4A16_ASYM": "W4A16", "NVFP4A16": "W4A16", "MXFP4A16": "W4A16", "NF4": "W4A16", "FP4": "W4A16",
+    "FP8": "FP8_DYNAMIC", "FP8_BLOCK": "FP8_DYNAMIC", "MXFP4": "NVFP4", "INT8": "W8A16",
+}  # fmt: skip
+# schemes with two errors: in the weights as the first, in the activations as the second
 SUMS: dict[str, tuple[str, str]] = {"W4AFP8": ("W4A16", "FP8_DYNAMIC")}
 OUR_MODEL = "SmolLM2-135M-Instruct"
 OUR_COMMAND = "python benchmarks/scheme_quality.py demo:smollm2"
-OURS: dict[str, Measured] = {
-    "W8A16": Measured("rtn", 0.0015, 0.0000, 1.0024),
-    "W4A16": Measured("rtn", 0.3466, 0.0053, 1.3297),
-    "W4A16_ASYM": Measured("rtn", 0.2979, 0.0045, 1.2507),
-    "W8A8": Measured("rtn", 0.0289, 0.0005, 1.0291),
-    "FP8_DYNAMIC": Measured("rtn", 0.0267, 0.0005, 1.0199),
-    "FP8": Measured("rtn", 0.0310, 0.0006, 1.0249),
-    "FP8_BLOCK": Measured("rtn", 0.0158, 0.0004, 1.0122),
-    "MXFP8": Measured("rtn", 0.0534, 0.0010, 1.0487),
-    "NVFP4": Measured("rtn", 0.3788, 0.0058, 1.4318),
-    "NVFP4A16": Measured("rtn", 0.1932, 0.0030, 1.1900),
-    "MXFP4": Measured("rtn", 1.2822, 0.0182, 3.3671),
-    "MXFP4A16": Measured("rtn", 0.4355, 0.0089, 1.4712),
-    "NF4": Measured("rtn", 0.2483, 0.0036, 1.1890),
-    "FP4": Measured("rtn", 0.4722, 0.0070, 1.4128),
-    "INT8": Measured("rtn", 0.0029, 0.0001, 1.0018),
+OURS: dict[str, OurFigure] = {
+    "W8A16": OurFigure("rtn", 0.0015, 0.0000, 1.0024),
+    "W4A16": OurFigure("rtn", 0.3466, 0.0053, 1.3297),
+    "W4A16_ASYM": OurFigure("rtn", 0.2979, 0.0045, 1.2507),
+    "W8A8": OurFigure("rtn", 0.0289, 0.0005, 1.0291),
+    "FP8_DYNAMIC": OurFigure("rtn", 0.0267, 0.0005, 1.0199),
+    "FP8": OurFigure("rtn", 0.0310, 0.0006, 1.0249),
+    "FP8_BLOCK": OurFigure("rtn", 0.0158, 0.0004, 1.0122),
+    "MXFP8": OurFigure("rtn", 0.0534, 0.0010, 1.0487),
+    "NVFP4": OurFigure("rtn", 0.3788, 0.0058, 1.4318),
+    "NVFP4A16": OurFigure("rtn", 0.1932, 0.0030, 1.1900),
+    "MXFP4": OurFigure("rtn", 1.2822, 0.0182, 3.3671),
+    "MXFP4A16": OurFigure("rtn", 0.4355, 0.0089, 1.4712),
+    "NF4": OurFigure("rtn", 0.2483, 0.0036, 1.1890),
+    "FP4": OurFigure("rtn", 0.4722, 0.0070, 1.4128),
+    "INT8": OurFigure("rtn", 0.0029, 0.0001, 1.0018),
 }
 
-# An FP8 cache: vLLM's manual has "typically only minimally degrades inference accuracy" and no figure; one percent
-# is assumed, so that there is a price to weigh it with.
+# An FP8 cache: vLLM's manual says "typically only minimally degrades inference accuracy" without a figure; one percent
+# is assumed.
 FP8_CACHE_LOSS = 1.0
 FP8_CACHE_SOURCE = "assumed; docs.vllm.ai, FP8 E4M3 KV Cache: typically only minimally degrades inference accuracy"
-# Adapters that are trained on NF4 make up for it: the abstract of the paper.
+# Adapters trained on NF4 recover its loss: abstract of the paper.
 _QLORA = Expectation(
     0.0, "with trained adapters: full 16-bit fine-tuning task performance", "LLaMA 7B to 65B",
     "Dettmers et al., QLoRA, arXiv 2305.14314",
@@ -154,9 +136,9 @@ _QLORA = Expectation(
 
 
 def expected(scheme: str, finetuned: bool = False) -> Expectation | None:
-    """What a scheme is expected to lose at 8 billion weights; None where no figure can be given.
+    """The expected loss of a scheme at 8 billion weights; None without a figure.
 
-    finetuned  adapters are trained on it, by a task's own data
+    finetuned  adapters are trained on it, with data of the task
     """
     if finetuned and scheme == "NF4":
         return _QLORA

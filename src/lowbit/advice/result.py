@@ -1,20 +1,22 @@
-"""What `lowbit.advise` answers."""
+"""The result of `lowbit.advise`, and the sentence that explains an option from its figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.advice.engines import SIXTEEN, Support
 from lowbit.advice.quality import Expectation
 from lowbit.advice.roofline import Load, Speed
 from lowbit.advice.score import Goal, Ratios, Workload
+from lowbit.engines.engine import SIXTEEN, Support
 from lowbit.hardware import Device
+
+_ARITHMETIC = {"fp8": "FP8", "int8": "INT8", "fp4": "FP4"}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the weights, of the KV cache of all sequences, and beside them; of what the engine may use."""
+    """Bytes of the weights, of the KV cache of all sequences, of the rest; usable: the engine's limit."""
 
     weights: int
     cache: int
@@ -35,12 +37,12 @@ class Option:
     """One scheme, as the engine would run it here.
 
     how          its row of the capability table; None for 16 bits
-    fp8_cache    True where the KV cache is kept in FP8
+    fp8_cache    True if the KV cache is kept in FP8
     ratios       against 16 bits with a cache in 16 bits
     loss         percent, the cache's share included
-    settings     of `lowbit.quantize`; None where nothing is to be quantized, or lowbit cannot write it
-    quantize     the line to run; None likewise, and then `instead` may say what does
-    cost_output, cost_input   dollars per million tokens, where a price was given
+    settings     of `lowbit.quantize`; None for 16 bits, or if lowbit cannot write the scheme
+    quantize     its command line; None likewise, and `instead` may name another tool
+    cost_output, cost_input   dollars per million tokens, if a price was given
     reason       one sentence
     """
 
@@ -76,8 +78,8 @@ class Option:
 class Advice:
     """
     options      ranked, best first
-    left_out     scheme → why it is not among them
-    assumptions, notes   in words
+    left_out     scheme → reason
+    assumptions, notes   sentences
     """
 
     model: str
@@ -101,3 +103,27 @@ class Advice:
         """The row of a scheme, if it is there."""
         found = (each for each in self.options if (each.scheme, each.fp8_cache) == (scheme, fp8_cache))
         return next(found, None)
+
+
+def reason_for(
+    device: Device, how: Support | None, memory: Memory, ratios: Ratios, reached: Speed, loss: float,
+    fp8_cache: bool,
+) -> str:  # fmt: skip
+    """One sentence without full stop."""
+    if not memory.fits:
+        total, more = (f"{count / 1e9:.3g} GB" for count in (memory.total, memory.total - memory.usable))
+        return f"needs {total}, {more} more than the engine can use of {device.label}"
+    if how is None:
+        return f"the original, for comparison: nothing is lost, and {reached.bound} bound its decoding"
+    sentence = (f"{_computes(device, how)}: decoding {ratios.decode:.1f} ×, prompts {ratios.prefill:.1f} × as fast as "
+                f"in 16 bits, {1 / ratios.memory:.0%} of the memory, expected loss {loss:.1f} %")  # fmt: skip
+    if fp8_cache:
+        sentence += "; half the KV cache"
+    return f"{sentence}; {how.note}" if how.note else sentence
+
+
+def _computes(device: Device, how: Support) -> str:
+    if how.compute == "16":
+        return "fallback, weights are decoded" if how.fallback else "weight-only, fewer bytes but no quicker arithmetic"
+    name = _ARITHMETIC[how.compute]
+    return f"{name} arithmetic" if device.has(how.compute) else f"{name} arithmetic, which {device.label} lacks"

@@ -1,4 +1,4 @@
-"""Speed from bytes and operations: a kernel takes as long as the slower of moving its bytes and doing its arithmetic.
+"""Speed from bytes and operations: the time of a kernel is the larger of its memory traffic and its arithmetic.
 
 One decoding step makes one token for each of B sequences, whose caches hold L tokens:
 
@@ -10,31 +10,28 @@ One decoding step makes one token for each of B sequences, whose caches hold L t
 Prefill of P tokens does 2 · weights · P + 2 · P² · heads · head_dim · layers operations in the scheme's compute dtype
 (the attention in 16 bits) and reads the weights once; the same maximum.
 
-Weight-only kernels decode the weights on the way. Up to `Support.small_batch` sequences that hides behind the bytes;
-beyond, the weights' part of a step grows in proportion to B, up to what the same step takes in 16 bits. Where the
-engine falls back to decoding a format that the card has no arithmetic for, it reaches FALLBACK_SHARE of that.
+Weight-only kernels decode the weights on the fly. Up to `Support.small_batch` sequences the memory traffic hides that;
+beyond, the weights' part of a step grows in proportion to B, up to the time of the step in 16 bits. An engine that
+falls back to decoding, for a format without arithmetic on the card, reaches FALLBACK_SHARE of that.
 
-Assumptions, not measurements: the shares below. They are the same for all schemes, so they cancel in a ranking; tokens
-per second are an upper estimate, which sampling, launches and scheduling lower. `benchmarks/decode_speed.py` puts a
-prediction beside what llama.cpp does.
+The shares below are assumptions. They are the same for all schemes, so they cancel in a ranking; tokens per second are
+upper estimates without sampling, launches and scheduling. `benchmarks/decode_speed.py` compares a prediction with
+llama.cpp.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit.advice.engines import Support
-from lowbit.advice.footprint import Footprint, active_weights
-from lowbit.estimation.shapes import ModelShape
+from lowbit.architecture.shape import ModelShape
+from lowbit.engines.engine import Support
+from lowbit.estimation.footprint import Footprint, active_weights
 from lowbit.hardware import Device
 
-# Of a data sheet's bandwidth and of a peak that good kernels reach; a measured bandwidth is reached already.
+# Shares that good kernels reach of a data sheet's bandwidth and peak, and of a measured bandwidth.
 BANDWIDTH_SHARE, COMPUTE_SHARE = 0.8, 0.6
 MEASURED_SHARE = 0.95
 FALLBACK_SHARE = 0.9
-# Of a device's memory that one program may use: macOS keeps a quarter of the shared memory (Metal's
-# recommendedMaxWorkingSetSize), a desktop some; what an engine reserves is `lowbit.estimation.engines`' business.
-USABLE_MEMORY = {"cuda": 1.0, "rocm": 1.0, "metal": 0.75, "cpu": 0.9}
 
 ASSUMPTIONS = (
     f"kernels reach {BANDWIDTH_SHARE:.0%} of the data sheet's bandwidth ({MEASURED_SHARE:.0%} of a measured one) and "
@@ -45,7 +42,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the model at once: B sequences, `context` tokens in the cache of each, prompts of `prompt`."""
+    """The load on the model: B sequences, `context` tokens in the cache of each, prompts of `prompt` tokens."""
 
     batch: int
     context: int
@@ -54,7 +51,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens/s: decode of one sequence and of all, prefill of one prompt; bound  what holds decoding up."""
+    """tokens/s: decode of one sequence and of all, prefill of one prompt; bound: the bottleneck of decoding."""
 
     decode: float
     decode_all: float
@@ -66,11 +63,11 @@ def speed(
     shape: ModelShape, weights: Footprint, sixteen: Footprint, cache_bytes: float, how: Support | None, device: Device,
     load: Load,
 ) -> Speed:  # fmt: skip
-    """What the roofline allows.
+    """The speed by the roofline.
 
-    weights      in the scheme; `sixteen` the same model in 16 bits
+    weights      in the scheme; `sixteen`: the same model in 16 bits
     cache_bytes  of one sequence of load.context tokens
-    how          how the engine runs the scheme; None: in 16 bits
+    how          the engine's support of the scheme; None: 16 bits
     """
     bandwidth, peak, sixteen_peak = rates(device, how)
     cache = load.batch * cache_bytes / bandwidth

@@ -1,16 +1,16 @@
-"""The score that schemes are ranked by: what is gained over 16 bits, less what the loss of quality is felt to cost.
+"""The score that ranks schemes: the gain over 16 bits, less a penalty for the loss of quality.
 
     score = gain − (loss / tolerance)² − GUESSED where the loss is scaled from another scheme's
 
     gain       decode · ln(tokens/s ÷ those of 16 bits) + prefill · ln(the same of prompts), weights by workload;
                for goal memory, and for fine-tuning: ln(bytes of 16 bits ÷ bytes of the scheme)
     loss       in percent, `quality.expected`, and what an FP8 cache adds
-    tolerance  in percent, by goal: the loss that is as bad as a speed-up by e = 2.7 is good
+    tolerance  in percent, by goal: the loss that cancels a speed-up by e = 2.7
 
-GUESSED decides ties, in favour of what somebody measured. The square says that small losses are hardly felt and large
-ones are not made up for by speed. 16 bits scores 0. Schemes that fit the device come first, by score; then those that
-do not, the smallest first. The tolerances were chosen so that the ranking gives the field's common advice
-(tests/advice/test_field_advice.py); they are taste, not measurement.
+GUESSED breaks ties in favour of measured figures. By the square, small losses hardly count and speed cannot compensate
+large ones. 16 bits scores 0. Schemes that fit the device come first, by score; then the others, smallest first. The
+tolerances were chosen so that the ranking agrees with the field's common advice (tests/advice/test_field_advice.py);
+they are not measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GUESSED = 0.01
 
 @dataclass(frozen=True)
 class Goal:
-    """tolerance  in percent of loss; by_memory  True where bytes are the gain, not speed."""
+    """tolerance  in percent of loss; by_memory  True if bytes are the gain, not speed."""
 
     name: str
     tolerance: float
@@ -46,7 +46,7 @@ GOALS: dict[str, Goal] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Shares of decoding and of prefill in what is waited for; by_memory  True where memory is what limits."""
+    """Shares of decoding and prefill in the waiting time; by_memory: memory is the limit."""
 
     name: str
     decode: float

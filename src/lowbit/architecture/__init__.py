@@ -1,7 +1,7 @@
-"""Stage 2: what each tensor of a model is for."""
+"""The architecture of a model: the role of each tensor, and its place in files and in transformers."""
 
 from lowbit.architecture.cache import discover_once
-from lowbit.architecture.describing import describe_checkpoint
+from lowbit.architecture.describing import describe_checkpoint, model_dtype, open_described
 from lowbit.architecture.discover import build_on_meta, discover
 from lowbit.architecture.structure import Architecture, Linear
 from lowbit.architecture.view import canonical_view, holds_single_experts
@@ -15,4 +15,6 @@ __all__ = [
     "discover",
     "discover_once",
     "holds_single_experts",
+    "model_dtype",
+    "open_described",
 ]

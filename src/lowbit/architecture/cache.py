@@ -1,11 +1,10 @@
-"""What discovery found, kept between runs: importing transformers and building a model on the meta device takes longer
-than reading a billion weights.
+"""A cache of discovered architectures: importing transformers and building a model on the meta device takes longer than
+reading a billion weights.
 
     key = SHA-256(config.json, split_experts, versions of transformers and lowbit, source of the table and of discovery)
 
-so a change of any of them is discovered anew. The cache lies in LOWBIT_CACHE (or the user's cache folder), beside the
-rebuilt GGUF folders. A file that cannot be read is discovered anew too, and one that cannot be written is not kept: the
-result is the same, only slower. Models that bring their own code are never kept.
+The cache is in LOWBIT_CACHE (or the user's cache folder), beside the rebuilt GGUF folders. A file that cannot be read
+or written costs time only. Models with their own code are never cached.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lowbit import __version__
 from lowbit.architecture.discover import discover
 from lowbit.architecture.structure import Architecture, Linear, Part, Placement
-from lowbit.checkpoint.gguf_folder import cache_root
+from lowbit.checkpoint.base import cache_root
+from lowbit.version import __version__
 
-# Every file whose change can change what is found.
+# Files that the result depends on.
 _SOURCES = ("table.py", "structure.py", "disk_layout.py", "discover.py", "cache.py")
 
 
 def discover_once(
     config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False
 ) -> Architecture:
-    """`discover`, or what it found last time for the same config.json."""
+    """`discover`, cached by config.json."""
     if trust_remote_code:
         return discover(config, folder, trust_remote_code, split_experts)
     path = cache_root() / "architecture" / f"{_key(config, split_experts)}.json"
@@ -54,7 +53,10 @@ def _key(config: dict[str, Any], split_experts: bool) -> str:
 def _from_json(kept: dict[str, Any]) -> Architecture:
     linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
     parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
-    layout = {name: _placement(row) for name, row in kept.pop("layout").items()}
+    layout = {
+        name: Placement(tuple(row["shape"]), tuple(Part(**part) for part in row["parts"]))
+        for name, row in kept.pop("layout").items()
+    }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
     blocks = tuple(kept.pop("blocks"))
     return Architecture(
@@ -62,12 +64,8 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     )
 
 
-def _placement(row: dict[str, Any]) -> Placement:
-    return Placement(tuple(row["shape"]), tuple(Part(**part) for part in row["parts"]))
-
-
 def _keep(path: Path, architecture: Architecture) -> None:
-    """Write beside, then rename: a reader sees a whole file or none."""
+    """Write a temporary file, then rename: a reader sees a complete file or none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent)

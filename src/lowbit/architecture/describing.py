@@ -1,11 +1,18 @@
-"""From an open checkpoint to its architecture and to the checkpoint under the architecture's names."""
+"""Open a model by its name, as a checkpoint under the names of its architecture."""
 
 from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.structure import Architecture
 from lowbit.architecture.view import canonical_view, holds_single_experts
-from lowbit.checkpoint.base import Checkpoint
+from lowbit.checkpoint import open_checkpoint, refuse_remote_code
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
+from lowbit.errors import CheckpointError
 
 
 def describe_checkpoint(
@@ -18,3 +25,37 @@ def describe_checkpoint(
     split = split_experts or holds_single_experts(checkpoint)
     architecture = discover_once(checkpoint.config(), str(checkpoint.folder), trust_remote_code, split)
     return architecture, canonical_view(checkpoint, architecture)
+
+
+def open_described(
+    model: str | Path, options: OpenOptions, split_experts: bool = False
+) -> tuple[Checkpoint, Architecture]:
+    """An open model under the names of its architecture; experts as `describe_checkpoint` has them.
+
+    CheckpointError where config.json quantizes a linear that the files hold in 16 bits: one of the two is wrong.
+    """
+    checkpoint = open_checkpoint(model, options)
+    refuse_remote_code(checkpoint.config(), checkpoint.source, options)
+    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts)
+    if not isinstance(checkpoint, CanReadCodes):
+        return checkpoint, architecture
+    for linear in architecture.linears.values():
+        weight = f"{linear.name}.weight"
+        if linear.block is None or weight in architecture.tied or linear.keep is not None:
+            continue
+        if not is_decoded(checkpoint, weight) and checkpoint.says_quantized(linear.name):
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json quantizes {linear.name}, but the files hold a plain {weight}",
+                "the model is quantized in part, or config.json is of another one; list the linear as ignored there",
+            )
+    return checkpoint, architecture
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The float dtype of a model: what config.json says, else what most of its weights have."""
+    config = checkpoint.config()
+    named = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    if named in ("bfloat16", "float16", "float32"):
+        return getattr(torch, named)
+    floats = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
+    return floats.most_common(1)[0][0] if floats else torch.bfloat16

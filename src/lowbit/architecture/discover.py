@@ -1,5 +1,5 @@
-"""A model's roles, discovered: transformers builds the model on the meta device (shapes, no weights), its own rules say
-how that lies on disk, and the family's row of the table names what was found.
+"""Discovery of an architecture: transformers builds the model on the meta device (shapes, no weights), its own rules
+give the layout on disk, and the family's row of the table gives the roles.
 
 Refused: a model type without a row, and a model whose decoder blocks hold a matrix that the row does not name: its role
 is unknown, and guessing which linears engines fuse writes checkpoints that load and talk nonsense.
@@ -62,9 +62,9 @@ def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool =
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return auto_class(parsed).from_config(parsed, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config can make somebody else's validators raise
+    except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(
-            f"{folder}: transformers cannot build a model from config.json: {_first_line(error)}",
+            f"{folder}: transformers cannot build a model from config.json: {' '.join(str(error).split())[:300]}",
             "check config.json, or upgrade transformers if the model is newer than it",
         ) from error
 
@@ -73,13 +73,9 @@ def auto_class(config: Any) -> Any:
     """transformers' factory for a config: causal language models, and those that see images as well."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sees_only = type(config) not in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if sees_only and type(config) in AutoModelForImageTextToText._model_mapping \
-        else AutoModelForCausalLM  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    text = type(config) in AutoModelForCausalLM._model_mapping
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -106,12 +102,8 @@ def describe(model: PreTrainedModel, family: Family, split_experts: bool = False
     moved = {name: place for name, place in layout.items() if [part.name for part in place.parts] != [name]}
     return Architecture(
         model.config.model_type, type(model).__name__, blocks, linears, parameters, tied, roles, moved,
-        family.spellings, _prediction_blocks(model),
+        family.spellings, int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
     )  # fmt: skip
-
-
-def _prediction_blocks(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
 
 
 def _stored(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, _Stored]:

@@ -1,11 +1,11 @@
-"""What transformers' parameters are called in files, and what of them is which stored tensor.
+"""The placement of transformers' parameters in files: stored names, and the part of a parameter that each one holds.
 
-transformers keeps the rules of every family as data (conversion_mapping.py): renamings, and converters that merge the
-experts of a block. They are read backwards here, from the parameter to the files:
+transformers has the rules of every family as data (conversion_mapping.py): renamings, and converters that merge the
+experts of a block. They are applied in reverse, from the parameter to the files:
 
     ".experts.*.w1.weight", ".experts.*.w3.weight"  ──MergeModulelist(0), Concatenate(1)──►  ".experts.gate_up_proj"
 
-Refused: a converter of any other kind, because what it does to a weight is not known.
+Refused: a converter of any other kind, whose effect on a weight is not known.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def disk_layout(model: PreTrainedModel, family: Family | None, split_experts: bo
         converted, pattern = apply_converters(name, converters)
         if pattern is None:
             stored = apply_renamings(name, renamings)
-            slices = _fused_slices(stored, family) if split_experts and family is not None else None
+            place = path_in_block(stored, family.blocks) if split_experts and family is not None else None
+            slices = None if place is None or family is None else family.fused_experts.get(place[1])
             parts = (Part(stored),) if slices is None else tuple(_sliced(row, stored, shape) for row in slices)
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
@@ -71,11 +72,6 @@ def _merged(name: str, shape: tuple[int, ...], converted: str, converter: Any) -
         f"not know",
         "the model is newer than lowbit, or transformers lays it out anew; please report it",
     )
-
-
-def _fused_slices(stored: str, family: Family) -> tuple[ExpertSlice, ...] | None:
-    found = path_in_block(stored, family.blocks)
-    return None if found is None else family.fused_experts.get(found[1])
 
 
 def _sliced(row: ExpertSlice, stored: str, shape: tuple[int, ...]) -> Part:

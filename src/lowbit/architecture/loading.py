@@ -1,9 +1,9 @@
-"""A checkpoint as a running transformers model: transformers' own classes, filled tensor by tensor.
+"""Load a checkpoint into a transformers model: transformers' own classes, filled tensor by tensor.
 
-The model is built without weights (parameters on the meta device; buffers that no file stores, such as rotary
-frequencies, are computed as the class computes them), then every stored tensor is read in slabs of rows straight into
-its place in a parameter, so there is never a second copy: the matrices of single experts are written into the rows of
-the fused parameter that transformers computes with. `disk_layout` knows the places. Tied parameters are read once.
+The model is built without weights (parameters on the meta device; the class computes buffers that no file stores, such
+as rotary frequencies). Then every stored tensor is read in slabs of rows into its place in a parameter, without a
+second copy: matrices of single experts go into the rows of transformers' fused parameter. `disk_layout` gives the
+places. Tied parameters are read once.
 
     parameter[expert].of(part)  [rows, K]  ←  checkpoint.read(stored name, slab of rows)
 
@@ -29,8 +29,7 @@ from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.table import FAMILIES
 from lowbit.architecture.view import canonical_view, holds_single_experts
-from lowbit.checkpoint.base import OpenOptions, is_decoded
-from lowbit.checkpoint.rows import row_slabs
+from lowbit.checkpoint.base import OpenOptions, is_decoded, row_slabs
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def load(
     device: str = "cpu",
     options: OpenOptions | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a model of any readable format as (transformers model, tokenizer); quantized weights come decoded."""
+    """Open a model of any readable format as (transformers model, tokenizer); quantized weights are decoded."""
     from lowbit.checkpoint import open_checkpoint
 
     options = options or OpenOptions()
@@ -75,7 +74,7 @@ def load_model(
 
 
 class Loader:
-    """A model whose parameters are filled, and dropped again, part by part: what does not fit in memory is run so.
+    """A model whose parameters are filled and dropped part by part, for models that do not fit in memory.
 
     model         on the meta device but for computed buffers, in evaluation mode
     checkpoint    under the names of the model's family
@@ -95,25 +94,28 @@ class Loader:
         self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
         _check_names(self.checkpoint, self.model, self._slots, self.architecture)
-        _move_computed_buffers(self.model, device)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     def fill(self, chosen: Callable[[str], bool]) -> None:
-        """Read every parameter with a name that is chosen; tied ones get the same Parameter."""
+        """Read every parameter with a chosen name; tied ones get the same Parameter."""
         for slot in self._slots:
             if any(chosen(name) for name in slot.names):
                 value = _filled(self.checkpoint, self.model, slot, self.dtype, self.device)
                 _put(self.model, slot.names, value)
 
     def drop(self, chosen: Callable[[str], bool]) -> None:
-        """Give the memory of every parameter with a name that is chosen back."""
+        """Free every parameter with a chosen name."""
         for slot in self._slots:
             if any(chosen(name) for name in slot.names):
                 _put(self.model, slot.names, torch.empty(slot.shape, dtype=self.dtype, device="meta"))
 
     def put(self, values: dict[str, Tensor], find: Callable[[str], Tensor] | None = None) -> None:
-        """Other values for stored tensors whose parameters are filled, by their stored names; shapes as stored.
+        """Replace values in filled parameters, by stored names and with stored shapes.
 
-        find  parameter name → where to put them, if not into the model itself
+        find  parameter name → tensor to write to; by default the model's parameter
         """
         find = self.model.get_parameter if find is None else find
         for slot in self._slots:
@@ -131,7 +133,7 @@ def match(
 ) -> tuple[Checkpoint, dict[str, Placement], Architecture | None]:
     """(the checkpoint under the names of the model's family, transformers parameter → placement in it, architecture).
 
-    A model type that the table does not know is read by transformers' rules alone, and has no architecture.
+    A model type without a row in the table is read by transformers' rules alone; its architecture is None.
     """
     family = FAMILIES.get(str(model.config.model_type))
     if family is None:
@@ -142,7 +144,7 @@ def match(
 
 
 def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
-    """Linear → name of its module in a transformers model; without those that lie in a fused parameter."""
+    """Linear → name of its module in a transformers model; without linears in a fused parameter."""
     names = {}
     for parameter, placement in disk_layout(model, FAMILIES.get(architecture.model_type)).items():
         part = placement.parts[0]
@@ -180,7 +182,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOption
     """The model of config.json with parameters on the meta device and real buffers."""
     from transformers import AutoConfig, GenerationConfig
 
-    from lowbit.checkpoint.trust import refuse_remote_code
+    from lowbit.checkpoint.base import refuse_remote_code
 
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
     trust = options.trust_remote_code
@@ -249,7 +251,7 @@ def _slots(model: PreTrainedModel, layout: dict[str, Placement], checkpoint: Che
 
 
 def _sources(name: str, placement: Placement, checkpoint: Checkpoint) -> list[tuple[str, Part, int | None]]:
-    """What fills a parameter; the parameter itself where the file has it under transformers' own name."""
+    """The stored tensors of a parameter; the parameter itself where the file has it under transformers' own name."""
     pieces = list(placement.pieces())
     if name in checkpoint.tensors and not any(stored in checkpoint.tensors for stored, _, _ in pieces):
         return [(name, Part(name), None)]
@@ -295,7 +297,7 @@ def _check_names(
 def _is_passed_over(
     name: str, checkpoint: Checkpoint, model: PreTrainedModel, architecture: Architecture | None
 ) -> bool:
-    """Names that the model rightly has no place for."""
+    """True for tensors that the model correctly has no parameter for."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if COMPUTED_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in ignored):
         return True
@@ -320,29 +322,29 @@ def _some(names: list[str]) -> str:
 
 
 def _filled(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, dtype: torch.dtype, device: str) -> Tensor:
-    """The parameter in memory of our own, of `dtype` if it is a float."""
+    """The parameter, read into new memory; floats in `dtype`."""
     whole = [source for source in slot.sources if all(name in checkpoint.tensors for name, _, _ in source)]
     stored = checkpoint.tensors[whole[0][0][0]].dtype
     if stored.is_floating_point:
-        stored = torch.float32 if _stays_float32(slot.names[0], model) else dtype
+        # transformers keeps some parameters in float32 whatever the model's dtype (the balance of DeepSeek's routers)
+        kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        stays = any(re.search(rf"(^|\.){module}($|\.)", slot.names[0]) for module in kept)
+        stored = torch.float32 if stays else dtype
     value = torch.empty(slot.shape, dtype=stored, device=device)
     for name, part, expert in whole[0]:
         place = part.of(value if expert is None else value[expert])
-        _fill(checkpoint, name, place.t() if _lies_transposed(checkpoint, model, slot, name) else place)
-    for other in whole[1:]:
-        _check_equal(checkpoint, whole[0][0][0], other[0][0], value)
+        place = place.t() if _lies_transposed(checkpoint, model, slot, name) else place
+        for rows, slab in _slabs(checkpoint, name, tuple(place.shape)):
+            place[rows] = slab.to(device=place.device, dtype=place.dtype)
+    for (other, _, _), *_ in whole[1:]:
+        for rows, slab in _slabs(checkpoint, other, tuple(value.shape)):
+            if not torch.equal(value[rows], slab.to(device=value.device, dtype=value.dtype)):
+                raise CheckpointError(
+                    f"{checkpoint.source}: config.json ties {other} to {whole[0][0][0]}, but the file stores two "
+                    f"different tensors",
+                    'set "tie_word_embeddings": false in config.json if both are meant, or remove one of them',
+                )
     return value
-
-
-def _stays_float32(name: str, model: PreTrainedModel) -> bool:
-    """transformers keeps some parameters in float32 whatever the model's dtype (the balance of DeepSeek's routers)."""
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    return any(re.search(rf"(^|\.){module}($|\.)", name) for module in kept)
-
-
-def _fill(checkpoint: Checkpoint, name: str, place: Tensor) -> None:
-    for rows, slab in _slabs(checkpoint, name, tuple(place.shape)):
-        place[rows] = slab.to(device=place.device, dtype=place.dtype)
 
 
 def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Any, Tensor]]:
@@ -355,15 +357,6 @@ def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
         checkpoint.release(name)
 
 
-def _check_equal(checkpoint: Checkpoint, kept: str, other: str, value: Tensor) -> None:
-    for rows, slab in _slabs(checkpoint, other, tuple(value.shape)):
-        if not torch.equal(value[rows], slab.to(device=value.device, dtype=value.dtype)):
-            raise CheckpointError(
-                f"{checkpoint.source}: config.json ties {other} to {kept}, but the file stores two different tensors",
-                'set "tie_word_embeddings": false in config.json if both are meant, or remove one of them',
-            )
-
-
 def _put(model: nn.Module, names: list[str], value: Tensor) -> None:
     """Put the tensor under its names; tied ones get the same Parameter."""
     parameter = nn.Parameter(value, requires_grad=False)
@@ -374,10 +367,3 @@ def _put(model: nn.Module, names: list[str], value: Tensor) -> None:
             owner._buffers[leaf] = parameter.data
         else:
             owner._parameters[leaf] = parameter
-
-
-def _move_computed_buffers(model: nn.Module, device: str) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)

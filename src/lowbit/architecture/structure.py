@@ -1,9 +1,8 @@
-"""The nouns of this stage: `Architecture`, what every tensor of a model is for, and `Placement`, where transformers
-keeps what files store.
+"""`Architecture`, the roles of a model's tensors, and `Placement`, the stored tensors inside a transformers parameter.
 
-An architecture describes the model as it lies on disk: the names of the hub, which vLLM expects too. transformers 5
-renames and fuses while it loads (vision-language models get other prefixes, the experts of a block become two 3-D
-parameters). A `Placement` says what of a transformers parameter is which stored tensor:
+An architecture describes the files: it uses the names of the hub, which vLLM expects too. transformers 5 renames and
+fuses while it loads (vision-language models get other prefixes, the experts of a block become two 3-D parameters). A
+`Placement` maps parts of a transformers parameter to stored tensors:
 
     parameter [E, 2I, H] "model.layers.0.mlp.experts.gate_up_proj"
         rows 0..I   of [e]   "model.layers.0.mlp.experts.{e}.gate_proj.weight"  [I, H]
@@ -22,20 +21,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Old checkpoints store these; today's classes compute them.
+# Old checkpoints store these; current classes compute them.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer. `name` is the module's as the files have it; its weight is `name + ".weight"`.
+    """One linear layer. `name` is its module in the files; its weight is `name + ".weight"`.
 
     shape       [out_features, in_features], also where the file stores the transpose
-    reads, fused, fed_by   full names: model.layers.3.attention_input, model.layers.3.self_attn.qkv_proj,
-                model.layers.3.input_layernorm; None outside decoder blocks, and where there is no such thing
+    reads, fused, fed_by   full names of its input, fused set and preceding norm: model.layers.3.attention_input,
+                model.layers.3.self_attn.qkv_proj, model.layers.3.input_layernorm; None outside decoder blocks
     transposed  the file stores the 16-bit weight as [in_features, out_features] (Conv1D of GPT-2)
-    expert      number of the expert it belongs to
-    keep        why it stays in 16 bits whatever the user asks for; None where it may be quantized
+    expert      number of its expert
+    keep        why it always stays in 16 bits; None where it may be quantized
     """
 
     name: str
@@ -53,10 +52,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor inside a parameter, or one per expert where `name` holds a "*".
+    """One stored tensor inside a parameter, or one per expert if `name` contains "*".
 
     start, step, rows   rows start, start + step, … (`rows` of them) of the parameter, or of parameter[expert]
-    transposed          the matrix is turned round before its rows are counted
+    transposed          the matrix is transposed before its rows are counted
     """
 
     name: str
@@ -74,7 +73,7 @@ class Part:
         return not self.per_expert and self.rows is None
 
     def of(self, values: Tensor) -> Tensor:
-        """The view of this part; `values` is the parameter, or that of one expert."""
+        """The view of this part in `values`, the parameter (of one expert)."""
         if self.transposed:
             values = values.t()
         return values if self.rows is None else values[self.start : self.start + self.rows * self.step : self.step]
@@ -88,13 +87,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter of the transformers model: its shape, and the stored tensors that make it up."""
+    """A parameter of the transformers model: its shape and its stored tensors."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
     def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
-        """(stored name, part, expert) of everything in it."""
+        """(stored name, part, expert) of every stored tensor in it."""
         for part in self.parts:
             if part.per_expert:
                 for expert in range(self.shape[0]):
@@ -108,13 +107,12 @@ class Architecture:
     """model_type, class_name: as in config.json
     blocks       names of the decoder blocks, in order
     linears      name → Linear: those of the decoder blocks first, block by block, then the others in model order
-    parameters   every parameter and persistent buffer: name → stored shape, tied ones once, under the name that is
-                 stored
-    tied         name → the stored name it shares memory with
-    roles        role of every parameter in `parameters`: linear roles, "norm", "embedding", "bias", "experts", "other"
-    layout       name of a transformers parameter → its placement, of those that lie elsewhere than under their own name
-    spellings    (found, canonical): beginnings of names that some files spell differently
-    prediction_blocks   how many blocks for multi-token prediction stand behind the others in the files (MTP,
+    parameters   name → stored shape of every parameter and persistent buffer; tied ones once, under the stored name
+    tied         name → the stored name that it shares memory with
+    roles        role of every entry of `parameters`: linear roles, "norm", "embedding", "bias", "experts", "other"
+    layout       transformers parameter → placement, where files use other names or parts
+    spellings    (found, canonical): prefixes of names that some files spell differently
+    prediction_blocks   number of blocks for multi-token prediction behind the others in the files (MTP,
                  num_nextn_predict_layers); transformers does not build them
     """
 
@@ -131,7 +129,7 @@ class Architecture:
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:
-        """Fused name → the linears that engines put into it: one scheme, and one range where a scale spans it."""
+        """Fused name → its linears: one scheme, and one range where a scale spans the whole tensor."""
         sets: dict[str, list[str]] = {}
         for linear in self.linears.values():
             if linear.fused is not None:
@@ -140,7 +138,7 @@ class Architecture:
 
     @cached_property
     def expert_sets(self) -> dict[str, tuple[str, ...]]:
-        """ "model.layers.3.mlp.experts" → the linears of all its experts, which engines stack: one scheme."""
+        """ "model.layers.3.mlp.experts" → the linears of all its experts, which engines stack, with one scheme."""
         sets: dict[str, list[str]] = {}
         for linear in self.linears.values():
             if linear.expert is not None:
@@ -148,7 +146,7 @@ class Architecture:
         return {name: tuple(members) for name, members in sets.items()}
 
     def block_of(self, name: str) -> int | None:
-        """Index of the decoder block that a parameter belongs to; of a multi-token prediction block too."""
+        """Index of a parameter's decoder block or multi-token prediction block; None outside blocks."""
         prefix = self.blocks[0].rsplit(".", 1)[0] + "." if self.blocks else "\0"
         if not name.startswith(prefix):
             return None
@@ -161,6 +159,6 @@ class Architecture:
         return block is not None and len(self.blocks) <= block < len(self.blocks) + self.prediction_blocks
 
     def stands_beside(self, name: str) -> bool:
-        """True for a stored tensor that is no parameter and yet belongs there: part of a block for multi-token
-        prediction, or a buffer that old files store and today's classes compute."""
+        """True for stored tensors that are no parameters but belong to the model: parts of a block for multi-token
+        prediction, and buffers that old files store and current classes compute."""
         return self.predicts(name) or COMPUTED_BUFFERS.search(name) is not None

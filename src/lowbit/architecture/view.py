@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Architecture, Part
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, TensorInfo
-from lowbit.checkpoint.rows import find_tensor, row_range
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, TensorInfo, find_tensor, row_range
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def canonical_view(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
-    """The checkpoint under the architecture's names; the checkpoint itself where it has them already."""
+    """The checkpoint under the architecture's names; the same object if it has these names already."""
     sources: dict[str, _Source] = {}
     for name, info in checkpoint.tensors.items():
         for canonical, source in _canonical(info, architecture):
@@ -59,13 +58,13 @@ def canonical_view(checkpoint: Checkpoint, architecture: Architecture) -> Checkp
 
 
 def holds_single_experts(checkpoint: Checkpoint) -> bool:
-    """True where every expert has tensors of its own: what `split_experts` should be for these files."""
+    """True if every expert has its own tensors: the value of `split_experts` for these files."""
     return any(".experts.0." in name for name in checkpoint.tensors)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a canonical tensor lies: a stored tensor, or a part of it (of one expert)."""
+    """The source of a canonical tensor: a stored tensor, or a part of it (of one expert)."""
 
     name: str
     part: Part | None = None
@@ -78,7 +77,13 @@ def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[s
     known = name in architecture.parameters or name in architecture.tied
     placement = None if known else architecture.layout.get(name)
     if placement is None:
-        yield name if known else _respelled(name, architecture), _Source(name)
+        canonical = name
+        for prefix, spelled in () if known else architecture.spellings:
+            other = spelled + name.removeprefix(prefix)
+            if name.startswith(prefix) and (other in architecture.parameters or other in architecture.tied):
+                canonical = other
+                break
+        yield canonical, _Source(name)
     elif all(part.whole and not part.transposed for part in placement.parts):
         yield placement.parts[0].name, _Source(name)
     else:
@@ -92,14 +97,6 @@ def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[s
             yield canonical, _Source(name, part, expert)
 
 
-def _respelled(name: str, architecture: Architecture) -> str:
-    for found, canonical in architecture.spellings:
-        other = canonical + name.removeprefix(found)
-        if name.startswith(found) and (other in architecture.parameters or other in architecture.tied):
-            return other
-    return name
-
-
 class _View:
     """See the module docstring; `tensors` are the canonical ones."""
 
@@ -107,7 +104,13 @@ class _View:
         self.stored, self.sources = stored, sources
         self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
         self.notes = list(stored.notes)
-        self.tensors = {name: _info(name, source, stored) for name, source in sources.items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, source in sources.items():
+            info = stored.tensors[source.name]
+            if source.part is not None:
+                shape = source.part.shape_in(tuple(info.shape))
+                info = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
+            self.tensors[name] = replace(info, name=name)
 
     @property
     def folder(self) -> Path:
@@ -139,7 +142,7 @@ class _View:
 
 
 class _CodesView(_View):
-    """A view of a checkpoint that can show codes (`CanReadCodes`)."""
+    """A view of a checkpoint that `CanReadCodes`."""
 
     def __init__(self, stored: Any, sources: dict[str, _Source]):
         super().__init__(stored, sources)
@@ -171,11 +174,3 @@ class _CodesView(_View):
     def says_quantized(self, linear: str) -> bool:
         source = self.sources.get(f"{linear}.weight")
         return self._codes.says_quantized(linear if source is None else source.name.removesuffix(".weight"))
-
-
-def _info(name: str, source: _Source, stored: Checkpoint) -> TensorInfo:
-    info = stored.tensors[source.name]
-    if source.part is None:
-        return replace(info, name=name)
-    shape = source.part.shape_in(tuple(info.shape))
-    return replace(info, name=name, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)

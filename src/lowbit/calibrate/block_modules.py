@@ -1,28 +1,45 @@
-"""The decoder blocks of a transformers model, and where the inputs of their linears can be seen."""
+"""The decoder blocks of a transformers model, and the modules whose inputs are observed.
+
+Experts that transformers computes in one fused operation run expert by expert (`run_experts`), so that the inputs of
+each are seen. transformers keeps the experts of a block in three-dimensional parameters and describes the class
+uniformly (integrations/moe.py, `use_experts_implementation`); `run_experts` follows that description:
+
+    x = tokens routed to expert e
+    h = gate(x · W_gate_up[e] + b)        `_apply_gate`, or `act_fn` without a gate
+    y = h · W_down[e] + b                 then `post_expert_norm` if it has one
+    out[token] += routing weight · y
+
+Weights are [E, out, in], or [E, in, out] if the class says `is_transposed`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.architecture.structure import Linear, Placement
-from lowbit.calibrate.experts import is_described, run_experts
 from lowbit.errors import ArchitectureError
+
+# Called with (expert, which input, x [tokens routed to it, K]).
+Look = Callable[[int, Literal["input", "hidden"], Tensor], None]
+# Attributes by which a module of fused experts describes its computation.
+DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "down_proj")
 
 
 @dataclass(frozen=True)
 class BlockInput:
     """One distinct input of a block.
 
-    name     as the table of families has it: model.layers.3.attention_input
-    linears  those that read it, in the order of the table; all of one expert, or of none
-    expert   its number, of the input of an expert
+    name     from the table of families: model.layers.3.attention_input
+    linears  its readers, in the order of the table; all of one expert, or of none
+    expert   index of that expert
     """
 
     name: str
@@ -34,14 +51,14 @@ class BlockInput:
 
 
 class BlockVisitor(Protocol):
-    """Who looks. Called in order: every input of a block for every batch of windows, then `finish`, block by block."""
+    """An observer: called with every input of a block for every batch of windows, then `finish`, block by block."""
 
     def look(self, source: BlockInput, x: Tensor) -> None:
-        """x [tokens, K] in the compute dtype: what the linears of `source` multiply. Experts see their tokens only."""
+        """x [tokens, K] in the compute dtype: the input of `source`; for an expert, the tokens routed to it."""
         ...
 
     def finish(self, block: int) -> None:
-        """All windows have gone through the block; its weights are still there."""
+        """All windows went through the block; its weights are still loaded."""
         ...
 
 
@@ -49,8 +66,8 @@ class BlockVisitor(Protocol):
 class Block:
     """A decoder block. Paths are relative to it.
 
-    inputs   path of a module whose input is seen → what that is
-    experts  path of fused experts → (expert, "input" or "hidden") → what that is
+    inputs   path of the observed module → its input
+    experts  path of fused experts → (expert, "input" or "hidden") → input
     """
 
     name: str
@@ -64,23 +81,19 @@ class Block:
 
 
 class AllSeen(Exception):
-    """Everything that was to be seen has been seen; the rest of the block need not be computed."""
+    """All requested inputs were seen; the rest of the block need not run."""
 
 
 @contextmanager
 def observed(
-    block: Block,
-    module: nn.Module,
-    visitor: BlockVisitor,
-    only: tuple[BlockInput, ...] | None = None,
-    stops: bool = False,
-    all_experts: bool = False,
-) -> Iterator[None]:
+    block: Block, module: nn.Module, visitor: BlockVisitor, only: tuple[BlockInput, ...] | None = None,
+    stops: bool = False, all_experts: bool = False,
+) -> Iterator[None]:  # fmt: skip
     """Inside, the visitor sees the inputs of the block when `module`, the block or a copy, runs.
 
-    only         these inputs and no others
-    stops        the run ends in `AllSeen` once all of `only` were seen, unless some are of experts
-    all_experts  every expert is shown every token, whoever it is routed to
+    only         observe these inputs alone
+    stops        end the run with `AllSeen` once all of `only` were seen, unless experts are among them
+    all_experts  show every token to every expert, whatever the router chose
     """
     wanted = None if only is None else {source.name for source in only}
     remaining: set[str] = set()
@@ -93,6 +106,9 @@ def observed(
             remaining.update(wanted or ())
             raise AllSeen
 
+    def look_at(sources: dict[tuple[int, str], BlockInput]) -> Look:
+        return lambda expert, which, x: visitor.look(sources[expert, which], x)
+
     with ExitStack() as stack:
         for path, source in block.inputs.items():
             if wanted is None or source.name in wanted:
@@ -102,24 +118,13 @@ def observed(
         for path, sources in block.experts.items():
             if wanted is None or any(source.name in wanted for source in sources.values()):
                 experts = module.get_submodule(path)
-                seen = partial(_look_at_expert, sources, visitor)
-                experts.forward = partial(run_experts, experts, seen, all_tokens=all_experts)
+                experts.forward = partial(run_experts, experts, look_at(sources), all_tokens=all_experts)
                 stack.callback(delattr, experts, "forward")
         yield
 
 
-def _look_at_expert(
-    sources: dict[tuple[int, str], BlockInput],
-    visitor: BlockVisitor,
-    expert: int,
-    which: Literal["input", "hidden"],
-    x: Tensor,
-) -> None:
-    visitor.look(sources[expert, which], x)
-
-
 def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, Placement], count: int) -> list[Block]:
-    """The decoder blocks as transformers has them, and where the inputs of their linears can be seen."""
+    """The decoder blocks in order, with the modules whose inputs to observe."""
     shared: dict[str, list[Linear]] = {}
     for linear in linears.values():
         if linear.reads is not None:
@@ -138,7 +143,12 @@ def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, 
             source = inputs[linear.reads]
             if expert is not None:
                 which = "hidden" if parameter.endswith(".down_proj") else "input"
-                _refuse_undescribed(model.get_submodule(owner), linear)
+                experts = model.get_submodule(owner)
+                if not all(hasattr(experts, name) for name in DESCRIPTION):
+                    raise ArchitectureError(
+                        f"{linear.name} runs inside {type(experts).__name__}, a fused operation of transformers that "
+                        f"does not describe its computation; its input cannot be measured"
+                    )
                 block.experts.setdefault(path, {})[expert, which] = source
             elif part.whole and source.name not in seen:
                 block.inputs[path] = source
@@ -147,7 +157,7 @@ def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, 
 
 
 def _block_around(model: nn.Module, parameter: str, index: int) -> Block:
-    """The block that a parameter lies in: the first number in its name that is the block's, in a list of modules."""
+    """The block that holds a parameter: entry `index` of the first ModuleList on its path with such an entry."""
     for match in re.finditer(rf"\.{index}(?=\.)", parameter):
         if isinstance(model.get_submodule(parameter[: match.start()]), nn.ModuleList):
             name = parameter[: match.end()]
@@ -155,9 +165,50 @@ def _block_around(model: nn.Module, parameter: str, index: int) -> Block:
     raise ArchitectureError(f"{parameter} lies in no list of decoder blocks")
 
 
-def _refuse_undescribed(experts: nn.Module, linear: Linear) -> None:
-    if not is_described(experts):
-        raise ArchitectureError(
-            f"{linear.name} runs inside {type(experts).__name__}, an operation of transformers that does not say how "
-            f"it computes; its input cannot be measured"
-        )
+def run_experts(
+    experts: Any, look: Look, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+    all_tokens: bool = False,
+) -> Tensor:  # fmt: skip
+    """The output of `experts`, [tokens, H], for tokens [tokens, H], chosen experts and routing weights [tokens, k].
+
+    all_tokens  show `look` every token for every expert; the output stays the same
+    """
+    chosen = top_k_index.reshape(-1)
+    order = torch.argsort(chosen, stable=True)
+    tokens = order // top_k_index.shape[1]
+    weights = top_k_weights.reshape(-1)[order, None]
+    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    first_bias = _bias(experts, "gate_up_proj" if experts.has_gate else "up_proj")
+    down_bias = _bias(experts, "down_proj")
+    out = torch.zeros_like(hidden_states)
+    stop = 0
+    for expert, count in enumerate(torch.bincount(chosen, minlength=first.shape[0]).tolist()):
+        start, stop = stop, stop + count
+        if all_tokens:
+            every = _linear(experts, hidden_states, first[expert], first_bias, expert)
+            look(expert, "input", hidden_states)
+            look(expert, "hidden", experts._apply_gate(every) if experts.has_gate else experts.act_fn(every))
+        if not count:
+            continue
+        rows = tokens[start:stop]
+        x = hidden_states[rows]
+        if not all_tokens:
+            look(expert, "input", x)
+        inner = _linear(experts, x, first[expert], first_bias, expert)
+        h = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        if not all_tokens:
+            look(expert, "hidden", h)
+        y = _linear(experts, h, experts.down_proj[expert], down_bias, expert)
+        if experts.has_post_expert_norm:
+            y = experts.post_expert_norm(y)
+        out.index_add_(0, rows, (y * weights[start:stop]).to(out.dtype))
+    return out
+
+
+def _linear(experts: Any, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    y = x @ (weight if experts.is_transposed else weight.t())
+    return y if bias is None else y + bias[expert]
+
+
+def _bias(experts: Any, parameter: str) -> Tensor | None:
+    return getattr(experts, f"{parameter}_bias") if experts.has_bias else None

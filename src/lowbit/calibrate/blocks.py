@@ -1,19 +1,15 @@
-"""Forward passes with one decoder block in memory at a time, and somebody looking at the inputs of its linears.
+"""Forward passes with one decoder block in memory at a time, while a visitor observes the inputs of its linears.
 
-The model is transformers' own, on the meta device. Its decoder runs with stand-ins in place of the blocks, which gives
-the embedded tokens and the arguments that each block is called with (masks and positions differ between full and
-sliding attention). Then
+The model is transformers' own, on the meta device. Its decoder first runs with stubs for the blocks, which captures the
+embedded tokens and the arguments of each block (masks and positions differ between full and sliding attention). Then
 
     for each block:  read its weights · run all windows through it · drop its weights
 
-with the hidden states of all windows kept between blocks. What it takes is therefore: one block in the compute dtype,
-once the embeddings, and the hidden states, which go to a file above a bound (`HiddenStates`).
+Memory holds one block in the compute dtype, once the embeddings, and the hidden states of all windows, which go to a
+file above a bound (`HiddenStates`). `run` does all of this; the calibrated loop, which rewrites weights on the way,
+calls the steps itself: `embed`, then `load`, `forward`, `put` and `drop` for each block.
 
-`run` does all of that. Who rewrites weights on the way (`lowbit.blockwise`) takes the steps one by one: `embed`, then
-`load`, `forward`, `put` and `drop` for each block.
-
-Linears that read the same input (q, k and v) are seen as one `BlockInput`. The experts of a block, which transformers
-computes in one fused operation, are run one by one (`experts.py`) and have inputs of their own.
+Linears that read the same input (q, k and v) share one `BlockInput`; experts run one by one and have their own.
 
 Refused: a model type without a row in the table of families, experts that do not describe themselves, and blocks whose
 arguments depend on the tokens (they are captured once per batch size).
@@ -22,6 +18,7 @@ arguments depend on the tokens (they are captured once per batch size).
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,22 +33,45 @@ from lowbit.architecture.discover import describe, find_family
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.loading import Loader, module_names
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, find_blocks, observed
-from lowbit.calibrate.hidden_states import HiddenStates
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
-from lowbit.errors import ArchitectureError
+from lowbit.errors import ArchitectureError, OutputError
 
-__all__ = ["BATCH_TOKENS", "MAX_MEMORY", "Block", "BlockInput", "BlockRunner", "BlockVisitor", "Progress", "batches_of"]
-
-# Tokens that go through a block at once: enough for the matrix products, few enough for the caches.
+# Tokens per batch: enough for efficient matrix products, few enough for the caches.
 BATCH_TOKENS = 2048
 MAX_MEMORY = 1 << 30
 
 Progress = Callable[[str, int, int], None]
 
 
+class HiddenStates:
+    """The activations between two decoder blocks, for every window of a text.
+
+    values   [windows, tokens, width], read and written in place
+    spilled  True if they exceed `max_memory` bytes and lie in a mapped, unnamed temporary file (under TMPDIR), of which
+             nothing is left however the run ends
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, max_memory: int):
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.spilled = nbytes > max_memory
+        self.values: Tensor = _mapped(shape, dtype, nbytes) if self.spilled else torch.empty(shape, dtype=dtype)
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+    try:
+        with tempfile.NamedTemporaryFile(prefix="lowbit-hidden-") as file:
+            file.truncate(nbytes)
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(
+            f"{nbytes / 1e9:.1f} GB of hidden states cannot be put into {tempfile.gettempdir()}: {error}",
+            "name a larger disk with TMPDIR, allow more memory, or take fewer samples",
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Call:
-    """How a block is called, but for the hidden states."""
+    """The arguments of a block, without the hidden states."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -65,20 +85,16 @@ class BlockRunner:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        options: OpenOptions | None = None,
-        max_memory: int = MAX_MEMORY,
-    ):
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu",
+        options: OpenOptions | None = None, max_memory: int = MAX_MEMORY,
+    ):  # fmt: skip
         family = find_family(checkpoint.config(), checkpoint.source)
         self._loader = Loader(checkpoint, dtype, device, options)
         self.dtype, self.device, self._max_memory = dtype, device, max_memory
         self._returns_tuples = False
         self._calls: dict[int, list[_Call]] = {}
         self.model = self._loader.model
-        # One by one, also where the files store experts fused: whoever looks wants each one's inputs.
+        # Split fused experts too: every expert has inputs of its own.
         self.architecture = describe(self.model, family, split_experts=True)
         layout = disk_layout(self.model, family, split_experts=True)
         self.blocks = find_blocks(self.model, self.architecture.linears, layout, len(self.architecture.blocks))
@@ -89,7 +105,7 @@ class BlockRunner:
         return [source for block in self.blocks for source in block.all_inputs]
 
     def run(self, ids: Tensor, visitor: BlockVisitor | None, progress: Progress | None = None) -> HiddenStates:
-        """Run windows, int64 [windows, tokens], through all blocks; the hidden states behind the last one."""
+        """Run windows, int64 [windows, tokens], through all blocks; returns the last hidden states."""
         total = len(self.blocks) * len(ids)
         with torch.inference_mode():
             states = self.embed(ids)
@@ -106,10 +122,10 @@ class BlockRunner:
         return states
 
     def embed(self, ids: Tensor) -> HiddenStates:
-        """What the first block is given; also finds how each block is called, which `forward` needs."""
+        """The input of the first block; also captures the arguments of every block, which `forward` needs."""
         self._loader.fill(self._is_outside)
         states = None
-        with torch.no_grad():  # what is captured may meet gradients later (sign-SGD)
+        with torch.no_grad():  # not inference mode: sign-SGD runs the captured arguments with gradients
             for batch in batches_of(ids):
                 hidden, found = self._capture(ids[batch])
                 if states is None:
@@ -126,27 +142,29 @@ class BlockRunner:
         return states
 
     def new_states(self, shape: tuple[int, int, int]) -> HiddenStates:
-        """Room for [windows, tokens, width] in the compute dtype."""
+        """Uninitialised [windows, tokens, width] in the compute dtype."""
         return HiddenStates(shape, self.dtype, self._max_memory)
 
     def has_room(self, shape: tuple[int, int, int]) -> bool:
-        """True where [windows, tokens, width] in the compute dtype would lie in memory."""
+        """True if [windows, tokens, width] in the compute dtype would stay in memory."""
         return math.prod(shape) * self.dtype.itemsize <= self._max_memory
 
     def load(self, index: int) -> None:
         """Read the weights of a block."""
-        self._loader.fill(_below(self.blocks[index].name))
+        prefix = self.blocks[index].name + "."
+        self._loader.fill(lambda parameter: parameter.startswith(prefix))
 
     def drop(self, index: int) -> None:
-        """Give the memory of its weights back."""
-        self._loader.drop(_below(self.blocks[index].name))
+        """Free the weights of a block."""
+        prefix = self.blocks[index].name + "."
+        self._loader.drop(lambda parameter: parameter.startswith(prefix))
 
     def put(self, values: dict[str, Tensor]) -> None:
-        """Other values for stored tensors of a loaded block, by their stored names, in the file's orientation."""
+        """Replace stored tensors of a loaded block, by stored name, in the file's orientation."""
         self._loader.put(values)
 
     def put_into(self, copy: nn.Module, index: int, values: dict[str, Tensor]) -> None:
-        """The same into a copy of a block's module."""
+        """The same for a copy of a block's module."""
         prefix = self.blocks[index].name + "."
         self._loader.put(values, lambda name: copy.get_parameter(name.removeprefix(prefix)))
 
@@ -157,8 +175,8 @@ class BlockRunner:
         return module if isinstance(module, nn.Linear) else None
 
     def forward(self, index: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """What a loaded block, or a copy of its module, makes of some windows [windows, tokens, H]."""
-        if len(x) not in self._calls:  # in pieces of sizes that are known; 1 always is
+        """The output of a loaded block, or of a copy of its module, for windows [windows, tokens, H]."""
+        if len(x) not in self._calls:  # split into known batch sizes; 1 always is
             size = max(known for known in self._calls if known < len(x))
             return torch.cat([self.forward(index, x[:size], module), self.forward(index, x[size:], module)])
         call = self._calls[len(x)][index]
@@ -168,19 +186,31 @@ class BlockRunner:
         return output[0] if isinstance(output, tuple) else output
 
     def head_inputs(self, ids: Tensor, states: HiddenStates) -> Iterator[Tensor]:
-        """What the output head multiplies, [tokens, H] of some windows at a time; `states` come from `run`."""
+        """The input of the output head, [tokens, H] for a batch of windows at a time; `states` come from `run`."""
         self._loader.fill(self._is_outside)
         with torch.inference_mode():
             for batch in batches_of(ids):
                 behind = states.values[batch].to(self.device)
-                # The decoder takes from the last block what it puts behind it; the others need not compute anything.
-                with _standing_in(self.blocks, lambda index, call, behind=behind: self._as_returned(behind)):
+                # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
+                returned = (behind,) if self._returns_tuples else behind
+                with _standing_in(self.blocks, lambda index, call, returned=returned: returned):
                     out = self._decoder(input_ids=ids[batch].to(self.device), use_cache=False)
                 yield out.last_hidden_state.reshape(-1, out.last_hidden_state.shape[-1])
         self._loader.drop(self._is_outside)
 
+    def through_last_norm(self, ids: Tensor, states: HiddenStates) -> HiddenStates:
+        """`head_inputs` of all windows, [windows, T, H], written over `states` unless their width differs (OPT)."""
+        kept, start, tokens = states, 0, ids.shape[1]
+        for x in self.head_inputs(ids, states):
+            if start == 0 and x.shape[-1] != states.values.shape[2]:
+                kept = self.new_states((len(ids), tokens, x.shape[-1]))
+            stop = start + len(x) // tokens
+            kept.values[start:stop] = x.reshape(stop - start, tokens, -1)
+            start = stop
+        return kept
+
     def _capture(self, ids: Tensor) -> tuple[Tensor, list[_Call]]:
-        """(what the first block is given, how each block is called)."""
+        """(input of the first block, arguments of each block)."""
         first: list[Tensor] = []
         calls: list[_Call] = []
 
@@ -200,17 +230,14 @@ class BlockRunner:
         raise ArchitectureError(f"{type(self.model).__name__} does not run its decoder blocks one after another")
 
     def _is_outside(self, name: str) -> bool:
-        """Parameters of the decoder that are in no block: embeddings and norms."""
+        """True for parameters of the decoder outside its blocks: embeddings and norms."""
         decoder = self.blocks[0].name.rsplit(".", 2)[0] + "."
         blocks = self.blocks[0].name.rpartition(".")[0] + "."
         return name.startswith(decoder) and not name.startswith(blocks)
 
-    def _as_returned(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuples else hidden
-
 
 class _Captured(Exception):
-    """Everything that was wanted of a forward pass is known."""
+    """All block arguments are captured; ends the forward pass."""
 
 
 def batches_of(ids: Tensor) -> list[slice]:
@@ -218,10 +245,6 @@ def batches_of(ids: Tensor) -> list[slice]:
     windows, tokens = ids.shape[:2]
     step = max(1, BATCH_TOKENS // tokens)
     return [slice(start, min(start + step, windows)) for start in range(0, windows, step)]
-
-
-def _below(name: str) -> Callable[[str], bool]:
-    return lambda parameter: parameter.startswith(name + ".")
 
 
 @contextmanager
@@ -237,9 +260,9 @@ def _standing_in(blocks: list[Block], stand_in: Callable[[int, Any], Any]) -> It
 
 
 def _check_same(calls: list[_Call], others: list[_Call], model: str) -> None:
-    """ArchitectureError where what blocks are given beside the hidden states depends on the tokens."""
+    """ArchitectureError if arguments other than the hidden states depend on the tokens."""
     for call, other in zip(calls, others, strict=True):
         leaves, other_leaves = (tree_leaves((each.arguments, each.keywords)) for each in (call, other))
         pairs = zip(leaves, other_leaves, strict=True)
         if any(isinstance(one, Tensor) and not torch.equal(one, two) for one, two in pairs):
-            raise ArchitectureError(f"{model} gives its blocks more of the tokens than their hidden states")
+            raise ArchitectureError(f"{model} passes its blocks arguments that depend on the tokens")

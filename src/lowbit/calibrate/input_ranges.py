@@ -1,53 +1,47 @@
-"""How large the inputs of linears get over a calibration text: what static activation scales are made of.
+"""Ranges of the inputs of linears over a calibration text, for static activation scales.
 
     absmax[L] = max over tokens and channels of |x|, x the input of linear L
 
 or a smaller range by percentile or squared error (`range_choice.py`). The model runs one block at a time (`blocks.py`),
-in its own dtype; kept of every distinct input are three numbers and, where a method needs it, a histogram of |x|, of
-which the occupied part alone is left once its block is done.
+in its own dtype. Each distinct input keeps its least and largest value and, if the method needs it, a histogram of |x|.
 
-Linears that read one input share its range. An expert that no token reached has none: it is listed in `unseen`, and
-given the largest range among the other experts of its block, with a note that says so.
+Linears that read one input share its range. An expert that no token reached is listed in `unseen` and gets the largest
+range of the other experts of its block, with a note.
 
-Refused: NaN and inf in an input, a block none of whose experts was reached, and a linear that runs outside the decoder
-and is not the output head.
+Refused: NaN and inf in an input, a block none of whose experts was reached, and a linear outside the decoder blocks
+other than the output head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit.architecture import Architecture
-from lowbit.architecture.loading import load_tokenizer
 from lowbit.calibrate.blocks import BlockInput, BlockRunner, Progress
 from lowbit.calibrate.kv_cache import CacheRanges, observed_cache
 from lowbit.calibrate.range_choice import BINS, RANGE_METHODS, RangeMethod, histogram, mse_range, percentile_range
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, NonFiniteError, UsageError
 from lowbit.schemes import ActivationSpec, Number
-from lowbit.text import Text, cut_windows
 
-# A range of zero would be a scale of zero; an input that is always zero is exact with any other.
+# Keeps scales above zero; an input that is always zero is exact with any scale.
 SMALLEST_RANGE = 1e-6
 PERCENTILE = 99.99
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one run over a text found.
+    """The ranges that one run over a text measured.
 
-    inputs   linear → the |input| that its static scale covers
-    cache    what the KV cache would hold; None where it was not asked for
-    unseen   names of inputs that no token reached, whose ranges are the largest of the other experts
-    notes    sentences that say so
+    inputs   linear → largest |input| that its static scale covers
+    cache    ranges of the KV cache, None if not requested
+    unseen   names of the inputs that no token reached; they have the largest range of the other experts
+    notes    sentences on them
     """
 
     inputs: dict[str, float]
@@ -57,8 +51,8 @@ class Ranges:
 
 
 @dataclass
-class _Seen:
-    """Of one input. counts: int64, of the bins from `first_bin` on; None without a histogram."""
+class _SeenRange:
+    """Range of one input. counts: int64, bins from `first_bin` on; None without a histogram."""
 
     low: float
     high: float
@@ -67,17 +61,17 @@ class _Seen:
 
 
 class InputRanges:
-    """A `BlockVisitor`: the range of every input that it is shown.
+    """A `BlockVisitor` that measures the range of every input.
 
-    wanted      names of the inputs to look at; None for all
-    histograms  count |x| too, which `range_of` needs for "percentile" and "mse"
+    wanted      names of the inputs to measure; None for all
+    histograms  also count |x|, which `range_of` needs for "percentile" and "mse"
     """
 
     def __init__(self, wanted: Iterable[str] | None = None, histograms: bool = True):
         self._wanted = None if wanted is None else set(wanted)
         self._histograms = histograms
-        self._seen: dict[str, _Seen] = {}
-        self._of_block: list[_Seen] = []
+        self._seen: dict[str, _SeenRange] = {}
+        self._of_block: list[_SeenRange] = []
 
     def look(self, source: BlockInput, x: Tensor) -> None:
         """x [tokens, K]. NonFiniteError, naming the input, where one is NaN or inf."""
@@ -94,7 +88,7 @@ class InputRanges:
         counts = histogram(x).cpu() if self._histograms else None
         seen = self._seen.get(source.name)
         if seen is None:
-            seen = self._seen[source.name] = _Seen(low, high, counts)
+            seen = self._seen[source.name] = _SeenRange(low, high, counts)
             self._of_block.append(seen)
             return
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
@@ -102,7 +96,7 @@ class InputRanges:
             seen.counts += counts
 
     def finish(self, block: int) -> None:
-        """Of the histograms of the block, only what is occupied stays."""
+        """Cut the histograms of the block to their occupied bins."""
         for seen in self._of_block:
             if seen.counts is not None:
                 occupied = seen.counts.nonzero()
@@ -113,84 +107,27 @@ class InputRanges:
     def __contains__(self, name: str) -> bool:
         return name in self._seen
 
-    def extent(self, name: str) -> tuple[float, float]:
-        """(least, largest) value of an input."""
-        return self._seen[name].low, self._seen[name].high
-
     def absmax(self, name: str) -> float:
         """Largest |x| of an input."""
         return max(-self._seen[name].low, self._seen[name].high)
 
-    def range_of(
-        self,
-        name: str,
-        method: RangeMethod = "minmax",
-        percentile: float = PERCENTILE,
-        number: Number = "int",
-        bits: int = 8,
-    ) -> float:
-        """The |x| that a symmetric static scale of this number format covers, by the method; more saturates.
-
-        Never below `SMALLEST_RANGE`.
-        """
-        absmax = self.absmax(name)
+    def range_of(self, name: str, method: RangeMethod = "minmax", percentile: float = PERCENTILE,
+                 number: Number = "int", bits: int = 8) -> float:  # fmt: skip
+        """The |x| that a symmetric static scale of this number format covers, at least `SMALLEST_RANGE`."""
+        absmax, seen = self.absmax(name), self._seen[name]
         if method == "minmax" or absmax == 0:
             return max(absmax, SMALLEST_RANGE)
-        counts = self._counts(name)
-        if method == "percentile":
-            chosen = percentile_range(counts, absmax, percentile)
-        else:
-            chosen = mse_range(counts, absmax, number, bits)
-        return max(chosen, SMALLEST_RANGE)
-
-    def unseen(self, sources: Iterable[BlockInput]) -> list[str]:
-        """Names of the inputs that no token reached: of experts that the router never chose."""
-        return list(dict.fromkeys(source.name for source in sources if source.name not in self))
-
-    def _counts(self, name: str) -> Tensor:
-        seen = self._seen[name]
         if seen.counts is None:
             raise AssertionError("a range by percentile or error needs histograms")
-        full = torch.zeros(BINS, dtype=torch.int64)
-        full[seen.first_bin : seen.first_bin + len(seen.counts)] = seen.counts
-        return full
+        counts = torch.zeros(BINS, dtype=torch.int64)
+        counts[seen.first_bin : seen.first_bin + len(seen.counts)] = seen.counts
+        if method == "percentile":
+            return max(percentile_range(counts, absmax, percentile), SMALLEST_RANGE)
+        return max(mse_range(counts, absmax, number, bits), SMALLEST_RANGE)
 
-
-def measure_input_ranges(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    linears: Iterable[str],
-    text: Text,
-    windows: int,
-    window_tokens: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    options: OpenOptions | None = None,
-    progress: Progress | None = None,
-    method: RangeMethod = "minmax",
-    percentile: float = PERCENTILE,
-    activations: Mapping[str, ActivationSpec] | None = None,
-    note: Note | None = None,
-) -> tuple[dict[str, float], int]:
-    """(linear → the |input| to scale by, number of windows there were) over the first windows of a text.
-
-    The rest is as in `measure_ranges`; its notes go to `note`, by default to the notes of the checkpoint.
-
-    Raises CheckpointError where the text is shorter than a window.
-    """
-    names = list(linears)
-    absent = next((name for name in names if name not in architecture.linears), None)
-    if absent is not None:
-        raise ArchitectureError(f"the model has no linear {absent}")
-    ids = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens).ids
-    found = measure_ranges(
-        checkpoint, names, ids, dtype=dtype, device=device, options=options, progress=progress, method=method,
-        percentile=percentile, activations=activations,
-    )  # fmt: skip
-    for sentence in found.notes:
-        (note or checkpoint.notes.append)(sentence)
-    return found.inputs, len(ids)
+    def unseen(self, sources: Iterable[BlockInput]) -> list[str]:
+        """Names of the inputs that no token reached: experts that the router never chose."""
+        return list(dict.fromkeys(source.name for source in sources if source.name not in self))
 
 
 def measure_ranges(
@@ -207,16 +144,16 @@ def measure_ranges(
     percentile: float = PERCENTILE,
     activations: Mapping[str, ActivationSpec] | None = None,
 ) -> Ranges:
-    """Run windows of tokens through a model, and see how large inputs of linears and the KV cache get.
+    """Run windows of tokens through a model and measure the ranges of linear inputs and of the KV cache.
 
     ids          int64 [windows, tokens]
-    linears      module names as the files have them; none where only the cache is asked for
-    cache        measure the keys and values of every block too
-    activations  linear → how its input is quantized, which "mse" and "percentile" need. Two levels of scales (NVFP4)
-                 are always given minmax: their range limits only the scales of groups, and nothing is won by clipping
-    progress     called with (block, windows done, windows in all, of all blocks)
+    linears      module names as in the files; may be empty with `cache`
+    cache        also measure the keys and values of every block
+    activations  linear → format of its input, which "mse" and "percentile" need. Two-level scales (NVFP4) always take
+                 minmax: their range only bounds the group scales, so clipping gains nothing
+    progress     called with (block, windows done, windows in all, over all blocks)
 
-    Raises what the module docstring and that of `kv_cache.py` refuse, and UsageError for an unknown method.
+    Raises for what this module and `kv_cache.py` refuse, and UsageError for an unknown method.
     """
     check_method(method, percentile)
     runner = BlockRunner(checkpoint, dtype, device, options)
@@ -240,17 +177,15 @@ def measure_ranges(
 
 
 def check_method(method: str, percentile: float = PERCENTILE) -> None:
-    """UsageError for a method that there is not, or a percentile that is none."""
+    """UsageError for an unknown method or a percentile outside (50, 100]."""
     if method not in RANGE_METHODS:
-        raise UsageError(
-            f"there is no method {method!r} for activation ranges", f"choose one of {', '.join(RANGE_METHODS)}"
-        )
+        raise UsageError(f"unknown method {method!r} for activation ranges", f"use one of {', '.join(RANGE_METHODS)}")
     if not 50 < percentile <= 100:
         raise UsageError(f"percentile {percentile} is not in (50, 100]", "99.99 clips one value in ten thousand")
 
 
 def _sources(runner: BlockRunner, linears: Iterable[str]) -> dict[str, BlockInput]:
-    """Linear → the input that it reads."""
+    """Linear → its input."""
     by_linear = {linear.name: source for source in runner.inputs for linear in source.linears}
     found = {}
     for name in linears:
@@ -268,7 +203,7 @@ def _range(
     visitor: InputRanges, source: BlockInput, inputs: list[BlockInput], method: RangeMethod, percentile: float,
     spec: ActivationSpec | None,
 ) -> float:  # fmt: skip
-    """The range of an input; of an expert that was not reached, the largest of the others of its kind in the block."""
+    """The range of an input; for an unreached expert, the largest of the same input of the block's other experts."""
     if method != "minmax" and spec is None:
         raise AssertionError(f"method {method} needs to know how {source.linears[0].name} is quantized")
     if spec is not None and spec.scale_format == "e4m3":
@@ -276,24 +211,15 @@ def _range(
     number, bits = ("e4m3", 8) if spec is None else (spec.number, spec.bits)
     names = [source.name]
     if source.name not in visitor:
-        names = [other.name for other in _siblings(source, inputs) if other.name in visitor]
+        first, readers = source.linears[0], ((other.name, other.linears[0]) for other in inputs)
+        names = [name for name, one in readers if one.expert is not None and name in visitor
+                 and (one.block, one.role) == (first.block, first.role)]  # fmt: skip
     if not names:
         raise ArchitectureError(
             f"no token of the calibration text reached any expert of block {source.linears[0].block}",
             "give a longer text",
         )
     return max(visitor.range_of(name, method, percentile, number, bits) for name in names)
-
-
-def _siblings(source: BlockInput, inputs: list[BlockInput]) -> list[BlockInput]:
-    """The same input of all experts of a block."""
-    first = source.linears[0]
-    return [
-        other
-        for other in inputs
-        if other.linears[0].expert is not None
-        and (other.linears[0].block, other.linears[0].role) == (first.block, first.role)
-    ]
 
 
 def _unseen_notes(missing: list[str], sources: Iterable[BlockInput]) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
-"""How large keys and values get: what the scales of an FP8 KV cache are made of.
+"""Ranges of keys and values, for the scales of an FP8 KV cache.
 
     k[layer][head] = max over tokens and channels of |K|,  K as the cache stores it: after norms and rotary embedding
     v[layer][head] = the same of V
 
-transformers hands K and V to an attention function that it looks up by name; while a model is observed, that look-up
-gives the function with somebody looking at its arguments. Nothing else changes: masks are made for the same name.
+transformers passes K and V to an attention function that it looks up by name. While a model is observed, the look-up
+returns that function wrapped, so that its arguments are measured; masks and everything else stay the same.
 
 Refused: classes that call no such function (Bloom), and multi-head latent attention (DeepSeek): its cache holds one
-latent vector per token instead of keys and values, which vLLM stores by a single k_scale of a layer that the
-compressed-tensors loader gives no scales to.
+latent vector per token, whose k_scale vLLM's compressed-tensors loader does not fill.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +25,17 @@ from lowbit.errors import ArchitectureError, NonFiniteError
 
 @dataclass
 class CacheRanges:
-    """k, v: index of the layer → largest |K| and |V| of every key-value head, float32 [kv_heads]."""
+    """k, v: layer index → largest |K| and |V| of every key-value head, float32 [kv_heads]."""
 
     k: dict[int, Tensor] = field(default_factory=dict)
     v: dict[int, Tensor] = field(default_factory=dict)
 
     def absmax(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layer → (of K, of V): what `Plan.kv_absmax` holds."""
+        """Layer → (absmax of K, absmax of V), for `Plan.kv_absmax`."""
         return {layer: (self.k[layer], self.v[layer]) for layer in sorted(self.k)}
 
     def look(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value [B, kv_heads, T, head_dim]; NonFiniteError where one is NaN or inf."""
+        """key, value [B, kv_heads, T, head_dim]; NonFiniteError if one is NaN or inf."""
         for name, found, states in (("keys", self.k, key), ("values", self.v, value)):
             largest = states.abs().amax(dim=(0, 2, 3)).float().cpu()
             if not torch.isfinite(largest).all():
@@ -53,7 +51,7 @@ class CacheRanges:
 def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
     """Inside, forward passes of the model (whole, or block by block) are measured.
 
-    Raises ArchitectureError for what the module docstring refuses; at the end, for attention that was never called.
+    ArchitectureError for what this module refuses, and on exit for attention that never ran.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,13 +60,20 @@ def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
     find = ALL_ATTENTION_FUNCTIONS.get_interface
 
     def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(_looking, find(name, default), layers, ranges)
+        attention = find(name, default)
+
+        def measured(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if module in layers:
+                ranges.look(layers[module], key, value)
+            return attention(module, query, key, value, *args, **kwargs)
+
+        return measured
 
     ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign]
     try:
         yield ranges
     finally:
-        del ALL_ATTENTION_FUNCTIONS.get_interface  # the class's own is seen again
+        del ALL_ATTENTION_FUNCTIONS.get_interface  # back to the method of its class
     missing = sorted(set(layers.values()) - ranges.k.keys())
     if missing:
         raise ArchitectureError(
@@ -76,16 +81,6 @@ def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
             f"attention functions; its keys and values cannot be measured",
             "leave --kv-cache out",
         )
-
-
-def _looking(
-    attention: Callable[..., Any], layers: dict[nn.Module, int], ranges: CacheRanges,
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any,
-) -> Any:  # fmt: skip
-    layer = layers.get(module)
-    if layer is not None:
-        ranges.look(layer, key, value)
-    return attention(module, query, key, value, *args, **kwargs)
 
 
 def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
@@ -100,7 +95,7 @@ def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
 
 
 def _attention_layers(model: nn.Module) -> dict[nn.Module, int]:
-    """Module that computes attention → index of its layer; of towers for images and the like, nothing."""
+    """Attention module → index of its layer; towers for images and the like have none."""
     name = type(model).__name__
     refuse_latent_attention(model.config.to_dict(), name)  # type: ignore[operator,union-attr]
     layers = {

@@ -1,4 +1,4 @@
-"""Which range of an input a static activation scale covers, chosen from a histogram of |x|.
+"""The range of an input that a static activation scale covers, chosen from a histogram of |x|.
 
 A static scale maps the range r to the largest code, s = r / max, and values beyond r saturate. Three choices:
 
@@ -7,13 +7,13 @@ A static scale maps the range r to the largest code, s = r / max, and values bey
     mse         r = argmin E[(x − s·Q(x / s))²], Q the nearest value of the grid, over r = max|x| · 2^(−j/16), j < 128
 
 The histogram cuts every power of two into 16 equal parts, bin edges (1 + i/16) · 2^e, which are the top bits of a
-float32: 64 octaves around 1 are 1024 counts, whatever the number of tokens. |x| below the first edge counts as the
-first bin, above the last as the last. Within a bin x is taken to be spread evenly, and the error is integrated, not
-sampled: with values v_0 < v_1 < … of a grid (the positive half; it is symmetric) and m_i the middle of v_i and v_{i+1},
+float32: 64 octaves around 1 give 1024 counts, whatever the number of tokens. |x| beyond an end counts in the end bin.
+Within a bin x is taken as evenly spread, and the error is integrated: with values v_0 < v_1 < … of a grid (the positive
+half; it is symmetric) and m_i the middle of v_i and v_{i+1},
 
     F(t) = ∫₀ᵗ (u − Q(u))² du = Σ_{i<n} [(m_i − v_i)³ + (v_{i+1} − m_i)³] / 3 + (t − v_n)³ / 3,    v_n nearest to t
 
-holds beyond the largest value too, where n is the last and everything saturates. In float64.
+which also holds beyond the largest value, where n is the last and everything saturates. In float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.numerics import minifloat_formats
+from lowbit.kernels import tables
 from lowbit.schemes import Number
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
@@ -91,8 +91,8 @@ def _grid(number: Number, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     if number == "int":
         values = torch.arange(2 ** (bits - 1), dtype=torch.float64)
     else:
-        fmt = minifloat_formats.FORMATS[number]
-        values = minifloat_formats.values(fmt)[: fmt.finite_magnitudes].double()
+        fmt = tables.MINIFLOATS[number]
+        values = tables.values(fmt)[: fmt.finite_magnitudes].double()
     middles = (values[1:] + values[:-1]) / 2
     cells = ((middles - values[:-1]) ** 3 + (values[1:] - middles) ** 3) / 3
     return values, middles, torch.cat((torch.zeros(1, dtype=torch.float64), cells.cumsum(0)))

@@ -1,14 +1,14 @@
-"""`--calib self`: calibration text that the model writes itself, for models whose data nobody has.
+"""`--calib self`: calibration text that the model writes itself, for models whose training data is not public.
 
 LLM-QAT (Liu et al., 2023, arXiv:2305.17888, section 3.1): start from a random token of the vocabulary, take the most
-likely token for the next few, so that sense comes of it, then sample from the model's own distribution.
+likely token for the next few so that the text makes sense, then sample from the model's own distribution.
 
     window  =  [BOS, where the tokenizer adds it]  first token  GREEDY_TOKENS × argmax p(· | so far)
                then  x ~ p(· | so far)  at temperature 1, from the whole vocabulary, until the window is full
 
-First tokens are drawn without repetition (until the vocabulary is used up) among those that are not special. The end
-of a text does not end a window: what the model writes behind it belongs to it, as documents do in packed text. A seed
-gives the same text on the same machine with the same dtype and number of windows in a batch, which the notes say.
+First tokens are drawn without repetition (until the vocabulary is used up) from the non-special tokens. An end-of-text
+token does not end a window; the model writes on, as in packed text. A seed gives the same text on the same machine with
+the same dtype and windows per batch, which the notes name.
 
 Refused: a model that does not fit in memory whole, windows longer than its context, logits that are not finite.
 """
@@ -16,6 +16,7 @@ Refused: a model that does not fit in memory whole, windows longer than its cont
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +24,16 @@ from torch import Tensor
 
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.calibrate.blocks import Progress
-from lowbit.calibrate.precision import compute_dtype
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError, UsageError
+from lowbit.numerics.precision import compute_dtype
 from lowbit.text import CalibrationWindows, check_context, context_length, wants_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GREEDY_TOKENS = 4
-# Enough windows for reading the weights to be shared by many, few enough for logits over a large vocabulary.
+# Enough windows to share each read of the weights, few enough for the logits of a large vocabulary.
 BATCH_WINDOWS = 32
 NAME = "self"
 
@@ -49,15 +50,15 @@ def generate_windows(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationWindows:
-    """Windows that the model writes; always as many as asked for.
+    """`windows` windows that the model writes.
 
-    dtype       None: bfloat16 on a GPU and on processors that multiply it in hardware, float32 elsewhere
-    max_memory  bytes that weights and the cache of keys and values may take; None: no bound
+    dtype       None: bfloat16 on GPUs and on processors with bfloat16 hardware, float32 elsewhere
+    max_memory  bytes for weights and the KV cache; None: no limit
     progress    called with ("writing calibration text", tokens done, tokens in all)
     """
     check_context(windows, window_tokens, context_length(checkpoint.config()))
     dtype = dtype or compute_dtype("auto", device)
-    weights = sum(_elements(info.shape) for info in checkpoint.tensors.values()) * dtype.itemsize
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * dtype.itemsize
     _check_fits(checkpoint.source, weights, max_memory)
     model = load_model(checkpoint, dtype, device, options)
     tokenizer = load_tokenizer(checkpoint, options)
@@ -67,7 +68,9 @@ def generate_windows(
         _check_fits(checkpoint.source, weights + per_window, max_memory)
         batch = min(batch, (max_memory - weights) // max(per_window, 1))
     watch = _Watch(checkpoint.source, windows * window_tokens, progress)
-    with _own_generator(device), torch.inference_mode():
+    generator_of = torch.device(device)
+    forked = torch.random.fork_rng([generator_of] if generator_of.type == "cuda" else [])  # restores the caller's
+    with forked, torch.inference_mode():
         torch.manual_seed(seed)
         starts = _starts(model, tokenizer, windows)
         pieces = [_written(model, part.to(device), window_tokens, watch).cpu() for part in starts.split(batch)]
@@ -85,7 +88,7 @@ def _check_fits(source: str, needed: int, max_memory: int | None) -> None:
         raise UsageError(
             f"{source} needs {needed / 2**30:.2f} GiB to write its own calibration text, more than the "
             f"{max_memory / 2**30:.2f} GiB of --max-memory: unlike calibrating, it runs the whole model at once",
-            "leave --calib out for the packaged text, give a text, or raise --max-memory",
+            "omit --calib for the packaged text, give a text, or raise --max-memory",
         )
 
 
@@ -96,25 +99,26 @@ def _written(model: PreTrainedModel, start: Tensor, window_tokens: int, watch: _
     rest = window_tokens - ids.shape[1]
     if rest:
         ids = _continued(model, ids, rest, watch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    watch.windows_done(ids)
+    watch.done += ids.numel()
+    watch.report(watch.done)
     return ids
 
 
 def _continued(model: PreTrainedModel, ids: Tensor, tokens: int, watch: _Watch, **sampling: Any) -> Tensor:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    # The model's own settings would fill in what is not said here: penalties, an end of text that stops.
+    # Replaces the model's own defaults: penalties, stopping at the end of a text.
     model.generation_config = GenerationConfig(max_new_tokens=tokens, use_cache=True, **sampling)
     generate: Any = model.generate
     return generate(ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([watch]))
 
 
 class _Watch:
-    """A logits processor that changes nothing: refuses what is not finite, and reports progress."""
+    """A logits processor that changes nothing, reports progress and raises NonFiniteError on NaN and inf."""
 
     def __init__(self, source: str, total: int, progress: Progress | None):
         self._source, self._total, self._progress = source, total, progress
-        self._done = 0
+        self.done = 0
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.isfinite(scores).all():
@@ -122,21 +126,17 @@ class _Watch:
                 f"{self._source}: the logits are not finite while it writes its calibration text",
                 "run it in float32, look for damage with `lowbit evaluate`, or give a text",
             )
-        self._report(self._done + ids.numel())
+        self.report(self.done + ids.numel())
         return scores
 
-    def windows_done(self, ids: Tensor) -> None:
-        self._done += ids.numel()
-        self._report(self._done)
-
-    def _report(self, tokens: int) -> None:
+    def report(self, tokens: int) -> None:
         if self._progress is not None:
             self._progress("writing calibration text", tokens, self._total)
 
 
 def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int) -> Tensor:
-    """int64 [windows, 1 or 2]: BOS where the tokenizer adds it, and a token that is not special."""
-    known = min(len(tokenizer), _text_config(model).vocab_size)
+    """int64 [windows, 1 or 2]: BOS if the tokenizer adds it, and a token that is not special."""
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     special = set(tokenizer.all_special_ids)
     usable = torch.tensor([token for token in range(known) if token not in special])
     rounds = -(-windows // len(usable))
@@ -146,27 +146,10 @@ def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows:
     return torch.cat([torch.full_like(drawn, int(tokenizer.bos_token_id)), drawn], dim=1)  # type: ignore[arg-type]
 
 
-def _own_generator(device: str) -> Any:
-    """Inside, seeding and drawing leave the generators of the caller as they were."""
-    chosen = torch.device(device)
-    return torch.random.fork_rng([chosen] if chosen.type == "cuda" else [])
-
-
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
-
-
 def _cache_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Bytes of keys and values for one token, as if every block kept every head."""
-    config = _text_config(model)
+    config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * kept * width * dtype.itemsize
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -1,40 +1,42 @@
-"""Statistics of the inputs of one stage of a block: what GPTQ, AWQ, SmoothQuant and the rest are given.
+"""Statistics of the inputs of one stage of a block, for GPTQ, AWQ, SmoothQuant and the other methods.
 
     H = Σ x xᵀ                      hessian [K, K]
     D = C (H₁ + λ)⁻¹                drift [K, K], C = Σ (x₀ − x) xᵀ, x₀ the input of the unquantized model for the
                                     same token, λ a hundredth of the mean of diag H₁
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
-C and H₁ are of the windows that both models were run on. All sums are float32, over batches of at most
-`blocks.BATCH_TOKENS` tokens. H is symmetric: of its tiles only the upper half is computed. Factors of a product are
-bfloat16 where the forward pass is (`precision.py`).
+C and H₁ sum over the windows that both models ran on. All sums are float32, over batches of at most
+`blocks.BATCH_TOKENS` tokens. H is symmetric, so only its upper tiles are computed. Products round their factors to
+bfloat16 if the forward pass is bfloat16 (`precision.py`).
 
 Refused: NaN and inf in an input. An input that no token reached has no statistics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lowbit.calibrate.block_modules import BlockInput
-from lowbit.calibrate.precision import fast_products
 from lowbit.errors import NonFiniteError
+from lowbit.numerics.precision import fast_products
 from lowbit.tensors import LayerStats
 
 _CROSS_DAMPING = 0.01
-# Side of the tiles that the symmetric product is cut into.
-_TILE = 512
+_TILE = 512  # side of the tiles of the symmetric product
 
 
 class InputKeeper:
-    """A `BlockVisitor`: keeps the last batch of every input, to be compared with the same batch in another stream."""
+    """A `BlockVisitor` that keeps the last batch of every input, for comparison with the other stream."""
 
     def __init__(self):
         self.inputs: dict[str, Tensor] = {}
 
     def look(self, source: BlockInput, x: Tensor) -> None:
-        if source.expert is None:  # routing differs between streams, so tokens of experts do not correspond
+        if source.expert is None:  # the streams route differently, so the tokens of experts do not match
             self.inputs[source.name] = x
 
     def finish(self, block: int) -> None:
@@ -44,15 +46,19 @@ class InputKeeper:
 class InputStatistics:
     """A `BlockVisitor` that sums.
 
-    channels     absmax, mean |x| and mean x of every channel too: AWQ, SmoothQuant; else they are 0
-    unquantized  holds the same batch as the unquantized model has it; C is summed for the inputs found there
+    channels     also absmax, mean |x| and mean x of every channel (AWQ, SmoothQuant); else they are 0
+    unquantized  the same batch in the unquantized model; C sums over the inputs found there
+    keep         if set, called with every input [tokens, K]
     """
 
     def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None):
         self._dtype, self._channels, self._unquantized = dtype, channels, unquantized
         self._sums: dict[str, _Sums] = {}
+        self.keep: Callable[[Tensor], None] | None = None
 
     def look(self, source: BlockInput, x: Tensor) -> None:
+        if self.keep is not None:
+            self.keep(x)
         if not len(x):
             return
         sums = self._sums.get(source.name)
@@ -67,24 +73,22 @@ class InputStatistics:
         pass
 
     def end_of_unquantized(self) -> None:
-        """From here on there is nothing to compare with."""
+        """Solve for D: the remaining windows run in the quantized stream alone."""
         self._unquantized = None
         for sums in self._sums.values():
-            sums.foretell()
+            sums.solve_drift()
 
     def take(self) -> dict[str, LayerStats]:
-        """Name of an input → its statistics; hands the memory over."""
+        """Name of an input → its statistics; this object keeps none of them."""
         sums, self._sums = self._sums, {}
         return {name: each.statistics(name) for name, each in sums.items()}
 
 
 class _Sums:
     def __init__(self, columns: int, channels: bool, cross: bool, device: torch.device):
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
         self.tokens, self.channels = 0, channels
-        self.absmax, self.absolute, self.values = (zeros(columns) for _ in range(3))
+        self.absmax, self.absolute, self.values = zeros(3, columns)
         self.hessian = zeros(columns, columns)
         self.cross = zeros(columns, columns) if cross else None
         self.drift: Tensor | None = None
@@ -100,8 +104,8 @@ class _Sums:
             self.absolute += magnitude.sum(dim=0)
             self.values += x.sum(dim=0)
 
-    def foretell(self) -> None:
-        """D from what was summed so far; nothing where H has no inverse."""
+    def solve_drift(self) -> None:
+        """D from the sums so far; None if H has no Cholesky factor."""
         if self.cross is None:
             return
         damped = self.hessian.triu() + self.hessian.triu(1).t()
@@ -110,13 +114,17 @@ class _Sums:
         root, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:
-            for rows in self.cross.split(_TILE):  # in its place: these matrices are the largest of a run
+            for rows in self.cross.split(_TILE):  # in place: these are the largest matrices of a run
                 rows.copy_(torch.cholesky_solve(rows.t(), root).t())
             self.drift = self.cross
         self.cross = None
 
     def statistics(self, name: str) -> LayerStats:
-        _mirror(self.hessian)
+        for first in range(0, len(self.hessian), _TILE):  # mirror the upper tiles
+            last = min(first + _TILE, len(self.hessian))
+            self.hessian[last:, first:last] = self.hessian[first:last, last:].t()
+            tile = self.hessian[first:last, first:last]
+            tile.copy_((tile + tile.t()) / 2)
         squares = self.hessian.diagonal().clone()
         wrong = ~torch.isfinite(squares)
         if wrong.any():
@@ -141,13 +149,3 @@ def _add_gram(hessian: Tensor, x: Tensor) -> None:
     for first in range(0, columns, _TILE):
         last = min(first + _TILE, columns)
         hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
-
-
-def _mirror(hessian: Tensor) -> None:
-    """Fill what lies below the diagonal."""
-    columns = len(hessian)
-    for first in range(0, columns, _TILE):
-        last = min(first + _TILE, columns)
-        hessian[last:, first:last] = hessian[first:last, last:].t()
-        tile = hessian[first:last, first:last]
-        tile.copy_((tile + tile.t()) / 2)

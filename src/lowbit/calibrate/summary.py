@@ -1,17 +1,16 @@
-"""What an input looked like on the calibration text, small enough for a report, and how far another text is from that.
+"""A summary of each input on the calibration text, small enough for a report, and the distance of another text from it.
 
-    code[k] = 0                                        where channel k was never anything but 0
+    code[k] = 0                                        if channel k was always 0
             = 1 + rint((log2 m[k] − low) / step)       else, 1 … 255;    m = mean x² of the channel
     low = min log2 m,  step = (max − low) / 254
 
-    distance = √ mean_k (log2 m[k] − log2 m'[k])²      over the channels that neither text leaves at 0
+    distance = √ mean_k (log2 m[k] − log2 m'[k])²      over the channels that are nonzero in both
 
-in doublings of the mean square: 0 for the same statistics, 1 where channels are typically twice or half as strong. Both
-sides are rounded to codes of about a tenth of a doubling, an error of a thirtieth.
+The distance counts doublings of the mean square: 0 for the same statistics, 1 if channels are typically twice or half
+as strong. A code step is about a tenth of a doubling, which adds an error of a thirtieth. The vocabulary of a text is
+one bit per token, least significant first, compressed.
 
-The tokens that a text has are kept as a bit for each of the vocabulary, least significant first, compressed.
-
-Refused, as CheckpointError: codes that are not base64 or not of the input's width, a vocabulary of more tokens than the
+CheckpointError for codes that are not base64 or not of the input's width, and for a vocabulary of more tokens than the
 model has (a hostile one is not unpacked beyond that).
 """
 
@@ -22,7 +21,6 @@ import binascii
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.records import Count, NonNegative, Record
 from lowbit.tensors import LayerStats
 
 # Blocks whose inputs are kept, evenly spaced, the first and the last among them.
@@ -38,20 +37,23 @@ _CODES = 254
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-@dataclass(frozen=True)
-class InputSummary:
-    """name, block  of the distinct input; tokens it was measured on; see the module for low, step and codes [K]"""
+class InputSummary(Record):
+    """The channel strengths of one distinct input on the calibration text.
+
+    low, step   code c of a channel stands for a mean of x² of 2^(low + step · (c − 1)), 0 for a mean of 0
+    codes       uint8 [K], base64
+    """
 
     name: str
-    block: int | None
-    tokens: int
+    block: Count | None
+    tokens: Count
     low: float
-    step: float
+    step: NonNegative
     codes: str
 
     @property
     def log2_mean_sq(self) -> Tensor:
-        """float32 [K]; −inf for channels that were always 0."""
+        """float32 [K]; −inf for channels that are always 0."""
         try:
             codes = np.frombuffer(base64.b64decode(self.codes, validate=True), np.uint8)
         except (binascii.Error, ValueError) as error:
@@ -62,7 +64,7 @@ class InputSummary:
 
 
 def is_kept(block: int, blocks: int) -> bool:
-    """True for the blocks whose inputs go into the report: at most BLOCKS of them, evenly spaced."""
+    """True for the blocks whose inputs the report keeps: at most BLOCKS, evenly spaced."""
     count = min(BLOCKS, blocks)
     return block in {round(index * (blocks - 1) / max(1, count - 1)) for index in range(count)}
 
@@ -77,21 +79,19 @@ def summarize(name: str, block: int | None, stats: LayerStats) -> InputSummary:
     codes = torch.zeros(len(mean_sq), dtype=torch.uint8)
     codes[seen] = (1 + ((logs - low) / step if step else torch.zeros_like(logs)).round()).to(torch.uint8)
     encoded = base64.b64encode(codes.numpy().tobytes()).decode()
-    return InputSummary(name, block, stats.tokens, low, step, encoded)
+    return InputSummary(name=name, block=block, tokens=stats.tokens, low=low, step=step, codes=encoded)
 
 
 def summaries_of(stats: Mapping[str, LayerStats], block: int, blocks: int) -> dict[str, dict[str, Any]]:
-    """Name of an input → the fields of its summary as plain values; empty for a block that is not kept.
-
-    Inputs of single experts are left out: there may be hundreds, and what the router sees stands for them.
-    """
+    """Input → fields of its summary; empty for blocks that are not kept, without the (many) inputs of experts."""
     if not is_kept(block, blocks):
         return {}
-    return {name: asdict(summarize(name, block, each)) for name, each in stats.items() if not _OF_EXPERT.search(name)}
+    names = (name for name in stats if not _OF_EXPERT.search(name))
+    return {name: summarize(name, block, stats[name]).model_dump() for name in names}
 
 
 def distance(summary: InputSummary, mean_sq: Tensor) -> float:
-    """How far a mean of x² [K] is from a summary, in doublings; CheckpointError for another width."""
+    """Distance of a mean of x² [K] from a summary, in doublings; CheckpointError for another width."""
     recorded = summary.log2_mean_sq
     if len(recorded) != len(mean_sq):
         raise CheckpointError(
@@ -113,14 +113,14 @@ def log_distance(one: Tensor, other: Tensor) -> float:
 
 
 def pack_vocabulary(ids: Tensor) -> str:
-    """Which tokens there are among `ids` (int64, any shape, none negative)."""
+    """The set of tokens in `ids` (int64, any shape, none negative)."""
     seen = torch.zeros(int(ids.max()) + 1 if ids.numel() else 0, dtype=torch.bool)
     seen[ids.reshape(-1)] = True
     return base64.b64encode(zlib.compress(np.packbits(seen.numpy(), bitorder="little").tobytes(), 9)).decode()
 
 
 def unpack_vocabulary(text: str, vocabulary: int) -> Tensor:
-    """bool [vocabulary]: the tokens that there were."""
+    """bool [vocabulary]: True for the packed tokens."""
     largest = -(-vocabulary // 8)
     try:
         raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), largest + 1)
@@ -136,7 +136,7 @@ def unpack_vocabulary(text: str, vocabulary: int) -> Tensor:
 
 
 def unseen_share(ids: Iterable[int] | Tensor, seen: Tensor) -> float:
-    """Share of these tokens that are not among those seen; ids beyond the vocabulary count as unseen."""
+    """Share of `ids` outside `seen`, bool [vocabulary]; ids beyond the vocabulary count as unseen."""
     ids = torch.as_tensor(ids).reshape(-1)
     known = seen[ids.clamp(max=len(seen) - 1)] & (ids < len(seen))
     return 1.0 - float(known.float().mean()) if len(ids) else 0.0

@@ -5,9 +5,8 @@
 Importing this package does not import torch; opening does.
 """
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, TensorInfo
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, TensorInfo, refuse_remote_code, requires_remote_code
 from lowbit.checkpoint.opening import open_checkpoint, open_gguf, open_safetensors
-from lowbit.checkpoint.trust import refuse_remote_code, requires_remote_code
 
 __all__ = [
     "Checkpoint",

@@ -3,14 +3,24 @@
 Opening reads headers only: every name, shape and dtype is known, no weight is. `read` returns rows of one tensor;
 `release` tells the operating system that its pages may go, so that walking through a model of any size keeps the
 resident memory of one slab.
+
+Below are the checks that all readers share: row ranges, unknown tensors, JSON files, and models with their own Python
+code (reading tensors never runs it; building the model would).
 """
 
 from __future__ import annotations
 
+import difflib
+import json
+import math
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lowbit.errors import CheckpointError, UnsafeError
 
 if TYPE_CHECKING:
     import torch
@@ -19,30 +29,42 @@ if TYPE_CHECKING:
     from lowbit.schemes import Scheme
     from lowbit.tensors import QuantizedTensor
 
-
-# What quantizing leaves beside the weights; it also tells a folder of ours from one that merely has the same name.
+# The report beside the weights; `--overwrite` takes it as the mark of lowbit's own outputs.
 REPORT_NAME = "lowbit-report.json"
 HTML_NAME = "report.html"
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
+SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def split_name(path: Path) -> str:
+    """The common name of the parts of a split GGUF; the file name of others."""
+    match = SPLIT.fullmatch(path.name)
+    return path.name if match is None else f"{match['stem']} of {match['count']}"
 
 
 def report_path(output: Path, name: str = REPORT_NAME) -> Path:
-    """Where the report (or the page, `HTML_NAME`) of a written model lies: inside a folder, beside a GGUF file, as
-    x.lowbit-report.json for x.gguf and for its parts."""
+    """Path of an output's report (or page, `HTML_NAME`): in the folder, or x.lowbit-report.json beside x.gguf."""
     if output.suffix != ".gguf":
         return output / name
     return output.with_name(f"{_PART.sub('', output.stem)}.{name}")
 
 
+def cache_root() -> Path:
+    """The cache folder: $LOWBIT_CACHE, else lowbit in $XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("LOWBIT_CACHE"):
+        return Path(os.environ["LOWBIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
+    """One tensor, by the header.
 
-    name    in Hugging Face spelling, whatever the file calls it
-    shape   as torch sees it: [N, K] for a linear
-    dtype   of what `read` returns; float32 for ggml types, which are decoded on read
-    stored  the file's own name of the stored type: "BF16", "Q4_1"
+    name    Hugging Face's, whatever the name in the file
+    shape   in torch's order: [N, K] for a linear
+    dtype   of the tensors that `read` returns; float32 for ggml types, which are decoded
+    stored  the file's name of the stored type: "BF16", "Q4_1"
     nbytes  in the file
     file    the file that holds it
     """
@@ -65,11 +87,11 @@ class Checkpoint(Protocol):
     kind: str  # "safetensors", "gguf", "pickle", or the quant_method of a quantized folder (decoded)
     tensors: dict[str, TensorInfo]  # in file order
     metadata: dict[str, Any]  # GGUF key-values, or the safetensors __metadata__
-    notes: list[str]  # what the user should know of this source: "tensors are stored as Q4_1 …"
+    notes: list[str]  # for the user: "tensors are stored as Q4_1 …"
 
     @property
     def folder(self) -> Path:
-        """Holds config.json, tokenizer files and so on; for GGUF a rebuilt folder, without weights."""
+        """Folder of config.json, tokenizer files and so on; for GGUF a rebuilt one without weights."""
         ...
 
     def config(self) -> dict[str, Any]:
@@ -89,7 +111,7 @@ class Checkpoint(Protocol):
 
 @runtime_checkable
 class CanReadCodes(Protocol):
-    """What a checkpoint of quantized linears offers beside floats: the codes themselves."""
+    """A checkpoint of quantized linears that can return codes."""
 
     schemes: dict[str, Scheme]  # weight name → scheme, of the quantized ones
 
@@ -103,7 +125,7 @@ class CanReadCodes(Protocol):
         ...
 
     def row_multiple(self, name: str) -> int:
-        """Where slabs of a quantized weight may begin."""
+        """Slabs of a quantized weight begin at multiples of this many rows."""
         ...
 
     def scale_dtype(self, name: str) -> torch.dtype:
@@ -111,24 +133,97 @@ class CanReadCodes(Protocol):
         ...
 
     def says_quantized(self, linear: str) -> bool:
-        """True where config.json quantizes a linear, whatever the files hold."""
+        """True if config.json quantizes a linear, whatever the files hold."""
         ...
 
 
 def is_decoded(checkpoint: Checkpoint, name: str) -> bool:
-    """True for a weight that is shown decoded, [N, K], while the files hold codes."""
+    """True for a weight that `read` decodes, [N, K], from codes in the files."""
     return name in getattr(checkpoint, "schemes", ())
 
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How much the user trusts the source.
+    """The user's trust in the source.
 
-    allow_pickle       read .bin / .pt files (they can run code); refused otherwise
-    trust_remote_code  let transformers import modelling code that comes with the model; refused otherwise
+    allow_pickle       read .bin / .pt files, which can run code
+    trust_remote_code  let transformers import modelling code of the model
     revision           of a hub id
     """
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+
+
+MAX_JSON_BYTES = 100_000_000
+
+
+def find_tensor(tensors: dict[str, TensorInfo], name: str, source: str) -> TensorInfo:
+    """The tensor called `name`; CheckpointError names the nearest ones."""
+    info = tensors.get(name)
+    if info is not None:
+        return info
+    near = difflib.get_close_matches(name, tensors, n=3)
+    raise CheckpointError(
+        f"{source}: there is no tensor {name!r}", f"the nearest are {', '.join(near)}" if near else ""
+    )
+
+
+def row_range(info: TensorInfo, start: int, stop: int | None) -> tuple[int, int, tuple[int, ...]]:
+    """(start, stop, shape) of rows start..stop, an index of dimension 0. A 0-d tensor is one row."""
+    rows = info.shape[0] if info.shape else 1
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise IndexError(f"rows {start}..{stop} of {info.name}, which has {rows}")
+    return start, stop, (stop - start, *info.shape[1:]) if info.shape else ()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object is needed, found a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder}: there is no config.json", "copy config.json and the tokenizer files of the model beside it"
+        )
+    return read_json_object(path)
+
+
+def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `weights` weights, beginning at multiples of `multiple`; a scalar is one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, weights // max(1, math.prod(shape[1:])) // multiple) * multiple
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def requires_remote_code(config: dict[str, Any]) -> bool:
+    """True if config.json names modelling code of the checkpoint (`auto_map`), at any depth."""
+    if config.get("auto_map"):
+        return True
+    return any(requires_remote_code(value) for value in config.values() if isinstance(value, dict))
+
+
+def refuse_remote_code(config: dict[str, Any], source: str, options: OpenOptions) -> None:
+    """UnsafeError where building the model would run its own code without the user's permission."""
+    if requires_remote_code(config) and not options.trust_remote_code:
+        raise UnsafeError(
+            f"{source}: config.json asks to run Python code that comes with the model (auto_map)",
+            "read that code, then pass --trust-remote-code",
+        )

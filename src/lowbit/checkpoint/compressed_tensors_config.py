@@ -7,9 +7,9 @@ A linear belongs to no group if anything in `ignore` matches it; else to the gro
 exact name, then a regex, then its class.
 
 Refused, as the library refuses it (its models are `extra="forbid"`): an unknown key in a group or in quantization
-arguments, and arguments that contradict each other. Refused because no reader of ours knows it: quantized outputs, and
+arguments, and arguments that contradict each other. Refused because lowbit cannot read it: quantized outputs, and
 number formats beyond those of `WeightSpec` and `ActivationSpec`. What only engines refuse (`actorder`, a missing
-format) is kept, for the verifier to judge.
+format) is kept for verification.
 Spec: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and `utils/match.py` of compressed-tensors 0.20.
 """
 
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """What a checkpoint says of its quantization. `groups` in the order of the file."""
+    """The parsed quantization_config; `groups` in the order of the file."""
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]

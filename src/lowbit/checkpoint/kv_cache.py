@@ -1,14 +1,14 @@
-"""The scales of an FP8 KV cache in a quantized folder, whatever its format: kept so that a conversion keeps them.
+"""Read the scales of an FP8 KV cache in a quantized folder of any format, for conversions.
 
     compressed-tensors   A.k_scale, A.v_scale float [1], or [kv_heads, 1, 1] per head (kv_cache_scheme.strategy)
     modelopt             A.k_proj.k_scale, A.v_proj.v_scale float [] or [1]; A.qkv_proj.k_scale where q, k, v are one
-    fp8                  either spelling; config.json does not speak of it
+    fp8                  either spelling; config.json does not state it
 
 with A the attention of a layer, "model.layers.3.self_attn". A scale multiplies codes: the range is scale · 448.
 
-What cannot be kept is left out with a note, since the weights are as good without: scales of another number format, a
-key's without a value's, and those that are not finite and above 0. Scales of queries (q_scale) and zero points, which
-are 0 in a symmetric cache, are never kept; engines do without.
+Left out with a note, since weights do not depend on them: scales of another number format, a key's scale without a
+value's, and scales that are not finite and above 0. Scales of queries (q_scale) and zero points, which are 0 in a
+symmetric cache, are always left out; engines do not need them.
 """
 
 from __future__ import annotations
@@ -43,15 +43,12 @@ def kv_cache_names(stored: Checkpoint) -> dict[str, tuple[int, str]]:
 
 
 def read_kv_cache(stored: Checkpoint, scheme: KVCacheScheme | None) -> tuple[StoredKVCache | None, list[str]]:
-    """(the scales, what the user should know).
-
-    scheme  what config.json says of the cache; None where that is nothing that lowbit knows
-    """
+    """(the scales, notes for the user). scheme: that of config.json; None if it states none that lowbit knows"""
     found = kv_cache_names(stored)
     names = {place: name for name, place in found.items()}
     if not names:
-        said = "config.json speaks of an FP8 KV cache, but the files hold no scales for it; engines take 1.0"
-        return None, [said] if scheme is not None else []
+        note = "config.json states an FP8 KV cache, but the files hold no scales for it; engines take 1.0"
+        return None, [note] if scheme is not None else []
     if scheme is None:
         return None, [_left_out("config.json does not say that the cache is FP8, per tensor or per head")]
     if len(names) < len(found):
@@ -80,9 +77,9 @@ def kv_cache_scheme(per: str) -> KVCacheScheme:
 def key_value_heads(config: dict[str, Any]) -> int:
     """Heads of keys and values, of a config.json."""
     text = config.get("text_config")
-    for each in (text, config):
-        if isinstance(each, dict):
-            heads = each.get("num_key_value_heads") or each.get("num_attention_heads")
+    for values in (text, config):
+        if isinstance(values, dict):
+            heads = values.get("num_key_value_heads") or values.get("num_attention_heads")
             if type(heads) is int and heads > 0:
                 return heads
     raise ArchitectureError(
@@ -91,7 +88,7 @@ def key_value_heads(config: dict[str, Any]) -> int:
 
 
 def _values(stored: Checkpoint, name: str) -> Tensor | None:
-    """float64 [n]; None where they are not numbers that scale."""
+    """float64 [n]; None unless all are finite and above 0."""
     if not stored.tensors[name].dtype.is_floating_point:
         return None
     values = stored.read(name).double().reshape(-1)

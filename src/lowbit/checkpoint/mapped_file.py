@@ -1,7 +1,7 @@
 """A file mapped into memory: bytes without copies, and without staying resident.
 
-The mapping is private and writable (copy-on-write), so that torch takes it as an ordinary buffer; nobody writes into
-it. It reserves no swap, so that a file larger than the machine's memory can be mapped. `release` drops pages: they are
+The mapping is private and writable (copy-on-write), so that torch accepts it as a buffer; it is never written to. It
+reserves no swap, so that a file larger than the machine's memory can be mapped. `release` drops pages: they are
 clean, so the next access reads them from the file again.
 """
 

@@ -1,17 +1,16 @@
-"""From what the user typed to an open checkpoint: a folder, a .gguf file, `demo:…`, or a Hugging Face id."""
+"""Open a model by its name: a folder, a .gguf file, `demo:…`, or a Hugging Face id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
-from lowbit.checkpoint.demo import DEMO_PREFIX, demo_file
-from lowbit.checkpoint.hub import download, is_hub_id
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, split_name
+from lowbit.checkpoint.hub import DEMO_PREFIX, demo_file, download, is_hub_id
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.registry import FORMATS, load
 
 if TYPE_CHECKING:
-    from lowbit.checkpoint.gguf import GGUFCheckpoint
     from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 
 
@@ -23,7 +22,7 @@ def open_checkpoint(model: str | Path, options: OpenOptions | None = None) -> Ch
 
 
 def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | None:
-    """The GGUF file that `open_checkpoint` would read, any architecture; None where MODEL is something else."""
+    """The GGUF file that `open_checkpoint` would read, of any architecture; None for other models."""
     source, path = str(model), _found(model, options or OpenOptions())
     if not path.is_dir():
         return path if path.suffix == ".gguf" else None
@@ -31,8 +30,11 @@ def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | N
 
 
 def _found(model: str | Path, options: OpenOptions) -> Path:
-    """The file or folder on this machine; a hub id is downloaded."""
+    """The local file or folder; a hub id is downloaded."""
     source, path = str(model), Path(model).expanduser()
+    if options.revision is not None and (source.startswith(DEMO_PREFIX) or path.exists()):
+        raise UsageError(f"--revision {options.revision} is read only for a Hugging Face id, and {source} is none",
+                         "leave it out")  # fmt: skip
     if source.startswith(DEMO_PREFIX):
         return demo_file(source)
     if path.exists():
@@ -50,8 +52,12 @@ def _holds_safetensors(folder: Path) -> bool:
 
 
 def _only_gguf(folder: Path, source: str) -> Path | None:
-    """The GGUF model of a folder, its first part; None where there is none."""
-    gguf = _gguf_models(folder)
+    """The first part of a folder's GGUF model; None where there is none. Vision projectors are no models."""
+    models: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.gguf")):
+        if not path.name.startswith("mmproj"):
+            models.setdefault(split_name(path), path)
+    gguf = list(models.values())
     if len(gguf) > 1:
         raise UsageError(
             f"{source}: the folder holds {len(gguf)} GGUF models: {', '.join(path.name for path in gguf)}",
@@ -67,16 +73,12 @@ def open_safetensors(folder: str | Path) -> SafetensorsCheckpoint:
     return safetensors.open_safetensors(folder)
 
 
-def open_gguf(path: str | Path) -> GGUFCheckpoint:
-    """Open a .gguf file; of a split one, any part."""
-    from lowbit.checkpoint import gguf
-
-    return gguf.open_gguf(path)
+def open_gguf(path: str | Path, source: str | None = None) -> Checkpoint:
+    """Open a .gguf file; of a split one, any part. `source` is what the user typed, where that differs."""
+    return load(FORMATS["gguf"].open or "")(path, source)
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:
-    from lowbit.checkpoint.gguf import open_gguf
-
     if path.suffix == ".gguf":
         return open_gguf(path, source)
     hint = "give a model folder or a .gguf file"
@@ -87,11 +89,12 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
     if _holds_safetensors(folder):
-        return _decoded(folder, source)
+        from lowbit.checkpoint.quantized import open_quantized
+        from lowbit.checkpoint.safetensors import open_safetensors
+
+        return open_quantized(open_safetensors(folder, source))
     gguf = _only_gguf(folder, source)
     if gguf is not None:
-        from lowbit.checkpoint.gguf import open_gguf
-
         return open_gguf(gguf, source)
     from lowbit.checkpoint.pickle import open_pickle, pickle_files
 
@@ -101,22 +104,3 @@ def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
         f"{source}: the folder holds no weights (no *.safetensors, no *.gguf)",
         "give the folder that holds config.json and the weights",
     )
-
-
-def _decoded(folder: Path, source: str) -> Checkpoint:
-    """A safetensors folder; a quantized one shows its decoded weights."""
-    from lowbit.checkpoint.quantized import open_quantized
-    from lowbit.checkpoint.safetensors import open_safetensors
-
-    return open_quantized(open_safetensors(folder, source))
-
-
-def _gguf_models(folder: Path) -> list[Path]:
-    """One file per GGUF model: the first one there is of a split set; vision projectors are no models."""
-    from lowbit.checkpoint.gguf import split_name
-
-    models: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.gguf")):
-        if not path.name.startswith("mmproj"):
-            models.setdefault(split_name(path), path)
-    return list(models.values())

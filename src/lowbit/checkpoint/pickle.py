@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import OpenOptions, TensorInfo
-from lowbit.checkpoint.rows import find_tensor, read_config, row_range
+from lowbit.checkpoint.base import OpenOptions, TensorInfo, find_tensor, read_config, row_range
 from lowbit.errors import CheckpointError, UnsafeError
 
 PATTERNS = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")

@@ -1,9 +1,9 @@
 """Quantized safetensors folders as a `Checkpoint`: one view for every format, one `Layout` per format.
 
 Every quantized linear appears under its Hugging Face name, `L.weight`, with its logical shape [N, K]: `read` unpacks
-and decodes just the rows asked for (float32), `read_quantized` gives the codes and scales themselves. Everything else
-is shown as it is stored. A format is a module with a function `open_layout`, and a row in `LAYOUTS`; the module knows
-the bit order and what config.json means, this one knows nothing of either.
+and decodes just the rows asked for (float32), `read_quantized` gives the codes and scales themselves. Other tensors
+appear as they are stored. A format is a subclass of `Layout` and a row in `registry.FORMATS`; the bit order and the
+meaning of config.json are known to the subclass alone.
 
 Refused, with the tensor named: an unknown quant_method; a linear that the files hold quantized and config.json does
 not; tensors that are absent, of another dtype, or of a shape that does not fit the bits and group size declared.
@@ -11,9 +11,9 @@ not; tensors that are absent, of another dtype, or of a shape that does not fit 
 
 from __future__ import annotations
 
-import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,86 +21,89 @@ from torch import Tensor
 from lowbit.checkpoint.base import Checkpoint, TensorInfo
 from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
 from lowbit.errors import CheckpointError
+from lowbit.registry import FORMATS, load
 from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import QuantizedTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-# quant_method in config.json → module with `open_layout(stored, quantization) -> Layout`
-LAYOUTS = {
-    "compressed-tensors": "lowbit.checkpoint.compressed_tensors",
-    "gptq": "lowbit.checkpoint.gptq",
-    "awq": "lowbit.checkpoint.awq",
-    "bitsandbytes": "lowbit.checkpoint.bitsandbytes",
-    "modelopt": "lowbit.checkpoint.modelopt",
-    "fp8": "lowbit.checkpoint.fp8",
-    "mxfp4": "lowbit.checkpoint.mxfp4",
-    "torchao": "lowbit.checkpoint.torchao",
-    "hqq": "lowbit.checkpoint.hqq",
-}
-KINDS = tuple(LAYOUTS)
+KINDS = tuple(row.name for row in FORMATS.values() if row.read is not None)  # of `Checkpoint.kind`
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that must be in the files. Loaders convert between float dtypes, so several may do."""
+    """A required tensor. Loaders convert between float dtypes, so several may be allowed."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...]
 
 
-class Layout(Protocol):
-    """How one format keeps quantized linears. `linear` is a module name, `shape` its logical [N, K]."""
+class Layout(ABC):
+    """How one format keeps quantized linears. `linear` is a module name, `shape` its logical [N, K].
 
-    notes: list[str]  # what the user should know: "zero points are stored as GPTQ v1 stores them"
+    LEAVES  endings of the stored names of a quantized linear, optional ones included
+    notes   for the user: "zero points are stored as GPTQ v1 stores them"
+    """
 
+    LEAVES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, stored: Checkpoint):
+        self.stored = stored
+        self.notes: list[str] = []
+
+    @abstractmethod
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear that the files hold quantized, in file order, with its logical shape, from headers alone."""
-        ...
 
+    @abstractmethod
     def scheme_of(self, linear: str) -> Scheme | None:
-        """What config.json says of a linear; None where it stays unquantized, or nothing is said."""
-        ...
+        """The scheme that config.json gives a linear; None where it stays unquantized, or is not mentioned."""
 
+    def quantized_scheme(self, linear: str) -> Scheme:
+        """The scheme of a linear that `QuantizedCheckpoint` found quantized."""
+        scheme = self.scheme_of(linear)
+        assert scheme is not None, "checked when the folder was opened"
+        return scheme
+
+    @abstractmethod
     def expected(self, linear: str, shape: tuple[int, int]) -> dict[str, Expected]:
-        """Stored name → what must lie under it, of a linear that has a scheme."""
-        ...
+        """Stored name → dtype and shape that it must have, of a linear that has a scheme."""
 
     def owned(self, linear: str) -> list[str]:
-        """Stored names that belong to a quantized linear, optional ones included; only those that exist."""
-        ...
+        """The tensors of the files that belong to a quantized linear."""
+        return [f"{linear}.{leaf}" for leaf in self.LEAVES if f"{linear}.{leaf}" in self.stored.tensors]
 
+    @abstractmethod
     def read(self, linear: str, shape: tuple[int, int], start: int, stop: int) -> QuantizedTensor:
         """Codes and scales of rows start..stop; start divides by `row_multiple`."""
-        ...
 
     def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:
-        """Reads should begin at multiples of this many rows (1 where they may begin anywhere)."""
-        ...
+        """Reads begin at multiples of this many rows."""
+        return 1
 
+    @abstractmethod
     def scale_dtype(self, linear: str) -> torch.dtype:
         """The float dtype of the stored scales (of the second level, where the first is no float)."""
-        ...
 
     def input_scale(self, linear: str) -> float | None:
-        """The static activation scale (what codes are multiplied with), where one is stored."""
-        ...
+        """The static activation scale, a multiplier; None where none is stored."""
+        return None
 
 
 @runtime_checkable
 class HasKVCache(Protocol):
-    """What the layout of a format has that can speak of a quantized KV cache."""
+    """The layout of a format that can state a quantized KV cache."""
 
     @property
     def kv_cache(self) -> KVCacheScheme | None:
-        """What is said of it; None where that is nothing, or nothing that lowbit knows."""
+        """The stated scheme; None where there is none, or none that lowbit knows."""
         ...
 
 
 class QuantizedCheckpoint:
-    """A view of an open safetensors folder. `tensors` lists logical weights; see the module docstring.
+    """The decoded view of an open safetensors folder; `tensors` lists logical weights.
 
-    kv_cache  the scales of a quantized KV cache, which are not among `tensors`
+    kv_cache  scales of a quantized KV cache, which are not in `tensors`
     """
 
     def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
@@ -158,7 +161,7 @@ class QuantizedCheckpoint:
         return self.layout.read(name.removesuffix(".weight"), (rows, columns), start, rows if stop is None else stop)
 
     def row_multiple(self, name: str) -> int:
-        """Where slabs of a quantized weight may begin."""
+        """Slabs of a quantized weight begin at multiples of this many rows."""
         rows, columns = self.tensors[name].shape
         return self.layout.row_multiple(name.removesuffix(".weight"), (rows, columns))
 
@@ -197,32 +200,30 @@ class QuantizedCheckpoint:
         self.tensors[name] = TensorInfo(name, shape, torch.float32, stored, nbytes, infos[0].file)
 
 
+def matrix_shape(info: TensorInfo, hint: str = "") -> tuple[int, int]:
+    """The stored shape of a matrix; CheckpointError for other tensors."""
+    if len(info.shape) != 2:
+        raise CheckpointError(f"{info.file}: {info.name} has shape {list(info.shape)}; a matrix is needed", hint)
+    return (info.shape[0], info.shape[1])
+
+
 def tensor_problem(tensors: dict[str, TensorInfo], expected: dict[str, Expected]) -> str | None:
-    """The first thing wrong with a set of tensors: absent, another dtype, another shape; None where all is well."""
+    """The first required tensor that is absent or has another dtype or shape, in words; None where all fit."""
     for name, needed in expected.items():
         info = tensors.get(name)
         if info is None:
             return f"{name} {list(needed.shape)} is absent"
         if info.dtype not in needed.dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in needed.dtypes)
-            return f"{name} is {str(info.dtype).removeprefix('torch.')}; {wanted} is needed"
+            dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in needed.dtypes)
+            return f"{name} is {str(info.dtype).removeprefix('torch.')}; {dtypes} is needed"
         if tuple(info.shape) != needed.shape:
             return f"{name} has shape {list(info.shape)}; {list(needed.shape)} is needed"
     return None
 
 
-# Config files of old tools, read where config.json says nothing: name, method, and what its tensors end in, since such
-# a file may be left over beside weights that are not quantized.
-_COMPANIONS = (
-    ("quantize_config.json", "gptq", ".qweight"),
-    ("quant_config.json", "awq", ".qweight"),
-    ("hf_quant_config.json", "modelopt", ".weight_scale"),
-)
-
-
 def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
-    """What a folder says of its quantization: config.json's `quantization_config`, else the file of its format."""
-    from lowbit.checkpoint.rows import read_json_object
+    """config.json's `quantization_config`, else the content of the format's own config file; None without either."""
+    from lowbit.checkpoint.base import read_json_object
 
     if not (stored.folder / "config.json").exists():
         return None
@@ -233,25 +234,33 @@ def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
                 f"{stored.folder}: config.json: quantization_config is {stated!r}; a mapping is needed"
             )
         return stated
-    for name, method, mark in _COMPANIONS:
-        path = stored.folder / name
-        if path.is_file() and any(tensor.endswith(mark) for tensor in stored.tensors):
-            return {"quant_method": method} | read_json_object(path)
+    # Config files of old tools; one may be left over beside unquantized weights.
+    for row in FORMATS.values():
+        if row.beside is not None:
+            path, mark = stored.folder / row.beside[0], row.beside[1]
+            if path.is_file() and any(tensor.endswith(mark) for tensor in stored.tensors):
+                return {"quant_method": row.name} | read_json_object(path)
     return None
 
 
 def open_quantized(stored: Checkpoint) -> Checkpoint:
-    """The decoded view of a quantized folder; the folder itself where it is not quantized."""
+    """The decoded view of a quantized folder; an unquantized one as it is."""
     quantization = quantization_of(stored)
     if quantization is None:
         return stored
     method = find_method(stored, quantization)
-    layout = importlib.import_module(LAYOUTS[method]).open_layout(stored, quantization)
-    return QuantizedCheckpoint(stored, layout, method)
+    return QuantizedCheckpoint(stored, open_layout(stored, quantization), method)
+
+
+def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
+    """The layout of a quantized folder; CheckpointError for an unknown quant_method."""
+    read = FORMATS[find_method(stored, quantization)].read
+    assert read is not None, "find_method knows what can be read"
+    return load(read)(stored, quantization)
 
 
 def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
-    """quant_method, with the spellings that other tools use; CheckpointError for one that is not known."""
+    """quant_method, other tools' spellings included; CheckpointError for an unknown one."""
     stated = quantization.get("quant_method")
     method = str(stated).lower() if stated is not None else "none"
     if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
@@ -259,9 +268,9 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     method = {"modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors"}.get(
         method, method
     )
-    if method not in LAYOUTS:
+    if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
-            f"it reads {', '.join(name for name in LAYOUTS if name != 'hqq')}; else start from the original checkpoint",
+            f"it reads {', '.join(name for name in KINDS if name != 'hqq')}; else start from the original checkpoint",
         )
     return method

@@ -2,28 +2,39 @@
 
     list files → download config and tokenizer → of every weight file: header → a copy with a hole in place of weights
 
-The header readers run on a `RangedFile`, which fetches what they look at, so that a header is checked by the very rules
-that hold for files on the disk before anything of it is believed. A few tensors of some bytes say what shape or type
-others have (quant_state of bitsandbytes, weight_shape of compressed-tensors, rope factors of a GGUF); those are fetched
-too, and no others.
+The header readers run on a `RangedFile`, which fetches the bytes that they read, so remote headers pass the same checks
+as local ones. Besides headers only small tensors that describe others are fetched (quant_state of bitsandbytes,
+weight_shape of compressed-tensors, rope factors of a GGUF).
 
-Refused: a server that does not answer ranges, an answer that is not what was asked for, a header above
-MAX_HEADER_BYTES, repositories with pickles only (which have no header), and more files than MAX_FILES.
+Refused: a server without range requests, a response with other bytes, a header above MAX_HEADER_BYTES, repositories
+with pickles only (which have no header), and more files than MAX_FILES.
+
+A copy has the header's bytes and the size of the original, with a hole in place of the weights, which takes no disk
+space and reads as zeros. Copies serve planning only: they live in a temporary folder and are removed afterwards.
+
+    header_copy                   a file of so many bytes that begins with a header
+    safetensors_without_weights   the same, with a header made of names and shapes
+
+Refused: a file system without holes, on which the copy would take as much room as the model.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.checkpoint.header_copies import copy_side_files, folder_for_copies, header_copy
 from lowbit.checkpoint.hub import choose_files, download_files, list_files, split_id
-from lowbit.errors import CheckpointError, UnsafeError
+from lowbit.checkpoint.safetensors_header import ITEM_SIZE
+from lowbit.errors import CheckpointError, LowbitError, OutputError, UnsafeError
+from lowbit.registry import FORMATS, load
 
 MAX_HEADER_BYTES = 256 << 20  # a GGUF's holds the vocabulary; safetensors' own limit is below it
 MAX_FILES = 2000
@@ -40,10 +51,9 @@ _CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+)")
 
 @dataclass
 class RangedFile:
-    """A file behind HTTP of which what is looked at is fetched, in growing runs from its beginning.
+    """A remote file, fetched in growing runs from its beginning; header readers use it like a `MappedFile`.
 
-    path  what errors name: org/name/model.safetensors
-    Has of `MappedFile` what header readers use: path, size, view.
+    path  for error messages: org/name/model.safetensors
     """
 
     url: str
@@ -63,19 +73,15 @@ class RangedFile:
             self._grow(min(max(stop, len(self._head) + step), self.size))
         return memoryview(bytes(self._head[start:stop]))
 
-    def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes start..stop of anywhere, once."""
-        return self._get(start, stop) if start < stop else b""
-
     def _grow(self, wanted: int) -> None:
         if wanted > MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{self.path}: its header goes beyond {MAX_HEADER_BYTES} bytes",
                 "download the model and look at the file",
             )
-        self._head += self._get(len(self._head), wanted)
+        self._head += self.fetch(len(self._head), wanted)
 
-    def _get(self, start: int, stop: int) -> bytes:
+    def fetch(self, start: int, stop: int) -> bytes:
         """Bytes start..stop; fewer where the file ends before. CheckpointError for any other answer."""
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -114,10 +120,10 @@ class RangedFile:
 
 @contextmanager
 def remote_headers(model: str, options: OpenOptions) -> Iterator[tuple[Path, int] | None]:
-    """(a folder, or a GGUF file, that opens like the model and has no weights; bytes that were fetched for headers).
+    """(a folder or GGUF file that opens like the model, without weights; bytes fetched for headers).
 
-    None where the Hub cannot be reached; the folder is gone afterwards. Raises CheckpointError and UnsafeError as the
-    module says.
+    None where the Hub cannot be reached; the folder is removed afterwards. Raises CheckpointError and UnsafeError as in
+    the module docstring.
     """
     repo, file = split_id(model)
     files = list_files(repo, options)
@@ -142,7 +148,7 @@ def remote_headers(model: str, options: OpenOptions) -> Iterator[tuple[Path, int
 
 
 def _copy_header(repo: str, name: str, options: OpenOptions, folder: Path) -> int:
-    """Make the copy of one file; bytes that were fetched."""
+    """Copy the header of one file; return the number of bytes fetched."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -150,7 +156,7 @@ def _copy_header(repo: str, name: str, options: OpenOptions, folder: Path) -> in
     file = RangedFile(url, Path(repo) / name, build_hf_headers())
     head, tensors = _read(file)
     needed = {
-        start: file.read_range(start, stop)
+        start: file.fetch(start, stop) if start < stop else b""
         for tensor, start, stop in tensors
         if _NEEDED.search(tensor) and stop - start <= _NEEDED_BYTES
     }
@@ -161,13 +167,95 @@ def _copy_header(repo: str, name: str, options: OpenOptions, folder: Path) -> in
 def _read(file: RangedFile) -> tuple[bytes, list[tuple[str, int, int]]]:
     """(the bytes of the header, (name, start, stop) of every tensor), by the readers of files on the disk."""
     opened: Any = file  # they use path, size and view of a `MappedFile`
-    if file.path.suffix == ".gguf":
-        from lowbit.checkpoint.gguf_header import read_header as read_gguf
-
-        header = read_gguf(opened)
+    for row in FORMATS.values():
+        if row.header is None or file.path.suffix != row.suffix:
+            continue
+        header = load(row.header)(opened)
         return bytes(file.view(0, header.data_start)), [(t.name, t.start, t.stop) for t in header.tensors]
     from lowbit.checkpoint.safetensors_header import read_header
 
     entries, _ = read_header(opened)
     end = 8 + int.from_bytes(file.view(0, 8), "little")
     return bytes(file.view(0, end)), [(entry.name, entry.start, entry.stop) for entry in entries]
+
+
+# A file of so many bytes is written to learn whether holes take room.
+_PROBE = 64 << 20
+_SIDE_FILES = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
+
+
+@contextmanager
+def folder_for_copies(name: str) -> Iterator[Path]:
+    """A temporary folder called `name` (which may be org/name); errors raised inside name files relative to its parent.
+
+    Raises OutputError where holes take disk space.
+    """
+    with tempfile.TemporaryDirectory(prefix="lowbit-headers-") as made:
+        folder = Path(made) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        require_holes(folder)
+        try:
+            yield folder
+        except LowbitError as error:
+            error.args = tuple(str(arg).replace(f"{made}{os.sep}", "") for arg in error.args)
+            raise
+
+
+def header_copy(path: Path, head: bytes, size: int, pieces: Mapping[int, bytes] | None = None) -> None:
+    """Write a file of `size` bytes: `head`, then a hole. pieces: position → bytes that are there too.
+
+    Raises OutputError where the file system has no holes, or no files of that size.
+    """
+    try:
+        with path.open("xb") as file:
+            file.write(head)
+            for position, data in (pieces or {}).items():
+                file.seek(position)
+                file.write(data)
+            file.truncate(size)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: a file of {size} bytes cannot be made ({error.strerror or error})",
+            "point TMPDIR at a file system that has holes in files, such as ext4 or tmpfs",
+        ) from error
+
+
+def require_holes(folder: Path) -> None:
+    """OutputError where a hole takes room on the disk."""
+    probe = folder / ".holes"
+    header_copy(probe, b"", _PROBE)
+    taken = getattr(os.stat(probe), "st_blocks", _PROBE // 512) * 512
+    probe.unlink()
+    if taken > _PROBE // 2:
+        raise OutputError(
+            f"{folder}: this file system has no holes in files; planning from headers alone needs them",
+            "point TMPDIR at one that has, such as ext4 or tmpfs",
+        )
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Configs, tokenizer and chat templates, without weights and their index."""
+    names = {path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}
+    for path in sorted(names):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, target / templates.name)
+
+
+def safetensors_without_weights(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file that is all header. tensors: name → (dtype as the format spells it, shape)."""
+    import json
+
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = ITEM_SIZE[dtype]
+        for length in shape:
+            nbytes *= length
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header_copy(path, len(text).to_bytes(8, "little") + text, 8 + len(text) + position)

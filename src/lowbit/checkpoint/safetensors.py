@@ -1,6 +1,6 @@
 """Safetensors folders: one file, an index with shards, or several files without an index.
 
-Which files belong to the model, as transformers decides it: `model.safetensors`; else the shards that
+The files of the model, by transformers' rules: `model.safetensors`; else the shards that
 `model.safetensors.index.json` names; else `model-00001-of-0000N.safetensors`, all N of them; else every
 `*.safetensors`. Files left out (such as Mistral's `consolidated.safetensors`) are listed in the notes.
 
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import TensorInfo
+from lowbit.checkpoint.base import TensorInfo, find_tensor, read_config, read_json_object, row_range
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.checkpoint.rows import find_tensor, read_config, read_json_object, row_range
 from lowbit.checkpoint.safetensors_header import ITEM_SIZE, HeaderEntry, read_header
 from lowbit.errors import CheckpointError
 
@@ -153,7 +152,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: a weight_map of tensor names to files is needed")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
             raise CheckpointError(f"{path}: puts tensor {name!r} in {shard!r}, which is not a file of this folder")
     for shard in sorted(set(weight_map.values())):
         if not (path.parent / shard).exists():
@@ -161,21 +160,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain_name(name: str) -> bool:
-    return name.endswith(".safetensors") and not set(name) & set("/\\:\0")
-
-
 def _require_all_shards(files: list[Path]) -> None:
     """Every -00001-of-0000N must be there for all N."""
     present = {path.name for path in files}
     for match in filter(None, (_SHARD.fullmatch(path.name) for path in files)):
-        wanted = (f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors" for number in _shard_numbers(match))
-        missing = next((name for name in wanted if name not in present), None)
+        numbers = range(1, int(match["count"]) + 1)
+        names = (f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors" for number in numbers)
+        missing = next((name for name in names if name not in present), None)
         if missing is not None:
             raise CheckpointError(
                 f"{files[0].parent}: shard {missing} is missing", "download the model again; it is incomplete"
             )
-
-
-def _shard_numbers(match: re.Match[str]) -> range:
-    return range(1, int(match["count"]) + 1)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read as if an enemy had written it.
+"""The header of a safetensors file, read as hostile input.
 
     8 bytes   N, unsigned little-endian
     N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …}, padded with spaces;

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import TrustRemoteCode
+from lowbit.cli.options import of_trust
+from lowbit.registry import ENGINES
 
 if TYPE_CHECKING:
     from lowbit.advice import Advice, Option
@@ -18,6 +19,7 @@ _EXPLAINED = 3  # of those, with the reason in words
 
 
 def advise(
+    options: Annotated[Any, of_trust("trust_remote_code")],
     model: Annotated[
         str | None,
         typer.Argument(help="Folder, .gguf file, Hugging Face id (headers only), demo:smollm2. [default: 8B, Llama]"),
@@ -27,7 +29,7 @@ def advise(
     ] = "this",
     engine: Annotated[
         str | None,
-        typer.Option(help="vllm, sglang, tensorrt-llm, llama.cpp, transformers. [default: by the hardware]"),
+        typer.Option(help=f"{', '.join(ENGINES)}. [default: by the hardware]"),
     ] = None,
     goal: Annotated[str | None, typer.Option(help="quality, speed or memory. [default: balanced]")] = None,
     workload: Annotated[
@@ -43,16 +45,13 @@ def advise(
     run: Annotated[bool, typer.Option("--run", help="Quantize MODEL to the first one that lowbit can write.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where --run writes.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rank schemes for a model, a device and an engine: memory, speed, expected quality, cost, and why."""
     from lowbit.advice import advise as ask
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import print_json
-    from lowbit.settings import parse_bytes
+    from lowbit.knobs import parse_bytes
 
     _check(run, model, output)
-    options = OpenOptions(trust_remote_code=trust_remote_code)
     answer = ask(
         model, hardware=hardware, engine=engine, goal=goal, workload=workload, context=context, batch=batch,
         kv_cache=kv_cache, memory=None if memory is None else parse_bytes(memory), price=price, options=options,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -85,3 +86,12 @@ def human_bytes(count: float) -> str:
 
 def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def add_to_report(output: Path, quiet: bool, **parts: Any) -> None:
+    """Put parts into lowbit-report.json and report.html where quantizing left them, and say so."""
+    from lowbit import reporting
+    from lowbit.checkpoint.base import HTML_NAME, report_path
+
+    if reporting.add_to_report(output, **parts) is not None and not quiet:
+        say(f"added to {report_path(output, HTML_NAME)}")

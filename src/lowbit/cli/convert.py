@@ -7,56 +7,66 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import AllowPickle, Revision, TrustRemoteCode
+from lowbit.cli.options import Json, Opening, Overwrite, Threads, of_table
+from lowbit.knobs import MAKE
+from lowbit.settings import Settings
 
 if TYPE_CHECKING:
-    from lowbit.pipeline import Prepared
+    from lowbit.plan.plan import Prepared
     from lowbit.report.schema import Report
+
+# Settings of `lowbit quantize` that a conversion reads.
+_READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib", "samples", "seqlen", "shard_size")
 
 
 def convert(
     model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, of any format that lowbit reads.")],
     format: Annotated[
         str,
-        typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf."),
+        typer.Option(
+            help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf.",
+            rich_help_panel=MAKE,
+        ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="For every quantized linear. [default: keep each one's]")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="With --scheme: columns per scale; -1 for one per row.")
+    settings: Annotated[dict[str, Any], of_table(Settings, _READ)],
+    options: Opening,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Folder or NAME.gguf to write.", rich_help_panel=MAKE),
     ] = None,
-    range: Annotated[str | None, typer.Option(help="For what is rounded anew: absmax, mse, wmse, auto.")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB]")] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be repacked, write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON.")] = False,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="For every quantized linear. [default: keep each one's]", rich_help_panel=MAKE),
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be repacked, write nothing.", rich_help_panel=MAKE)
+    ] = False,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Convert a quantized model to another format; say what was repacked exactly and what was rounded anew."""
     from lowbit import api
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import byte_progress, print_json, print_table, say
     from lowbit.cli.quantize import plan_as_json, plan_table
     from lowbit.errors import UsageError
-    from lowbit.settings import parse_bytes
 
-    given: dict[str, Any] = {"format": format, "scheme": scheme, "group_size": group_size, "range": range}
-    given["shard_size"] = parse_bytes(shard_size) if shard_size else None
-    given["options"] = OpenOptions(allow_pickle, trust_remote_code, revision)
+    given: dict[str, Any] = {"format": format, "scheme": scheme, "options": options, "threads": threads, **settings}
     if dry_run:
-        prepared = api.dry_convert(model, threads=threads, **given)
+        from lowbit.estimation.run_memory import Process, peak_memory
+
+        process = Process.now()
+        prepared = api.dry_convert(model, **given)
+        peak = sum(peak_memory(prepared, process.program(prepared)).values())
         if json:
-            print_json(plan_as_json(prepared) | {"repacked": _repacked(prepared)})
+            print_json(plan_as_json(prepared, peak) | {"repacked": _repacked(prepared)})
         else:
-            print_table(plan_table(prepared))
+            print_table(plan_table(prepared, peak))
         return
     if output is None:
         raise UsageError("no output folder was given", "add -o OUT, or --dry-run to see what would be repacked")
     with byte_progress(f"{model} → {output}", quiet=json) as progress:
-        done = api.convert(model, output, threads=threads, overwrite=overwrite, progress=progress, **given)
+        done = api.convert(model, output, overwrite=overwrite, progress=progress, **given)
     if json:
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
@@ -65,16 +75,19 @@ def convert(
 
 
 def _repacked(prepared: Prepared) -> list[str]:
-    return [tensor.name for tensor in prepared.plan.tensors if tensor.repack]
+    from lowbit.plan.plan import Making
+
+    return [tensor.name for tensor in prepared.plan.tensors if tensor.making is Making.repacked]
 
 
-def _summary(report: Report, folder: Path) -> Any:
+def _summary(report: Report, path: Path) -> Any:
     from rich.table import Table
 
+    from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import human_bytes
     from lowbit.cli.quantize import verified
 
-    table = Table(title=f"{report.source.model} → {folder}", title_justify="left", show_header=False)
+    table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)
     table.add_row("format", f"{report.source.kind} → {report.output.format}")
     for what, detail in outcome(report).items():
         table.add_row(what, detail)
@@ -84,7 +97,7 @@ def _summary(report: Report, folder: Path) -> Any:
     table.add_row("bits per weight", bits)
     table.add_row("verified", verified(report.verification))
     table.add_row("time, memory", f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes or 0)}")
-    table.add_row("report", str(folder / "report.html"))
+    table.add_row("report", str(report_path(path, HTML_NAME)))
     return table
 
 

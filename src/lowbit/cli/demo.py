@@ -18,9 +18,9 @@ def demo(
 ) -> None:
     """Quantize a small real model to W4A16 and FP8_DYNAMIC, and show what it cost."""
     import lowbit
-    from lowbit.api import add_evaluation
     from lowbit.cli.console import byte_progress, print_json, print_table, say, window_progress
     from lowbit.measure import return_freed_memory
+    from lowbit.reporting import add_to_report
 
     return_freed_memory()
     rows = []
@@ -32,7 +32,7 @@ def demo(
     for scheme, done in made:
         with window_progress(f"{scheme}: evaluate", quiet=json) as progress:
             evaluations = lowbit.evaluate(done.path, reference=model, windows=windows, progress=progress)
-        report = add_evaluation(done.path, evaluations)
+        report = add_to_report(done.path, evaluation=tuple(evaluations))
         rows.append((scheme, done.path, report, evaluations, _sample(done.path)))
     if json:
         print_json([_as_json(*row) for row in rows])
@@ -87,6 +87,6 @@ def _as_json(scheme: str, folder: Path, report: Any, evaluations: list[Any], tex
         "scheme": scheme,
         "folder": str(folder),
         "totals": report.totals.model_dump(mode="json"),
-        "evaluation": [evaluation.to_dict() for evaluation in evaluations],
+        "evaluation": [evaluation.model_dump(mode="json") for evaluation in evaluations],
         "says": text,
     }

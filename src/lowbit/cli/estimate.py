@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import FORMATS_HELP, AllowPickle, Revision, TrustRemoteCode
+from lowbit.cli.options import Json, Opening, Recipe, Threads, of_table
+from lowbit.knobs import RUNNING
+from lowbit.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
     from lowbit.estimation import Estimate
@@ -17,16 +19,9 @@ def estimate(
     model: Annotated[
         str, typer.Argument(help="Folder (config.json is enough), .gguf file, Hugging Face id, or demo:smollm2.")
     ],
-    scheme: Annotated[
-        str | None, typer.Option(help="W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS … [default: W4A16]")
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="As of quantize; changes the cost of the run. [default: rtn]")
-    ] = None,
-    format: Annotated[str | None, typer.Option(help=FORMATS_HELP)] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Not written; NAME.gguf asks for a GGUF file.")
-    ] = None,
+    settings: Annotated[dict[str, Any], of_table(Settings, without=("kv_cache",))],
+    run: Annotated[dict[str, Any], of_table(RunOptions, ("max_memory",))],
+    options: Opening,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a sequence. [default: 8192, or all that the model has]", min=1)
     ] = None,
@@ -40,56 +35,35 @@ def estimate(
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="Device to fit: h100, rtx4090, m3-max …, or this.")] = None,
     memory: Annotated[str | None, typer.Option(help="Its memory, in place of a device's: 24GiB.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Columns per scale; -1 for one per row.")] = None,
-    double_quant: Annotated[bool, typer.Option("--double-quant", help="NF4, FP4: quantize scales too.")] = False,
-    ignore: Annotated[list[str] | None, typer.Option(help="Regex of linears to leave in 16 bits. Repeatable.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="REGEX=SCHEME for some linears. Repeatable.")] = None,
-    imatrix: Annotated[str | None, typer.Option(help="GGUF: importance matrix, a file or 'measure'.")] = None,
-    pure: Annotated[bool, typer.Option("--pure", help="GGUF: every matrix in the same type, no mix.")] = False,
-    output_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the output matrix.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option(help="GGUF: ggml type of the embedding.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of quantize's settings; flags win over it.")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest weight file. [default: 5GB; one GGUF file]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of calibration text. [default: 128]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="What calibration may take: 8GiB. [default: what it needs]")
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Not written; NAME.gguf asks for a GGUF file.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Worker threads. [default: one per core]", min=1)] = None,
+    recipe: Recipe = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine's rates, for two seconds, and take them for times.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Measure this machine's rates, for two seconds, and take them for times.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    revision: Revision = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """What a quantized model costs, from config and headers alone: no weight is read or downloaded."""
     import lowbit
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import print_json, print_table
-    from lowbit.cli.quantize import given_settings
-    from lowbit.settings import parse_bytes
+    from lowbit.knobs import parse_bytes
 
-    flags = dict.fromkeys(_QUANTIZE_FLAGS) | locals()
     found = lowbit.estimate(
         model, output=output, context=context, batch=batch, engine=engine, kv_cache=kv_cache, hardware=hardware,
         memory=None if memory is None else parse_bytes(memory), measure=measure,
-        max_memory=None if max_memory is None else parse_bytes(max_memory), recipe=recipe,
-        options=OpenOptions(allow_pickle, trust_remote_code, revision), threads=threads,
-        **given_settings({**flags, "kv_cache": None}),
+        max_memory=RunOptions(**run).max_memory, recipe=recipe, options=options, threads=threads, **settings,
     )  # fmt: skip
     if json:
         print_json(found.to_dict())
     else:
         print_table(estimate_table(found))
-
-
-# What `given_settings` looks for and this command leaves at its default.
-_QUANTIZE_FLAGS = (
-    "method_override", "range", "percentile", "calib", "activation_range", "damping", "correction", "refine",
-    "iterations", "expert_tokens", "all_experts", "bias_correction", "compute", "pre_tokenizer",
-)  # fmt: skip
 
 
 def estimate_table(found: Estimate) -> Any:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import AllowPickle, Device, DtypeOption, Revision, TrustRemoteCode
+from lowbit.cli.options import Json, of_running, of_table
+from lowbit.settings import Settings, make_settings
 
 if TYPE_CHECKING:
-    from lowbit.calibrate.importance import ImportanceMatrix
-    from lowbit.imatrix_api import Imatrix
+    from lowbit.formats.gguf.imatrix import Imatrix
+    from lowbit.formats.gguf.importance import ImportanceMatrix
 
 
 class FormOption(StrEnum):
@@ -24,10 +25,9 @@ def imatrix(
     model: Annotated[
         str, typer.Argument(help="Folder, .gguf file, Hugging Face id, demo:smollm2; or an imatrix to show or merge.")
     ],
+    settings: Annotated[dict[str, Any], of_table(Settings, ("calib", "samples", "seqlen"))],
+    how: Annotated[dict[str, Any], of_running()],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration text. Default: packaged text.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows of it.", min=1)] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a window.", min=4)] = 512,
     process_output: Annotated[bool, typer.Option("--process-output", help="Measure the output head too.")] = False,
     merge: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Add the tokens of another imatrix. Repeatable.")
@@ -35,17 +35,12 @@ def imatrix(
     format: Annotated[
         FormOption, typer.Option(help="gguf, or the dat of older versions of llama.cpp.")
     ] = FormOption.gguf,
-    dtype: Annotated[DtypeOption, typer.Option(help="What the model computes in.")] = DtypeOption.float32,
-    device: Device = "cpu",
     max_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Hidden states kept in memory; more go to a temporary file.")
     ] = "1GiB",
     show: Annotated[bool, typer.Option("--show", help="Print statistics of an imatrix; nothing is measured.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-    revision: Revision = None,
+    json: Json = False,
 ) -> None:
     """Measure the importance of each input channel for GGUF quantization; merge, convert and show such files."""
     from lowbit.errors import UsageError
@@ -57,21 +52,18 @@ def imatrix(
         return
     if output is None:
         raise UsageError("no output file was given", "add -o FILE, or --show to see what an imatrix says")
-    import torch
-
     import lowbit
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import print_json, say, window_progress
+    from lowbit.knobs import parse_bytes
     from lowbit.measure import return_freed_memory
-    from lowbit.settings import parse_bytes
 
+    make_settings(None, **settings)  # refuses numbers of windows and tokens that say nothing
     return_freed_memory()
     with window_progress("windows × blocks", quiet=json) as update:
         done = lowbit.imatrix(
-            model, output, calib=calib, samples=samples, seqlen=seqlen, process_output=process_output,
-            merge_with=merge or (), dtype=getattr(torch, dtype.value), device=device, form=format.value,
-            max_memory=parse_bytes(max_memory), options=OpenOptions(allow_pickle, trust_remote_code, revision),
-            overwrite=overwrite, progress=lambda what, windows, total: update(windows, total),
+            model, output, **settings, process_output=process_output, merge_with=merge or (),
+            form=format.value, max_memory=parse_bytes(max_memory), overwrite=overwrite, **how,
+            progress=lambda what, windows, total: update(windows, total),
         )  # fmt: skip
     if json:
         print_json(_as_json(done))
@@ -83,9 +75,11 @@ def imatrix(
 
 
 def _sentence(done: Imatrix) -> str:
+    from lowbit.report.units import plural
+
     matrix = done.matrix
     measured = f"{done.tokens:,} tokens in {done.seconds:.1f} s" if done.tokens else "nothing measured anew"
-    return f"{done.file}: {len(matrix.entries)} tensors, {matrix.chunks} chunks, {measured}"
+    return f"{done.file}: {len(matrix.entries)} tensors, {plural(matrix.chunks, 'chunk')}, {measured}"
 
 
 def _as_json(done: Imatrix) -> dict[str, Any]:
@@ -112,10 +106,9 @@ def _described(matrix: ImportanceMatrix) -> dict[str, Any]:
 def _show(path: Path, json: bool) -> None:
     from dataclasses import asdict
 
-    from lowbit.calibrate.imatrix_file import read_imatrix
-    from lowbit.calibrate.importance import unseen_notes
-    from lowbit.calibrate.importance_statistics import statistics
     from lowbit.cli.console import print_json, print_table
+    from lowbit.formats.gguf.imatrix_file import read_imatrix
+    from lowbit.formats.gguf.importance import statistics, unseen_notes
 
     matrix = read_imatrix(path)
     rows = statistics(matrix)

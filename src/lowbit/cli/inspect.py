@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import AllowPickle
+from lowbit.cli.options import of_trust
 
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id, or demo:smollm2.")],
+    options: Annotated[Any, of_trust("allow_pickle")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, metadata included.")] = False,
-    allow_pickle: AllowPickle = False,
 ) -> None:
     """Tensors, types, bits per weight and metadata of any supported checkpoint."""
     import lowbit
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import print_json, print_table
 
-    checkpoint = lowbit.inspect(path, OpenOptions(allow_pickle=allow_pickle))
+    checkpoint = lowbit.inspect(path, options)
     if json:
         print_json(_as_json(checkpoint))
     else:
@@ -29,9 +29,7 @@ def inspect(
 
 
 def _bits_per_weight(info: Any) -> float | None:
-    weights = 1
-    for size in info.shape:
-        weights *= size
+    weights = math.prod(info.shape)
     return 8 * info.nbytes / weights if weights else None
 
 

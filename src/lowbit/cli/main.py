@@ -29,12 +29,14 @@ from lowbit.cli.evaluate import evaluate
 from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
+from lowbit.cli.options import Commands, Sections, with_groups
 from lowbit.cli.quantize import quantize
 from lowbit.cli.verify import verify
 from lowbit.errors import LowbitError
 
 app = typer.Typer(
     name="lowbit",
+    cls=Commands,
     help="Quantize large language models: any checkpoint in, any engine's low-bit checkpoint out.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,13 +48,13 @@ _COMMANDS = (
     quantize, convert, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo
 )  # fmt: skip
 for command in _COMMANDS:
-    app.command()(command)
+    app.command(cls=Sections)(with_groups(command))
 
 
 @app.callback(invoke_without_command=True)
 def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
-        from lowbit import __version__
+        from lowbit.version import __version__
 
         typer.echo(f"lowbit {__version__}")
         raise typer.Exit

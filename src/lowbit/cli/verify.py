@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import TrustRemoteCode
+from lowbit.cli.options import of_trust
 from lowbit.errors import UsageError
+from lowbit.registry import ENGINES
 
 if TYPE_CHECKING:
     from lowbit.verification import Rule, Verification
 
 
 def verify(
+    options: Annotated[Any, of_trust("trust_remote_code")],
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of a model, or a .gguf file, by lowbit or by others.")
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="vllm, sglang, transformers, tensorrt-llm, llama.cpp. [default: vllm; llama.cpp for .gguf]"),
+        typer.Option(help=f"{', '.join(ENGINES)}. [default: vllm; llama.cpp for .gguf]"),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="List the rules instead; no folder is needed.")] = False,
@@ -28,7 +30,6 @@ def verify(
         str | None, typer.Option(help="With --rules: only those of a format, such as gptq; plain: not quantized.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the checks, or the rules, as JSON.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check a folder against an engine's rules; exit with 1 if one of them fails."""
     if rules:
@@ -40,19 +41,17 @@ def verify(
         raise UsageError("there is no FOLDER to verify", "give the folder of a model, or --rules to list the rules")
     if format is not None:
         raise UsageError("--format goes with --rules only", "the folder says itself which format it has")
-    _verify(folder, engine, reference, json, trust_remote_code)
+    _verify(folder, engine, reference, json, options)
 
 
-def _verify(folder: Path, engine: str | None, reference: str | None, json: bool, trust_remote_code: bool) -> None:
+def _verify(folder: Path, engine: str | None, reference: str | None, json: bool, options: Any) -> None:
     from lowbit.checkpoint import open_checkpoint
-    from lowbit.checkpoint.base import OpenOptions
     from lowbit.cli.console import byte_progress, print_json, say
     from lowbit.verification import default_engine, rules
     from lowbit.verification import verify as verify_folder
 
     engine = engine or default_engine(folder)
     rules(engine)
-    options = OpenOptions(trust_remote_code=trust_remote_code)
     source = None if reference is None else open_checkpoint(reference, options)
     with byte_progress(f"verify {folder}", quiet=json) as progress:
         verification = verify_folder(folder, source=source, engine=engine, options=options, progress=progress)
@@ -103,20 +102,20 @@ def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
 
     found = rules(engine, format)
     if json:
-        print_json([_rule_as_json(rule) for rule in found])
+        print_json([_rule_as_json(rule, engines) for rule, engines in found.items()])
         return
-    for rule in found:
+    for rule, engines in found.items():
         typer.echo(f"{rule.name}: {rule.summary}")
-        typer.echo(f"    engines  {', '.join(rule.engines)}")
+        typer.echo(f"    engines  {', '.join(engines)}")
         typer.echo(f"    formats  {formats_said(rule.formats)}")
         typer.echo(f"    checks   {_first_paragraph(rule)}")
         typer.echo(f"    follows  {rule.follows}")
 
 
-def _rule_as_json(rule: Rule) -> dict[str, Any]:
+def _rule_as_json(rule: Rule, engines: tuple[str, ...]) -> dict[str, Any]:
     return {
         "name": rule.name,
-        "engines": list(rule.engines),
+        "engines": list(engines),
         "formats": list(rule.formats),
         "summary": rule.summary,
         "checks": _first_paragraph(rule),

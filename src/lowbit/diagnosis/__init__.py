@@ -1,7 +1,7 @@
-"""Where is the damage of a quantized model? Contributions to its KLD, broken tensors, calibration, and what to do."""
+"""Diagnosis of a quantized model: contributions to its KLD, broken tensors, calibration, and suggestions."""
 
-from lowbit.diagnosis.result import Contribution, Diagnosis, Finding, Flip, Suggestion
 from lowbit.diagnosis.run import diagnose
 from lowbit.diagnosis.table import diagnosis_text
+from lowbit.report.diagnosis import Contribution, Diagnosis, DiagnosisFinding, Flip, Suggestion
 
-__all__ = ["Contribution", "Diagnosis", "Finding", "Flip", "Suggestion", "diagnose", "diagnosis_text"]
+__all__ = ["Contribution", "Diagnosis", "DiagnosisFinding", "Flip", "Suggestion", "diagnose", "diagnosis_text"]

@@ -1,7 +1,7 @@
-"""From evidence to findings: one function per kind, each with its rule and threshold, and the order of what hurts most.
+"""From evidence to findings: one function per kind, with its rule and threshold, and the order of the findings.
 
-Faults come first, then warnings, then notes; among each, the larger measured share of the KLD first. A fault that no
-restoring can measure (calibration) ranks as if it had UNMEASURED of the whole.
+Faults come first, then warnings, then notes; within each, by falling share of the KLD. A fault that restoring tensors
+cannot measure (calibration) ranks with the share UNMEASURED.
 """
 
 from __future__ import annotations
@@ -15,38 +15,34 @@ from typing import Literal
 
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.inputs import MISMATCH_LEAST, UNSEEN
-from lowbit.diagnosis.result import Contribution, Finding, Severity
-from lowbit.diagnosis.weights import FACTOR, TensorFacts
+from lowbit.diagnosis.pair import FACTOR, ROUNDING, TensorFacts
+from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Severity
 
 UNMEASURED = 0.3
-# A group is outstanding with this share of the KLD …
-OUTSTANDING = 0.2
-# … and this many times the median contribution of its like.
-TIMES_MEDIAN = 4.0
-# Codes at the ends of the grid: so much more than rounding anew has, and so many times as many.
+OUTSTANDING = 0.2  # share of the KLD of an outstanding group, with …
+TIMES_MEDIAN = 4.0  # … this many times the median contribution of groups of its level
+# Share of codes at the ends of the grid, over that of rounding again: difference and ratio.
 ENDS_MORE, ENDS_TIMES = 0.05, 3.0
-# Bits under those of the decoder's linears from which a tensor is said to be in fewer bits.
-FEWER_BITS = 0.75
-# A head in fewer bits is named whatever the decoder has.
-LOW_HEAD_BITS = 3.5
+FEWER_BITS = 0.75  # below the decoder's linears
+LOW_HEAD_BITS = 3.5  # of a head, whatever the decoder has
 _RANK: dict[Severity, int] = {"fault": 0, "warning": 1, "note": 2}
 
 
-def find(evidence: Evidence) -> list[Finding]:
+def find(evidence: Evidence) -> list[DiagnosisFinding]:
     """All findings, worst first."""
     found = sorted((finding for rule in RULES for finding in rule(evidence)), key=_order)
     named: set[str] = set()
     kept = []
     for finding in found:
         if finding.kind in _WHERE and (named & set(finding.tensors) or (finding.kind == "spread" and named)):
-            continue  # a finding above says it, with the cause
+            continue  # a finding above names it with the cause
         if finding.kld is not None:
             named |= set(finding.tensors)
         kept.append(finding)
     return kept
 
 
-def _order(finding: Finding) -> tuple[int, float]:
+def _order(finding: DiagnosisFinding) -> tuple[int, float]:
     share = finding.share if finding.share is not None else UNMEASURED if finding.kind in _UNMEASURED else 0.0
     return _RANK[finding.severity], -share
 
@@ -56,26 +52,26 @@ _UNMEASURED = ("calibration", "nonfinite")
 _WHERE = ("sensitive", "spread")
 
 
-def nonfinite(evidence: Evidence) -> Iterator[Finding]:
+def nonfinite(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     bad = [each for each in evidence.facts.values() if each.nonfinite]
     for each in bad:
-        yield Finding(
+        yield DiagnosisFinding(
             kind="nonfinite", severity="fault", tensors=(each.name,),
             title=f"{each.name} holds NaN or inf in {each.nonfinite} of {_count(each)} weights",
-            detail="everything behind it is NaN too; all else was measured with the reference's weights in its place",
+            detail="everything after it is NaN too; the rest was measured with the reference's weights in its place",
         )  # fmt: skip
     if not bad and evidence.total is None:
-        yield Finding(
+        yield DiagnosisFinding(
             kind="nonfinite", severity="fault", title="the quantized model gives NaN or inf on this text",
-            detail="its weights are finite: it overflows while it computes; try --dtype float32",
+            detail="its weights are finite, but its activations overflow; try --dtype float32",
         )  # fmt: skip
 
 
-def zeroed(evidence: Evidence) -> Iterator[Finding]:
+def zeroed(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     """All weights 0 where the reference's are not; an expert is named once."""
     groups: dict[str, list[str]] = {}
     for each in evidence.facts.values():
-        if each.is_zeroed and not _is_bias(each.name):
+        if each.is_zeroed and not each.name.endswith(".bias"):
             groups.setdefault(expert_of(each.name) or each.name, []).append(each.name)
     for name, tensors in groups.items():
         expert = re.fullmatch(r"(.*)\.experts\.(\d+)", name)
@@ -89,7 +85,7 @@ def zeroed(evidence: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def constant_rows(evidence: Evidence) -> Iterator[Finding]:
+def constant_rows(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     for each in evidence.facts.values():
         if each.constant_rows and each.quantized and not each.is_zeroed and each.bits > 1.1:
             yield _measured(
@@ -98,9 +94,9 @@ def constant_rows(evidence: Evidence) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def scales(evidence: Evidence) -> Iterator[Finding]:
+def scales(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     """Weights that are the reference's times a factor: scales doubled, halved, of another group. One finding for the
-    tensors of a block with the same factor; one for all where that are more than three blocks."""
+    tensors of a block with the same factor, or for all if more than three blocks share it."""
     groups: dict[tuple[int | None, str], list[str]] = {}
     for names, factor in _factors(evidence):
         groups.setdefault((evidence.facts[names[0]].block, f"{factor:.1f}"), []).extend(names)
@@ -120,7 +116,7 @@ def scales(evidence: Evidence) -> Iterator[Finding]:
         yield _scaled(evidence, where, factor, names)
 
 
-def _scaled(evidence: Evidence, where: str, factor: str, names: list[str]) -> Finding:
+def _scaled(evidence: Evidence, where: str, factor: str, names: list[str]) -> DiagnosisFinding:
     single = where == names[0]
     return _measured(
         evidence, "scale", "fault", f"{where} {'is' if single else 'are'} {factor} times what "
@@ -130,7 +126,7 @@ def _scaled(evidence: Evidence, where: str, factor: str, names: list[str]) -> Fi
 
 
 def _factors(evidence: Evidence) -> Iterator[tuple[tuple[str, ...], float]]:
-    """(tensors, what each is multiplied with by mistake), also of those that a transform rewrote."""
+    """(tensors, their wrong factor), including those that a transform rewrote."""
     if evidence.other_basis:
         return
     for each in evidence.facts.values():
@@ -139,12 +135,12 @@ def _factors(evidence: Evidence) -> Iterator[tuple[tuple[str, ...], float]]:
     off = {names: factor for names, factor in evidence.tied_factors.items()
            if factor > 0 and not 1 / FACTOR < factor < FACTOR and not evidence.facts[names[0]].nonfinite}  # fmt: skip
     for names, factor in off.items():
-        # Of two that were scaled against each other only the product is known. 4 is taken for twice 2.
+        # Of two tensors scaled against each other only the product is known; 4 is read as twice 2.
         both = len(names) == 2 and abs(math.log(factor)) > 2 * math.log(FACTOR) + math.log(1.2)
         yield names, math.sqrt(factor) if both else factor
 
 
-def replaced(evidence: Evidence) -> Iterator[Finding]:
+def replaced(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     if evidence.other_basis:
         return
     for each in evidence.facts.values():
@@ -157,18 +153,16 @@ def replaced(evidence: Evidence) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def changed(evidence: Evidence) -> Iterator[Finding]:
-    """Unquantized tensors that are not the reference's, and that no transform explains."""
-    from lowbit.diagnosis.weights import ROUNDING
-
+def changed(evidence: Evidence) -> Iterator[DiagnosisFinding]:
+    """Unquantized tensors that differ from the reference without a transform to explain it."""
     if evidence.other_basis:
         return
     bad = [each for each in evidence.facts.values()
            if not each.quantized and each.error > ROUNDING and each.name not in evidence.tied
-           and not _is_bias(each.name) and not each.is_zeroed]  # fmt: skip
+           and not each.name.endswith(".bias") and not each.is_zeroed]  # fmt: skip
     if bad:
         worst = max(bad, key=lambda each: each.error)
-        yield Finding(
+        yield DiagnosisFinding(
             kind="changed", severity="warning", tensors=tuple(each.name for each in bad[:20]),
             title=f"{len(bad)} tensors that are not quantized differ from the reference, {worst.name} the most",
             detail=f"by {100 * worst.error:.2g} % of its squared norm; either a transform that the report does not "
@@ -176,8 +170,8 @@ def changed(evidence: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def low_bits(evidence: Evidence) -> Iterator[Finding]:
-    """A tensor in fewer bits than the rest, or a head in very few, that an outstanding share of the KLD comes from."""
+def low_bits(evidence: Evidence) -> Iterator[DiagnosisFinding]:
+    """A tensor in fewer bits than the rest, or a head in very few, with an outstanding share of the KLD."""
     for each in evidence.culprits:
         share = evidence.share(each.kld)
         facts = [evidence.facts[name] for name in evidence.members[each.name] if evidence.facts[name].quantized]
@@ -192,14 +186,15 @@ def low_bits(evidence: Evidence) -> Iterator[Finding]:
             yield _finding_of(evidence, each, "bits", "fault", because)
 
 
-def outstanding(evidence: Evidence) -> Iterator[Finding]:
-    """A group that costs far more than its like, for no other reason than that it is sensitive."""
+def outstanding(evidence: Evidence) -> Iterator[DiagnosisFinding]:
+    """A group that costs far more than others of its level, without a fault of its own."""
     for each in evidence.culprits:
         share = evidence.share(each.kld)
         if share is None or share < OUTSTANDING or each.level == "blocks":
             continue
-        like = [other.kld for other in evidence.contributions.values() if other.level == each.level
-                and other.name != each.name] if each.level != "outside" else _block_levels(evidence)  # fmt: skip
+        levels = ("block", "blocks") if each.level == "outside" else (each.level,)
+        like = [other.kld for other in evidence.contributions.values()
+                if other.level in levels and other.name != each.name]  # fmt: skip
         typical = median(like) if like else 0.0
         if each.kld > TIMES_MEDIAN * max(typical, 0.0):
             yield _finding_of(
@@ -207,22 +202,20 @@ def outstanding(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
-def calibration(evidence: Evidence) -> Iterator[Finding]:
+def calibration(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     found = evidence.mismatch
     if found is None:
         return
-    unseen = (
-        ""
-        if evidence.unseen is None
-        else (f"; {100 * evidence.unseen:.0f} % of the text's tokens do not occur in the calibration text")
-    )
+    share = evidence.unseen
+    unseen = "" if share is None else f"; {100 * share:.0f} % of the text's tokens do not occur in the calibration text"
     measured = (
         f"mean squares of channels differ by {found.distance:.2f} doublings (median over {found.inputs} inputs); the "
         f"two halves of the text differ by {found.halves:.2f}{unseen}"
     )
     if found.is_found(evidence.unseen):
-        name = _calibration_name(evidence)
-        yield Finding(
+        text = ((evidence.report or {}).get("settings") or {}).get("calibration") or {}
+        name = text.get("name", "the calibration text")
+        yield DiagnosisFinding(
             kind="calibration", severity="fault", tensors=(found.worst,),
             title=f"the model was calibrated on something else than this text: {name} does not look like it",
             detail=measured,
@@ -231,13 +224,13 @@ def calibration(evidence: Evidence) -> Iterator[Finding]:
     unclear = found.distance > MISMATCH_LEAST and evidence.unseen is not None and evidence.unseen > UNSEEN
     title = "the calibration text may differ from this one, but so do its own halves: more windows would tell" \
         if unclear else "nothing speaks against the calibration text"  # fmt: skip
-    yield Finding(kind="calibration-fits", severity="note", title=title, detail=measured)
+    yield DiagnosisFinding(kind="calibration-fits", severity="note", title=title, detail=measured)
 
 
-def clipped(evidence: Evidence) -> Iterator[Finding]:
+def clipped(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     if evidence.clipped:
         worst = evidence.clipped[0]
-        yield Finding(
+        yield DiagnosisFinding(
             kind="clipped", severity="fault", tensors=tuple(each.tensor for each in evidence.clipped[:20]),
             title=f"{len(evidence.clipped)} static activation scales are too small for this text, that of "
             f"{worst.tensor} the most",
@@ -246,14 +239,14 @@ def clipped(evidence: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def outliers(evidence: Evidence) -> Iterator[Finding]:
+def outliers(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     if not evidence.outliers:
         return
     worst = evidence.outliers[0]
     channels = ", ".join(map(str, worst.channels[:5])) + (" …" if len(worst.channels) > 5 else "")
     severity: Severity = "warning" if evidence.quantizes_activations else "note"
     because = "; a token's scale must span them" if evidence.quantizes_activations else ""
-    yield Finding(
+    yield DiagnosisFinding(
         kind="outliers", severity=severity, tensors=tuple(each.name for each in evidence.outliers[:20]),
         title=f"{len(evidence.outliers)} inputs have outlier channels, {worst.name} the largest: {worst.largest:.0f}, "
         f"{worst.ratio:.0f} times the median channel's largest value (channel {channels})",
@@ -261,11 +254,11 @@ def outliers(evidence: Evidence) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def saturation(evidence: Evidence) -> Iterator[Finding]:
+def saturation(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     bad = [each for each in evidence.ends if each.share > max(ENDS_TIMES * each.expected, each.expected + ENDS_MORE)]
     if bad:
         worst = max(bad, key=lambda each: each.share - each.expected)
-        yield Finding(
+        yield DiagnosisFinding(
             kind="saturation", severity="warning", tensors=tuple(each.name for each in bad[:20]),
             title=f"codes of {len(bad)} tensors crowd at the ends of their grid, of {worst.name} the most",
             detail=f"{100 * worst.share:.1f} % of its codes; rounding the reference to nearest gives "
@@ -273,50 +266,52 @@ def saturation(evidence: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def left_out(evidence: Evidence) -> Iterator[Finding]:
+def left_out(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     """Linears in 16 bits among quantized ones, and tensors that the report calls quantized and that are not."""
     said = {entry.get("name"): entry.get("scheme") for entry in (evidence.report or {}).get("tensors", ())
             if isinstance(entry, dict)}  # fmt: skip
     wrong = [each.name for each in evidence.facts.values() if said.get(each.name) and not each.quantized]
     if wrong:
-        yield Finding(kind="unquantized", severity="fault", tensors=tuple(wrong[:20]),
-                      title=f"{len(wrong)} tensors are in 16 bits that the report calls quantized: {wrong[0]} …",
-                      detail="the files are larger than they should be")  # fmt: skip
+        yield DiagnosisFinding(kind="unquantized", severity="fault", tensors=tuple(wrong[:20]),
+                               detail="the files are larger than they should be", title=f"{len(wrong)} tensors are in "
+                               f"16 bits that the report calls quantized: {wrong[0]} …")  # fmt: skip
     roles = {each.role for each in evidence.facts.values() if each.quantized and each.block is not None}
     others = [each for each in evidence.facts.values() if each.role in roles and each.block is not None
               and not each.quantized and each.name not in wrong]  # fmt: skip
     if others:
-        yield Finding(kind="left", severity="note", tensors=tuple(each.name for each in others[:20]),
-                      title=f"{len(others)} linears are in 16 bits while others of their role are quantized",
-                      detail=", ".join(each.name for each in others[:5]))  # fmt: skip
+        yield DiagnosisFinding(kind="left", severity="note", tensors=tuple(each.name for each in others[:20]),
+                               title=f"{len(others)} linears are in 16 bits while others of their role are quantized",
+                               detail=", ".join(each.name for each in others[:5]))  # fmt: skip
 
 
-def spread(evidence: Evidence) -> Iterator[Finding]:
+def spread(evidence: Evidence) -> Iterator[DiagnosisFinding]:
     """Where the damage is when nothing stands out."""
     if not evidence.contributions or not evidence.total:
         return
     if not evidence.culprits:
-        yield Finding(kind="spread", severity="note", title="no part stands out of the noise",
-                      detail="more windows would tell them apart: --windows")  # fmt: skip
+        yield DiagnosisFinding(kind="spread", severity="note", title="no part stands out of the noise",
+                               detail="more windows would tell them apart: --windows")  # fmt: skip
         return
     first = [each for each in evidence.contributions.values() if each.level in ("outside", "block", "blocks")]
     noise = sum(not each.significant for each in first)
     worst = evidence.culprits[0]
     if worst.level == "blocks" and len([each for each in first if each.level != "outside"]) == 1:
-        yield Finding(kind="spread", severity="note", title="the budget did not reach to tell blocks apart: --budget")
+        yield DiagnosisFinding(
+            kind="spread", severity="note", title="the budget did not reach to tell blocks apart: --budget"
+        )
         return
     found = _finding_of(evidence, worst, "spread", "note", f"the largest single part{_outlier_of(evidence, worst)}")
     aside = f"; {noise} of {len(first)} blocks and outer tensors are within noise" if noise else ""
     yield found.model_copy(update={"detail": found.detail + aside})
 
 
-RULES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+RULES: tuple[Callable[[Evidence], Iterator[DiagnosisFinding]], ...] = (
     nonfinite, zeroed, constant_rows, scales, replaced, low_bits, calibration, clipped, left_out,
     outstanding, saturation, outliers, changed, spread,
 )  # fmt: skip
 
 
-def verdict(evidence: Evidence, findings: list[Finding]) -> str:
+def verdict(evidence: Evidence, findings: list[DiagnosisFinding]) -> str:
     """One sentence: what hurts most, and why."""
     faults = [each for each in findings if each.severity == "fault"]
     if faults:
@@ -331,7 +326,7 @@ def verdict(evidence: Evidence, findings: list[Finding]) -> str:
     return f"nothing is broken: the KLD of {evidence.total:.4f} is what rounding costs{where}"
 
 
-def _cost(finding: Finding) -> str:
+def _cost(finding: DiagnosisFinding) -> str:
     if finding.share is None or finding.kld is None or "KLD" in finding.title:
         return ""
     return f"; it costs {100 * min(1.0, max(0.0, finding.share)):.0f} % of the KLD"
@@ -339,24 +334,24 @@ def _cost(finding: Finding) -> str:
 
 def _measured(
     evidence: Evidence, kind: str, severity: Severity, title: str, tensors: Iterable[str], detail: str
-) -> Finding:
-    """A finding on tensors, with what restoring just them gains where that was measured."""
+) -> DiagnosisFinding:
+    """A finding on tensors, with the gain of restoring them if it was measured."""
     names = tuple(tensors)
     found = evidence.contribution_of(frozenset(names))
     if found is None or not evidence.total:
-        return Finding(kind=kind, severity=severity, title=title, detail=detail, tensors=names)
+        return DiagnosisFinding(kind=kind, severity=severity, title=title, detail=detail, tensors=names)
     if not evidence.is_just(found, frozenset(names)):
         detail += f"; measured with all of {found.name}"
-    return Finding(kind=kind, severity=severity, title=title, detail=detail, tensors=names, kld=found.kld, se=found.se,
-                   share=evidence.share(found.kld))  # fmt: skip
+    return DiagnosisFinding(kind=kind, severity=severity, title=title, detail=detail, tensors=names, kld=found.kld,
+                            se=found.se, share=evidence.share(found.kld))  # fmt: skip
 
 
 def _finding_of(
     evidence: Evidence, each: Contribution, kind: str, severity: Literal["fault", "warning", "note"], because: str
-) -> Finding:
+) -> DiagnosisFinding:
     share = evidence.share(each.kld) or 0.0
     tensors = tuple(sorted(name for name in evidence.members[each.name] if evidence.facts[name].quantized))
-    return Finding(
+    return DiagnosisFinding(
         kind=kind, severity=severity, tensors=tensors[:20],
         title=f"{each.name} costs {100 * share:.0f} % of the KLD: {because}",
         detail=f"restoring it takes {each.kld:.5f} ± {each.se:.5f} of {evidence.total:.5f}", kld=each.kld, se=each.se,
@@ -365,7 +360,7 @@ def _finding_of(
 
 
 def _outlier_of(evidence: Evidence, each: Contribution) -> str:
-    """What makes a small group sensitive, where its input has outlier channels."""
+    """A clause on the outlier channels of a small group's input, or ""."""
     if each.level not in ("set", "tensor"):
         return ""
     for found in evidence.outliers:
@@ -374,27 +369,11 @@ def _outlier_of(evidence: Evidence, each: Contribution) -> str:
     return ""
 
 
-def _block_levels(evidence: Evidence) -> list[float]:
-    return [each.kld for each in evidence.contributions.values() if each.level in ("block", "blocks")]
-
-
-def _calibration_name(evidence: Evidence) -> str:
-    calibration = ((evidence.report or {}).get("settings") or {}).get("calibration") or {}
-    return str(calibration.get("name", "the calibration text"))
-
-
 def expert_of(name: str) -> str | None:
     """The expert that a tensor belongs to: "model.layers.3.mlp.experts.7"."""
     found = re.match(r"(.*\.experts\.\d+)\.", name)
     return found[1] if found else None
 
 
-def _is_bias(name: str) -> bool:
-    return name.endswith(".bias")
-
-
 def _count(facts: TensorFacts) -> int:
-    count = 1
-    for size in facts.shape:
-        count *= size
-    return count
+    return math.prod(facts.shape)

@@ -1,21 +1,21 @@
-"""What goes into the linears: channels far above the rest, static ranges that are too small, and calibration mismatch.
+"""Inputs of the linears: outlier channels, static ranges that are too small, and calibration mismatch.
 
     outlier channel   max |x| ≥ 6 over the text, and ≥ 20 times the median over channels of max |x|
-                      (the first is the rule of LLM.int8(), arXiv 2208.07339; the second keeps inputs out that are large
-                      altogether)
+                      (the first is the rule of LLM.int8(), arXiv 2208.07339; the second excludes inputs that are large
+                      in all channels)
     static range      reach = input scale · largest code; clipped where max |x| > 2 · reach
     mismatch          distance of the text's mean x² to the recorded one (`calibrate.summary`), in doublings, the median
                       over inputs; compared with the distance between the two halves of the diagnosis text, which is
                       what two stretches of one text differ by
 
-Statistics are taken behind the reference's blocks, and behind the quantized model's; recorded ones come from a stream
-behind rounded blocks, which lies between, so the nearer of the two is what counts.
+Statistics are measured in the reference and in the quantized model; the recorded ones come from a partly rounded
+stream, which lies between, so the nearer of the two counts.
 
-A mismatch is found where the median distance is over MISMATCH_LEAST doublings, over MISMATCH_RATIO times that of the
-halves, and the calibration text lacks more than UNSEEN of this text's tokens; where the report does not tell its
-tokens, over MISMATCH_ALONE doublings. (demo:smollm2, windows of 256: two English texts are 0.4 apart, English and code
-0.7, English and German, Russian or Chinese 0.9 to 1.2; the packaged calibration text is 0.5 to 0.8 from any of them,
-and has their tokens.) With fewer than two windows there are no halves, and nothing is said.
+A mismatch is reported if the median distance exceeds MISMATCH_LEAST doublings and MISMATCH_RATIO times that of the
+halves, and the calibration text lacks more than UNSEEN of this text's tokens; MISMATCH_ALONE doublings if the report
+does not record its tokens. (demo:smollm2, windows of 256: two English texts are 0.4 apart, English and code 0.7,
+English and German, Russian or Chinese 0.9 to 1.2; the packaged calibration text is 0.5 to 0.8 from any of them, and has
+their tokens.) Fewer than two windows have no halves, and nothing is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from torch import Tensor
 from lowbit.calibrate.block_modules import BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner, batches_of
 from lowbit.calibrate.summary import InputSummary, distance, log_distance
-from lowbit.diagnosis.sweep import through_last_norm
 
 if TYPE_CHECKING:
     from lowbit.schemes import Scheme
@@ -57,7 +56,7 @@ class InputStats:
     halves: tuple[Tensor, ...]
 
 
-class _Sums:
+class _InputSums:
     """A `BlockVisitor`: Σ x² and max |x| of every channel, and tokens."""
 
     def __init__(self):
@@ -87,7 +86,7 @@ def observe(runner: BlockRunner, ids: Tensor) -> tuple[Tensor, dict[str, InputSt
     stats: dict[str, InputStats] = {}
     for index, block in enumerate(runner.blocks):
         runner.load(index)
-        seen = [_Sums() for _ in halves]
+        seen = [_InputSums() for _ in halves]
         for half, sums in zip(halves, seen, strict=True):
             part = states.values[half]
             with observed(block, block.module, sums):
@@ -95,10 +94,10 @@ def observe(runner: BlockRunner, ids: Tensor) -> tuple[Tensor, dict[str, InputSt
                     part[batch] = runner.forward(index, part[batch])
         runner.drop(index)
         stats |= _joined(index, seen)
-    return through_last_norm(runner, states, ids), stats
+    return runner.through_last_norm(ids, states).values, stats
 
 
-def _joined(block: int, parts: list[_Sums]) -> dict[str, InputStats]:
+def _joined(block: int, parts: list[_InputSums]) -> dict[str, InputStats]:
     stats = {}
     for name in dict.fromkeys(name for part in parts for name in part.found):
         found = [part.found[name] for part in parts if name in part.found]
@@ -171,14 +170,13 @@ class Mismatch:
     """How far the calibration text is from this one.
 
     distance  median over inputs, in doublings; halves: the same between the halves of this text
-    worst     the input that differs most, and by how much
+    worst     the input that differs most
     inputs    how many were compared
     """
 
     distance: float
     halves: float
     worst: str
-    worst_distance: float
     inputs: int
 
     def is_found(self, unseen: float | None) -> bool:
@@ -191,7 +189,7 @@ class Mismatch:
 def calibration_mismatch(
     recorded: Iterable[InputSummary], streams: Iterable[Mapping[str, InputStats]]
 ) -> Mismatch | None:
-    """The nearer of the streams; None where nothing that was recorded was seen here, or there are no halves."""
+    """The nearer of the streams; None if nothing that was recorded was seen here, or there are no halves."""
     recorded = list(recorded)
     found = [each for each in (_against(recorded, stats) for stats in streams) if each is not None]
     return min(found, key=lambda each: each.distance, default=None)
@@ -208,4 +206,4 @@ def _against(recorded: list[InputSummary], stats: Mapping[str, InputStats]) -> M
     if not distances:
         return None
     worst = max(distances, key=lambda name: distances[name])
-    return Mismatch(median(distances.values()), median(halves), worst, distances[worst], len(distances))
+    return Mismatch(median(distances.values()), median(halves), worst, len(distances))

@@ -1,31 +1,52 @@
-"""A quantized model and its reference under the same tensor names, and what each tensor holds in either.
+"""A quantized model and its reference under the same tensor names, and a comparison tensor by tensor.
 
-Names are those of the quantized checkpoint's architecture (experts one by one); tensors are given as the quantized
-checkpoint has them, so that one may stand in for the other: where only one of the two stores a linear transposed
-(Conv1D in 16 bits), the reference's is turned round.
+Names are those of the quantized checkpoint's architecture (experts one by one), and tensors have its orientation, so
+that one can replace the other: if only one of the two stores a linear transposed (Conv1D in 16 bits), the reference's
+is transposed.
 
-Refused: a model type without a row in the table of families, and a reference of another architecture, named by the
-first tensor that is absent or of another shape.
+Refused: a model type without a row in the table of families, and a reference of another architecture; the error names
+the first tensor that is absent or of another shape.
+
+`look_at_tensors` compares every tensor of the quantized model with the reference's:
+
+    gain      ⟨Ŵ, W⟩ / ⟨W, W⟩        1 if the error is uncorrelated with W; 2 if scales are doubled
+    error     ‖Ŵ − W‖² / ‖W‖²
+    the same per row, for rows that are not nearly 0
+
+    broken    NaN or inf · all zero, unlike the reference · rows of one value, unlike the reference's
+    scaled    gain outside 1/FACTOR … FACTOR; of more than ROWS_SHARE of the rows outside 1/ROW_FACTOR … ROW_FACTOR
+              (a row of 2-bit codes with error feedback may be off by 1.5)
+    replaced  |gain| under 0.5 and error over 0.5: other weights, or another basis
+    changed   an unquantized tensor that differs by more than its dtype rounds
+
+Both models are read by slabs of rows; sums are float64. The gain of a tensor that a transform rewrote (`tied`) is
+ignored, since its columns were scaled on purpose.
+
+    at the ends   share of codes that are the smallest or the largest of the grid, of a sample of rows,
+                  beside the share that rounding the reference's rows to nearest anew gives
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lowbit.architecture.view import canonical_view
-from lowbit.checkpoint.base import Checkpoint, is_decoded
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded, row_slabs
 from lowbit.errors import ArchitectureError, UsageError
 
 if TYPE_CHECKING:
     from lowbit.architecture.structure import Architecture, Linear
     from lowbit.evaluation.opening import Opened
 
-# What takes fewer bits per weight than this is quantized.
-PLAIN_BITS = 15.5
+PLAIN_BITS = 15.5  # tensors with fewer bits per weight are quantized
 
 
 @dataclass(frozen=True)
@@ -80,9 +101,7 @@ class Pair:
     def bits(self, name: str) -> float:
         """Stored bits per weight, scales included."""
         info = self.quantized.tensors[name]
-        weights = 1
-        for size in info.shape:
-            weights *= size
+        weights = math.prod(info.shape)
         return 8 * info.nbytes / weights if weights else 0.0
 
     def is_quantized(self, name: str) -> bool:
@@ -111,3 +130,151 @@ class Pair:
     def _seen_shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self.original.tensors[name].shape)
         return shape[::-1] if self._turned(name) else shape
+
+
+SLAB_WEIGHTS = 4_000_000
+FACTOR = 1.4
+ROW_FACTOR = 1.75
+ROWS_SHARE = 0.01
+FAINT = 1e-3  # rows with less than this share of the mean square of all are ignored
+ROUNDING = 2e-4  # relative difference between two 16-bit types is below this
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """The comparison of one tensor; see the module.
+
+    gain        None if the reference is all zero
+    row_gains   float32, gains of the rows outside the limits; rows: number of rows compared
+    """
+
+    name: str
+    role: str
+    block: int | None
+    shape: tuple[int, ...]
+    bits: float
+    quantized: bool
+    nonfinite: int
+    zero: bool
+    original_zero: bool
+    constant_rows: int
+    gain: float | None
+    error: float
+    row_gains: Tensor
+    rows: int
+
+    @property
+    def is_zeroed(self) -> bool:
+        return self.zero and not self.original_zero
+
+    @property
+    def is_replaced(self) -> bool:
+        return not self.zero and self.gain is not None and abs(self.gain) < 0.5 and self.error > 0.5
+
+    @property
+    def is_scaled(self) -> bool:
+        """Off by a factor as a whole, or in many rows."""
+        if self.zero or self.nonfinite or self.is_replaced or self.gain is None:
+            return False
+        return not 1 / FACTOR < self.gain < FACTOR or len(self.row_gains) > ROWS_SHARE * self.rows
+
+    @property
+    def factor(self) -> float:
+        """The wrong factor of the tensor, or of its rows outside the limits."""
+        assert self.gain is not None, "asked of scaled tensors"
+        if not 1 / FACTOR < self.gain < FACTOR or not len(self.row_gains):
+            return self.gain
+        return float(self.row_gains.median())
+
+
+class _TensorSums:
+    def __init__(self):
+        self.qq = self.rr = self.qr = 0.0
+        self.nonfinite = self.constant_rows = 0
+        self.rows: list[Tensor] = []
+
+    def add(self, q: Tensor, r: Tensor) -> None:
+        """Rows [rows, …] of both, float32."""
+        q, r = q.reshape(len(q), -1) if q.dim() > 1 else q[None], r.reshape(len(r), -1) if r.dim() > 1 else r[None]
+        finite = torch.isfinite(q)
+        self.nonfinite += int((~finite).sum())
+        q = torch.where(finite, q, 0.0)
+        qr, rr = (q * r).sum(1, dtype=torch.float64), (r * r).sum(1, dtype=torch.float64)
+        self.qq += (q * q).sum(dtype=torch.float64).item()
+        self.rr += rr.sum().item()
+        self.qr += qr.sum().item()
+        self.rows.append(torch.stack([qr, rr]).float())
+        if q.shape[1] > 1:
+            flat = (q == q[:, :1]).all(1) & (q[:, 0] != 0) & ~(r == r[:, :1]).all(1)
+            self.constant_rows += int(flat.sum())
+
+
+def look_at_tensors(pair: Pair, progress: Callable[[str, int, int], None] | None = None) -> list[TensorFacts]:
+    """Facts of every tensor of both models, in the order of the architecture."""
+    facts = []
+    for index, name in enumerate(pair.names):
+        facts.append(_facts(pair, name))
+        if progress is not None:
+            progress("tensors", index + 1, len(pair.names))
+    return facts
+
+
+def _facts(pair: Pair, name: str) -> TensorFacts:
+    shape = tuple(pair.quantized.tensors[name].shape)
+    sums = _TensorSums()
+    for start, stop in row_slabs(shape, SLAB_WEIGHTS):
+        sums.add(*(torch.atleast_1d(read(name, start, stop)) for read in (pair.read, pair.read_original)))
+    pair.release(name)
+    qr, rr = torch.cat(sums.rows, dim=1)
+    judged = rr > FAINT * rr.mean() if len(shape) > 1 else torch.zeros(len(rr), dtype=torch.bool)
+    gains = qr[judged] / rr[judged]
+    off = (gains < 1 / ROW_FACTOR) | (gains > ROW_FACTOR)
+    error = (sums.qq - 2 * sums.qr + sums.rr) / sums.rr if sums.rr > 0 else float(sums.qq > 0)
+    return TensorFacts(
+        name=name, role=pair.architecture.roles[name], block=pair.architecture.block_of(name), shape=shape,
+        bits=pair.bits(name), quantized=pair.is_quantized(name), nonfinite=sums.nonfinite,
+        zero=sums.qq == 0 and not sums.nonfinite, original_zero=sums.rr == 0, constant_rows=sums.constant_rows,
+        gain=sums.qr / sums.rr if sums.rr > 0 else None, error=max(0.0, error), row_gains=gains[off],
+        rows=int(judged.sum()),
+    )  # fmt: skip
+
+
+def median_bits(facts: Iterable[TensorFacts]) -> float:
+    """Stored bits per weight of the typical quantized linear of the blocks; 16 where there is none."""
+    return median([each.bits for each in facts if each.quantized and each.block is not None] or [16.0])
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Share of codes at the ends of the grid, and what rounding the reference to nearest gives."""
+
+    name: str
+    share: float
+    expected: float
+
+
+def codes_at_ends(pair: Pair, name: str) -> Ends | None:
+    """Codes at the ends, in a sample of rows of an integer weight; None if its codes cannot be read."""
+    from lowbit.numerics.scalar_grids import IntGrid
+    from lowbit.rounding.rtn import needs_tensor_range, round_to_nearest
+    from lowbit.tensors import RangeSearch
+
+    checkpoint = pair.quantized
+    if not isinstance(checkpoint, CanReadCodes) or name not in checkpoint.schemes:
+        return None
+    spec = checkpoint.schemes[name].weight
+    if spec.number != "int" or needs_tensor_range(spec):
+        return None
+    multiple = checkpoint.row_multiple(name)
+    rows = min(checkpoint.tensors[name].shape[0], -(-SAMPLED_ROWS // multiple) * multiple)
+    stored = checkpoint.read_quantized(name, 0, rows)
+    grid = stored.grid
+    if not isinstance(grid, IntGrid) or stored.g_idx is not None:
+        return None
+    search = RangeSearch("wmse" if spec.bits <= 4 else "absmax")
+    fresh = round_to_nearest(pair.read_original(name, 0, rows), spec, grid, search)
+    share, expected = (
+        ((each.codes == grid.qmin) | (each.codes == grid.qmax)).float().mean().item() for each in (stored, fresh)
+    )
+    return Ends(name, share, expected)

@@ -1,10 +1,10 @@
-"""`diagnose`: where is the damage of a quantized model?
+"""`diagnose`: locates the damage of a quantized model.
 
-    open both → every tensor beside the reference's → a pass of each model with statistics of inputs
+    open both → compare every tensor with the reference's → a pass of each model with statistics of inputs
               → contributions, in sweeps → findings → commands
 
-One block of weights is in memory at a time. Weights alone are judged: activations that an engine rounds at run time are
-not simulated (`lowbit evaluate` does that).
+One block of weights is in memory at a time. Activations that an engine rounds at run time are not simulated
+(`lowbit evaluate` does that).
 """
 
 from __future__ import annotations
@@ -22,31 +22,29 @@ import torch
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.summary import InputSummary, unpack_vocabulary, unseen_share
 from lowbit.checkpoint.base import OpenOptions, report_path
-from lowbit.diagnosis.contributions import Search, standard_error
-from lowbit.diagnosis.evidence import Evidence
+from lowbit.diagnosis.contributions import ContributionSearch, Progress, Sweeper
+from lowbit.diagnosis.evidence import Evidence, FlipCollector
 from lowbit.diagnosis.findings import expert_of, find, verdict
-from lowbit.diagnosis.flips import FlipCollector
 from lowbit.diagnosis.inputs import InputStats, Mismatch, calibration_mismatch, clipped_inputs, observe, outlier_inputs
-from lowbit.diagnosis.pair import Pair
-from lowbit.diagnosis.result import Diagnosis, DiagnosisText, Suggestion
+from lowbit.diagnosis.pair import ROUNDING, Pair, TensorFacts, codes_at_ends, look_at_tensors
 from lowbit.diagnosis.suggestions import suggest
-from lowbit.diagnosis.sweep import Progress, Sweeper
-from lowbit.diagnosis.ties import tied_factors, transform_ties
-from lowbit.diagnosis.units import Tree
-from lowbit.diagnosis.weights import ROUNDING, TensorFacts, codes_at_ends, look_at_tensors
+from lowbit.diagnosis.tree import Tree, tied_factors, transform_ties
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.blockwise import fill_head
 from lowbit.evaluation.footprint import read_report, reported_source
-from lowbit.evaluation.forward import Runner
-from lowbit.evaluation.opening import Opened, Opener
+from lowbit.evaluation.metrics import standard_error
+from lowbit.evaluation.opening import Opened, Opener, check_windows
+from lowbit.evaluation.result import TextRecord
 from lowbit.measure import Meter
+from lowbit.report import schema
+from lowbit.report.diagnosis import Diagnosis, Suggestion
 from lowbit.text import Windows, cut_windows, read_text
+from lowbit.version import __version__
 
 if TYPE_CHECKING:
     from lowbit.schemes import Scheme
 
-# Groups that are measured although what they belong to may not be split: the suspects.
-MOST_SUSPECTS = 16
+MOST_SUSPECTS = 16  # groups that are measured in any case
 
 
 def diagnose(
@@ -64,7 +62,7 @@ def diagnose(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Where the damage of a quantized model is, what caused it, and what to do.
+    """Locate the damage of a quantized model, its cause, and commands against it.
 
     reference  the model that was quantized; by default the source that the report names
     text       a file, a hub dataset, or the packaged text by default; windows of it are cut as `evaluate` cuts them
@@ -83,9 +81,9 @@ def diagnose(
             raise UsageError("no reference was given, and no report names one", "add --reference MODEL")
         pair = Pair(judged, opener.open(source))
         cut = cut_windows(judged_text, pair.reference.tokenizer, windows, window_tokens, "full", bos)
-        _check_vocabulary(pair, cut)
+        check_windows(pair.judged, pair.reference, cut.ids)
         facts = {each.name: each for each in look_at_tensors(pair, progress)}
-        run = _Run(pair, cut, facts, report, budget, reverse, options, progress)
+        run = _Measuring(pair, cut, facts, report, budget, reverse, options, progress)
         run.notes += notes
         evidence, flips, passes = run.measure()
         findings = find(evidence)
@@ -97,7 +95,7 @@ def diagnose(
             healthy=not any(each.severity == "fault" for each in findings),
             model=pair.judged.checkpoint.source,
             reference=pair.reference.checkpoint.source,
-            text=DiagnosisText(name=judged_text.name, sha256=judged_text.sha256, tokens=cut.text_tokens),
+            text=TextRecord(name=judged_text.name, sha256=judged_text.sha256, tokens=cut.text_tokens),
             windows=len(cut.ids),
             window_tokens=cut.ids.shape[1],
             scored_tokens=cut.scored_tokens,
@@ -112,13 +110,13 @@ def diagnose(
             forward_passes=passes,
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_bytes,
-            versions={name: metadata.version(name) for name in ("lowbit", "torch", "transformers")},
+            versions={"lowbit": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
             notes=tuple(run.notes),
         )
 
 
-class _Run:
-    """The measuring; what is said on the way goes to `notes`."""
+class _Measuring:
+    """Measures the pair, and collects `notes` on the way."""
 
     def __init__(
         self, pair: Pair, windows: Windows, facts: Mapping[str, TensorFacts], report: dict[str, Any] | None,
@@ -129,7 +127,7 @@ class _Run:
         self.notes: list[str] = [f"reference: {note}" for note in pair.reference.checkpoint.notes]
 
     def measure(self) -> tuple[Evidence, FlipCollector, float]:
-        """(everything that findings need, the flipped tokens, forward passes)."""
+        """(the evidence, the flipped tokens, forward passes)."""
         pair, ids = self.pair, self.windows.ids
         loader = pair.judged.loader
         judged = BlockRunner(pair.judged.checkpoint, loader.dtype, loader.device, self.options)
@@ -141,7 +139,7 @@ class _Run:
             fill_head(opened)
         sweeper = Sweeper(pair, self.windows, judged, reference, head_inputs, broken, self.reverse, self.progress)
         tree = self._tree(sweeper)
-        search = Search(sweeper, tree, self.budget)
+        search = ContributionSearch(sweeper, tree, self.budget)
         flips = FlipCollector(ids, pair.judged.tokenizer)
         basis = self._other_basis()
         if basis:
@@ -156,7 +154,7 @@ class _Run:
         return evidence, flips, sweeper.forward_passes + 1 + (not broken)
 
     def _evidence(
-        self, search: Search, of_reference: Mapping[str, InputStats], of_judged: Mapping[str, InputStats]
+        self, search: ContributionSearch, of_reference: Mapping[str, InputStats], of_judged: Mapping[str, InputStats]
     ) -> Evidence:
         pair, ties = self.pair, search.tree.tied.values()
         schemes: dict[str, Scheme] = getattr(pair.quantized, "schemes", {})
@@ -197,12 +195,12 @@ class _Run:
         return Tree(self.pair, quantized, ties, sweeper.head_names)
 
     def _other_basis(self) -> bool:
-        """True where most quantized weights have nothing to do with the reference's: a rotated residual stream."""
+        """True if most quantized weights have nothing to do with the reference's: a rotated residual stream."""
         gains = [abs(each.gain) for each in self.facts.values() if each.quantized and each.gain is not None]
         return bool(gains) and median(gains) < 0.5
 
     def _suspects(self) -> list[frozenset[str]]:
-        """Tensors that a look at the weights found wrong; those of one expert together."""
+        """Tensors whose weights are wrong; those of one expert together."""
         bad = [each.name for each in self.facts.values()
                if each.is_zeroed or each.constant_rows or each.is_scaled or each.is_replaced]  # fmt: skip
         groups: dict[str, list[str]] = {}
@@ -222,7 +220,7 @@ class _Run:
         text = self._calibration().get("vocabulary")
         if not isinstance(text, str):
             return None
-        seen = unpack_vocabulary(text, vocabulary_size(self.pair.judged))
+        seen = unpack_vocabulary(text, self.pair.judged.vocabulary)
         return unseen_share(self.windows.ids, seen)
 
     def _calibration(self) -> dict[str, Any]:
@@ -233,8 +231,6 @@ class _Run:
 
 def _report(judged: Opened) -> tuple[dict[str, Any] | None, list[str]]:
     """(the report beside the weights, checked, as plain values; why it is not used)."""
-    from lowbit.report import schema
-
     if read_report(judged.checkpoint) is None:
         return None, []
     checkpoint = judged.checkpoint
@@ -243,24 +239,3 @@ def _report(judged: Opened) -> tuple[dict[str, Any] | None, list[str]]:
         return schema.load(path).model_dump(mode="json", by_alias=True), []
     except CheckpointError as error:
         return None, [f"the report beside the weights was not used: {error}"]
-
-
-def vocabulary_size(opened: Opened) -> int:
-    """Tokens that the head tells apart."""
-    return Runner(opened.model).vocabulary
-
-
-def _check_vocabulary(pair: Pair, cut: Windows) -> None:
-    """Both models speak of the same tokens, and can see a whole window."""
-    sizes = [vocabulary_size(opened) for opened in (pair.judged, pair.reference)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"{pair.judged.checkpoint.source} has a vocabulary of {sizes[0]} tokens, its reference one of {sizes[1]}",
-            "the reference must be the model that was quantized",
-        )
-    if int(cut.ids.max()) >= sizes[0]:
-        raise CheckpointError(f"the tokenizer makes token {int(cut.ids.max())}; the model has {sizes[0]}")
-    longest = getattr(pair.judged.model.config, "max_position_embeddings", None)
-    if longest is not None and cut.ids.shape[1] > longest:
-        raise UsageError(f"windows of {cut.ids.shape[1]} tokens; the model was trained for {longest}",
-                         f"--window-tokens {longest}")  # fmt: skip

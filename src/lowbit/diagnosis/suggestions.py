@@ -1,12 +1,12 @@
-"""What to do: commands that the user can paste, with the expected gain in KLD and the cost in bytes of each.
+"""Suggestions: commands to paste, each with its expected gain in KLD and its cost in bytes.
 
     gain ≈ drop · (1 − 4^(b − b'))      drop: what restoring the tensors gains; b, b' bits per weight before and after,
                                         since the KLD of a small error goes with its square
     cost = bytes of the files as planned with the override − bytes as planned without it
 
-Both plans are dry runs of the real thing, so what a format cannot hold or an engine cannot run is not suggested: the
-next wider scheme of the table is tried, at last 16 bits. The settings are those that the report tells, or what can be
-seen of a checkpoint without one: its scheme, group size and format.
+Both plans are dry runs, so nothing is suggested that a format cannot hold or an engine cannot run: the next wider
+scheme of the table is tried, at last 16 bits. Settings come from the report, or, without one, from the checkpoint:
+scheme, group size and format.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from typing import Any
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.pair import Pair
-from lowbit.diagnosis.result import Contribution, Finding, Suggestion
 from lowbit.errors import LowbitError
+from lowbit.registry import folder_formats
+from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
 from lowbit.schemes import SCHEMES
+from lowbit.settings import command_line
 
 # Scheme → wider ones of the same engines, in the order to try.
 WIDER: dict[str, tuple[str, ...]] = {
@@ -41,14 +43,9 @@ WIDER: dict[str, tuple[str, ...]] = {
     "Q6_K": ("Q8_0",), "Q4_0": ("Q5_0", "Q8_0"), "Q4_1": ("Q5_1", "Q8_0"), "Q5_0": ("Q8_0",), "Q5_1": ("Q8_0",),
     "Q8_0": ("F16",),
 }  # fmt: skip
-# Sets that are suggested a wider scheme, at most.
-WIDENED = 3
-# Findings that mean the files are not what quantizing makes.
+WIDENED = 3  # at most so many sets get a suggestion of a wider scheme
+# Findings that mean damaged files.
 DAMAGED = ("nonfinite", "zero", "constant", "scale", "replaced", "unquantized")
-_FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "modelopt", "mxfp4")
-# Of the report's `options`: those that are flags of the command, by what they take.
-_FLAGS = ("damping", "correction", "refine", "iterations", "expert_tokens", "activation_range", "compute")
-_SWITCHES = ("all_experts", "bias_correction")
 
 
 @dataclass(frozen=True)
@@ -75,30 +72,18 @@ class Recipe:
 
     @cached_property
     def plan(self) -> Any:
-        """What would be written. LowbitError where it cannot be."""
+        """The plan of this recipe; LowbitError if there is none."""
         import lowbit
 
         return lowbit.dry_run(self.source, output=self.output, options=self.options, **self.settings).plan
 
     @property
     def command(self) -> str:
-        words = ["lowbit", "quantize", self.source, "-o", str(self.output)]
-        for name, value in self.settings.items():
-            flag = "--" + name.replace("_", "-")
-            if name == "ignore":
-                words += [word for pattern in value for word in ("--ignore", pattern)]
-            elif name in ("overrides", "method_overrides"):
-                flag = flag.removesuffix("s")
-                words += [word for pattern, scheme in value.items() for word in (flag, f"{pattern}={scheme}")]
-            elif value is True:
-                words.append(flag)
-            elif value not in (None, False):
-                words += [flag, str(value)]
-        return shlex.join(words)
+        return command_line("quantize", self.source, self.output, self.settings, asdict(self.options))
 
 
 def suggest(
-    pair: Pair, evidence: Evidence, findings: Sequence[Finding], text: str | None, options: OpenOptions
+    pair: Pair, evidence: Evidence, findings: Sequence[DiagnosisFinding], text: str | None, options: OpenOptions
 ) -> tuple[Suggestion, ...]:
     """Commands for what was found, the most important first."""
     recipe = _recipe(pair, evidence, options)
@@ -108,16 +93,16 @@ def suggest(
     if kinds & set(DAMAGED):
         check = shlex.join(["lowbit", "verify", quantized, "--reference", reference])
         found.append(
-            Suggestion(text="see what else of the files is not what quantizing the reference gives", command=check)
+            Suggestion(text="check the rest of the files against a fresh quantization of the reference", command=check)
         )
         if recipe is not None:
             lost = next((each for each in findings if each.kind in DAMAGED), None)
-            found.append(Suggestion(text="write it anew from the reference, with the same settings",
+            found.append(Suggestion(text="quantize the reference again, with the same settings",
                                     command=recipe.command, gain=lost and lost.kld, gain_se=lost and lost.se,
                                     bytes=0))  # fmt: skip
     if kinds & {"calibration", "clipped"} and recipe is not None:
         found.append(
-            Suggestion(text="calibrate on text like this one, and judge the result on a part that was left out",
+            Suggestion(text="calibrate on text like this one, and evaluate on a part that was held out",
                        command=recipe.with_setting("calib", text).command, bytes=0)
         )  # fmt: skip
     if recipe is not None and not kinds & set(DAMAGED):
@@ -125,7 +110,7 @@ def suggest(
         found += _widened(evidence, recipe, frozenset(low))
     if not found:
         command = ["lowbit", "evaluate", quantized, "--reference", reference]
-        found.append(Suggestion(text="nothing to repair: judge it on more text", command=shlex.join(command)))
+        found.append(Suggestion(text="nothing to repair: evaluate it on more text", command=shlex.join(command)))
     return tuple(found)
 
 
@@ -173,18 +158,13 @@ def _one_wider(
 ) -> tuple[Suggestion, str, str | None] | None:
     weights = frozenset(name for name in evidence.members[each.name] if evidence.facts[name].quantized)
     planned = {tensor.name: tensor for tensor in base.tensors if weights & set(_sources(tensor))}
-    own = {tensor.scheme.name for tensor in planned.values() if tensor.scheme is not None}
+    own = {tensor.stored_as for tensor in planned.values() if tensor.is_quantized}
     if not planned or not own:
         return None
     every = [tensor.name for tensor in base.tensors]
-    gguf = base.format == "gguf"
-    pattern = (
-        pattern_for(list(planned), every)
-        if gguf
-        else pattern_for(
-            [name.removesuffix(".weight") for name in planned], [name.removesuffix(".weight") for name in every]
-        )
-    )
+    gguf = base.format.name == "gguf"
+    suffix = "" if gguf else ".weight"
+    pattern = pattern_for(*([name.removesuffix(suffix) for name in names] for names in (planned, every)))
     before = _bits(planned.values())
     schemes = WIDER.get(sorted(own)[0], ())
     for scheme in (*(schemes[::-1] if widest else schemes), *(() if gguf else (None,))):
@@ -207,7 +187,7 @@ def _one_wider(
 
 
 def pattern_for(names: list[str], every: list[str]) -> str:
-    """A regular expression that is found in exactly these names of all there are."""
+    """A regular expression that matches exactly these names of `every`."""
     names = sorted(names)
     prefix = names[0] if len(names) == 1 else _common(names)
     rests = [name[len(prefix) :] for name in names]
@@ -229,16 +209,15 @@ def _numbered(names: list[str]) -> str:
 
 
 def _common(names: list[str]) -> str:
-    """What all begin with, up to a dot."""
+    """The common prefix, up to a dot."""
     first, last = min(names), max(names)
     length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
     return first[: first.rfind(".", 0, length) + 1]
 
 
 def _sources(tensor: Any) -> tuple[str, ...]:
-    """Names of the Hugging Face tensors that a planned tensor is made of."""
-    source = getattr(tensor, "source", None)
-    return tuple(getattr(source, "sources", None) or (tensor.name,))
+    """Names of the Hugging Face tensors behind a planned tensor."""
+    return tuple(tensor.source.names)
 
 
 def _bits(tensors: Any) -> float:
@@ -248,7 +227,7 @@ def _bits(tensors: Any) -> float:
 
 
 def _recipe(pair: Pair, evidence: Evidence, options: OpenOptions) -> Recipe | None:
-    """How the judged model was quantized, or would be again; None where its scheme is not one of lowbit's."""
+    """The recipe of the quantized model; None if its scheme is not one of lowbit's."""
     quantized = Path(pair.quantized.source)
     gguf = pair.judged.checkpoint.kind == "gguf"
     name = f"{quantized.stem}-anew.gguf" if gguf else f"{quantized.name}-anew"
@@ -258,39 +237,16 @@ def _recipe(pair: Pair, evidence: Evidence, options: OpenOptions) -> Recipe | No
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings that a report tells, but for those that are defaults."""
-    given, output = report.get("settings"), report.get("output")
-    if not isinstance(given, dict) or not isinstance(given.get("scheme"), str):
+    """The given settings from the report; None for a conversion, whose schemes come from its source."""
+    tensors, format = report.get("tensors") or (), (report.get("output") or {}).get("format")
+    if format != "gguf" and any(tensor.get("repacked") for tensor in tensors):
         return None
-    settings: dict[str, Any] = {"scheme": given["scheme"]}
-    if given.get("method") not in (None, "rtn"):
-        settings["method"] = given["method"]
-    if isinstance(output, dict) and output.get("format") in _FORMATS[1:]:
-        settings["format"] = output["format"]
-    settings |= {name: given[name] for name in ("group_size", "kv_cache", "imatrix") if given.get(name) is not None}
-    if given.get("pure"):
-        settings["pure"] = True
-    if given.get("ignore"):
-        settings["ignore"] = tuple(given["ignore"])
-    for name in ("overrides", "method_overrides"):
-        pairs = [text.rpartition("=") for text in given.get(name) or ()]
-        if pairs:
-            settings[name] = {pattern: scheme for pattern, _, scheme in pairs}
-    chosen = given.get("options") or {}
-    settings |= {name: chosen[name] for name in (*_FLAGS, *_SWITCHES) if chosen.get(name) not in (None, False)}
-    calibration = given.get("calibration")
-    if isinstance(calibration, dict):
-        if not str(calibration["name"]).startswith("packaged "):
-            settings["calib"] = str(calibration["name"])
-        if calibration.get("samples") not in (0, 128):
-            settings["samples"] = calibration["samples"]
-        if calibration.get("sequence_length") not in (0, 512):
-            settings["seqlen"] = calibration["sequence_length"]
-    return settings
+    settings = report["settings"]
+    return {"scheme": settings["scheme"]} | settings["given"]
 
 
 def _seen(pair: Pair) -> dict[str, Any] | None:
-    """What can be seen of a folder without a report."""
+    """The settings visible in a folder without a report."""
     schemes = getattr(pair.quantized, "schemes", {})
     common = Counter(scheme.name for scheme in schemes.values()).most_common(1)
     if not common or common[0][0] not in SCHEMES:
@@ -299,7 +255,7 @@ def _seen(pair: Pair) -> dict[str, Any] | None:
     weight = next(scheme.weight for scheme in schemes.values() if scheme.name == name)
     settings: dict[str, Any] = {"scheme": name}
     kind = pair.judged.checkpoint.kind
-    if kind in _FORMATS[1:]:
+    if kind in folder_formats() and kind != "compressed-tensors":
         settings["format"] = kind
     if weight.group_size_is_free and weight.group_size != SCHEMES[name].weight.group_size:
         settings["group_size"] = weight.group_size
@@ -307,8 +263,8 @@ def _seen(pair: Pair) -> dict[str, Any] | None:
 
 
 def _seen_gguf(pair: Pair) -> dict[str, Any] | None:
-    """The file type that a GGUF file says it has."""
-    from lowbit.export.gguf_mix import FILE_TYPES
+    """The file type in the header of a GGUF file."""
+    from lowbit.formats.gguf.mix import FILE_TYPES
 
     number = pair.judged.checkpoint.metadata.get("general.file_type")
     name = next((each.name for each in FILE_TYPES.values() if each.number == number), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbit.diagnosis.result import Contribution, Diagnosis, Suggestion
+from lowbit.report.diagnosis import Diagnosis
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,30 +14,27 @@ LARGEST = 12
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """The verdict, what was judged, and the findings."""
-    first = [diagnosis.verdict, "", _heading(diagnosis), ""]
-    for finding in diagnosis.findings:
-        first.append(f"{finding.severity + ':':<9}{finding.title}")
-        if finding.detail:
-            first.append(f"{'':9}{finding.detail}")
-    return "\n".join(first)
-
-
-def _heading(diagnosis: Diagnosis) -> str:
     kld = "not finite" if diagnosis.kld is None else f"{diagnosis.kld:.5f} ± {diagnosis.kld_se:.5f} nats per token"
     same = "" if diagnosis.same_top1 is None else f", same top-1 {100 * diagnosis.same_top1:.1f} %"
-    return "\n".join(
-        (
-            f"model      {diagnosis.model}",
-            f"reference  {diagnosis.reference}",
-            f"text       {diagnosis.text.name}: {diagnosis.windows} windows × {diagnosis.window_tokens} tokens",
-            f"KLD        {kld}{same}",
-            f"cost       {diagnosis.forward_passes:.1f} forward passes, {diagnosis.seconds:.0f} s",
-        )
-    )
+    lines = [
+        diagnosis.verdict,
+        "",
+        f"model      {diagnosis.model}",
+        f"reference  {diagnosis.reference}",
+        f"text       {diagnosis.text.name}: {diagnosis.windows} windows × {diagnosis.window_tokens} tokens",
+        f"KLD        {kld}{same}",
+        f"cost       {diagnosis.forward_passes:.1f} forward passes, {diagnosis.seconds:.0f} s",
+        "",
+    ]
+    for finding in diagnosis.findings:
+        lines.append(f"{finding.severity + ':':<9}{finding.title}")
+        if finding.detail:
+            lines.append(f"{'':9}{finding.detail}")
+    return "\n".join(lines)
 
 
 def contribution_table(diagnosis: Diagnosis) -> Table | None:
-    """The groups that cost most, largest first; None where none was measured."""
+    """The groups that cost most, largest first; None if none was measured."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -51,15 +48,12 @@ def contribution_table(diagnosis: Diagnosis) -> Table | None:
     for each in shown:
         share = f"{100 * each.kld / diagnosis.kld:.1f} %" if diagnosis.kld else ""
         noise = "" if each.significant else "within noise"
-        table.add_row(_shown(each), f"{each.kld:.5f} ± {each.se:.5f}", share, f"{each.bytes:,}", noise)
+        name = f"{each.name} in all blocks" if each.level == "everywhere" else each.name
+        table.add_row(name, f"{each.kld:.5f} ± {each.se:.5f}", share, f"{each.bytes:,}", noise)
     left = len(diagnosis.contributions) - len(shown)
     if left:
         table.caption = f"and {left} smaller ones (--json has all)"
     return table
-
-
-def _shown(each: Contribution) -> str:
-    return f"{each.name} in all blocks" if each.level == "everywhere" else each.name
 
 
 def flip_table(diagnosis: Diagnosis) -> Table | None:
@@ -88,15 +82,8 @@ def suggestion_text(diagnosis: Diagnosis) -> str:
         return ""
     lines = ["what to do:"]
     for each in diagnosis.suggestions:
-        lines += ["", f"# {each.text}{_worth(each)}", each.command]
-    return "\n".join(lines)
-
-
-def _worth(each: Suggestion) -> str:
-    parts = []
-    if each.gain is not None:
         error = "" if each.gain_se is None else f" ± {each.gain_se:.5f}"
-        parts.append(f"KLD −{each.gain:.5f}{error}")
-    if each.bytes:
-        parts.append(f"{each.bytes:+,} bytes")
-    return f": {', '.join(parts)}" if parts else ""
+        gain = [] if each.gain is None else [f"KLD −{each.gain:.5f}{error}"]
+        worth = ", ".join(gain + ([f"{each.bytes:+,} bytes"] if each.bytes else []))
+        lines += ["", f"# {each.text}{': ' if worth else ''}{worth}", each.command]
+    return "\n".join(lines)

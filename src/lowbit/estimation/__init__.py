@@ -1,15 +1,15 @@
-"""What a quantized model costs before anything is spent: file bytes, memory while serving, and the run itself.
+"""The cost of a quantized model before the run: file bytes, memory while serving, and the run itself.
 
     lowbit.estimate("demo:smollm2", scheme="Q4_K_M", hardware="rtx4090")
 
-Parts that stand by themselves, none of which reads a weight:
+Independent parts, none of which reads a weight:
 
-    shapes.shape_of(config)                       the numbers of a config.json
-    kv_cache.kv_bytes_per_token(config, bits)     GQA, MLA, sliding windows
-    engines.overhead_bytes(engine, shape, …)      activations and framework, as assumptions with their source
     weights.weight_bytes(model, scheme, format)   the writer's own plan
+    footprint.footprint(shape, scheme)            the same from a shape alone, by parts
+    serving.deploy(engine, shape, weights, …)     KV cache, activations, framework; what fits
+    run_memory.peak_memory(prepared, program)     of the quantization itself
 
-Importing the package imports nothing heavy; `estimate` and `weight_bytes` are loaded when first used.
+The package imports nothing heavy; `estimate` and `weight_bytes` are loaded on first use.
 """
 
 from __future__ import annotations

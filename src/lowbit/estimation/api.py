@@ -1,33 +1,29 @@
-"""`lowbit.estimate`: what a quantized model costs, before anything is spent.
+"""`lowbit.estimate`: the cost of a quantized model before the run.
 
     open headers → plan (exact bytes) → cache and overhead of the engine → what fits → memory, disk and time of the run
 
-No weight is read and nothing is written; of a Hugging Face id no weight is downloaded.
+No weight is read or downloaded, and nothing is written.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from lowbit.architecture.shape import shape_of, shape_of_gguf
 from lowbit.checkpoint.base import OpenOptions
+from lowbit.engines import Engine, find_engine
 from lowbit.errors import ArchitectureError, UsageError
-from lowbit.estimation.capacity import Load, fit_of, gigabytes
-from lowbit.estimation.engines import Engine, find_engine
-from lowbit.estimation.kv_cache import cache_of
-from lowbit.estimation.program import assumed_program, has_models, measured_program
-from lowbit.estimation.rates import assumed_rates, measure_rates
-from lowbit.estimation.result import Cache, Estimate, Files, Fit, Serving
-from lowbit.estimation.run_cost import run_of
-from lowbit.estimation.run_memory import kind_of, run_memory
-from lowbit.estimation.shapes import ModelShape, shape_of, shape_of_gguf
-from lowbit.estimation.weights import Opened, opened, plan_of, stores_cache_scales
-from lowbit.gguf_pipeline import PreparedGGUF
-from lowbit.measure import resident_memory
-from lowbit.pipeline import Prepared
+from lowbit.estimation.result import Cache, DeviceFit, Estimate, Files, Serving
+from lowbit.estimation.run_memory import Process, measured_program, peak_memory
+from lowbit.estimation.run_time import assumed_rates, measure_rates, run_of
+from lowbit.estimation.serving import deploy, fit_of, gigabytes
+from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
+from lowbit.hardware import Device, find_device
+from lowbit.plan.plan import Prepared
+from lowbit.registry import FORMATS
+from lowbit.schemes import KV_CACHE_SCHEMES
 from lowbit.settings import Settings, make_settings
-from lowbit.verification.engines import NO_LOADER
 
 _CONTEXT = 8192  # tokens, where nothing is said and the model has as many
 
@@ -66,127 +62,101 @@ def estimate(
     """
     if batch < 1 or (context is not None and context < 1):
         raise UsageError(f"context {context} and batch {batch} must be 1 or more")
-    resident, had_models = resident_memory(), has_models()
+    process = Process.now()
     options = options or OpenOptions()
-    made = _settings(output, recipe, kv_cache, settings)
-    threads = threads or os.cpu_count() or 1
-    with opened(model, options) as found:
-        prepared, notes = plan_of(found, made, options, threads)
+    with open_headers(model, options) as headers:
+        prepared, notes = plan_of(headers, _settings(output, recipe, kv_cache, settings), options, threads, max_memory)
+        plan = prepared.plan
         chosen = _engine(engine, prepared)
-        shape, why = _shape(found)
-        notes = (*found.notes, *notes, *prepared.plan.warnings, *why, *_loader_notes(chosen, prepared.plan.format))
-        asked = prepared.plan.settings
-        program = _program(asked, measure, resident, had_models)
-        running = run_memory(prepared, asked, shape, threads, program, max_memory)
+        notes = (*headers.notes, *notes, *plan.notes)
+        try:
+            shape = shape_of(headers.config) if headers.config else shape_of_gguf(headers.metadata)
+        except ArchitectureError as error:
+            shape = None
+            notes += (f"cache and overhead are not known: {error}",)
+        if plan.format.name == "gguf" and not chosen.loading.reads_gguf:
+            notes += (f"GGUF is llama.cpp's format; {chosen.name} may not load it, or decode it to 16 bits",)
+        elif plan.format.name in chosen.loading.no_loader:
+            notes += (f"{chosen.name} cannot load this: {chosen.loading.no_loader[plan.format.name]}",)
+        program = measured_program(prepared) if measure else process.program(prepared)
+        holding = peak_memory(prepared, program, max_memory)
         where = Path(output).absolute().parent if output is not None else None
-        rates = measure_rates(prepared, asked.compute, where) if measure else assumed_rates(prepared, asked.compute)
-        device, size = _device(hardware, memory)
-        files = _files(found, prepared)
+        compute = plan.settings.compute
+        rates = measure_rates(prepared, compute, where) if measure else assumed_rates(prepared, compute)
+        device = None if hardware is None else find_device(hardware)
+        size = memory if memory is not None or device is None else device.memory_bytes
+        files = _files(headers, prepared)
         cache = serving = fit = None
         if shape is not None:
-            context, said = _context(context, shape)
-            notes += said
-            kept = cache_of(shape, chosen.name, kv_cache or "auto", size)
-            load = Load(files.bytes, shape, kept, chosen, size)
-            serving = load.serving(context, batch)
+            longest = shape.max_positions
+            if context is None:
+                context = min(_CONTEXT, longest or _CONTEXT)
+            elif longest is not None and context > longest:
+                notes += (f"a context of {context} is more than the {longest} tokens that the model was made for",)
             name = (kv_cache or "auto").lower()
+            load = deploy(chosen, shape, files.bytes, name, size)
+            serving, kept = load.serving(context, batch), load.cache
             cache = Cache(
                 "16 bits" if name == "auto" else name, kept.bits, kept.bytes_per_token(), kept.growth(context),
                 kept.sequence_bytes(context), len(kept.layers), kept.bounded,
             )  # fmt: skip
-            if device is not None and size is not None:
-                fit = fit_of(load, device, size, context, batch, files.weights)
-        elif device is not None:
+            if size is not None:
+                label = f"{gigabytes(size)} of memory" if device is None else device.label
+                usable = chosen.memory.usable(size, device)
+                fit = fit_of(load, label, size, usable, context, batch, files.weights)
+        elif size is not None:
             notes += ("whether it fits is not known: config.json says too little",)
         prepared.checkpoint.close()
         return Estimate(
-            found.name, _model_type(shape, prepared), files, cache, serving, fit,
-            run_of(prepared, asked, shape, running, rates, threads),
-            _assumptions(chosen, serving, fit, measure), notes,
+            headers.name, plan.model_class if shape is None else shape.model_type, files, cache, serving, fit,
+            run_of(prepared, holding, rates), _assumptions(chosen, serving, fit, device, measure), notes,
         )  # fmt: skip
 
 
 def _settings(output: str | Path | None, recipe: Path | None, kv_cache: str | None, given: dict[str, Any]) -> Settings:
-    """As `lowbit quantize` makes them; an output's name may ask for GGUF."""
-    made = make_settings(recipe, **given)
-    if output is not None and made.format == "auto" and made.writes_gguf(Path(output)):
-        made = made.model_copy(update={"format": "gguf"})
+    """The settings of `lowbit quantize` for this output; cache scales are stored if the format can hold them."""
+    settings = make_settings(recipe, **given)
+    if output is not None and settings.format == "auto" and settings.writes_gguf(Path(output)):
+        settings = settings.model_copy(update={"format": "gguf"})
     name = None if kv_cache is None else kv_cache.lower()
-    if not made.writes_gguf() and stores_cache_scales(name, made.format):
-        made = make_settings(recipe, **given, kv_cache=name)
-    return made
+    can_store = settings.format == "auto" or bool(FORMATS[settings.format].kv_cache)
+    stored = name in KV_CACHE_SCHEMES and can_store
+    return make_settings(recipe, **given, kv_cache=name) if stored and not settings.writes_gguf() else settings
 
 
-def _engine(name: str | None, prepared: Prepared | PreparedGGUF) -> Engine:
-    """The engine asked for; UsageError where llama.cpp is asked to load anything but GGUF."""
-    chosen = find_engine(name or prepared.plan.engine)
-    if chosen.name == "llama.cpp" and prepared.plan.format != "gguf":
+def _engine(name: str | None, prepared: Prepared) -> Engine:
+    """The requested engine, or that of the format; UsageError if it loads only GGUF files and this is none."""
+    chosen = find_engine(name or prepared.plan.format.engine)
+    if chosen.loading.reads_gguf and prepared.plan.format.name != "gguf":
         raise UsageError(
-            f"llama.cpp loads GGUF files, and {prepared.plan.scheme_name} is written as {prepared.plan.format}",
+            f"{chosen.name} loads GGUF files; {prepared.plan.scheme_name} is written as {prepared.plan.format.name}",
             "give one of its types: --scheme Q4_K_M, Q8_0, IQ4_XS …",
         )
     return chosen
 
 
-def _loader_notes(engine: Engine, format: str) -> tuple[str, ...]:
-    if format == "gguf" and engine.name != "llama.cpp":
-        return (f"GGUF is llama.cpp's format; {engine.name} may not load it, or decode it to 16 bits",)
-    why = NO_LOADER.get(engine.name, {}).get(format)
-    return () if why is None else (f"{engine.name} cannot load this: {why}",)
-
-
-def _shape(found: Opened) -> tuple[ModelShape | None, tuple[str, ...]]:
-    try:
-        return (shape_of(found.config) if found.config else shape_of_gguf(found.metadata)), ()
-    except ArchitectureError as error:
-        return None, (f"cache and overhead are not known: {error}",)
-
-
-def _context(context: int | None, shape: ModelShape) -> tuple[int, tuple[str, ...]]:
-    bound = shape.max_positions
-    if context is None:
-        return min(_CONTEXT, bound or _CONTEXT), ()
-    if bound is not None and context > bound:
-        return context, (f"a context of {context} is more than the {bound} tokens that the model was made for",)
-    return context, ()
-
-
-def _device(hardware: str | None, memory: int | None) -> tuple[str | None, int | None]:
-    """(name, bytes); --memory stands in for, or corrects, that of a device."""
-    if hardware is None:
-        return (None, None) if memory is None else (f"{gigabytes(memory)} of memory", memory)
-    from lowbit.hardware import find_device
-
-    device = find_device(hardware)
-    return device.label, device.memory_bytes if memory is None else memory
-
-
-def _files(found: Opened, prepared: Prepared | PreparedGGUF) -> Files:
+def _files(headers: ModelHeaders, prepared: Prepared) -> Files:
     plan = prepared.plan
-    guessed = found.guessed_bytes(prepared)
+    guessed = headers.guessed_bytes(prepared)
     return Files(
-        plan.format, plan.scheme_name, plan.settings.method, plan.file_bytes + guessed,
+        plan.format.name, plan.scheme_name, plan.settings.method, plan.file_bytes + guessed,
         plan.bits_per_weight(decoder_only=True), plan.bits_per_weight(decoder_only=False),
         sum(tensor.weights for tensor in plan.tensors), sum(tensor.source_bytes for tensor in plan.tensors),
-        not (guessed or found.made),
+        not (guessed or headers.from_config),
     )  # fmt: skip
 
 
-def _model_type(shape: ModelShape | None, prepared: Prepared | PreparedGGUF) -> str:
-    return prepared.plan.model_class if shape is None else shape.model_type
-
-
-def _program(settings: Settings, measure: bool, resident: int, had_models: bool) -> int:
-    kind = kind_of(settings)
-    return measured_program(kind) if measure else assumed_program(kind, resident, had_models)
-
-
-def _assumptions(engine: Engine, serving: Serving | None, fit: Fit | None, measured: bool) -> tuple[str, ...]:
+def _assumptions(
+    engine: Engine, serving: Serving | None, fit: DeviceFit | None, device: Device | None, measured: bool
+) -> tuple[str, ...]:
     lines: tuple[str, ...] = ()
+    model = engine.memory
     if serving is not None:
-        lines += ("weights: all on one device, as they lie in the files", *engine.assumptions)
-    if fit is not None:
-        lines += (f"{engine.name} takes {engine.share:g} of the device ({engine.share_name}): {gigabytes(fit.usable)}",)
+        lines += ("weights: all on one device, as they lie in the files", *model.assumptions)
+    if fit is not None and device is not None and device.usable_share < model.share:
+        lines += (f"a program may use {device.usable_share:g} of the device's memory: {gigabytes(fit.usable)}",)
+    elif fit is not None:
+        lines += (f"{engine.name} takes {model.share:g} of the device ({model.share_name}): {gigabytes(fit.usable)}",)
     if measured:
         return (
             *lines,

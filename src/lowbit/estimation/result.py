@@ -1,4 +1,4 @@
-"""What an estimate says: `Estimate`, plain values all the way down."""
+"""The result of an estimate: `Estimate`, of plain values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Files:
-    """What would be written.
+    """The output files.
 
     bytes    of the weight files, headers included
     decoder_bits_per_weight   of the linears of the decoder blocks, scales included
     file_bits_per_weight      of everything in the files
     source_bytes              of the weights that are read
-    exact    False where shapes or a part of the header are not known from files, which a note says
+    exact    False if shapes or a part of the header are estimated, with a note
     """
 
     format: str
@@ -66,7 +66,7 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Fit:
+class DeviceFit:
     """Whether that fits a device.
 
     memory, usable    of the device, and what the engine takes of it
@@ -90,9 +90,9 @@ class Fit:
 class Run:
     """The quantization itself on this machine.
 
-    disk            bytes: the files, and what lies beside them while the run is under way
+    disk            bytes of the files, and of temporary files during the run
     peak_memory     bytes, the sum of `memory`
-    memory          what → bytes
+    memory          part → bytes
     seconds         (least, most); by kind of work in `work`, in the middle of the range
     """
 
@@ -106,14 +106,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes, times in seconds. cache and serving are None where config.json tells nothing of them."""
+    """Sizes in bytes, times in seconds. cache and serving are None if config.json says too little."""
 
     model: str
     model_type: str
     files: Files
     cache: Cache | None
     serving: Serving | None
-    fit: Fit | None
+    fit: DeviceFit | None
     run: Run
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]

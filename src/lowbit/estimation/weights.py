@@ -1,49 +1,34 @@
-"""The bytes that would be written, from config and headers alone, by the very plan that the writer follows.
+"""Output bytes from config and headers alone, by the same plan that the writer follows.
 
     folder, .gguf, demo:…        its headers
     Hugging Face id              config, tokenizer and headers, by HTTP ranges; no weights (`checkpoint/remote.py`)
     folder without weights       shapes of the model that transformers builds from config.json on the meta device
     a parsed config.json         the same, in memory; of GGUF files without the tokenizer's share of the header
 
-So an estimate is exact wherever the source's tensors are known, headers included, and refuses what the run would
-refuse: a scheme that the format cannot hold, an override that matches nothing, a model type that is not known.
+So an estimate is exact, headers included, if the source's tensors are known, and raises the errors of the run: a scheme
+that the format cannot hold, an override that matches nothing, an unknown model type.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowbit.architecture.cache import discover_once
-from lowbit.calibrate.imatrix_file import read_imatrix
-from lowbit.calibrate.importance import ImportanceEntry, ImportanceMatrix
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
-from lowbit.checkpoint.base import OpenOptions
-from lowbit.checkpoint.demo import DEMO_PREFIX
-from lowbit.checkpoint.header_copies import copy_side_files, folder_for_copies, safetensors_without_weights
-from lowbit.checkpoint.hub import is_hub_id, local_copy
+from lowbit.checkpoint.base import OpenOptions, read_config
+from lowbit.checkpoint.hub import DEMO_PREFIX, is_hub_id, local_copy
+from lowbit.checkpoint.opening import find_gguf
 from lowbit.checkpoint.pickle import pickle_files
-from lowbit.checkpoint.remote import remote_headers
-from lowbit.checkpoint.rows import read_config
+from lowbit.checkpoint.remote import copy_side_files, folder_for_copies, remote_headers, safetensors_without_weights
 from lowbit.errors import ArchitectureError, FormatError, LowbitError
-from lowbit.export.gguf_model import describe_gguf
-from lowbit.export.gguf_tokenizer import tokenizer_key_values
-from lowbit.export.kv_cache import FORMATS as WITH_CACHE_SCALES
-from lowbit.gguf_pipeline import PreparedGGUF, calibrated_names, open_as_gguf
-from lowbit.gguf_plan import plan_from_gguf, plan_from_model
-from lowbit.pipeline import Prepared, described, prepare
-from lowbit.plan import model_dtype
-from lowbit.schemes import KV_CACHE_SCHEMES
-from lowbit.settings import MEASURE, Settings, make_settings
-from lowbit.text import read_text
+from lowbit.formats.gguf.raw import RawGGUF
+from lowbit.plan.plan import Prepared, Request, prepare
+from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # A vocabulary's share of a GGUF header: text, type, length and merge of a token. Llama 3: 7.8 MB for 128256.
@@ -51,40 +36,40 @@ _BYTES_PER_TOKEN = 61
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model of which the headers are known.
+class ModelHeaders:
+    """A model with known headers.
 
-    path     a folder or a .gguf file that opens like it
-    name     what the user typed
-    config   config.json, parsed; empty of a GGUF file that has no counterpart at Hugging Face
-    metadata its key-values, of such a file
-    made     True where tensors come from config.json, not from headers
-    notes    how it was looked at
+    path     a folder or a .gguf file that opens like the model
+    name     as typed by the user
+    config   config.json, parsed; empty for a GGUF file without a counterpart at Hugging Face
+    metadata the key-values of such a file
+    from_config  True if tensors come from config.json, not from headers
+    notes    on how the headers were read
     """
 
     path: str | Path
     name: str
     config: dict[str, Any]
-    made: bool = False
+    from_config: bool = False
     notes: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def lacks_tokenizer(self) -> bool:
-        """True of a parsed config.json, which comes without one."""
-        return self.made and isinstance(self.path, Path) and not any(self.path.glob("token*"))
+        """True for a parsed config.json, which has no tokenizer."""
+        return self.from_config and isinstance(self.path, Path) and not any(self.path.glob("token*"))
 
-    def guessed_bytes(self, prepared: Prepared | PreparedGGUF) -> int:
-        """The vocabulary's share of a GGUF header, where there is no tokenizer to take it from."""
-        if isinstance(prepared, Prepared) or not self.lacks_tokenizer:
+    def guessed_bytes(self, prepared: Prepared) -> int:
+        """Estimated bytes of the vocabulary in a GGUF header, without a tokenizer."""
+        if prepared.plan.format.suffix is None or not self.lacks_tokenizer:
             return 0
-        rows = next(tensor.rows for tensor in prepared.plan.tensors if tensor.name == "token_embd.weight")
-        return rows * _BYTES_PER_TOKEN
+        tokens = next(tensor.shape[0] for tensor in prepared.plan.tensors if tensor.name == "token_embd.weight")
+        return tokens * _BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """files: bytes of the weight files; exact  False where a part of them is guessed, which `notes` explain."""
+    """files: bytes of the weight files; exact  False if a part of them is guessed, which `notes` explain."""
 
     files: int
     bits_per_weight: float
@@ -93,139 +78,84 @@ class WeightBytes:
 
 
 def weight_bytes(
-    model: str | Path | dict[str, Any],
-    scheme: str,
-    format: str = "auto",
-    options: OpenOptions | None = None,
+    model: str | Path | dict[str, Any], scheme: str, format: str = "auto", options: OpenOptions | None = None,
     **settings: Any,
-) -> WeightBytes:
+) -> WeightBytes:  # fmt: skip
     """Bytes of the files that `lowbit quantize` would write. model  anything it takes, or a parsed config.json.
 
     Raises what planning raises: UsageError, FormatError, ArchitectureError, CheckpointError.
     """
-    made = make_settings(None, scheme=scheme, format=format, **settings)
+    settings_of_run = make_settings(None, scheme=scheme, format=format, **settings)
     options = options or OpenOptions()
-    with opened(model, options) as found:
-        prepared, notes = plan_of(found, made, options)
+    with open_headers(model, options) as headers:
+        prepared, notes = plan_of(headers, settings_of_run, options)
         prepared.checkpoint.close()
-        plan = prepared.plan
-        guessed = found.guessed_bytes(prepared)
+        guessed = headers.guessed_bytes(prepared)
         if guessed:
             notes += (f"the vocabulary's share of the header is taken as {_BYTES_PER_TOKEN} bytes a token",)
-        bits = plan.bits_per_weight(decoder_only=True)
-        return WeightBytes(plan.file_bytes + guessed, bits, not (guessed or found.made), (*found.notes, *notes))
+        bits = prepared.plan.bits_per_weight(decoder_only=True)
+        exact = not (guessed or headers.from_config)
+        return WeightBytes(prepared.plan.file_bytes + guessed, bits, exact, (*headers.notes, *notes))
 
 
 @contextmanager
-def opened(model: str | Path | dict[str, Any], options: OpenOptions) -> Iterator[Opened]:
-    """The model, ready to be planned; temporary files are gone afterwards."""
+def open_headers(model: str | Path | dict[str, Any], options: OpenOptions) -> Iterator[ModelHeaders]:
+    """The model, ready to plan; temporary files are deleted on exit."""
     if isinstance(model, dict):
         with _from_config(model, None, "config.json", options) as path:
-            yield Opened(path, str(model.get("model_type", "a config")), model, True)
+            yield ModelHeaders(path, str(model.get("model_type", "a config")), model, True)
         return
     source, path = str(model), Path(model).expanduser()
     if source.startswith(DEMO_PREFIX) or path.exists() or isinstance(model, Path) or not is_hub_id(source):
         if path.is_dir() and _has_no_weights(path):
             config = read_config(path)
-            with _from_config(config, path, source, options) as made:
+            with _from_config(config, path, source, options) as folder:
                 note = "the folder holds no weights: names and shapes are those of the model that transformers builds"
-                yield Opened(made, source, config, True, (f"{note} from config.json, all in its dtype",))
+                yield ModelHeaders(folder, source, config, True, (f"{note} from config.json, all in its dtype",))
         else:
             yield _with_config(model, source, options)
         return
-    with remote_headers(source, options) as found:
-        if found is None:
+    with remote_headers(source, options) as fetched:
+        if fetched is None:
             note = ("the Hub cannot be reached: headers are those of the copy in the local cache",)
             yield _with_config(local_copy(source, options), source, options, note)
             return
-        folder, fetched = found
-        note = (f"no weights were downloaded: {fetched / 1e6:.2f} MB of headers were read",)
+        folder, count = fetched
+        note = (f"no weights were downloaded: {count / 1e6:.2f} MB of headers were read",)
         yield _with_config(folder, source, options, note)
 
 
 def plan_of(
-    found: Opened, settings: Settings, options: OpenOptions, threads: int | None = None
-) -> tuple[Prepared | PreparedGGUF, tuple[str, ...]]:
-    """(the plan of a run, what is not as asked for); nothing is calibrated, whatever the settings ask for."""
-    if settings.writes_gguf():
-        return _prepared_gguf(found, settings, options, threads), ()
+    headers: ModelHeaders, settings: Settings, options: OpenOptions, threads: int | None = None,
+    max_memory: int | None = None,
+) -> tuple[Prepared, tuple[str, ...]]:  # fmt: skip
+    """(the plan of a run, notes on deviations from the settings); nothing is calibrated."""
+    refuse_unread(settings, RunOptions(max_memory=max_memory))
+    request = Request(
+        headers.path, settings, options, threads, preview=True, name=headers.name,
+        lacks_tokenizer=headers.lacks_tokenizer,
+    )  # fmt: skip
     try:
-        return prepare(found.path, settings, options, threads), ()
+        return prepare(request), ()
     except (FormatError, ArchitectureError) as error:
         if settings.kv_cache is None:
             raise
-        # The engine's cache may be FP8 all the same; without stored scales.
-        without = settings.model_copy(update={"kv_cache": None})
-        return prepare(found.path, without, options, threads), (f"no scales of the KV cache are stored: {error}",)
+        # The engine's cache may still be FP8, without stored scales.
+        without = replace(request, settings=settings.model_copy(update={"kv_cache": None}))
+        return prepare(without), (f"no scales of the KV cache are stored: {error}",)
 
 
-def stores_cache_scales(kv_cache: str | None, format: str) -> bool:
-    """True where `lowbit quantize --kv-cache` would write scales for it into this format."""
-    return kv_cache in KV_CACHE_SCHEMES and format in (*WITH_CACHE_SCALES, "auto")
-
-
-def _prepared_gguf(found: Opened, settings: Settings, options: OpenOptions, threads: int | None) -> PreparedGGUF:
-    """As `gguf_pipeline.prepare_gguf`, but a matrix that would be measured is only promised."""
-    threads = threads or os.cpu_count() or 1
-    raw = None if settings.is_blockwise or found.made else open_as_gguf(found.path, options)
-    if raw is not None:
-        shapes = {tensor.name: tensor.shape for tensor in raw.tensors}
-        matrix = _matrix(settings, shapes)
-        return PreparedGGUF(
-            raw, found.name, "gguf", (), plan_from_gguf(raw, settings, matrix), threads, options, matrix
-        )
-    checkpoint = open_checkpoint(found.path, options)
-    architecture, checkpoint = described(checkpoint, options, split_experts=True)
-    mapped = describe_gguf(checkpoint, architecture)
-    matrix = _matrix(settings, {tensor.name: tensor.shape for tensor in mapped.tensors})
-    rows = next(tensor.shape[0] for tensor in mapped.tensors if tensor.name == "token_embd.weight")
-    lacks = found.lacks_tokenizer
-    tokenizer = None if lacks else tokenizer_key_values(checkpoint.folder, rows, settings.pre_tokenizer)
-    float_type = "BF16" if model_dtype(checkpoint) is torch.bfloat16 else "F16"
-    plan = plan_from_model(
-        checkpoint, mapped, {} if tokenizer is None else tokenizer.key_values, settings, matrix, float_type,
-        () if tokenizer is None else tuple(tokenizer.notes),
-        calibrated_names(mapped, architecture) if settings.is_blockwise else frozenset(),
-    )  # fmt: skip
-    notes = tuple(checkpoint.notes)
-    return PreparedGGUF(checkpoint, found.name, checkpoint.kind, notes, plan, threads, options, matrix, architecture)
-
-
-class _PromisedMatrix(ImportanceMatrix):
-    """The matrix that a run would measure: every tensor has an entry, and no value is known."""
-
-    def importance(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-        entry = self.entries.get(name)
-        return None if entry is None else entry.sums
-
-
-def _matrix(settings: Settings, shapes: dict[str, tuple[int, ...]]) -> ImportanceMatrix | None:
-    """From a file; in place of one that is to be measured, one of the same names and widths, which takes no memory."""
-    if settings.imatrix is None:
-        return None
-    if settings.imatrix != MEASURE:
-        return read_imatrix(Path(settings.imatrix))
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-    entries = {
-        name: ImportanceEntry(torch.ones(1, 1).expand(math.prod(shape[:-2]), shape[-1]),
-                              torch.ones(math.prod(shape[:-2]), dtype=torch.int64))
-        for name, shape in sorted(matrices.items())
-    }  # fmt: skip
-    text = read_text(settings.calib, packaged="calibration")
-    return _PromisedMatrix(entries, (text.name,), settings.samples, settings.seqlen)
-
-
-def _with_config(path: str | Path, name: str, options: OpenOptions, notes: tuple[str, ...] = ()) -> Opened:
-    """With config.json; of a GGUF file the rebuilt one, or its key-values where its architecture has none there."""
+def _with_config(path: str | Path, name: str, options: OpenOptions, notes: tuple[str, ...] = ()) -> ModelHeaders:
+    """Headers with config.json, rebuilt for a GGUF file; its key-values if its architecture has no config.json."""
     try:
         checkpoint = open_checkpoint(path, options)
     except LowbitError:
-        raw = open_as_gguf(path, options)
-        if raw is None:
+        file = find_gguf(path, options)
+        if file is None:
             raise
-        return Opened(path, name, {}, notes=notes, metadata=raw.metadata)
+        return ModelHeaders(path, name, {}, notes=notes, metadata=RawGGUF(file).metadata)
     try:
-        return Opened(path, name, checkpoint.config(), notes=notes)
+        return ModelHeaders(path, name, checkpoint.config(), notes=notes)
     finally:
         checkpoint.close()
 
@@ -241,7 +171,7 @@ def _from_config(config: dict[str, Any], folder: Path | None, source: str, optio
     refuse_remote_code(config, source, options)
     if config.get("quantization_config"):
         raise ArchitectureError(
-            f"{source}: config.json is of a quantized model, whose tensors it does not tell",
+            f"{source}: config.json is of a quantized model and does not describe its tensors",
             "give the folder with its weights, the Hugging Face id, or the config.json of the 16-bit model",
         )
     architecture = discover_once(config, str(folder or source), options.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Stage 8: how much a quantized model differs from its source, and whether it still talks."""
+"""How much a quantized model differs from its source: perplexity, KL divergence, generated text."""
 
 from lowbit.architecture.loading import load, load_model
 from lowbit.evaluation.generation import generate

@@ -1,4 +1,4 @@
-"""Activation quantization as an engine does it at run time, simulated: x̂ = decode(encode(x)) in front of each linear.
+"""Simulates the activation quantization of an engine at run time: x̂ = decode(encode(x)) before each linear.
 
     int, per token    s = max|x| / 127             codes = clamp(rint(x / s), −128, 127)
     int, asymmetric   s = (max x − min x) / 255    codes = clamp(rint(x / s) + z, −128, 127), z = rint(−128 − min x / s)
@@ -9,17 +9,15 @@
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
 
 All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
-zeros. The last group of a row may be short.
-
-Where implementations differ we do what vLLM's kernels do, or the specification:
+zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
   int8: vLLM divides by 127 (csrc/quantization/w8a8/int8/scaled_quant.cu); compressed-tensors' simulation by 127.5.
   e4m3: vLLM keeps s at least 1/(448·512) (input_quant_fp8.py); compressed-tensors has no such floor.
   MX:   the OCP Microscaling specification 1.0, section 6.3, takes the floor, so that values above 1.75 · 2^emax
         (E4M3) or 6 (E2M1) saturate; compressed-tensors goes one power of two up where max|x| has a mantissa ≥ 1.75.
 
-Experts that transformers computes in one fused operation are simulated there: x̂ is made of what enters the operation
-(routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and of what its
-gate gives to the second matrix.
+Experts that transformers computes in one fused operation are simulated there: x̂ replaces the input of the operation
+(routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and the output
+of its gate, which the second matrix reads.
 
 Refused: a scheme on something that is not a linear, a static scheme without its scale, a static asymmetric one (its
 zero point is not read), and, for fused experts, a static scheme (every expert has a scale of its own) and experts of
@@ -49,8 +47,8 @@ _E8M0_MIN, _E8M0_MAX = -127, 127
 def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | None = None) -> Tensor:
     """x̂, of the shape [..., K] and dtype of x.
 
-    input_scale  what a stored scale multiplies codes with: the static scale, or for NVFP4 the scale above the group
-                 scales; None for dynamic schemes
+    input_scale  the stored scale: the static one, or for NVFP4 the scale above the group scales; None for dynamic
+                 schemes
     """
     if spec.needs_calibration and input_scale is None:
         raise UsageError("a static activation scheme needs the scale that calibration stored")
@@ -86,7 +84,7 @@ def _asymmetric(values: Tensor, spec: ActivationSpec) -> Tensor:
 
 
 def _scale(absmax: Tensor, spec: ActivationSpec, input_scale: float | None) -> Tensor:
-    """The scale that codes are multiplied with; 0 where nothing but zeros is to be scaled."""
+    """The scale that multiplies the codes; 0 for zeros."""
     if spec.scale_format == "e8m0":
         _, exponent = torch.frexp(absmax)  # absmax = m · 2^exponent, 0.5 ≤ m < 1: floor(log2 absmax) = exponent − 1
         power = (exponent - 1 - _MX_EMAX[spec.number]).clamp(_E8M0_MIN, _E8M0_MAX)
@@ -213,7 +211,7 @@ def _fused_experts(module: nn.Module, leaf: str, members: Mapping[str, Scheme]) 
     try:
         yield
     finally:
-        del module._apply_gate  # the class's own is seen again
+        del module._apply_gate  # back to the method of its class
         handle.remove()
 
 

@@ -1,12 +1,12 @@
-"""Models that do not fit in memory, judged all the same: one decoder block at a time, then the heads side by side.
+"""Evaluation of models that do not fit in memory: one decoder block at a time, then the heads side by side.
 
     for the reference, and for every variant of the quantized model:
         all windows through its blocks, one block in memory         → hidden states [windows, T, H]
         the decoder's last norm                                     → head inputs, in their place
-    all heads into memory; window by window, some positions at a time: logits of both, compared and dropped
+    all heads into memory; window by window, some positions at a time: compare the logits of both
 
-so what is kept between is the head inputs of every run, in memory up to a bound and in a file above it
-(`calibrate/hidden_states.py`). A quantized model is read once per variant.
+Between the two steps the head inputs of every run are kept, in memory up to a limit, then in a file
+(`calibrate.blocks.HiddenStates`). The quantized model is read once per variant.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.calibrate.hidden_states import HiddenStates
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.evaluation.forward import Runner
 from lowbit.evaluation.opening import Opened
 
 Progress = Callable[[int, int], None]
-# What a model runs in, made for the model that runs.
+# Makes the context that a model runs in.
 Context = Callable[[nn.Module], AbstractContextManager]
 
 
 @dataclass
 class Steps:
-    """Progress over runs of several models: every block counts its windows, and so does the comparison behind them."""
+    """Progress over runs of several models: windows per block, then the windows compared."""
 
     total: int
     report: Progress | None
@@ -58,26 +57,14 @@ class BlockwiseRuns:
 
     @torch.inference_mode()
     def run(self, opened: Opened, context: Context = contextlib.nullcontext) -> Runner:
-        """All windows through the blocks of a model; what comes back waits for its head (`fill_head`)."""
+        """All windows through the blocks of a model; the Runner needs its head next (`fill_head`)."""
         loader = opened.loader
         blocks = BlockRunner(opened.checkpoint, loader.dtype, loader.device, self.options, self.states_memory)
         with context(blocks.model):
             states = blocks.run(self.ids, None, lambda _, done, __: self.steps.within(done))
-            kept = self._through_last_norm(blocks, states, loader.dtype)
+            kept = blocks.through_last_norm(self.ids, states)
         self.steps.finish(block_count(opened) * len(self.ids))
         return Runner(loader.model, partial(context, loader.model), kept.values)
-
-    def _through_last_norm(self, blocks: BlockRunner, states: HiddenStates, dtype: torch.dtype) -> HiddenStates:
-        """Head inputs [windows, T, H], written over the hidden states unless their width differs (OPT)."""
-        windows, tokens, width = states.values.shape
-        kept, start = states, 0
-        for x in blocks.head_inputs(self.ids, states):
-            if start == 0 and x.shape[-1] != width:
-                kept = HiddenStates((windows, tokens, x.shape[-1]), dtype, self.states_memory)
-            stop = start + len(x) // tokens
-            kept.values[start:stop] = x.reshape(stop - start, tokens, -1)
-            start = stop
-        return kept
 
 
 def block_count(opened: Opened) -> int:
@@ -87,6 +74,6 @@ def block_count(opened: Opened) -> int:
 
 
 def fill_head(opened: Opened) -> None:
-    """Read what a model has behind its decoder; a tied head is its embedding."""
+    """Read the weights after the decoder; a tied head is the embedding."""
     prefix = opened.model.base_model_prefix + "."
     opened.loader.fill(lambda name: not name.startswith(prefix))

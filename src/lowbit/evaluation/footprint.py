@@ -1,8 +1,8 @@
-"""What a checkpoint weighs and where it came from: file bytes, bits per weight, the source that its report names.
+"""Size and origin of a checkpoint: file bytes, bits per weight, the source that its report names.
 
     bits per weight = 8 · stored bytes of the decoder's linear weights, scales and zero points included / their weights
 
-taken from lowbit-report.json beside the weights where there is one, else computed from the tensors' stored bytes.
+from lowbit-report.json beside the weights if there is one, else from the tensors' stored bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowbit.architecture import describe_checkpoint
-from lowbit.checkpoint.base import report_path
-from lowbit.checkpoint.rows import read_json_object
+from lowbit.checkpoint.base import read_json_object, report_path
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def read_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The report beside the weights, as plain JSON; None where there is none."""
+    """The report beside the weights, as plain JSON; None if there is none."""
     path = report_path(Path(checkpoint.source) if checkpoint.kind == "gguf" else checkpoint.folder)
     return read_json_object(path) if path.exists() else None
 
 
 def reported_source(report: dict[str, Any] | None) -> str | None:
-    """What the checkpoint was made from."""
+    """The source of the checkpoint, from its report."""
     source = (report or {}).get("source")
     model = source.get("model") if isinstance(source, dict) else None
     return model if isinstance(model, str) else None
@@ -76,5 +75,5 @@ def file_bytes(checkpoint: Checkpoint) -> int:
 
 
 def device_peak_bytes(device: str) -> int:
-    """What torch held at most on a CUDA device; 0 on the CPU, whose memory is the process's."""
+    """Peak of torch's memory on a CUDA device; 0 on the CPU, which counts in the process."""
     return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0

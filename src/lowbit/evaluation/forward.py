@@ -1,10 +1,9 @@
 """Logits of a window in slices of positions, with the model's own code.
 
-A window of 512 tokens of a 262k vocabulary is 537 MB of float32 logits, and comparing two models needs both, twice.
-So the decoder runs once per window and the head on some positions at a time: while the decoder's output stands in for
-its `forward`, the model's own `forward` (head, soft-capping, logit scale and all) is asked for those positions only,
-through `logits_to_keep`. Nothing of the model is rewritten. The decoder's output may come from elsewhere, too: where a
-model was run block by block (`blockwise.py`), its head alone is in memory.
+A window of 512 tokens of a 262k vocabulary is 537 MB of float32 logits, and comparing two models needs both, twice. So
+the decoder runs once per window and the head on some positions at a time: the decoder's `forward` is replaced by its
+kept output, and the model's own `forward` (head, soft-capping, logit scale and all) computes only those positions,
+through `logits_to_keep`. After a block-by-block run (`blockwise.py`) only the head is in memory.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ LOGIT_BYTES = 16 * 1024 * 1024
 class Runner:
     """A model and the context it runs in (activation simulation, or nothing).
 
-    head_inputs  what the head multiplies, [windows, T, H], where the decoder has run before; then nothing but the head
-                 needs its weights
+    head_inputs  inputs of the head, [windows, T, H], if the decoder ran before; then only the head needs its weights
     """
 
     model: PreTrainedModel
@@ -49,7 +47,7 @@ class Runner:
             )
 
     def decode(self, windows: Tensor, index: int) -> Decoded:
-        """Run the decoder on one of the windows, int64 [windows, T], or take what it gave before."""
+        """Run the decoder on one of the windows, int64 [windows, T], or take its kept output."""
         device = self._head.weight.device
         ids = windows[index : index + 1].to(device)
         if self.head_inputs is not None:
@@ -69,8 +67,8 @@ class Runner:
 
 
 class _KeptOutput:
-    """Stands for a decoder's output of which the last hidden state [1, T, H] is known. Whatever else a model hands on
-    (caches, attentions, router logits) is None."""
+    """A decoder's output with a known last hidden state [1, T, H]; other parts (caches, attentions, router logits) are
+    None."""
 
     def __init__(self, last_hidden_state: Tensor):
         self.last_hidden_state = last_hidden_state
@@ -108,14 +106,14 @@ def slices(positions: range, vocabulary: int) -> Iterator[range]:
 
 
 def inner_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the decoder blocks: the model's base, or what lies in that (OPT, models that see)."""
+    """The module that holds the decoder blocks: the model's base, or its decoder (OPT, vision models)."""
     base: Any = model.base_model
     return base.get_decoder() if hasattr(base, "get_decoder") else base
 
 
 @contextlib.contextmanager
 def _standing_in(model: PreTrainedModel, output: object) -> Iterator[None]:
-    """Inside, the decoder of `model` returns `output`, whether the model asks its base or what lies in that."""
+    """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
     decoders = {model.base_model, inner_decoder(model)}
     for decoder in decoders:
         decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]

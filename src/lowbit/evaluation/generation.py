@@ -1,8 +1,7 @@
-"""`generate`: load what was written and let it answer.
+"""`generate`: load a quantized model and let it answer a prompt.
 
-Chat models are asked through their own chat template; `chat="raw"` continues the prompt as it is. Where the scheme
-quantizes activations they are quantized here too, as an engine would. The sampling seed is local: torch's global
-random state is left as it was.
+Chat models get the prompt through their chat template; `chat="raw"` continues the prompt itself. Activations are
+quantized as in an engine if the scheme does. The sampling seed is local: torch's global random state stays unchanged.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ def generate(
     options: OpenOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """What the model says after the prompt.
+    """The model's answer to a prompt.
 
     temperature  0: always the most probable token
-    chat         "auto": through the chat template where the tokenizer has one; "raw": the prompt as it is
+    chat         "auto": through the chat template if the tokenizer has one; "raw": without
     on_text      called with each piece of text as soon as it is complete
     """
     from lowbit.checkpoint import open_checkpoint
@@ -59,7 +58,8 @@ def generate(
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature}
-    with simulated_activations(network, schemes, scales), torch.random.fork_rng(_cuda_devices(network)):
+    devices = [network.device.index or 0] if network.device.type == "cuda" else []
+    with simulated_activations(network, schemes, scales), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
 
@@ -83,13 +83,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
 
 @torch.inference_mode()
 def _complete(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
-    max_tokens: int,
-    settings: dict[str, Any],
-    on_text: Callable[[str], None] | None,
-) -> str:
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, max_tokens: int,
+    settings: dict[str, Any], on_text: Callable[[str], None] | None,
+) -> str:  # fmt: skip
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -107,7 +103,3 @@ def _complete(
         **settings,
     )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _cuda_devices(network: PreTrainedModel) -> list[int]:
-    return [network.device.index or 0] if network.device.type == "cuda" else []

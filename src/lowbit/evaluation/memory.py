@@ -1,23 +1,19 @@
-"""Whether the models of an evaluation fit in memory whole, or are run block by block, or not at all.
+"""Decides whether the models of an evaluation run whole or block by block.
 
     whole           every weight of every model in the compute dtype
     block by block  max(largest of: one decoder block, what surrounds the blocks; all output heads together)
 
-each plus WORKING_BYTES and what the process holds already. Weights are counted from the headers, on models whose
-parameters are on the meta device. The bound is --max-memory, or else AUTOMATIC_SHARE of what the machine has left: the
-least of MemAvailable (/proc/meminfo) and of what the control groups of the process allow (memory.max − memory.current,
-page cache that can go counted as free; version 1 of control groups likewise). On CUDA, where the weights lie, it is the
-free memory of the device. Where nothing tells, models are held whole.
+each plus WORKING_BYTES and the process's current memory. Weights are counted on models whose parameters are on the meta
+device. The limit is --max-memory, or AUTOMATIC_SHARE of the free memory (`measure.available_memory`), on CUDA that of
+the device. If the free memory is unknown, models run whole.
 
-A limit that the user gave and that cannot be kept is an error; on the automatic one the run goes on, with a note.
+A limit given by the user that cannot be kept is an error; with the automatic one the run goes on, with a note.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +21,7 @@ from torch import nn
 
 from lowbit.errors import UsageError
 from lowbit.evaluation.forward import inner_decoder
-from lowbit.measure import resident_memory
+from lowbit.measure import available_memory, resident_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,14 +31,11 @@ if TYPE_CHECKING:
 # Activations of some windows, slabs of weights that are being decoded, slices of logits.
 WORKING_BYTES = 256 * 1024 * 1024
 AUTOMATIC_SHARE = 0.8
-# "No limit" in version 1 of control groups is a number near 2^63.
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights in the compute dtype: all, the largest part that block by block must be there at once,
-    and the output head."""
+    """Bytes of a model's weights in the compute dtype: all, the largest part block by block, the head."""
 
     whole: int
     largest_part: int
@@ -51,10 +44,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Way:
-    """How the models are run.
-
-    states_memory  bytes of hidden states of one run that stay in memory; the rest goes to a file
-    """
+    """Block by block or not; states_memory: bytes of one run's hidden states in memory, the rest goes to a file."""
 
     block_by_block: bool
     states_memory: int = 0
@@ -62,10 +52,8 @@ class Way:
 
 
 def choose_way(loaders: Sequence[Loader], runs: int, max_memory: int | None) -> Way:
-    """How to run these models; `runs` is how many sets of hidden states there will be (a model may run twice).
-
-    Raises UsageError where `max_memory` cannot be kept.
-    """
+    """The way to run these models; runs: sets of hidden states, one per variant. UsageError if `max_memory` cannot be
+    kept."""
     device = loaders[0].device
     free = free_memory(max_memory, device)
     weights = [weigh(loader.model, loader.dtype) for loader in loaders]
@@ -97,7 +85,7 @@ def choose_way(loaders: Sequence[Loader], runs: int, max_memory: int | None) -> 
 
 
 def free_memory(max_memory: int | None, device: str = "cpu") -> int | None:
-    """Bytes that weights may take, beside what the process holds; None where the machine does not say."""
+    """Bytes available for weights; None if unknown."""
     on_gpu = torch.device(device).type == "cuda"
     if max_memory is not None:
         return max(0, max_memory - (torch.cuda.memory_allocated(device) if on_gpu else resident_memory()))
@@ -119,70 +107,6 @@ def weigh(model: PreTrainedModel, dtype: torch.dtype) -> Weights:
     )
     size = dtype.itemsize
     return Weights(size * _count(model), size * max(outside, *in_blocks, 0), size * head)
-
-
-def available_memory() -> int | None:
-    """Bytes that this process can still take without anything being swapped out or killed; None if nothing tells."""
-    found = [_meminfo_available(), _left_in_control_groups()]
-    known = [count for count in found if count is not None]
-    if known:
-        return min(known)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-
-
-def _meminfo_available(path: Path = Path("/proc/meminfo")) -> int | None:
-    for line in _lines(path):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _left_in_control_groups(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes left under the tightest memory limit of the process's control groups and their parents; None without one.
-
-    A line of /proc/self/cgroup is `0::/path` (version 2) or `n:controllers:/path` (version 1).
-    """
-    left = []
-    for line in _lines(groups):
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        group = base / path.strip().lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(base):
-                break
-            limit, used = (_number(folder / name) for name in names)
-            if limit is not None and used is not None and limit < _NO_LIMIT:
-                left.append(max(0, limit - max(0, used - _inactive_file(folder / "memory.stat"))))
-    return min(left, default=None)
-
-
-def _inactive_file(path: Path) -> int:
-    """Page cache that the kernel would drop first."""
-    for line in _lines(path):
-        if line.startswith(("inactive_file ", "total_inactive_file ")):
-            return int(line.split()[1])
-    return 0
-
-
-def _number(path: Path) -> int | None:
-    """None for a file that is not there, and for "max"."""
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _count(module: nn.Module) -> int:

@@ -77,7 +77,7 @@ class TokenValues:
         """Means, errors and quantiles over all tokens so far."""
         nll = _joined(self.nll)
         ppl = math.exp(nll.mean())
-        return Scores(len(nll), ppl, ppl * _standard_error(nll), self._divergence(nll) if self.kld else None)
+        return Scores(len(nll), ppl, ppl * standard_error(nll), self._divergence(nll) if self.kld else None)
 
     def _divergence(self, nll: np.ndarray) -> Divergence:
         nll_reference, kld, same = _joined(self.nll_reference), _joined(self.kld), _joined(self.same_top1)
@@ -88,15 +88,15 @@ class TokenValues:
         return Divergence(
             ppl_reference=math.exp(nll_reference.mean()),
             ppl_ratio=ratio,
-            ppl_ratio_se=ratio * _standard_error(log_ratio),
+            ppl_ratio_se=ratio * standard_error(log_ratio),
             kld_mean=float(kld.mean()),
-            kld_se=_standard_error(kld),
+            kld_se=standard_error(kld),
             kld_median=float(median),
             kld_p99=float(p99),
             kld_p999=float(p999),
             kld_max=float(kld.max()),
             same_top1=float(same.mean()),
-            same_top1_se=_standard_error(same),
+            same_top1_se=standard_error(same),
             delta_p_mean=float(delta_p.mean()),
             delta_p_rms=float(np.sqrt((delta_p**2).mean())),
         )
@@ -129,6 +129,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float64)
 
 
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean; 0 for a single value."""
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean; 0 for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

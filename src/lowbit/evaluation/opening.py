@@ -11,8 +11,9 @@ import torch
 
 from lowbit.architecture.loading import Loader, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation.footprint import reported_source
+from lowbit.evaluation.forward import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,28 @@ class Opened:
     @property
     def model(self) -> PreTrainedModel:
         return self.loader.model
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the head distinguishes."""
+        return Runner(self.model).vocabulary
+
+
+def check_windows(judged: Opened, reference: Opened | None, ids: torch.Tensor) -> None:
+    """UsageError unless both models have one vocabulary, which holds `ids` [windows, T], and see a whole window."""
+    vocabulary = judged.vocabulary
+    if reference is not None and reference.vocabulary != vocabulary:
+        raise UsageError(
+            f"{judged.checkpoint.source} has a vocabulary of {vocabulary} tokens, "
+            f"its reference {reference.checkpoint.source} one of {reference.vocabulary}",
+            "the reference must be the model that was quantized",
+        )
+    if int(ids.max()) >= vocabulary:
+        raise UsageError(f"the tokenizer makes token {int(ids.max())}; the model has {vocabulary}")
+    longest = getattr(judged.model.config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise UsageError(f"windows of {ids.shape[1]} tokens; the model was trained for {longest}",
+                         f"--window-tokens {longest}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Opener:
 
 @dataclass(frozen=True)
 class Reference:
-    """What to compare with, who named it, and why there is none."""
+    """The model to compare with, who named it, and notes on why there is none."""
 
     opened: Opened | None
     named_by: Literal["given", "report", "none"]
@@ -68,7 +91,7 @@ def open_reference(given: str | Path | None, report: dict[str, Any] | None, open
     if named is None:
         return Reference(None, "none")
     try:
-        # The revision was the user's word on the quantized model, not on its source.
+        # --revision names that of the quantized model, not of its source.
         source = replace(opener, options=replace(opener.options, revision=None))
         return Reference(source.open(named), "report")
     except LowbitError as error:

@@ -3,9 +3,9 @@
 For every window the reference's log-probabilities are computed once, a slice of positions at a time, and every variant
 of the quantized model (weights alone; with activations quantized as at run time) is compared with them on the spot.
 
-Both models are in memory in `dtype` where they fit (`memory.py`), else they are run block by block (`blockwise.py`);
-the figures are the same. Without a reference, and with none that the quantized checkpoint's report names and that still
-opens, perplexity alone is measured.
+Both models are in memory in `dtype` if they fit (`memory.py`), else they run block by block (`blockwise.py`), with the
+same figures. The reference defaults to the source that the checkpoint's report names; if there is none or it does not
+open, only perplexity is measured.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file
 from lowbit.evaluation.forward import Decoded, Runner, slices
 from lowbit.evaluation.memory import Way, choose_way
 from lowbit.evaluation.metrics import Divergence, Scores, TokenValues
-from lowbit.evaluation.opening import Opened, Opener, Reference, open_reference
-from lowbit.evaluation.result import Evaluation, TextRecord
-from lowbit.evaluation.samples import MOST, TOKENS, GeneratedSample, parted, prompts, say
+from lowbit.evaluation.opening import Opened, Opener, Reference, check_windows, open_reference
+from lowbit.evaluation.result import Evaluation, GeneratedSample, TextRecord
+from lowbit.evaluation.samples import MOST, TOKENS, parted, prompts, say
 from lowbit.measure import Meter
 from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
 
@@ -44,7 +44,7 @@ Variant = Literal["none", "simulated"]
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What is asked: the variants of a model, with what each runs in, on some windows; `reference` may be missing.
+    """The variants of a model, with the context of each, on some windows; `reference` may be missing.
 
     models  the reference, if there is one, and the judged model
     """
@@ -85,10 +85,10 @@ def evaluate(
     protocol     "full": every token of a window but the first is scored; "second-half": as llama.cpp does
     activations  "auto": weights alone, and a second row with activations simulated where the scheme quantizes them
     bos          "auto": each window opens with BOS where the tokenizer adds it by itself
-    max_memory   bytes that the process may hold; models that do not fit are run block by block, which a note says.
-                 None: most of what the machine has left. On CUDA, bytes of the device
-    samples      let both models answer so many packaged prompts (at most 6), `sample_tokens` tokens each, and keep
-                 where they part; not where models are run block by block, which a note says
+    max_memory   memory limit of the process in bytes; models that do not fit run block by block, with a note. None:
+                 most of the free memory. On CUDA, bytes of the device
+    samples      number of packaged prompts (at most 6) that both models answer, `sample_tokens` tokens each; skipped,
+                 with a note, when models run block by block
     progress     called with (windows done, windows in all); block by block a window counts once per block and model
     """
     if not 0 <= samples <= MOST:
@@ -103,12 +103,12 @@ def evaluate(
         source = open_reference(reference, report, opener)
         tokenizer = (source.opened or judged).tokenizer
         cut = cut_windows(judged_text, tokenizer, windows, window_tokens, protocol, bos)
-        _check_fits(judged, source.opened, cut)
+        check_windows(judged, source.opened, cut.ids)
         asked = _Comparison(judged, source.opened, variants, cut, progress)
         runs = len(asked.models) - 1 + len(variants)
         way = choose_way([each.loader for each in asked.models], runs, max_memory)
         scores = _block_by_block(asked, way, opener.options) if way.block_by_block else _whole(asked)
-        said = () if way.block_by_block or not samples else _samples(asked, samples, sample_tokens)
+        answers = () if way.block_by_block or not samples else _samples(asked, samples, sample_tokens)
         facts = _facts(judged, source, report, judged_text, cut, windows, way)
         facts |= {"protocol": protocol, "dtype": str(dtype).removeprefix("torch.")}
         if samples and way.block_by_block:
@@ -116,7 +116,7 @@ def evaluate(
         facts |= {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_bytes + device_peak_bytes(device)}
     spoken = next(reversed(variants))  # with activations simulated, where there is that: as an engine would
     return [
-        Evaluation(**facts, activations=name, **_figures(scores[name]), samples=said if name == spoken else ())
+        Evaluation(**facts, activations=name, **_figures(scores[name]), samples=answers if name == spoken else ())
         for name in variants
     ]
 
@@ -140,13 +140,13 @@ def _samples(asked: _Comparison, count: int, tokens: int) -> tuple[GeneratedSamp
     *_, context = asked.variants.values()
     reference, judged, tokenizer = asked.reference.model, asked.judged.model, asked.reference.tokenizer
     questions, chat = prompts(tokenizer, count)
-    made = []
+    answers = []
     for prompt in questions:
         wanted = say(reference, tokenizer, prompt, chat, tokens, keep_probabilities=True)
         with context(judged):
             got = say(judged, tokenizer, prompt, chat, tokens)
-        made.append(parted(tokenizer, prompt, chat, wanted, got))
-    return tuple(made)
+        answers.append(parted(tokenizer, prompt, chat, wanted, got))
+    return tuple(answers)
 
 
 def _block_by_block(asked: _Comparison, way: Way, options: OpenOptions) -> dict[Variant, Scores]:
@@ -191,7 +191,7 @@ def score(
 
 
 def _variants(checkpoint: Checkpoint, activations: Activations) -> dict[Variant, Context]:
-    """The variants that were asked for and exist, and what each runs in: "none" for weights alone, "simulated"."""
+    """The requested variants that exist, with the context of each: "none" for weights alone, "simulated"."""
     if activations not in ("auto", "none", "simulated"):
         raise UsageError(f"there is no activations mode {activations!r}", "choose one of auto, none, simulated")
     schemes = getattr(checkpoint, "schemes", {})
@@ -208,33 +208,10 @@ def _variants(checkpoint: Checkpoint, activations: Activations) -> dict[Variant,
     return variants
 
 
-def _check_fits(judged: Opened, reference: Opened | None, cut: Windows) -> None:
-    """Both models speak of the same tokens, and can see a whole window."""
-    vocabulary = Runner(judged.model).vocabulary
-    if reference is not None:
-        expected = Runner(reference.model).vocabulary
-        if vocabulary != expected:
-            raise UsageError(
-                f"{judged.checkpoint.source} has a vocabulary of {vocabulary} tokens, "
-                f"its reference {reference.checkpoint.source} one of {expected}",
-                "the reference must be the model that was quantized",
-            )
-    if int(cut.ids.max()) >= vocabulary:
-        raise UsageError(f"the tokenizer makes token {int(cut.ids.max())}; the model has {vocabulary}")
-    longest = getattr(judged.model.config, "max_position_embeddings", None)
-    if longest is not None and cut.ids.shape[1] > longest:
-        raise UsageError(f"windows of {cut.ids.shape[1]} tokens; the model was trained for {longest}")
-
-
 def _facts(
-    judged: Opened,
-    source: Reference,
-    report: dict[str, Any] | None,
-    text: Text,
-    cut: Windows,
-    windows_asked: int,
+    judged: Opened, source: Reference, report: dict[str, Any] | None, text: Text, cut: Windows, windows_asked: int,
     way: Way,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The fields of an Evaluation that all its variants share."""
     schemes = {scheme.name for scheme in getattr(judged.checkpoint, "schemes", {}).values()}
     bits, bits_from = bits_per_weight(judged.checkpoint, report)
@@ -249,7 +226,7 @@ def _facts(
         "reference_from": source.named_by,
         "reference_sha256": None if source.opened is None else fingerprint(source.opened.checkpoint),
         "scheme": " + ".join(sorted(schemes)) or None,
-        "text": TextRecord(text.name, text.sha256, cut.text_tokens),
+        "text": TextRecord(name=text.name, sha256=text.sha256, tokens=cut.text_tokens),
         "windows": len(cut.ids),
         "windows_asked": windows_asked,
         "window_tokens": cut.ids.shape[1],

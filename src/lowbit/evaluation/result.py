@@ -1,42 +1,80 @@
-"""`Evaluation`: one row of figures, with everything needed to repeat it, and what it says in a sentence."""
+"""`Evaluation`: one row of figures, with everything needed to repeat it, and its sentence."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
+
+from lowbit.records import Count, NonNegative, Record, Share
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lowbit.evaluation.samples import GeneratedSample
 
-
-@dataclass(frozen=True)
-class TextRecord:
+class TextRecord(Record):
     """Which text: name, SHA-256 of its bytes, tokens in all of it."""
 
     name: str
     sha256: str
-    tokens: int
+    tokens: Count
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one model did on one text. Figures after `ppl_se` that need a reference are None without one.
+class Continuation(Record):
+    """The rest of one model's answer, from the first token that differs.
 
-    model, reference    as given; reference_from says who named the reference
-    scheme              of the quantized linears, "W4A16" or "FP8 + W4A16"; None for a plain checkpoint
-    windows             scored, of `windows_asked`; scored_tokens over all of them
-    activations         "simulated": quantized at run time as an engine would; "none": weights alone
-    ppl_ratio           PPL over the reference's, paired over tokens
-    kld_*               nats per token, KL(reference ‖ model)
-    same_top1, delta_p  fractions, not percent
-    seconds             of the whole evaluation this row belongs to, loading included
-    peak_memory_bytes   highest resident memory of the process meanwhile (plus device memory on CUDA)
-    bits_per_weight     of the decoder's linear weights as stored, scales included; bits_from says where it was read
-    notes               what a reader should know: fewer windows, a source that no longer opens
-    reference_sha256    fingerprint of the reference (`footprint.fingerprint`)
-    samples             what both say to a few prompts, where that was asked for; of the variant that an engine runs
+    token_probability  of this token in the reference
+    ended              True if the model stopped instead
+    """
+
+    token: str
+    rest: str
+    tokens: Count
+    token_probability: Share
+    ended: bool = False
+
+
+class GeneratedSample(Record):
+    """Answers of reference and quantized model to one prompt, always with the most probable token.
+
+    chat    True if the prompt went through the chat template
+    shared, shared_tokens   common beginning of both answers
+    reference, quantized    the rest of each; both None if the answers are equal
+    """
+
+    prompt: str
+    chat: bool
+    shared: str
+    shared_tokens: Count
+    reference: Continuation | None = None
+    quantized: Continuation | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> GeneratedSample:
+        if (self.reference is None) != (self.quantized is None):
+            raise ValueError("either both models go on, or none does")
+        return self
+
+
+class Evaluation(Record):
+    """The quantized model against its source, over the same tokens. Without a reference only `ppl` is known.
+
+    model, reference   as given; reference_from says who named the reference: the user, or the report
+    scheme             of the quantized linears, "W4A16" or "FP8 + W4A16"; None for a plain checkpoint
+    protocol           how the tokens were cut and scored, in words
+    windows            scored, of `windows_asked`; scored_tokens over all of them
+    activations        "simulated": rounded as the engine would; "none": the weights' error alone
+    ppl_ratio          ppl / ppl_reference, with the standard error of the paired difference
+    kld_*              KL(reference ‖ quantized) per token, in nats
+    same_top1          share of tokens where both prefer the same next token
+    delta_p_*          change in the probability of the text's next token
+    seconds            of the whole evaluation this row belongs to, loading included
+    peak_memory_bytes  highest resident memory of the process meanwhile (plus device memory on CUDA)
+    bits_per_weight    of the decoder's linear weights as stored, scales included; bits_from: its source
+    notes              for the reader: fewer windows, a source that no longer opens
+    reference_sha256   fingerprint of the reference (`footprint.fingerprint`)
+    samples            answers to a few prompts, for the variant that an engine runs; empty if not requested
     """
 
     model: str
@@ -45,45 +83,41 @@ class Evaluation:
     scheme: str | None
     text: TextRecord
     protocol: str
-    windows: int
-    windows_asked: int
-    window_tokens: int
+    windows: Count
+    windows_asked: Count
+    window_tokens: Count
     bos: bool
-    scored_tokens: int
+    scored_tokens: Count
     activations: Literal["none", "simulated"]
     dtype: str
-    ppl: float
-    ppl_se: float
-    ppl_reference: float | None
-    ppl_ratio: float | None
-    ppl_ratio_se: float | None
+    ppl: NonNegative
+    ppl_se: NonNegative
+    ppl_reference: NonNegative | None
+    ppl_ratio: NonNegative | None
+    ppl_ratio_se: NonNegative | None
     kld_mean: float | None
-    kld_se: float | None
+    kld_se: NonNegative | None
     kld_median: float | None
     kld_p99: float | None
     kld_p999: float | None
     kld_max: float | None
-    same_top1: float | None
-    same_top1_se: float | None
+    same_top1: Share | None
+    same_top1_se: NonNegative | None
     delta_p_mean: float | None
-    delta_p_rms: float | None
-    seconds: float
-    peak_memory_bytes: int
-    file_bytes: int
-    bits_per_weight: float
+    delta_p_rms: NonNegative | None
+    seconds: NonNegative
+    peak_memory_bytes: Count | None
+    file_bytes: Count
+    bits_per_weight: NonNegative
     bits_from: Literal["report", "tensors"]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
     reference_sha256: str | None = None
     samples: tuple[GeneratedSample, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "notes": list(self.notes), "samples": [asdict(sample) for sample in self.samples]}
-
     @property
     def label(self) -> str:
-        """What the row is called: the scheme, and whether activations are in it."""
+        """Name of the row: the scheme, and whether activations are simulated."""
         name = self.scheme or self.model.rstrip("/").rsplit("/", 1)[-1]
         return f"{name} with activations simulated" if self.activations == "simulated" else name
 
@@ -105,7 +139,7 @@ def sentence(evaluation: Evaluation) -> str:
 
 
 def heading(evaluations: list[Evaluation]) -> str:
-    """What was judged, against what, on what: one line each."""
+    """Model, reference and text, one line each."""
     first = evaluations[0]
     bos = ", each opened with BOS" if first.bos else ""
     windows = f"{first.windows} windows × {first.window_tokens} tokens, {first.protocol}{bos}"
@@ -127,31 +161,24 @@ def evaluation_table(evaluations: list[Evaluation]) -> Table:
     table.add_column("")
     for evaluation in evaluations:
         table.add_column(evaluation.label, justify="right")
-    for name, cells in _rows(evaluations):
+
+    def add(name: str, cells: Iterable[str]) -> None:
         table.add_row(name, *cells)
-    return table
-
-
-def _rows(evaluations: list[Evaluation]) -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = []
-
-    def add(name: str, cells: list[str]) -> None:
-        rows.append((name, cells))
 
     if all(e.kld_mean is not None for e in evaluations):
-        add("mean KLD (nats)", [f"{e.kld_mean:.5f} ± {e.kld_se:.5f}" for e in evaluations])
-        add("KLD median", [f"{e.kld_median:.5f}" for e in evaluations])
-        add("KLD 99 %", [f"{e.kld_p99:.4f}" for e in evaluations])
-        add("KLD 99.9 %", [f"{e.kld_p999:.4f}" for e in evaluations])
-        add("KLD max", [f"{e.kld_max:.4f}" for e in evaluations])
-        add("same top-1", [_percent(e.same_top1, e.same_top1_se) for e in evaluations])
-        add("PPL ratio", [f"{e.ppl_ratio:.4f} ± {e.ppl_ratio_se:.4f}" for e in evaluations])
-        add("mean Δp", [_percent(e.delta_p_mean) for e in evaluations])
-        add("PPL, reference", [f"{e.ppl_reference:.4f}" for e in evaluations])
-    add("PPL", [f"{e.ppl:.4f} ± {e.ppl_se:.4f}" for e in evaluations])
-    add("bits per weight", [f"{e.bits_per_weight:.3f}" for e in evaluations])
-    add("file size", [f"{e.file_bytes / 1e6:.1f} MB" for e in evaluations])
-    return rows
+        add("mean KLD (nats)", (f"{e.kld_mean:.5f} ± {e.kld_se:.5f}" for e in evaluations))
+        add("KLD median", (f"{e.kld_median:.5f}" for e in evaluations))
+        add("KLD 99 %", (f"{e.kld_p99:.4f}" for e in evaluations))
+        add("KLD 99.9 %", (f"{e.kld_p999:.4f}" for e in evaluations))
+        add("KLD max", (f"{e.kld_max:.4f}" for e in evaluations))
+        add("same top-1", (_percent(e.same_top1, e.same_top1_se) for e in evaluations))
+        add("PPL ratio", (f"{e.ppl_ratio:.4f} ± {e.ppl_ratio_se:.4f}" for e in evaluations))
+        add("mean Δp", (_percent(e.delta_p_mean) for e in evaluations))
+        add("PPL, reference", (f"{e.ppl_reference:.4f}" for e in evaluations))
+    add("PPL", (f"{e.ppl:.4f} ± {e.ppl_se:.4f}" for e in evaluations))
+    add("bits per weight", (f"{e.bits_per_weight:.3f}" for e in evaluations))
+    add("file size", (f"{e.file_bytes / 1e6:.1f} MB" for e in evaluations))
+    return table
 
 
 def _percent(value: float | None, error: float | None = None) -> str:

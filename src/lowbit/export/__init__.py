@@ -1,47 +1,37 @@
-"""Stage 6: quantized tensors → files. A format is an object with the methods of `Exporter`, and a row in `FORMATS`.
+"""Quantized tensors → files. Every output format has an `Exporter` and a row in `registry.FORMATS`.
 
-A module with those functions is such an object; formats with variants (GPTQ v1 and v2) are instances in a module.
+An exporter is a module with the functions of the protocol, or, for variants (GPTQ v1 and v2), an instance of a class.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
+from lowbit.registry import FORMATS, load
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from lowbit.export.safetensors_writer import StoredTensor
     from lowbit.schemes import Scheme
     from lowbit.tensors import QuantizedTensor
 
-# name of the format → "module" or "module:object"
-FORMATS = {
-    "compressed-tensors": "lowbit.export.compressed_tensors",
-    "gptq": "lowbit.export.gptq:GPTQ_V1",
-    "gptq_v2": "lowbit.export.gptq:GPTQ_V2",
-    "awq": "lowbit.export.awq",
-    "bitsandbytes": "lowbit.export.bitsandbytes",
-    "modelopt": "lowbit.export.modelopt",
-    "mxfp4": "lowbit.export.mxfp4",
-    "float": "lowbit.export.plain",
-}
-
-# Schemes that only one format knows; every other scheme goes to compressed-tensors unless the user says otherwise.
+# Numbers that only one format stores; compressed-tensors is the default for all others.
 _FORMAT_OF_NUMBER = {"nf4": "bitsandbytes", "fp4": "bitsandbytes"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Values for a rectangle of a stored tensor: from `row` of its first dimension and `column` of its second on.
+    """Values for a rectangle of a stored tensor, from `row` of its first dimension and `column` of its second on.
 
-    values are as wide as the stored tensor (then column is 0), or narrower: formats that store a weight transposed
-    turn a slab of rows into a strip of columns.
+    A format that stores the weight transposed turns a slab of rows into a strip of columns.
 
-    index  where it is given, values are stored[index] instead, of the same shape; it begins with a number: the expert,
-           of formats that keep the experts of a block in one tensor
+    index  if given, the values are stored[index] instead; its first entry is the expert, in formats that keep the
+           experts of a block in one tensor
     """
 
     name: str
@@ -52,14 +42,12 @@ class Piece:
 
 
 class Exporter(Protocol):
-    """What an output format must be able to say and do. `dtype` is the float dtype of the model, or, where codes are
-    repacked, of the source's scales."""
+    """One output format. `dtype` is the float dtype of the model; of the source's scales where codes are repacked."""
 
     FORMAT: str
-    ENGINE: str  # whose rules the written folder is verified against
 
     def storage_format(self, scheme: Scheme) -> str:
-        """The format's own name of how it stores a scheme; FormatError if it cannot hold it."""
+        """The format's own name for the layout of a scheme; FormatError if it cannot hold it."""
         ...
 
     def unfit(self, shape: tuple[int, int], scheme: Scheme) -> str | None:
@@ -67,17 +55,17 @@ class Exporter(Protocol):
         ...
 
     def scale_format(self, scheme: Scheme, dtype: torch.dtype) -> str:
-        """How "model" scales are stored, a name of `lowbit.numerics.scales`: "bfloat16", "float32" …"""
+        """Storage of "model" scales, a name of `lowbit.numerics.scales`: "bfloat16", "float32" …"""
         ...
 
     def lowest_zero_point(self, scheme: Scheme) -> int | None:
-        """The least zero point, a signed code, that can be stored; None where every code can be one."""
+        """The lowest zero point, a signed code, that can be stored; None where every code can be one."""
         ...
 
     def stored_tensors(
         self, linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
     ) -> list[StoredTensor]:
-        """What will be written for one linear, exactly."""
+        """The tensors of one linear, with dtypes and shapes."""
         ...
 
     def row_multiple(self, scheme: Scheme, shape: tuple[int, int]) -> int:
@@ -94,19 +82,26 @@ class Exporter(Protocol):
         dtype: torch.dtype,
         input_absmax: float | None = None,
     ) -> list[Piece]:
-        """A slab of rows, as it lies in the file. What there is once per linear comes with the slab at row 0."""
+        """A slab of rows, packed. Tensors that a linear has once come with the slab at row 0.
+
+        input_absmax  largest |input| in calibration, for schemes with static activation scales
+        """
         ...
 
     def inexact(self, quantized: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> str | None:
-        """Why these rows of somebody else's codes would not survive `pack` bit for bit; None where they would.
+        """Why `pack` would change these rows of a source's codes; None where they survive bit for bit.
 
-        Looks at values (a zero point of 0 in GPTQ v1, a scale that float16 does not hold); what is wrong with the
-        scheme itself is `storage_format`'s to say.
+        About values (a zero point of 0 in GPTQ v1, a scale that float16 does not hold); `storage_format` refuses
+        schemes.
         """
         ...
 
     def quantization_config(self, schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
-        """config.json's `quantization_config`; FormatError where the format cannot say this (mixed schemes)."""
+        """config.json's `quantization_config`; FormatError where it cannot express the schemes.
+
+        schemes  linear → scheme, of every quantized linear
+        ignored  names of the linears that stay unquantized
+        """
         ...
 
     def companion_files(self, schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
@@ -114,15 +109,56 @@ class Exporter(Protocol):
         ...
 
 
+# Answers that several formats share; a module takes one over by `lowest_zero_point = every_zero_point`.
+def every_zero_point(scheme: Scheme) -> int | None:
+    """None: every code can be a zero point."""
+    return None
+
+
+def no_companions(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
+    """Empty: loaders read config.json only."""
+    return {}
+
+
+def block_rows(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Slabs must not cut a block; without blocks they may begin at any row."""
+    return scheme.weight.block_rows
+
+
+def float16_scales(scheme: Scheme, dtype: torch.dtype) -> str:
+    """float16; in a bfloat16 model only numbers that bfloat16 holds too, since vLLM casts scales to its dtype."""
+    return "bfloat16_in_float16" if dtype == torch.bfloat16 else "float16"
+
+
 def find_exporter(name: str) -> Exporter:
-    """The exporter of an output format of folders; GGUF files are written by `gguf_pipeline`."""
-    module, _, attribute = FORMATS[name].partition(":")
-    found: Any = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    """The exporter of an output format of folders."""
+    write = FORMATS[name].write
+    assert write is not None, f"{name} has no exporter"
+    return load(write)
 
 
 def default_format(scheme: Scheme) -> str:
-    """The format a scheme is written in when the user names none."""
+    """The output format of a scheme when the user names none."""
     if scheme.weight.narrow:
         return "bitsandbytes"
     return _FORMAT_OF_NUMBER.get(scheme.weight.number, "compressed-tensors")
+
+
+# Fused name → the linears that engines load as one under it. vLLM: `packed_modules_mapping` of the model classes;
+# the last row is SGLang's name of DeepSeek's.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+def fused_names(members: list[str]) -> Iterator[str]:
+    """The fused names of sets of which every member is in `members`."""
+    present = set(members)
+    for name in members:
+        parent, _, leaf = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            if leaf == parts[0] and all(f"{parent}.{part}" in present for part in parts):
+                yield f"{parent}.{fused}"

@@ -1,8 +1,7 @@
 """Folders, and files with a report beside them, that appear complete or not at all.
 
-Everything is written into a hidden folder beside the target, flushed to disk, and renamed at the end. Whatever stops
-the run before that (an error, Ctrl-C, a full disk) removes the hidden folder; what a power cut leaves is named
-`.NAME.partial-…` and never NAME.
+Output goes into a hidden folder beside the target, is flushed to disk and renamed at the end. After an error, Ctrl-C or
+a full disk the hidden folder is removed; a power cut may leave `.NAME.partial-…`, never an incomplete NAME.
 """
 
 from __future__ import annotations
@@ -19,17 +18,8 @@ from lowbit.checkpoint.base import REPORT_NAME
 from lowbit.errors import OutputError
 
 
-def _replace(work: Path, target: Path) -> None:
-    """Rename; an earlier output steps aside first and goes last, so that one of the two is always complete."""
-    earlier = work.with_name(work.name + ".earlier")
-    if target.is_dir():
-        os.rename(target, earlier)
-    os.rename(work, target)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
 def refuse_existing(target: Path, overwrite: bool = False) -> None:
-    """OutputError if something non-empty already has that name; with `overwrite`, only if lowbit did not write it."""
+    """OutputError if the target exists and is not an empty folder; with `overwrite`, unless lowbit wrote it."""
     real_folder = target.is_dir() and not target.is_symlink()
     if real_folder and (not any(target.iterdir()) or (overwrite and (target / REPORT_NAME).is_file())):
         return
@@ -51,7 +41,11 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     with _hidden_folder(target) as work:
         yield work
         flush_folder(work)
-        _replace(work, target)
+        earlier = work.with_name(work.name + ".earlier")  # moved aside, not removed, until the new one has its name
+        if target.is_dir():
+            os.rename(target, earlier)
+        os.rename(work, target)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def refuse_existing_file(target: Path, report: Path, overwrite: bool = False) -> None:
@@ -68,9 +62,8 @@ def refuse_existing_file(target: Path, report: Path, overwrite: bool = False) ->
 
 @contextmanager
 def atomic_files(target: Path) -> Iterator[Path]:
-    """A hidden folder to write into, for a file `target` and what lies beside it; when the block ends without an
-    exception its files are moved beside the target, the last in the order of names first, so that the first part of a
-    split model, which readers open, appears when all others are there."""
+    """A hidden folder for a file `target` and the files beside it. When the block ends without an exception the files
+    get their places in reverse order of names: the first part of a split model, which readers open, appears last."""
     target = Path(os.path.abspath(target))
     with _hidden_folder(target) as work:
         yield work
@@ -83,7 +76,7 @@ def atomic_files(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _hidden_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target that the block moves or empties; after an exception it is gone."""
+    """A folder beside the target that the block moves or empties; an exception removes it."""
     work = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         with translated_os_errors(target):
@@ -97,7 +90,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """OutputError where the disk has no room for so many bytes."""
+    """OutputError where the disk has less free space than `needed` bytes."""
     free = shutil.disk_usage(_existing_parent(output.absolute().parent)).free
     if free < needed:
         raise OutputError(
@@ -108,7 +101,7 @@ def check_disk(output: Path, needed: int) -> None:
 
 @contextmanager
 def translated_os_errors(target: Path) -> Iterator[None]:
-    """Full disk, quota and permission as OutputError; everything else as it is."""
+    """Turn OSErrors of full disks, quotas, permissions and names into OutputError."""
     try:
         yield
     except OSError as error:
@@ -145,3 +138,37 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Allocate `size` bytes where the file system can; else make a sparse file of that size."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def write_all(descriptor: int, data: memoryview, position: int) -> None:
+    """pwrite until nothing is left."""
+    while data:
+        written = os.pwrite(descriptor, data, position)
+        data, position = data[written:], position + written
+
+
+def copy_companions(folder: Path, work: Path) -> None:
+    """Copy tokenizer, generation config, chat template, licence and custom code."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in _REWRITTEN and path.suffix.lower() in _COMPANIONS:
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, work / path.name)
+        elif path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
+            shutil.copyfile(path, work / path.name)
+
+
+_COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
+# Rewritten, or files of an earlier quantization, which would contradict config.json.
+_REWRITTEN = {
+    "config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", REPORT_NAME,
+}  # fmt: skip

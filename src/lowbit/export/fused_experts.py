@@ -1,7 +1,7 @@
 """Experts of a block in one stored tensor, as the loaders of gpt-oss read them.
 
-Exporters see one linear of one expert at a time. Formats in `FUSED_EXPERTS` name what they store of it after its
-weight; here is where that lies in the tensor of all experts. For P = model.layers.L.mlp.experts and expert e:
+Exporters pack one linear of one expert at a time. This module places its tensors in those of all experts, for formats
+with `fused_experts` in their row. For P = model.layers.L.mlp.experts and expert e:
 
     of one expert                                 stored
     P.e.up_proj.weight_blocks  [I, H/32, 16]      P.gate_up_proj_blocks[e, 1::2]      of [E, 2I, H/32, 16]
@@ -9,7 +9,7 @@ weight; here is where that lies in the tensor of all experts. For P = model.laye
     P.e.up_proj.bias           [I]                P.gate_up_proj_bias[e, 1::2]        of [E, 2I]
     P.e.down_proj.weight       [H, I], floats     P.down_proj[e, :, 0::1]             of [E, I, H]
 
-Which rows, and whether floats are turned round, is the architecture's placement of the parameter.
+The architecture's placement of the parameter has the rows, and whether floats are transposed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowbit.architecture import Architecture
-from lowbit.architecture.structure import Part
 from lowbit.architecture.table import FAMILIES
 from lowbit.export import Piece
 from lowbit.export.safetensors_writer import StoredTensor
 
-# Formats that store the experts of such models fused; in others they lie one by one, or stay as they are.
-FUSED_EXPERTS = ("mxfp4", "float")
-
 
 @dataclass(frozen=True)
 class Share:
-    """What one expert has of a stored tensor: stored[expert, start::step], or [expert, :, start::step] if turned."""
+    """The share of one expert: stored[expert, start::step], or stored[expert, :, start::step] if `turned`."""
 
     stored: StoredTensor
     expert: int
@@ -53,10 +49,7 @@ def stores_fused_experts(architecture: Architecture) -> bool:
 
 
 def find_shares(tensors: Iterable[StoredTensor], architecture: Architecture) -> dict[str, Share]:
-    """Name of a tensor of one expert → its share in a stored one; other tensors are not in it.
-
-    Empty for model types whose files hold experts one by one, and where the architecture has them in one piece.
-    """
+    """Tensor of one expert → its share of a stored one; empty for models whose files hold experts one by one."""
     if not stores_fused_experts(architecture):
         return {}
     places = {
@@ -68,16 +61,12 @@ def find_shares(tensors: Iterable[StoredTensor], architecture: Architecture) -> 
     shares = {}
     for tensor in tensors:
         owner, weight, leaf = tensor.name.partition(".weight_")
-        found = places.get(f"{owner}.weight" if weight else tensor.name)
-        if found is not None:
-            fused, part, expert, experts = found
-            shares[tensor.name] = _share(tensor, f"{fused}_{leaf}" if weight else fused, part, expert, experts)
+        place = places.get(f"{owner}.weight" if weight else tensor.name)
+        if place is not None:
+            fused, part, expert, experts = place
+            turned = part.transposed and tensor.dtype.is_floating_point
+            rows, rest = tensor.shape[0] * part.step, tensor.shape[1:]
+            shape = (experts, *rest, rows) if turned else (experts, rows, *rest)
+            stored = StoredTensor(f"{fused}_{leaf}" if weight else fused, tensor.dtype, shape)
+            shares[tensor.name] = Share(stored, expert, part.start, part.step, turned)
     return shares
-
-
-def _share(tensor: StoredTensor, name: str, part: Part, expert: int, experts: int) -> Share:
-    step = part.step
-    turned = part.transposed and tensor.dtype.is_floating_point
-    rows, rest = tensor.shape[0] * step, tensor.shape[1:]
-    shape = (experts, *rest, rows) if turned else (experts, rows, *rest)
-    return Share(StoredTensor(name, tensor.dtype, shape), expert, part.start, step, turned)

@@ -1,12 +1,12 @@
-"""Scales of an FP8 KV cache, in the formats that can say that there are any.
+"""Scales of an FP8 KV cache, in the formats that can store them.
 
     compressed-tensors  A.k_scale, A.v_scale float32 [1], or [kv_heads, 1, 1] per head
                         config.json: kv_cache_scheme, strategy "tensor" or "attn_head"
     modelopt            A.k_proj.k_scale, A.v_proj.v_scale float32 [] (A.qkv_proj.… where the three are one matrix)
                         config.json: kv_cache_scheme; hf_quant_config.json: kv_cache_quant_algo "FP8"
 
-with A the attention of a layer, "model.layers.3.self_attn", and scale = largest |K| or |V| / 448. float32, as engines
-keep them. vLLM quantizes the cache of such a checkpoint without being told (kv_cache_dtype "auto" becomes "fp8").
+with A the attention of a layer, "model.layers.3.self_attn", and scale = largest |K| or |V| / 448 in float32.
+vLLM quantizes the cache of such a checkpoint by default (kv_cache_dtype "auto" becomes "fp8").
 
 Spec: `CompressedTensorsKVCacheMethod`, `ModelOptKVCacheMethod` and `get_cache_scale_mapper` of vLLM 0.32, which renames
 what lies under `self_attn`; `_init_kv_cache` of compressed-tensors; export/quant_utils.py of ModelOpt 0.47.
@@ -27,14 +27,13 @@ from lowbit.checkpoint.kv_cache import key_value_heads
 from lowbit.errors import ArchitectureError, FormatError
 from lowbit.export import Piece
 from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.registry import Format
 from lowbit.schemes import KVCacheScheme
-
-FORMATS = ("compressed-tensors", "modelopt")
 
 
 @dataclass(frozen=True)
 class CacheScales:
-    """What the files hold of the cache of one layer."""
+    """The stored scales of one layer."""
 
     layer: int
     k: StoredTensor
@@ -54,38 +53,35 @@ class CacheScales:
         return pieces
 
 
-def unfit_kv_cache(format: str, scheme: KVCacheScheme) -> str | None:
-    """Why a format cannot say this of the cache; None where it can."""
-    if format not in FORMATS:
-        return f"{format} has no scales for a KV cache"
-    if format == "modelopt" and scheme.per == "head":
-        return "modelopt has one scale per layer for a KV cache, not one per head"
+def unfit_kv_cache(format: Format, scheme: KVCacheScheme) -> str | None:
+    """Why a format cannot store such scales; None where it can."""
+    if not format.kv_cache:
+        return f"{format.name} has no scales for a KV cache"
+    if scheme.per not in format.kv_cache:
+        return f"{format.name} has one scale per layer for a KV cache, not one per {scheme.per}"
     return None
 
 
 def stored_kv_scales(
-    format: str, scheme: KVCacheScheme, architecture: Architecture, config: dict[str, Any]
+    format: Format, scheme: KVCacheScheme, architecture: Architecture, config: dict[str, Any]
 ) -> tuple[CacheScales, ...]:
-    """What will be written, layer by layer. Raises what the module docstring refuses.
-
-    config  config.json of the model
-    """
+    """The scales of every layer; raises what the module docstring refuses. config: config.json of the model"""
     reason = unfit_kv_cache(format, scheme)
     if reason is not None:
         raise FormatError(reason, "use --format compressed-tensors, or leave --kv-cache out")
     heads = key_value_heads(config) if scheme.per == "head" else 0
-    shape = () if format == "modelopt" else (heads, 1, 1) if heads else (1,)
+    shape = () if format.name == "modelopt" else (heads, 1, 1) if heads else (1,)
     found = []
     for layer, (attention, key, value) in attention_of(architecture).items():
         names = (f"{key}.k_scale", f"{value}.v_scale")
-        if format == "compressed-tensors":
+        if format.name == "compressed-tensors":
             names = (f"{attention}.k_scale", f"{attention}.v_scale")
         found.append(CacheScales(layer, *(StoredTensor(name, torch.float32, shape) for name in names)))
     return tuple(found)
 
 
 def attention_of(architecture: Architecture) -> dict[int, tuple[str, str, str]]:
-    """Layer → (its attention, the linear that makes keys, the one that makes values)."""
+    """Layer → (attention module, linear of keys, linear of values)."""
     found: dict[int, tuple[str, str, str]] = {}
     for linear in architecture.linears.values():
         if linear.block is None or linear.role not in ("k_proj", "qkv_proj"):
@@ -105,18 +101,16 @@ def attention_of(architecture: Architecture) -> dict[int, tuple[str, str, str]]:
 
 
 def state_kv_cache(format: str, scheme: KVCacheScheme, config: dict[str, Any]) -> dict[str, Any]:
-    """config.json's `quantization_config`, with what it says of the cache."""
+    """config.json's `quantization_config`, with the KV cache."""
     if format == "modelopt":
         return config | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
     strategy = {"tensor": "tensor", "head": "attn_head"}[scheme.per]
-    said = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
-    return config | {"kv_cache_scheme": said}
+    stated = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+    return config | {"kv_cache_scheme": stated}
 
 
-def state_kv_cache_beside(
-    format: str, scheme: KVCacheScheme, files: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """The format's further JSON files, the same."""
+def state_kv_cache_beside(format: str, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The format's other JSON files, with the KV cache."""
     if format != "modelopt":
         return files
     name = "hf_quant_config.json"

@@ -1,14 +1,13 @@
 """Safetensors, written out of order and in parallel.
 
-Every tensor's dtype and shape is known before the first weight is read, so the headers, the shards and the offsets are
-too: files are created at their final size (a full disk shows at once) and slabs of rows are written in place, from any
-thread, in any order.
+The plan fixes dtypes and shapes, hence headers, shards and offsets: files are created at their final size (a full disk
+shows at once) and slabs of rows are written in place, from any thread, in any order.
 
     [u64 header length][JSON header, padded with spaces to 8][tensor bytes, no holes]
 
-What lies apart (gate projections of experts whose gate and up alternate, strips of columns of a transposed weight) is
-copied into a mapping of the file. Strips of tensors up to `ASSEMBLED_BYTES` are put together in memory and written
-once they are whole, which takes a fraction of the page faults.
+Values that are not contiguous in the file (rows of alternating gate and up projections, strips of columns of a
+transposed weight) are copied into a mapping of the file. Tensors up to `ASSEMBLED_BYTES` are assembled from strips in
+memory and written when they are complete, which takes a fraction of the page faults.
 
 Within a shard wide dtypes come first, so that every tensor is aligned to its own item size.
 """
@@ -27,18 +26,17 @@ from torch import Tensor
 
 from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.errors import OutputError
-from lowbit.export.preallocated import reserve, write_all
+from lowbit.export import Piece
+from lowbit.export.atomic import reserve, write_all
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-
-
 # 64 MB hold the 4-bit codes of a matrix of 8192 × 16384.
 ASSEMBLED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it will lie in the file."""
+    """Name, dtype and shape of a tensor of the file."""
 
     name: str
     dtype: torch.dtype
@@ -91,15 +89,9 @@ class SafetensorsWriter:
     def files(self) -> list[Path]:
         return [shard.path for shard in self._shards]
 
-    def write(
-        self, name: str, values: Tensor, row: int = 0, column: int = 0, index: tuple[int | slice, ...] = ()
-    ) -> None:
-        """Write consecutive rows of a tensor, beginning at `row`; narrower ones go to a strip that begins at `column`.
-
-        index  where it is given, write to tensor[index] instead; its first item is a number
-
-        Thread-safe for disjoint parts.
-        """
+    def write(self, piece: Piece) -> None:
+        """Write values to their place; thread-safe for disjoint parts."""
+        name, values, row, column, index = piece.name, piece.values, piece.row, piece.column, piece.index
         shard, stored = self._by_name[name]
         if values.dtype != stored.dtype:
             raise AssertionError(f"{name}: {values.dtype} where {stored.dtype} was planned")
@@ -123,7 +115,7 @@ class SafetensorsWriter:
         write_all(shard.descriptor, data, shard.offsets[name] + offset)
 
     def _with_strip(self, stored: StoredTensor, values: Tensor, strip: tuple[slice, slice]) -> Tensor | None:
-        """The tensor once this strip was the last that was missing, an empty one before; None where it is too large."""
+        """The complete tensor after its last strip, an empty one before; None for tensors above ASSEMBLED_BYTES."""
         if stored.nbytes > ASSEMBLED_BYTES:
             return None
         with self._lock:
@@ -136,9 +128,9 @@ class SafetensorsWriter:
         return torch.empty(0)
 
     def _write_apart(self, shard: _Shard, stored: StoredTensor, values: Tensor, index: tuple[int | slice, ...]) -> None:
-        """Copy to stored[index], whose elements lie apart, through a mapping of the file.
+        """Copy to stored[index], which is not contiguous, through a mapping of the file.
 
-        A system call for each run of them would let go of the interpreter's lock and wait for it every time.
+        A system call for each run of bytes would release the interpreter's lock and wait for it every time.
         """
         first, last = 0, stored.shape[0]
         if isinstance(index[0], int):  # only this one needs to be mapped
@@ -191,7 +183,7 @@ def _copy_into(whole: Tensor, values: Tensor, index: tuple[int | slice, ...], st
 
 
 def total_file_bytes(tensors: list[StoredTensor], shard_size: int) -> int:
-    """Bytes of the files that a writer would make, headers included (the JSON index is not)."""
+    """Bytes of the safetensors files, with headers, without the JSON index."""
     return sum(shard.size for shard in _plan_shards(Path(), tensors, shard_size))
 
 

@@ -6,9 +6,7 @@
 Light to import: torch is imported when something is measured.
 """
 
-from lowbit.hardware.device import Device
-from lowbit.hardware.lookup import find_device
-from lowbit.hardware.measured import this_machine, this_processor
-from lowbit.hardware.table import DEVICES
+from lowbit.hardware.measured import find_device, this_machine, this_processor
+from lowbit.hardware.table import DEVICES, Device
 
 __all__ = ["DEVICES", "Device", "find_device", "this_machine", "this_processor"]

@@ -1,18 +1,20 @@
-"""This machine as a `Device`: measured in about a second, since no data sheet knows its memory modules.
+"""Looks a device up by name, or measures this machine in about a second.
 
-    bandwidth   bytes read per second: the quickest of some sums over an array of READ_BYTES, on all cores. Decoding
-                reads every weight once and writes next to nothing, so reading is what counts (a copy would be slower)
-    peak        2 · n³ / seconds of the quickest product of two n × n matrices, in float32, bfloat16 and int8
+    bandwidth   bytes read per second: the fastest of some sums over an array of READ_BYTES, on all cores. Decoding
+                reads every weight once and writes next to nothing, so reads count (a copy would be slower)
+    peak        2 · n³ / seconds of the fastest product of two n × n matrices, in float32, bfloat16 and int8
 
-Both are what torch reaches, not what the makers promise; the models of speed take them as they take a data sheet's. A
-busy machine measures less. With a CUDA card in the machine `this_machine` is the card: a row of the table where its
-name is in there, else bandwidth and bfloat16 peak measured in the same way.
+Both are rates that torch reaches; the models of speed use them in place of a data sheet's. A busy machine measures
+less. With a CUDA card, `this_machine` is the card: its row of the table if there is one, else bandwidth and bfloat16
+peak measured the same way.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +22,42 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from lowbit.hardware.device import Device
+from lowbit.errors import UsageError
+from lowbit.hardware.table import ALIASES, DEVICES, Device, Kind
 
 READ_BYTES = 512 * 1024 * 1024  # larger than the caches of anything sold; a quarter of the memory where that is less
 _PRODUCT_SIDE = 1536
 _SECONDS_EACH = 0.25
 _MEMORY_TOLERANCE = 0.15
+# Words that say nothing which the rest of the name does not.
+_NOISE = ("nvidia", "geforce", "apple", "amd", "tensorcore", "gpu")
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`, in any spelling: "H100", "rtx 4090", "NVIDIA A100 40GB", "M2 Max", "this", "cpu".
+
+    "this" and "cpu" measure for a second or two. UsageError names the nearest rows of the table.
+    """
+    typed = plain(name)
+    if typed in ("this", "local", "cpu"):
+        return this_processor() if typed == "cpu" else this_machine()
+    known = {plain(row): row for row in DEVICES} | ALIASES
+    row = known.get(typed) or known.get(typed.removeprefix("rtx"))
+    if row is not None:
+        return DEVICES[row]
+    near = list(dict.fromkeys(known[found] for found in difflib.get_close_matches(typed, known, n=5, cutoff=0.5)))[:3]
+    raise UsageError(
+        f"there is no device {name!r} in the table",
+        f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(DEVICES)}, this, cpu",
+    )
+
+
+def plain(name: str) -> str:
+    """Letters and digits in lower case, without the maker's name: "NVIDIA H100 80GB" → "h10080gb"."""
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    for word in _NOISE:
+        letters = letters.replace(word, "")
+    return letters
 
 
 def this_machine() -> Device:
@@ -44,16 +76,10 @@ def this_processor() -> Device:
     with _threads(cores):
         bandwidth = _reading_speed(min(READ_BYTES, memory // 4))
         peak = _processor_peaks()
-    return Device(
-        "this",
-        f"{_processor_name()} ({cores} core{'s' * (cores != 1)})",
-        "cpu",
-        memory,
-        bandwidth,
-        peak,
-        f"measured on this machine, {cores} threads: sums over {READ_BYTES >> 20} MiB, products of "
-        f"{_PRODUCT_SIDE} × {_PRODUCT_SIDE} matrices",
-    )
+    source = (f"measured on this machine, {cores} threads: sums over {READ_BYTES >> 20} MiB, products of "
+              f"{_PRODUCT_SIDE} × {_PRODUCT_SIDE} matrices")  # fmt: skip
+    label = f"{_processor_name()} ({cores} core{'s' * (cores != 1)})"
+    return Device("this", label, "cpu", memory, bandwidth, peak, source)
 
 
 def _reading_speed(size: int, device: str = "cpu", finish: Callable[[], object] = lambda: None) -> float:
@@ -85,9 +111,6 @@ def _processor_peaks() -> dict[str, float]:
 def _this_card() -> Device:
     import torch
 
-    from lowbit.hardware.lookup import plain
-    from lowbit.hardware.table import ALIASES, DEVICES
-
     card = torch.cuda.get_device_properties(0)
     capability = (card.major, card.minor)
     known = {plain(row): row for row in DEVICES} | ALIASES
@@ -100,7 +123,7 @@ def _this_card() -> Device:
     bandwidth = _reading_speed(min(2 << 30, card.total_memory // 4), "cuda", torch.cuda.synchronize)
     matrix = torch.randn(8192, 8192, device="cuda").bfloat16()
     peak = 2 * 8192**3 / _quickest(lambda: matrix @ matrix, torch.cuda.synchronize)
-    kind = "cuda" if torch.version.hip is None else "rocm"
+    kind: Kind = "cuda" if torch.version.hip is None else "rocm"
     return Device("this", card.name, kind, card.total_memory, bandwidth, {"bf16": peak, "fp16": peak},
                   "measured on this machine: sums over 2 GiB, products of 8192 × 8192 matrices in bfloat16",
                   capability if kind == "cuda" else None)  # fmt: skip

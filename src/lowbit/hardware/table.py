@@ -1,13 +1,72 @@
-"""Data sheets as data: one row a device. Dense figures only; vendors print twice as much "with sparsity".
+"""Devices as the models of speed and memory see them: one row of data sheet figures each.
 
-Where a vendor gives two rates for one dtype, it is the one with float32 accumulation, which is what engines use
-(RTX 4090 in FP8: 330, not 661). GB of a card's memory are 2^30 bytes, as drivers report them; GB/s and TFLOPS are
-decimal. Figures that are not on the vendor's page say in `note` where they are from.
+Dense figures only; vendors also print twice as much "with sparsity". If a vendor gives two rates for one dtype, the row
+has the one with float32 accumulation, which engines use (RTX 4090 in FP8: 330, not 661). GB of a card's memory are 2^30
+bytes, as drivers report them; GB/s and TFLOPS are decimal. `note` gives the source of figures from elsewhere.
 """
 
 from __future__ import annotations
 
-from lowbit.hardware.device import Device
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+Kind = Literal["cuda", "rocm", "metal", "cpu"]
+# Share of the memory that one program may use: macOS keeps a quarter of the shared memory (Metal's
+# recommendedMaxWorkingSetSize), a desktop some. Engines keep their own share in `MemoryModel`.
+_USABLE_SHARE: dict[Kind, float] = {"cuda": 1.0, "rocm": 1.0, "metal": 0.75, "cpu": 0.9}
+# Number formats of `Device.peak`. "f32" is there for processors only, where matrices are multiplied in it.
+PEAK_DTYPES = ("f32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the processors of one machine with their memory.
+
+    name                as one types it: "h100"
+    label               as one reads it, with the size of the memory
+    kind                "cuda", "rocm", "metal", "cpu": what engines have kernels for
+    memory_bytes        all of it; what a program may use of it is less (`usable_share`)
+    bandwidth           bytes/s between memory and chip: the data sheet's, or measured reading
+    peak                dtype of `PEAK_DTYPES` → operations/s of a dense matrix product (a multiplication and an
+                        addition are two); a dtype that is absent has no instruction of its own there
+    source              address of the data sheet, or how it was measured
+    compute_capability  of CUDA: (9, 0); None elsewhere
+    consumer            True for cards that are sold for desktops and for Macs
+    note                what a reader of the figures should know
+    """
+
+    name: str
+    label: str
+    kind: Kind
+    memory_bytes: int
+    bandwidth: float
+    peak: Mapping[str, float] = field(hash=False)
+    source: str
+    compute_capability: tuple[int, int] | None = None
+    consumer: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.peak) - set(PEAK_DTYPES)
+        assert not unknown, f"{self.name}: no such dtype {unknown}"
+        object.__setattr__(self, "peak", MappingProxyType(dict(self.peak)))
+
+    def has(self, dtype: str) -> bool:
+        """True if the device multiplies matrices of this dtype in hardware."""
+        return dtype in self.peak
+
+    @property
+    def sixteen_bit_peak(self) -> float:
+        """operations/s where activations stay in 16 bits (or 32, where that is the quickest a processor has)."""
+        return max(self.peak.get(dtype, 0.0) for dtype in ("bf16", "fp16", "f32"))
+
+    @property
+    def usable_share(self) -> float:
+        """Of the memory, what one program may use."""
+        return _USABLE_SHARE[self.kind]
+
 
 _GIB = 1024**3
 _GB = 1e9
@@ -94,23 +153,10 @@ _APPLE = (
 
 DEVICES: dict[str, Device] = {device.name: device for device in (*_NVIDIA, *_AMD, *_APPLE)}
 
-# Other spellings, after `lookup.plain`: what one calls a card of which there are several, and its long names.
+# Other spellings, after `measured.plain`: short names of cards with several rows, and long names.
 ALIASES: dict[str, str] = {
-    "a100": "a100-80gb",
-    "a10040": "a100-40gb",
-    "a10080": "a100-80gb",
-    "a100sxm": "a100-80gb",
-    "a100pcie": "a100-80gb",
-    "a100pcie40gb": "a100-40gb",
-    "a100sxm440gb": "a100-40gb",
-    "h100sxm": "h100",
-    "h10080gb": "h100",
-    "h100sxm5": "h100",
-    "h200sxm": "h200",
-    "h200141gb": "h200",
-    "b200180gb": "b200",
-    "3090": "rtx-3090",
-    "4090": "rtx-4090",
-    "5090": "rtx-5090",
-    "instinctmi300x": "mi300x",
-}
+    "a100": "a100-80gb", "a10040": "a100-40gb", "a10080": "a100-80gb", "a100sxm": "a100-80gb",
+    "a100pcie": "a100-80gb", "a100pcie40gb": "a100-40gb", "a100sxm440gb": "a100-40gb",
+    "h100sxm": "h100", "h10080gb": "h100", "h100sxm5": "h100", "h200sxm": "h200", "h200141gb": "h200",
+    "b200180gb": "b200", "3090": "rtx-3090", "4090": "rtx-4090", "5090": "rtx-5090", "instinctmi300x": "mi300x",
+}  # fmt: skip

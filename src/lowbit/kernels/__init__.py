@@ -1,9 +1,9 @@
 """The inner loops: ranges, rounding, decoding, errors, bit packing. Torch tensors in and out.
 
-Tensors on the CPU go to the compiled core (`csrc/`), built once per instruction set and chosen on first use, best
-first. Other devices, and machines without a compiled core, take the torch reference, which says what each function
-computes: `lowbit.kernels.reference`. `LOWBIT_FORCE_ISA` = avx512, avx2, baseline, neon or reference overrides the
-choice; a name that is not available here is a UsageError.
+Tensors on the CPU go to the compiled core (`csrc/`), built once per instruction set; the best is chosen on first use.
+Other devices, and machines without a compiled core, run the torch reference, which is the specification:
+`lowbit.kernels.reference`. `LOWBIT_FORCE_ISA` = avx512, avx2, baseline, neon or reference overrides the choice; a name
+that this machine lacks is a UsageError.
 
 Common arguments, with N = out_features, K = in_features, g = group_size, G = ceil(K / g); the last group may be short:
 
@@ -13,9 +13,9 @@ Common arguments, with N = out_features, K = in_features, g = group_size, G = ce
     codes       int8 [N, K] for integers, signed also where they are asymmetric; uint8 for minifloats (bit
                 patterns) and codebooks (indices)
 
-Codes, packed words, ranges and decoded weights are the same bits whatever runs; error sums agree to a relative 1e-5.
-Weights that are NaN or inf show in `group_range` and have undefined codes. Kernels are single-threaded and reentrant:
-split rows over threads (the GIL is released).
+Codes, packed words, ranges and decoded weights have the same bits in every implementation; error sums agree to a
+relative 1e-5. NaN and inf weights show in `group_range` and have undefined codes. Kernels are single-threaded and
+reentrant: split rows over threads (the GIL is released).
 """
 
 from __future__ import annotations
@@ -27,32 +27,13 @@ from torch import Tensor
 
 from lowbit.kernels import reference
 from lowbit.kernels.choice import available_isas, compiled, isa, use_isa
-from lowbit.numerics import codebook_tables
-from lowbit.numerics.codebook_tables import Codebook
-from lowbit.numerics.minifloat_formats import MinifloatFormat, values
+from lowbit.kernels.tables import Codebook, MinifloatFormat, ValueTable, steps, values
 
 __all__ = [
-    "available_isas",
-    "decode_codebook",
-    "decode_int",
-    "decode_minifloat",
-    "error_codebook",
-    "error_int",
-    "error_minifloat",
-    "group_range",
-    "isa",
-    "pack_dense",
-    "pack_dense_columns",
-    "pack_nibbles",
-    "round_codebook",
-    "round_int",
-    "round_minifloat",
-    "squared_error",
-    "unpack_dense",
-    "unpack_dense_columns",
-    "unpack_nibbles",
-    "use_isa",
-]
+    "available_isas", "decode_int", "decode_table", "error_codebook", "error_int", "error_minifloat", "group_range",
+    "isa", "pack_dense", "pack_dense_columns", "pack_nibbles", "round_codebook", "round_int", "round_minifloat",
+    "squared_error", "unpack_dense", "unpack_dense_columns", "unpack_nibbles", "use_isa",
+]  # fmt: skip
 
 
 def group_range(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +82,7 @@ def round_codebook(w: Tensor, group_size: int, scale: Tensor, book: Codebook) ->
     if core is None:
         return reference.round_codebook(w, group_size, scale, book)
     codes = torch.empty(w.shape, dtype=torch.uint8)
-    core.round_codebook(_plain(w), group_size, _plain(scale), *_steps(book), codes)
+    core.round_codebook(_plain(w), group_size, _plain(scale), *_ascending(book), codes)
     return codes
 
 
@@ -115,36 +96,20 @@ def decode_int(codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor
     return weights
 
 
-def decode_minifloat(codes: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat) -> Tensor:
-    """scale * value(codes), float32 [N, K]. Non-finite codes decode to inf and NaN."""
+def decode_table(codes: Tensor, group_size: int, scale: Tensor, fmt: ValueTable) -> Tensor:
+    """scale * value(codes), float32 [N, K]. Non-finite codes of minifloats decode to inf and NaN."""
     core = compiled(codes.device)
     if core is None:
-        return reference.decode_minifloat(codes, group_size, scale, fmt)
+        return reference.decode_table(codes, group_size, scale, fmt)
     weights = torch.empty(codes.shape, dtype=torch.float32)
     core.decode_table(_plain(codes), group_size, _plain(scale), _byte_table(fmt), weights)
     return weights
 
 
-def decode_codebook(codes: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
-    """scale * value(codes), float32 [N, K]."""
-    core = compiled(codes.device)
-    if core is None:
-        return reference.decode_codebook(codes, group_size, scale, book)
-    weights = torch.empty(codes.shape, dtype=torch.float32)
-    core.decode_table(_plain(codes), group_size, _plain(scale), _byte_table(book), weights)
-    return weights
-
-
 def error_int(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    importance: Tensor | None = None,
-    by_magnitude: bool = False,
-) -> Tensor:
+    w: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int,
+    importance: Tensor | None = None, by_magnitude: bool = False,
+) -> Tensor:  # fmt: skip
     """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
 
     importance    float32 [K], None for ones
@@ -160,18 +125,10 @@ def error_int(
 
 
 def error_minifloat(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    fmt: MinifloatFormat,
-    importance: Tensor | None = None,
+    w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat, importance: Tensor | None = None,
     by_magnitude: bool = False,
-) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
-
-    importance    float32 [K], None for ones
-    by_magnitude  weigh each square with |w| as well
-    """
+) -> Tensor:  # fmt: skip
+    """As `error_int`."""
     core = compiled(w.device)
     if core is None:
         return reference.error_minifloat(w, group_size, scale, fmt, importance, by_magnitude)
@@ -183,35 +140,23 @@ def error_minifloat(
 
 
 def error_codebook(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    book: Codebook,
-    importance: Tensor | None = None,
+    w: Tensor, group_size: int, scale: Tensor, book: Codebook, importance: Tensor | None = None,
     by_magnitude: bool = False,
-) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
-
-    importance    float32 [K], None for ones
-    by_magnitude  weigh each square with |w| as well
-    """
+) -> Tensor:  # fmt: skip
+    """As `error_int`."""
     core = compiled(w.device)
     if core is None:
         return reference.error_codebook(w, group_size, scale, book, importance, by_magnitude)
     errors = _per_group_like(w, group_size)
     importance = _plain_or_none(importance)
-    core.error_codebook(_plain(w), group_size, _plain(scale), *_steps(book), importance, by_magnitude, errors)
+    core.error_codebook(_plain(w), group_size, _plain(scale), *_ascending(book), importance, by_magnitude, errors)
     return errors
 
 
 def squared_error(
-    w: Tensor,
-    codes: Tensor,
-    group_size: int,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    fmt: MinifloatFormat | Codebook | None = None,
-) -> tuple[float, float, float]:
+    w: Tensor, codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None = None,
+    fmt: ValueTable | None = None,
+) -> tuple[float, float, float]:  # fmt: skip
     """(Σ (w − decoded)², Σ w², max |w − decoded|); codes are of `fmt`, or integers where it is None."""
     core = compiled(w.device)
     if core is None:
@@ -226,7 +171,7 @@ def pack_dense(codes: Tensor, bits: int, offset: int | None = None) -> Tensor:
 
     u = code + offset, with offset 2^(bits−1) for signed codes (the default; compressed-tensors) and 0 for codes that
     are unsigned already (GPTQ). Element i is at bits [i·bits, (i+1)·bits) of its row, across word boundaries; the tail
-    of a row is zero. ValueError where a code does not fit in its bits.
+    of a row is zero. ValueError if a code does not fit in its bits.
 
         bits = 4     word 0, bit 31 → 0:   u7   u6  u5  u4  u3  u2  u1  u0
         bits = 3     word 0, bit 31 → 0:   ..a  u9  u8  u7  u6  u5  u4  u3  u2  u1  u0
@@ -315,15 +260,15 @@ def _fields(fmt: MinifloatFormat) -> tuple[int, int, int, float]:
 
 
 @lru_cache
-def _byte_table(fmt: MinifloatFormat | Codebook) -> Tensor:
+def _byte_table(fmt: ValueTable) -> Tensor:
     """float32 [256]: the value of every byte; NaN for bytes that are not codes of the format."""
     table = torch.full((256,), float("nan"))
-    table[: 1 << fmt.bits] = codebook_tables.values(fmt) if isinstance(fmt, Codebook) else values(fmt)
+    table[: 1 << fmt.bits] = values(fmt)
     return table
 
 
 @lru_cache
-def _steps(book: Codebook) -> tuple[Tensor, Tensor, Tensor]:
+def _ascending(book: Codebook) -> tuple[Tensor, Tensor, Tensor]:
     """Midpoints float32 [15], then in ascending order of their values: values float32 [16] and codes uint8 [16]."""
-    midpoints, codes = codebook_tables.steps(book)
-    return midpoints, codebook_tables.values(book)[codes.to(torch.int64)], codes
+    midpoints, codes = steps(book)
+    return midpoints, values(book)[codes.to(torch.int64)], codes

@@ -1,7 +1,7 @@
-"""Which implementation of the kernels runs in this process.
+"""The implementation of the kernels in this process.
 
-The first use decides: LOWBIT_FORCE_ISA if it is set, else the best instruction set of the compiled core, else, where
-the core was not built, the torch reference, which is said once on stderr.
+Chosen on first use: LOWBIT_FORCE_ISA if it is set, else the best instruction set of the compiled core, else, if the
+core was not built, the torch reference, with a line on stderr.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _chosen: Isa | str | None = _UNDECIDED
 
 
 def isa() -> str:
-    """What runs on the CPU: "avx512", "avx2", "baseline", "neon" or "reference"."""
+    """The implementation on the CPU: "avx512", "avx2", "baseline", "neon" or "reference"."""
     core = _decide()
     return REFERENCE if core is None else core.name
 
@@ -88,7 +88,7 @@ def _named(name: str) -> Isa | None:
 
 
 def _import_core() -> ModuleType | ImportError:
-    """The extension module, or why it cannot be imported: ModuleNotFoundError where it was not built."""
+    """The extension module, or why it cannot be imported: ModuleNotFoundError if it was not built."""
     try:
         return importlib.import_module("lowbit.kernels._core")
     except ImportError as error:

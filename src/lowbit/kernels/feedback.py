@@ -4,21 +4,20 @@
         feedback         change = w_j − ŵ_j          for the columns k > j:  w_k −= change · spread[j, k]
         descent          change = ŵ_j − former ŵ_j   for all k ≠ j:          w_k −= change · spread[j, k]
 
-Columns are processed in the order in which they are stored: whoever wants another one permutes them. Within a block of
-`block` columns every change is spread at once, to the others after the block ("lazily"), all of the block's in one
-product. Arguments, N = rows, K = columns:
+Columns are processed in storage order; callers permute them for another. Changes reach the columns of the same block of
+`block` columns at once, and all others after the block, in one product ("lazily"). Arguments, N = rows, K = columns:
 
-    w         float32 [N, K], written to. Feedback: the weights, at the end as they were when they were rounded.
-              Descent: what each weight would be rounded to, given all others
-    spread    float32 [K, K]; descent needs a zero diagonal, feedback reads what lies above it
-    span      (begin, end, block): the columns to be rounded
+    w         float32 [N, K], written to. Feedback: the weights; afterwards, as they were when rounded. Descent: the
+              target of each weight, given all others
+    spread    float32 [K, K]; descent needs a zero diagonal, feedback reads only above it
+    span      (begin, end, block): the columns to round
     descend   descent instead of feedback
     scale     float32 [N, K], of every column; likewise offset float32 and zero_point int32, or None
     codes     int8 [N, K] (integers) or uint8 [N, K], written at begin .. end
     decoded   float32 [N, K], written likewise; descent reads the former values there
 
-On the CPU results are the same bits on every instruction set, and rows do not depend on each other: split them over
-threads. A scale of 0 gives the code of 0.
+On the CPU results have the same bits on every instruction set, and rows are independent: split them over threads. A
+scale of 0 gives the code of 0.
 """
 
 from __future__ import annotations
@@ -26,11 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.kernels import feedback_reference as reference
+from lowbit.kernels import reference
 from lowbit.kernels.choice import compiled
-from lowbit.numerics import codebook_tables
-from lowbit.numerics.codebook_tables import Codebook
-from lowbit.numerics.minifloat_formats import MinifloatFormat
+from lowbit.kernels.tables import Codebook, MinifloatFormat, steps, values
 
 __all__ = ["feedback_codebook", "feedback_int", "feedback_minifloat", "subtract_product"]
 
@@ -46,17 +43,9 @@ def subtract_product(w: Tensor, change: Tensor, spread: Tensor, begin: int, end:
 
 
 def feedback_int(
-    w: Tensor,
-    spread: Tensor,
-    span: Span,
-    scale: Tensor,
-    offset: Tensor | None,
-    zero_point: Tensor | None,
-    limits: tuple[int, int],
-    codes: Tensor,
-    decoded: Tensor,
-    descend: bool = False,
-) -> None:
+    w: Tensor, spread: Tensor, span: Span, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None,
+    limits: tuple[int, int], codes: Tensor, decoded: Tensor, descend: bool = False,
+) -> None:  # fmt: skip
     """x = scale · (code − zero_point) + offset, codes int8 within `limits`; true division, ties to even."""
     core = compiled(w.device)
     if core is None:
@@ -66,15 +55,9 @@ def feedback_int(
 
 
 def feedback_minifloat(
-    w: Tensor,
-    spread: Tensor,
-    span: Span,
-    scale: Tensor,
-    fmt: MinifloatFormat,
-    codes: Tensor,
-    decoded: Tensor,
+    w: Tensor, spread: Tensor, span: Span, scale: Tensor, fmt: MinifloatFormat, codes: Tensor, decoded: Tensor,
     descend: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """x = scale · value(code), codes uint8 the bit patterns; ties to the even code, saturating."""
     core = compiled(w.device)
     if core is None:
@@ -85,20 +68,14 @@ def feedback_minifloat(
 
 
 def feedback_codebook(
-    w: Tensor,
-    spread: Tensor,
-    span: Span,
-    scale: Tensor,
-    book: Codebook,
-    codes: Tensor,
-    decoded: Tensor,
+    w: Tensor, spread: Tensor, span: Span, scale: Tensor, book: Codebook, codes: Tensor, decoded: Tensor,
     descend: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """x = scale · value(code) of 16 values, codes uint8; w · (1 / scale) halfway between two goes to the smaller."""
     core = compiled(w.device)
     if core is None:
         nearest = reference.nearest_codebook(scale, book)
         return reference.feedback(w, spread, span, descend, codes, decoded, nearest)
-    midpoints, code_of = codebook_tables.steps(book)
-    ascending = codebook_tables.values(book)[code_of.to(torch.int64)]
+    midpoints, code_of = steps(book)
+    ascending = values(book)[code_of.to(torch.int64)]
     return core.feedback_codebook(w, spread, *span, scale, midpoints, ascending, code_of, descend, codes, decoded)

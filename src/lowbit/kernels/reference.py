@@ -5,9 +5,9 @@
     codes = nearest value of w · (1 / scale), ties to the smaller codebooks, as bitsandbytes
 
 Runs on any device and is what runs where there is no compiled core. Signatures and shapes are those of
-`lowbit.kernels`: w [N, K] float32, bfloat16 or float16 (computed in float32), cut along K into groups of g columns, the
-last of which may be short; scale float32 [N, G] > 0; zero_point int32 [N, G] or None. Codes of NaN or inf weights are
-undefined; only `group_range` shows them.
+`lowbit.kernels` and, for rounding with error feedback, of `lowbit.kernels.feedback`: w [N, K] float32, bfloat16 or
+float16 (computed in float32), cut along K into groups of g columns, the last of which may be short; scale float32
+[N, G] > 0; zero_point int32 [N, G] or None. Codes of NaN or inf weights are undefined; only `group_range` shows them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lowbit.numerics import codebook_tables
-from lowbit.numerics.codebook_tables import Codebook
-from lowbit.numerics.minifloat_formats import MinifloatFormat, values
+from lowbit.kernels.tables import Codebook, MinifloatFormat, ValueTable, steps, values
+
+_LEAST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
 def group_range(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def round_minifloat(w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFor
 
 def round_codebook(w: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
     """Codes uint8 [N, K]: of the value nearest to w · (1 / scale); halfway between two, of the smaller one."""
-    midpoints, code_of = (table.to(w.device) for table in codebook_tables.steps(book))
+    midpoints, code_of = (table.to(w.device) for table in steps(book))
     scaled = w.to(torch.float32) * _per_column(1.0 / scale, w, group_size)
     return code_of[torch.bucketize(scaled, midpoints)]
 
@@ -64,84 +64,47 @@ def decode_int(codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor
     return _per_column(scale, codes, group_size) * shifted.to(torch.float32)
 
 
-def decode_minifloat(codes: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat) -> Tensor:
+def decode_table(codes: Tensor, group_size: int, scale: Tensor, fmt: ValueTable) -> Tensor:
     """scale * value(codes), float32 [N, K]."""
     return _per_column(scale, codes, group_size) * values(fmt).to(codes.device)[codes.to(torch.int64)]
 
 
-def decode_codebook(codes: Tensor, group_size: int, scale: Tensor, book: Codebook) -> Tensor:
-    """scale * value(codes), float32 [N, K]."""
-    return _per_column(scale, codes, group_size) * codebook_tables.values(book).to(codes.device)[codes.to(torch.int64)]
-
-
 def error_int(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    importance: Tensor | None = None,
-    by_magnitude: bool = False,
-) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
-
-    importance    float32 [K], None for ones
-    by_magnitude  weigh each square with |w| as well
-    """
+    w: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int,
+    importance: Tensor | None = None, by_magnitude: bool = False,
+) -> Tensor:  # fmt: skip
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]."""
     codes = round_int(w, group_size, scale, zero_point, qmin, qmax)
     return _group_error(w, decode_int(codes, group_size, scale, zero_point), group_size, importance, by_magnitude)
 
 
 def error_minifloat(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    fmt: MinifloatFormat,
-    importance: Tensor | None = None,
+    w: Tensor, group_size: int, scale: Tensor, fmt: MinifloatFormat, importance: Tensor | None = None,
     by_magnitude: bool = False,
-) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
-
-    importance    float32 [K], None for ones
-    by_magnitude  weigh each square with |w| as well
-    """
+) -> Tensor:  # fmt: skip
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]."""
     codes = round_minifloat(w, group_size, scale, fmt)
-    return _group_error(w, decode_minifloat(codes, group_size, scale, fmt), group_size, importance, by_magnitude)
+    return _group_error(w, decode_table(codes, group_size, scale, fmt), group_size, importance, by_magnitude)
 
 
 def error_codebook(
-    w: Tensor,
-    group_size: int,
-    scale: Tensor,
-    book: Codebook,
-    importance: Tensor | None = None,
+    w: Tensor, group_size: int, scale: Tensor, book: Codebook, importance: Tensor | None = None,
     by_magnitude: bool = False,
-) -> Tensor:
-    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G].
-
-    importance    float32 [K], None for ones
-    by_magnitude  weigh each square with |w| as well
-    """
+) -> Tensor:  # fmt: skip
+    """Σ importance · (w − decode(round(w)))² of each group, float32 [N, G]."""
     codes = round_codebook(w, group_size, scale, book)
-    return _group_error(w, decode_codebook(codes, group_size, scale, book), group_size, importance, by_magnitude)
+    return _group_error(w, decode_table(codes, group_size, scale, book), group_size, importance, by_magnitude)
 
 
 def squared_error(
-    w: Tensor,
-    codes: Tensor,
-    group_size: int,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    fmt: MinifloatFormat | Codebook | None = None,
-) -> tuple[float, float, float]:
+    w: Tensor, codes: Tensor, group_size: int, scale: Tensor, zero_point: Tensor | None = None,
+    fmt: ValueTable | None = None,
+) -> tuple[float, float, float]:  # fmt: skip
     """(Σ (w − decoded)², Σ w², max |w − decoded|), accumulated in float64."""
     if fmt is None:
         decoded = decode_int(codes, group_size, scale, zero_point)
-    elif isinstance(fmt, Codebook):
-        decoded = decode_codebook(codes, group_size, scale, fmt)
     else:
-        decoded = decode_minifloat(codes, group_size, scale, fmt)
+        decoded = decode_table(codes, group_size, scale, fmt)
     weight = w.to(torch.float32)
     error = weight - decoded
     if error.numel() == 0:
@@ -175,6 +138,81 @@ def unpack_dense(words: Tensor, bits: int, columns: int, offset: int | None = No
         unsigned |= stream[:, bit : columns * bits : bits] << bit
     codes = unsigned - (1 << (bits - 1) if offset is None else offset)
     return codes.to(torch.uint8 if offset == 0 else torch.int8)
+
+
+def subtract_product(w: Tensor, change: Tensor, spread: Tensor, begin: int, end: int) -> None:
+    """w[:, begin:end] −= change @ spread[:, begin:end], in place.
+
+    On the CPU every weight sees the same float32 operations in the same order, whatever the number of rows or threads:
+    a product is rounded before it is added, and the sum goes from left to right. Other devices sum in their own order,
+    so a code that lies at a tie can differ there.
+    """
+    here = spread[:, begin:end]
+    if w.device.type != "cpu":
+        w[:, begin:end] -= change @ here
+        return
+    total = torch.zeros_like(w[:, begin:end])
+    for column in range(change.shape[1]):
+        total += change[:, column : column + 1] * here[column]
+    w[:, begin:end] -= total
+
+
+def feedback(
+    w: Tensor, spread: Tensor, span: tuple[int, int, int], descend: bool, codes: Tensor, decoded: Tensor, nearest
+) -> None:
+    """nearest(weights [N, 1], column) → (codes [N, 1], decoded [N, 1])."""
+    begin, end, block = span
+    for start in range(begin, end, block):
+        stop = min(start + block, end)
+        change = torch.empty_like(w[:, start:stop])
+        for column in range(start, stop):
+            here = slice(column, column + 1)
+            code, value = nearest(w[:, here], here)
+            delta = value - decoded[:, here] if descend else w[:, here] - value
+            codes[:, here], decoded[:, here] = code, value
+            first = start if descend else column + 1
+            w[:, first:stop] -= delta * spread[column, first:stop]
+            change[:, column - start : column - start + 1] = delta
+        if descend:
+            subtract_product(w, change, spread[start:stop], 0, start)
+        subtract_product(w, change, spread[start:stop], stop, w.shape[1])
+
+
+def nearest_int(scale: Tensor, offset: Tensor | None, zero_point: Tensor | None, qmin: int, qmax: int):
+    """x = scale · (code − zero_point) + offset; the code of 0 where the scale is 0."""
+
+    def nearest(w: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        above = w if offset is None else w - offset[:, here]
+        steps = torch.where(scale[:, here] == 0, 0.0, above / scale[:, here])
+        zero = torch.zeros((), dtype=torch.int32, device=w.device) if zero_point is None else zero_point[:, here]
+        steps = torch.minimum(torch.maximum(steps, (qmin - zero).float()), (qmax - zero).float()).round()
+        value = scale[:, here] * steps
+        return (steps.to(torch.int32) + zero).to(torch.int8), value if offset is None else value + offset[:, here]
+
+    return nearest
+
+
+def nearest_minifloat(scale: Tensor, fmt: MinifloatFormat):
+    """As `round_minifloat`."""
+
+    def nearest(w: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        codes = round_minifloat(w, 1, scale[:, here], fmt)
+        return codes, decode_table(codes, 1, scale[:, here], fmt)
+
+    return nearest
+
+
+def nearest_codebook(scale: Tensor, book: Codebook):
+    """As `round_codebook`, for scales of either sign; the value nearest to 0 where a scale is 0 (or subnormal)."""
+    midpoints, code_of = (part.to(scale.device) for part in steps(book))
+    table = values(book).to(scale.device)
+    reciprocal = torch.where(scale.abs() >= _LEAST_SCALE, 1.0 / scale, 0.0)
+
+    def nearest(w: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        codes = code_of[torch.bucketize((w * reciprocal[:, here]).contiguous(), midpoints)]
+        return codes, scale[:, here] * table[codes.to(torch.int64)]
+
+    return nearest
 
 
 def _per_column(per_group: Tensor, like: Tensor, group_size: int) -> Tensor:

@@ -1,42 +1,38 @@
-"""What `lowbit diagnose` found, as the report keeps it: findings, contributions, flipped tokens, commands.
+"""The records of `lowbit diagnose` in a report: findings, contributions, flipped tokens, commands.
 
-`lowbit.diagnosis` makes these; the page shows them. Frozen, unknown fields refused, no NaN or inf: a figure that could
-not be measured is None.
+Frozen, without unknown fields, NaN or inf: a figure that could not be measured is None.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegative = Annotated[float, Field(ge=0)]
+from lowbit.evaluation.result import TextRecord
+from lowbit.records import Count, NonNegative, Record, Share
+
 Probability = Annotated[float, Field(ge=0, le=1 + 1e-6)]
 
 Level = Literal["outside", "everywhere", "blocks", "block", "set", "tensor"]
 Severity = Literal["fault", "warning", "note"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Contribution(Record):
+    """The drop of the mean KLD when some tensors get the reference's weights back, all others unchanged.
 
-
-class Contribution(_Part):
-    """By how much the mean KLD falls when some tensors get the reference's weights back, all others left as they are.
-
-    level       what was restored:
+    level       the restored group:
                 "outside"     one tensor outside the decoder blocks: lm_head, embedding
                 "everywhere"  one set of linears in all blocks: role "down_proj", block None
                 "blocks"      a run of blocks, `block` to `last_block`; role "blocks"
                 "block"       all of one block; role "block"
                 "set"         linears of a block that engines fuse and that share a scheme: role "qkv_proj", "down_proj"
                 "tensor"      one linear, whose weight's name is `tensor`; or an expert, or some of a block's experts
-    name        what it is called: model.layers.3.self_attn.qkv_proj
-    kld, se     nats per token, and the standard error of the difference, paired over tokens; negative where the model
-                got worse
-    significant False where |kld| is under two standard errors: noise
-    bytes       what its tensors take in the quantized files
+    name        model.layers.3.self_attn.qkv_proj
+    kld, se     nats per token, and the standard error of the difference, paired over tokens; negative if the model got
+                worse
+    significant False if |kld| is under two standard errors: noise
+    bytes       of its tensors in the quantized files
     """
 
     block: Count | None
@@ -51,13 +47,13 @@ class Contribution(_Part):
     significant: bool
 
 
-class Finding(_Part):
-    """One thing that was found.
+class DiagnosisFinding(Record):
+    """One finding.
 
-    kind      what it is about: "scale", "broken", "bits", "calibration", "spread" …
+    kind      "scale", "replaced", "bits", "calibration", "spread" …
     severity  "fault": something is wrong; "warning": costs quality; "note": worth knowing
     title     one sentence
-    kld, se   what it costs, where that was measured; share: of the whole KLD
+    kld, se   its cost, if measured; share: of the whole KLD
     """
 
     kind: str
@@ -70,12 +66,12 @@ class Finding(_Part):
     share: float | None = None
 
 
-class Flip(_Part):
+class Flip(Record):
     """A token whose most probable successor changed.
 
-    context             the text in front of it
-    token               what came in the text
-    reference, quantized   what each model holds most probable, and how probable
+    context             the text before it
+    token               the next token of the text
+    reference, quantized   most probable token of each model, with its probability
     kld                 nats at this token
     """
 
@@ -90,8 +86,8 @@ class Flip(_Part):
     kld: NonNegative
 
 
-class Suggestion(_Part):
-    """What to do: a command, what it is expected to gain (nats of mean KLD) and to cost (bytes of the files)."""
+class Suggestion(Record):
+    """A command with its expected gain (nats of mean KLD) and cost (bytes of the files)."""
 
     text: str
     command: str
@@ -100,19 +96,11 @@ class Suggestion(_Part):
     bytes: int | None = None
 
 
-class DiagnosisText(_Part):
-    """Which text: name, SHA-256 of its bytes, tokens in all of it."""
-
-    name: str
-    sha256: str
-    tokens: Count
-
-
-class Diagnosis(_Part):
+class Diagnosis(Record):
     """
-    verdict         which thing hurts most, and why: one sentence
-    healthy         True where nothing is wrong: no finding is a fault
-    kld, kld_se     mean KL(reference ‖ quantized) per token, weights alone; None where it is not finite
+    verdict         the worst problem and its cause, in one sentence
+    healthy         True if no finding is a fault
+    kld, kld_se     mean KL(reference ‖ quantized) per token, weights alone; None if it is not finite
     forward_passes  windows through all blocks and the head, added up, over the number of windows
     notes           what was left out, and why
     """
@@ -121,15 +109,15 @@ class Diagnosis(_Part):
     healthy: bool
     model: str
     reference: str
-    text: DiagnosisText
+    text: TextRecord
     windows: Count
     window_tokens: Count
     scored_tokens: Count
     dtype: str
     kld: float | None
     kld_se: NonNegative | None
-    same_top1: Annotated[float, Field(ge=0, le=1)] | None
-    findings: tuple[Finding, ...]
+    same_top1: Share | None
+    findings: tuple[DiagnosisFinding, ...]
     contributions: tuple[Contribution, ...]
     flips: tuple[Flip, ...]
     suggestions: tuple[Suggestion, ...]
@@ -138,7 +126,3 @@ class Diagnosis(_Part):
     peak_memory_bytes: Count
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return self.model_dump(mode="json")

@@ -8,60 +8,65 @@ picture is there without JavaScript, too. Heights are square roots of counts, so
 from __future__ import annotations
 
 import base64
+import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lowbit.report.markup import Html, join, tag
-from lowbit.report.schema import BINS, Histogram, TensorEntry
-from lowbit.report.units import DASH, decibel_text, number, percent, shape_text, significant
+from lowbit.report.schema import TensorEntry
+from lowbit.report.units import DASH, MINUS, decibel_text, number, percent, shape_text, significant
+from lowbit.rounding.histogram import BINS, WeightHistogram
 
-HEIGHT = 180  # CSS pixels
 NOT_RECORDED = "not recorded"
 
 
-def histogram_data(histogram: Histogram | None) -> str | None:
+@dataclass(frozen=True)
+class WeightsFigure:
+    """The tensor that is drawn first: its table row, paths in a box of BINS by 100, ticks, facts as report.js has them.
+
+    decoded  None if the tensor was left alone
+    """
+
+    row: int
+    name: str
+    words: str
+    source: str
+    decoded: str | None
+    ticks: tuple[str, ...]
+    facts: list[tuple[str, str]]
+
+
+def histogram_data(histogram: WeightHistogram) -> str:
     """The attribute `data-h` of a table row."""
-    if histogram is None:
-        return None
-    parts = (
-        f"{histogram.reach:.6g}",
-        str(histogram.values),
-        str(histogram.rows),
-        histogram.source,
-        histogram.decoded or "",
-    )
-    return " ".join(parts)
+    return f"{histogram.reach:.6g} {histogram.values} {histogram.rows} {histogram.source} {histogram.decoded or ''}"
 
 
-def weights_figure(tensors: Sequence[TensorEntry], recorded: frozenset[str] = frozenset()) -> Html | None:
-    """Picker, picture and facts; None where no tensor has a histogram.
+def weights_figure(tensors: Sequence[TensorEntry], recorded: frozenset[str] = frozenset()) -> WeightsFigure | None:
+    """None if no tensor has a histogram.
 
     recorded  names of the inputs of which there are activations below
     """
-    shown = [row for row, tensor in enumerate(tensors) if tensor.histogram is not None]
+    shown = [(row, tensor, tensor.histogram) for row, tensor in enumerate(tensors) if tensor.histogram is not None]
     if not shown:
         return None
-    row = max(shown, key=lambda row: tensors[row].relative_error or -1.0)
-    tensor = tensors[row]
-    picker = tag(
-        "div",
-        tag("label", "Tensor", for_="pick"),
-        tag("button", "‹", type="button", id="pick-before", aria_label="Previous tensor"),
-        tag("select", id="pick"),
-        tag("button", "›", type="button", id="pick-next", aria_label="Next tensor"),
-        class_="toolbar scripted picker",
-    )
-    name = tag("p", tensor.name, class_="picked", id="picked")
-    drawn = tag("div", _picture(tensor), _key(), class_="histogram-frame")
-    return tag(
-        "div",
-        tag("h3", "Weights before and after"),
-        picker,
-        name,
-        tag("div", drawn, _facts(tensor, recorded), class_="histogram-row"),
-        id="weights",
-        data_row=row,
-    )
+    row, tensor, histogram = max(shown, key=lambda entry: entry[1].relative_error or -1.0)
+    error, reach = tensor.relative_error, histogram.reach
+    share = percent(histogram.values / max(math.prod(tensor.shape), 1))
+    facts = [
+        ("Error", DASH if error is None else f"{decibel_text(error)} dB" if error else "exact"),
+        ("Scheme", tensor.scheme or "not quantized"),
+        ("Bits per weight", number(tensor.bits_per_weight, 2)),
+        ("Shape", shape_text(tensor.shape)),
+        ("Sample", f"{histogram.values:,} weights in {histogram.rows:,} rows, {share}"),
+    ]
+    if recorded:
+        facts.append(("Input", tensor.reads if tensor.reads in recorded and tensor.reads else NOT_RECORDED))
+    both = "before and after rounding" if histogram.decoded else "as stored"
+    words = f"Histogram of the weights of {tensor.name}, {both}, from {MINUS}{reach:.3g} to {reach:.3g}"
+    outer, half = significant(reach), significant(reach / 2)
+    decoded = outline(histogram.decoded) if histogram.decoded else None
+    ticks = (f"{MINUS}{outer}", f"{MINUS}{half}", "0", half, outer)
+    return WeightsFigure(row, tensor.name, words, outline(histogram.source), decoded, ticks, facts)
 
 
 def bins_of(counts: str) -> tuple[float, ...]:
@@ -71,74 +76,5 @@ def bins_of(counts: str) -> tuple[float, ...]:
 
 def outline(counts: str) -> str:
     """SVG path of the steps, in a box of BINS by 100: y is 100 less the square root of the share."""
-    path = "M0 100"
-    for column, share in enumerate(bins_of(counts)):
-        path += f"V{100 - 96 * share**0.5:.1f}H{column + 1}"
-    return path + "V100"
-
-
-def _picture(tensor: TensorEntry) -> Html:
-    histogram = tensor.histogram
-    assert histogram is not None
-    paths = (
-        tag("path", d=outline(histogram.source), class_="source", id="h-source"),
-        tag("path", d=outline(histogram.decoded) if histogram.decoded else "M0 0", class_="decoded", id="h-decoded"),
-    )
-    drawing = tag(
-        "svg",
-        *paths,
-        viewBox=f"0 0 {BINS} 100",
-        preserveAspectRatio="none",
-        width="100%",
-        height=HEIGHT,
-        role="img",
-        aria_label=_described(tensor, histogram),
-        id="h-picture",
-        class_="histogram",
-    )
-    ticks = (tag("span", text) for text in _ticks(histogram.reach))
-    return join(drawing, tag("p", *ticks, class_="h-axis", id="h-axis"))
-
-
-def _ticks(reach: float) -> tuple[str, ...]:
-    outer, half = significant(reach), significant(reach / 2)
-    return (f"\u2212{outer}", f"\u2212{half}", "0", half, outer)
-
-
-def _described(tensor: TensorEntry, histogram: Histogram) -> str:
-    both = "before and after rounding" if histogram.decoded else "as stored"
-    return (
-        f"Histogram of the weights of {tensor.name}, {both}, from \u2212{histogram.reach:.3g} to {histogram.reach:.3g}"
-    )
-
-
-def _key() -> Html:
-    source = tag("span", tag("i", class_="source"), "source")
-    decoded = tag("span", tag("i", class_="decoded"), "as stored, decoded")
-    words = "height: square root of the count; the outermost bins hold what lies beyond"
-    return tag("p", source, decoded, tag("span", words, class_="soft"), class_="key")
-
-
-def _facts(tensor: TensorEntry, recorded: frozenset[str]) -> Html:
-    """In the order in which report.js fills them anew."""
-    histogram = tensor.histogram
-    assert histogram is not None
-    error = tensor.relative_error
-    pairs = [
-        ("Error", DASH if error is None else f"{decibel_text(error)} dB" if error else "exact"),
-        ("Scheme", tensor.scheme or "not quantized"),
-        ("Bits per weight", number(tensor.bits_per_weight, 2)),
-        ("Shape", shape_text(tensor.shape)),
-        ("Sample", _sample(tensor, histogram)),
-    ]
-    if recorded:
-        pairs.append(("Input", tensor.reads if tensor.reads in recorded and tensor.reads else NOT_RECORDED))
-    items = (tag("div", tag("dt", term), tag("dd", value)) for term, value in pairs)
-    return tag("dl", *items, id="h-facts")
-
-
-def _sample(tensor: TensorEntry, histogram: Histogram) -> str:
-    count = 1
-    for side in tensor.shape:
-        count *= side
-    return f"{histogram.values:,} weights in {histogram.rows:,} rows, {percent(histogram.values / max(count, 1))}"
+    steps = (f"V{100 - 96 * share**0.5:.1f}H{column + 1}" for column, share in enumerate(bins_of(counts)))
+    return "M0 100" + "".join(steps) + "V100"

@@ -1,7 +1,7 @@
-"""The error plot: one marker per quantized tensor, x = transformer block, y = relative error in decibels.
+"""The error of every quantized tensor by transformer block, and of several models the mean of each block.
 
-The picture is plain SVG whose coordinates are percentages, so it fits any width without scaling its text, prints, and
-needs no JavaScript; report.js adds pointing, keys and search by reading `data-t`, the number of the tensor's table row.
+Pictures are plain SVG whose coordinates are percentages, so they fit any width without scaling their text, print, and
+need no JavaScript; report.js adds pointing, keys and search by reading `data-t`, the number of the tensor's table row.
 Within a block the roles stand side by side; a thin line per role joins the block means. Roles differ by marker shape
 and by colour. Tensors outside the blocks get a column of their own; tensors of zero error sit on the floor.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lowbit.report.markup import Html, join, tag
+from lowbit.report.axes import Axis, columns, linear
 from lowbit.report.schema import TensorEntry
 from lowbit.report.units import decibel, number
 
-HEIGHT = 320  # CSS pixels, of the plotting area
 COLOURS = 8
 # Drawn around the origin, about 8 CSS pixels across and of about equal ink.
 MARKERS = (
@@ -31,33 +30,11 @@ MARKERS = (
     "M0-5L1.3-1.7L4.8-1.5L2.1.7L3 4.1L0 2.2L-3 4.1L-2.1.7L-4.8-1.5L-1.3-1.7Z",  # star
     "M-2.2-4H2.2L4.4 0L2.2 4H-2.2L-4.4 0Z",  # hexagon
 )
-USUAL_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embedding", "lm_head")
-
-
-@dataclass(frozen=True)
-class Point:
-    row: int  # of the tensor table
-    role: str
-    column: int  # block, or the column after the last block
-    decibels: float
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The y axis: decibels `low`..`high` with a line every `step`."""
-
-    low: float
-    high: float
-    step: float
-
-    def y(self, decibels: float) -> float:
-        """Percent from the top; −inf is the floor."""
-        inside = min(max(decibels, self.low), self.high)
-        return 100 * (self.high - inside) / (self.high - self.low)
-
-    @property
-    def ticks(self) -> list[float]:
-        return [self.low + self.step * i for i in range(round((self.high - self.low) / self.step) + 1)]
+USUAL_ROLES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embedding", "lm_head",
+    "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd", "output",
+)  # fmt: skip
+MOST_DECIBELS = 60  # errors further below the largest share the floor
 
 
 def order_roles(roles: Iterable[str]) -> list[str]:
@@ -66,124 +43,123 @@ def order_roles(roles: Iterable[str]) -> list[str]:
     return [role for role in USUAL_ROLES if role in distinct] + sorted(distinct.difference(USUAL_ROLES))
 
 
-def marker_symbol(position: int) -> Html:
-    """The marker of the role at this position of `order_roles`, as a small inline picture."""
-    use = tag("use", href=f"#m{position % len(MARKERS)}", class_=_colour(position))
-    return tag("svg", use, class_="symbol", viewBox="-6 -6 12 12", aria_hidden="true")
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds the points: (percent from the top, decibels) of each line, (percent from the left, block)."""
+
+    y: tuple[tuple[float, str], ...]
+    x: tuple[tuple[float, str], ...]
+    columns: int
 
 
-def marker_definitions() -> Html:
-    """The shapes that `marker_symbol` and the plot refer to; once per page."""
-    shapes = (tag("path", id=f"m{i}", d=outline) for i, outline in enumerate(MARKERS))
-    return tag("svg", tag("defs", *shapes), class_="definitions", aria_hidden="true")
+@dataclass(frozen=True)
+class PlotPoint:
+    """x, y in percent; style: position of its role, which chooses marker and colour; row: of the tensor table"""
+
+    x: float
+    y: float
+    style: int
+    row: int
 
 
-def error_plot(tensors: Sequence[TensorEntry]) -> Html | None:
-    """The plot with its legend and y axis; None where no tensor has a measured error."""
+@dataclass(frozen=True)
+class ErrorPlot:
+    """lines: for each role the points of a polyline in a box of 100 by 100"""
+
+    frame: Frame
+    roles: list[str]
+    points: list[PlotPoint]
+    lines: list[str]
+
+
+def error_plot(tensors: Sequence[TensorEntry]) -> ErrorPlot | None:
+    """None if no tensor has a measured error."""
     measured = [(row, tensor) for row, tensor in enumerate(tensors) if tensor.relative_error is not None]
     if not measured:
         return None
     roles = order_roles(tensor.role for _, tensor in measured)
     blocks = sorted({tensor.block for _, tensor in measured if tensor.block is not None})
-    column_of = {block: column for column, block in enumerate(blocks)}
-    points = [
-        Point(
-            row=row,
-            role=tensor.role,
-            column=len(blocks) if tensor.block is None else column_of[tensor.block],
-            decibels=decibel(tensor.relative_error or 0.0),
-        )
-        for row, tensor in measured
-    ]
-    columns = 1 + max(point.column for point in points)
-    labels = [str(block) for block in blocks] + ["other"]
-    scale = _scale_for([point.decibels for point in points])
-    picture = tag(
-        "svg",
-        _grid(scale, labels[:columns]),
-        _lines(points, roles, scale, columns),
-        _markers(points, roles, scale, columns),
-        tag("use", id="ring", href="#m0", class_="ring", hidden=True),
-        id="plot",
-        width="100%",
-        height=HEIGHT,
-        tabindex="0",
-        role="application",
-        aria_label=f"Relative error of {len(points)} tensors by transformer block. "
-        "Arrow keys move between tensors, Enter opens the table row.",
-    )
-    scroller = tag("div", picture, class_="plot-scroll", style=f"--columns:{columns}")
-    frame = tag("div", _axis(scale), scroller, tag("div", id="tip", hidden=True), class_="plot-frame")
-    return join(_legend(roles), frame)
-
-
-def _scale_for(decibels: Sequence[float]) -> Scale:
-    """At most eight lines on round numbers; errors more than 60 dB below the largest share the floor."""
-    finite = [value for value in decibels if math.isfinite(value)] or [-20.0]
-    top, bottom = max(finite), max(min(finite), max(finite) - 60)
-    step = next((s for s in (1, 2, 5, 10) if (top - bottom) / s <= 7), 10)
-    low, high = step * math.floor(bottom / step - 0.1), step * math.ceil(top / step + 0.1)
-    return Scale(low, high, step)
-
-
-def _legend(roles: Sequence[str]) -> Html:
-    buttons = (
-        tag("button", marker_symbol(i), role, type="button", data_role=role, aria_pressed="false")
-        for i, role in enumerate(roles)
-    )
-    return tag("div", *buttons, class_="legend", role="group", aria_label="Show one role only")
-
-
-def _axis(scale: Scale) -> Html:
-    labels = (
-        tag("text", f"{number(tick, 0)} dB", x="100%", y=f"{scale.y(tick):.2f}%", dy="0.32em") for tick in scale.ticks
-    )
-    return tag("svg", *labels, class_="plot-axis", height=HEIGHT, aria_hidden="true")
-
-
-def _grid(scale: Scale, labels: Sequence[str]) -> Html:
+    outside = len(blocks)  # the column of what lies in no block
+    count = outside + any(tensor.block is None for _, tensor in measured)
+    axis = _decibel_axis([decibel(tensor.relative_error or 0.0) for _, tensor in measured])
+    column_of, style_of = {b: i for i, b in enumerate(blocks)}, {role: i for i, role in enumerate(roles)}
+    points, heights = [], defaultdict[tuple[int, int], list[float]](list)
+    for row, tensor in measured:
+        style, column = style_of[tensor.role], outside if tensor.block is None else column_of[tensor.block]
+        y = axis.down(decibel(tensor.relative_error or 0.0))
+        points.append(PlotPoint(_side_by_side(column, style, len(roles), count), y, style, row))
+        heights[style, column].append(y)
     lines = [
-        tag("line", x1="0", x2="100%", y1=f"{scale.y(tick):.2f}%", y2=f"{scale.y(tick):.2f}%") for tick in scale.ticks
+        " ".join(
+            f"{_side_by_side(column, style, len(roles), count):.2f},{sum(ys) / len(ys):.2f}"
+            for (of, column), ys in sorted(heights.items())
+            if of == style
+        )
+        for style in range(len(roles))
     ]
-    every = max(1, -(-len(labels) // 16))
-    every = next((s for s in (1, 2, 5, 10, 20, 50) if s >= every), 100)
-    names = [
-        tag("text", label, x=f"{100 * (column + 0.5) / len(labels):.2f}%", y="100%", dy="1.7em")
-        for column, label in enumerate(labels)
-        if label == "other" or column % every == 0
-    ]
-    return tag("g", *lines, *names, class_="grid", aria_hidden="true")
+    names = columns([str(block) for block in blocks], 16) if blocks else ()
+    names = tuple((x * outside / count, name) for x, name in names)
+    if count > outside:
+        names += ((100 * (outside + 0.5) / count, "other"),)
+    return ErrorPlot(_frame(axis, names, count), roles, points, lines)
 
 
-def _lines(points: Sequence[Point], roles: Sequence[str], scale: Scale, columns: int) -> Html:
-    """One line per role through the mean of each block, in a picture that is stretched to the plot's size."""
-    values: dict[str, dict[int, list[float]]] = {role: defaultdict(list) for role in roles}
-    for point in points:
-        values[point.role][point.column].append(scale.y(point.decibels))
-    lines = []
-    for position, role in enumerate(roles):
-        means = sorted((column, sum(ys) / len(ys)) for column, ys in values[role].items())
-        path = " ".join(f"{_x(column, position, len(roles), columns):.2f},{y:.2f}" for column, y in means)
-        lines.append(tag("polyline", points=path, class_=_colour(position), data_role=role))
-    return tag("svg", *lines, class_="lines", viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true")
-
-
-def _markers(points: Sequence[Point], roles: Sequence[str], scale: Scale, columns: int) -> Html:
-    position = {role: i for i, role in enumerate(roles)}
-    marks = []
-    for point in points:
-        at = position[point.role]
-        x = _x(point.column, at, len(roles), columns)
-        y = scale.y(point.decibels)
-        shape = f"#m{at % len(MARKERS)}"
-        marks.append(tag("use", href=shape, x=f"{x:.2f}%", y=f"{y:.2f}%", class_=_colour(at), data_t=point.row))
-    return tag("g", *marks, class_="points", aria_hidden="true")
-
-
-def _x(column: int, position: int, roles: int, columns: int) -> float:
+def _side_by_side(column: int, style: int, roles: int, columns: int) -> float:
     """Percent from the left: roles side by side in the middle 80 % of their block's column."""
-    return 100 * (column + 0.1 + 0.8 * (position + 0.5) / roles) / columns
+    return 100 * (column + 0.1 + 0.8 * (style + 0.5) / roles) / columns
 
 
-def _colour(position: int) -> str:
-    return f"c{position % COLOURS}"
+def _decibel_axis(decibels: Sequence[float]) -> Axis:
+    """At most eight lines on round numbers."""
+    finite = [value for value in decibels if math.isfinite(value)] or [-20.0]
+    return linear([max(value, max(finite) - MOST_DECIBELS) for value in finite], 7)
+
+
+def _frame(axis: Axis, names: tuple[tuple[float, str], ...], count: int) -> Frame:
+    return Frame(tuple((axis.down(tick), f"{number(tick, 0)} dB") for tick in axis.ticks), names, count)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model: its line, in a box of 100 by 100, and (percent, percent, words) of each block's marker."""
+
+    label: str
+    line: str
+    points: list[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class ErrorCurves:
+    frame: Frame
+    curves: list[Curve]
+    words: str
+
+
+def error_curves(models: Mapping[str, Sequence[TensorEntry]]) -> ErrorCurves | None:
+    """Mean relative error of the weights of each block, in decibels, one line per model; None if none is known."""
+    curves = {label: errors for label, tensors in models.items() if (errors := block_errors(tensors))}
+    values = [decibel(error) for errors in curves.values() for error in errors.values() if error > 0]
+    if not values:
+        return None
+    axis = linear(values, 7)
+    blocks = sorted({block for errors in curves.values() for block in errors})
+    x_of = {block: 100 * (i + 0.5) / len(blocks) for i, block in enumerate(blocks)}
+    drawn, words = [], []
+    for label, errors in curves.items():
+        points = [(x_of[block], axis.down(decibel(error)), f"{label}, block {block}: {number(decibel(error), 1)} dB")
+                  for block, error in sorted(errors.items())]  # fmt: skip
+        drawn.append(Curve(label, " ".join(f"{x:.2f},{y:.2f}" for x, y, _ in points), points))
+        least, most = (number(decibel(end(errors.values())), 1) for end in (min, max))
+        words.append(f"{label} {least} to {most} dB")
+    return ErrorCurves(_frame(axis, columns([str(b) for b in blocks], 16), len(blocks)), drawn, "; ".join(words))
+
+
+def block_errors(tensors: Sequence[TensorEntry]) -> dict[int, float]:
+    """Block → mean relative error of its quantized tensors, by number of weights."""
+    sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for tensor in tensors:
+        if tensor.block is not None and tensor.relative_error is not None:
+            weights = math.prod(tensor.shape)
+            sums[tensor.block][0] += weights * tensor.relative_error
+            sums[tensor.block][1] += weights
+    return {block: error / weights for block, (error, weights) in sums.items() if weights}

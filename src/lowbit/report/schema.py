@@ -1,15 +1,15 @@
-"""`lowbit-report.json`: what was done to each tensor, with which data and seed, and what it cost.
+"""`lowbit-report.json`: the treatment of each tensor, the data and seed used, and the cost.
 
 The file lies beside the quantized weights. Quantizing writes it, verifying and evaluating add to it, `render_html`
-shows it. Its shape is the models below; `SCHEMA` is raised whenever that shape changes, additions included, so nobody
-reads a field as something else or drops one on the way through.
+shows it. It consists of the records below and those of the stages: `Evaluation`, `Verification`, `Diagnosis`. `SCHEMA`
+increases with every change, additions included, so that no reader misreads or drops a field.
 
     relative_error = ‖W − Ŵ‖² / ‖W‖²          max_error = max |W − Ŵ|
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
-A report of schema 4 is read too, as one of schema 5 without what came later: histograms, samples, neighbours, the
-command.
+Reports of schema 4 and 5 are read too, as reports of schema 6: 4 lacks histograms, samples, neighbours and the command,
+and both told settings in fields of their own, which become what was given (`_given_before_6`).
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -22,33 +22,28 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from lowbit.calibrate.summary import InputSummary
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.evaluation.result import Evaluation
+from lowbit.records import Count, NonNegative, Record, Share
 from lowbit.report.diagnosis import Diagnosis
+from lowbit.rounding.histogram import WeightHistogram
+from lowbit.verification.result import Verification
 
-SCHEMA = 5
-# Read as well: everything that has been added since has a default.
-EARLIER = (4,)
-# A model of 100 000 tensors writes about 40 MB. More than this is not a report, and is not read into memory.
-LARGEST_FILE = 256 * 2**20
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+SCHEMA = 6
+EARLIER = (4, 5)  # also read: later fields have defaults, and settings are moved
+LARGEST_FILE = 256 * 2**20  # larger files are refused; a model of 100 000 tensors writes about 40 MB
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Source(_Part):
-    """What was read. `model` is what the user typed; `notes` say what one should know of it ("stored as Q4_1") and of
-    the plan as a whole ("90 of 211 tensors … Q4_K became Q5_0").
+class ReportSource(Record):
+    """The source. `model` is as typed by the user; `notes` are on the source ("stored as Q4_1") and on the whole plan
+    ("90 of 211 tensors … Q4_K became Q5_0").
 
     kind  safetensors, gguf, pickle, or the quant_method of a folder that was quantized already
     """
@@ -61,13 +56,13 @@ class Source(_Part):
     sha256_of_headers: str | None = None
 
 
-class OutputFile(_Part):
+class OutputFile(Record):
     name: str
     bytes: Count
 
 
-class Output(_Part):
-    """What was written. `dtype` is that of the tensors which were left alone, and of the scales."""
+class Output(Record):
+    """The output. `dtype` is that of unquantized tensors and of scales."""
 
     format: str
     files: tuple[OutputFile, ...]
@@ -75,27 +70,12 @@ class Output(_Part):
     dtype: str
 
 
-class InputRecord(_Part):
-    """What one distinct input looked like on the calibration text (`lowbit.calibrate.summary`).
-
-    low, step   code c of a channel stands for a mean of x² of 2^(low + step · c)
-    codes       uint8 [K], base64
-    """
-
-    name: str
-    block: Count | None
-    tokens: Count
-    low: float
-    step: NonNegative
-    codes: str
-
-
-class Calibration(_Part):
-    """The text that statistics were measured on. None in `Settings` where the method needs no data.
+class Calibration(Record):
+    """The calibration text; None in `ReportSettings` if the method needs no data.
 
     notes  "the text has 8 000 tokens: 15 windows of 512, not the 128 asked for"
-    inputs      of a few evenly spaced blocks, as the quantized model saw the text; empty where nothing was measured
-    vocabulary  which tokens the text has: a bit for each, least significant first, zlib, base64
+    inputs      of a few evenly spaced blocks, in the quantized model; empty if not measured
+    vocabulary  the tokens of the text: one bit per token, least significant first, zlib, base64
     """
 
     name: str
@@ -104,43 +84,32 @@ class Calibration(_Part):
     sequence_length: Count
     tokens: Count
     notes: tuple[str, ...] = ()
-    inputs: tuple[InputRecord, ...] = ()
+    inputs: tuple[InputSummary, ...] = ()
     vocabulary: str | None = None
 
 
-class Settings(_Part):
-    """What the user asked for, defaults filled in. `overrides` are "RE=SCHEME", in the order they apply.
+class ReportSettings(Record):
+    """The user's settings.
 
-    method_overrides  "RE=METHOD", in the order they apply
-    options  of the method, by their names in `lowbit.settings.Settings`, those that the user changed
-    imatrix  of GGUF files: where the importance came from that errors were weighed with; pure: no mix of types
+    scheme, method, range   of the plan, with defaults and "auto" resolved
+    given        every given setting, by its name in `lowbit.settings.Settings`
     """
 
     scheme: str
     method: str
     range: str
-    percentile: NonNegative | None = None
-    group_size: int | None = None
-    ignore: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    shard_size: Count | None = None
-    seed: int
-    method_overrides: tuple[str, ...] = ()
-    options: dict[str, float | int | str | bool] = {}
-    kv_cache: str | None = None
-    imatrix: str | None = None
-    pure: bool = False
+    given: dict[str, bool | int | float | str | tuple[str, ...] | dict[str, str]] = Field(default={})
     calibration: Calibration | None = None
 
 
-class Totals(_Part):
+class Totals(Record):
     """The model as a whole.
 
     weights                   parameters of the model
     quantized_weights         of those, how many are stored on a grid
     decoder_bits_per_weight   stored bits per weight of the transformer blocks' linears, scales included
     file_bits_per_weight      8 * bytes_out / weights
-    peak_memory_bytes         of the process; None where it could not be measured
+    peak_memory_bytes         of the process; None if it could not be measured
     seconds_by_work           of calibration: forward passes with statistics, transforms, rounding …
     """
 
@@ -152,47 +121,25 @@ class Totals(_Part):
     bytes_out: Count
     seconds: NonNegative
     peak_memory_bytes: Count | None = None
-    seconds_by_work: dict[str, NonNegative] = {}
+    seconds_by_work: dict[str, NonNegative] = Field(default={})
 
 
-BINS = 63  # odd, so that 0 lies in the middle of one
-Counts = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{168}$")]  # 63 numbers of 2 bytes in base64
-
-
-class Histogram(_Part):
-    """How the values of one tensor are distributed, on an evenly spaced subsample of its rows.
-
-    reach    BINS equal bins span −reach … +reach; the first and the last hold what lies beyond, too
-    rows, values   of the subsample
-    source   little-endian uint16 [BINS], round(65535 · count / largest), in base64
-    decoded  the same of what the stored codes stand for; None where the tensor was left alone
-    largest  the count that 65535 stands for
-    """
-
-    reach: NonNegative
-    rows: Count
-    values: Count
-    largest: Count
-    source: Counts
-    decoded: Counts | None = None
-
-
-class TensorEntry(_Part):
+class TensorEntry(Record):
     """One tensor of the model: quantized (`scheme`), or left alone (`reason`); always exactly one of them.
 
     role             q_proj … down_proj, embedding, norm, lm_head
     block            index of the transformer block; None outside of them
     shape            [N, K] for a linear
     bytes            stored, with scales and zero points
-    relative_error   None where it was not measured, and for tensors left alone
+    relative_error   None if it was not measured, and for tensors left alone
     method           how its codes were chosen, where a text was run for it: "gptq", "rtn" …
     layer_error      tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) over the text: the error of the linear's output
     nearest_error    what that would be with round to nearest
     tokens           of the text that the linear was measured on
-    repacked         True where the source's own codes were kept, bit for bit (`lowbit convert`)
+    repacked         True if the source's own codes were kept, bit for bit (`lowbit convert`)
     notes            what was changed on the way: "group size 64: 128 does not divide 576"
     reads            name of its input, which it may share with others: model.layers.3.attention_input
-    histogram        None where none was taken: of models with very many tensors, those of least error have none
+    histogram        None if none was taken: of models with very many tensors, those of least error have none
     """
 
     name: str
@@ -212,7 +159,7 @@ class TensorEntry(_Part):
     reason: str | None = None
     notes: tuple[str, ...] = ()
     reads: str | None = None
-    histogram: Histogram | None = None
+    histogram: WeightHistogram | None = None
 
     @model_validator(mode="after")
     def _quantized_or_explained(self) -> TensorEntry:
@@ -221,11 +168,11 @@ class TensorEntry(_Part):
         return self
 
 
-class TransformEntry(_Part):
+class TransformEntry(Record):
     """What a transform did at one place.
 
     point    the norm or linear whose output was rewritten
-    error_before, error_after   of rounding the linears behind it to nearest, relative; None where nothing was measured
+    error_before, error_after   of rounding the linears behind it to nearest, relative; None if nothing was measured
     detail   the parameters chosen, or why nothing was done
     """
 
@@ -237,132 +184,7 @@ class TransformEntry(_Part):
     detail: str = ""
 
 
-class Check(_Part):
-    """One rule of the engine's loader, applied to what was written."""
-
-    rule: str
-    passed: bool
-    detail: str = ""
-
-
-class Verification(_Part):
-    """Would this engine load it. `ok` is true exactly when every check passed."""
-
-    ok: bool
-    engine: str
-    checks: tuple[Check, ...]
-
-    @model_validator(mode="after")
-    def _ok_means_all_passed(self) -> Verification:
-        if self.ok != all(check.passed for check in self.checks):
-            raise ValueError("ok contradicts the checks")
-        return self
-
-
-class EvaluationText(_Part):
-    name: str
-    sha256: str
-    tokens: Count
-
-
-class Continuation(_Part):
-    """How one model goes on from where two part: the first token that differs, and what follows it.
-
-    token_probability  what the reference gave this token there
-    ended              True where the model stopped by itself instead
-    """
-
-    token: str
-    rest: str
-    tokens: Count
-    token_probability: Share
-    ended: bool = False
-
-
-class GeneratedSample(_Part):
-    """What reference and quantized model say after the same prompt, always taking the most probable token.
-
-    chat    True where the prompt went through the chat template
-    shared, shared_tokens   what both say before they part
-    reference, quantized    from there on; both None where they never part
-    """
-
-    prompt: str
-    chat: bool
-    shared: str
-    shared_tokens: Count
-    reference: Continuation | None = None
-    quantized: Continuation | None = None
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> GeneratedSample:
-        if (self.reference is None) != (self.quantized is None):
-            raise ValueError("either both models go on, or none does")
-        return self
-
-
-class Evaluation(_Part):
-    """The quantized model against its source, over the same tokens. Without a reference only `ppl` is known.
-
-    reference_from  who named the reference: the user, or the report beside the weights
-    scheme          of the quantized linears; None for a plain checkpoint
-    protocol        how the tokens were cut and scored, in words
-    activations     "simulated": rounded as the engine would; "none": the weights' error alone
-    ppl_ratio       ppl / ppl_reference, with the standard error of the paired difference
-    kld_*           KL(reference ‖ quantized) per token, in nats
-    same_top1       share of tokens where both prefer the same next token
-    delta_p_*       change of the probability of the token that came
-    bits_from       where bits_per_weight was read: the report, or the tensors' stored sizes
-    reference_sha256   fingerprint of the reference: names, shapes and a sample of its weights
-    samples         what both say to a few prompts; empty where that was not asked for
-    """
-
-    model: str
-    reference: str | None
-    reference_from: Literal["given", "report", "none"]
-    scheme: str | None
-    text: EvaluationText
-    protocol: str
-    windows: Count
-    windows_asked: Count
-    window_tokens: Count
-    bos: bool
-    scored_tokens: Count
-    activations: Literal["none", "simulated"]
-    dtype: str
-    ppl: NonNegative
-    ppl_se: NonNegative
-    ppl_reference: NonNegative | None
-    ppl_ratio: NonNegative | None
-    ppl_ratio_se: NonNegative | None
-    kld_mean: float | None
-    kld_se: NonNegative | None
-    kld_median: float | None
-    kld_p99: float | None
-    kld_p999: float | None
-    kld_max: float | None
-    same_top1: Share | None
-    same_top1_se: NonNegative | None
-    delta_p_mean: float | None
-    delta_p_rms: NonNegative | None
-    seconds: NonNegative
-    peak_memory_bytes: Count | None
-    file_bytes: Count
-    bits_per_weight: NonNegative
-    bits_from: Literal["report", "tensors"]
-    versions: dict[str, str]
-    notes: tuple[str, ...] = ()
-    reference_sha256: str | None = None
-    samples: tuple[GeneratedSample, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """What a column of figures is called."""
-        name = self.scheme or self.model
-        return f"{name}, activations rounded" if self.activations == "simulated" else name
-
-
-class Neighbour(_Part):
+class Neighbour(Record):
     """Another scheme for the same source: what its files weigh and, where it was measured beside this one, its quality.
 
     origin     "plan": planned to the byte, not made; "compare": made, and compared by `lowbit compare`
@@ -381,26 +203,26 @@ class Neighbour(_Part):
     same_top1: Share | None = None
 
 
-class ServeLine(_Part):
+class ServeLine(Record):
     """The command that serves what was written."""
 
     engine: str
     command: str
 
 
-class Report(_Part):
+class Report(Record):
     """The whole file. Frozen: add to it with `report.model_copy(update={"verification": …})`.
 
     command     the command line that makes it again
     neighbours  other schemes for the same source
     """
 
-    schema_version: Literal[5] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[6] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
-    source: Source
+    source: ReportSource
     output: Output
-    settings: Settings
+    settings: ReportSettings
     versions: dict[str, str]
     totals: Totals
     tensors: tuple[TensorEntry, ...]
@@ -489,10 +311,51 @@ def _of_this_schema(path: Path, text: bytes) -> bytes:
     version = document["schema"]
     if type(version) is not int or version not in (SCHEMA, *EARLIER):
         raise CheckpointError(
-            f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA} and {EARLIER[0]}",
+            f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA}, "
+            f"{' and '.join(map(str, reversed(EARLIER)))}",
             "use the lowbit that wrote it, or write it again with this one",
         )
-    return text if version == SCHEMA else json.dumps(document | {"schema": SCHEMA}).encode()
+    if version == SCHEMA:
+        return text
+    settings, output = document.get("settings"), document.get("output")
+    if isinstance(settings, dict) and isinstance(output, dict):
+        document["settings"] = _given_before_6(settings, output.get("format"))
+    return json.dumps(document | {"schema": SCHEMA}).encode()
+
+
+def _given_before_6(settings: dict[str, Any], format: object) -> dict[str, Any]:
+    """Settings of schema 4 and 5, with what was given in one place; fields that those did not have stay, to be refused.
+
+    What they did not tell (double_quant, output types, a range search that "auto" did not choose) stays unknown.
+    """
+    kept = {name: settings[name] for name in settings if name not in _FIELDS_BEFORE_6}
+    given = {name: settings[name] for name in ("scheme", "group_size", "kv_cache", "imatrix", "ignore")
+             if settings.get(name)}  # fmt: skip
+    given |= {name: settings[name] for name, default in (("method", "rtn"), ("seed", 0), ("pure", False))
+              if settings.get(name, default) != default}  # fmt: skip
+    if format not in ("compressed-tensors", "gguf"):
+        given["format"] = format
+    if settings.get("percentile") is not None:
+        given |= {"range": "percentile", "percentile": settings["percentile"]}
+    if settings.get("shard_size") not in (None, 5_000_000_000):
+        given["shard_size"] = settings["shard_size"]
+    for name in ("overrides", "method_overrides"):
+        pairs = [text.rpartition("=") for text in settings.get(name) or ()]
+        given |= {name: {pattern: value for pattern, _, value in pairs}} if pairs else {}
+    given |= settings.get("options") or {}
+    text = settings.get("calibration")
+    if isinstance(text, dict):
+        if not str(text.get("name")).startswith("packaged "):
+            given["calib"] = text.get("name")
+        sizes = (("samples", text.get("samples"), 128), ("seqlen", text.get("sequence_length"), 512))
+        given |= {name: size for name, size, default in sizes if size not in (0, None, default)}
+    return kept | {"given": given}
+
+
+_FIELDS_BEFORE_6 = (
+    "percentile", "group_size", "ignore", "overrides", "shard_size", "seed", "method_overrides", "options", "kv_cache",
+    "imatrix", "pure",
+)  # fmt: skip
 
 
 def _first_problem(error: ValidationError) -> str:

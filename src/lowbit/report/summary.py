@@ -1,17 +1,53 @@
 """The top of the page: what the model became, what that cost, and whether anything says otherwise.
 
-Sentences state measurements and their error; the one phrase that judges them has limits that the page states
-(verdict.py).
+Sentences state measurements and their error. One phrase judges them, by the mean KL divergence, and the page says how:
+
+    mean KLD in nats per token      called
+    at most 0.005                   practically the same as the source
+    at most 0.02                    very close to the source
+    at most 0.1                     slightly worse than the source
+    at most 0.5                     noticeably worse than the source
+    more                            much worse than the source
+
+The phrases are a convention; the figures stand beside them. Where the standard error reaches over a limit, both are
+given.
 """
 
 from __future__ import annotations
 
-from lowbit.report import verdict as wording
-from lowbit.report.markup import Html, join, tag
-from lowbit.report.schema import Evaluation, Report
-from lowbit.report.units import DASH, NBSP, duration, number, percent, plural, quantity, size
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lowbit.evaluation.result import Evaluation
+from lowbit.report.schema import Report
+from lowbit.report.units import DASH, NBSP, duration, number, percent, plural, plus_minus, quantity, significant, size
 from lowbit.report.units import with_error as value_and_error
 from lowbit.schemes import SCHEMES
+
+LEVELS = (
+    (0.005, "practically the same as the source"),
+    (0.02, "very close to the source"),
+    (0.1, "slightly worse than the source"),
+    (0.5, "noticeably worse than the source"),
+    (math.inf, "much worse than the source"),
+)
+
+
+def quality_words(evaluation: Evaluation | None) -> str | None:
+    """ "slightly worse than the source"; two phrases where the error bar reaches over a limit; None if not compared."""
+    if evaluation is None or evaluation.kld_mean is None:
+        return None
+    ends = (evaluation.kld_mean + step * (evaluation.kld_se or 0.0) for step in (-1, 1))
+    low, high = (next(i for i, (limit, _) in enumerate(LEVELS) if end <= limit) for end in ends)
+    return " or ".join(LEVELS[index][1] for index in range(low, high + 1))
+
+
+def quality_limits() -> list[tuple[str, str]]:
+    """(range of the divergence, what it is called)."""
+    limits = [significant(limit, 1) for limit, _ in LEVELS[:-1]]
+    ranges = [f"at most {limits[0]}", *(f"{low} to {high}" for low, high in pairwise(limits)), f"above {limits[-1]}"]
+    return [(f"{limits}{NBSP}nats", called) for limits, (_, called) in zip(ranges, LEVELS, strict=True)]
 
 
 def headline_evaluation(report: Report) -> Evaluation | None:
@@ -19,6 +55,12 @@ def headline_evaluation(report: Report) -> Evaluation | None:
     against_source = [evaluation for evaluation in report.evaluation if evaluation.kld_mean is not None]
     candidates = against_source or report.evaluation
     return candidates[-1] if candidates else None
+
+
+def run_name(run: Evaluation) -> str:
+    """What a column of figures is called on the page."""
+    name = run.scheme or run.model
+    return f"{name}, activations rounded" if run.activations == "simulated" else name
 
 
 def rounds_activations(scheme: str) -> bool:
@@ -32,135 +74,29 @@ def engine_name(engine: str) -> str:
     return {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}.get(engine, engine)
 
 
-def masthead(report: Report) -> Html:
-    """Title, what was done in one line, the verdict."""
+def what_was_done(report: Report) -> str:
+    """Method, group size, format and day in one line."""
     settings = report.settings
-    done = [settings.method.upper(), report.output.format]
-    if settings.group_size and settings.group_size > 0:
-        done.insert(1, f"groups of {settings.group_size}")
-    return tag(
-        "header",
-        tag("p", "lowbit report", class_="kicker"),
-        tag("h1", report.source.model, tag("span", f" in {settings.scheme}")),
-        tag("p", " · ".join([*done, f"{report.created:%d %B %Y}".lstrip("0")]), class_="meta"),
-        tag("p", verdict(report), class_="verdict"),
-        tag("p", *status(report), class_="status"),
-        wording.explained() if wording.words(headline_evaluation(report)) else None,
-    )
+    size_of_groups = settings.given.get("group_size", -1)
+    groups = [] if size_of_groups == -1 else [f"groups of {size_of_groups}"]
+    day = f"{report.created:%d %B %Y}".lstrip("0")
+    return " · ".join([settings.method.upper(), *groups, report.output.format, day])
 
 
 def verdict(report: Report) -> str:
     """What the user got and what it cost, in a few sentences; that it would not load comes first."""
+    refused, evaluation = "", headline_evaluation(report)
     if report.verification and not report.verification.ok:
-        engine = engine_name(report.verification.engine)
-        return f"{engine} would refuse this checkpoint or misread it. {_measured(report)}"
-    return _measured(report)
-
-
-def _measured(report: Report) -> str:
-    evaluation = headline_evaluation(report)
+        refused = f"{engine_name(report.verification.engine)} would refuse this checkpoint or misread it. "
     bits = number(report.totals.decoder_bits_per_weight, 2)
-    got = f"{bits} bits per weight, {size(report.totals.bytes_out)} ({_size_change(report)})"
+    got = f"{refused}{bits} bits per weight, {size(report.totals.bytes_out)} ({_size_change(report)})"
     if evaluation is None:
         return f"{got}. What that cost in quality has not been measured yet."
     if evaluation.same_top1 is None or evaluation.kld_mean is None:
         return f"{got}. Perplexity is {number(evaluation.ppl, 2)}; it was not compared with the source model."
-    value, error = value_and_error(evaluation.kld_mean, evaluation.kld_se)
-    divergence = f"mean KLD {value}" + (f" ±{NBSP}{error}" if error else "")
+    divergence = f"mean KLD {plus_minus(evaluation.kld_mean, evaluation.kld_se)}"
     kept = f"keeps {percent(evaluation.same_top1)} of the source's top tokens"
-    return f"{got}; {kept}; {divergence}; {_perplexity_change(evaluation)}: {wording.words(evaluation)}."
-
-
-def status(report: Report) -> list[Html]:
-    """Chips for what a reader must not miss; each has a sign and words besides its colour."""
-    chips = []
-    verification = report.verification
-    engine = engine_name(verification.engine) if verification else ""
-    if verification is None:
-        chips.append(_chip("open", DASH, "not verified against an engine"))
-    elif verification.ok:
-        chips.append(_chip("good", "✓", f"{engine}: {plural(len(verification.checks), 'check')} passed"))
-    else:
-        failed = sum(not check.passed for check in verification.checks)
-        text = f"{engine}: {failed} of {plural(len(verification.checks), 'check')} failed"
-        chips.append(_chip("bad", "✗", text, href="#verification"))
-    evaluation = headline_evaluation(report)
-    if evaluation is None:
-        chips.append(_chip("open", DASH, "quality not measured"))
-    elif evaluation.activations == "none" and rounds_activations(report.settings.scheme):
-        chips.append(_chip("open", "!", "activations were not rounded in the evaluation", href="#evaluation"))
-    noted = sum(bool(tensor.notes) for tensor in report.tensors)
-    if noted:
-        chips.append(_chip("open", "i", f"{plural(noted, 'tensor')} with notes", href="#notes"))
-    return chips
-
-
-def cards(report: Report) -> Html:
-    """The figures that one compares models by."""
-    totals, evaluation = report.totals, headline_evaluation(report)
-    shown = [
-        _size_card(report),
-        _card(
-            "Bits per weight",
-            number(totals.decoder_bits_per_weight, 2),
-            None,
-            f"decoder; {number(totals.file_bits_per_weight, 2)} for the whole file",
-        ),
-        *(_quality_cards(evaluation) if evaluation else []),
-        _card("Time", duration(totals.seconds), None, f"for {quantity(totals.weights)} weights"),
-        _card("Peak memory", *_memory(totals.peak_memory_bytes)),
-    ]
-    return tag("section", *shown, class_="cards" if evaluation else "cards few", aria_label="Key figures")
-
-
-def _quality_cards(evaluation: Evaluation) -> list[Html]:
-    if evaluation.kld_mean is None:
-        return [_card("Perplexity", number(evaluation.ppl, 2), None, "not compared with the source")]
-    rounded = ", activations rounded" if evaluation.activations == "simulated" else ""
-    shown = [
-        _card("KL divergence", *value_and_error(evaluation.kld_mean, evaluation.kld_se), f"nats per token{rounded}")
-    ]
-    if evaluation.ppl_ratio is not None:
-        beside = "quantized / source"
-        if evaluation.ppl_reference is not None:
-            beside = f"{number(evaluation.ppl, 2)} from {number(evaluation.ppl_reference, 2)}"
-        shown.append(_card("Perplexity ratio", *value_and_error(evaluation.ppl_ratio, evaluation.ppl_ratio_se), beside))
-    if evaluation.same_top1 is not None:
-        value, error = value_and_error(evaluation.same_top1, evaluation.same_top1_se, scale=100)
-        shown.append(_card("Same next token", value, error, "of predictions agree", unit=f"{NBSP}%"))
-    return shown
-
-
-def _card(label: str, value: str, error: str | None, beside: str, unit: str = "") -> Html:
-    uncertainty = tag("span", f" ±{NBSP}{error}", class_="error") if error else None
-    return tag(
-        "div",
-        tag("h3", label),
-        tag("p", tag("b", value), uncertainty, unit or None, class_="figure"),
-        tag("p", beside, class_="beside"),
-        class_="card",
-    )
-
-
-def _memory(peak: int | None) -> tuple[str, None, str]:
-    return (DASH, None, "could not be measured") if peak is None else (size(peak), None, "of the whole process")
-
-
-def _size_card(report: Report) -> Html:
-    before, after = report.totals.bytes_in, report.totals.bytes_out
-    largest = max(before, after, 1)
-    bars = (
-        tag("div", tag("i", class_=name, style=f"width:{100 * count / largest:.1f}%"), tag("span", words))
-        for name, count, words in (("before", before, "before"), ("after", after, "after"))
-    )
-    figure = tag("p", f"{size(before)} →{NBSP}", tag("b", size(after)), class_="figure")
-    picture = tag("div", *bars, class_="size-bars", aria_hidden="true")
-    return tag("div", tag("h3", "Size on disk"), figure, picture, class_="card wide")
-
-
-def _chip(kind: str, sign: str, text: str, href: str | None = None) -> Html:
-    content = join(tag("span", sign, class_="sign", aria_hidden="true"), text)
-    return tag("a" if href else "span", content, class_=f"chip {kind}", href=href)
+    return f"{got}; {kept}; {divergence}; {_perplexity_change(evaluation)}: {quality_words(evaluation)}."
 
 
 def _size_change(report: Report) -> str:
@@ -180,10 +116,73 @@ def _perplexity_change(evaluation: Evaluation) -> str:
     if evaluation.ppl_ratio is None:
         return f"perplexity is {number(evaluation.ppl, 2)}"
     change, error = evaluation.ppl_ratio - 1, evaluation.ppl_ratio_se
-    if error is None:
-        return f"perplexity is {percent(abs(change))} {'higher' if change > 0 else 'lower'}"
-    if abs(change) < 2 * error:
+    if error is not None and abs(change) < 2 * error:
         return f"perplexity did not change measurably ({percent(change, 2)} ±{NBSP}{percent(error, 2)})"
-    value, uncertainty = value_and_error(abs(change), error, scale=100)
     direction = "higher" if change > 0 else "lower"
-    return f"perplexity is {value} ±{NBSP}{uncertainty}{NBSP}% {direction}"
+    if error is None:
+        return f"perplexity is {percent(abs(change))} {direction}"
+    return f"perplexity is {plus_minus(abs(change), error, 100, f'{NBSP}%')} {direction}"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a reader must not miss, with a sign and words besides its colour. kind: "good", "bad" or "open"."""
+
+    kind: str
+    sign: str
+    text: str
+    href: str = ""
+
+
+def chips(report: Report) -> list[Chip]:
+    verification, evaluation = report.verification, headline_evaluation(report)
+    if verification is None:
+        shown = [Chip("open", DASH, "not verified against an engine")]
+    else:
+        engine, count = engine_name(verification.engine), plural(len(verification.checks), "check")
+        failed = f"{engine}: {len(verification.failed)} of {count} failed"
+        passed = Chip("good", "✓", f"{engine}: {count} passed")
+        shown = [passed if verification.ok else Chip("bad", "✗", failed, "#verification")]
+    if evaluation is None:
+        shown.append(Chip("open", DASH, "quality not measured"))
+    elif evaluation.activations == "none" and rounds_activations(report.settings.scheme):
+        shown.append(Chip("open", "!", "activations were not rounded in the evaluation", "#evaluation"))
+    noted = sum(bool(tensor.notes) for tensor in report.tensors)
+    return [*shown, Chip("open", "i", f"{plural(noted, 'tensor')} with notes", "#notes")] if noted else shown
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure that one compares models by."""
+
+    label: str
+    value: str
+    beside: str
+    error: str | None = None
+    unit: str = ""
+
+
+def cards(report: Report) -> list[Card]:
+    """Behind the size on disk, which has a picture of its own."""
+    totals, run = report.totals, headline_evaluation(report)
+    whole_file = f"decoder; {number(totals.file_bits_per_weight, 2)} for the whole file"
+    shown = [Card("Bits per weight", number(totals.decoder_bits_per_weight, 2), whole_file)]
+    if run is not None and run.kld_mean is None:
+        shown.append(Card("Perplexity", number(run.ppl, 2), "not compared with the source"))
+    elif run is not None and run.kld_mean is not None:
+        rounded = ", activations rounded" if run.activations == "simulated" else ""
+        value, error = value_and_error(run.kld_mean, run.kld_se)
+        shown.append(Card("KL divergence", value, f"nats per token{rounded}", error))
+        if run.ppl_ratio is not None:
+            beside = "quantized / source"
+            if run.ppl_reference is not None:
+                beside = f"{number(run.ppl, 2)} from {number(run.ppl_reference, 2)}"
+            value, error = value_and_error(run.ppl_ratio, run.ppl_ratio_se)
+            shown.append(Card("Perplexity ratio", value, beside, error))
+        if run.same_top1 is not None:
+            value, error = value_and_error(run.same_top1, run.same_top1_se, scale=100)
+            shown.append(Card("Same next token", value, "of predictions agree", error, f"{NBSP}%"))
+    shown.append(Card("Time", duration(totals.seconds), f"for {quantity(totals.weights)} weights"))
+    peak = totals.peak_memory_bytes
+    memory = ("could not be measured", DASH) if peak is None else ("of the whole process", size(peak))
+    return [*shown, Card("Peak memory", memory[1], memory[0])]

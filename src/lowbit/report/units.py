@@ -71,6 +71,14 @@ def with_error(value: float, standard_error: float | None, scale: float = 1.0) -
     return number(value, decimals), number(standard_error, decimals)
 
 
+def plus_minus(value: float | None, standard_error: float | None = None, scale: float = 1.0, unit: str = "") -> str:
+    """A value with its standard error in one text: "0.0412 ± 0.0013"; a dash for what was not measured."""
+    if value is None:
+        return DASH
+    shown, error = with_error(value, standard_error, scale)
+    return f"{shown} ±{NBSP}{error}{unit}" if error else f"{shown}{unit}"
+
+
 def decibel(relative_error: float) -> float:
     """10 · log10(relative error); −inf for an exact tensor."""
     return 10 * math.log10(relative_error) if relative_error > 0 else -math.inf

@@ -2,10 +2,9 @@
 
     E[W x] − E[Ŵ x] = (W − Ŵ) · E[x]          b̂ = b + (W − Ŵ) · E[x]
 
-Rounding moves the mean of a linear's outputs where its inputs have a mean that is not zero; the bias moves it back, at
-no cost in bytes. E[x] is measured by calibration here; the paper derives it from batch norms.
-
-A linear without a bias has no place for it: files and engines would need a tensor that the model does not have.
+Rounding shifts the mean of a linear's outputs if the mean of its inputs is not zero; the bias shifts it back, at no
+cost in bytes. Calibration measures E[x]; the paper derives it from batch norms. A linear without a bias cannot be
+corrected: files and engines have no tensor for it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lowbit.tensors import LayerStats
 
 
 def why_not_corrected(stats: LayerStats | None, bias: Tensor | None) -> str | None:
-    """Why this linear's bias cannot be corrected, for the report; None where it can."""
+    """The reason why this linear's bias cannot be corrected, for the report, or None."""
     if bias is None:
         return "no bias correction: the linear has no bias"
     if stats is None or stats.tokens == 0:
@@ -27,10 +26,9 @@ def why_not_corrected(stats: LayerStats | None, bias: Tensor | None) -> str | No
 
 
 def corrected_bias(weight: Tensor, decoded: Tensor, stats: LayerStats | None, bias: Tensor | None) -> Tensor | None:
-    """The bias [N], in its own dtype, with which the mean output is that of the float linear.
+    """The bias [N], in its own dtype, that restores the mean output of the float linear; None if `why_not_corrected`.
 
-    weight, decoded  [N, K] before and after rounding
-    returns          None where `why_not_corrected` says why; computed in float32
+    weight, decoded  [N, K] before and after rounding; computed in float32
     """
     if why_not_corrected(stats, bias) is not None:
         return None

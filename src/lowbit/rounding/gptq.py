@@ -1,57 +1,68 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column, and let later columns make up for the error.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column; later columns compensate each error.
 
     minimise over codes  tr((Ŵ − W*) H (Ŵ − W*)ᵀ)          H = Σ x xᵀ + λ·1, W* the weight, corrected (`hessian`)
     for j in order:      ŵ_j = nearest(w_j);   e = w_j − ŵ_j;   w_k ← w_k − e · U_jk / U_jj  for k > j;   H⁻¹ = Uᵀ U
 
-On any grid and any ggml type. Order of columns and choice of scales ("static": no g_idx is ever needed, since codes are
-stored in place and every column keeps the scale of its group):
+Works on any grid and any ggml type. Codes stay in place and every column keeps the scale of its group, so no g_idx is
+needed. Two orders:
 
-    static         scales of all groups are fitted first, columns go by falling diag H
-    compensated    groups go by falling Σ diag H, their columns by falling diag H; each group's scale is fitted when its
-                   turn comes, to weights that already make up for the groups before
+    static         fit the scales of all groups first; columns by falling diag H
+    compensated    groups by falling Σ diag H, their columns by falling diag H; fit each group's scale when its turn
+                   comes, to weights that already compensate the groups before
 
-ggml types are always fitted so, block by block, by their encoder; types that round 8 or 4 columns to a lattice point
-spread the error of all of these at once. Scales that several rows share, or that are codes themselves, are static.
-GPTQ rounds each column once; `refine` sweeps of coordinate descent go on from there (`descent`).
+ggml types are always compensated, block by block, with their encoder as the fit; types that round 8 or 4 columns to a
+lattice point spread the error of all of these at once. Scales that rows share, or that are codes themselves, are
+static. A *run* is the columns fitted at once: the group of a scale, a ggml block, or all columns with static scales.
 
-Where H has no inverse at any damping the weight is rounded to nearest, and the note says so.
+GPTQ rounds each column once. Where codes stand for single columns, `refine` sweeps of coordinate descent (QuantEase,
+arXiv 2309.01885; CDQuant, arXiv 2406.17542) follow, with scales fixed:
+
+    z_k = w*_k + Σ_{j ≠ k} (w*_j − ŵ_j) H_jk / H_kk      the best value of column k, all others fixed
+    ŵ_k ← nearest(z_k)                                   update the z of the others
+
+Each step minimises the error exactly in one weight, so the error never grows. If H has no inverse at any damping, the
+weight is rounded to nearest, with a note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.rounding.cells import LatticeRows, Order, ScalarRows, joined
-from lowbit.rounding.descent import descend
-from lowbit.rounding.hessian import Factor, PreparedHessian
-from lowbit.rounding.hessian import prepare as _prepare
-from lowbit.rounding.target import GgmlTarget, GridTarget, Rounded, Target
-from lowbit.tensors import Granularity, LayerStats
+from lowbit.kernels import feedback
+from lowbit.kernels.tables import MinifloatFormat
+from lowbit.numerics.ggml.grid import IntLevels
+from lowbit.rounding.hessian import Factor, InputData, PreparedHessian
+from lowbit.rounding.target import GgmlTarget, Rounded, Target
+from lowbit.tensors import RangeSearch
 from lowbit.workers import run_all
 
-_Done = TypeVar("_Done")
-# Rows that are worth a thread of their own.
-_ROWS_PER_THREAD = 64
+if TYPE_CHECKING:
+    from lowbit.settings import Settings
+
+# With --range auto; a finer search gains nothing (docs/gptq.md).
+SEARCH = RangeSearch("wmse", steps=24, smallest=0.5)
+_ROWS_PER_THREAD = 64  # at least
 
 
 @dataclass(frozen=True)
 class GPTQOptions:
     """
-    damping     λ as a fraction of mean(diag H); raises itself tenfold, up to 1, while H has no Cholesky factor
-    act_order   columns by falling diag H; False: as they are stored
-    scales      "static" or "compensated", see above; "auto": compensated but where scales are powers of two. Mostly the
-                two are close; behind a massive activation, whose error others must make up for by growing, scales
-                fitted before leave them no room: in one layer of SmolLM2 the error is 50 times as large
-    weighting   squared errors in the search of scales count with diag H ("diagonal"), with what they cost once later
-                columns have made up for them ("cost"), or alike ("none")
-    block       columns whose changes are spread over later blocks at once; changes nothing but rounding errors and time
-    correction  α, how much of the quantized prefix's error is corrected, 0 to 1; without `drift` there is nothing to do
+    damping     λ as a fraction of mean(diag H); multiplied by ten, up to 1, while H has no Cholesky factor
+    act_order   columns by falling diag H; False: in storage order
+    scales      "static" or "compensated", see above; "auto": compensated, unless scales are powers of two. The two are
+                usually close. After a massive activation other columns must grow to compensate its error, and static
+                scales leave them no room: in one layer of SmolLM2 the error is 50 times as large
+    weighting   weights of squared errors in the scale search: diag H ("diagonal"), the cost after later columns have
+                compensated ("cost"), or none ("none")
+    block       columns whose changes are spread over later blocks at once; affects only rounding errors and time
+    correction  α, the share of the quantized prefix's error to correct, 0 to 1; no effect without `drift`
     refine      sweeps of coordinate descent after the last column
+    search      range search that replaces the target's own, which suits rounding to nearest
     """
 
     damping: float = 0.01
@@ -61,54 +72,75 @@ class GPTQOptions:
     block: int = 128
     correction: float = 0.75
     refine: int = 1
+    search: RangeSearch | None = None
+
+    @property
+    def needs_drift(self) -> bool:
+        """True if the unquantized model must run beside the quantized one."""
+        return self.correction > 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> GPTQOptions:
+        """The user's settings, defaults for the rest."""
+        given = {"damping": settings.damping, "correction": settings.correction, "refine": settings.refine,
+                 "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
 
-def prepare(stats: LayerStats, options: GPTQOptions) -> PreparedHessian:
-    """What `gptq` needs of an input, once for all linears that read it; NonFiniteError where it is not finite."""
-    return _prepare(stats, options.damping)
-
-
-def gptq(weight: Tensor, target: Target, stats: LayerStats | PreparedHessian, options: GPTQOptions) -> Rounded:
-    """Round a weight, float32 [N, K], to `target`; `stats` of its input."""
-    assert isinstance(target, GridTarget | GgmlTarget), "error feedback needs to know how a target is fitted"
-    hessian = prepare(stats, options) if isinstance(stats, LayerStats) else stats
+def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions | None = None) -> Rounded:
+    """Round a weight, float32 [N, K], to `target`; `data` holds the statistics of its input."""
+    options = options or GPTQOptions()
+    target = target if options.search is None else target.with_search(options.search)
+    hessian = data.hessian(options.damping)
     weight = weight.detach().to(torch.float32)
-    if _holds_floats(target):
-        return target.nearest(weight)
-    run = _run(target, weight.shape[1], options)
-    each = target.columns_per_code
-    factor = hessian.factor(run if run < weight.shape[1] else each, each, options.act_order)
+    if target.holds_floats:
+        return replace(target.nearest(weight), fell_back=True)
+    columns, each = weight.shape[1], target.columns_per_code
+    run = target.columns_per_fit(columns, options.scales)
+    factor = hessian.factor(run if run < columns else each, each, options.act_order)
     if factor is None:
-        plain = target.nearest(weight, hessian.diagonal)
-        return Rounded(plain.stored, plain.decoded, ("rounded to nearest: the Hessian has no inverse at any damping",))
-    notes = () if factor.damping <= options.damping else (f"damping raised to {factor.damping:g}",)
-    wanted = hessian.corrected(weight, options.correction)
-    order = Order(factor, run, _weights(hessian, factor, options))
-    kind = ScalarRows if target.columns_per_code == 1 else LatticeRows
+        note = "rounded to nearest: the Hessian has no inverse at any damping"
+        return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
+    order, runs = factor.order, _runs(factor.order, run)
+    weighting = _weighting(hessian, factor, options)
+    descent = hessian.descent(factor) if options.refine and each == 1 else None
 
     def round_rows(part: Tensor) -> ScalarRows | LatticeRows:
-        part = part.index_select(1, factor.order)
-        rows, w = kind(part, order, target), part.clone()
-        for begin, end in order.runs():
+        part = part.index_select(1, order)
+        rows, w = (ScalarRows if each == 1 else LatticeRows)(target, factor, weighting, part), part.clone()
+        for begin, end in runs:
             rows.fit(w, begin, end)
-            rows.round(w, (begin, end, options.block))
-        if options.refine and isinstance(rows, ScalarRows):
-            descend(part, rows, hessian.descent(factor), options.refine, options.block)
+            rows.round(w, (begin, end, options.block), factor.spread)
+        if descent is not None and isinstance(rows, ScalarRows):
+            z = part.clone()
+            feedback.subtract_product(z, rows.decoded - part, descent, 0, columns)
+            for _ in range(options.refine):
+                rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    slabs = _in_slabs(round_rows, wanted, isinstance(target, GgmlTarget) or target.rows_are_apart)
-    return Rounded(*joined(target, slabs), notes)
+    corrected = hessian.corrected(weight, options.correction)
+    threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
+    one_slab = threads == 1 or weight.device.type != "cpu"
+    slabs = [round_rows(corrected)] if one_slab else _in_threads(round_rows, corrected.chunk(threads))
+    decoded = torch.cat([rows.decoded for rows in slabs]).index_select(1, order.argsort())
+    codes = torch.cat([rows.codes for rows in slabs]).index_select(1, (order[::each] // each).argsort())
+    fitted = [[rows.fitted[first] for first in sorted(rows.fitted)] for rows in slabs]
+    notes = () if factor.damping <= options.damping else (f"damping raised to {factor.damping:g}",)
+    return Rounded(target.with_codes(fitted, codes), decoded, notes)
 
 
-def layer_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the share of the output's energy that rounding made an error of."""
-    error = (weight - decoded).double()
-    weight, hessian = weight.double(), hessian.double()
-    return ((error @ hessian * error).sum() / (weight @ hessian * weight).sum()).item()
+def _runs(order: Tensor, run: int) -> list[tuple[int, int]]:
+    """(begin, end) of each run, in rounding order; the run stored last may be short."""
+    begin, runs = 0, []
+    while begin < len(order):
+        first = int(order[begin]) // run * run
+        runs.append((begin, begin + min(run, len(order) - first)))
+        begin = runs[-1][1]
+    return runs
 
 
-def _weights(hessian: PreparedHessian, factor: Factor, options: GPTQOptions) -> Tensor | None:
-    """What squared errors count in the search of scales, [K] by order; nothing in dead columns."""
+def _weighting(hessian: PreparedHessian, factor: Factor, options: GPTQOptions) -> Tensor | None:
+    """Weights of squared errors in the scale search, [K] in rounding order; 0 for dead columns."""
     if options.weighting == "none":
         return None
     if options.weighting == "diagonal":
@@ -116,32 +148,101 @@ def _weights(hessian: PreparedHessian, factor: Factor, options: GPTQOptions) -> 
     return factor.cost.masked_fill(hessian.dead[factor.order], 0.0)
 
 
-def _holds_floats(target: GridTarget | GgmlTarget) -> bool:
-    """True for F32, F16 and BF16, which have no scales and hardly round."""
-    return isinstance(target, GgmlTarget) and target.grid.kind.family == "plain"
+class ScalarRows:
+    """Rows of a weight whose codes stand for single columns, rounded column by column.
+
+    fitted   first column of a run → params that the target's `fit` returned
+    All [N, K] in rounding order: scale, offset or None, decoded float32; zero_point int32 or None; codes int8 or uint8
+    """
+
+    def __init__(self, target: Target, factor: Factor, weighting: Tensor | None, w: Tensor):
+        self.target, self.order, self.weighting = target, factor.order, weighting
+        self.levels = target.levels
+        self.scale, self.decoded = torch.empty_like(w), torch.empty_like(w)
+        self.offset: Tensor | None = None
+        self.zero_point: Tensor | None = None
+        integers = isinstance(self.levels, IntLevels)
+        self.codes = torch.empty(w.shape, dtype=torch.int8 if integers else torch.uint8, device=w.device)
+        self.fitted: dict[int, Any] = {}
+
+    def fit(self, w: Tensor, begin: int, end: int) -> None:
+        """Fit the scales of a run to the current w [N, K]."""
+        columns = self.order[begin:end]
+        fitted = fit_run(self.target, w, columns, begin, self.weighting)
+        first = columns.min()
+        self.fitted[int(first)] = fitted
+        params = self.target.column_params(fitted, w[:, begin:end])
+        group = (columns - first) // params.columns
+        self.scale[:, begin:end] = params.scale.index_select(1, group)
+        if params.offset is not None:
+            self.offset = torch.zeros_like(w) if self.offset is None else self.offset
+            self.offset[:, begin:end] = params.offset.index_select(1, group)
+        if params.zero_point is not None:
+            self.zero_point = torch.zeros_like(w, dtype=torch.int32) if self.zero_point is None else self.zero_point
+            self.zero_point[:, begin:end] = params.zero_point.index_select(1, group)
+
+    def round(self, w: Tensor, span: feedback.Span, spread: Tensor, descend: bool = False) -> None:
+        """Round the columns of `span` and update the others in w; arguments as in `lowbit.kernels.feedback`."""
+        levels, out = self.levels, (self.codes, self.decoded, descend)
+        if isinstance(levels, IntLevels):
+            limits = (levels.lowest, levels.highest)
+            feedback.feedback_int(w, spread, span, self.scale, self.offset, self.zero_point, limits, *out)
+        elif isinstance(levels, MinifloatFormat):
+            feedback.feedback_minifloat(w, spread, span, self.scale, levels, *out)
+        else:
+            assert levels is not None, f"{self.target.name} has no levels"
+            feedback.feedback_codebook(w, spread, span, self.scale, levels, *out)
 
 
-def _run(target: GridTarget | GgmlTarget, columns: int, options: GPTQOptions) -> int:
-    """Columns whose scales are fitted at once."""
-    if isinstance(target, GgmlTarget):
-        return target.grid.block
-    spec = target.spec
-    if spec.granularity is not Granularity.GROUP or not target.rows_are_apart or options.scales == "static":
-        return columns
-    worth_it = spec.scale_format != "e8m0" or options.scales == "compensated"
-    return min(spec.columns_per_scale(columns), columns) if worth_it else columns
+class LatticeRows:
+    """Rows of a ggml type that rounds `columns_per_code` columns together.
+
+    fitted   first column of a block → its params
+    decoded  float32 [N, K]; codes int32 [N, K / columns_per_code]; both in rounding order
+    """
+
+    def __init__(self, target: Target, factor: Factor, weighting: Tensor | None, w: Tensor):
+        assert isinstance(target, GgmlTarget), "no grid of a folder has a lattice"
+        self.target, self.grid, self.factor, self.weighting = target, target.grid, factor, weighting
+        self.decoded = torch.empty_like(w)
+        self.codes = torch.empty(len(w), w.shape[1] // target.columns_per_code, dtype=torch.int32, device=w.device)
+        self.fitted: dict[int, Any] = {}
+
+    def fit(self, w: Tensor, begin: int, end: int) -> None:
+        """Fit the scales of a block to the current w [N, K]."""
+        columns = self.factor.order[begin:end]
+        self.first = int(columns.min())
+        self.fitted[self.first] = fit_run(self.target, w, columns, begin, self.weighting)
+
+    def round(self, w: Tensor, span: feedback.Span, spread: Tensor) -> None:
+        """Round the block fitted last and update the later columns of w."""
+        (begin, end, _), each = span, self.grid.columns_per_code
+        change = torch.empty_like(w[:, begin:end])
+        for start in range(begin, end, each):
+            now = slice(start, start + each)
+            place = int(self.factor.order[start]) - self.first
+            params = self.grid.at(self.fitted[self.first], place, place + each)
+            codes = self.grid.round(w[:, now], params, self.factor.cost[now])
+            self.decoded[:, now] = self.grid.decode(codes, params)
+            errors = change[:, start - begin : start - begin + each]
+            errors.copy_(w[:, now] - self.decoded[:, now])
+            feedback.subtract_product(w, errors, spread[now], start + each, end)
+            self.codes[:, start // each] = codes[:, 0]
+        feedback.subtract_product(w, change, spread[begin:end], end, w.shape[1])
 
 
-def _in_slabs(work: Callable[[Tensor], _Done], rows: Tensor, are_apart: bool) -> list[_Done]:
-    """`work` on slabs of rows, in threads; the results do not depend on how many."""
-    threads = min(torch.get_num_threads(), max(1, len(rows) // _ROWS_PER_THREAD)) if are_apart else 1
-    if threads == 1 or rows.device.type != "cpu":
-        return [work(rows)]
-    slabs = rows.chunk(threads)
-    done: list[_Done | None] = [None] * len(slabs)
+def fit_run(target: Target, w: Tensor, columns: Tensor, begin: int, weighting: Tensor | None) -> Any:
+    """Params that `target` fits to a run, in storage order; `columns` are its column numbers, from place `begin` on."""
+    stored = begin + columns.argsort()
+    return target.fit(w.index_select(1, stored), None if weighting is None else weighting[stored])
+
+
+def _in_threads(round_rows: Callable[[Tensor], Any], slabs: tuple[Tensor, ...]) -> list[Any]:
+    """`round_rows` of each slab; the results do not depend on the number of slabs."""
+    done: list[Any] = [None] * len(slabs)
 
     def one(index: int) -> None:
-        done[index] = work(slabs[index])
+        done[index] = round_rows(slabs[index])
 
     run_all(((one, index) for index in range(len(slabs))), len(slabs))
-    return [each for each in done if each is not None]
+    return done

@@ -1,48 +1,98 @@
-"""The Hessian of a linear's output error, made ready for error feedback (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
+"""The Hessian of a linear's output error, factored for error feedback (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
 
     H = Σ x xᵀ + λ·1       λ = damping · mean(diag H)
-    H⁻¹ = Uᵀ U             U upper triangular, in the order in which columns are rounded
+    H⁻¹ = Uᵀ U             U upper triangular, in rounding order
     spread = D⁻¹ U         D = diag U: rounding column j with error e changes the columns k > j by −e · spread[j, k]
-    cost_j = 1 / U_jj²     what a unit of squared error in column j costs once all later columns have made up for it
+    cost_j = 1 / U_jj²     cost of a unit of squared error in column j after all later columns have compensated
 
 No inverse is taken: with J the reversal of columns, J H J = L Lᵀ gives U = J L⁻¹ J. Codes that stand for v columns
 (lattices of i-quants) are rounded together, and D is then the block diagonal of U.
 
-Where float32 finds no Cholesky factor, float64 is tried, then ten times the damping, up to 1; after that there is no
-factor, and whoever asked rounds to nearest. Columns that were 0 in every token ("dead") take no part: their rows and
-columns of H are cleared, their diagonal is 1, so that they neither cause nor receive corrections.
+If float32 finds no Cholesky factor, float64 is tried, then ten times the damping, up to 1; after that there is no
+factor, and the caller rounds to nearest. Columns that are 0 in every token ("dead") take no part: their rows and
+columns of H are cleared and their diagonal is 1, so that they neither cause nor receive corrections.
 
 The correction for a quantized prefix (asymmetric calibration: GPTAQ, arXiv 2504.02692; QEP, arXiv 2504.09629): the
-input is x where the unquantized model has x₀, so the weight to round is the one that makes W x₀ of x,
+quantized model's input is x, the unquantized model's x₀, so the weight to round is the one that maps x to W x₀,
 
     W* = argmin Σ ‖W* x − W x₀‖² = W + W D             D = C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ
 
-of which a fraction α is taken. D comes with the statistics.
+of which a fraction α is applied. D comes with the statistics.
+
+On the CPU, the bits of products and of L⁻¹ do not depend on the number of threads. (BLAS and LAPACK split sums freely,
+and a weight at a tie could then round differently with one thread and with two.) Rows of a product run in parallel,
+each sum from left to right; L⁻¹ is built from such products, by blocks of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import NonFiniteError
-from lowbit.rounding.products import inverse_root, product
+from lowbit.kernels.feedback import subtract_product
+from lowbit.numerics.precision import has_fast_bfloat16
 from lowbit.tensors import LayerStats
+from lowbit.workers import run_all
 
 LARGEST_DAMPING = 1.0
 _STEP = 10.0
+_BLOCK = 128
+_WORTH_A_THREAD = 1 << 25  # multiplications
+
+
+@dataclass
+class InputData:
+    """The statistics of one input (None if no token reached it), with the Hessians that its readers share."""
+
+    stats: LayerStats | None = None
+    _hessians: dict[float, PreparedHessian] = field(default_factory=dict)
+    _factor: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that reached the input."""
+        return 0 if self.stats is None else self.stats.tokens
+
+    @property
+    def importance(self) -> Tensor | None:
+        """Mean x² of every channel, float32 [K]."""
+        return None if self.stats is None else self.stats.mean_sq
+
+    @property
+    def has_hessian(self) -> bool:
+        return self.stats is not None and self.stats.hessian is not None
+
+    def hessian(self, damping: float) -> PreparedHessian:
+        """The Hessian, prepared; NonFiniteError if it is not finite."""
+        if damping not in self._hessians:
+            assert self.stats is not None, "error feedback needs the statistics of the input"
+            self._hessians[damping] = prepare(self.stats, damping)
+        return self._hessians[damping]
+
+    def energy(self, weight: Tensor) -> float:
+        """tr(W H Wᵀ); products in bfloat16 on hardware with fast bfloat16: good to a percent."""
+        if self._factor is None:
+            assert self.stats is not None
+            assert self.stats.hessian is not None
+            dtype = torch.bfloat16 if has_fast_bfloat16(str(weight.device)) else torch.float32
+            self._factor = self.stats.hessian.to(dtype)
+        weight = weight.to(self._factor.dtype)
+        return ((weight @ self._factor).float() * weight).sum().item()
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H factored in one order of its columns.
+    """H factored in one order of its columns; spread and cost are in that order.
 
-    order    int64 [K]         the column that is rounded first, second, …
-    spread   float32 [K, K]    unit upper triangular, by order; block-unit where codes stand for several columns
-    cost     float32 [K]       by order
-    damping  what it took
+    order    int64 [K]         first, second, … column to round
+    spread   float32 [K, K]    unit upper triangular; block-unit if codes stand for several columns
+    cost     float32 [K]
+    damping  used to factor
     """
 
     order: Tensor
@@ -53,37 +103,36 @@ class Factor:
 
 @dataclass(frozen=True)
 class PreparedHessian:
-    """What linears of one input share. Made by `prepare`; factors are made when first asked for, and kept.
+    """The Hessian that the readers of one input share (`prepare`); factors are computed on first use and kept.
 
     hessian   float32 [K, K]   Σ x xᵀ with dead columns cleared, their diagonal 1; not damped
-    diagonal  float32 [K]      of Σ x xᵀ: 0 where dead
+    diagonal  float32 [K]      of Σ x xᵀ, 0 for dead columns
     dead      bool [K]
-    damping   asked for
+    mean      of the diagonal over live columns, 1 if there are none
+    damping   requested
     drift     float32 [K, K] or None: D
     """
 
     hessian: Tensor
     diagonal: Tensor
     dead: Tensor
+    mean: float
     damping: float
     drift: Tensor | None
-    _factors: dict[tuple, Factor | None] = field(default_factory=dict, repr=False, compare=False)
+    _factors: dict[tuple[int, int, bool], Factor | None] = field(default_factory=dict, repr=False, compare=False)
     _descents: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def columns(self) -> int:
-        return self.hessian.shape[0]
-
     def factor(self, run: int = 1, step: int = 1, by_importance: bool = True) -> Factor | None:
-        """The factor for an order of columns, or None where H has none.
+        """The factor for an order of columns, or None if H has none.
 
-        run            columns that are rounded one after another: the columns of a scale, or 1
-        step           columns that are rounded together
-        by_importance  runs by falling Σ diag H, within them steps by falling Σ diag H; else as they are stored
+        run            columns rounded one after another: the columns of a scale, or 1
+        step           columns rounded together
+        by_importance  runs by falling Σ diag H, within them steps by falling Σ diag H; else in storage order
         """
         key = (run, step, by_importance)
         if key not in self._factors:
-            order = self._order(run, step) if by_importance else torch.arange(self.columns, device=self.dead.device)
+            columns = len(self.diagonal)
+            order = self._order(run, step) if by_importance else torch.arange(columns, device=self.dead.device)
             self._factors[key] = self._factored(order, step)
         return self._factors[key]
 
@@ -94,50 +143,46 @@ class PreparedHessian:
         return weight + fraction * product(weight, self.drift)
 
     def descent(self, factor: Factor) -> Tensor:
-        """float32 [K, K] by order, diagonal 0: H_jk / H_kk, what column k has to change by when column j does."""
+        """H_jk / H_kk, the change of column k per change of column j: float32 [K, K] in rounding order, diagonal 0."""
         key = id(factor)  # factors live as long as this
         if key not in self._descents:
             hessian = self.hessian.index_select(0, factor.order).index_select(1, factor.order)
-            diagonal = hessian.diagonal() + factor.damping * self._mean()
+            diagonal = hessian.diagonal() + factor.damping * self.mean
             self._descents[key] = hessian.div_(diagonal).fill_diagonal_(0.0)
         return self._descents[key]
 
-    def _mean(self) -> float:
-        """Of the diagonal of live columns."""
-        live = self.diagonal[~self.dead]
-        return live.double().mean().item() if live.numel() else 1.0
-
     def _order(self, run: int, step: int) -> Tensor:
-        """Dead columns come last among equals; ties keep the order of storage."""
-        count = -(-self.columns // run)
+        """Columns by falling sums of the diagonal, dead ones last; ties keep the storage order."""
+        columns = len(self.diagonal)
         if step == run:
             return _by_falling_sums(self.diagonal, run)
-        runs = _by_falling_sums(self.diagonal, run).split(run) if count * run == self.columns else None
-        if runs is None:  # the last run is short: sort starts of runs instead
-            starts = torch.arange(0, self.columns, run)
+        if columns % run:  # the last run is short: sort starts of runs instead
+            starts = torch.arange(0, columns, run)
             sums = torch.stack([self.diagonal[start : start + run].sum() for start in starts])
             chosen = starts[sums.cpu().argsort(descending=True, stable=True)].tolist()
-            runs = [torch.arange(s, min(s + run, self.columns), device=self.dead.device) for s in chosen]
-        return torch.cat([columns[_by_falling_sums(self.diagonal[columns], step)] for columns in runs])
+            runs = [torch.arange(s, min(s + run, columns), device=self.dead.device) for s in chosen]
+        else:
+            runs = _by_falling_sums(self.diagonal, run).split(run)
+        return torch.cat([places[_by_falling_sums(self.diagonal[places], step)] for places in runs])
 
     def _factored(self, order: Tensor, step: int) -> Factor | None:
-        mean, damping, reversed_order = self._mean(), self.damping, order.flip(0)
+        damping, reversed_order = self.damping, order.flip(0)
         while True:
             for dtype in (torch.float32, torch.float64):
                 damped = self.hessian.index_select(0, reversed_order).index_select(1, reversed_order).to(dtype)
-                damped.diagonal().add_(damping * mean)
+                damped.diagonal().add_(damping * self.mean)
                 root = inverse_root(damped)
                 del damped
-                found = None if root is None else _factor_of(order, root, step, damping)
-                if found is not None:
-                    return found
+                factor = None if root is None else _factor_of(order, root, step, damping)
+                if factor is not None:
+                    return factor
             if damping >= LARGEST_DAMPING:
                 return None
             damping = min(max(damping, 1e-4) * _STEP, LARGEST_DAMPING)
 
 
 def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
-    """`stats` with a Hessian, ready for all linears that read this input; NonFiniteError where it is not finite."""
+    """The prepared Hessian of `stats`; NonFiniteError if it is not finite."""
     if stats.hessian is None:
         raise AssertionError("error feedback needs the Hessian of the input")
     hessian = stats.hessian.to(torch.float32)
@@ -152,11 +197,13 @@ def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
     if dead.any():
         hessian = hessian.masked_fill(dead[:, None] | dead[None, :], 0.0)
         hessian.diagonal()[dead] = 1.0
-    return PreparedHessian(hessian, diagonal, dead, damping, stats.drift)
+    live = diagonal[~dead]
+    mean = live.double().mean().item() if live.numel() else 1.0
+    return PreparedHessian(hessian, diagonal, dead, mean, damping, stats.drift)
 
 
 def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor | None:
-    """root: L⁻¹ of H by falling order."""
+    """root: L⁻¹ of H in reversed order."""
     columns = len(order)
     upper = root.flip(0, 1).float().contiguous()
     diagonal = upper.diagonal()
@@ -174,7 +221,77 @@ def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor
 
 
 def _by_falling_sums(values: Tensor, run: int) -> Tensor:
-    """Indices of `values`, whole runs of `run` together, by the falling sum of a run."""
+    """Indices of `values`, run by run, by the falling sum of a run."""
     sums = values.double().reshape(-1, run).sum(dim=1)
     chosen = sums.argsort(descending=True, stable=True)
     return (chosen[:, None] * run + torch.arange(run, device=values.device)).flatten()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, I] @ b [I, K], float32."""
+    if a.device.type != "cpu":
+        return a @ b
+    change, b = (-a).contiguous(), b.contiguous()
+    (rows, inner), columns = a.shape, b.shape[1]
+    result = torch.zeros((rows, columns), dtype=torch.float32)
+    threads = max(1, min(torch.get_num_threads(), rows * inner * columns // _WORTH_A_THREAD))
+    if threads == 1:
+        subtract_product(result, change, b, 0, columns)
+        return result
+    slabs = [slice(start, start + -(-rows // threads)) for start in range(0, rows, -(-rows // threads))]
+    run_all(((subtract_product, result[slab], change[slab], b, 0, columns) for slab in slabs), threads)
+    return result
+
+
+def inverse_root(matrix: Tensor) -> Tensor | None:
+    """L⁻¹ of matrix = L Lᵀ, float32 or float64 [K, K], may overwrite it; None if it is not positive definite."""
+    if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        with _one_thread():
+            return _small_inverse_root(matrix)
+    # Columns left of `start` hold L⁻¹ so far, the others the remaining matrix; nothing above the diagonal is read.
+    columns, both = len(matrix), matrix
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        with _one_thread():
+            inverse = _small_inverse_root(both[start:stop, start:stop])
+        if inverse is None:
+            return None
+        both[start:stop, :start] = product(inverse, both[start:stop, :start])
+        both[start:stop, start:stop] = inverse
+        below = product(both[stop:, start:stop], inverse.t())
+        both[stop:, start:stop] = 0
+        _subtract_lower(both[stop:], below, torch.cat([both[start:stop, :stop], below.t()], dim=1))
+    both.tril_()
+    return both if both.isfinite().all() else None
+
+
+def _small_inverse_root(matrix: Tensor) -> Tensor | None:
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not root.isfinite().all():
+        return None
+    identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(root, identity, upper=False)
+    return inverse if inverse.isfinite().all() else None
+
+
+def _subtract_lower(w: Tensor, change: Tensor, spread: Tensor) -> None:
+    """w −= change @ spread, up to the last diagonal of w [N, K], N ≤ K, rounded up to whole blocks of rows."""
+    rows, columns = w.shape
+    slabs = [slice(start, min(start + _BLOCK, rows)) for start in range(0, rows, _BLOCK)]
+    jobs = [(subtract_product, w[slab], change[slab], spread, 0, columns - rows + slab.stop) for slab in slabs]
+    threads = min(torch.get_num_threads(), rows * columns * change.shape[1] // _WORTH_A_THREAD)
+    if threads > 1:
+        run_all(jobs, threads)
+        return
+    for job in jobs:
+        job[0](*job[1:])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

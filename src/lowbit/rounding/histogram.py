@@ -1,12 +1,12 @@
-"""Histograms of weights, before and after rounding, taken while a run has both at hand.
+"""Histograms of weights before and after rounding, sampled during a run.
 
-Of each tensor an evenly spaced subsample of rows is looked at: about one weight in 32, at least 4 096 and at most about
-32 768 weights, so that taking them costs a percent or so of rounding to nearest. Rows arrive in slabs, from several
-threads and in any order; what was sampled of a tensor is kept in float32 until its last sampled row is there.
+Each tensor is sampled by evenly spaced rows: about one weight in 32, at least 16 384 and at most about 32 768 weights,
+which costs about a percent of rounding to nearest. Rows arrive in slabs, from several threads and in any order; samples
+are kept in float32 until the last sampled row of their tensor arrives.
 
     reach = min(max |w|, 6 · rms(w))         63 equal bins over −reach … +reach; w beyond it falls into the outermost
 
-The bins are those of the source, so that both pictures share an axis.
+Both histograms have the bins of the source, so that they share an axis.
 """
 
 from __future__ import annotations
@@ -16,39 +16,45 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lowbit.numerics.learned_codebook import LearnedCodebookGrid
+from lowbit.records import Count, NonNegative, Record
 from lowbit.tensors import GroupParams, QuantizedTensor
 
 BINS = 63  # odd, so that 0 lies in the middle of one
+Counts = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{168}$")]  # 63 numbers of 2 bytes in base64
 # Row numbers within a slab, int64 [m] → values of those rows, float [m, …].
 RowReader = Callable[[Tensor], Tensor]
 _SHARE, _LEAST, _MOST, _LEAST_ROWS = 32, 16_384, 32_768, 4
 _REACH = 6.0
 
 
-@dataclass(frozen=True)
-class WeightHistogram:
-    """Of one tensor; the fields are those of the report's `Histogram`.
+class WeightHistogram(Record):
+    """Distribution of the values of one tensor, on an evenly spaced sample of its rows.
 
-    source, decoded  base64 of little-endian uint16 [BINS], round(65535 · count / largest)
+    reach    BINS equal bins span −reach … +reach; the first and the last include values beyond
+    rows, values   of the sample
+    source   little-endian uint16 [BINS], round(65535 · count / largest), in base64
+    decoded  the same of the decoded codes; None if the tensor is not quantized
+    largest  the count encoded as 65535
     """
 
-    reach: float
-    rows: int
-    values: int
-    largest: int
-    source: str
-    decoded: str | None
+    reach: NonNegative
+    rows: Count
+    values: Count
+    largest: Count
+    source: Counts
+    decoded: Counts | None = None
 
 
 @dataclass
 class _Sample:
-    """What has been seen of one tensor: row → (source, decoded), float32 [K] each."""
+    """The sampled rows of one tensor so far, float32; wanted: number of rows to sample."""
 
     wanted: int
     source: list[Tensor] = field(default_factory=list)
@@ -65,19 +71,14 @@ class WeightHistograms:
         self._done: dict[str, WeightHistogram] = {}
 
     def add(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        first: int,
-        last: int,
-        source: RowReader,
+        self, name: str, shape: tuple[int, ...], first: int, last: int, source: RowReader,
         decode: RowReader | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Rows first … last of a tensor.
 
         shape    of the whole tensor, [rows, …]
-        source   rows of the source
-        decode   the same rows of what is written, decoded; None where the tensor is copied
+        source   reads rows of the source
+        decode   reads the same rows of the output, decoded; None if the tensor is copied
         """
         if not math.prod(shape):
             return
@@ -108,41 +109,40 @@ class WeightHistograms:
 
     @property
     def done(self) -> dict[str, WeightHistogram]:
-        """Tensor → histogram, of the tensors that were seen whole."""
+        """Tensor → histogram, for completed tensors."""
         return self._done
 
 
 def sampled_rows(rows: int, columns: int) -> list[int]:
-    """The rows of a tensor [rows, columns] that are looked at: evenly spaced, off both ends."""
+    """The rows of a tensor [rows, columns] to sample: evenly spaced, off both ends."""
     weights = min(max(rows * columns // _SHARE, _LEAST), _MOST)
     count = min(rows, max(_LEAST_ROWS, weights // max(columns, 1)))
     return [(2 * index + 1) * rows // (2 * count) for index in range(count)]
 
 
 def rows_decoder(quantized: QuantizedTensor) -> RowReader:
-    """Decodes the rows that are asked for and no others, to float32 [m, K]."""
+    """A reader that decodes only the requested rows, to float32 [m, K]."""
 
     def decode(chosen: Tensor) -> Tensor:
         params, columns = quantized.grouped()
         zero_point = None if params.zero_point is None else params.zero_point[chosen]
-        grid = quantized.grid
-        if isinstance(grid, LearnedCodebookGrid):  # a table per row
-            grid = LearnedCodebookGrid(grid.table[chosen], grid.scale_format)
         part = GroupParams(params.scale[chosen], zero_point, params.global_scale)
-        return grid.decode(quantized.codes[chosen], part, columns)
+        return quantized.grid.decode(quantized.codes[chosen], part, columns)
 
     return decode
 
 
 def weight_histogram(source: Tensor, decoded: Tensor | None, rows: int) -> WeightHistogram:
-    """Of finite values float32 [n], n > 0, and of what they became."""
+    """The histogram of finite values float32 [n], n > 0, and of their decoded values."""
     values = source.numpy()
     absmax = float(max(values.max(), -values.min()))
     reach = min(absmax, _REACH * float(np.linalg.norm(values)) / math.sqrt(len(values))) or 1.0
     counts = [_count(each, reach) for each in (values, *(() if decoded is None else (decoded.numpy(),)))]
     largest = int(max(each.max() for each in counts))
-    coded = [_coded(each, largest) for each in counts]
-    return WeightHistogram(reach, rows, len(values), largest, coded[0], None if decoded is None else coded[1])
+    scaled = (np.rint(each * (65535 / max(largest, 1))).astype("<u2") for each in counts)
+    coded = [base64.b64encode(each.tobytes()).decode() for each in scaled]
+    return WeightHistogram(reach=reach, rows=rows, values=len(values), largest=largest, source=coded[0],
+                           decoded=None if decoded is None else coded[1])  # fmt: skip
 
 
 def _count(values: np.ndarray, reach: float) -> np.ndarray:
@@ -151,7 +151,3 @@ def _count(values: np.ndarray, reach: float) -> np.ndarray:
     bins += np.float32(BINS / 2)
     np.clip(bins, 0, BINS - 1, out=bins)
     return np.bincount(bins.astype(np.intp), minlength=BINS)
-
-
-def _coded(counts: np.ndarray, largest: int) -> str:
-    return base64.b64encode(np.rint(counts * (65535 / max(largest, 1))).astype("<u2").tobytes()).decode()

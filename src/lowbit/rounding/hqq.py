@@ -2,19 +2,19 @@
 
     min over s, z of  Σ |w − ŵ|^p,   p < 1        ŵ = s · (q − z),  q = clamp(rint(w / s) + z)
 
-A p below 1 lets few weights err much, so that outliers do not set the range. Half-quadratic splitting puts a variable e
-in place of the error and alternates two steps that have solutions:
+A p below 1 tolerates large errors of few weights, so that outliers do not set the range. Half-quadratic splitting
+introduces a variable e for the error and alternates two steps with closed solutions:
 
     e ← shrink(w − ŵ) = sign(x) · max(|x| − |x|^(p − 1) / β, 0)        β ← κ · β
     s, z ← argmin Σ ((w − e) − s · (q − z))²                            then q anew
 
-The original keeps s and moves z, a float. Our files hold integer zero points, which would hardly ever move by that, so
-both are solved for: z is the regression's zero point, rounded and kept within the codes, then s is the best scale for
-it. Symmetric grids have s alone. Grids with other values (FP4, FP8, NF4) have value(q) in place of q − z.
+The original fixes s and moves z, a float. Our files hold integer zero points, which such small moves would rarely
+change, so both are solved for: z is the regression's zero point, rounded and clamped to the codes, then s is the best
+scale for it. Symmetric grids have s alone. Grids with other values (FP4, FP8, NF4) use value(q) for q − z.
 
-Errors are taken in steps of the grid: shrinkage in the units of the weights, as published, depends on their size and
-for usual weights gives e = 0. Scales are rounded to what the file stores before codes are chosen. Every group keeps the
-best of all iterations, the start (the range search of the target) among them: no group ends worse than it began.
+Errors are measured in steps of the grid; in units of the weights, as published, shrinkage depends on their size and for
+typical weights gives e = 0. Scales are rounded to their stored form before codes are chosen. Every group keeps the best
+of all iterations, including the start (the range search of the target), so no group gets worse.
 
 Refused: scales that are not floats of their own (powers of two, E4M3, double quantization) or span rows; ggml types.
 All-zero groups keep their scale.
@@ -23,16 +23,20 @@ All-zero groups keep their scale.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import UsageError
-from lowbit.numerics.grid import Grid
-from lowbit.numerics.integer import IntGrid
+from lowbit.numerics.scalar_grids import IntGrid
 from lowbit.numerics.scales import storable_scale
+from lowbit.rounding.hessian import InputData
 from lowbit.rounding.target import GridTarget, Rounded, Target
-from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
+from lowbit.tensors import Granularity, Grid, GroupParams, QuantizedTensor
+
+if TYPE_CHECKING:
+    from lowbit.settings import Settings
 
 _SCALE_FORMATS = ("bfloat16", "float16", "float32", "bfloat16_in_float16", "float32_over_127")
 
@@ -46,9 +50,14 @@ class HqqOptions:
     kappa: float = 1.01
     iterations: int = 20
 
+    @classmethod
+    def of(cls, settings: Settings) -> HqqOptions:
+        """The defaults: the user sets none of them."""
+        return cls()
 
-def hqq(weight: Tensor, target: Target, options: HqqOptions | None = None) -> Rounded:
-    """Round a weight [N, K] (float32, bfloat16, float16) without calibration; UsageError for the grids refused."""
+
+def hqq(weight: Tensor, target: Target, data: InputData | None = None, options: HqqOptions | None = None) -> Rounded:
+    """Round a weight [N, K] (float32, bfloat16, float16); ignores `data`. UsageError for the refused grids."""
     options = options or HqqOptions()
     start = _checked(target).nearest(weight).stored
     assert isinstance(start, QuantizedTensor)
@@ -92,7 +101,7 @@ def _next_params(
 
 
 def _zero_point_for(left: Tensor, q: Tensor, inside: Tensor, fallback: Tensor, grid: IntGrid) -> Tensor:
-    """The zero point of the line left ≈ s · (q − z) through each group, rounded; the old one where there is no line."""
+    """The zero point of the line left ≈ s · (q − z) through each group, rounded; `fallback` if the fit fails."""
     count = inside.sum(-1)
     mean_left, mean_q = left.sum(-1) / count, q.sum(-1) / count
     covariance = (left * q).sum(-1) / count - mean_left * mean_q
@@ -105,7 +114,7 @@ def _zero_point_for(left: Tensor, q: Tensor, inside: Tensor, fallback: Tensor, g
 
 
 def _scale_for(left: Tensor, values: Tensor, params: GroupParams, grid: Grid) -> Tensor:
-    """The stored scale nearest to argmin Σ (left − s · values)²; the old one where that is no scale."""
+    """The stored scale nearest to argmin Σ (left − s · values)²; the old one if that is not positive and finite."""
     wanted = (left * values).sum(-1) / values.square().sum(-1)
     usable = wanted.isfinite() & (wanted > 0)
     stored = storable_scale(torch.where(usable, wanted, params.scale), grid.scale_format)  # type: ignore[attr-defined]

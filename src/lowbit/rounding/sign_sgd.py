@@ -4,58 +4,54 @@
     V ← V − lr · sign(∂L/∂V)                      m likewise; lr falls linearly to 0
     L = mean ‖block(x) − block_Ŵ(x̃)‖²             x from the float model, x̃ from the quantized blocks before
 
-All linears of a transformer block are tuned at once, for what comes out of the block, so that errors of one linear are
-made good in another. Asymmetric grids tune both ends of the range. Gradients pass through rounding as if it were not
-there, and stop at weights that are clipped; since only their sign is used for V, what that needs is ∂L/∂ŵ, which
-autograd leaves in the linear's weight.
+All linears of a transformer block are tuned at once on the block's output, so that one linear can compensate errors of
+another. Asymmetric grids tune both ends of the range. Gradients pass straight through rounding and stop at clipped
+weights. V uses only their sign, so it needs just ∂L/∂ŵ, which autograd leaves in the linear's weight.
 
 Grids with uneven steps (FP4, NF4) are rounded on the index of their values: u(x) is linear between two neighbours, so
 that rint(u) is the nearest value and an offset of 1/2 is half a step everywhere.
 
-Every step ends on stored scales. Scales that several rows share, that are powers of two or codes themselves stay as
-they are, and only offsets are tuned. What is returned was evaluated: the best of some evaluations on the same windows,
-the start among them. Refused: vector codebooks and ggml types, whose codes do not stand for single weights.
+Every step ends on storable scales. Scales that rows share, that are powers of two or codes themselves stay fixed, and
+only offsets are tuned. The result is the best of several evaluations on the same windows, the start included. Refused:
+vector codebooks and ggml types, whose codes do not stand for single weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibrate.precision import has_fast_bfloat16
 from lowbit.errors import NonFiniteError, UsageError
-from lowbit.numerics.grid import Grid
-from lowbit.numerics.integer import IntGrid
+from lowbit.numerics.precision import has_fast_bfloat16
+from lowbit.numerics.scalar_grids import IntGrid
 from lowbit.numerics.scales import storable_scale
-from lowbit.rounding.target import GridTarget, Rounded, Target
-from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
+from lowbit.rounding.target import GridTarget, LinearSlot, Rounded
+from lowbit.tensors import Granularity, Grid, GroupParams, QuantizedTensor
+
+if TYPE_CHECKING:
+    from lowbit.settings import Settings
 
 Call = Callable[[nn.Module, Tensor], Tensor]
-Progress = Callable[[int, int], None]
 
-# Weights worked on at a time: their temporaries should stay in the cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 17  # weights at a time, so that temporaries stay in the cache
 _SMALLEST_MULTIPLIER, _LARGEST_MULTIPLIER = 0.5, 1.5
 
 
 @dataclass(frozen=True)
 class SignSGDOptions:
-    """How long and how hard.
-
-    iterations          200 is AutoRound's default, 1000 its best
+    """
+    iterations          200 is AutoRound's default, 1000 its best setting
     batch_windows       windows per iteration
     learning_rate       of offsets, in steps of the grid; None: 1 / iterations, so that an offset can just reach ±1/2
-    scale_rate          how much faster the end of a range moves, in steps of the grid too; AutoRound has 8 at four bits
-    evaluations         how often the whole is compared with the best so far
-    evaluation_windows  on how many windows
-    margin              start codes that are not the nearest: how far within their cell, in steps, they start
-    equal_tokens        divide each token's squared error by that of its start: no token counts for more than others,
-                        as the first one does where it carries massive activations
-    bfloat16            run the block under autocast; None: where the processor multiplies bfloat16 faster
+    scale_rate          learning rate of range ends over that of offsets; AutoRound uses 8 at four bits
+    evaluations         comparisons with the best so far, on `evaluation_windows` windows
+    margin              distance from the cell's edge, in steps, of start codes that are not the nearest
+    bfloat16            run the block under autocast; None: if bfloat16 is faster on this processor
     """
 
     iterations: int = 200
@@ -65,45 +61,29 @@ class SignSGDOptions:
     evaluations: int = 10
     evaluation_windows: int = 16
     margin: float = 0.1
-    equal_tokens: bool = False
     bfloat16: bool | None = None
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class LinearSlot:
-    """One linear of the block.
-
-    module  holds the float weight [N, K]; gets it back in the end
-    target  where its codes may lie
-    start   codes and scales to begin with (GPTQ's); None: round to nearest
-    """
-
-    module: nn.Linear
-    target: Target
-    start: Rounded | None = None
+    @classmethod
+    def of(cls, settings: Settings) -> SignSGDOptions:
+        """The user's settings, defaults for the rest."""
+        return cls(iterations=settings.iterations, seed=settings.seed)
 
 
 def sign_sgd_block(
-    module: nn.Module,
-    call: Call,
-    inputs: Tensor,
-    targets: Tensor,
-    linears: dict[str, LinearSlot],
+    module: nn.Module, call: Call, inputs: Tensor, targets: Tensor, linears: dict[str, LinearSlot],
     options: SignSGDOptions | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Rounded]:
-    """Tune all linears of a block; the result has the keys of `linears`, the module is left as it was.
+) -> dict[str, Rounded]:  # fmt: skip
+    """Tune all linears of a block; the result has the keys of `linears`, and the module is restored.
 
     module    a decoder block with float weights
     call      call(module, x [b, T, H]) → hidden states [b, T, H]
-    inputs    float [windows, T, H] behind the quantized blocks before; may be memory-mapped, is read by windows
-    targets   float [windows, T, H]: what the block gives in the float model
-    progress  progress(iterations done, iterations)
+    inputs    float [windows, T, H], hidden states after the quantized blocks before; may be memory-mapped
+    targets   float [windows, T, H]: the block's output in the float model
 
-    Deterministic for a seed, a machine and a number of threads. A loss that is not finite ends the descent: the best so
-    far is returned with a note. Raises UsageError for targets without single codes, NonFiniteError where the block's
-    output is not finite to begin with.
+    Deterministic for a seed, a machine and a number of threads. A loss that is not finite ends the descent with the
+    best result so far and a note. UsageError for targets without single codes, NonFiniteError if the block's output is
+    not finite at the start.
     """
     options = options or SignSGDOptions()
     if len(inputs) == 0 or len(inputs) != len(targets):
@@ -111,25 +91,27 @@ def sign_sgd_block(
     tuned = {name: _Tuned(name, slot, options) for name, slot in linears.items()}
     if not tuned:
         return {}
-    with _tunable(module, tuned):
+    frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for one in tuned.values():
+        one.module.weight = one.parameter
+    try:
         run = _Descent(module, call, inputs, targets, list(tuned.values()), options)
-        run.descend(progress)
-    stored = {name: one.best for name, one in tuned.items()}
-    return {name: Rounded(each, each.decode(), run.notes) for name, each in stored.items()}
+        run.descend()
+    finally:
+        for one in tuned.values():
+            one.module.weight = one.original
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return {name: Rounded(one.best, one.best.decode(), run.notes) for name, one in tuned.items()}
 
 
 class _Descent:
-    """The loop over batches. `notes` say how it went."""
+    """The loop over batches; `notes` hold its outcome."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        call: Call,
-        inputs: Tensor,
-        targets: Tensor,
-        tuned: list[_Tuned],
-        options: SignSGDOptions,
-    ):
+    def __init__(self, module: nn.Module, call: Call, inputs: Tensor, targets: Tensor, tuned: list[_Tuned],
+                 options: SignSGDOptions):  # fmt: skip
         self.module, self.call, self.inputs, self.targets = module, call, inputs, targets
         self.tuned, self.options = tuned, options
         self.device = tuned[0].parameter.device
@@ -138,10 +120,9 @@ class _Descent:
         self.batches = _batches(len(inputs), options.batch_windows, generator)
         judged = torch.randperm(len(inputs), generator=generator)[: options.evaluation_windows]
         self.judged = judged.sort().values.split(options.batch_windows)
-        self.token_weight = self._token_weights() if options.equal_tokens else None
         self.notes: tuple[str, ...] = ()
 
-    def descend(self, progress: Progress | None) -> None:
+    def descend(self) -> None:
         options = self.options
         rate = options.learning_rate if options.learning_rate is not None else 1.0 / max(1, options.iterations)
         every = max(1, options.iterations // max(1, options.evaluations))
@@ -165,12 +146,10 @@ class _Descent:
                     best = found
                     for one in self.tuned:
                         one.keep()
-            if progress is not None:
-                progress(iteration + 1, options.iterations)
         self.notes += (f"sign-SGD: loss {start:.4g} → {best:.4g}",)
 
     def _backward(self, windows: Tensor) -> Tensor:
-        """The loss of a batch; its gradient is left in the weights."""
+        """The loss of a batch; leaves the gradient in the weights."""
         for one in self.tuned:
             one.parameter.grad = None
         with torch.enable_grad():
@@ -179,34 +158,17 @@ class _Descent:
         return loss.detach()
 
     def _evaluate(self) -> float:
-        """The mean loss over the windows that judge."""
+        """The mean loss over the evaluation windows."""
         with torch.no_grad():
             losses = [self._loss(windows).double() * len(windows) for windows in self.judged]
         return (torch.stack(losses).sum() / sum(len(windows) for windows in self.judged)).item()
 
     def _loss(self, windows: Tensor) -> Tensor:
-        error = self._squared_error(windows)
-        if self.token_weight is not None:
-            error = error * self.token_weight[windows].to(self.device)
-        return error.mean()
-
-    def _squared_error(self, windows: Tensor) -> Tensor:
-        """Of every token, the mean over channels; float32 [b, T]."""
         x, wanted = (values[windows].to(self.device, torch.float32) for values in (self.inputs, self.targets))
         x = x if self.bfloat16 else x.to(self.tuned[0].parameter.dtype)
         with torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext():
             found = self.call(self.module, x)
-        return (found.float() - wanted).square().mean(dim=-1)
-
-    def _token_weights(self) -> Tensor:
-        """[windows, T] of mean 1: the reciprocal of each token's squared error in the beginning."""
-        with torch.no_grad():
-            errors = [self._squared_error(batch).cpu() for batch in
-                      torch.arange(len(self.inputs)).split(self.options.batch_windows)]  # fmt: skip
-        error = torch.cat(errors)
-        # A token with hardly any error at the start would drown the others.
-        weight = 1.0 / error.clamp(min=0.1 * error.median().item() + 1e-30)
-        return weight / weight.mean()
+        return (found.float() - wanted).square().mean(dim=-1).mean()
 
 
 class _Tuned:
@@ -222,7 +184,9 @@ class _Tuned:
         self.best = stored
         self.columns = weight.shape[1]
         params, self.group_size = stored.grouped()
-        self.scale_is_free = _scale_is_free(stored)
+        # Each row and group has a scale of its own that can move in small steps.
+        fine = stored.grid.scale_format not in ("e8m0", "nested") and stored.nested is None  # type: ignore[attr-defined]
+        self.scale_is_free = fine and stored.granularity in (Granularity.GROUP, Granularity.CHANNEL)
         self.global_scale = params.global_scale
         self.scale0, self.zero0 = params.scale.float(), params.zero_point
         self.values = _Values(stored.grid, weight.device)
@@ -237,7 +201,7 @@ class _Tuned:
         self.write()
 
     def step(self, rate: float, scale_rate: float) -> None:
-        """One step down the gradient that is in the parameter, and the weights after it; rates in steps of the grid."""
+        """One step down the gradient of the parameter, then `write`; rates in steps of the grid."""
         gradient = self.parameter.grad
         if gradient is None:
             return
@@ -260,15 +224,14 @@ class _Tuned:
         self.write()
 
     def write(self) -> None:
-        """Put the rounded weights where the block reads them."""
+        """Write the rounded weights into the parameter that the block reads."""
         with torch.no_grad():
             for rows in self._chunks():
-                index = self._index(rows)
-                decoded = self.values.at(index, self._zero(rows)).mul_(self.scale[rows, :, None])
+                decoded = self.values.at(self._index(rows), self._zero(rows)).mul_(self.scale[rows, :, None])
                 self.parameter[rows] = decoded.flatten(1)[:, : self.columns].to(self.parameter.dtype)
 
     def keep(self) -> None:
-        """What is in the weights now is the best so far."""
+        """Record the current codes and scales as the best so far."""
         codes = torch.empty_like(self.best.codes)
         for rows in self._chunks():
             codes[rows] = self.values.codes[self._index(rows).long()].flatten(1)[:, : self.columns].to(codes.dtype)
@@ -278,11 +241,9 @@ class _Tuned:
         self.best = replace(self.best, **changed)  # type: ignore[arg-type]
 
     def _index(self, rows: slice) -> Tensor:
-        """Which of the grid's values each weight is now; float32 [rows, G, g]."""
-        x = self.base[rows] / self.scale[rows, :, None]
-        return (
-            self.values.position(x, self._zero(rows)).add_(self.offset[rows]).round_().clamp_(0, self.values.count - 1)
-        )
+        """Index of each weight's current value in the grid; float32 [rows, G, g]."""
+        position = self.values.position(self.base[rows] / self.scale[rows, :, None], self._zero(rows))
+        return position.add_(self.offset[rows]).round_().clamp_(0, self.values.count - 1)
 
     def _move_scales(self, toward_scale: Tensor, toward_zero: Tensor, rate: float) -> None:
         """One signed step of the multipliers; toward_* are ∂L/∂scale and ∂L/∂zero_point [N, G]."""
@@ -305,7 +266,7 @@ class _Tuned:
         self.scale, self.zero_point = params.scale, params.zero_point
 
     def _within_cells(self, weight: Tensor, codes: Tensor, margin: float) -> Tensor:
-        """Weights [N, G, g] that round to `codes`: as they are, or moved into the cell of their code, `margin` deep."""
+        """Weights [N, G, g], moved `margin` deep into the cell of their code if they do not round to it."""
         values, out = self.values, torch.empty_like(weight)
         for rows in self._chunks():
             zero, scale = self._zero(rows), self.scale[rows, :, None]
@@ -314,8 +275,7 @@ class _Tuned:
             clipped = position.round().clamp(0, values.count - 1)
             depth = torch.where(clipped == index, 1e-3, margin)
             least = torch.where(index == 0, -torch.inf, index - 0.5 + depth)
-            most = torch.where(index == values.count - 1, torch.inf, index + 0.5 - depth)
-            moved = position.clamp(least, most)
+            moved = position.clamp(least, torch.where(index == values.count - 1, torch.inf, index + 0.5 - depth))
             out[rows] = torch.where(moved == position, weight[rows], values.weight_at(moved, zero) * scale)
         return out
 
@@ -351,15 +311,17 @@ class _Values:
             codes = torch.arange(count, dtype=torch.uint8, device=device)[None]
             found = grid.decode(codes, GroupParams(torch.ones(1, 1, device=device)), count)[0]
             codes = codes[0][found.isfinite()]
-            self.values, first = _first_of_each(found[found.isfinite()])
-            self.codes = codes[first]
+            ordered, order = found[found.isfinite()].sort(stable=True)
+            first = torch.ones_like(order, dtype=torch.bool)  # two zeros are one value
+            first[1:] = ordered[1:] != ordered[:-1]
+            self.values, self.codes = ordered[first], codes[order[first]]
             of_code = torch.searchsorted(self.values, found.nan_to_num(0.0).clamp(self.values[0], self.values[-1]))
             self.of_code = of_code.float()
         self.count = len(self.values)
         self.gaps = self.values.diff()
 
     def position(self, x: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Where x = w / scale lies among the values, in steps between neighbours; goes on straight beyond the ends."""
+        """Position of x = w / scale among the values, in steps between neighbours; extrapolates beyond the ends."""
         if self.even:
             return x - self.values[0] if zero_point is None else x + (zero_point - self.values[0])
         below = (torch.bucketize(x, self.values, right=True) - 1).clamp_(0, self.count - 2)
@@ -382,14 +344,6 @@ class _Values:
         return codes.float() - self.values[0] if self.even else self.of_code[codes.long()]
 
 
-def _first_of_each(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(the distinct values, ascending; where each occurs first): two zeros are one value."""
-    ordered, order = values.sort(stable=True)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[first], order[first]
-
-
 def _start(name: str, slot: LinearSlot, weight: Tensor) -> QuantizedTensor:
     target = slot.target
     if not isinstance(target, GridTarget) or target.columns_per_code != 1:
@@ -408,18 +362,12 @@ def _start(name: str, slot: LinearSlot, weight: Tensor) -> QuantizedTensor:
     return stored
 
 
-def _scale_is_free(stored: QuantizedTensor) -> bool:
-    """True where each row and group has a scale of its own that can move in small steps."""
-    fine = stored.grid.scale_format not in ("e8m0", "nested")  # type: ignore[attr-defined]
-    return fine and stored.nested is None and stored.granularity in (Granularity.GROUP, Granularity.CHANNEL)
-
-
 def _in_bfloat16(options: SignSGDOptions, weight: Tensor) -> bool:
     return has_fast_bfloat16(str(weight.device)) if options.bfloat16 is None else options.bfloat16
 
 
 def _batches(windows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of windows: each comes once before any comes again; without end."""
+    """Endless batches of window indices; every window comes once before any comes again."""
     size = min(size, windows)
     left = torch.empty(0, dtype=torch.long)
     while True:
@@ -427,20 +375,3 @@ def _batches(windows: int, size: int, generator: torch.Generator) -> Iterator[Te
             left = torch.cat([left, torch.randperm(windows, generator=generator)])
         yield left[:size]
         left = left[size:]
-
-
-@contextmanager
-def _tunable(module: nn.Module, tuned: dict[str, _Tuned]) -> Iterator[None]:
-    """Inside, the linears have their rounded weights and only those have gradients."""
-    frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    for one in tuned.values():
-        one.module.weight = one.parameter
-    try:
-        yield
-    finally:
-        for one in tuned.values():
-            one.module.weight = one.original
-        for parameter in frozen:
-            parameter.requires_grad_(True)

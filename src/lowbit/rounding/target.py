@@ -1,61 +1,182 @@
-"""What a weight is rounded to, the same to every algorithm: a grid of `numerics`, or a ggml type.
+"""Targets of rounding behind one interface: a grid of `numerics`, or a ggml type.
 
-    fit      weight [N, K] → what turns codes into weights       Fitted, or the params of ggml blocks
-    nearest  weight → Rounded                                    round to nearest with what `fit` chose
+    fit      weight [N, K] → scales and the like      Fitted, or the params of ggml blocks
+    nearest  weight → Rounded                         round to nearest with the scales of `fit`
 
-`Rounded` is what every algorithm of this stage makes: a `QuantizedTensor` for folders, packed blocks for GGUF files.
+Every algorithm of this stage returns `Rounded`: a `QuantizedTensor` for folders, packed blocks for GGUF files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Generic, Literal, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from lowbit.kernels.tables import Codebook, MinifloatFormat
 from lowbit.numerics import ggml
-from lowbit.numerics.ggml.blocks import Blocks
-from lowbit.numerics.ggml.grid import GgmlGrid
-from lowbit.numerics.grid import Grid, RangeSearch
-from lowbit.rounding.rtn import Fitted, TensorRange, fit_weight
+from lowbit.numerics.ggml.grid import GgmlGrid, IntLevels
+from lowbit.numerics.ggml.types import Blocks
+from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
+from lowbit.rounding.error import squared_error
+from lowbit.rounding.hessian import InputData
+from lowbit.rounding.histogram import RowReader, rows_decoder
+from lowbit.rounding.rtn import Fitted, TensorRange, fit_weight, measure_range, needs_tensor_range
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, Grid, QuantizedTensor, RangeSearch
+
+# The values of codes that stand for one column.
+Levels = IntLevels | MinifloatFormat | Codebook
+Params = TypeVar("Params")
+Stored = QuantizedTensor | Tensor  # codes and scales, or the blocks of a GGUF file, uint8 [N, row bytes]
+Sums = tuple[float, float, float]  # (Σ (w − ŵ)², Σ w², max |w − ŵ|)
 
 
 @dataclass(frozen=True)
 class Rounded:
     """A weight [N, K] after rounding.
 
-    stored   codes and scales, or the blocks of a GGUF file (uint8 [N, row bytes])
-    decoded  float32 [N, K], what an engine multiplies with
-    notes    what the user should know: "damping raised to 0.1", "rounded to nearest: the Hessian has no inverse"
+    stored     codes and scales, or the blocks of a GGUF file (uint8 [N, row bytes])
+    decoded    float32 [N, K], the weight in an engine
+    notes      for the user: "damping raised to 0.1", "rounded to nearest: the Hessian has no inverse"
+    fell_back  True if the algorithm failed and the weight was rounded to nearest
     """
 
-    stored: QuantizedTensor | Tensor
+    stored: Stored
     decoded: Tensor
     notes: tuple[str, ...] = ()
-
-
-class Target(Protocol):
-    """Where the codes of one weight may lie."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def columns_per_code(self) -> int: ...
-
-    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
-        """Round to nearest; importance float32 [K] weighs the squared errors that scales are chosen by."""
-        ...
+    fell_back: bool = False
 
 
 @dataclass(frozen=True)
-class GridTarget:
+class ColumnParams:
+    """Params of `Target.fit` for each of G groups of `columns` consecutive columns.
+
+    scale, offset  float32 [N, G];  zero_point  int32 [N, G];  None if there is none
+    """
+
+    scale: Tensor
+    columns: int
+    offset: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+class Target(ABC, Generic[Params]):
+    """The grid or ggml type of one weight. `fit` returns `Params`."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def columns_per_code(self) -> int:
+        """Columns that are rounded together: 1, or 4 or 8 for points of a lattice."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> Levels | None:
+        """The values of codes of single columns; None for lattices and floats."""
+
+    @property
+    def is_ggml(self) -> bool:
+        """True for a type of GGUF files, whose scales are codes inside its blocks."""
+        return False
+
+    @property
+    def holds_floats(self) -> bool:
+        """True for F32, F16 and BF16, which have no scales."""
+        return False
+
+    @property
+    def rows_are_apart(self) -> bool:
+        """True if each row has its own scales, independent of other rows."""
+        return True
+
+    @property
+    def needs_range(self) -> bool:
+        """True if scales need the range of the whole tensor, or fused set."""
+        return False
+
+    @property
+    def is_nested(self) -> bool:
+        """True if scales are codes themselves (double quantization), which no fused set shares."""
+        return False
+
+    @property
+    def is_llm_int8(self) -> bool:
+        """True for bitsandbytes' INT8, which keeps outlier columns in 16 bits at run time."""
+        return False
+
+    def with_range(self, weights: Sequence[Tensor]) -> Target[Params]:
+        """This target with the range of these weights, if it `needs_range`."""
+        return self
+
+    def with_search(self, search: RangeSearch) -> Target[Params]:
+        """This target with another range search, if it has one."""
+        return self
+
+    @abstractmethod
+    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
+        """Round to nearest; importance float32 [K] weighs the squared errors that scales are chosen by."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Stored, Sums]:
+        """Round rows to nearest without decoding them; the error sums are not finite if the rows are not."""
+
+    @abstractmethod
+    def error(self, rows: Tensor, rounded: Stored) -> Sums:
+        """Error sums of rows of a weight against their rounded form."""
+
+    @abstractmethod
+    def reader(self, rounded: Stored) -> RowReader:
+        """A reader that decodes chosen rows of `rounded`, to float32 [m, K]."""
+
+    @abstractmethod
+    def columns_per_fit(self, columns: int, scales: Literal["auto", "static", "compensated"]) -> int:
+        """Columns whose scales error feedback fits at once (`gptq.GPTQOptions.scales`)."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        """Scales of whole runs of `columns_per_fit`; importance as above."""
+
+    @abstractmethod
+    def column_params(self, fitted: Params, weight: Tensor) -> ColumnParams:
+        """The params fitted to `weight`, group by group."""
+
+    @abstractmethod
+    def with_codes(self, fitted: Sequence[Sequence[Params]], codes: Tensor) -> Stored:
+        """The stored form of codes and params; `fitted` holds slabs of rows, each a sequence of runs of columns."""
+
+
+def nearest(weight: Tensor, target: Target, data: InputData, options: None = None) -> Rounded:
+    """Round to nearest. ggml types weigh errors with the importance, as llama-quantize does; grids do not."""
+    return target.nearest(weight, data.importance if target.is_ggml else None)
+
+
+@dataclass(frozen=True)
+class LinearSlot:
+    """One linear of a block that is tuned as a whole.
+
+    module  holds the float weight [N, K], restored afterwards
+    target  of its codes
+    start   initial codes and scales (GPTQ's); None: round to nearest
+    """
+
+    module: nn.Linear
+    target: Target
+    start: Rounded | None = None
+
+
+@dataclass(frozen=True)
+class GridTarget(Target[Fitted]):
     """A grid with scales as `spec` has them.
 
-    tensor_range  of the whole tensor, or fused set, where `rounding.rtn.needs_tensor_range`
+    tensor_range  of the whole tensor or fused set, if `rounding.rtn.needs_tensor_range`
     """
 
     spec: WeightSpec
@@ -71,21 +192,81 @@ class GridTarget:
     def columns_per_code(self) -> int:
         return self.grid.columns_per_code
 
-    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Fitted:
-        return fit_weight(weight, self.spec, self.grid, self.search, self.tensor_range, importance)
+    @property
+    def levels(self) -> Levels:
+        if isinstance(self.grid, IntGrid):
+            return IntLevels(self.grid.qmin, self.grid.qmax)
+        assert isinstance(self.grid, MinifloatGrid | CodebookGrid)
+        return self.grid.format
 
     @property
     def rows_are_apart(self) -> bool:
-        """True where each row has scales of its own, which do not depend on other rows."""
-        return self.spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and self.spec.scale_format != "nested"
+        return self.spec.granularity in (Granularity.CHANNEL, Granularity.GROUP) and not self.is_nested
+
+    @property
+    def needs_range(self) -> bool:
+        return needs_tensor_range(self.spec)
+
+    @property
+    def is_nested(self) -> bool:
+        return self.spec.scale_format == "nested"
+
+    @property
+    def is_llm_int8(self) -> bool:
+        return self.spec.narrow
+
+    def with_range(self, weights: Sequence[Tensor]) -> GridTarget:
+        if not self.needs_range:
+            return self
+        ranges = [measure_range(weight, self.spec) for weight in weights]
+        return replace(self, tensor_range=reduce(TensorRange.joined, ranges))
+
+    def with_search(self, search: RangeSearch) -> GridTarget:
+        return self if self.search.method == "absmax" else replace(self, search=search)
 
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         quantized = self.fit(weight, importance).round(weight)
         return Rounded(quantized, quantized.decode())
 
+    def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[QuantizedTensor, Sums]:
+        quantized = self.fit(rows, importance).round(rows)
+        return quantized, squared_error(rows, quantized)
+
+    def error(self, rows: Tensor, rounded: Stored) -> Sums:
+        assert isinstance(rounded, QuantizedTensor)
+        return squared_error(rows, rounded)
+
+    def reader(self, rounded: Stored) -> RowReader:
+        assert isinstance(rounded, QuantizedTensor)
+        return rows_decoder(rounded)
+
+    def columns_per_fit(self, columns: int, scales: Literal["auto", "static", "compensated"]) -> int:
+        at_once = scales == "static" or (scales == "auto" and self.spec.scale_format == "e8m0")
+        if at_once or self.spec.granularity is not Granularity.GROUP or not self.rows_are_apart:
+            return columns
+        return min(self.spec.columns_per_scale(columns), columns)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Fitted:
+        return fit_weight(weight, self.spec, self.grid, self.search, self.tensor_range, importance)
+
+    def column_params(self, fitted: Fitted, weight: Tensor) -> ColumnParams:
+        params, columns = fitted.grouped(weight)
+        return ColumnParams(params.scale, columns, zero_point=params.zero_point)
+
+    def with_codes(self, fitted: Sequence[Sequence[Fitted]], codes: Tensor) -> QuantizedTensor:
+        first = fitted[0][0]
+        if len(fitted) == len(fitted[0]) == 1:
+            return first.with_codes(codes)
+        scale = torch.cat([torch.cat([part.scale for part in row], dim=1) for row in fitted])
+        zero_point = None
+        if first.zero_point is not None:
+            zero_point = torch.cat([torch.cat([part.zero_point for part in row if part.zero_point is not None], dim=1)
+                                    for row in fitted])  # fmt: skip
+        return replace(first, scale=scale, zero_point=zero_point).with_codes(codes)
+
 
 @dataclass(frozen=True)
-class GgmlTarget:
+class GgmlTarget(Target[Blocks]):
     """A ggml type. Its encoder chooses scales and codes together."""
 
     type_name: str
@@ -102,10 +283,49 @@ class GgmlTarget:
     def columns_per_code(self) -> int:
         return self.grid.columns_per_code
 
-    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
-        """Params of whole blocks of columns."""
-        return self.grid.fit(weight, importance)
+    @property
+    def is_ggml(self) -> bool:
+        return True
+
+    @property
+    def levels(self) -> Levels | None:
+        return self.grid.levels
+
+    @property
+    def holds_floats(self) -> bool:
+        return self.grid.kind.family == "plain"
 
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         blocks = ggml.encode(self.type_name, weight, importance)
         return Rounded(blocks, ggml.decode(self.type_name, blocks))
+
+    def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Sums]:
+        return ggml.encode_measured(self.type_name, rows, importance)
+
+    def error(self, rows: Tensor, rounded: Stored) -> Sums:
+        assert isinstance(rounded, Tensor)
+        return ggml.squared_error(self.type_name, rows, rounded)
+
+    def reader(self, rounded: Stored) -> RowReader:
+        assert isinstance(rounded, Tensor)
+        return lambda chosen: ggml.decode(self.type_name, rounded[chosen])
+
+    def columns_per_fit(self, columns: int, scales: Literal["auto", "static", "compensated"]) -> int:
+        return self.grid.block
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """Params of whole blocks of columns."""
+        return self.grid.fit(weight, importance)
+
+    def column_params(self, fitted: Blocks, weight: Tensor) -> ColumnParams:
+        return ColumnParams(fitted.scale, weight.shape[1] // fitted.scale.shape[1], fitted.offset)
+
+    def with_codes(self, fitted: Sequence[Sequence[Blocks]], codes: Tensor) -> Tensor:
+        blocks = [self.grid.join(row) for row in fitted]
+        levels = self.grid.levels
+        if isinstance(levels, IntLevels) and levels.zero:
+            codes = (codes.to(torch.int16) + levels.zero).to(torch.uint8)
+        if isinstance(levels, IntLevels) and levels.lowest == 0:
+            codes = codes.to(torch.uint8)
+        slabs = codes.split([len(params.scale) for params in blocks])
+        return torch.cat([self.grid.pack(part, params) for part, params in zip(slabs, blocks, strict=True)])

@@ -1,10 +1,10 @@
-"""The same weights on a wider grid: what lets one format hold another's codes bit for bit.
+"""The same weights on a wider grid, so that one format can hold another's codes bit for bit.
 
     narrow ⊂ full range      symmetric ⊂ asymmetric (zero point 0)      b bits ⊂ more bits
     one scale a tensor ⊂ one a row ⊂ one a group of g ⊂ one a group of g / n     double-quantized scales ⊂ floats
 
-Nothing is rounded: codes stay, scales are repeated. Whether a file's own dtype holds such a scale is the exporter's to
-say (`Exporter.inexact`).
+Nothing is rounded: codes stay, scales are repeated. `Exporter.inexact` decides whether a format's scale dtype holds
+such a scale exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BITS = (4, 8)
 
 
 def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
-    """Specs that hold every weight of `spec` exactly, itself first, then in the order of what they cost."""
+    """Specs that hold every weight of `spec` exactly: itself first, then by cost in bytes."""
     bits = [spec.bits] + [bits for bits in _BITS if spec.number == "int" and bits > spec.bits]
     for width in bits:
         for granularity, group_size in _scalings(spec, columns):

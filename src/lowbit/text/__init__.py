@@ -1,32 +1,13 @@
-"""The texts that models are judged on and calibrated with, and the windows of tokens they are cut into.
+"""Texts for evaluation and calibration, cut into windows of tokens.
 
 read_text + cut_windows   one running text in consecutive windows: evaluation, importance matrices
-calibration_windows       any source, conversations and documents packed: what the algorithms calibrate on
+calibration_windows       any source, conversations and documents packed: calibration
 """
 
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, context_length
-from lowbit.text.windows import (
-    PROTOCOLS,
-    PackagedText,
-    Protocol,
-    Text,
-    Windows,
-    cut_windows,
-    read_text,
-    wants_bos,
-)
+from lowbit.text.windows import PROTOCOLS, PackagedText, Protocol, Text, Windows, cut_windows, read_text, wants_bos
 
 __all__ = [
-    "PROTOCOLS",
-    "CalibrationWindows",
-    "PackagedText",
-    "Protocol",
-    "Text",
-    "Windows",
-    "calibration_windows",
-    "check_context",
-    "context_length",
-    "cut_windows",
-    "read_text",
-    "wants_bos",
-]
+    "PROTOCOLS", "CalibrationWindows", "PackagedText", "Protocol", "Text", "Windows", "calibration_windows",
+    "check_context", "context_length", "cut_windows", "read_text", "wants_bos",
+]  # fmt: skip

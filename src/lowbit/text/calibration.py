@@ -1,14 +1,14 @@
 """Calibration windows from any source: the packaged text, a file, a folder, a dataset of the hub.
 
-Running text (the packaged one, a plain file) is cut as `cut_windows` cuts it ("full"): consecutive windows, each
-opened by BOS where the tokenizer adds one. Documents (files of a folder, articles, rows) and conversations are packed
+Running text (the packaged one, a plain file) is cut by `cut_windows` ("full") into consecutive windows, each opened
+with BOS if the tokenizer adds one. Documents (files of a folder, articles, rows) and conversations are packed
 (`packing.py`).
 
-Rows of datasets and of files come in an order drawn with the seed; files of a folder in the order of their names. Only
-as much is read as the windows need.
+Rows of datasets and of files come in an order drawn with the seed, files of a folder by name. Only as much is read as
+the windows need.
 
-Refused: windows longer than the model's context, a source without text, less text than one window. Said in the notes:
-fewer windows than asked for, everything that was passed over, a split that models are judged on.
+Refused: windows longer than the model's context, a source without text, less text than one window. The notes report
+fewer windows than requested, everything skipped, and a split that is used for evaluation.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ from lowbit.text.windows import Text, cut_windows, read_plain, read_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows of a file among which the next one is drawn.
-FILE_BUFFER = 10_000
-# A source whose first rows hold no text is given up: datasets may be endless.
-HOPELESS_ROWS = 10_000
-# No more of a running text is read than surely makes the windows; below the second bound it is read whole.
+FILE_BUFFER = 10_000  # rows of a file that are shuffled at a time
+HOPELESS_ROWS = 10_000  # rows without text after which a source is given up: datasets may be endless
+# Running text is read up to this many characters per token of the windows, but at least WHOLE_CHARACTERS.
 CHARACTERS_PER_TOKEN = 32
 WHOLE_CHARACTERS = 4_000_000
 
@@ -44,12 +42,12 @@ WHOLE_CHARACTERS = 4_000_000
 class CalibrationWindows:
     """
     ids          int64 [windows, window_tokens]
-    name         what the user typed, or "packaged calibration text"
-    sha256       of the UTF-8 bytes of the text that was tokenized, a blank line between documents; of text that a model
-                 wrote itself, of the little-endian bytes of `ids`
+    name         as typed by the user, or "packaged calibration text"
+    sha256       of the UTF-8 bytes of the tokenized text, with a blank line between documents; for text that the model
+                 wrote, of the little-endian bytes of `ids`
     text_tokens  tokens in the text that was read
-    asked        windows asked for
-    notes        what the user should know: fewer windows than asked for, what was passed over, how rows were drawn
+    asked        windows requested
+    notes        for the user: fewer windows than requested, skipped parts, the order of rows
     """
 
     ids: Tensor
@@ -61,21 +59,16 @@ class CalibrationWindows:
 
 
 def calibration_windows(
-    source: str | Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
-    window_tokens: int,
-    *,
-    seed: int = 0,
+    source: str | Path | None, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, *, seed: int = 0,
     longest: int | None = None,
-) -> CalibrationWindows:
+) -> CalibrationWindows:  # fmt: skip
     """The first `windows` windows of a source, or as many as it has; the packaged text for None.
 
     source   a short name of `hub.DATASETS`, hub:OWNER/NAME[:CONFIG[:SPLIT]], a file, or a folder
     seed     of the order of rows
-    longest  the model's context in tokens; None: not known
+    longest  the model's context in tokens; None: unknown
 
-    Raises UsageError and CheckpointError as the module says, DependencyError where a package is missing.
+    UsageError and CheckpointError for what the module refuses, DependencyError if a package is missing.
     """
     check_context(windows, window_tokens, longest)
     characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
@@ -103,7 +96,7 @@ def calibration_windows(
 
 
 def check_context(windows: int, window_tokens: int, longest: int | None) -> None:
-    """UsageError for windows that hold nothing, or that are longer than the model's context."""
+    """UsageError for windows of under 4 tokens, or longer than the model's context."""
     if windows < 1 or window_tokens < 4:
         raise UsageError(f"{windows} windows of {window_tokens} tokens say nothing", "use at least 1 of 4 tokens")
     if longest is not None and window_tokens > longest:
@@ -114,7 +107,7 @@ def check_context(windows: int, window_tokens: int, longest: int | None) -> None
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """Tokens that a model's positions were made for, by its config.json; None where that says nothing of it."""
+    """The context in tokens from config.json; None if it is not there."""
     nested = config.get("text_config")
     for place in (config, nested if isinstance(nested, dict) else {}):
         for key in ("max_position_embeddings", "n_positions"):
@@ -143,11 +136,11 @@ def _too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int)
 
 @dataclass
 class _Reading:
-    """One pass over a source that makes documents, and what there is to say of it.
+    """One pass over a source of documents, with its counts and notes.
 
-    characters  at most so many of one document
-    empty       rows that held nothing
-    skipped     what else was passed over, and why
+    characters  limit per document
+    empty       rows without text
+    skipped     other skipped parts, with reasons
     """
 
     name: str
@@ -160,7 +153,7 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def counted(self, document: Document) -> bool:
-        """True for a document that holds something; counts either kind."""
+        """True for a document that is not empty; counts both kinds."""
         self.rows += 1
         self.empty += not document
         self.documents += bool(document)
@@ -205,7 +198,7 @@ def _of_rows(
 
 
 def _of_folder(folder: Path, reading: _Reading) -> Iterator[Document]:
-    """Documents of every text-like file below a folder, by name; hidden files are none of them."""
+    """Documents of every text-like file below a folder, by name, without hidden files."""
     relative = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -235,12 +228,9 @@ def _file_document(path: Path, reading: _Reading) -> str:
 
 
 def _packed(
-    documents: Iterator[Document],
-    reading: _Reading,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
+    documents: Iterator[Document], reading: _Reading, tokenizer: PreTrainedTokenizerBase, windows: int,
     window_tokens: int,
-) -> CalibrationWindows:
+) -> CalibrationWindows:  # fmt: skip
     render = Renderer(tokenizer, reading.characters)
     packer = Packer(tokenizer, windows, window_tokens)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: which are known by a short name, and their rows, through the package `datasets`.
+"""Datasets of the Hugging Face hub: the short names, and their rows, through the package `datasets`.
 
     open_platypus   garage-bAInd/Open-Platypus          instruction and output    all 25 000 rows are shuffled
     ultrachat       HuggingFaceH4/ultrachat_200k        messages, train_sft
@@ -6,8 +6,8 @@
     wikitext        Salesforce/wikitext, wikitext-2-raw-v1    one running text, whose rows are its lines
     hub:OWNER/NAME[:CONFIG[:SPLIT]]                     any other
 
-Calibration streams rows, so that no more is downloaded than what is read. Whatever `datasets` raises, for it passes on
-what networks and files raise, becomes a UsageError that names the dataset.
+Calibration streams rows, so that only what is read is downloaded. Any error of `datasets`, which passes on those of
+networks and files, becomes a UsageError that names the dataset.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 
 from lowbit.errors import DependencyError, UsageError
 
-# Rows among which the next one is drawn: a few megabytes, and few enough to be read in a moment.
-STREAM_BUFFER = 1000
+STREAM_BUFFER = 1000  # rows shuffled at a time, a few megabytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class HubDataset:
 
 
 DATASETS = {
-    # Sorted by where its rows come from (mathematics first), so that only a shuffle of all of them is a mixture.
+    # Its rows are sorted by origin (mathematics first), so only a shuffle of all of them is a mixture.
     "open_platypus": HubDataset("open_platypus", "garage-bAInd/Open-Platypus", None, "train", buffer=30_000),
     "ultrachat": HubDataset("ultrachat", "HuggingFaceH4/ultrachat_200k", None, "train_sft"),
     "wikitext": HubDataset("wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1", "train", running=True),

@@ -5,10 +5,10 @@
     window i  the next window_tokens of the stream; where the tokenizer adds BOS: BOS and the next window_tokens − 1,
               and a BOS of the stream that would come second is dropped
 
-Documents are tokenized one by one, without special tokens but these. Attention goes across documents inside a window,
-as in the packing of pre-training. Without a chat template the turns of a conversation are joined by blank lines.
-Templates that write today's date are given a fixed one. Passed over and counted: conversations that the template
-refuses (many want user and assistant to take turns).
+Documents are tokenized one by one, without other special tokens. Attention crosses documents inside a window, as in the
+packing of pre-training. Without a chat template the turns of a conversation are joined by blank lines. Templates that
+write today's date get a fixed one. Conversations that the template refuses are skipped and counted (many templates
+require user and assistant to alternate).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FIXED_DATE = "{% macro strftime_now(format) -%}01 Jan 2025{%- endmacro +%}"
 class Renderer:
     """Documents as (text, token ids with what separates documents).
 
-    characters  at most so many of one plain document
-    refused     conversations that the chat template did not take
+    characters  limit per plain document
+    refused     conversations that the chat template refused
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, characters: int):
@@ -53,7 +53,7 @@ class Renderer:
             return self._plain("\n\n".join(message["content"] for message in document))
         try:
             text = self._apply_template(document)
-        except Exception as error:  # a template is a program that came with the model, and raises what it likes
+        except Exception as error:  # a template is a program of the model's authors and may raise anything
             self.refused += 1
             self._refusal = self._refusal or str(error).strip().split("\n")[0]
             return "", []

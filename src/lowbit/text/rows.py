@@ -6,11 +6,9 @@
     instruction, output [, input]  user: instruction, blank line, input; assistant: output   (Alpaca)
     text                           plain
 
-The first layout whose columns a row has counts, so a dataset of conversations that also has them as `text` is rendered
-with the model's own template. Rows of files are JSON objects or strings: one a line (.jsonl), a list (.json), or the
-rows of a table (.parquet, with pyarrow).
-
-Refused: rows without any of these columns. Counted and passed over: rows whose columns hold nothing.
+The first matching layout wins, so a dataset of conversations that also has a column `text` is rendered with the model's
+own template. Rows of files are JSON objects or strings: one a line (.jsonl), a list (.json), or the rows of a table
+(.parquet, with pyarrow). Rows without any of these columns are refused; empty rows are skipped and counted.
 """
 
 from __future__ import annotations
@@ -30,14 +28,6 @@ ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-def _from_messages(row: dict[str, Any]) -> list[Message]:
-    return _messages(row["messages"])
-
-
-def _from_conversations(row: dict[str, Any]) -> list[Message]:
-    return _messages(row["conversations"])
-
-
 def _from_instruction(row: dict[str, Any]) -> list[Message]:
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if isinstance(part, str) and part)
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
@@ -49,10 +39,10 @@ def _from_text(row: dict[str, Any]) -> str:
     return text if isinstance(text, str) and text.strip() else ""
 
 
-# Columns that a row must have → what it becomes; "" or [] for a row that holds nothing.
+# Columns of a row → its document; "" or [] for an empty row.
 LAYOUTS: dict[tuple[str, ...], Callable[[dict[str, Any]], Document]] = {
-    ("messages",): _from_messages,
-    ("conversations",): _from_conversations,
+    ("messages",): lambda row: _messages(row["messages"]),
+    ("conversations",): lambda row: _messages(row["conversations"]),
     ("instruction", "output"): _from_instruction,
     ("text",): _from_text,
 }
@@ -74,9 +64,9 @@ def document_of(row: Any, source: str) -> Document:
 
 
 def shuffled(rows: Iterable[Any], seed: int, buffer: int) -> Iterator[Any]:
-    """Every row once: each is drawn from the `buffer` next ones, so a source of fewer rows is shuffled whole.
+    """Every row once, each drawn from the next `buffer` rows; a shorter source is shuffled whole.
 
-    Written out here, and not left to `datasets`, so that a seed means the same for files and in every version.
+    Not left to `datasets`, so that a seed gives the same order for files and in every version.
     """
     draw = random.Random(seed)
     waiting: list[Any] = []
@@ -95,7 +85,7 @@ def _taken(waiting: list[Any], draw: random.Random) -> Any:
 
 
 def articles(rows: Iterable[Any], source: str) -> Iterator[str]:
-    """WikiText's lines joined to articles, each with its heading (" = Title = "), by blank lines as it is judged."""
+    """WikiText's lines joined to articles, each with its heading (" = Title = "), by blank lines as in evaluation."""
     lines: list[str] = []
     for row in rows:
         line = document_of(row, source)
@@ -134,7 +124,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _json_list(path: Path) -> Iterator[Any]:
-    """A list of rows, or, as many files named .json are, one row a line."""
+    """A list of rows, or one row a line, as in many files named .json."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # the lines say which
@@ -160,7 +150,7 @@ def _parsed(line: str, where: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{where} is not JSON: {error}", "one JSON object a line is wanted; rename plain text to .txt"
+            f"{where} is not JSON: {error}", "give one JSON object a line; rename plain text to .txt"
         ) from error
 
 

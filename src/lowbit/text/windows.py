@@ -1,8 +1,8 @@
 """One running text, and the consecutive windows of tokens it is cut into.
 
 A text is a file, a dataset of the Hugging Face hub (`wikitext`, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]`), or, by default,
-the text that comes with the package. Of a dataset the split `test` is judged on and the split `train` calibrated with.
-The text is tokenized once, without special tokens.
+the packaged text. Evaluation uses the split `test` of a dataset, calibration the split `train`. The text is tokenized
+once, without special tokens.
 
     full          window i = [BOS] + text[i·step : (i+1)·step], step = window_tokens − (1 with BOS);
                   every token but the first of the window is scored
@@ -70,7 +70,7 @@ class Windows:
 def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") -> Text:
     """A file, a hub dataset, or the packaged text for None.
 
-    packaged  what the text is for, which is also the split that is read of a dataset whose split is not named
+    packaged  the purpose of the text; it also chooses the split of a dataset whose split is not named
     """
     if source is None:
         file = resources.files("lowbit") / "data" / f"{packaged}.txt"
@@ -99,7 +99,7 @@ def read_plain(path: Path, characters: int = -1) -> str:
 
 
 def wants_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"]) -> bool:
-    """Whether windows open with BOS. "auto": where the tokenizer itself adds it, as those models were trained."""
+    """Whether windows open with BOS. "auto": if the tokenizer adds it, as in the model's training."""
     has_bos = tokenizer.bos_token_id is not None
     if bos == "auto":
         return has_bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -109,13 +109,9 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase, bos: bool | Literal["auto"]) -
 
 
 def cut_windows(
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
-    window_tokens: int,
-    protocol: Protocol = "full",
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, protocol: Protocol = "full",
     bos: bool | Literal["auto"] = "auto",
-) -> Windows:
+) -> Windows:  # fmt: skip
     """The first `windows` windows of the text, or as many as it has."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"there is no protocol {protocol!r}", f"choose one of {', '.join(PROTOCOLS)}")

@@ -8,17 +8,15 @@ At every scaling point (lowbit.transform.facts), for an input with channels j an
     s   = s / sqrt(max s · min s)
     s*  = argmin Σ over readers tr(ΔW H ΔWᵀ),  ΔW = Q(W · s) / s − W
 
-The loss goes through the Gram matrix (lowbit.transform.loss), on 256 sampled rows. Each of the two forms is searched
-coarsely (every fifth α), then around the best; `exhaustive` tries all. What was found is judged on rows of another
-sample, and folded only if it is better than s = 1 there. Routers and linears that stay in 16 bits are rescaled, but not
-counted. Channels that were never active, or that no weight reads, keep s = 1.
+The loss uses the Gram matrix (lowbit.transform.loss), on 256 sampled rows. Each of the two forms is searched coarsely
+(every fifth α), then around the best; `exhaustive` tries all. The result is judged on another sample of rows, and
+folded only if it beats s = 1 there. Routers and linears that stay in 16 bits are rescaled, but not counted. Channels
+that are never active, or that no weight reads, keep s = 1.
 
-Composes with GPTQ (`awq+gptq`): the weights are rewritten and the Hessian with them, so error feedback then starts from
-channels that matter more standing higher in their groups.
+Composes with GPTQ (`awq+gptq`): the Hessian is rescaled with the weights.
 
-AWQ's clip search is not repeated here: it looks for the range of each group that minimises the squared error of the
-output, which is what range search does (lowbit.numerics.range_search: "mse" and "wmse" with importance mean x²), in the
-fake quantizer while scales are searched and again when the weights are rounded.
+AWQ's clip search is left to the range search (lowbit.numerics.scalar_grids: "mse" and "wmse" with importance mean x²),
+which minimises the same error, in the fake quantizer during the search and again when the weights are rounded.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from torch.nn import functional
 from lowbit.transform.block import BlockTensors, FakeQuantize, TransformNote
 from lowbit.transform.facts import ModelFacts, ScalingPoint
 from lowbit.transform.fold import fold
-from lowbit.transform.loss import RoundingLoss, quick_products, unusable
+from lowbit.transform.loss import RoundingLoss, not_searchable, quick_products
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _at_point(
     why = not_searchable(block, point)
     if why is not None:
         return unchanged(why)
-    # The experts of a block are many, and each has a point of its own.
+    # A block has many experts, each with a point of its own.
     rows = options.rows // 4 if point.kind == "linear" and point.readers[0].expert is not None else options.rows
     loss = RoundingLoss(block, point.readers, fake_quantize, rows)
     if not loss.rounded:
@@ -85,7 +83,7 @@ def _at_point(
     scales = scales_of(*found)
     after = judge.relative(judge.at(scales))
     if not after < before:
-        return unchanged("the scales that were found do not help on other rows", before, before)
+        return unchanged("the best scales do not help on other rows", before, before)
     folded = fold(block, point, scales)
     form = "with" if found[1] else "without"
     spread = f"{float(folded.min()):.3g} to {float(folded.max()):.3g}"
@@ -94,23 +92,8 @@ def _at_point(
     )
 
 
-def not_searchable(block: BlockTensors, point: ScalingPoint) -> str | None:
-    """Why scales cannot be chosen at a point; None where they can."""
-    known = [source for source in point.sources if source in block.stats]
-    if not known:
-        return "no token reached it, so nothing was measured"
-    for source in known:
-        why = unusable(block.stats[source])
-        if why is not None:
-            return f"{source}: {why}"
-    for reader in point.readers:
-        if not bool(torch.isfinite(block.weight(reader)).all()):
-            return f"{reader.name} holds NaN or inf"
-    return None
-
-
 def search(loss: Callable[[float, bool], float], least: float, options: AwqOptions) -> tuple[float, bool] | None:
-    """(α, with weights) of the smallest finite loss below `least`; None where there is none. Ties keep the first."""
+    """(α, with weights) of the smallest finite loss below `least`, or None. Ties keep the first."""
     tried: dict[tuple[int, bool], float] = {}
 
     def best_of(tries: list[tuple[int, bool]]) -> tuple[int, bool]:

@@ -1,5 +1,5 @@
-"""`BlockTensors`: the weights of one decoder block and what was measured of its inputs, for transforms to rewrite.
-`TransformNote`: what a transform says it did."""
+"""`BlockTensors`: the weights and input statistics of one decoder block, which transforms rewrite. `TransformNote`: the
+report entry of a transform."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from lowbit.architecture.structure import Linear
 from lowbit.tensors import LayerStats
 
-# (linear, its weight [N, K], importance [K] or None) → what rounding to nearest makes of it, float32 [N, K];
-# the weight itself, the very same object, where the linear stays in 16 bits. Searches pass some of the rows only.
+# (linear, its weight [N, K], importance [K] or None) → the weight rounded to nearest and decoded, float32 [N, K]; the
+# same object if the linear stays in 16 bits. Searches pass a sample of the rows.
 FakeQuantize = Callable[[Linear, Tensor, Tensor | None], Tensor]
 
 
@@ -21,11 +21,11 @@ FakeQuantize = Callable[[Linear, Tensor, Tensor | None], Tensor]
 class BlockTensors:
     """One decoder block. Transforms replace entries of `tensors` and `stats`, both or neither.
 
-    linears  of the block, those of all experts and those that stay in 16 bits included
-    tensors  stored name ("model.layers.3.input_layernorm.weight") → float32; weights of linears [N, K], also where the
-             file has them turned round
-    stats    name of an input (`Linear.reads`) → what was measured; inputs that no token reached are absent
-    dtypes   stored name → dtype it will be written in, of tensors that are not quantized; absent: as it is here
+    linears  of the block, including all experts and linears that stay in 16 bits
+    tensors  stored name ("model.layers.3.input_layernorm.weight") → float32; weights of linears [N, K], even if the
+             file stores them transposed
+    stats    name of an input (`Linear.reads`) → its statistics; inputs that no token reached are absent
+    dtypes   stored name → output dtype of tensors that are not quantized; absent: unchanged
     """
 
     linears: tuple[Linear, ...]
@@ -41,20 +41,20 @@ class BlockTensors:
         return [linear for linear in self.linears if linear.reads == source]
 
     def as_written(self, name: str, values: Tensor) -> Tensor:
-        """Values as a reader of the written file will see them, in the dtype they came in."""
+        """Values rounded to the tensor's output dtype, in their own dtype."""
         return values.to(self.dtypes.get(name, values.dtype)).to(values.dtype)
 
 
 @dataclass(frozen=True)
 class TransformNote:
-    """What was done at one place of a block, for the report.
+    """The result of a transform at one place of a block, for the report.
 
     point    the norm or linear whose output was rewritten, or the input that could not be
-    what     "awq", "smoothquant", "rotate", "hadamard"
+    what     name of the transform
     error_before, error_after   Σ tr(ΔW H ΔWᵀ) / Σ tr(W H Wᵀ) over the linears concerned, by rounding to nearest, from a
-             sample of their rows; with activations rounded too for smoothquant; None where nothing was measured
-    applied  False where everything stayed as it was
-    detail   the parameters chosen, or why nothing was done
+             sample of their rows; with activations rounded too for smoothquant; None if not measured
+    applied  False if nothing changed
+    detail   the parameters chosen, or the reason for no change
     """
 
     point: str

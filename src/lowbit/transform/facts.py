@@ -1,18 +1,18 @@
-"""`ModelFacts`: where the weights of a model can be rewritten without changing what it computes.
+"""`ModelFacts`: where the weights of a model can be rewritten without changing its output.
 
-A *scaling point* is a place where every channel of an input can be divided by a number and every linear that reads it
-multiplied by the same:
+At a *scaling point* every channel of an input can be divided by a number, and the columns of all its readers multiplied
+by the same:
 
     norm → its readers         q, k, v; gate, up; the router and all experts; attention and MLP that run in parallel
     up_proj → down_proj        the input of down_proj is act(gate) · up, linear in up
     v_proj → o_proj            the input of o_proj is a mean of values, linear in v; query heads that share a
                                key/value head share the numbers, since v_proj has one row for all of them
 
-Which norm or linear feeds which reader is in the table of families (`fed_by`). Left out, each with its reason: inputs
-that nothing feeds alone (an activation stands between, or the norm stands elsewhere), norms that also feed experts kept
-in one tensor, and shapes that do not fit the number of heads.
+The table of families says which norm or linear feeds which reader (`fed_by`). Left out, each with its reason: inputs
+that no single norm or linear feeds (an activation lies between), norms that also feed experts stored in one tensor, and
+shapes that do not fit the number of heads.
 
-Rows of the values inside a matrix that holds more than them, d = columns of o_proj per head:
+Rows of the values in stacked matrices, d = columns of o_proj per head:
 
     qkv_proj, "blocks"   [q: heads · d | k | v: kv · d]                 phi3, gpt2
     qkv_proj, "heads"    [q d | k d | v d] of each head                 gpt-neox, bloom
@@ -37,12 +37,12 @@ from lowbit.errors import ArchitectureError
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """One place where scales can be moved; K = columns of the readers, C = channels that can be chosen freely.
+    """One place where scales can be moved; K = columns of the readers, C = channels with independent scales.
 
     feeder    module whose output is divided
-    kind      whether that is a norm or a linear
-    sources   names of the inputs (`Linear.reads`): one, but for norms of mixtures of experts
-    readers   all linears that see them, routers and those that stay in 16 bits included
+    kind      of the feeder
+    sources   names of the inputs (`Linear.reads`): one, except for norms of mixtures of experts
+    readers   all linears that read them, including routers and linears that stay in 16 bits
     plus_one  the norm multiplies with 1 + weight
     rows      int64 [C]: rows of the feeding linear; None: row c
     channel   int64 [K]: channel of each column; None: channel k (then C = K)
@@ -80,7 +80,7 @@ class ScalingPoint:
 
 @dataclass(frozen=True)
 class Outside:
-    """Stored names of the tensors that stand before and behind the blocks; `head` also where it is tied."""
+    """Stored names of the tensors before and after the blocks; `head` even if it is tied."""
 
     embedding: str
     norm: str
@@ -89,11 +89,10 @@ class Outside:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What transforms need to know of a model; made once by `model_facts`.
+    """The facts of a model that transforms need (`model_facts`).
 
-    heads         query heads of attention
-    norm          what the norms compute, as in the table of families
-    stacked_qkv   order of rows in a stored q, k, v matrix, likewise
+    heads               query heads of attention
+    norm, stacked_qkv   kind of the norms, and order of rows in a stored q, k, v matrix, from the table of families
     """
 
     architecture: Architecture
@@ -107,7 +106,7 @@ class ModelFacts:
 
     @cached_property
     def outside(self) -> Outside:
-        """ArchitectureError where the model has not one embedding of tokens, one final norm and one head."""
+        """ArchitectureError if the model has not one embedding of tokens, one final norm and one head."""
         whole = self.architecture
         parameters = {name: role for name, role in whole.roles.items() if whole.block_of(name) is None}
         norms = [name for name, role in parameters.items() if role == "norm" and not name.endswith(".bias")]
@@ -139,7 +138,7 @@ class ModelFacts:
         return frozenset(self.architecture.block_of(name) for name, role in roles.items() if role == "experts")
 
     def points(self, block: int) -> tuple[list[ScalingPoint], dict[str, str]]:
-        """(scaling points of a block in the order of its linears, input that is at none of them → why)."""
+        """(scaling points of a block in the order of its linears, input without one → reason)."""
         linears = self._linears_of[block]
         fed: dict[str | None, list[Linear]] = {}
         for linear in linears:
@@ -161,7 +160,7 @@ class ModelFacts:
         return points, left_out
 
     def _point(self, block: int, feeder: str, readers: tuple[Linear, ...]) -> ScalingPoint | str:
-        """The point, or why it is none."""
+        """The point, or the reason why there is none."""
         columns = readers[0].shape[1]
         if any(reader.shape[1] != columns for reader in readers):
             return f"the linears that {feeder} feeds differ in their columns"
@@ -169,7 +168,7 @@ class ModelFacts:
         if source is not None:
             return self._behind_linear(source, readers)
         if any(reader.role == "router" for reader in readers) and block in self._holds_fused_experts:
-            return f"{feeder} also feeds experts that are kept in one tensor"
+            return f"{feeder} also feeds experts stored in one tensor"
         if self.architecture.parameters.get(f"{feeder}.weight") != (columns,):
             return f"{feeder} has not one weight for each of the {columns} columns"
         return ScalingPoint(feeder, "norm", _sources(readers), readers, self.plus_one)
@@ -193,7 +192,7 @@ class ModelFacts:
         return replace(point, rows=None if plain else chosen, channel=channel)
 
     def _rows_of_values(self, source: Linear, head: int) -> Tensor | None:
-        """Rows that make values, head after head; None where they do not fit."""
+        """Rows of the values, head after head; None if they do not fit."""
         rows = source.shape[0]
         if source.role == "v_proj":
             return torch.arange(rows) if rows % head == 0 else None
@@ -210,28 +209,25 @@ class ModelFacts:
 
 
 def model_facts(architecture: Architecture, config: dict[str, Any]) -> ModelFacts:
-    """Facts of a model from its architecture and parsed config.json.
-
-    Raises ArchitectureError where the number of heads cannot be told.
-    """
+    """Facts of a model from its architecture and parsed config.json; ArchitectureError if they are unknown."""
     family = FAMILIES.get(architecture.model_type)
     if family is None:
         raise ArchitectureError(
-            f"model type {architecture.model_type!r} has no row in the table of families, so nothing is known of what "
-            f"its norms feed",
+            f"model type {architecture.model_type!r} has no row in the table of families, which says what its norms "
+            f"feed",
             "choose a method that rewrites no weights, such as gptq",
         )
     return ModelFacts(architecture, _heads(config), family.norm, family.stacked_qkv)
 
 
 def _heads(config: dict[str, Any]) -> int:
-    """Query heads; a config.json that leaves them out means its class's default."""
+    """Query heads; the default of the model's class if config.json omits them."""
     from transformers import AutoConfig
 
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         heads = AutoConfig.for_model(**plain).get_text_config().num_attention_heads
-    except Exception as error:  # whatever a config can make somebody else's validators raise
+    except Exception as error:  # validators of transformers may raise anything
         first = " ".join(str(error).split())[:300]
         raise ArchitectureError(f"config.json does not tell the number of attention heads: {first}") from error
     if not isinstance(heads, int) or heads < 1:

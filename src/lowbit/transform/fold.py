@@ -5,10 +5,10 @@
     readers   W' = W · s                        columns
     stats     x' = x / s, so H'_ij = H_ij / (s_i s_j), mean |x'_j| = mean |x_j| / s_j, …
 
-Norms are written as 16-bit floats, so w / s is rounded. What the stored norm really divides by, r = w / round(w / s),
-is what the readers are multiplied with, not s itself: the float output stays the same to float32's accuracy, and r is
-near s (within 2⁻⁸ of it in bfloat16; less near where the norm adds 1). Only a norm's bias keeps an error of its own,
-half a unit in its last place, as it had before.
+Norms are written as 16-bit floats, so w / s is rounded. The readers are therefore multiplied with the ratio that the
+stored norm really divides by, r = w / round(w / s), which is within 2⁻⁸ of s in bfloat16 (less close if the norm adds
+1). The float output stays the same to float32's accuracy; only a norm's bias has a rounding error, half a unit in its
+last place.
 
 Channels where this fails (the norm's weight is 0, or its quotient rounds to 0 or to inf) stay as they are: r = 1.
 """
@@ -26,7 +26,7 @@ from lowbit.transform.facts import ScalingPoint
 
 
 def fold(block: BlockTensors, point: ScalingPoint, scales: Tensor) -> Tensor:
-    """Fold scales [K] > 0 into a block; returns those that were really folded, [K].
+    """Fold scales [K] > 0 into a block; returns the effective scales, [K].
 
     Columns of one channel must have one scale (`ScalingPoint.share`).
     """

@@ -1,4 +1,4 @@
-"""Hadamard matrices made by construction, and `Rotation`: a randomized Hadamard transform of any size.
+"""Hadamard matrices by construction, and `Rotation`: a randomized Hadamard transform of any size.
 
     Q = D (S ⊗ B) / sqrt(n)        n = 2^k · m;  D: random signs;  S: Sylvester's matrix of order 2^k;  B: order m
 
@@ -7,9 +7,8 @@ The base B is a Hadamard matrix of the smallest possible order m = n / 2^k:
     Paley I    q + 1      q prime, q ≡ 3 (mod 4)    12, 20, 24, 32, 44, 48, 60, 68, 72, 80, 84, 104 …
     Paley II   2 (q + 1)  q prime, q ≡ 1 (mod 4)    12, 28, 36, 60, 76 …
 
-from the quadratic residues of q (Paley 1933). Sizes without one (odd ones; 2^k · 29 …) take a random orthogonal B
-instead: still orthogonal, still n log n, but its entries are not all of one magnitude. Everything is drawn from a seed,
-so the same seed gives the same rotation.
+from the quadratic residues of q (Paley 1933). Sizes without one (odd ones; 2^k · 29 …) use a random orthogonal B: still
+n log n, but with entries of different magnitude. The same seed gives the same rotation.
 
     columns(W) = W Q        rows(W) = Qᵀ W        sandwich(H) = Qᵀ H Q        n log n + n m operations per row
 """
@@ -22,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Larger bases would cost more than the fast transform saves.
-LARGEST_BASE = 512
+LARGEST_BASE = 512  # larger ones cost more than the fast transform saves
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def walsh(values: Tensor) -> Tensor:
 
 
 def hadamard_matrix(order: int) -> Tensor | None:
-    """A matrix [order, order] of ±1 with H Hᵀ = order · I, by Paley's constructions; None where they give none."""
+    """A matrix [order, order] of ±1 with H Hᵀ = order · I, by Paley's constructions; None if they have none."""
     if order == 1:
         return torch.ones(1, 1)
     if order % 4:

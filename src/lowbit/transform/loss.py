@@ -1,16 +1,16 @@
-"""What rounding costs at a scaling point, through the Gram matrix of its inputs; no block is run.
+"""The cost of rounding at a scaling point, from the Gram matrix of its inputs; no block runs.
 
 For scales s, H = Σ x xᵀ of the input *before* scaling, and Q the round-to-nearest of the linear's target:
 
     ΔW = Q(W · s) / s − W        error(s) = Σ over readers  tr(ΔW H ΔWᵀ) = Σ over tokens ‖ΔW x‖²
 
-Where only the diagonal of H was measured, H = diag(Σ x²). The importance that Q weighs its squared errors with is that
-of the scaled input: mean x² / s².
+If only the diagonal of H was measured, H = diag(Σ x²). Q weighs its squared errors with the importance of the scaled
+input, mean x² / s².
 
-Searching on all rows would cost more than GPTQ; rows are rounded one by one, so some of them tell the same. A loss
-takes `rows` of them, spread evenly over the readers in proportion to their size, and weighs each with what it stands
-for. `SAMPLES` are disjoint: a choice that was searched on one is judged on another. Matrix products run in bfloat16
-where the processor has that (float32 accumulation): a relative error of 2⁻⁸ in ΔW, of which the sum is the mean.
+A search on all rows would cost more than GPTQ, and rows round independently, so a sample is enough: `rows` rows, spread
+evenly over the readers in proportion to their size, each weighted by the rows it stands for. Samples are disjoint: a
+choice searched on one is judged on another. Matrix products run in bfloat16 if the processor supports it (float32
+accumulation), a relative error of 2⁻⁸ in ΔW, averaged over the sum.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Linear
-from lowbit.calibrate.precision import fast_products
+from lowbit.numerics.precision import fast_products
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, FakeQuantize
+from lowbit.transform.facts import ScalingPoint
 
-# No reader is judged by fewer rows, if it has them.
-FEWEST_ROWS = 8
+FEWEST_ROWS = 8  # of each reader
 
 
 def quick_products() -> AbstractContextManager[None]:
@@ -43,18 +43,28 @@ def gram(weight: Tensor, stats: LayerStats) -> float:
     return float(((weight @ stats.hessian.to(weight.dtype)) * weight).sum(dtype=torch.float64))
 
 
-def unusable(stats: LayerStats) -> str | None:
-    """Why nothing can be chosen by these statistics; None where they are sound."""
-    if stats.tokens < 1:
-        return "no token was seen"
-    parts = {"absmax": stats.absmax, "mean x²": stats.mean_sq, "mean |x|": stats.mean_abs, "Hessian": stats.hessian}
-    bad = [name for name, values in parts.items() if values is not None and not bool(torch.isfinite(values).all())]
-    return f"{', '.join(bad)} of the input holds NaN or inf" if bad else None
+def not_searchable(block: BlockTensors, point: ScalingPoint) -> str | None:
+    """The reason why the statistics do not allow a search at a point, or None."""
+    known = [source for source in point.sources if source in block.stats]
+    if not known:
+        return "no token reached it, so nothing was measured"
+    for source in known:
+        stats = block.stats[source]
+        if stats.tokens < 1:
+            return f"{source}: no token was seen"
+        parts = {"absmax": stats.absmax, "mean x²": stats.mean_sq, "mean |x|": stats.mean_abs, "Hessian": stats.hessian}
+        bad = [name for name, part in parts.items() if part is not None and not bool(torch.isfinite(part).all())]
+        if bad:
+            return f"{source}: {', '.join(bad)} of the input holds NaN or inf"
+    for reader in point.readers:
+        if not bool(torch.isfinite(block.weight(reader)).all()):
+            return f"{reader.name} holds NaN or inf"
+    return None
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Some rows of one reader: weight [n, K], and what each stands for."""
+    """A sample of rows of one reader: weight [n, K]; share: rows that each stands for."""
 
     linear: Linear
     weight: Tensor
@@ -65,8 +75,8 @@ class _Sampled:
 class RoundingLoss:
     """The error of some linears of a block as a function of the scales of their input.
 
-    rounded  those that are rounded at all and have statistics
-    signal   Σ tr(W H Wᵀ) over them: errors divided by it are relative
+    rounded  the linears that are quantized and have statistics
+    signal   Σ tr(W H Wᵀ) over them, the unit of relative errors
     """
 
     def __init__(
@@ -81,7 +91,7 @@ class RoundingLoss:
         self.signal = sum(each.share * gram(each.weight, each.stats) for each in self._sampled)
 
     def at(self, scales: Tensor | None) -> float:
-        """Error with the input divided by scales [K]; None: as it is. NaN or inf where rounding fails."""
+        """Error with the input divided by scales [K]; None: unscaled. NaN or inf if rounding fails."""
         error = 0.0
         for each in self._sampled:
             delta = self._round(each, scales) - (each.weight if scales is None else each.weight * scales)

@@ -1,5 +1,5 @@
-"""Rotations that are folded into the weights for good: the parts of QuaRot (Ashkboos et al., arXiv 2404.00456) that
-need nothing of the engine. A rotation mixes all channels, so that none stands out when a group is rounded.
+"""Rotations folded into the weights: the parts of QuaRot (Ashkboos et al., arXiv 2404.00456) that need no support from
+the engine. A rotation mixes all channels, so that no channel stands out when a group is rounded.
 
 `rotate_values`: R [d, d] in every head, between v_proj and o_proj (attention mixes tokens, not channels):
 
@@ -9,25 +9,24 @@ need nothing of the engine. A rotation mixes all channels, so that none stands o
 `rotate_block`, `rotate_outside`: Q [H, H] on the residual stream. RMSNorm commutes with a rotation once its weight is
 1, so every norm's weight is folded into its readers first:
 
-    norm            w' = 1 (0 where the norm multiplies with 1 + w)
+    norm            w' = 1 (0 if the norm multiplies with 1 + w)
     its readers     W' = W diag(w) Q         q, k, v, gate, up, routers, the head
     writers         W' = Qᵀ W, b' = Qᵀ b     o_proj, down_proj
     embedding       E' = E Q
 
-Statistics follow exactly where they can: H' = Qᵀ diag(w)⁻¹ H diag(w)⁻¹ Q, drift likewise, mean x² from the diagonal.
-Largest and mean magnitudes are not known any more and become bounds from above:
+Statistics are transformed exactly where possible: H' = Qᵀ diag(w)⁻¹ H diag(w)⁻¹ Q, drift likewise, mean x² from the
+diagonal. Largest and mean magnitudes become upper bounds:
 
     absmax_j    min( Σ_i |Q_ij| absmax_i,  sqrt(tokens · mean x²_j) )
     mean |x_j|  sqrt(mean x²_j)
 
-Where there is no Hessian, or a norm's weight is 0 so that its input was never seen, statistics are taken away: measure
-again. Best is to rotate the residual stream before anything is measured: hidden states of the whole run are then in the
-rotated basis, from the embedding on.
+Without a Hessian, or with zeros in a norm's weight, which hide its input, statistics are dropped and must be measured
+again. It is best to rotate the residual stream before measuring: then the hidden states of the whole run are in the
+rotated basis.
 
-The residual stream cannot be rotated (`residual_refusal`) under LayerNorm, which subtracts the mean, with norms behind
-attention or MLP, nor where something else writes to the stream or reads it (images, prediction blocks). A head that is
-tied to the embedding must become a tensor of its own, since only the head takes the final norm's weight: V · H more
-weights in the file.
+The residual stream cannot be rotated (`residual_refusal`) under LayerNorm, which subtracts the mean, with norms after
+attention or MLP, or if something else reads or writes the stream (images, prediction blocks). A head that is tied to
+the embedding must become a tensor of its own, V · H more weights, since only the head takes the final norm's weight.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Linear
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, UsageError
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, FakeQuantize, TransformNote
@@ -50,9 +50,9 @@ from lowbit.transform.loss import RoundingLoss, quick_products
 @dataclass(frozen=True)
 class RotateOptions:
     """
-    seed    of the random signs; the same for all blocks and what lies outside
-    always  rotate values also where rounding does not gain by it; the residual stream is rotated in all blocks or none
-    rows    sampled rows per linear that errors are measured on
+    seed    of the random signs, the same for the whole model
+    always  rotate values even if rounding does not gain; the residual stream is rotated in all blocks or none
+    rows    sampled rows per linear for the errors
     """
 
     seed: int = 0
@@ -80,7 +80,7 @@ def apply_values(
         applied = options.always or before is None or after is None or after < before
         if not applied:
             block.tensors, block.stats = kept.tensors, kept.stats
-        detail = f"Hadamard rotation of {rotation.size} channels" if applied else "rounding gains nothing by it"
+        detail = f"Hadamard rotation of {rotation.size} channels" if applied else "rounding gains nothing"
         notes.append(TransformNote(point.feeder, "rotate", before, after if applied else before, applied, detail))
     return notes
 
@@ -88,10 +88,7 @@ def apply_values(
 def apply_residual(
     block: BlockTensors, facts: ModelFacts, fake_quantize: FakeQuantize, options: RotateOptions | None = None
 ) -> list[TransformNote]:
-    """Rotate a block's side of the residual stream; `rotate_outside` must be called with the same seed.
-
-    Raises UsageError where the model cannot be rotated.
-    """
+    """Rotate a block's side of the residual stream; call `rotate_outside` with the same seed. UsageError as there."""
     options = options or RotateOptions()
     rotation = residual_rotation(facts, options.seed)
     before = _errors(block, block.linears, fake_quantize, options)
@@ -104,12 +101,12 @@ def apply_residual(
 
 
 def residual_rotation(facts: ModelFacts, seed: int = 0) -> Rotation:
-    """The rotation of a model's residual stream; UsageError where there can be none."""
+    """The rotation of a model's residual stream; UsageError if there can be none."""
     why = residual_refusal(facts)
     if why is not None:
         raise UsageError(
             f"the residual stream of {facts.architecture.class_name} cannot be rotated: {why}",
-            "leave `hadamard` out; `rotate` turns the values of attention, which every model allows",
+            "omit `hadamard`; `rotate` rotates the values of attention, which every model allows",
         )
     return make_rotation(facts.hidden, seed)
 
@@ -157,9 +154,8 @@ def rotate_block(block: BlockTensors, rotation: Rotation, facts: ModelFacts) -> 
 def rotate_outside(tensors: dict[str, Tensor], rotation: Rotation, facts: ModelFacts) -> dict[str, Tensor]:
     """Embedding, final norm and head, rotated; `tensors` holds the three under their stored names.
 
-    Of a model with tied embeddings the head is "lm_head.weight" or whatever the class calls it: give the embedding
-    twice and write both, with tie_word_embeddings false. Without it, a final norm of equal weights is left as it is
-    and the tie holds; of any other, UsageError.
+    To untie a tied head, pass the embedding under its name too, and write both with tie_word_embeddings false. Without
+    a head, a final norm of equal weights stays and the tie holds; UsageError for any other norm.
     """
     outside = facts.outside
     embedding, norm = tensors[outside.embedding], tensors[outside.norm] + float(facts.plus_one)
@@ -177,6 +173,14 @@ def rotate_outside(tensors: dict[str, Tensor], rotation: Rotation, facts: ModelF
     return turned
 
 
+def rotated_outside(checkpoint: Checkpoint, facts: ModelFacts) -> dict[str, Tensor]:
+    """Stored name → embedding, final norm and head of a model whose residual stream is rotated, float32."""
+    outside = facts.outside
+    tensors = {name: checkpoint.read(name).float() for name in (outside.embedding, outside.norm, outside.head)
+               if name in checkpoint.tensors}  # fmt: skip
+    return rotate_outside(tensors, residual_rotation(facts), facts)
+
+
 def reads_residual(linear: Linear, facts: ModelFacts) -> bool:
     return linear.fed_by is not None and _is_block_norm(linear.fed_by, facts)
 
@@ -186,7 +190,7 @@ def writes_residual(linear: Linear, facts: ModelFacts) -> bool:
 
 
 def residual_refusal(facts: ModelFacts) -> str | None:
-    """Why the residual stream of a model cannot be rotated; None where it can."""
+    """The reason why the residual stream cannot be rotated, or None."""
     architecture = facts.architecture
     if facts.norm == "layer":
         return "its LayerNorms subtract the mean of all channels, which a rotation changes"
@@ -195,14 +199,14 @@ def residual_refusal(facts: ModelFacts) -> str | None:
     except ArchitectureError as error:
         return str(error)
     if "experts" in architecture.roles.values():
-        return "its experts are kept in one tensor"
+        return "its experts are stored in one tensor"
     if architecture.prediction_blocks:
         return f"its {architecture.prediction_blocks} blocks for multi-token prediction read the stream too"
     feeding = {linear.fed_by for linear in architecture.linears.values()}
     for name, role in architecture.roles.items():
         owner = name.rpartition(".")[0]
         if role == "norm" and _is_block_norm(owner, facts) and owner not in feeding:
-            return f"{owner} stands behind attention or MLP, not before linears"
+            return f"{owner} follows attention or MLP, not before linears"
     for linear in architecture.linears.values():
         inner = linear.fed_by is not None and not reads_residual(linear, facts)
         if linear.block is not None and not (inner or reads_residual(linear, facts) or writes_residual(linear, facts)):
@@ -211,7 +215,7 @@ def residual_refusal(facts: ModelFacts) -> str | None:
 
 
 def _beside(facts: ModelFacts) -> str | None:
-    """Something outside the blocks that is neither embedding, final norm nor head."""
+    """A tensor outside the blocks that is not embedding, final norm or head, as a reason."""
     outside = facts.outside
     known = {outside.embedding, outside.norm, outside.head, outside.head.removesuffix("weight") + "bias"}
     for name in facts.architecture.parameters:
@@ -221,7 +225,7 @@ def _beside(facts: ModelFacts) -> str | None:
 
 
 def _is_block_norm(name: str, facts: ModelFacts) -> bool:
-    """True for a norm that lies in a block itself, on the residual stream, not inside its attention."""
+    """True for a norm of a block on the residual stream, not inside its attention."""
     block = facts.architecture.block_of(name + ".")
     return block is not None and name.rpartition(".")[0] == facts.architecture.blocks[block] \
         and facts.architecture.roles.get(f"{name}.weight") == "norm"  # fmt: skip
@@ -238,7 +242,7 @@ def _turn_stats(block: BlockTensors, source: str, rotation: Rotation) -> None:
 
 
 def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
-    """Statistics of x Q, bounds where they are not known (module docstring); None without a Hessian."""
+    """Statistics of x Q, some of them bounds (module docstring); None without a Hessian."""
     if stats.hessian is None:
         return None
     hessian = rotation.sandwich(stats.hessian)
@@ -258,7 +262,7 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
 def _errors(
     block: BlockTensors, linears: list[Linear] | tuple[Linear, ...], fake_quantize: FakeQuantize, options: RotateOptions
 ) -> float | None:
-    """Mean over linears of their relative rounding errors; None where nothing is known."""
+    """Mean relative rounding error of the linears; None without statistics."""
     errors = []
     with quick_products():
         for linear in linears:

@@ -1,25 +1,25 @@
-"""SmoothQuant: outliers are moved from activations into weights (Xiao et al., arXiv 2211.10438).
+"""SmoothQuant: move outliers from activations into weights (Xiao et al., arXiv 2211.10438).
 
     s_j = max |x_j|^α / max |W_:j|^(1−α)        x' = x / s,  W' = W · s
 
-α is searched at every point (0.30, 0.35, … 0.90), or given. The loss counts both roundings, as Σ over tokens of the
-squared error of the output:
+α is searched at every point (0.30, 0.35, … 0.90), or given. The loss adds the squared errors of the output, over all
+tokens, from rounding both sides:
 
     weights       tr(ΔW H ΔWᵀ),  ΔW = Q(W · s) / s − W                   (lowbit.transform.loss)
     activations   tokens · step² / 12 · Σ_j ‖W_:j s_j‖²,  step = peak / (2^(bits−1) − 1)
 
-The second assumes that rounding an activation leaves an error uniform in ± step / 2, independent from channel to
-channel, so that each adds its variance step² / 12 times the squared norm of its column. The peak that makes a step:
+The second assumes that rounding an activation leaves an error uniform in ± step / 2, independent between channels, so
+that each adds its variance step² / 12 times the squared norm of its column. The peak that sets the step:
 
-    "tensor"  static: the largest that was seen, max_j absmax_j / s_j
-    "token"   dynamic: the median over tokens of max_j |x'_j|, of which only the variances v_j = mean x²_j / s_j² are
-              known. With channels taken as independent normal variables it is the p with
+    "tensor"  static: the largest measured, max_j absmax_j / s_j
+    "token"   dynamic: the median over tokens of max_j |x'_j|. Only the variances v_j = mean x²_j / s_j² are known; with
+              channels as independent normal variables it is the p with
               Σ_j log erf(p / sqrt(2 v_j)) = log ½, bounded by the peak of "tensor"
     "float"   FP8 (E4M3): the error is relative to each activation, and Σ_j (x_j / s_j)² ‖W_:j s_j‖² does not depend
-              on s: nothing to gain there, and weights alone decide
+              on s, so the weights alone decide
 
-A point stays as it is where no α is better than s = 1. Points behind norms alone, as in the paper, unless asked for.
-Channels that were never active, or that no weight reads, keep s = 1.
+A point stays unchanged if no α beats s = 1. As in the paper, only points after norms are scaled, unless
+`behind_linears`. Channels that are never active, or that no weight reads, keep s = 1.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from lowbit.tensors import LayerStats
-from lowbit.transform.awq import not_searchable
 from lowbit.transform.block import BlockTensors, FakeQuantize, TransformNote
 from lowbit.transform.facts import ModelFacts, ScalingPoint
 from lowbit.transform.fold import fold
-from lowbit.transform.loss import RoundingLoss, quick_products
+from lowbit.transform.loss import RoundingLoss, not_searchable, quick_products
 
 ALPHAS = tuple(step / 20 for step in range(6, 19))
 
@@ -44,8 +43,8 @@ ALPHAS = tuple(step / 20 for step in range(6, 19))
 @dataclass(frozen=True)
 class SmoothQuantOptions:
     """
-    alpha        None: searched over `ALPHAS`; a number: taken wherever it is better than nothing
-    activation   how activations are rounded: one scale per token, a static one, or FP8
+    alpha        None: searched over `ALPHAS`; a number: used wherever it beats s = 1
+    activation   rounding of activations: one scale per token, a static one, or FP8
     bits         of an integer activation
     behind_linears  also move scales through v → o and up → down
     rows         sampled rows per point, for the search and again for the verdict

@@ -1,31 +1,38 @@
-"""Rules on the files themselves: complete, readable, and nothing beside them that a loader would trip over."""
+"""Rules on files and config.json, whatever the format.
+
+The files are complete and readable, and nothing beside them trips a loader; config.json says which format it is,
+parses, and is of a model that is known.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
 
-from lowbit.checkpoint.rows import read_json_object
+import torch
+
+from lowbit.checkpoint.base import TensorInfo, read_json_object
+from lowbit.checkpoint.quantized import FLOATS
 from lowbit.checkpoint.safetensors import INDEX
 from lowbit.errors import CheckpointError
-from lowbit.verification.result import Finding
+from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def check_files(subject: Subject) -> Finding:
     """Every shard is there, whole, and agrees with the index; no other weight file would be loaded with them."""
-    checkpoint = subject.stored
-    problems = list(checkpoint.notes)
-    files = sorted({info.file.name for info in checkpoint.tensors.values()})
-    return Finding(problems, f"{len(checkpoint.tensors)} tensors in {len(files)} file{'s' * (len(files) != 1)}")
+    files = {info.file.name for info in subject.stored.tensors.values()}
+    count = f"{len(files)} file{'s' * (len(files) != 1)}"
+    return Finding(list(subject.stored.notes), f"{len(subject.stored.tensors)} tensors in {count}")
 
 
 def check_sizes(subject: Subject) -> Finding:
-    """The files hold exactly the bytes that config.json and the architecture call for; the index agrees."""
+    """The files hold exactly the bytes that config.json and the architecture need; the index agrees."""
     checkpoint, problems = subject.checkpoint, []
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     if (subject.folder / INDEX).exists():
@@ -37,12 +44,10 @@ def check_sizes(subject: Subject) -> Finding:
     for name, expected in subject.expected.items():
         info = checkpoint.tensors.get(name)
         itemsize = info.dtype.itemsize if info is not None else expected.dtypes[0].itemsize
-        elements = 1
-        for size in expected.shape:
-            elements *= size
-        needed += elements * itemsize
-        if info is not None and info.nbytes != elements * itemsize:
-            problems.append(f"{name} has {info.nbytes} bytes; {elements * itemsize} were predicted")
+        nbytes = math.prod(expected.shape) * itemsize
+        needed += nbytes
+        if info is not None and info.nbytes != nbytes:
+            problems.append(f"{name} has {info.nbytes} bytes; {nbytes} were predicted")
     extra = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in subject.expected)
     if stored - extra != needed:
         problems.append(f"the tensors have {stored - extra} bytes; {needed} were predicted from config.json")
@@ -101,14 +106,11 @@ def check_chat_template(subject: Subject) -> Finding:
 def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _CHAT_TEMPLATES) or (folder / "chat_templates").is_dir():
         return True
-    return bool(_read(folder / "tokenizer_config.json").get("chat_template"))
-
-
-def _read(path: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
     try:
-        return read_json_object(path) if path.is_file() else {}
+        return path.is_file() and bool(read_json_object(path).get("chat_template"))
     except CheckpointError:
-        return {}
+        return False
 
 
 def _unparsable(folder: Path, *names: str) -> list[str]:
@@ -120,3 +122,79 @@ def _unparsable(folder: Path, *names: str) -> list[str]:
             except (OSError, ValueError) as error:
                 problems.append(f"{name} is not valid JSON ({error})")
     return problems
+
+
+def check_format_known(subject: Subject) -> Finding:
+    """config.json names a format that is known, and the files are laid out as that format lays them out."""
+    stated = subject.format
+    found: dict[tuple[str, ...], str] = {}
+    for name, info in subject.stored.tensors.items():
+        possible = _laid_out_as(name, info, subject.stored.tensors)
+        if possible:
+            found.setdefault(possible, name)
+    for possible, name in found.items():
+        if stated == PLAIN:
+            return Finding(
+                [f"config.json has no quantization_config, but {name} is laid out as {' or '.join(possible)}"], ""
+            )
+        if stated not in possible:
+            return Finding([f"config.json says {stated}, but {name} is laid out as {' or '.join(possible)}"], "")
+    if stated == PLAIN:
+        return Finding([], "not quantized: a plain folder of floats")
+    if not found:
+        return Finding([f"config.json says {stated}, but the files hold no quantized weight"], "")
+    return Finding([], stated)
+
+
+def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> tuple[str, ...]:
+    """The formats in which a tensor of this name, dtype and shape occurs; () if it occurs in all."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "qweight":
+        scales = tensors.get(f"{owner}.scales")
+        packs_rows = scales is not None and info.shape[-1:] != scales.shape[-1:]  # eight rows in a word: [K, N/8]
+        return ("awq",) if packs_rows and f"{owner}.g_idx" not in tensors else ("gptq",)
+    if leaf in ("SCB", "absmax", "quant_map") or leaf.startswith("bitsandbytes__"):
+        return ("bitsandbytes",)
+    named = {
+        "weight_packed": ("compressed-tensors",), "weight_global_scale": ("compressed-tensors",),
+        "weight_scale_2": ("modelopt",), "weight_scale_inv": ("fp8",), "W_q": ("hqq",), "_weight_qdata": ("torchao",),
+    }.get(leaf)  # fmt: skip
+    if named is not None:
+        return named
+    if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
+        return ("mxfp4",)
+    if leaf == "weight" and f"{owner}.weight_scale" in tensors:
+        if info.dtype in _FP8:
+            return ("compressed-tensors", "modelopt", "fp8")
+        return (
+            ("compressed-tensors",) if info.dtype == torch.int8 else ("modelopt",) if info.dtype not in FLOATS else ()
+        )
+    return ()
+
+
+def check_quantization_config(subject: Subject) -> Finding:
+    """quantization_config parses strictly, and the quantized tensors can be opened by it."""
+    layout = subject.layout
+    if subject.format != "compressed-tensors":
+        count = len(layout.linears())
+        said = "; ".join(layout.notes)
+        return Finding([], f"{subject.format}: {count} quantized weights" + (f" ({said})" if said else ""))
+    groups = subject.parsed.groups
+    if not groups:
+        return Finding(["quantization_config.config_groups quantizes no weights"], "")
+    return Finding([], ", ".join(f"{group.name}: {group.scheme.name}, {group.format}" for group in groups))
+
+
+def check_architecture(subject: Subject) -> Finding:
+    """The model can be built from config.json, and every linear of its decoder is known."""
+    architecture = subject.architecture
+    return Finding([], f"{architecture.class_name}, {len(architecture.blocks)} decoder blocks, "
+                       f"{len(architecture.linears)} linears")  # fmt: skip
+
+
+def check_loader(subject: Subject) -> Finding:
+    """The engine has a loader for the format."""
+    reason = subject.loading.no_loader.get(subject.format)
+    if subject.config.get("model_type") != "gpt_oss":
+        reason = reason or subject.loading.gpt_oss_only.get(subject.format)
+    return Finding([] if reason is None else [reason], f"{subject.engine} loads {subject.format}")

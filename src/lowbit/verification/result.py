@@ -1,24 +1,35 @@
-"""What a verification says: one `Check` per rule, and the rules that could not be checked with the reason why."""
+"""The result of a verification: one `Check` per rule, and the rules that could not be checked, with reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
 
 from lowbit.checkpoint.quantized import KINDS
+from lowbit.records import Record
+from lowbit.registry import ENGINES, load
+
+if TYPE_CHECKING:
+    from lowbit.verification.left_out import EngineUnit
+    from lowbit.verification.subject import Subject
 
 PLAIN = "plain"  # a folder of 16-bit weights, without quantization_config
 QUANTIZED: tuple[str, ...] = KINDS
 ALL: tuple[str, ...] = (PLAIN, *KINDS)  # of folders
 GGUF = "gguf"
 
+# Checking order: files, config.json, its parsing, the model, the format, each layer, kernels of the engine, values.
+Stage = Literal["files", "config", "parse", "model", "format", "layers", "limits", "values"]
+STAGES: tuple[Stage, ...] = ("files", "config", "parse", "model", "format", "layers", "limits", "values")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found. problems name the tensor, what was found and what was needed; summary is said without any."""
+    """Outcome of a rule. problems name tensor, actual and required value; summary is for a rule without problems."""
 
     problems: list[str]
     summary: str
@@ -26,19 +37,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing an engine relies on.
+    """One condition of an engine.
 
-    formats       quant_method of the folders that it is about, and "plain" for those that are not quantized
-    follows       the place in a loader's source that it follows, or what it rests on otherwise
-    gate          True where nothing after it can be checked once it fails
-    limit         True where it speaks of what an engine has kernels or a loader for, not of the files: a checkpoint
-                  that fails it is sound, and other engines (or cards) may run it
-    needs_source  True where the original weights are compared with
-    needs_nearest True where it holds only for codes that were rounded to nearest
+    formats       quant_method of the folders that it applies to; "plain" for unquantized folders
+    follows       the place in a loader's source, or another basis
+    gate          True if later rules cannot be checked after it fails
+    limit         True if it is about kernels or loaders of the engine, not about the files: a checkpoint that fails it
+                  is sound, and other engines (or cards) may run it
+    needs_source  True if it compares with the original weights
+    needs_nearest True if it applies only to codes rounded to nearest
     """
 
     name: str
-    engines: tuple[str, ...]
+    stage: Stage
     formats: tuple[str, ...]
     summary: str
     check: Callable[[Any], Finding] = field(repr=False)  # of a `Subject`, or a `GGUFSubject`
@@ -50,37 +61,68 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Check:
-    """limit: as in `Rule`."""
+class Loading:
+    """The loader of an engine.
+
+    rules        its rules beyond `table.COMMON` and those of formats
+    reads_gguf   True if it loads GGUF files, False if it loads folders
+    no_loader    format → why it cannot load it
+    gpt_oss_only format → why it loads it for gpt-oss alone
+    dtypes_refused  format → model dtypes that its kernels refuse
+    leaves_out   format → test of whether it leaves a unit unquantized (None: some members only, which it refuses);
+                 other formats are not matched by name
+    fuses        True if it builds one matrix of q, k and v, and one of gate and up
+    fused_names  last part of a fused set's name → the engine's name for it, where it differs
+    quant_algos  algorithms of ModelOpt that it loads
+    """
+
+    rules: tuple[Rule, ...]
+    reads_gguf: bool = False
+    no_loader: Mapping[str, str] = field(default_factory=dict)
+    gpt_oss_only: Mapping[str, str] = field(default_factory=dict)
+    dtypes_refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    leaves_out: Mapping[str, Callable[[Subject, EngineUnit], bool | None]] = field(default_factory=dict)
+    fuses: bool = True
+    fused_names: Mapping[str, str] = field(default_factory=dict)
+    quant_algos: tuple[str, ...] = ()
+
+
+def loading_of(engine: str) -> Loading:
+    """The loader of an engine by name."""
+    return load(ENGINES[engine]).loading
+
+
+class Check(Record):
+    """The outcome of one rule. limit: as in `Rule`; not part of the report"""
 
     rule: str
     passed: bool
-    detail: str
-    limit: bool = False
-
-    @classmethod
-    def of(cls, rule: Rule, finding: Finding) -> Check:
-        detail = finding.summary if not finding.problems else shortened(finding.problems)
-        return cls(rule.name, not finding.problems, detail, rule.limit)
+    detail: str = ""
+    limit: bool = Field(default=False, exclude=True)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """engine     whose rules were applied
+class Verification(Record):
+    """All outcomes; `ok` is true exactly when every check passed. The report keeps `ok`, engine and checks.
+
+    engine     the engine whose rules were applied
     checks     in the order of the rules
+    folder     the verified folder or file
     unchecked  rule → why it was not checked; does not count against `ok`, except after a failed gate
-    format     quant_method of the folder, "plain" for one that is not quantized, "" where that could not be told
+    format     quant_method of the folder, "plain" for an unquantized one, "" if unknown
     """
 
+    ok: bool
     engine: str
-    folder: str
-    checks: list[Check]
-    unchecked: dict[str, str] = field(default_factory=dict)
-    format: str = ""
+    checks: tuple[Check, ...]
+    folder: str = Field(default="", exclude=True)
+    unchecked: dict[str, str] = Field(default={}, exclude=True)
+    format: str = Field(default="", exclude=True)
 
-    @property
-    def ok(self) -> bool:
-        return bool(self.checks) and all(check.passed for check in self.checks)
+    @model_validator(mode="after")
+    def _ok_means_all_passed(self) -> Verification:
+        if self.checks and self.ok == bool(self.failed):
+            raise ValueError("ok contradicts the checks")
+        return self
 
     @property
     def failed(self) -> list[Check]:
@@ -88,7 +130,7 @@ class Verification:
 
     @property
     def broken(self) -> list[Check]:
-        """What fails because the files are wrong; the rest of `failed` the engine has no kernel or loader for."""
+        """Failed checks that are about the files, not about kernels or loaders of the engine."""
         return [check for check in self.failed if not check.limit]
 
 

@@ -1,12 +1,11 @@
-"""`Subject`: the checkpoint under examination, opened step by step, as every rule sees it.
+"""`Subject`: the folder under verification, opened lazily, step by step.
 
-Nothing here knows how the files were written: they are opened anew, config.json is parsed anew, and the architecture
-is built from it anew. What is particular to a format is asked of its `Layout`.
+It is independent of how the files were written: it opens the files, parses config.json and builds the architecture
+itself. Details of a format come from its `Layout`.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.architecture import Architecture, Linear, canonical_view, discover_once
-from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions
-from lowbit.checkpoint.quantized import FLOATS, LAYOUTS, Expected, Layout, find_method, quantization_of, tensor_problem
-from lowbit.checkpoint.rows import read_config, read_json_object
+from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions, read_config, read_json_object
+from lowbit.checkpoint.quantized import (
+    FLOATS,
+    Expected,
+    Layout,
+    find_method,
+    open_layout,
+    quantization_of,
+    tensor_problem,
+)
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import LowbitError
 from lowbit.schemes import Scheme
-from lowbit.verification.result import PLAIN
+from lowbit.verification.result import PLAIN, Loading, loading_of
 
 if TYPE_CHECKING:
     from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group
@@ -30,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Subject:
-    """source    the original checkpoint, where there is one to compare with
-    nearest   True where every code must be the nearest one: the weights were rounded without error feedback
+    """source    the original checkpoint, for comparison; None without one
+    nearest   True if every code must be the nearest one: the weights were rounded without error feedback
     """
 
     folder: Path
@@ -40,6 +46,11 @@ class Subject:
     nearest: bool
     options: OpenOptions
     progress: Progress | None = None
+
+    @cached_property
+    def loading(self) -> Loading:
+        """The engine's loader."""
+        return loading_of(self.engine)
 
     @cached_property
     def stored(self) -> SafetensorsCheckpoint:
@@ -62,7 +73,7 @@ class Subject:
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """What config.json (or the file of the format) says of the quantization, not parsed; empty where nothing."""
+        """The raw quantization_config of config.json, or the content of the format's own file; empty without one."""
         return quantization_of(self.stored) or {}
 
     @cached_property
@@ -72,7 +83,7 @@ class Subject:
         quantization = quantization_of(self.stored)
         return PLAIN if quantization is None else find_method(self.stored, quantization)
 
-    @cached_property
+    @property
     def known_format(self) -> str | None:
         """The format; None where it cannot be told."""
         try:
@@ -83,7 +94,7 @@ class Subject:
     @cached_property
     def layout(self) -> Layout:
         """How the format keeps its linears."""
-        return importlib.import_module(LAYOUTS[self.format]).open_layout(self.stored, self.quantization)
+        return open_layout(self.stored, self.quantization)
 
     @property
     def parsed(self) -> CompressedTensorsConfig:
@@ -92,15 +103,14 @@ class Subject:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of gpt-oss with the experts apart, where the files hold them as blocks, one by one, or in floats that may be
-        decoded ones."""
+        """gpt-oss's experts are described one by one where the files hold blocks, single experts, or decoded floats."""
         apart = self.known_format in ("mxfp4", PLAIN) or any(".experts.0." in name for name in self.stored.tensors)
         split = self.config.get("model_type") == "gpt_oss" and apart
         return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The float dtype that config.json promises."""
+        """The float dtype of config.json."""
         named = str(self.stated_dtype or "bfloat16").removeprefix("torch.")
         return {"float16": torch.float16, "float32": torch.float32}.get(named, torch.bfloat16)
 
@@ -132,20 +142,18 @@ class Subject:
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
-        """Linear → scheme, of every linear that config.json says is quantized.
-
-        Of formats that leave it to the files (GPTQ, AWQ, bitsandbytes) those that the files hold quantized and
-        config.json does not exclude.
-        """
+        """Linear → scheme, of every linear that config.json quantizes; in formats whose loaders look at the files
+        (GPTQ, AWQ, bitsandbytes …), of the linears that the files hold quantized and config.json does not exclude."""
         if self.format == PLAIN:
             return {}
-        names = self.linears_in_files if self.told_by_files else set(self.stored_linears)
+        by_files = self.format in ("gptq", "awq", "bitsandbytes", "mxfp4", "torchao", "hqq")
+        names = self.linears_in_files if by_files else set(self.stored_linears)
         found = {name: self.layout.scheme_of(name) for name in self.stored_linears if name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     @cached_property
     def linears_in_files(self) -> set[str]:
-        """Linears that the files hold quantized, as the layout sees them."""
+        """Linears that the files hold quantized, by their layout."""
         return set(self.layout.linears())
 
     @cached_property
@@ -155,23 +163,18 @@ class Subject:
         coded = {name.rpartition(".")[0] for name, info in tensors.items() if info.dtype not in FLOATS}
         return [owner for owner in dict.fromkeys(name.rpartition(".")[0] for name in tensors) if owner not in coded]
 
-    @property
-    def told_by_files(self) -> bool:
-        """True where loaders learn from the files which linears are quantized."""
-        return self.format in ("gptq", "awq", "bitsandbytes", "mxfp4", "torchao", "hqq")
-
     def is_plain(self, linear: str) -> bool:
-        """True where the files hold a float weight of a linear, and nothing that belongs to a quantized one."""
+        """True if the files hold a float weight of a linear and no tensors of a quantized one."""
         info = self.checkpoint.tensors.get(f"{linear}.weight")
         return info is not None and info.dtype in FLOATS and not self.quantized_parts(linear)
 
     def quantized_parts(self, linear: str) -> list[str]:
-        """Stored tensors that show a linear to be quantized, whatever config.json says."""
+        """Stored tensors that only a quantized linear has."""
         return [f"{linear}.{leaf}" for leaf in _QUANTIZED_LEAVES if f"{linear}.{leaf}" in self.stored.tensors]
 
     @cached_property
     def misfiled(self) -> dict[str, str]:
-        """Linears that are quantized in config.json or in the files, but not in both, with what is wrong."""
+        """Linear → problem, where only one of config.json and the files quantizes it."""
         wrong = {}
         for name in self.stored_linears:
             parts = self.quantized_parts(name)
@@ -186,18 +189,18 @@ class Subject:
 
     @cached_property
     def expected(self) -> dict[str, Expected]:
-        """Stored name → what must lie under it, of every tensor that the architecture needs."""
+        """Stored name → required dtype and shape, of every tensor that the architecture needs."""
         expected = {}
         for name, shape in self.architecture.parameters.items():
             linear = name.removesuffix(".weight")
             if name.endswith(".weight") and linear in self.schemes:
                 expected |= self.expected_of(linear)
             else:
-                expected[name] = plain_tensor(shape)
+                expected[name] = Expected(FLOATS, tuple(shape))
         return expected
 
     def expected_of(self, linear: str) -> dict[str, Expected]:
-        """What must lie in the files of a quantized linear, biases aside."""
+        """The stored tensors of a quantized linear, without biases."""
         return self._expected_by_linear[linear]
 
     @cached_property
@@ -207,19 +210,19 @@ class Subject:
 
     @cached_property
     def optional(self) -> set[str]:
-        """Stored tensors that a format allows beside those it needs: a trivial g_idx, the JSON of a quant_state."""
+        """Stored tensors that a format permits but does not need: a trivial g_idx, the JSON of a quant_state."""
         if self.format == "compressed-tensors":
             return set()
         owned = {name for linear in self.schemes for name in self.layout.owned(linear)}
         return {name for name in owned if not name.endswith(".weight")}
 
     def unsound(self, linear: str) -> str | None:
-        """What keeps a quantized linear from being decoded; None where nothing does."""
+        """Why a quantized linear cannot be decoded; None where it can."""
         return tensor_problem(self.stored.tensors, self.expected_of(linear))
 
     @cached_property
     def survey(self) -> Survey:
-        """One pass over every weight; the rules on values read their findings from it."""
+        """The pass over every weight that the rules on values use."""
         from lowbit.verification.survey import take_survey
 
         return take_survey(self, self.progress)
@@ -240,12 +243,8 @@ _QUANTIZED_LEAVES = (
 )  # fmt: skip
 
 
-def plain_tensor(shape: tuple[int, ...]) -> Expected:
-    return Expected(FLOATS, tuple(shape))
-
-
 def rounded_to_nearest(folder: Path) -> bool:
-    """True where the checkpoint's own report says that its codes are the nearest ones."""
+    """True if the checkpoint's report states round-to-nearest."""
     if not (folder / REPORT_NAME).is_file():
         return False
     settings = read_json_object(folder / REPORT_NAME).get("settings")

@@ -1,15 +1,21 @@
-"""One pass over every stored weight, in slabs of rows; the rules on values read what it found.
+"""One pass over every stored weight, in slabs of rows; the rules on values use its results.
 
     every code      |w − ŵ| ≤ |w − v| for every other value v of the grid   (only where codes were rounded to nearest)
     every tensor    ‖W − Ŵ‖ / ‖W‖ ≤ a bound by bits: far above what any rounding costs, far below what a wrong
                     layout, a wrong scale or foreign weights do (two unrelated tensors are √2 apart)
 
-Codes and scales are read through the format's `Layout`, so that every format is judged in the same way; rounding and
-decoding are the grid's, kernels where there are any, which tests hold against definitions and other people's packers.
-Where a grid would have chosen another code, the slow and tolerant comparison decides: the stored one must be as near
-to the weight, but for a tie that float32 resolves either way, since other writers multiply by reciprocals. Linears are
-spread over threads, each of which holds one slab; pages are released as the pass goes, so memory stays that of a slab
-per thread.
+The format's `Layout` reads codes and scales; the grid, or its kernel, rounds and decodes. Where the grid would choose
+another code, a tolerant comparison decides: the stored code must be as near to the weight, except for a tie that
+float32 resolves either way, since other writers multiply by reciprocals. Linears are spread over threads, each with one
+slab; pages are released on the way, so memory is one slab per thread.
+
+Raw words that are checked too, in compressed-tensors and ModelOpt:
+
+    L.weight_packed int32   b-bit codes + 2^(b−1), dense: element i of a row occupies bits i·b .. i·b + b − 1 of the
+                            row's little-endian bit stream; bits past the last element are zero
+    L.weight_zero_point int32   the same, down the columns
+    L.weight_shape int64 [2]    [N, K]
+    L.weight_global_scale, L.weight_scale_2 float32   divisor or multiplier of the group scales; finite and above 0
 """
 
 from __future__ import annotations
@@ -24,28 +30,25 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.checkpoint.base import Checkpoint, is_decoded
-from lowbit.checkpoint.rows import row_slabs
+from lowbit.checkpoint.base import is_decoded, row_slabs
 from lowbit.errors import CheckpointError
-from lowbit.numerics.codebook import CodebookGrid
-from lowbit.numerics.grid import Grid
-from lowbit.numerics.integer import IntGrid
-from lowbit.numerics.minifloat import MinifloatGrid
-from lowbit.tensors import GroupParams, QuantizedTensor
-from lowbit.verification.raw_storage import check_raw
+from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
+from lowbit.tensors import Grid, GroupParams, QuantizedTensor
 from lowbit.verification.result import PLAIN
 
 if TYPE_CHECKING:
     from lowbit.verification.subject import Subject
 
 SLAB_WEIGHTS = 1 << 20
-# Tensors above this many bytes give their pages back after every slab, smaller ones after the last.
+_SLAB_WORDS = 1 << 18
+# Larger tensors release their pages after every slab, smaller ones after the last.
 _RELEASE_ABOVE = 1 << 24
 LARGEST_RELATIVE_ERROR = {2: 1.0, 3: 0.85, 4: 0.7, 5: 0.5, 6: 0.35, 7: 0.25, 8: 0.15}
 # w / scale in float32 against a writer that multiplied by the reciprocal, in units of a step
 _TOLERANCE = 2.0**-17
 
 _SCALE_LEAVES = ("weight_scale", "scales", "weight_scale_inv", "SCB", "weight.absmax", "scale")
+_SECOND_LEVEL = ("weight_global_scale", "weight_scale_2")
 _CODE_LEAVES = ("weight_packed", "qweight", "weight", "W_q")
 
 Progress = Callable[[str, int, int], None]
@@ -67,7 +70,7 @@ class Survey:
     compared: int = 0
 
     def compare(self, linear: str, error: float, weight: float, bound: float, said: str = "") -> None:
-        """Take note of Σ (w − ŵ)² and Σ w² of a whole linear."""
+        """Record Σ (w − ŵ)² and Σ w² of a whole linear."""
         self.compared += 1
         relative = (error / weight) ** 0.5 if weight else error
         self.relative_errors[linear] = relative
@@ -112,8 +115,8 @@ def take_survey(subject: Subject, progress: Progress | None = None) -> Survey:
 
 def _survey_linear(subject: Subject, linear: str) -> Survey:
     survey = Survey()
-    source = _Original.of(subject, linear, survey)
-    if not check_raw(subject, linear, survey):
+    original = _original(subject, linear, survey)
+    if not _check_raw(subject, linear, survey):
         return survey
     layout, shape = subject.layout, subject.architecture.linears[linear].shape
     owned = layout.owned(linear)
@@ -121,57 +124,45 @@ def _survey_linear(subject: Subject, linear: str) -> Survey:
     judge = _Judge(subject, linear, survey)
     try:
         for start, stop in row_slabs(shape, SLAB_WEIGHTS, layout.row_multiple(linear, shape)):
-            original = None if source is None else source.rows(start, stop)
-            judge.look_at(start, layout.read(linear, shape, start, stop), original)
+            rows = None if original is None else original(start, stop)
+            judge.look_at(start, layout.read(linear, shape, start, stop), rows)
             if stop == shape[0] or releases_early:
                 for name in owned:
                     subject.stored.release(name)
-                if source is not None:
-                    source.release()
-    except CheckpointError as error:  # what only decoding shows: zero points that cannot be, a group that is not there
+                if original is not None and subject.original is not None:
+                    subject.original.release(f"{linear}.weight")
+    except CheckpointError as error:  # found by decoding only: an impossible zero point, a missing group
         survey.codes.append(str(error))
         return survey
-    judge.conclude()
+    survey.decoded += 1
+    if judge.compared:
+        bound, said = LARGEST_RELATIVE_ERROR[judge.bits], f" at {judge.bits} bits"
+        survey.compare(linear, judge.squared_error, judge.squared_weight, bound, said)
     return survey
 
 
-@dataclass(frozen=True)
-class _Original:
-    """The source's weight of one linear."""
-
-    checkpoint: Checkpoint
-    name: str
-    transposed: bool
-
-    @classmethod
-    def of(cls, subject: Subject, linear: str, survey: Survey) -> _Original | None:
-        """None where there is no source, or none that fits, which is a finding."""
-        source, name = subject.original, f"{linear}.weight"
-        if source is None:
-            return None
-        if name not in source.tensors:
-            survey.relative.append(f"{name}: the source has no such tensor")
-            return None
-        role = subject.architecture.linears[linear]
-        transposed = role.transposed and not is_decoded(source, name)
-        found = tuple(source.tensors[name].shape)
-        if found != (role.shape[::-1] if transposed else role.shape):
-            survey.relative.append(f"{name}: the source's has shape {list(found)}, not {role.shape}")
-            return None
-        return cls(source, name, transposed)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the weight [N, K]."""
-        if self.transposed:
-            return self.checkpoint.read(self.name)[:, start:stop].t().contiguous()
-        return self.checkpoint.read(self.name, start, stop)
-
-    def release(self) -> None:
-        self.checkpoint.release(self.name)
+def _original(subject: Subject, linear: str, survey: Survey) -> Callable[[int, int], Tensor] | None:
+    """A reader of rows start..stop of the source's weight [N, K]; None without a source, or without a tensor that fits,
+    which is a problem."""
+    source, name = subject.original, f"{linear}.weight"
+    if source is None:
+        return None
+    if name not in source.tensors:
+        survey.relative.append(f"{name}: the source has no such tensor")
+        return None
+    role = subject.architecture.linears[linear]
+    transposed = role.transposed and not is_decoded(source, name)
+    found = tuple(source.tensors[name].shape)
+    if found != (role.shape[::-1] if transposed else role.shape):
+        survey.relative.append(f"{name}: the source's has shape {list(found)}, not {role.shape}")
+        return None
+    if transposed:
+        return lambda start, stop: source.read(name)[:, start:stop].t().contiguous()
+    return lambda start, stop: source.read(name, start, stop)
 
 
 class _Judge:
-    """Looks at the slabs of one linear; the first problem of each kind is reported."""
+    """Checks the slabs of one linear and reports the first problem of each kind."""
 
     def __init__(self, subject: Subject, linear: str, survey: Survey):
         self.linear, self.survey, self.nearest = linear, survey, subject.nearest
@@ -185,19 +176,12 @@ class _Judge:
         self.reported: set[int] = set()
 
     def look_at(self, start: int, quantized: QuantizedTensor, original: Tensor | None) -> None:
-        """A slab that begins at row `start`; original [rows, K] as the source stores it."""
+        """Check a slab that begins at row `start`; original [rows, K] as the source stores it."""
         params, group = quantized.grouped()
         self._check_codes(start, quantized)
         self._check_scales(start, quantized, params, group, original)
         if original is not None:
             self._compare(start, quantized, params, group, original)
-
-    def conclude(self) -> None:
-        self.survey.decoded += 1
-        if not self.compared:
-            return
-        bound, said = LARGEST_RELATIVE_ERROR[self.bits], f" at {self.bits} bits"
-        self.survey.compare(self.linear, self.squared_error, self.squared_weight, bound, said)
 
     def _check_codes(self, start: int, quantized: QuantizedTensor) -> None:
         """Report NaN, and codes wider than their bits."""
@@ -337,3 +321,45 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
 def _first(mask: Tensor) -> tuple[int, int]:
     """(row, column) of the first set element."""
     return divmod(int(mask.reshape(-1).to(torch.uint8).argmax()), mask.shape[1])
+
+
+def _check_raw(subject: Subject, linear: str, survey: Survey) -> bool:
+    """Check the stored words of one linear; False where it cannot be decoded."""
+    for leaf in _SECOND_LEVEL:
+        name = f"{linear}.{leaf}"
+        if name in subject.stored.tensors:
+            values = subject.stored.read(name).float().reshape(-1)
+            if not bool(((values > 0) & torch.isfinite(values)).all()):
+                survey.scales.append(f"{name} is {values.tolist()}; a finite number above 0 is needed")
+                return False
+    if subject.format == "compressed-tensors":
+        name, shape = f"{linear}.weight_shape", list(subject.architecture.linears[linear].shape)
+        stated = subject.stored.read(name).tolist() if name in subject.stored.tensors else shape
+        if stated != shape:
+            survey.codes.append(f"{name} says {stated}; the weight is {shape}")
+        _check_padding(subject, linear, survey)
+    return True
+
+
+def _check_padding(subject: Subject, linear: str, survey: Survey) -> None:
+    """Only where a row, or a column of zero points, does not fill its words."""
+    rows, columns = subject.architecture.linears[linear].shape
+    bits, stored = subject.schemes[linear].weight.bits, subject.stored
+    packed, zeros = f"{linear}.weight_packed", f"{linear}.weight_zero_point"
+    if columns * bits % 32 and packed in stored.tensors and stored.tensors[packed].dtype == torch.int32:
+        for start, stop in row_slabs(tuple(stored.tensors[packed].shape), _SLAB_WORDS):
+            if padding_is_set(stored.read(packed, start, stop), columns * bits):
+                survey.codes.append(f"{packed}: bits past the last column are set (rows {start}..)")
+                break
+    packed_zeros = zeros in stored.tensors and stored.tensors[zeros].dtype == torch.int32
+    if packed_zeros and rows * bits % 32 and padding_is_set(stored.read(zeros).t(), rows * bits):
+        survey.zero_points.append(f"{zeros}: bits past the last row are set")
+
+
+def padding_is_set(words: Tensor, used_bits: int) -> bool:
+    """True where a bit of int32 [rows, words] after the first `used_bits` of a row is set."""
+    stream = words.contiguous().view(torch.uint8)
+    whole, partial = divmod(used_bits, 8)
+    if partial and bool((stream[:, whole] >> partial).any()):
+        return True
+    return bool(stream[:, whole + (partial > 0) :].any())

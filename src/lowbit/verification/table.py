@@ -1,211 +1,81 @@
-"""The table of rules, in checking order: a new one is a function in the file of its topic, and a row here.
+"""The rules of each engine, in checking order: COMMON, which hold in every engine; those of each format (its row in
+`lowbit.registry.FORMATS`); and the engine's own (`Loading.rules`).
 
-The last text of a row, `follows`, names the place in a loader's source: vLLM 0.32, SGLang 0.5.23, transformers 5.23 and
-the main branch of TensorRT-LLM in autumn 2026. Paths are below vllm/model_executor/layers/quantization,
-sglang/srt/layers/quantization, transformers and tensorrt_llm.
+A new rule is a function in the file of its topic and a row. `follows` names the place in a loader's source: vLLM 0.32,
+SGLang 0.5.23, transformers 5.23 and the main branch of TensorRT-LLM in autumn 2026. Paths are below
+vllm/model_executor/layers/quantization, sglang/srt/layers/quantization, transformers and tensorrt_llm.
 """
 
 from __future__ import annotations
 
-from lowbit.verification import (
-    awq,
-    bitsandbytes,
-    compressed_tensors,
-    configuration,
-    engine_limits,
-    engines,
-    experts,
-    files,
-    fp8,
-    fused,
-    gguf,
-    gptq,
-    kv_cache,
-    left_out,
-    modelopt,
-    tensors,
-    values,
-)
-from lowbit.verification.result import ALL, QUANTIZED, Rule
+from lowbit.registry import ENGINES, FORMATS, load
+from lowbit.verification import files, tensors
+from lowbit.verification.result import ALL, GGUF, QUANTIZED, STAGES, Rule, loading_of
 
-ENGINES = ("vllm", "sglang", "transformers", "tensorrt-llm")  # of folders
-ALL_ENGINES = (*ENGINES, "llama.cpp")
-_VLLM, _SGLANG, _TRANSFORMERS, _TENSORRT = (("vllm",), ("sglang",), ("transformers",), ("tensorrt-llm",))
-_FUSING = ("vllm", "sglang", "tensorrt-llm")
-_SERVERS = ("vllm", "sglang")
-_CT, _GPTQ, _AWQ, _BNB = (("compressed-tensors",), ("gptq",), ("awq",), ("bitsandbytes",))
-_MODELOPT, _FP8 = (("modelopt",), ("fp8",))
-_LLAMA, _GGUF = (("llama.cpp",), ("gguf",))
 _OURS = "our own: what no format allows"
+_SCALED = ("compressed-tensors", "modelopt", "fp8")  # formats that state scales of activations and of a KV cache
 
-RULES: tuple[Rule, ...] = (
-    Rule("files", ENGINES, ALL, "every shard is there, whole, and agrees with the index", files.check_files,
+COMMON: tuple[Rule, ...] = (
+    Rule("files", "files", ALL, "every shard is there, whole, and agrees with the index", files.check_files,
          "the safetensors format; model_loader/weight_utils.py, filter_duplicate_safetensors_files (vLLM)", gate=True),
-    Rule("format-known", ENGINES, ALL, "config.json names a known format, and the files are laid out as it",
-         configuration.check_format_known, "get_quant_config (vLLM), quantizers/auto.py (transformers)",
+    Rule("format-known", "files", ALL, "config.json names a known format, and the files are laid out as it",
+         files.check_format_known, "get_quant_config (vLLM), quantizers/auto.py (transformers)", gate=True),
+    Rule("quantization-config", "parse", QUANTIZED, "quantization_config parses strictly, and fits the files",
+         files.check_quantization_config, "QuantizationConfig of compressed-tensors; each format's from_config",
          gate=True),
-    Rule("gptq-keys", _SERVERS, _GPTQ, "bits, group_size, desc_act and sym are stated", gptq.check_keys,
-         "from_config of auto_gptq.py (vLLM), of GPTQMarlinConfig (SGLang)"),
-    Rule("awq-keys", _SERVERS, _AWQ, "bits, group_size and zero_point are stated, 4 bits", awq.check_keys,
-         "from_config of auto_awq.py (vLLM), of AWQConfig (SGLang)"),
-    Rule("awq-version", ENGINES, _AWQ, "version is gemm", awq.check_version,
-         "_convert_awq_to_standard_format of auto_awq.py (vLLM); AwqConfig.post_init (transformers)"),
-    Rule("bitsandbytes-config", ENGINES, _BNB, "one of 4 and 8 bits, a known codebook", bitsandbytes.check_config,
-         "BitsAndBytesConfig (transformers); BitsAndBytesConfig of bitsandbytes.py (SGLang)"),
-    Rule("fp8-config", ENGINES, _FP8, "activation_scheme and weight_block_size make sense", fp8.check_config,
-         "Fp8Config.__init__ of fp8.py (vLLM, SGLang); FineGrainedFP8Config.post_init (transformers)"),
-    Rule("quantization-config", ENGINES, QUANTIZED, "quantization_config parses strictly, and fits the files",
-         configuration.check_quantization_config, "QuantizationConfig of compressed-tensors; each format's from_config",
-         gate=True),
-    Rule("format", ENGINES, _CT, "every group states a storage format that holds its numbers",
-         compressed_tensors.check_format, "_get_scheme_from_parts of compressed_tensors.py (vLLM)", gate=True),
-    Rule("architecture", ENGINES, ALL, "the model can be built and its linears are known",
-         configuration.check_architecture, "the model's own class in transformers", gate=True),
-    Rule("tokenizer", ENGINES, ALL, "a tokenizer is there and loads", files.check_tokenizer,
+    Rule("architecture", "model", ALL, "the model can be built and its linears are known", files.check_architecture,
+         "the model's own class in transformers", gate=True),
+    Rule("tokenizer", "model", ALL, "a tokenizer is there and loads", files.check_tokenizer,
          "AutoTokenizer (transformers)"),
-    Rule("generation-config", ENGINES, ALL, "generation_config.json parses", files.check_generation_config,
+    Rule("generation-config", "model", ALL, "generation_config.json parses", files.check_generation_config,
          "GenerationConfig (transformers)"),
-    Rule("chat-template", ENGINES, ALL, "a chat template is there if the source has one", files.check_chat_template,
+    Rule("chat-template", "model", ALL, "a chat template is there if the source has one", files.check_chat_template,
          "chat_template of the tokenizer (transformers)"),
-    Rule("sparsity", ENGINES, _CT, "sparsity_config is empty", compressed_tensors.check_sparsity,
-         "from_config of compressed_tensors.py (vLLM): support was removed"),
-    Rule("activation-order", ENGINES, _CT, "columns are not permuted", compressed_tensors.check_activation_order,
-         "schemes/compressed_tensors_wNa16.py (vLLM): actorder group was removed"),
-    Rule("activations", _SERVERS, _CT, "weight-only formats come without activations",
-         compressed_tensors.check_activations, "_get_scheme_from_parts of compressed_tensors.py (vLLM)"),
-    Rule("kv-cache", _VLLM, _CT, "a KV-cache scheme is one that vLLM knows", kv_cache.check_scheme,
-         "CompressedTensorsKVCacheMethod.validate_kv_cache_scheme (vLLM)"),
-    Rule("kv-cache-scales", ENGINES, (*_CT, *_MODELOPT, *_FP8), "a quantized KV cache has its scales, in every layer",
-         kv_cache.check_scales, "CompressedTensorsKVCacheMethod.create_weights, KVCacheScaleParameter of kv_cache.py, "
-         "get_cache_scale_mapper of base_config.py (vLLM): absent ones are 1.0 in silence"),
-    Rule("gptq-column-order", _VLLM, _GPTQ, "desc_act is false, or there is one group per row", gptq.check_column_order,
-         "normalize_and_validate_gptq_desc_act of utils/gptq_utils.py (vLLM)"),
-    Rule("gptq-group-index", _SERVERS, _GPTQ, "without desc_act, column c is in group c // g", gptq.check_group_index,
-         "AutoGPTQLinearMethod (vLLM) registers no g_idx; gptq_marlin.py (SGLang): has_g_idx=desc_act"),
-    Rule("gptq-zeros", ENGINES, _GPTQ, "symmetric zero points are 2^(b−1), as the version has them", gptq.check_zeros,
-         "TYPE_MAP of auto_gptq.py: uint4b8, uint8b128, zero points unread (vLLM); convert_gptq_v1_to_v2 (GPTQModel)"),
-    Rule("gptq-files", ENGINES, _GPTQ, "quantize_config.json and config.json agree", gptq.check_companion,
-         "get_config_filenames of auto_gptq.py (vLLM); GPTQModel reads quantize_config.json first"),
-    Rule("gptq-dynamic", _SERVERS, _GPTQ, "`dynamic` means the same under fused names", gptq.check_dynamic,
-         "get_dynamic_override of utils/gptq_utils.py (vLLM), of utils.py (SGLang), called with the fused name"),
-    Rule("gptq-shapes", ENGINES, _GPTQ, "rows and columns fill words, groups divide columns", gptq.check_shapes,
-         "create_weights of auto_gptq.py (vLLM); pack of AutoGPTQ"),
-    Rule("gptq-transformers", _TRANSFORMERS, _GPTQ, "bits, format and left-out linears are said as optimum reads them",
-         gptq.check_transformers, "GPTQConfig.post_init (transformers); GPTQQuantizer.convert_model (optimum)"),
-    Rule("awq-zeros", _SERVERS, _AWQ, "every linear ships its zero points", awq.check_zeros,
-         "create_weights of auto_awq.py (vLLM)"),
-    Rule("awq-shapes", ENGINES, _AWQ, "eight rows fill a word, groups divide columns", awq.check_shapes,
-         "create_weights of AutoAWQLinearMethod (vLLM): input % group_size, output % pack_factor"),
-    Rule("bitsandbytes-states", ENGINES, _BNB, "every quant_state fits its weight and config.json",
-         bitsandbytes.check_states, "QuantState.from_dict (bitsandbytes 0.50)"),
-    Rule("modelopt-file", ENGINES, _MODELOPT, "hf_quant_config.json has the keys that loaders need",
-         modelopt.check_file, "ModelOptNvFp4Config._from_config of modelopt.py (vLLM); load_modelopt_quant_config of "
-         "_torch/model_config.py (TensorRT-LLM)"),
-    Rule("modelopt-agreement", ENGINES, _MODELOPT, "hf_quant_config.json and config.json agree",
-         modelopt.check_agreement, "warn_if_inline_quant_config_differs of modelopt_config.py (TensorRT-LLM)"),
-    Rule("modelopt-scales", ENGINES, _MODELOPT, "every scale that the algorithm calls for is there",
-         modelopt.check_scales_present, "KNvfp4Static.process, KFp8StaticTensor of modelopt.py (vLLM)"),
-    Rule("modelopt-shapes", ENGINES, _MODELOPT, "in_features divide by 16, 32 or 128 as the algorithm needs",
-         modelopt.check_shapes, "KNvfp4Static, KMxfp8Static, KFp8Block128.create_weights of modelopt.py (vLLM)"),
-    Rule("fused-ignore", _SERVERS, _CT, "`ignore` covers whole fused sets", fused.check_fused_ignore,
-         "should_ignore_layer of compressed_tensors/utils.py (vLLM, SGLang)"),
-    Rule("fused-patterns", _SERVERS, _CT, "regexes mean the same under fused names", fused.check_fused_patterns,
-         "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)"),
-    Rule("fused-schemes", _FUSING, QUANTIZED, "q/k/v and gate/up have one scheme", fused.check_fused_schemes,
-         "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); from documentation "
-         "(TensorRT-LLM)"),
-    Rule("expert-schemes", _FUSING, QUANTIZED, "all experts of a block have one scheme", fused.check_expert_schemes,
-         "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)"),
-    Rule("expert-matrices", _FUSING, tuple(kind for kind in QUANTIZED if kind != "mxfp4"),
-         "quantized experts lie in the files one by one", experts.check_layout,
-         "make_expert_params_mapping of fused_moe (vLLM, SGLang); from documentation (TensorRT-LLM)"),
-    Rule("engine-groups", _SERVERS, _CT, "the engine gives every layer the scheme meant for it",
-         fused.check_engine_groups, "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)"),
-    Rule("left-out", ("vllm", "sglang", "transformers"), (*_GPTQ, *_AWQ, *_BNB, *_MODELOPT, *_FP8),
-         "the engine leaves unquantized what the files hold so", left_out.check_left_out,
-         "is_layer_skipped of utils/quant_utils.py, is_layer_gptq_quantized, is_layer_excluded (vLLM); "
-         "is_layer_skipped of utils.py, awq.py, bitsandbytes.py (SGLang); should_convert_module of quantizers_utils.py "
-         "(transformers)"),
-    Rule("coverage", ENGINES, QUANTIZED, "every linear is quantized or left out, in config.json as in the files",
+    Rule("kv-cache-scales", "format", _SCALED, "a quantized KV cache has its scales, in every layer",
+         tensors.check_cache_scales, "CompressedTensorsKVCacheMethod.create_weights, KVCacheScaleParameter of "
+         "kv_cache.py, get_cache_scale_mapper of base_config.py (vLLM): absent ones are 1.0 in silence"),
+    Rule("coverage", "layers", QUANTIZED, "every linear is quantized or left out, in config.json as in the files",
          tensors.check_coverage, "our own: nothing is skipped in silence"),
-    Rule("tensors", ENGINES, ALL, "every tensor is there, with the right dtype and shape", tensors.check_tensors,
+    Rule("tensors", "layers", ALL, "every tensor is there, with the right dtype and shape", tensors.check_tensors,
          "create_weights of each quantization method (vLLM); the modules of transformers"),
-    Rule("leftovers", ENGINES, ALL, "no tensor that a loader would not know", tensors.check_leftovers,
+    Rule("leftovers", "layers", ALL, "no tensor that a loader would not know", tensors.check_leftovers,
          "load_weights of the model classes (vLLM): KeyError, or passed over"),
-    Rule("sizes", ENGINES, ALL, "bytes are as predicted from shapes", files.check_sizes, "the safetensors format"),
-    Rule("engine-loader", ENGINES, QUANTIZED, "the engine has a loader for the format", engines.check_loader,
+    Rule("sizes", "layers", ALL, "bytes are as predicted from shapes", files.check_sizes, "the safetensors format"),
+    Rule("engine-loader", "limits", QUANTIZED, "the engine has a loader for the format", files.check_loader,
          "QuantizationMethods of __init__.py (vLLM), BASE_QUANTIZATION_METHODS of __init__.py (SGLang), "
          "AUTO_QUANTIZATION_CONFIG_MAPPING of quantizers/auto.py (transformers), load_hf_quant_config of "
          "_torch/model_config.py (TensorRT-LLM)", limit=True),
-    Rule("engine-dtype", _SERVERS, QUANTIZED, "kernels compute in the model's dtype", engines.check_dtype,
-         "get_supported_act_dtypes of each quantization config (vLLM, SGLang)", limit=True),
-    Rule("engine-limits", _VLLM, _CT, "kernels exist for bits, group sizes and formats",
-         engine_limits.check_engine_limits, "_get_scheme_from_parts of compressed_tensors.py (vLLM)", limit=True),
-    Rule("sglang-schemes", _SGLANG, _CT, "SGLang has a scheme for every group", engines.check_sglang_groups,
-         "_get_scheme_from_parts of compressed_tensors/compressed_tensors.py (SGLang)", limit=True),
-    Rule("tensorrt-algorithms", _TENSORRT, _CT, "TensorRT-LLM has an algorithm for every group",
-         engines.check_tensorrt_groups, "_quant_config_from_config_group of quant_config_utils.py (TensorRT-LLM)",
-         limit=True),
-    Rule("gptq-kernels", _SERVERS, _GPTQ, "kernels exist for bits, symmetry and group size", gptq.check_kernels,
-         "TYPE_MAP of auto_gptq.py, MARLIN_SUPPORTED_GROUP_SIZES of utils/marlin_utils.py (vLLM); the same of gptq.py "
-         "and marlin_utils.py (SGLang)", limit=True),
-    Rule("awq-kernels", _SGLANG, _AWQ, "Marlin takes the shapes, or the model is float16", awq.check_sglang_kernels,
-         "check_marlin_supports_layer of marlin_utils.py, AWQConfig.get_supported_act_dtypes of awq.py (SGLang)",
-         limit=True),
-    Rule("modelopt-algorithm", _FUSING, _MODELOPT, "the engine knows quant_algo", modelopt.check_algorithm,
-         "LINEAR_ALGOS of modelopt.py (vLLM); from_config of modelopt_quant.py (SGLang); QuantAlgo of "
-         "quantization/mode.py, and from documentation (TensorRT-LLM)", limit=True),
-    Rule("tensorrt-fp8-blocks", _TENSORRT, _FP8, "blocks are 128 × 128", fp8.check_tensorrt_blocks,
-         "load_hf_quant_config of _torch/model_config.py (TensorRT-LLM)", limit=True),
-    Rule("fused-blocks", _FUSING, ("compressed-tensors", "modelopt", "fp8"),
-         "no FP8 block straddles two of a fused set", fp8.check_blocks,
-         "validate_fp8_block_shape of utils/fp8_utils.py (vLLM), fp8.py (SGLang)", limit=True),
-    Rule("gpt-oss-experts", ("vllm", "sglang", "transformers"), ALL, "experts of gpt-oss are MXFP4 blocks or fused",
-         experts.check_gpt_oss, "load_weights of models/gpt_oss.py (vLLM, SGLang); GptOssExperts (transformers)",
-         limit=True),
-    Rule("engine-model", _VLLM, QUANTIZED, "the engine's class of the model takes this format",
-         engines.check_model, "load_weights of models/bloom.py, models/gpt_oss.py, models/stablelm.py", limit=True),
-    Rule("left-experts", _VLLM, _CT, "experts in one 16-bit tensor are in `ignore`, by regex",
-         experts.check_left_experts, "get_moe_method of compressed_tensors_moe.py"),
-    Rule("turned-weights", _SERVERS, QUANTIZED, "codes of GPT-2 do not lie under .weight, which engines turn round",
-         engines.check_turned_weights, "_transpose_conv1d of models/gpt2.py (vLLM), load_weights of models/gpt2.py "
-         "(SGLang)", limit=True),
-    Rule("transformers-experts", _TRANSFORMERS, (*_GPTQ, *_AWQ, *_BNB), "no quantized experts that transformers merges",
-         experts.check_transformers, "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),
-    Rule("tensor-parallel", _SERVERS, QUANTIZED, "layers split at whole groups; sizes beyond 1 are informational",
-         engine_limits.check_tensor_parallel, "model_executor/parameter.py: whole groups and words per rank (vLLM)",
-         limit=True),
-    Rule("fused-global-scales", _FUSING, ("compressed-tensors", "modelopt"),
-         "NVFP4's scales per tensor are shared in fused sets", fused.check_fused_global_scales,
-         "KNvfp4Static.process of modelopt.py (vLLM); from documentation (TensorRT-LLM)"),
-    Rule("activation-scales", ENGINES, ("compressed-tensors", "modelopt", "fp8"),
-         "static activation scales are finite and positive", tensors.check_activation_scales, _OURS),
-    Rule("zero-points", ENGINES, _CT, "symmetric groups ship none; others are packed cleanly",
-         compressed_tensors.check_zero_points, "schemes/compressed_tensors_wNa16.py (vLLM)"),
-    Rule("scales", ENGINES, QUANTIZED, "no scale is NaN, infinite, negative or wrongly zero", values.check_scales,
+    Rule("activation-scales", "values", _SCALED, "static activation scales are finite and positive",
+         tensors.check_activation_scales, _OURS),
+    Rule("scales", "values", QUANTIZED, "no scale is NaN, infinite, negative or wrongly zero", tensors.check_scales,
          _OURS),
-    Rule("codes", ENGINES, QUANTIZED, "codes are in range, padding bits are zero", values.check_codes, _OURS),
-    Rule("finite", ENGINES, ALL, "unquantized tensors hold neither NaN nor inf", values.check_finite, _OURS),
-    Rule("nearest-codes", ENGINES, QUANTIZED, "every code is the nearest one to the source's weight",
-         values.check_nearest, "our own: round to nearest", needs_source=True, needs_nearest=True),
-    Rule("relative-error", ENGINES, ALL, "decoded weights are the source's within a bound by bits",
-         values.check_relative_error, "our own: foreign weights are √2 apart", needs_source=True),
-    Rule("unquantized", ENGINES, ALL, "unquantized tensors equal the source's", values.check_unquantized,
+    Rule("codes", "values", QUANTIZED, "codes are in range, padding bits are zero", tensors.check_codes, _OURS),
+    Rule("finite", "values", ALL, "unquantized tensors hold neither NaN nor inf", tensors.check_finite, _OURS),
+    Rule("nearest-codes", "values", QUANTIZED, "every code is the nearest one to the source's weight",
+         tensors.check_nearest, "our own: round to nearest", needs_source=True, needs_nearest=True),
+    Rule("relative-error", "values", ALL, "decoded weights are the source's within a bound by bits",
+         tensors.check_relative_error, "our own: foreign weights are √2 apart", needs_source=True),
+    Rule("unquantized", "values", ALL, "unquantized tensors equal the source's", tensors.check_unquantized,
          "our own: they are copied", needs_source=True),
-    Rule("gguf-file", _LLAMA, _GGUF, "the container parses; all parts are there, whole, and nothing overlaps",
-         gguf.check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
-    Rule("gguf-architecture", _LLAMA, _GGUF, "the architecture is known and its sizes are stated",
-         gguf.check_architecture, "load_arch, load_hparams of llama-model.cpp"),
-    Rule("gguf-tensors", _LLAMA, _GGUF, "tensors are those of the architecture, in every block",
-         gguf.check_tensors, "done_getting_tensors of llama-model-loader.cpp"),
-    Rule("gguf-shapes", _LLAMA, _GGUF, "rows are as wide as the hidden state", gguf.check_shapes,
-         "check_tensor_dims of llama-model-loader.cpp"),
-    Rule("gguf-types", _LLAMA, _GGUF, "types are known and the version of quantization is stated", gguf.check_types,
-         "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
-    Rule("gguf-tokenizer", _LLAMA, _GGUF, "the tokenizer's lists agree, and with the embedding", gguf.check_tokenizer,
-         "llama_vocab::impl::load of llama-vocab.cpp"),
-    Rule("gguf-finite", _LLAMA, _GGUF, "no weight is NaN or inf", gguf.check_finite,
-         "ggml_validate_row_data (--check-tensors)"),
-    Rule("gguf-weights", _LLAMA, _GGUF, "every tensor is as near to its source as its bits allow", gguf.check_weights,
-         _OURS, needs_source=True),
 )  # fmt: skip
+
+
+def rules_of(engine: str) -> list[Rule]:
+    """Every rule of an engine."""
+    loading = loading_of(engine)
+    general = (*COMMON, *(rule for row in FORMATS.values() if row.rules is not None for rule in load(row.rules)))
+    fitting = [rule for rule in general if (GGUF in rule.formats) == loading.reads_gguf]
+    return _in_order((*fitting, *loading.rules))
+
+
+def all_rules() -> dict[Rule, tuple[str, ...]]:
+    """Every rule of any engine → the engines that have it."""
+    engines: dict[Rule, tuple[str, ...]] = {}
+    for engine in ENGINES:
+        for rule in rules_of(engine):
+            engines[rule] = (*engines.get(rule, ()), engine)
+    return {rule: engines[rule] for rule in _in_order(tuple(engines))}
+
+
+def _in_order(rules: tuple[Rule, ...]) -> list[Rule]:
+    return sorted(rules, key=lambda rule: STAGES.index(rule.stage))

@@ -1,22 +1,31 @@
-"""Rules on which tensors there are, of which dtype and shape, and that what should be quantized is."""
+"""Rules on tensors: presence, dtype and shape; coverage by quantization; scales of a KV cache; and values, by the
+survey, one pass over every weight.
+
+vLLM silently takes 1.0 for an absent scale of the KV cache: keys and values beyond 448 are clipped, small ones lose
+their bits.
+"""
 
 from __future__ import annotations
 
-from lowbit.checkpoint.quantized import tensor_problem
-from lowbit.verification.kv_cache import KV_LEAVES, quantizes_kv_cache
+import math
+
+from lowbit.checkpoint.kv_cache import key_value_heads, kv_cache_names
+from lowbit.checkpoint.quantized import FLOATS, HasKVCache, tensor_problem
 from lowbit.verification.left_out import is_accounted_for
 from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
+from lowbit.verification.survey import LARGEST_RELATIVE_ERROR
 
 # Never loaded: recomputed from config.json by every engine.
 _IGNORED_LEAVES = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", "attention.bias")
-# Rules of their own say more of these.
+# These have rules of their own.
 _NAMED_ELSEWHERE = ("weight_zero_point", "input_zero_point", "weight_g_idx")
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale")
+_KV_LEAVES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 
 
 def check_coverage(subject: Subject) -> Finding:
-    """Every linear of the decoder is quantized, or left out in config.json; it and the files say the same."""
+    """Every linear of the decoder is quantized, or left out in config.json; config.json and the files agree."""
     problems = list(subject.misfiled.values())
     for linear in subject.decoder:
         name = linear.name
@@ -34,7 +43,7 @@ def check_coverage(subject: Subject) -> Finding:
 
 
 def _quantized_ties(subject: Subject) -> list[str]:
-    """Weights that are shared with the embedding, and that config.json quantizes all the same."""
+    """Weights that are tied to the embedding although config.json quantizes them."""
     if subject.format != "compressed-tensors":
         return []
     problems = []
@@ -65,8 +74,13 @@ def check_leftovers(subject: Subject) -> Finding:
         if known or name in subject.optional or _is_known_beside(subject, name):
             continue
         if owner in subject.misfiled or owner.removesuffix(".weight") in subject.misfiled or leaf in _NAMED_ELSEWHERE:
-            continue  # another rule says so
-        problems.append(f"{name} does not belong here: {_why(subject, owner)}")
+            continue  # another rule reports it
+        why, group = "no module has it", subject.groups.get(owner)
+        if group is not None:
+            why = f"{owner} is stored as {group.format}"
+        elif owner in subject.schemes:
+            why = f"{owner} is quantized, and {subject.format} has no such tensor"
+        problems.append(f"{name} does not belong here: {why}")
     return Finding(problems, "none")
 
 
@@ -76,22 +90,13 @@ def _is_known_beside(subject: Subject, name: str) -> bool:
     if subject.architecture.stands_beside(name):
         return True
     owner, _, leaf = name.rpartition(".")
-    if leaf in KV_LEAVES:
-        # fp8 folders do not speak of the cache; vLLM reads its scales by their names
-        return subject.format != PLAIN and (subject.format == "fp8" or quantizes_kv_cache(subject))
+    if leaf in _KV_LEAVES:
+        # fp8 folders do not state a KV cache; vLLM finds its scales by name
+        return subject.format != PLAIN and (subject.format == "fp8" or _quantizes_kv_cache(subject))
     if leaf == "bias":
-        # AutoGPTQ writes a bias for every linear; loaders pass over what the model lacks
+        # AutoGPTQ writes a bias for every linear; loaders skip those that the model lacks
         return subject.format in ("gptq", "awq") and owner in subject.schemes
     return subject.format == "mxfp4" and leaf.endswith(("_blocks", "_scales"))
-
-
-def _why(subject: Subject, owner: str) -> str:
-    group = subject.groups.get(owner)
-    if group is not None:
-        return f"{owner} is stored as {group.format}"
-    if owner in subject.schemes:
-        return f"{owner} is quantized, and {subject.format} has no such tensor"
-    return "no module has it"
 
 
 def check_activation_scales(subject: Subject) -> Finding:
@@ -105,3 +110,80 @@ def check_activation_scales(subject: Subject) -> Finding:
                 if not 0 < value < float("inf"):
                     problems.append(f"{name} is {value}; a finite number above 0 is needed")
     return Finding(problems, f"{count} static scales" if count else "no static scales are called for")
+
+
+def _quantizes_kv_cache(subject: Subject) -> bool:
+    """True if config.json (or ModelOpt's file) states a quantized KV cache."""
+    stated = subject.quantization
+    nested = stated.get("quantization")
+    inner = nested if isinstance(nested, dict) else {}
+    return any((stated.get("kv_cache_scheme"), stated.get("kv_cache_quant_algo"), inner.get("kv_cache_quant_algo")))
+
+
+def check_cache_scales(subject: Subject) -> Finding:
+    """Every layer has scales of keys and values: floats, finite and above 0, of the stated shape."""
+    found = kv_cache_names(subject.stored)
+    places = {place: name for name, place in found.items()}
+    layout = subject.layout
+    scheme = layout.kv_cache if isinstance(layout, HasKVCache) else None
+    if not _quantizes_kv_cache(subject) and not (subject.format == "fp8" and places):
+        return Finding([], "the cache is not quantized")
+    if scheme is None:
+        return Finding([], "the cache is not quantized to FP8 with one scale per tensor or head")
+    problems = [f"{name} and {places[place]} are both of layer {place[0]}"
+                for name, place in found.items() if places[place] != name]  # fmt: skip
+    heads = key_value_heads(subject.config) if scheme.per == "head" else 1
+    for layer in range(len(subject.architecture.blocks)):
+        for leaf in ("k_scale", "v_scale"):
+            name = places.get((layer, leaf))
+            if name is None:
+                problems.append(f"layer {layer} has no {leaf}; config.json says that the KV cache is FP8")
+                continue
+            problem = _cache_problem(subject, name, heads)
+            problems += [] if problem is None else [problem]
+    return Finding(problems, f"FP8, one scale per {scheme.per}, in {len(subject.architecture.blocks)} layers")
+
+
+def _cache_problem(subject: Subject, name: str, heads: int) -> str | None:
+    info = subject.stored.tensors[name]
+    if info.dtype not in FLOATS:
+        return f"{name} is {str(info.dtype).removeprefix('torch.')}; a float is needed"
+    if math.prod(info.shape) != heads:
+        return f"{name} has shape {list(info.shape)}; {heads} {'number is' if heads == 1 else 'numbers are'} needed"
+    values = subject.stored.read(name).float().reshape(-1)
+    wrong = [value for value in values.tolist() if not 0 < value < float("inf")]
+    return f"{name} is {wrong[0]}; a finite number above 0 is needed" if wrong else None
+
+
+def check_scales(subject: Subject) -> Finding:
+    """No scale is NaN, infinite, negative, or zero where its weights are not."""
+    return Finding(subject.survey.scales, f"those of {subject.survey.decoded} linears are finite and above 0")
+
+
+def check_codes(subject: Subject) -> Finding:
+    """Every code is within its grid's range and no number is NaN; padding bits are zero; weight_shape is right."""
+    return Finding(subject.survey.codes, f"{subject.survey.decoded} linears decode")
+
+
+def check_finite(subject: Subject) -> Finding:
+    """Tensors that are not quantized hold neither NaN nor inf."""
+    return Finding(subject.survey.finite, "no NaN, no inf")
+
+
+def check_nearest(subject: Subject) -> Finding:
+    """Every code is the nearest one to the source's weight, or the end code beyond the range of its scale."""
+    return Finding(subject.survey.nearest, f"every code of {subject.survey.compared} linears is the nearest one")
+
+
+def check_relative_error(subject: Subject) -> Finding:
+    """Decoded weights are the source's, within a bound by bits; those of a folder of floats within the widest."""
+    errors = subject.survey.relative_errors
+    worst = max(errors, key=lambda name: errors[name], default="")
+    bits = subject.schemes[worst].weight.bits if worst in subject.schemes else 2
+    bound = LARGEST_RELATIVE_ERROR[bits]
+    return Finding(subject.survey.relative, f"at most {errors.get(worst, 0.0):.4f} ({worst}; {bound} is allowed)")
+
+
+def check_unquantized(subject: Subject) -> Finding:
+    """Tensors that are not quantized equal the source's, in the dtype they are stored in."""
+    return Finding(subject.survey.copied, "equal to the source")

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lowbit.errors import ShapeError
 from lowbit.kernels.choice import compiled
-from lowbit.numerics.ggml import reference
-from lowbit.numerics.ggml.iquant_grids import hand_over
-from lowbit.numerics.ggml.types import TYPES, GgmlType, find_type
+from lowbit.numerics.ggml.iquant_layout import hand_over
+from lowbit.numerics.ggml.types import TYPES, GgmlType, family, find_type, weights_of
 
 if TYPE_CHECKING:
     from lowbit.kernels._core import Isa
@@ -33,7 +32,7 @@ def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> 
     weight      float32, bfloat16 or float16 [N, K], finite; K divides by the type's block
     importance  float32 [K], finite and ≥ 0: weighs squared errors; None weighs columns alike
 
-    Single-threaded and reentrant (the GIL is released): split rows over threads. Raises ShapeError where K does not
+    Single-threaded and reentrant (the GIL is released): split rows over threads. Raises ShapeError if K does not
     divide, UsageError for an unknown type.
     """
     return encode_measured(type_name, weight, importance)[0]
@@ -48,20 +47,22 @@ def encode_measured(
     the type make the first one inf.
     """
     kind = find_type(type_name)
-    _check_columns(kind, weight.shape[1])
+    if weight.shape[1] % kind.weights:
+        raise ShapeError(
+            f"rows of {weight.shape[1]} weights are not whole blocks of {kind.weights} ({kind.name})",
+            "choose a type whose block divides them: Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32",
+        )
     core = _core_for(kind, weight)
-    if core is None:
-        if not torch.isfinite(weight).all():
-            return torch.zeros((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8), (
-                math.nan,
-                math.nan,
-                math.nan,
-            )
-        blocks = reference.encode(kind, weight, importance)
-        return blocks, squared_error(type_name, weight, blocks)
-    blocks = torch.empty((weight.shape[0], kind.row_bytes(weight.shape[1])), dtype=torch.uint8)
-    importance = None if importance is None else importance.contiguous()
-    return blocks, core.ggml_encode(kind.number, weight.contiguous(), importance, blocks)
+    blocks = torch.empty((len(weight), kind.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
+    if not weight.numel():
+        return blocks, (0.0, 0.0, 0.0)
+    if core is not None:
+        importance = None if importance is None else importance.contiguous()
+        return blocks, core.ggml_encode(kind.number, weight.contiguous(), importance, blocks)
+    if not torch.isfinite(weight).all():
+        return blocks.zero_(), (math.nan, math.nan, math.nan)
+    blocks = family(kind).encode(kind, weight, importance)
+    return blocks, squared_error(type_name, weight, blocks)
 
 
 def decode(type_name: str, blocks: Tensor) -> Tensor:
@@ -70,9 +71,12 @@ def decode(type_name: str, blocks: Tensor) -> Tensor:
     if blocks.shape[1] % kind.size:
         raise ShapeError(f"rows of {blocks.shape[1]} bytes are not whole blocks of {kind.size} ({kind.name})")
     core = _core_for(kind, blocks)
+    weights = blocks.new_empty((len(blocks), blocks.shape[1] // kind.size * kind.weights), dtype=torch.float32)
+    if not blocks.numel():
+        return weights
     if core is None:
-        return reference.decode(kind, blocks)
-    weights = torch.empty((blocks.shape[0], blocks.shape[1] // kind.size * kind.weights), dtype=torch.float32)
+        unpacked = family(kind).unpack(kind, blocks)
+        return weights_of(kind, unpacked.codes, unpacked)
     core.ggml_decode(kind.number, blocks.contiguous(), weights)
     return weights
 
@@ -98,11 +102,3 @@ def _core_for(kind: GgmlType, tensor: Tensor) -> Isa | None:
     if core is not None and kind.family == "i":
         hand_over(core, kind)
     return core
-
-
-def _check_columns(kind: GgmlType, columns: int) -> None:
-    if columns % kind.weights:
-        raise ShapeError(
-            f"rows of {columns} weights are not whole blocks of {kind.weights} ({kind.name})",
-            "choose a type whose block divides them: Q8_0, Q5_0, Q4_0 and IQ4_NL have blocks of 32",
-        )

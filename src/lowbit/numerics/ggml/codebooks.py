@@ -33,7 +33,6 @@ from gguf.quants import MXFP4 as GGUF_MXFP4
 from torch import Tensor
 
 from lowbit.numerics.ggml import one_scale
-from lowbit.numerics.ggml.blocks import Blocks, per_column
 from lowbit.numerics.ggml.one_scale import (
     ROUNDER,
     Tile,
@@ -44,7 +43,7 @@ from lowbit.numerics.ggml.one_scale import (
     squared_error,
     sum_of_runs,
 )
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import Blocks, GgmlType, per_column
 
 IQ4_VALUES = tuple(GGUF_IQ4_NL.kvalues)
 FP4_VALUES = tuple(GGUF_MXFP4.kvalues)
@@ -137,19 +136,12 @@ def ue4m3_half(codes: Tensor) -> Tensor:
     return torch.where(codes == 0x7F, 0.0, torch.where(exponent == 0, mantissa * 2.0**-10, normal))
 
 
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """Blocks, uint8 [N, row bytes] → float32 [N, K]."""
-    parts = unpack(kind, blocks)
-    values = value(kind, parts.codes)
-    return per_column(parts.scale, values.shape[1]) * values
-
-
 def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """Weights [N, K] → blocks, uint8 [N, row bytes]; see `lowbit.numerics.ggml.encode`."""
     rows = weight.shape[0]
     tile = one_scale.load_tile(weight, importance, kind.group, SUB_BLOCKS if kind.name == "IQ4_XS" else 1)
     scale, stored = _SEARCHES[kind.name](tile, rows)
-    return _assemble(kind, one_scale.codes(_GRIDS[kind.name], tile, scale, rows), stored)
+    return pack(kind, one_scale.codes(_GRIDS[kind.name], tile, scale, rows), stored)
 
 
 _Found = tuple[Tensor, dict[str, Tensor]]  # scales [B] in units of the tile, and `stored`
@@ -282,12 +274,8 @@ def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     return Blocks(one_scale.unpack_nibbles(packed), scale, None, stored)
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
     """The inverse of `unpack`: uint8 [N, row bytes]."""
-    return _assemble(kind, blocks.codes, blocks.stored)
-
-
-def _assemble(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
     rows = codes.shape[0]
     parts = []
     if "d" in stored:
@@ -323,7 +311,7 @@ def value(kind: GgmlType, codes: Tensor) -> Tensor:
 
 
 def round(kind: GgmlType, weight: Tensor, blocks: Blocks, importance: Tensor | None = None) -> Tensor:
-    """Nearest codes, uint8, of weights [N, k] given the scale; see `lowbit.numerics.ggml.blocks`."""
+    """Nearest codes, uint8, of weights [N, k] given the scale; see `lowbit.numerics.ggml.types`."""
     grid = _GRIDS[kind.name]
     inverse = inverse_or_zero(per_column(blocks.scale, weight.shape[1]))
     return grid.code(grid.bounded(weight.float() * (inverse * grid.per_step)))

@@ -1,12 +1,12 @@
-"""`GgmlGrid`: a ggml type as algorithms with error feedback (GPTQ) see a number format.
+"""`GgmlGrid`: a ggml type as a number format for error feedback (GPTQ).
 
     fit     weights of whole blocks → params    the scales (offsets, sub-scales) that the type's encoder chooses
     round   weights, params → codes             nearest code given the params; any slice of columns_per_code columns
-    decode  codes, params → weights             float32, what the decoder makes of the block, bit for bit
-    pack    codes, params → blocks              what a file holds
+    decode  codes, params → weights             float32, equal to the decoded block, bit for bit
+    pack    codes, params → blocks              the bytes of a file
 
-Params are `Blocks` without codes. `fit` works on as little as one block of columns, so an algorithm can fit weights
-that it has already corrected, block by block, and `join` the params; `at` gives the params of a few columns:
+Params are `Blocks` without codes. `fit` takes as little as one block of columns, so an algorithm can fit weights that
+it has already corrected, block by block, and `join` the params; `at` gives the params of a few columns:
 
     for start in range(0, K, grid.block):
         params.append(grid.fit(weight[:, start : start + grid.block], importance[start : start + grid.block]))
@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ShapeError
+from lowbit.kernels.tables import Codebook
 from lowbit.numerics import ggml
-from lowbit.numerics.codebook_tables import Codebook
-from lowbit.numerics.ggml import reference
-from lowbit.numerics.ggml.blocks import Blocks, per_column
 from lowbit.numerics.ggml.codebooks import FP4_VALUES, IQ4_VALUES
-from lowbit.numerics.ggml.types import GgmlType, find_type
+from lowbit.numerics.ggml.types import Blocks, GgmlType, family, find_type, weights_of
 
 # Bits that a block spends on the codes of one weight. Signs of lattice points are part of the code (IQ2_XXS, IQ2_XS and
 # IQ3_XXS leave out one in eight); the shift of IQ1_M, one bit for 8 weights, is too, that of IQ1_S is a parameter.
@@ -68,7 +66,7 @@ _LEVELS: dict[str, IntLevels | Codebook] = {
 
 @dataclass(frozen=True)
 class GgmlGrid:
-    """One ggml type; UsageError where `type_name` is none. Grids of the same type compare equal."""
+    """One ggml type; UsageError if `type_name` is none. Grids of the same type compare equal."""
 
     type_name: str
 
@@ -100,7 +98,7 @@ class GgmlGrid:
 
     @property
     def symmetric(self) -> bool:
-        """True where no offset is stored."""
+        """True if no offset is stored."""
         return _layout(self.kind)[2]
 
     @property
@@ -110,7 +108,7 @@ class GgmlGrid:
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
         """Params of weight [N, K], K whole blocks; importance float32 [K] weighs the squared errors."""
-        return self._without_codes(self._family.unpack(self.kind, ggml.encode(self.name, weight, importance)))
+        return self.unpack(ggml.encode(self.name, weight, importance))[1]
 
     def at(self, params: Blocks, start: int, stop: int) -> Blocks:
         """Params of columns start..stop, for `round` and `decode`; a scale per column, nothing stored."""
@@ -120,13 +118,11 @@ class GgmlGrid:
 
     def round(self, weight: Tensor, params: Blocks, importance: Tensor | None = None) -> Tensor:
         """Codes [N, k / columns_per_code] of weight [N, k]; importance float32 [k] matters to lattices only."""
-        return self._family.round(self.kind, weight.to(torch.float32), params, importance)
+        return family(self.kind).round(self.kind, weight.to(torch.float32), params, importance)
 
     def decode(self, codes: Tensor, params: Blocks) -> Tensor:
         """Float32 [N, k] of codes [N, k / columns_per_code]."""
-        values = self._family.value(self.kind, codes)
-        weight = per_column(params.scale, values.shape[1]) * values
-        return weight if params.offset is None else weight + per_column(params.offset, values.shape[1])
+        return weights_of(self.kind, codes, params)
 
     def join(self, params: Sequence[Blocks]) -> Blocks:
         """Params of consecutive runs of whole blocks as one."""
@@ -139,7 +135,7 @@ class GgmlGrid:
         )
 
     def pack(self, codes: Tensor, params: Blocks) -> Tensor:
-        """Blocks, uint8 [N, row bytes], of the codes of whole rows; ShapeError where params are of other columns."""
+        """Blocks, uint8 [N, row bytes], of the codes of whole rows; ShapeError if params are of other columns."""
         columns = codes.shape[1] * self.columns_per_code
         fitted = params.scale.shape[1] * self.kind.group
         if columns != fitted:
@@ -148,25 +144,18 @@ class GgmlGrid:
             raise ShapeError(
                 f"params of single columns cannot be packed ({self.name})", "join those that fit made of whole blocks"
             )
-        return self._family.pack(self.kind, params.with_codes(codes))
+        return family(self.kind).pack(self.kind, codes, params.stored)
 
     def unpack(self, blocks: Tensor) -> tuple[Tensor, Blocks]:
         """(codes, params) of blocks: the inverse of `pack`."""
-        unpacked = self._family.unpack(self.kind, blocks)
-        return unpacked.codes, self._without_codes(unpacked)
-
-    @property
-    def _family(self):
-        return reference.family(self.kind)
-
-    def _without_codes(self, blocks: Blocks) -> Blocks:
-        return blocks.with_codes(blocks.codes[:, :0])
+        unpacked = family(self.kind).unpack(self.kind, blocks)
+        return unpacked.codes, unpacked.with_codes(unpacked.codes[:, :0])
 
 
 @cache
 def _layout(kind: GgmlType) -> tuple[int, float, bool]:
     """(columns per code, bits per code, whether there are no offsets), as the family unpacks an empty block."""
-    blocks = reference.family(kind).unpack(kind, torch.zeros((1, kind.size), dtype=torch.uint8))
+    blocks = family(kind).unpack(kind, torch.zeros((1, kind.size), dtype=torch.uint8))
     codes = blocks.codes.shape[1]
     columns = kind.weights // codes
     return columns, _CODE_BITS[kind.name] * columns, blocks.offset is None

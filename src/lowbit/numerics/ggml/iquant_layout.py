@@ -1,4 +1,4 @@
-"""Where each i-quant keeps what: blocks of 256 weights, little-endian. v counts points, k sub-blocks, m = v % 4.
+"""Block layouts of the i-quants: 256 weights, little-endian. v counts points, k sub-blocks, m = v % 4.
 
     IQ1_S    half d; u8 qs[32]; u16 qh[8]                       1.5625 bits per weight
              point v: qs[v] + 256 · bits 3m…3m+2 of qh[v // 4]
@@ -18,19 +18,37 @@
              point v: qs[v] + 256 · bit v % 8 of qh[v // 8]; scale k: nibble k
 
 Signs are a bit per weight, set where negative. Where 7 bits are kept for 8 weights, the eighth makes their number even.
+
+A point is one of a codebook ("grid") of 8 or 4 columns, from the gguf package, with coordinates of a small alphabet:
+
+    IQ1_S, IQ1_M     2048 points of −1, 0, 1                  8 columns
+    IQ2_XXS          256 points of 8, 25, 43                  8
+    IQ2_XS, IQ2_S    512, 1024 points of 8, 25, 43            8
+    IQ3_XXS          256 points of 4, 12, 20, …, 52, 62       4
+    IQ3_S            512 points of 1, 3, …, 15                4
+
+The compiled core gets each grid from here on first use of its type, and builds the same index.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+from gguf import quants
 from torch import Tensor
+
+from lowbit.numerics.ggml.types import GgmlType
+
+if TYPE_CHECKING:
+    from lowbit.kernels._core import Isa
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What B blocks hold, unscaled.
+    """The fields of B blocks, unscaled.
 
     d      float16 [B]
     scale  int32 [B, sub-blocks]
@@ -46,12 +64,12 @@ class Fields:
 
 def read(type_name: str, blocks: Tensor) -> Fields:
     """Fields of blocks, uint8 [B, size]."""
-    return _READERS[type_name](blocks)
+    return _LAYOUTS[type_name][0](blocks)
 
 
 def write(type_name: str, fields: Fields) -> Tensor:
     """Blocks, uint8 [B, size]."""
-    return _WRITERS[type_name](fields)
+    return _LAYOUTS[type_name][1](fields)
 
 
 def even_sign(seven: Tensor) -> Tensor:
@@ -139,23 +157,14 @@ def _write_iq3_s(fields: Fields) -> Tensor:
     return torch.cat([_bytes_of_half(fields.d), *(_bytes(part, 1) for part in parts)], dim=1)
 
 
-_READERS = {
-    "IQ1_S": _read_iq1_s,
-    "IQ1_M": _read_iq1_m,
-    "IQ2_XXS": _read_iq2_xxs,
-    "IQ2_XS": _read_iq2_xs,
-    "IQ2_S": _read_iq2_s,
-    "IQ3_XXS": _read_iq3_xxs,
-    "IQ3_S": _read_iq3_s,
-}
-_WRITERS = {
-    "IQ1_S": _write_iq1_s,
-    "IQ1_M": _write_iq1_m,
-    "IQ2_XXS": _write_iq2_xxs,
-    "IQ2_XS": _write_iq2_xs,
-    "IQ2_S": _write_iq2_s,
-    "IQ3_XXS": _write_iq3_xxs,
-    "IQ3_S": _write_iq3_s,
+_LAYOUTS = {
+    "IQ1_S": (_read_iq1_s, _write_iq1_s),
+    "IQ1_M": (_read_iq1_m, _write_iq1_m),
+    "IQ2_XXS": (_read_iq2_xxs, _write_iq2_xxs),
+    "IQ2_XS": (_read_iq2_xs, _write_iq2_xs),
+    "IQ2_S": (_read_iq2_s, _write_iq2_s),
+    "IQ3_XXS": (_read_iq3_xxs, _write_iq3_xxs),
+    "IQ3_S": (_read_iq3_s, _write_iq3_s),
 }
 
 
@@ -199,3 +208,56 @@ def _sign_word(raw: Tensor) -> tuple[Tensor, Tensor]:
 def _bytes_of_sign_word(fields: Fields) -> Tensor:
     words = _join(fields.sign & 127, (0, 7, 14, 21)) | fields.scale << 28
     return words.contiguous().view(torch.uint8)
+
+
+@cache
+def grid(type_name: str) -> Tensor:
+    """int8 [points, columns] of an i-quant."""
+    codec = getattr(quants, type_name)
+    codec.init_grid()
+    return torch.from_numpy(codec.grid.reshape(codec.grid_shape)).to(torch.int8)
+
+
+_handed_over: set[str] = set()
+
+
+def hand_over(core: Isa, kind: GgmlType) -> None:
+    """Give the grid of an i-quant to the compiled core; safe to repeat, from any thread."""
+    if kind.name not in _handed_over:
+        core.set_ggml_grid(kind.number, grid(kind.name))
+        _handed_over.add(kind.name)
+
+
+@dataclass(frozen=True)
+class GridIndex:
+    """A grid, ready for `iquant_search.nearest_points`.
+
+    A point is two halves; a half of n columns is pattern Σ level[i] · levels^i, one of levels^n.
+
+    levels   float32 [L], ascending
+    first    int64 [A]       patterns of first halves, those with most second halves first
+    second   int64 [A, most] patterns that complete them to a point, ascending; the last repeats
+    entry    int32 [patterns, patterns] → number of the point, −1 where there is none
+    """
+
+    levels: Tensor
+    first: Tensor
+    second: Tensor
+    entry: Tensor
+
+
+@cache
+def index_of(type_name: str) -> GridIndex:
+    """The index of an i-quant's grid."""
+    points = grid(type_name)
+    levels = points.unique()
+    half = points.shape[1] // 2
+    digits = torch.searchsorted(levels, points).reshape(len(points), 2, half)
+    patterns = (digits * len(levels) ** torch.arange(half)).sum(dim=2)
+    entry = torch.full((len(levels) ** half,) * 2, -1, dtype=torch.int32)
+    entry[patterns[:, 0], patterns[:, 1]] = torch.arange(len(points), dtype=torch.int32)
+    second = [row.nonzero()[:, 0] for row in entry >= 0]
+    first = sorted((a for a in range(len(second)) if len(second[a])), key=lambda a: -len(second[a]))
+    most = len(second[first[0]])
+    padded = torch.stack([torch.cat([second[a], second[a][-1:].expand(most - len(second[a]))]) for a in first])
+    return GridIndex(levels.to(torch.float32), torch.tensor(first), padded, entry)

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.numerics.ggml.iquant_grids import GridIndex, grid, index_of
+from lowbit.numerics.ggml.iquant_layout import GridIndex, grid, index_of
+from lowbit.numerics.ggml.types import LARGEST_HALF
 
 BLOCK = 256
 SHIFT = 0.125  # IQ1: points are shifted by this much, up or down
 LEAST_IMPORTANCE = 2.0**-20
 NOTHING = 1e-9  # blocks of smaller weights become zeros
-LARGEST_HALF = 65504.0
 LEAST_COST = 1e-30  # keeps the costs of second halves, whose last bits are used, above the denormals
 PATTERN_MASK = 127
 STEPS_TRIED = 32

@@ -6,7 +6,7 @@
     IQ1_S, IQ1_M             x = d · (2·s + 1) · (grid[q] ± 1/8)  8
 
 d is a half per block of 256, s an integer per sub-block of 32 (IQ1_M, IQ2_XS and IQ2_S: 16) weights. Where each lies in
-a block is in `iquant_layout`, the grids are in `iquant_grids`, the search of the encoder in `iquant_search`.
+a block and the grids are in `iquant_layout`, the search of the encoder in `iquant_search`.
 
 A code is an int32, lowest bits first:
 
@@ -30,11 +30,9 @@ from torch import Tensor
 
 from lowbit.kernels.choice import compiled
 from lowbit.numerics.ggml import iquant_layout
-from lowbit.numerics.ggml.blocks import Blocks, per_column
-from lowbit.numerics.ggml.iquant_grids import grid, hand_over, index_of
-from lowbit.numerics.ggml.iquant_layout import Fields, even_sign
+from lowbit.numerics.ggml.iquant_layout import Fields, even_sign, grid, hand_over, index_of
 from lowbit.numerics.ggml.iquant_search import BLOCK, SHIFT, Search, nearest_points, search
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import Blocks, GgmlType, per_column
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,6 @@ def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None) -> Tensor:
     return iquant_layout.write(kind.name, fields).reshape(rows, -1)
 
 
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """See `lowbit.numerics.ggml.decode`."""
-    unpacked = unpack(kind, blocks)
-    values = value(kind, unpacked.codes)
-    weight = per_column(unpacked.scale, values.shape[1]) * values
-    return weight if unpacked.offset is None else weight + per_column(unpacked.offset, values.shape[1])
-
-
 def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     """codes int32, see the top; stored: d, half [N, B], scale, int32 [N, G]; IQ1_S: shift, int32 [N, G]."""
     rows = blocks.shape[0]
@@ -103,21 +93,23 @@ def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     if kind.name == "IQ1_S":
         offset = (scale * torch.where(fields.sign > 0, -SHIFT, SHIFT)).reshape(rows, -1)
         stored["shift"] = fields.sign.reshape(rows, -1)
-    codes = _join_code(code, fields.point, _signs_of_codes(kind, fields.sign))
+    sign = fields.sign
+    if kind.name == "IQ3_S":  # a code has the signs of 4 columns, the block keeps those of 8
+        sign = torch.stack([sign & 15, sign >> 4], dim=2).flatten(1)
+    codes = _join_code(code, fields.point, sign)
     return Blocks(codes.reshape(rows, -1), scale.reshape(rows, -1), offset, stored)
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
-    """See `lowbit.numerics.ggml.blocks`."""
-    rows = blocks.codes.shape[0]
-    code = _CODES[kind.name]
-    point, sign = _split_code(code, kind, blocks.codes.reshape(-1, BLOCK // code.columns).int())
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    """The inverse of `unpack`: uint8 [N, row bytes]."""
+    rows, code = codes.shape[0], _CODES[kind.name]
+    point, sign = _split_code(code, kind, codes.reshape(-1, BLOCK // code.columns).int())
     if kind.name == "IQ1_S":
-        sign = blocks.stored["shift"].reshape(len(point), -1)
+        sign = stored["shift"].reshape(len(point), -1)
     elif kind.name == "IQ3_S":
         sign = sign[:, ::2] | sign[:, 1::2] << 4
-    scale = blocks.stored["scale"].reshape(len(point), -1)
-    fields = Fields(blocks.stored["d"].reshape(-1), scale, point, sign)
+    scale = stored["scale"].reshape(len(point), -1)
+    fields = Fields(stored["d"].reshape(-1), scale, point, sign)
     return iquant_layout.write(kind.name, fields).reshape(rows, -1)
 
 
@@ -206,13 +198,6 @@ def _nearest(kind: GgmlType, x: Tensor, w: Tensor, scaled: Tensor) -> tuple[Tens
     entry, cost = torch.empty(len(x), dtype=torch.int32), torch.empty(len(x))
     core.iq_nearest(kind.number, x.contiguous(), w.contiguous(), scaled.contiguous(), entry, cost)
     return entry, cost
-
-
-def _signs_of_codes(kind: GgmlType, sign: Tensor) -> Tensor:
-    """Signs of 8 columns, or shifts → those of each code."""
-    if kind.name == "IQ3_S":
-        return torch.stack([sign & 15, sign >> 4], dim=2).flatten(1)
-    return sign
 
 
 def _join_code(code: _Code, point: Tensor, sign: Tensor) -> Tensor:

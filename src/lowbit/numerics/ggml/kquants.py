@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.ggml import kquants_search as search
-from lowbit.numerics.ggml.blocks import Blocks, per_column
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import Blocks, GgmlType, per_column
 
 SUPER = 256
 
@@ -76,15 +75,7 @@ def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None) -> Tensor:
     if choice.dmin is not None and choice.minima is not None:
         stored["dmin"] = choice.dmin.reshape(rows, -1)
         stored["minima"] = choice.minima.to(torch.int8).reshape(rows, -1)
-    return pack(kind, Blocks(codes.to(torch.uint8), *_effective(stored), stored))
-
-
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """See `lowbit.numerics.ggml.decode`."""
-    unpacked = unpack(kind, blocks)
-    columns = unpacked.codes.shape[1]
-    weights = per_column(unpacked.scale, columns) * value(kind, unpacked.codes)
-    return weights if unpacked.offset is None else weights + per_column(unpacked.offset, columns)
+    return pack(kind, codes.to(torch.uint8), stored)
 
 
 def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
@@ -106,11 +97,10 @@ def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     return Blocks(codes.reshape(rows, -1), *_effective(stored), stored)
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
-    """See `lowbit.numerics.ggml.blocks`."""
-    rows = blocks.codes.shape[0]
-    codes = blocks.codes.reshape(-1, SUPER).to(torch.uint8)
-    layout, stored = _LAYOUTS[kind.name], blocks.stored
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    """The inverse of `unpack`: uint8 [N, row bytes]."""
+    rows, layout = codes.shape[0], _LAYOUTS[kind.name]
+    codes = codes.reshape(-1, SUPER).to(torch.uint8)
     each = torch.zeros((len(codes), kind.size), dtype=torch.uint8, device=codes.device)
     for plane in layout.planes:
         parts, stride = 8 // plane.bits, plane.stride

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.numerics.ggml.types import LARGEST_HALF
+
 LARGEST, SMALLEST, FLOOR = 3e8, 1e-12, 1e-5
-LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ _SIGNED_ROUNDS = 1
 
 
 @dataclass(frozen=True)
-class Choice:
+class ScaleChoice:
     """codes float32 [n, S, G]; d, dmin float16 [S]; scales, minima float32 [S, G], integers. Signed: no minima."""
 
     codes: Tensor
@@ -106,7 +107,7 @@ def weighed(weight: Tensor, importance: Tensor | None, groups: int) -> tuple[Ten
     return _regroup(x, groups), _regroup(weights, groups)
 
 
-def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> Choice:
+def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> ScaleChoice:
     """Codes and parameters of x [n, S, G], errors weighed with weight [n, S, G]."""
     sum_w, sum_x = _sum(weight), _sum(weight * x)
     scale, sum_q, curvature = _affine_groups(kind, x, weight, sum_w, sum_x)
@@ -126,7 +127,7 @@ def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> Choice:
             d, dmin = _affine_least_squares(kind, x, weight, d, dmin, s, m, sum_w, sum_x)
     _, d, dmin, s, m = best
     codes = _code(x + dmin[:, None] * m, _inverse(d[:, None] * s), 0.0, kind.codes)
-    return Choice(codes, d.to(torch.float16), s, dmin.to(torch.float16), m)
+    return ScaleChoice(codes, d.to(torch.float16), s, dmin.to(torch.float16), m)
 
 
 def _affine_groups(kind: AffineKind, x: Tensor, weight: Tensor, sum_w: Tensor, sum_x: Tensor):
@@ -192,7 +193,7 @@ def _affine_least_squares(kind: AffineKind, x, weight, d, dmin, s, m, sum_w, sum
     return _as_half(torch.where(new_d > 0, new_d, d)), _as_half(torch.where(new_dmin > 0, new_dmin, dmin))
 
 
-def fit_signed(kind: SignedKind, x: Tensor, weight: Tensor) -> Choice:
+def fit_signed(kind: SignedKind, x: Tensor, weight: Tensor) -> ScaleChoice:
     """Codes and parameters of x [n, S, G], errors weighed with weight [n, S, G]."""
     scale, curvature = _signed_groups(kind, x, weight)
     d = _best_signed_step(kind, scale, curvature)
@@ -220,7 +221,7 @@ def fit_signed(kind: SignedKind, x: Tensor, weight: Tensor) -> Choice:
             ss, sx = _sum((s * s * qq).T), _sum((s * qx).T)
             d = _as_half(torch.where(ss > 0, sx / ss, d))
     _, d, s = best
-    return Choice(code(d[:, None] * s), d.to(torch.float16), s)
+    return ScaleChoice(code(d[:, None] * s), d.to(torch.float16), s)
 
 
 def _signed_groups(kind: SignedKind, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

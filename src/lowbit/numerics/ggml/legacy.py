@@ -24,15 +24,14 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.ggml import one_scale
-from lowbit.numerics.ggml.blocks import Blocks, per_column
 from lowbit.numerics.ggml.one_scale import Tile, float_of_half_bits, half_bits, inverse_or_zero, nearest, ordered_sum
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import Blocks, GgmlType, per_column
 
 BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Layout:
+class LegacyLayout:
     """bits of a code, what code 0 stands for, and whether m follows d."""
 
     bits: int
@@ -41,11 +40,11 @@ class Layout:
 
 
 LAYOUTS = {
-    "Q4_0": Layout(4, -8, False),
-    "Q4_1": Layout(4, 0, True),
-    "Q5_0": Layout(5, -16, False),
-    "Q5_1": Layout(5, 0, True),
-    "Q8_0": Layout(8, 0, False),
+    "Q4_0": LegacyLayout(4, -8, False),
+    "Q4_1": LegacyLayout(4, 0, True),
+    "Q5_0": LegacyLayout(5, -16, False),
+    "Q5_1": LegacyLayout(5, 0, True),
+    "Q8_0": LegacyLayout(8, 0, False),
 }
 
 # Places of the weight of largest magnitude.
@@ -88,24 +87,16 @@ class IntegerGrid:
         return (nearest(place) - self.lowest).to(torch.uint8)
 
 
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """Blocks, uint8 [N, row bytes] → float32 [N, K]."""
-    parts = unpack(kind, blocks)
-    values = value(kind, parts.codes)
-    scaled = per_column(parts.scale, values.shape[1]) * values
-    return scaled if parts.offset is None else scaled + per_column(parts.offset, values.shape[1])
-
-
 def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """Weights [N, K] → blocks, uint8 [N, row bytes]; see `lowbit.numerics.ggml.encode`."""
     rows, layout = weight.shape[0], LAYOUTS[kind.name]
     if kind.name == "Q8_0":
         codes, stored = _encode_q8_0(weight)
-        return _assemble(kind, codes, stored)
+        return pack(kind, codes, stored)
     tile = one_scale.load_tile(weight, importance, BLOCK)
     if layout.has_minimum:
         codes, stored = _encode_line(kind, tile, rows)
-        return _assemble(kind, codes, stored)
+        return pack(kind, codes, stored)
     grid = IntegerGrid(layout.lowest, -layout.lowest - 1)
     if kind.name == "Q4_0" and importance is None:
         d = half_bits(one_scale.search_scale(grid, tile, QUICK_ENDS_4, 0).scale * tile.unit)
@@ -113,7 +104,7 @@ def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None = None) -> 
         ends = ENDS_4 if kind.name == "Q4_0" else ENDS_5
         d = one_scale.best_half(grid, tile, one_scale.search_scale(grid, tile, ends, STEPS).scale)
     codes = one_scale.codes(grid, tile, float_of_half_bits(d) * tile.per_unit, rows)
-    return _assemble(kind, codes, {"d": one_scale.halves(d, rows)})
+    return pack(kind, codes, {"d": one_scale.halves(d, rows)})
 
 
 def _encode_q8_0(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,35 +212,22 @@ def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     else:
         codes = one_scale.unpack_nibbles(parts[..., -16:])
         if layout.bits == 5:
-            codes = codes | (_bits_of_bytes(parts[..., at : at + 4]).reshape(rows, -1) << 4)
+            fifth = (parts[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+            codes = codes | (fifth.reshape(rows, -1) << 4)
     offset = stored["m"].float() if layout.has_minimum else None
     return Blocks(codes, stored["d"].float(), offset, stored)
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
     """The inverse of `unpack`: uint8 [N, row bytes]."""
-    return _assemble(kind, blocks.codes, blocks.stored)
-
-
-def _assemble(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
     layout, rows = LAYOUTS[kind.name], codes.shape[0]
     params = [stored[name][..., None].view(torch.uint8) for name in ("d", "m") if name in stored]
     if layout.bits == 8:
         return torch.cat([*params, codes.contiguous().view(torch.uint8).reshape(rows, -1, BLOCK)], dim=2).flatten(1)
     if layout.bits == 5:
-        params.append(_bytes_of_bits((codes >> 4).reshape(rows, -1, BLOCK)))
+        fifth = (codes >> 4).reshape(rows, -1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8)
+        params.append(fifth.sum(dim=-1, dtype=torch.uint8))
     return torch.cat([*params, one_scale.pack_nibbles(codes & 15, BLOCK)], dim=2).flatten(1)
-
-
-def _bits_of_bytes(packed: Tensor) -> Tensor:
-    """uint8 [..., k] → [..., 8 · k] of 0 and 1, the lowest bit first."""
-    return ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)
-
-
-def _bytes_of_bits(bits: Tensor) -> Tensor:
-    """The inverse."""
-    eights = bits.reshape(*bits.shape[:-1], -1, 8) << torch.arange(8, dtype=torch.uint8)
-    return eights.sum(dim=-1, dtype=torch.uint8)
 
 
 def value(kind: GgmlType, codes: Tensor) -> Tensor:
@@ -258,7 +236,7 @@ def value(kind: GgmlType, codes: Tensor) -> Tensor:
 
 
 def round(kind: GgmlType, weight: Tensor, blocks: Blocks, importance: Tensor | None = None) -> Tensor:
-    """Nearest codes of weights [N, k] given scale and offset; see `lowbit.numerics.ggml.blocks`."""
+    """Nearest codes of weights [N, k] given scale and offset; see `lowbit.numerics.ggml.types`."""
     layout, columns = LAYOUTS[kind.name], weight.shape[1]
     above = weight.float() if blocks.offset is None else weight.float() - per_column(blocks.offset, columns)
     place = above * inverse_or_zero(per_column(blocks.scale, columns))

@@ -1,4 +1,4 @@
-"""What the encoders of blocks with one scale share: sub-blocks as columns, and the search of their scale.
+"""Shared by the encoders of blocks with one scale: sub-blocks as columns, and the search for their scale.
 
     x ≈ d·v, v of a grid; for values v the best d is Σ w·x·v / Σ w·v·v and explains (Σ w·x·v)² / Σ w·v·v of Σ w·x·x
 
@@ -17,17 +17,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.numerics.ggml.types import LARGEST_HALF
+
 # Importance below this part of the largest in its block counts as this much: a block of no importance at all is weighed
 # alike, and one sub-block of none beside others that matter still gets a sensible scale.
 LEAST_IMPORTANCE = 2.0**-20
 # Inverses of less are taken as 0, as they might not be finite.
 _LEAST_SCALE = 2.0**-120
-_LARGEST_HALF = 65504.0
 # Adding 1.5 · 2^23 and taking it off again leaves the nearest integer, ties to even.
 ROUNDER = 12582912.0
 
 
-class Grid(Protocol):
+class ScaleGrid(Protocol):
     """Values in units of the scale. A place is x / scale · per_step, where `per_step` makes looking up easy."""
 
     per_step: float
@@ -62,7 +63,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ScaleFit:
     """Best scale for some codes, float32 [B], what it explains of Σ w·x·x, and Σ w·v·v."""
 
     scale: Tensor
@@ -97,15 +98,11 @@ def ordered_sum(terms: Tensor) -> Tensor:
 
 
 def sum_of_runs(values: Tensor, run: int) -> Tensor:
-    """[B] → [B]: the sum of each `run` neighbours, added in order, for all of them."""
-    return _sum_from_first(values.reshape(-1, run).T).repeat_interleave(run)
-
-
-def _sum_from_first(terms: Tensor) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    """[B] → [B]: the sum of each `run` neighbours, added in order from the first, for all of them."""
+    first, *others = values.reshape(-1, run).unbind(dim=1)
+    for term in others:
+        first = first + term
+    return first.repeat_interleave(run)
 
 
 def inverse_or_zero(values: Tensor) -> Tensor:
@@ -127,32 +124,32 @@ def extreme(tile: Tile) -> Tensor:
     return at
 
 
-def fit_scale(grid: Grid, tile: Tile, inverse: Tensor, clamped: bool = True) -> Fit:
+def fit_scale(grid: ScaleGrid, tile: Tile, inverse: Tensor, clamped: bool = True) -> ScaleFit:
     """The best scale for the codes that an inverse scale [B] leads to."""
     place = tile.value * inverse
     value = grid.value(grid.bounded(place) if clamped else place)
     weighed = tile.importance * value
     xv, vv = ordered_sum(weighed * tile.value), ordered_sum(weighed * value)
     scale = xv * inverse_or_zero(vv)
-    return Fit(scale, scale * xv, vv)
+    return ScaleFit(scale, scale * xv, vv)
 
 
-def _better(fit: Fit, best: Fit) -> Fit:
+def _better(fit: ScaleFit, best: ScaleFit) -> ScaleFit:
     better = fit.gain > best.gain
-    return Fit(
+    return ScaleFit(
         torch.where(better, fit.scale, best.scale),
         torch.where(better, fit.gain, best.gain),
         torch.where(better, fit.curvature, best.curvature),
     )
 
 
-def search_scale(grid: Grid, tile: Tile, ends: tuple[float, ...], steps: int) -> Fit:
+def search_scale(grid: ScaleGrid, tile: Tile, ends: tuple[float, ...], steps: int) -> ScaleFit:
     """The best of the scales that bring the value of largest magnitude to each of `ends`.
 
     Then bettered `steps` times by rounding anew with the fitted scale.
     """
     zeros = torch.zeros_like(tile.unit)
-    best = Fit(zeros, zeros, zeros)
+    best = ScaleFit(zeros, zeros, zeros)
     inverse = inverse_or_zero(extreme(tile))
     per_step = torch.tensor(grid.per_step, dtype=torch.float32)
     for end in torch.tensor(ends, dtype=torch.float32) * per_step:
@@ -162,25 +159,25 @@ def search_scale(grid: Grid, tile: Tile, ends: tuple[float, ...], steps: int) ->
     return best
 
 
-def places(grid: Grid, tile: Tile, scale: Tensor) -> Tensor:
+def places(grid: ScaleGrid, tile: Tile, scale: Tensor) -> Tensor:
     """x / scale of each weight, in the grid's steps and bounds, [n, B]."""
     return grid.bounded(tile.value * (inverse_or_zero(scale) * torch.tensor(grid.per_step, dtype=torch.float32)))
 
 
-def squared_error(grid: Grid, tile: Tile, scale: Tensor) -> Tensor:
+def squared_error(grid: ScaleGrid, tile: Tile, scale: Tensor) -> Tensor:
     """Σ w·(x − scale·v)² of the values nearest to x / scale, [B]."""
     off = tile.value - scale * grid.value(places(grid, tile, scale))
     return ordered_sum(tile.importance * off * off)
 
 
-def codes(grid: Grid, tile: Tile, scale: Tensor, rows: int) -> Tensor:
+def codes(grid: ScaleGrid, tile: Tile, scale: Tensor, rows: int) -> Tensor:
     """Nearest codes of all weights given scales [B] in units of the tile: uint8 [rows, K]."""
     return grid.code(places(grid, tile, scale)).T.reshape(rows, -1)
 
 
 def half_bits(values: Tensor) -> Tensor:
     """Bits of the nearest half, saturated: int32."""
-    return values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().view(torch.int16).int() & 0xFFFF
+    return values.clamp(-LARGEST_HALF, LARGEST_HALF).half().view(torch.int16).int() & 0xFFFF
 
 
 def float_of_half_bits(bits: Tensor) -> Tensor:
@@ -188,7 +185,7 @@ def float_of_half_bits(bits: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.float16).float()
 
 
-def best_half(grid: Grid, tile: Tile, scale: Tensor) -> Tensor:
+def best_half(grid: ScaleGrid, tile: Tile, scale: Tensor) -> Tensor:
     """Bits of the half of least error among the one nearest to a scale [B] and its two neighbours."""
     middle = half_bits(scale * tile.unit)
     best, least = middle, squared_error(grid, tile, float_of_half_bits(middle) * tile.per_unit)

@@ -4,8 +4,8 @@
     F16    IEEE half               16
     BF16   upper half of a float   16
 
-Conversions round to nearest, ties to even, as `Tensor.to` and ggml do; above 65519 a half becomes inf, which whoever
-writes F16 has to look for. Importance is not used.
+Conversions round to nearest, ties to even, as `Tensor.to` and ggml do. Above 65519 a half becomes inf; writers of F16
+must check for that. Importance is not used.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics.ggml.blocks import Blocks
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import Blocks, GgmlType
 
 _DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {"F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
@@ -25,20 +24,14 @@ def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None) -> Tensor:
     return weight.to(_DTYPE[kind.name]).contiguous().view(torch.uint8)
 
 
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """See `lowbit.numerics.ggml.decode`."""
-    return blocks.contiguous().view(_DTYPE[kind.name]).to(torch.float32)
-
-
 def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     """The bit patterns, with a scale of 1."""
     codes = blocks.contiguous().view(_BITS[kind.name])
     return Blocks(codes, torch.ones(codes.shape, device=blocks.device))
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
-    """See `lowbit.numerics.ggml.blocks`."""
-    return blocks.codes.to(_BITS[kind.name]).contiguous().view(torch.uint8)
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    return codes.to(_BITS[kind.name]).contiguous().view(torch.uint8)
 
 
 def value(kind: GgmlType, codes: Tensor) -> Tensor:

@@ -17,11 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics.ggml.blocks import Blocks, per_column
-from lowbit.numerics.ggml.types import GgmlType
+from lowbit.numerics.ggml.types import LARGEST_HALF, Blocks, GgmlType, per_column
 
 BLOCK = 256
-LARGEST_HALF = 65504.0
 
 # Bytes of TQ1_0: (first weight, bytes, weights in a byte), in the order of the file
 _TQ1_PARTS = ((0, 32, 5), (160, 16, 5), (240, 4, 4))
@@ -35,13 +33,7 @@ def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None) -> Tensor:
         importance = importance.to(torch.float32).expand(rows, columns).reshape(-1, BLOCK)
     d = _scale(x, importance).reshape(rows, -1)
     params = Blocks(weight.new_empty((rows, 0), dtype=torch.uint8), d.to(torch.float32), stored={"d": d})
-    return pack(kind, params.with_codes(round(kind, x.reshape(rows, columns), params)))
-
-
-def decode(kind: GgmlType, blocks: Tensor) -> Tensor:
-    """See `lowbit.numerics.ggml.decode`."""
-    unpacked = unpack(kind, blocks)
-    return per_column(unpacked.scale, unpacked.codes.shape[1]) * value(kind, unpacked.codes)
+    return pack(kind, round(kind, x.reshape(rows, columns), params), params.stored)
 
 
 def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
@@ -52,17 +44,23 @@ def unpack(kind: GgmlType, blocks: Tensor) -> Blocks:
     rows = blocks.shape[0]
     each = blocks.reshape(-1, kind.size)
     d = each[:, -2:].contiguous().view(torch.float16).reshape(rows, -1)
-    codes = (_codes_of_tq1 if kind.name == "TQ1_0" else _codes_of_tq2)(each[:, :-2])
+    if kind.name == "TQ1_0":
+        codes = _codes_of_tq1(each[:, :-2])
+    else:
+        codes = (each[:, :-2].reshape(-1, 2, 1, 32) >> _tq2_shifts(torch.uint8, blocks)) & 3
     return Blocks(codes.reshape(rows, -1), d.to(torch.float32), stored={"d": d})
 
 
-def pack(kind: GgmlType, blocks: Blocks) -> Tensor:
-    """See `lowbit.numerics.ggml.blocks`."""
-    rows = blocks.codes.shape[0]
-    codes = blocks.codes.reshape(-1, BLOCK).to(torch.int32)
-    packed = (_tq1_of_codes if kind.name == "TQ1_0" else _tq2_of_codes)(codes).to(torch.uint8)
-    d = blocks.stored["d"].reshape(-1, 1).contiguous().view(torch.uint8)
-    return torch.cat([packed, d], dim=1).reshape(rows, -1)
+def pack(kind: GgmlType, codes: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    """The inverse of `unpack`: uint8 [N, row bytes]."""
+    rows = codes.shape[0]
+    codes = codes.reshape(-1, BLOCK).to(torch.int32)
+    if kind.name == "TQ1_0":
+        packed = _tq1_of_codes(codes)
+    else:
+        packed = (codes.reshape(-1, 2, 4, 32) << _tq2_shifts(torch.int32, codes)).sum(dim=2).reshape(-1, 64)
+    d = stored["d"].reshape(-1, 1).contiguous().view(torch.uint8)
+    return torch.cat([packed.to(torch.uint8), d], dim=1).reshape(rows, -1)
 
 
 def value(kind: GgmlType, codes: Tensor) -> Tensor:
@@ -141,13 +139,5 @@ def _tq1_of_codes(codes: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _codes_of_tq2(packed: Tensor) -> Tensor:
-    """Bytes [B, 64] → q, uint8 [B, 256]."""
-    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8, device=packed.device)
-    return ((packed.reshape(-1, 2, 1, 32) >> shifts) & 3).reshape(-1, BLOCK)
-
-
-def _tq2_of_codes(codes: Tensor) -> Tensor:
-    """q, int32 [B, 256] → bytes [B, 64]."""
-    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.int32, device=codes.device)
-    return (codes.reshape(-1, 2, 4, 32) << shifts).sum(dim=2).reshape(-1, 64)
+def _tq2_shifts(dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.tensor([[0], [2], [4], [6]], dtype=dtype, device=like.device)

@@ -1,15 +1,40 @@
-"""The ggml types: what a block of each holds, as ggml-common.h lays it out.
+"""The ggml types: what a block of each holds, as ggml-common.h lays it out, and the modules that read and write them.
 
-A row of K weights is K / `weights` blocks of `size` bytes. Sub-blocks of `group` weights share a scale.
+A row of K weights is K / `weights` blocks of `size` bytes. Sub-blocks of `group` weights share a scale. Unpacked, they
+are `Blocks`:
+
+    x = scale · value(code) + offset     scalar types: one column per code
+                                         vector types: value(code) is a point of 8 or 4 columns
+
+Each family of types is a module, in torch, which for its types (`kind`) has
+
+    encode(kind, weight, importance) → blocks
+                                           the specification of `lowbit.numerics.ggml.encode`
+    unpack(kind, blocks) → Blocks          from bytes, uint8 [N, row bytes]
+    pack(kind, codes, stored) → blocks     codes and `stored` as of Blocks: the inverse of unpack, byte for byte
+    value(kind, codes) → float32           [N, C] codes → [N, C · columns_per_code], the unscaled values
+    round(kind, weight, Blocks, importance=None) → codes
+                                           nearest code of each weight [N, k] (of each 8 or 4) given scale and offset;
+                                           `codes` of the Blocks is not read. k columns share k / G' scales in order,
+                                           where G' is the width of `scale`: use `per_column(scale, k)`, so that part of
+                                           a sub-block, down to one column, can be rounded
+
+scale · value + offset in float32 is what every decoder computes, bit for bit.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Literal
 
+from torch import Tensor
+
 from lowbit.errors import UsageError
+
+LARGEST_HALF = 65504.0  # of numbers in half precision, in which most types keep their scales
 
 Family = Literal["plain", "legacy", "k", "codebook", "ternary", "i"]
 
@@ -83,3 +108,45 @@ def find_type(name: str) -> GgmlType:
     near = difflib.get_close_matches(name.upper(), TYPES, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(TYPES)}"
     raise UsageError(f"there is no ggml type {name!r}", hint)
+
+
+_FAMILIES: dict[Family, str] = {"plain": "plain", "legacy": "legacy", "k": "kquants", "codebook": "codebooks",
+                                "ternary": "ternary", "i": "iquants"}  # fmt: skip
+
+
+def family(kind: GgmlType) -> ModuleType:
+    """The module of the type's family."""
+    return importlib.import_module(f"lowbit.numerics.ggml.{_FAMILIES[kind.family]}")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of rows of weights [N, K], unpacked; B = K / block weights, G = K / group (`GgmlType.group`).
+
+    codes   uint8, int8, int16 or int32 [N, K / columns_per_code]   in the order of the columns; plain types: the bits
+    scale   float32 [N, G]          effective: rounded as the decoder rounds d · sub-scale
+    offset  float32 [N, G] or None  added on decode (−dmin · m of K-quants, m of Q4_1); None if the type has none
+    stored  name → tensor [N, B · n]  what the file keeps of the parameters (half-precision d and dmin, integer
+            sub-scales, …), one value per block or n per block, in the order of the columns; all but the codes
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+    stored: dict[str, Tensor] = field(default_factory=dict)
+
+    def with_codes(self, codes: Tensor) -> Blocks:
+        """The same parameters with other codes."""
+        return replace(self, codes=codes)
+
+
+def per_column(values: Tensor, columns: int) -> Tensor:
+    """[N, G'] → [N, columns]: each value repeated for the columns / G' columns that share it."""
+    return values.repeat_interleave(columns // values.shape[1], dim=1)
+
+
+def weights_of(kind: GgmlType, codes: Tensor, params: Blocks) -> Tensor:
+    """scale · value(codes) + offset, float32 [N, k]."""
+    values = family(kind).value(kind, codes)
+    weight = per_column(params.scale, values.shape[1]) * values
+    return weight if params.offset is None else weight + per_column(params.offset, values.shape[1])

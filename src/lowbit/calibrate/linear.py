@@ -1,0 +1,69 @@
+"""One linear: weight + statistics + target → codes.
+
+A linear that cannot be rounded as asked (too few tokens reached its expert, its input has no statistics) is rounded to
+nearest, and its result says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.calibrate.store import LinearResult
+from lowbit.methods import RTN, Rounding
+from lowbit.registry import load
+from lowbit.rounding.error import squared_error_of
+from lowbit.rounding.hessian import InputData
+from lowbit.rounding.outliers import outlier_note
+from lowbit.rounding.target import Rounded, Target, nearest
+
+_ERROR_ROWS = 128  # sampled for the layer errors of the report
+LayerErrors = tuple[float | None, float | None]  # (layer_error, nearest_error) of `LinearResult`
+
+
+def round_linear(
+    weight: Tensor, target: Target, rounding: Rounding, data: InputData, options: Any, least_tokens: int
+) -> tuple[Rounded, LinearResult]:
+    """Round a weight, float32 [N, K].
+
+    options       of the rounding, as in its row
+    least_tokens  with fewer tokens than this the Hessian is too poor: round to nearest
+    """
+    note = None
+    if rounding.needs_hessian and not (data.has_hessian and data.tokens >= least_tokens):
+        note = f"rounded to nearest: {data.tokens} tokens reached it, {rounding.name} needs {least_tokens}"
+    elif rounding.grids_only and target.is_ggml:
+        note = f"rounded to nearest: {rounding.name} does not work on {target.name}"
+    if note is None:
+        rounded = load(rounding.function)(weight, target, data, options)
+    else:
+        rounded = replace(nearest(weight, target, data), fell_back=True)
+    outliers = (outlier_note(data.stats),) if data.stats is not None and target.is_llm_int8 else ()
+    notes = (*rounded.notes, *outliers, *(() if note is None else (note,)))
+    method = RTN.name if rounded.fell_back else rounding.name
+    errors = _layer_errors(weight, rounded.decoded, target, data)
+    return rounded, linear_result(weight, rounded, method, errors, data.tokens, notes)
+
+
+def linear_result(
+    weight: Tensor, rounded: Rounded, method: str, errors: LayerErrors, tokens: int, notes: tuple[str, ...]
+) -> LinearResult:
+    """The report's figures of a rounded weight."""
+    error, size, largest = squared_error_of(weight, rounded.decoded)
+    return LinearResult(method, error / size if size else 0.0, largest, *errors, tokens, notes)
+
+
+def _layer_errors(weight: Tensor, decoded: Tensor, target: Target, data: InputData) -> LayerErrors:
+    """(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), the same of rounding to nearest), over at most `_ERROR_ROWS` evenly spaced rows; over
+    all rows if scales span them."""
+    if not data.has_hessian:
+        return None, None
+    rows = slice(None, None, -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1)
+    weight, decoded = weight[rows], decoded[rows]
+    by_nearest = nearest(weight, target, data).decoded
+    energy = data.energy(weight)
+    if energy <= 0:
+        return 0.0, 0.0
+    return data.energy(weight - decoded) / energy, data.energy(weight - by_nearest) / energy

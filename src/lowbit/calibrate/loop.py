@@ -1,0 +1,212 @@
+"""The calibrated loop. One block at a time: measure its inputs, transform, round, store, run the rounded block.
+
+    for each block that no earlier run finished:
+        rotate the residual stream, if the method does                      transform
+        for each child (attention, MLP), if the method has transforms:
+            statistics of its inputs → scales                               transform
+        for each distinct input:
+            statistics, after everything before it is rounded               calibrate
+            codes of the linears that read it                               rounding
+        tune all linears together, if the method learns
+        codes and results → store
+        hidden states through the rounded block
+
+One block's weights are in memory in the compute dtype (two copies when the unquantized stream runs too), plus one
+linear in float32, or all of them when a transform rewrites them. Folders and GGUF files share the loop; only their
+`targets` differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.architecture import Architecture
+from lowbit.architecture.loading import load_tokenizer
+from lowbit.calibrate.block_modules import Block
+from lowbit.calibrate.blocks import BlockRunner, Progress
+from lowbit.calibrate.memory import states_memory
+from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
+from lowbit.calibrate.passes import Streams
+from lowbit.calibrate.stages import count_stages
+from lowbit.calibrate.store import BlockStore, LinearResult, work_folder
+from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.errors import UsageError
+from lowbit.methods import RTN, parse_method
+from lowbit.registry import load
+from lowbit.rounding.target import Target
+from lowbit.settings import RunOptions, Settings
+from lowbit.text import CalibrationWindows, calibration_windows, context_length
+from lowbit.transform.facts import model_facts
+from lowbit.version import __version__
+
+KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The result of calibration.
+
+    checkpoint  the source with the tensors that transforms rewrote
+    store       codes of the rounded linears
+    windows     calibration text
+    seconds     wall time by kind of work
+    """
+
+    checkpoint: Checkpoint
+    store: BlockStore
+    windows: CalibrationWindows
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the text and on single blocks."""
+        return (*self.windows.notes, *(note for record in self.store.records.values() for note in record.notes))
+
+    def decoded(self, targets: dict[str, Target], architecture: Architecture, dtype: torch.dtype) -> Checkpoint:
+        """The model as an engine will run it, for measuring the inputs of its rounded linears."""
+        replaced = {}
+        for name, target in targets.items():
+            linear = architecture.linears[name]
+            read = partial(self.store.decoded, name, target, linear.shape[1], linear.transposed)
+            replaced[f"{name}.weight"] = Replacement(read, dtype)
+        return OverlaidCheckpoint(self.checkpoint, replaced)
+
+
+def read_windows(
+    checkpoint: Checkpoint, settings: Settings, options: OpenOptions, run: RunOptions, progress: Progress | None = None
+) -> CalibrationWindows:
+    """The calibration text cut into windows; "self" has the model write it."""
+    if settings.calib == "self":
+        from lowbit.calibrate.self_text import generate_windows
+
+        return generate_windows(
+            checkpoint, settings.samples, settings.seqlen, seed=settings.seed, options=options, device=run.device,
+            max_memory=run.max_memory, progress=progress,
+        )  # fmt: skip
+    return calibration_windows(
+        settings.calib, load_tokenizer(checkpoint, options), settings.samples, settings.seqlen, seed=settings.seed,
+        longest=context_length(checkpoint.config()),
+    )  # fmt: skip
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    targets: dict[str, Target],
+    dtypes: dict[str, torch.dtype],
+    settings: Settings,
+    options: OpenOptions,
+    run: RunOptions,
+    output: Path,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Run the calibration text through the model, block by block, and round every target by the method.
+
+    targets  linear of a decoder block → the grid or ggml type of its codes; linears without a target stay unchanged
+    dtypes   stored name → dtype of the tensors written as floats
+    output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
+
+    Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
+    """
+    if not targets:
+        raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
+                         "loosen --ignore, or take --method rtn")  # fmt: skip
+    windows = read_windows(checkpoint, settings, options, run, progress)
+    outside: dict[str, Replacement] = {}
+    for transform in parse_method(settings.method).transforms:
+        if transform.outside is not None:
+            rewritten = load(transform.outside)(checkpoint, model_facts(architecture, checkpoint.config()))
+            outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
+    source = OverlaidCheckpoint(checkpoint, outside)
+    job = Job(source, targets, dtypes, windows.ids, settings, run.device)
+    memory = states_memory(
+        architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
+    )
+    store = BlockStore(work_folder(output), _depends_on(job), run.resume)
+    runner = BlockRunner(source, job.dtype, run.device, options, memory)
+    work = Work(progress)
+    if store.finished < len(runner.blocks):
+        facts = model_facts(runner.architecture, source.config()) if job.method.transforms else None
+        per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
+        work.total = len(runner.blocks) * per_block
+        with work.timed("forward"):
+            streams = Streams(runner, job.ids, job.compared_windows)
+        kept_at = time.monotonic()
+        for index in range(store.load_states(streams.all), len(runner.blocks)):
+            work.name, work.done = runner.blocks[index].name, index * per_block
+            work.tick(0)
+            block = CalibratedBlock(job, runner, index, streams, facts, work)
+            if index < store.finished:
+                block.repeat(store)
+                continue
+            block.calibrate(store)
+            if time.monotonic() - kept_at > KEEP_STATES_EVERY and index + 1 < len(runner.blocks):
+                store.save_states(index + 1, streams.all)
+                kept_at = time.monotonic()
+    if not settings.allow_fallback:
+        refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
+    rewritten = {name: Replacement(partial(store.tensor, name), dtypes[name]) for name in store.rewritten()}
+    return Calibrated(OverlaidCheckpoint(checkpoint, outside | rewritten), store, windows, work.seconds)
+
+
+def _written(values: Tensor, dtype: torch.dtype) -> Replacement:
+    values = values.to(dtype)
+    return Replacement(lambda: values, dtype)
+
+
+def refuse_fallback(job: Job, results: list[LinearResult]) -> None:
+    """UsageError if the user asked for a rounding and it rounded no linear."""
+    asked = Counter(row.name for row in job.roundings.values() if row is not RTN)
+    if job.method.learned is not None:
+        asked[job.method.learned.name] = len(job.roundings)
+    used = {name for result in results for name in result.method.split("+")}
+    for name, count in asked.items():
+        if name not in used:
+            notes = Counter(note for result in results for note in result.notes if "rounded to nearest" in note)
+            why = "; ".join(f"{note} ({times} linears)" for note, times in notes.most_common(3))
+            tokens = "give more or longer windows (--samples, --seqlen) or lower --expert-tokens"
+            raise UsageError(
+                f"{name} rounded none of the {count} linears it was asked for: "
+                f"{why or 'nothing but floats and fused operations'}",
+                f"{tokens if 'tokens reached' in why else 'choose another method or type'}; --allow-fallback keeps "
+                f"the output, rounded to nearest",
+            )
+
+
+def _steps(job: Job, block: Block) -> int:
+    """Upper bound on the passes of a window through a block."""
+    children = len({path.split(".")[0] for path in (*block.inputs, *block.experts)}) if job.measured else 0
+    return children + (0 if job.measured and not job.needs_hessian else count_stages(block)) + 1
+
+
+def _depends_on(job: Job) -> dict[str, object]:
+    """Everything that can change a byte of the result."""
+    headers = hashlib.sha256()
+    for name, info in sorted(job.checkpoint.tensors.items()):
+        headers.update(f"{name} {info.shape} {info.stored} {info.nbytes}\n".encode())
+    ids = hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()
+    return {
+        "settings": job.settings.model_dump(mode="json", exclude={"allow_fallback"}),
+        "source": job.checkpoint.source,
+        "headers": headers.hexdigest(),
+        "tokens": ids,
+        "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
+        "dtype": str(job.dtype),
+        "device": job.device,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.isa(),
+        "lowbit": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }

@@ -1,0 +1,308 @@
+"""Codes and results of each finished block on disk, so that a killed run resumes after its last finished block.
+
+    .NAME.lowbit-work/            beside the output
+        run.json                  what the codes depend on: settings, source, text, arithmetic, versions
+        block-00003.safetensors   codes and scales (or ggml blocks) of its linears, tensors that transforms rewrote,
+                                  and, in the header, its results for the report
+        states-00007              hidden states before block 7, written now and then
+
+Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
+last states and replays the blocks finished since; on the same machine its output equals an uninterrupted run's, byte
+for byte. Refused: resuming with other settings, another source, text or version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.numerics import ggml
+from lowbit.rounding.target import GridTarget, Target
+from lowbit.schemes import WeightSpec
+from lowbit.tensors import Grid, NestedScale, QuantizedTensor
+
+WORK = ".lowbit-work"
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """The result of rounding one linear, for the report.
+
+    method         the rounding that made its codes
+    relative_error ‖W − Ŵ‖² / ‖W‖², W after transforms
+    max_error      max |W − Ŵ|
+    layer_error    tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); `nearest_error`: the same of rounding to nearest; None without a Hessian
+    tokens         tokens in the statistics of its input
+    """
+
+    method: str
+    relative_error: float
+    max_error: float
+    layer_error: float | None = None
+    nearest_error: float | None = None
+    tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """The results of one block, without its tensors.
+
+    transforms  notes of the transforms, as plain values
+    inputs      name of a distinct input → its summary (`calibrate.summary`), for the blocks that the report shows
+    """
+
+    linears: dict[str, LinearResult]
+    transforms: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """The cost of rounding one weight: ‖W − Ŵ‖² / ‖W‖², max |w − ŵ|, and the calibration's result if there is one."""
+
+    relative_error: float
+    max_error: float
+    linear: LinearResult | None = None
+
+
+class BlockStore:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path, depends_on: dict[str, Any], resume: bool):
+        self.folder = folder
+        described = json.loads(json.dumps(depends_on, sort_keys=True, default=str))
+        if resume and folder.is_dir():
+            _check_same(folder, described)
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / "run.json.partial"
+        beside.write_bytes(json.dumps(described, indent=2).encode())
+        _rename_durably(beside, folder / "run.json")
+        self._places: dict[str, int] = {}
+        self.records: dict[int, BlockRecord] = {}
+        for index in range(10**5):
+            if not self._file(index).is_file():
+                break
+            self._open(index)
+
+    @property
+    def finished(self) -> int:
+        """Number of finished blocks."""
+        return len(self.records)
+
+    def results(self) -> dict[str, TensorResult]:
+        """Weight → cost of rounding it, for all rounded linears."""
+        return {
+            f"{name}.weight": TensorResult(result.relative_error, result.max_error, result)
+            for record in self.records.values()
+            for name, result in record.linears.items()
+        }
+
+    def save(
+        self, index: int, rounded: dict[str, QuantizedTensor | Tensor], tensors: dict[str, Tensor], record: BlockRecord
+    ) -> None:
+        """Write a block: linear → codes or ggml blocks, stored name → rewritten tensor in its output dtype."""
+        parts: dict[str, Tensor] = {f"tensor|{name}": values.contiguous() for name, values in tensors.items()}
+        scalars: dict[str, dict[str, float]] = {}
+        for linear, stored in rounded.items():
+            if isinstance(stored, Tensor):
+                parts[f"blocks|{linear}"] = stored.contiguous()
+                continue
+            more, scalars[linear] = _taken_apart(stored)
+            parts |= {f"{part}|{linear}": values.contiguous() for part, values in more.items()}
+        header = {"record": json.dumps(asdict(record)), "scalars": json.dumps(scalars)}
+        beside = self.folder / f"{self._file(index).name}.partial"
+        save_file(parts, beside, metadata=header)
+        _rename_durably(beside, self._file(index))
+        self._open(index)
+
+    def __contains__(self, name: str) -> bool:
+        """True for the weight ("….weight") of a rounded linear."""
+        return name.removesuffix(".weight") in self._places and f"tensor|{name}" not in self._places
+
+    def rewritten(self) -> set[str]:
+        """Stored names of the tensors that transforms rewrote."""
+        return {name.removeprefix("tensor|") for name in self._places if name.startswith("tensor|")}
+
+    def tensor(self, name: str) -> Tensor:
+        """A rewritten tensor."""
+        with self._reading(self._places[f"tensor|{name}"]) as file:
+            return file.get_tensor(f"tensor|{name}")
+
+    def blocks(self, linear: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of the ggml blocks of a linear, uint8 [rows, row bytes]."""
+        with self._reading(self._places[linear]) as file:
+            return file.get_slice(f"blocks|{linear}")[first:last]
+
+    def quantized(
+        self, linear: str, spec: WeightSpec, grid: Grid, columns: int, first: int = 0, last: int | None = None
+    ) -> QuantizedTensor:
+        """Rows of the codes of a linear; `first` must begin a block if blocks or nested scales span rows."""
+        with self._reading(self._places[linear]) as file:
+            scalars = json.loads(file.metadata()["scalars"])[linear]
+            names = [name for name in file.keys() if name.endswith(f"|{linear}")]  # noqa: SIM118
+            parts = {name.partition("|")[0]: file.get_slice(name) for name in names}
+            return _put_together(parts, scalars, spec, grid, columns, first, last)
+
+    def decoded(self, linear: str, target: Target, columns: int, transposed: bool = False) -> Tensor:
+        """The decoded weight of a linear, float32 [N, K], or [K, N]."""
+        if isinstance(target, GridTarget):
+            weight = self.quantized(linear, target.spec, target.grid, columns).decode()
+        else:
+            weight = ggml.decode(target.name, self.blocks(linear))
+        return weight.t() if transposed else weight
+
+    def save_states(self, index: int, streams: Iterable[Tensor]) -> None:
+        """Write the inputs of block `index` of every stream, replacing earlier ones."""
+        path = self.folder / f"states-{index:05d}"
+        beside = path.with_name(path.name + ".partial")
+        with beside.open("wb") as file:
+            for values in streams:
+                for window in values:
+                    file.write(window.contiguous().view(torch.uint8).numpy().tobytes())
+        _rename_durably(beside, path)
+        for other in self.folder.glob("states-*"):
+            if other != path:
+                other.unlink()
+
+    def load_states(self, streams: Iterable[Tensor]) -> int:
+        """Fill the streams with the last saved states; returns the block they belong before, 0 if there are none."""
+        found = sorted(path for path in self.folder.glob("states-*") if path.suffix != ".partial")
+        if not found:
+            return 0
+        with found[-1].open("rb") as file:
+            for values in streams:
+                for window in values:
+                    raw = file.read(window.numel() * window.element_size())
+                    window.copy_(torch.frombuffer(bytearray(raw), dtype=window.dtype).reshape(window.shape))
+        return int(found[-1].name.removeprefix("states-"))
+
+    def remove(self) -> None:
+        """Delete the folder, once the output is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _open(self, index: int) -> None:
+        with self._reading(index) as file:
+            record = json.loads(file.metadata()["record"])
+            record["linears"] = {
+                name: LinearResult(**{**each, "notes": tuple(each["notes"])})
+                for name, each in record["linears"].items()
+            }
+            record["transforms"], record["notes"] = tuple(record["transforms"]), tuple(record["notes"])
+            self.records[index] = BlockRecord(**record)
+            for name in file.keys():  # noqa: SIM118
+                self._places[name if name.startswith("tensor|") else name.partition("|")[2]] = index
+
+    def _reading(self, index: int) -> Any:
+        return safe_open(self._file(index), framework="pt")
+
+
+def joined_results(parts: Sequence[TensorResult]) -> TensorResult:
+    """The result of stacked experts, weights of one shape: mean errors, the largest error, all notes."""
+    if len(parts) == 1:
+        return parts[0]
+    linears = [part.linear for part in parts if part.linear is not None]
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    whole = replace(
+        linears[0],
+        method=" and ".join(sorted({each.method for each in linears})),
+        layer_error=mean([each.layer_error for each in linears]),
+        nearest_error=mean([each.nearest_error for each in linears]),
+        tokens=sum(each.tokens for each in linears),
+        notes=tuple(f"expert {index}: {note}" for index, each in enumerate(linears) for note in each.notes),
+    )
+    relative = sum(part.relative_error for part in parts) / len(parts)
+    return TensorResult(relative, max(part.max_error for part in parts), whole)
+
+
+def work_folder(output: Path) -> Path:
+    """The folder that holds the codes until the output is complete."""
+    output = Path(os.path.abspath(output))
+    return output.with_name(f".{output.name}{WORK}")
+
+
+def _taken_apart(stored: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    assert stored.g_idx is None, "our own rounding keeps groups of consecutive columns"
+    codes, scalars = stored.codes, {"global_scale": stored.global_scale, "signed": float(stored.codes.dtype.is_signed)}
+    if stored.grid.bits <= 4:
+        offset = None if codes.dtype.is_signed else 0
+        parts = {"packed": kernels.pack_dense(codes, int(stored.grid.bits), offset), "scale": stored.scale}
+    else:
+        parts = {"codes": codes, "scale": stored.scale}
+    if stored.zero_point is not None:
+        parts["zero_point"] = stored.zero_point
+    if stored.nested is not None:
+        parts |= {"nested_codes": stored.nested.codes, "nested_absmax": stored.nested.absmax}
+        scalars |= {"nested_offset": stored.nested.offset, "nested_block": stored.nested.block}
+    return parts, scalars
+
+
+def _put_together(parts, scalars, spec: WeightSpec, grid: Grid, columns: int, first, last) -> QuantizedTensor:
+    rows = slice(first, last)
+    if "packed" in parts:
+        signed = bool(scalars["signed"])
+        codes = kernels.unpack_dense(parts["packed"][rows], int(grid.bits), columns, None if signed else 0)
+    else:
+        codes = parts["codes"][rows]
+    group_size = spec.columns_per_scale(columns)
+    scale_rows = rows
+    if spec.granularity == "tensor":
+        scale_rows = slice(None)
+    elif spec.granularity == "block":
+        assert first % group_size == 0, "slabs begin where a block does"
+        scale_rows = slice(first // group_size, None if last is None else -(-last // group_size))
+    nested = None
+    if "nested_codes" in parts:
+        nested_codes, block = parts["nested_codes"][rows], int(scalars["nested_block"])
+        begin = first * nested_codes.shape[1]
+        assert begin % block == 0, "slabs begin where a block of scales does"
+        absmax = parts["nested_absmax"][begin // block : -(-(begin + nested_codes.numel()) // block)]
+        nested = NestedScale(nested_codes, absmax, scalars["nested_offset"], block)
+    zero_point = parts["zero_point"][scale_rows] if "zero_point" in parts else None
+    return QuantizedTensor(codes, parts["scale"][scale_rows], grid, spec.granularity, group_size, zero_point,
+                           scalars["global_scale"], nested=nested)  # fmt: skip
+
+
+def _check_same(folder: Path, described: dict[str, Any]) -> None:
+    path = folder / "run.json"
+    try:
+        began_with = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}", "leave --resume out to start over") from error
+    changed = [key for key in {**began_with, **described} if began_with.get(key) != described.get(key)]
+    if changed:
+        shown = "; ".join(f"{key} was {began_with.get(key)!r}, is {described.get(key)!r}" for key in changed[:3])
+        raise UsageError(f"{folder} holds another run: {shown}", "leave --resume out to start over")
+
+
+def _rename_durably(beside: Path, path: Path) -> None:
+    for place in (beside, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if place is beside:
+            os.replace(beside, path)

@@ -1,0 +1,112 @@
+"""TensorRT-LLM, its main branch of autumn 2026: paths are below tensorrt_llm."""
+
+from __future__ import annotations
+
+from lowbit.checkpoint.compressed_tensors_config import Group
+from lowbit.engines.engine import ADA, AMPERE, BELOW_BLACKWELL, BLACKWELL, GIB, HOPPER, Engine, MemoryModel, Support
+from lowbit.formats.modelopt import rules as modelopt
+from lowbit.tensors import Granularity
+from lowbit.verification.layers import FUSING
+from lowbit.verification.result import Finding, Loading, Rule
+from lowbit.verification.subject import Subject
+
+_CT = "compressed-tensors"
+_BLOCK = [128, 128]
+_TAKES = (
+    "TensorRT-LLM takes FP8 per row with dynamic activations, FP8 blocks of 128, NVFP4 with activations, MXFP4 weights"
+)
+
+
+def check_groups(subject: Subject) -> Finding:
+    """TensorRT-LLM has an algorithm for every group of config_groups, and can tell whose it is."""
+    groups = subject.parsed.groups
+    problems = []
+    for group in groups:
+        if not takes(group):
+            problems.append(f"config_groups.{group.name}: {group.scheme.name} ({group.format}); {_TAKES}")
+        classes = [target for target in group.targets if "." not in target and not target.startswith("re:")]
+        if len(groups) > 1 and classes and classes != ["lm_head"]:
+            problems.append(f"config_groups.{group.name}.targets has the class {classes[0]!r}; with several groups "
+                            f"TensorRT-LLM matches names and regexes only")  # fmt: skip
+    return Finding(problems, ", ".join(group.scheme.name for group in groups))
+
+
+def takes(group: Group) -> bool:
+    weight, activation = group.scheme.weight, group.scheme.activation
+    if weight.number == "e2m1" and weight.scale_format == "e8m0":
+        return weight.group_size == 32
+    if activation is None:
+        return False
+    if weight.number == "e4m3" and weight.scale_format == "model":
+        if weight.granularity is Granularity.CHANNEL:
+            return activation.per == "token"
+        return weight.granularity is Granularity.BLOCK and activation.per == "group" and activation.group_size == 128
+    return weight.number == "e2m1" and weight.two_level and weight.group_size == 16 and activation.per == "group"
+
+
+def check_blocks(subject: Subject) -> Finding:
+    """Blocks are 128 × 128, or activations static: the FP8 folders that TensorRT-LLM takes."""
+    stated = subject.quantization
+    block = stated.get("weight_block_size")
+    if block is None and stated.get("activation_scheme") == "static":
+        return Finding([], "static activations")
+    problem = f"weight_block_size is {block!r}; TensorRT-LLM takes {_BLOCK}"
+    return Finding([] if block == _BLOCK else [problem], "128 × 128")
+
+
+_PASSES_OVER = "TensorRT-LLM's PyTorch backend passes over quant_method {!r}"
+_LOADING = Loading(
+    rules=(
+        *FUSING,
+        modelopt.ALGORITHM,
+        Rule("tensorrt-algorithms", "limits", (_CT,), "TensorRT-LLM has an algorithm for every group", check_groups,
+             "_quant_config_from_config_group of quant_config_utils.py (TensorRT-LLM)", limit=True),
+        Rule("tensorrt-fp8-blocks", "limits", ("fp8",), "blocks are 128 × 128", check_blocks,
+             "load_hf_quant_config of _torch/model_config.py (TensorRT-LLM)", limit=True),
+    ),
+    no_loader={name: _PASSES_OVER.format(name) for name in ("gptq", "bitsandbytes", "torchao", "hqq")}
+    | {"awq": f"{_PASSES_OVER.format('awq')}; its AWQ is ModelOpt's W4A16_AWQ"},
+    # QuantAlgo of quantization/mode.py, as far as its PyTorch backend has linear methods for it (from documentation:
+    # "Quantization" of its manual)
+    quant_algos=("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES", "NVFP4", "W4A16_AWQ", "W4A8_AWQ",
+                 "NVFP4_AWQ", "MXFP8", "W4A8_MXFP4_FP8", "MIXED_PRECISION"),
+)  # fmt: skip
+
+_CHOOSING = "nvidia.github.io/Model-Optimizer/guides/_choosing_quant_methods.html"
+_DOCS = "nvidia.github.io/TensorRT-LLM/reference/precision.html"
+_BATCH = 4  # "small-batch inference scenarios (batch size <= 4)": _CHOOSING
+_TOOL = "python examples/quantization/quantize.py --model_dir MODEL --output_dir OUT --qformat {}"
+_SUPPORT = (
+    Support(("FP8",), "fp8", "modelopt", f"{_DOCS}; {_CHOOSING}", least=ADA),
+    Support(("FP8_DYNAMIC", "FP8_BLOCK"), "fp8", _CT,
+            f"{_DOCS}: rowwise and block FP8; quant_config_utils.py", least=HOPPER, most=BELOW_BLACKWELL),
+    Support(("FP8_BLOCK",), "fp8", _CT, f"{_DOCS}; quant_config_utils.py", least=BLACKWELL),
+    Support(("NVFP4",), "fp4", "modelopt", f"{_DOCS}", least=BLACKWELL, method="gptq"),
+    Support(("W8A8",), "int8", None, f"{_DOCS}: SmoothQuant; {_CHOOSING}: INT8 SQ on Ampere",
+            least=AMPERE, most=BELOW_BLACKWELL, method="smoothquant",
+            note="INT8 SmoothQuant of its TensorRT engines; lowbit writes no checkpoint of that kind",
+            instead=_TOOL.format("int8_sq")),
+    Support(("W4A16",), "16", None, f"{_DOCS}: W4A16 AWQ; {_CHOOSING}: INT4 AWQ for small batches",
+            least=AMPERE, small_batch=_BATCH, method="awq",
+            note="INT4 AWQ in ModelOpt's W4A16_AWQ; lowbit's AWQ files are AutoAWQ's, which TensorRT-LLM passes over",
+            instead=_TOOL.format("int4_awq")),
+    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only", least=AMPERE,
+            small_batch=_BATCH, note="INT8 weight-only of its TensorRT engines; lowbit writes no such checkpoint",
+            instead="python examples/models/core/llama/convert_checkpoint.py --model_dir MODEL --output_dir OUT "
+            "--use_weight_only --weight_only_precision int8"),)  # fmt: skip
+
+_MEMORY = MemoryModel(
+    prefill=((0, 8192),), logit_rows=256, logit_bytes=16, framework=2 * GIB, share=0.9,
+    share_name="free_gpu_memory_fraction", cache_types=("auto", "f16", "bf16", "fp8"),
+    assumptions=(
+        "activations: a pass of 8192 tokens (its default max_num_tokens); framework: 2 GiB for context, libraries and "
+        "workspaces, a round number without a source",
+        "KV cache: in blocks of 32 tokens; a sliding layer keeps its window; MLA keeps the latent",
+    ),
+    token_block=32,
+)  # fmt: skip
+
+ENGINE = Engine(
+    "tensorrt-llm", "TensorRT-LLM", ("cuda",), _SUPPORT, _MEMORY, _LOADING,
+    serve="trtllm-serve {output}", serve_load=" --max_seq_len {context}", batch=8,
+)  # fmt: skip

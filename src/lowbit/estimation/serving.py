@@ -1,0 +1,254 @@
+"""Memory of serving a model: its KV cache, what fits a device, the largest context and the largest batch.
+
+    total(context, batch) = weights + batch · cache(context) + activations(context, batch) + framework
+    fits                    total ≤ the engine's share of the device's memory
+
+The cache, from config.json alone:
+
+    layer, full attention     2 · kv_heads · head_dim values for every token
+    layer, sliding window     the same, for at most the tokens of the window, if the engine bounds it
+    layer, latent (MLA)       kv_lora_rank + qk_rope_head_dim values, which every head expands
+
+times the bytes of a cached value. Block types of llama.cpp include their scales: q8_0 is 34 bytes for 32 values. The
+overhead of an engine is in its `MemoryModel` (`lowbit.engines`). The largest context and batch are found by bisection,
+since memory grows with both.
+
+Refused: other layer types (recurrent layers), and a cache type that the engine does not have.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowbit.architecture.shape import ModelShape
+from lowbit.engines import Engine
+from lowbit.errors import ArchitectureError, UsageError
+from lowbit.estimation.footprint import matrices
+from lowbit.estimation.result import DeviceFit, Serving
+
+LONGEST = 1 << 24  # upper limit of tokens and sequences if the model has none
+# Bits of one cached value, block scales included. FP8 scales per layer or head are a few bytes in all.
+CACHE_BITS: dict[str, float] = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0,
+    "fp8": 8.0, "fp8_e4m3": 8.0, "fp8_e5m2": 8.0, "fp8_per_head": 8.0,
+    "nvfp4": 4.5,  # an E4M3 scale for 16 values
+    "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5,  # ggml blocks of 32
+}  # fmt: skip
+_SPELLINGS = {"float16": "f16", "fp16": "f16", "bfloat16": "bf16", "float32": "f32", "fp32": "f32"}
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """values: per token; tokens: kept at most, None for all."""
+
+    values: int
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The cache of a model in an engine.
+
+    layers       one per decoder block
+    bits         of a cached value
+    token_block  allocation unit, in tokens
+    """
+
+    layers: tuple[LayerCache, ...]
+    bits: float = 16.0
+    token_block: int = 1
+
+    def bytes_per_token(self) -> float:
+        """Of a token that every layer keeps."""
+        return sum(layer.values for layer in self.layers) * self.bits / 8
+
+    def growth(self, context: int) -> float:
+        """Bytes that one token more costs a sequence of `context` tokens: full windows no longer grow."""
+        growing = (layer.values for layer in self.layers if layer.tokens is None or layer.tokens > context)
+        return sum(growing) * self.bits / 8
+
+    def sequence_bytes(self, context: int) -> int:
+        """Of one sequence of `context` tokens, in whole blocks."""
+        total = 0
+        for layer in self.layers:
+            kept = context if layer.tokens is None else min(context, layer.tokens)
+            total += -(-kept // self.token_block) * self.token_block * layer.values
+        return round(total * self.bits / 8)
+
+    @property
+    def bounded(self) -> int:
+        """Number of layers that keep only a window."""
+        return sum(layer.tokens is not None for layer in self.layers)
+
+
+def cache_of(
+    shape: ModelShape, engine: Engine | None = None, kv_cache: str | float = "auto", memory: int | None = None
+) -> KVCache:
+    """The cache of a model.
+
+    engine    None: windows bounded, no blocks
+    kv_cache  a name in CACHE_BITS, "auto" (16 bits), or the bits of a value
+    memory    bytes of the device, if known: vLLM keeps more beside a window on a larger one
+
+    ArchitectureError for layer types with another kind of cache, UsageError for a cache type that does not exist or
+    that the engine lacks.
+    """
+    bits = kv_cache if isinstance(kv_cache, int | float) else cache_bits(kv_cache, engine)
+    layers = tuple(
+        _layer(kind, shape, engine, memory) for kind in shape.layer_types or ("full_attention",) * shape.layers
+    )
+    return KVCache(layers, float(bits), 1 if engine is None else engine.memory.token_block)
+
+
+def cache_bits(name: str, engine: Engine | None = None) -> float:
+    """Bits of a cached value by the type's name; "auto" is the model's 16 bits."""
+    spelled = name.lower()
+    spelled = _SPELLINGS.get(spelled, spelled)
+    offered = ("auto", *CACHE_BITS) if engine is None else engine.memory.cache_types
+    if spelled not in offered:
+        known = spelled in CACHE_BITS
+        near = difflib.get_close_matches(spelled, offered, n=2) or offered
+        raise UsageError(
+            f"{engine.name} keeps no KV cache in {name}" if engine is not None and known
+            else f"there is no KV cache type {name!r}" + ("" if engine is None else f" in {engine.name}"),
+            f"choose one of {', '.join(offered)}" if known or len(near) > 2 else f"did you mean {' or '.join(near)}?",
+        )  # fmt: skip
+    return 16.0 if spelled == "auto" else CACHE_BITS[spelled]
+
+
+def _layer(kind: str, shape: ModelShape, engine: Engine | None, memory: int | None) -> LayerCache:
+    if shape.is_latent:
+        values = (shape.latent_rank or 0) + (shape.rope_dim or 0)
+    else:
+        values = 2 * shape.kv_heads * shape.head_dim
+    if kind == "full_attention":
+        return LayerCache(values)
+    if kind not in ("sliding_attention", "chunked_attention"):
+        raise ArchitectureError(
+            f"a layer of type {kind!r} has no cache of keys and values that this estimate knows",
+            "full, sliding and chunked attention and MLA are known",
+        )
+    window = shape.window if kind == "sliding_attention" else shape.chunk
+    if window is None:
+        raise ArchitectureError(f"config.json has layers of type {kind!r}, but no window for them")
+    return LayerCache(values, window if engine is None else engine.memory.cached_tokens(shape, window, memory))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model in an engine. weights: bytes; memory: bytes of the device, if known."""
+
+    engine: Engine
+    shape: ModelShape
+    weights: int
+    cache: KVCache
+    memory: int | None = None
+
+    def serving(self, context: int, batch: int) -> Serving:
+        """Memory for `batch` sequences of `context` tokens."""
+        model = self.engine.memory
+        return Serving(
+            self.engine.name, context, batch, self.weights, batch * self.cache.sequence_bytes(context),
+            model.activations(self.shape, context, batch, self.memory), model.framework,
+        )  # fmt: skip
+
+    def largest_context(self, usable: int, batch: int) -> int:
+        """Tokens, up to the model's own limit."""
+        bound = self.shape.max_positions or LONGEST
+        return _largest(lambda context: self.serving(context, batch).total <= usable, bound)
+
+    def largest_batch(self, usable: int, context: int) -> int:
+        return _largest(lambda batch: self.serving(context, batch).total <= usable, LONGEST)
+
+
+def deploy(
+    engine: Engine, shape: ModelShape, weights: int, kv_cache: str = "auto", memory: int | None = None
+) -> Deployment:
+    """A model with `weights` bytes on a device with `memory` bytes; kv_cache as in `cache_of`."""
+    return Deployment(engine, shape, weights, cache_of(shape, engine, kv_cache, memory), memory)
+
+
+def fit_of(
+    load: Deployment, device: str, memory: int, usable: int, context: int, batch: int, weight_count: int
+) -> DeviceFit:  # fmt: skip
+    """Whether `batch` sequences of `context` tokens fit a device with `memory` bytes, in numbers and in a sentence.
+
+    usable        bytes of it that the engine uses
+    weight_count  of the whole model, for the bits per weight that would fit
+    """
+    serving = load.serving(context, batch)
+    longest, most = load.largest_context(usable, batch), load.largest_batch(usable, context)
+    if serving.total <= usable:
+        whole = longest == load.shape.max_positions
+        verdict = (
+            f"fits: {_tokens(longest)} of context{', all that the model has,' if whole else ''} at batch {batch}; at "
+            f"most {most} sequence{'s' * (most != 1)} of {context} tokens"
+        )
+        return DeviceFit(device, memory, usable, True, longest, most, verdict)
+    short = serving.total - usable
+    verdict = (
+        f"does not fit: {gigabytes(serving.total)} are needed and {gigabytes(usable)} usable, "
+        f"{gigabytes(short)} too much"
+    )
+    hint = _hint(load, serving, memory, usable, longest, weight_count)
+    return DeviceFit(device, memory, usable, False, longest, most, verdict, hint)
+
+
+def _hint(load: Deployment, serving: Serving, memory: int, usable: int, longest: int, weight_count: int) -> str:
+    """What would fit."""
+    ways = []
+    if longest:
+        ways.append(f"a context of {longest} tokens at batch {serving.batch}")
+    single = load.serving(serving.context, 1)
+    if serving.batch > 1 and single.total <= usable:
+        ways.append(f"{load.largest_batch(usable, serving.context)} sequences of {serving.context} tokens")
+    left = usable - (serving.total - serving.weights)
+    bits = 8 * left / weight_count if weight_count else 0.0
+    if bits >= 1.5:
+        ways.append(f"files of at most {bits:.1f} bits per weight")
+    if not ways:
+        least = load.serving(1, 1)
+        needed = gigabytes(least.total * memory / usable)
+        return f"nothing of this model in this scheme: one token needs a device of {needed}"
+    return "would fit: " + "; or ".join(ways)
+
+
+def gigabytes(count: float) -> str:
+    """15200000000 → "15.20 GB"."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def _tokens(count: int) -> str:
+    """131072 → "128k tokens"."""
+    return f"{count // 1024}k tokens" if count >= 1024 and count % 1024 == 0 else f"{count} tokens"
+
+
+def _largest(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest number up to `bound` that fits; 0 if 1 does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, bound
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+# QLoRA: adapters of this rank on every linear, each weight with a gradient and two Adam moments in float32.
+ADAPTER_RANK, _ADAPTER_BYTES = 16, 2 + 4 + 4 + 4
+
+
+def training_bytes(shape: ModelShape, context: int, batch: int) -> int:
+    """Bytes of QLoRA with gradient checkpoints beside the weights: adapters, optimizer, a hidden state per layer, one
+    active layer, logits.
+
+    Assumes 14 bytes per trained weight, 34 · hidden bytes per token of the active layer, and logits in 16 and 32 bits
+    with a gradient.
+    """
+    linears = (matrix for matrix in matrices(shape) if matrix.part in ("dense", "experts"))
+    adapters = sum(ADAPTER_RANK * (matrix.rows + matrix.columns) * matrix.copies for matrix in linears)
+    tokens = context * batch
+    work = tokens * (shape.hidden * (2 * shape.layers + 34) + shape.vocab * 10)
+    return adapters * _ADAPTER_BYTES + work + (1 << 30)

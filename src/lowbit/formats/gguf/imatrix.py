@@ -1,0 +1,235 @@
+"""Measuring an importance matrix: Σ x² of every input of every linear in the decoder blocks, by GGUF name.
+
+    sums[e, k] += Σ x[k]²,  counts[e] += tokens      over the tokens that the tensor (expert e of it) multiplies
+
+The text is cut as llama-imatrix cuts it: consecutive windows of one stream of tokens, the first token of each replaced
+by BOS where the tokenizer adds one. Squares are summed in float32 over a batch of at most `blocks.BATCH_TOKENS` tokens,
+batches in float64. One block is in memory at a time (`blocks.py`).
+
+What llama-imatrix calls output.weight is measured only when asked for. Where the model ties its head to the embeddings
+the same is also given under the name of the embeddings, the only one of the two that a GGUF file then has.
+
+Refused: NaN and inf in an input, a model type that GGUF has no names for, a text shorter than one window.
+
+`lowbit.imatrix` measures, merges and converts importance matrices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.architecture.loading import load_tokenizer
+from lowbit.architecture.structure import Linear
+from lowbit.calibrate.blocks import MAX_MEMORY, BlockInput, BlockRunner, Progress
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.errors import NonFiniteError, OutputError, UsageError
+from lowbit.export.atomic import translated_os_errors
+from lowbit.formats.gguf.imatrix_file import FORMS, Form, is_imatrix, read_imatrix, write_imatrix
+from lowbit.formats.gguf.importance import HEAD_NAMES, ImportanceEntry, ImportanceMatrix, merge, unseen_notes
+from lowbit.formats.gguf.table import gguf_names, row_of_model
+from lowbit.text import Text, cut_windows, read_text
+
+# Rows whose squares are added to sums of their own, which are added up at the end.
+_LANES = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """notes  for the user: fewer windows than requested"""
+
+    matrix: ImportanceMatrix
+    tokens: int
+    notes: tuple[str, ...]
+
+
+def measure_importance(
+    checkpoint: Checkpoint,
+    text: Text,
+    windows: int = 128,
+    window_tokens: int = 512,
+    *,
+    process_output: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    max_memory: int = MAX_MEMORY,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Run the first windows of a text through a model.
+
+    max_memory  bytes of hidden states that stay in memory; more go to a temporary file
+    progress    called with (block, windows done, windows in all), the windows of all blocks
+    """
+    row_of_model(checkpoint.config().get("model_type"), checkpoint.source)  # a refusal before anything is loaded
+    cut = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens, "second-half")
+    runner = BlockRunner(checkpoint, dtype, device, options, max_memory)
+    linears = [linear for source in runner.inputs for linear in source.linears]
+    names = gguf_names(checkpoint.config(), [f"{linear.name}.weight" for linear in linears])
+    visitor = _SquaredSums()
+    states = runner.run(cut.ids, visitor, progress)
+    entries = _entries(linears, names, visitor)
+    if process_output:
+        head = BlockInput("the output head", ())
+        for x in runner.head_inputs(cut.ids, states):
+            visitor.look(head, x)
+        visitor.finish(len(runner.architecture.blocks))
+        measured = _entry([visitor.sums[head.name]], [visitor.counts[head.name]])
+        entries |= dict.fromkeys(HEAD_NAMES if runner.architecture.tied else HEAD_NAMES[:1], measured)
+    matrix = ImportanceMatrix(dict(sorted(entries.items())), (text.name,), len(cut.ids), window_tokens)
+    notes = () if len(cut.ids) == windows else (
+        f"the text {text.name!r} has {cut.text_tokens} tokens: {len(cut.ids)} windows of {window_tokens}, "
+        f"not {windows}",
+    )  # fmt: skip
+    return Measured(matrix, cut.ids.numel(), notes)
+
+
+def measure_imatrix_of(
+    model: str | Path,
+    calib: str | Path | None = None,
+    samples: int = 128,
+    seqlen: int = 512,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> ImportanceMatrix:
+    """The matrix of a model, measured on a text (None: the packaged calibration text)."""
+    checkpoint = open_checkpoint(model, options)
+    try:
+        text = read_text(calib, packaged="calibration")
+        return measure_importance(checkpoint, text, samples, seqlen, options=options, progress=progress).matrix
+    finally:
+        checkpoint.close()
+
+
+class _SquaredSums:
+    """A `BlockVisitor`: sums float64 [K] and counts of every input, by its name."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self._of_block: list[str] = []
+
+    def look(self, source: BlockInput, x: Tensor) -> None:
+        # Σ x² of every column in float32, a few rows at a time, so that no array of squares goes through memory
+        lanes = torch.zeros(min(len(x), _LANES), x.shape[1], device=x.device)
+        for rows in x.float().split(_LANES):
+            lanes[: len(rows)].addcmul_(rows, rows)
+        sums = lanes.sum(dim=0).double().cpu()
+        if source.name not in self.sums:
+            self.sums[source.name] = torch.zeros_like(sums)
+            self.counts[source.name] = 0
+            self._of_block.append(source.name)
+        self.sums[source.name] += sums
+        self.counts[source.name] += len(x)
+
+    def finish(self, block: int) -> None:
+        for name in self._of_block:
+            wrong = ~torch.isfinite(self.sums[name])
+            if wrong.any():
+                raise NonFiniteError(
+                    f"{name} is not finite in {int(wrong.sum())} of {len(wrong)} channels for some token of the text "
+                    f"(the first is channel {int(wrong.nonzero()[0])})",
+                    "run it with --dtype float32, or look for damage with `lowbit evaluate`",
+                )
+        self._of_block.clear()
+
+
+def _entries(linears: Iterable[Linear], names: dict[str, str], visitor: _SquaredSums) -> dict[str, ImportanceEntry]:
+    """GGUF name → entry; the experts of a tensor stacked in their order, zeros for one that no token reached."""
+    members: dict[str, list[Linear]] = {}
+    for linear in linears:
+        gguf_name = names.get(f"{linear.name}.weight")
+        if gguf_name is not None:
+            members.setdefault(gguf_name, []).append(linear)
+    entries = {}
+    for gguf_name, group in members.items():
+        inputs = [str(linear.reads) for linear in sorted(group, key=lambda linear: linear.expert or 0)]
+        nothing = torch.zeros(group[0].shape[1], dtype=torch.float64)
+        sums = [visitor.sums.get(name, nothing) for name in inputs]
+        entries[gguf_name] = _entry(sums, [visitor.counts.get(name, 0) for name in inputs])
+    return entries
+
+
+def _entry(sums: list[Tensor], counts: list[int]) -> ImportanceEntry:
+    return ImportanceEntry.of_sums(torch.stack(sums), torch.tensor(counts))
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """A finished file.
+
+    tokens  run through the model now; 0 where files were merged or converted only
+    notes   for the user: experts that no token reached, a text that was too short for all windows
+    """
+
+    file: Path
+    matrix: ImportanceMatrix
+    tokens: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def imatrix(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calib: str | Path | None = None,
+    samples: int = 128,
+    seqlen: int = 512,
+    process_output: bool = False,
+    merge_with: Sequence[str | Path] = (),
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    form: Form = "gguf",
+    max_memory: int = MAX_MEMORY,
+    options: OpenOptions | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Imatrix:
+    """Measure the importance matrix of a model and write it in a form that llama.cpp and lowbit read.
+
+    model           any that `lowbit.inspect` opens; or an imatrix file, which is then merged or converted only
+    calib           a text as `lowbit.text.read_text` takes it; the packaged calibration text for None
+    samples, seqlen windows of text, tokens in each
+    process_output  measure the output head too
+    merge_with      imatrix files of the same model, added to the measurement
+    dtype           the model's compute dtype; float32 for None
+    max_memory      bytes of hidden states that stay in memory; more go to a temporary file
+
+    After a LowbitError `output` is unchanged.
+    """
+    began, output = time.perf_counter(), Path(output)
+    if form not in FORMS:
+        raise UsageError(f"there is no form {form!r} of imatrix", f"choose one of {', '.join(FORMS)}")
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; an imatrix is one file", "name a file with -o")
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise OutputError(f"{output} exists already", "choose another name with -o, or replace it with --overwrite")
+    others = [read_imatrix(path) for path in merge_with]
+    names = [str(model), *map(str, merge_with)]
+    tokens, notes = 0, ()
+    if is_imatrix(model):
+        matrix = read_imatrix(model)
+    else:
+        checkpoint = open_checkpoint(model, options)
+        try:
+            measured = measure_importance(
+                checkpoint, read_text(calib, packaged="calibration"), samples, seqlen, process_output=process_output,
+                dtype=dtype or torch.float32, device=device, max_memory=max_memory, options=options, progress=progress,
+            )  # fmt: skip
+        finally:
+            checkpoint.close()
+        matrix, tokens, notes = measured.matrix, measured.tokens, measured.notes
+    if others:
+        matrix = merge([matrix, *others], names)
+    notes = (*notes, *unseen_notes(matrix, output.name))
+    with translated_os_errors(output):
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_imatrix(matrix, output, form)
+    return Imatrix(output, matrix, tokens, time.perf_counter() - began, notes)

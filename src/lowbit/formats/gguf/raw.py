@@ -1,0 +1,217 @@
+"""A GGUF file or split set of any architecture, under its own names: key-values, tensor table, bytes, decoded rows.
+
+`decode` returns F64, F32, F16, BF16 and integers in their own dtype, all other types in float32. A tensor counts as
+[rows, K]: K is its last dimension, rows the product of the others.
+
+Refused: a split set with a missing or misplaced part, or with a tensor in two parts; decoding a type that has no
+decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from lowbit.checkpoint.base import SPLIT, TensorInfo
+from lowbit.checkpoint.mapped_file import MappedFile
+from lowbit.errors import CheckpointError
+from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
+from lowbit.numerics import ggml
+
+# Types that hold plain numbers; everything else is decoded to float32.
+NATIVE_DTYPE = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+}  # fmt: skip
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, K) of a tensor of this shape; a scalar is one row of one."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+class RawGGUF:
+    """All parts of a GGUF file.
+
+    files     the mapped parts
+    headers   theirs; `headers[0].key_spans` has the position of each key-value in files[0], for verbatim copies
+    metadata  key-values of the first part, which has the model's
+    tensors   of all parts, in file order
+    """
+
+    def __init__(self, path: Path):
+        parts = find_parts(path)
+        self.files = [MappedFile(part) for part in parts]
+        self.headers: list[GGUFHeader] = [read_header(file) for file in self.files]
+        self.metadata: dict[str, Any] = self.headers[0].metadata
+        self.tensors: list[GGUFTensor] = [tensor for header in self.headers for tensor in header.tensors]
+        self._file_of = _files_by_tensor(self.files, self.headers)
+
+    @property
+    def path(self) -> Path:
+        """The first part."""
+        return self.files[0].path
+
+    def file_of(self, tensor: GGUFTensor) -> MappedFile:
+        return self._file_of[tensor.name]
+
+    def bytes(self, tensor: GGUFTensor) -> memoryview:
+        """The stored bytes, not copied."""
+        return self.file_of(tensor).view(tensor.start, tensor.stop)
+
+    def blocks(self, tensor: GGUFTensor, first: int, last: int) -> Tensor:
+        """The stored bytes of rows first..last, uint8 [rows, row bytes], not copied."""
+        rows, _ = rows_and_columns(tensor.shape)
+        row_bytes = (tensor.stop - tensor.start) // rows if rows else 0
+        start, stop = tensor.start + first * row_bytes, tensor.start + last * row_bytes
+        return self.file_of(tensor).tensor(torch.uint8, (last - first, row_bytes), start, stop)
+
+    def key_value_bytes(self, key: str) -> memoryview:
+        """A key-value of the first part as it is stored: key, type, value."""
+        start, stop = self.headers[0].key_spans[key]
+        return self.files[0].view(start, stop)
+
+    def decode(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows first..last, [rows, K], in the native dtype or float32. Plain types alias the file."""
+        rows, columns = rows_and_columns(tensor.shape)
+        last = rows if last is None else last
+        if not 0 <= first <= last <= rows:
+            raise IndexError(f"rows {first}..{last} of {tensor.name}, which has {rows}")
+        dtype = NATIVE_DTYPE.get(ggml_type(tensor, str(self.file_of(tensor).path)).name)
+        if dtype is None or not rows:
+            return self.decode_rows(tensor, slice(first, last))
+        start, row_bytes = tensor.start, columns * dtype.itemsize
+        file = self.file_of(tensor)
+        return file.tensor(dtype, (last - first, columns), start + first * row_bytes, start + last * row_bytes)
+
+    def decode_rows(self, tensor: GGUFTensor, chosen: slice | np.ndarray) -> Tensor:
+        """The rows of a slice, or of these numbers, int64 [n] → [n, K], copied."""
+        path = self.file_of(tensor).path
+        kind = ggml_type(tensor, str(path))
+        rows, columns = rows_and_columns(tensor.shape)
+        data = np.frombuffer(self.bytes(tensor), np.uint8)
+        data = data.reshape(rows, -1 if rows and data.size else 0)[chosen]
+        dtype = NATIVE_DTYPE.get(kind.name)
+        if dtype is not None:
+            return torch.from_numpy(np.ascontiguousarray(data)).reshape(-1).view(dtype).reshape(len(data), columns)
+        return torch.from_numpy(_dequantize(data, kind, tensor, path)).reshape(len(data), columns)
+
+    def release(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> None:
+        """Drop the pages of rows first..last from resident memory."""
+        rows, _ = rows_and_columns(tensor.shape)
+        row_bytes = (tensor.stop - tensor.start) // rows if rows else 0
+        stop = tensor.stop if last is None else tensor.start + last * row_bytes
+        self.file_of(tensor).release(tensor.start + first * row_bytes, stop)
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+class RawCheckpoint:
+    """A GGUF file of any architecture as a `Checkpoint` under its own names, without config.json and tokenizer."""
+
+    kind = "gguf"
+
+    def __init__(self, raw: RawGGUF, source: str):
+        self.raw, self.source, self.metadata = raw, source, raw.metadata
+        self.notes = stored_types_note(raw.tensors)
+        self._stored = {tensor.name: tensor for tensor in raw.tensors}
+        self.tensors = {
+            tensor.name: TensorInfo(
+                tensor.name, tensor.shape, NATIVE_DTYPE.get(tensor.type_name, torch.float32), tensor.type_name,
+                tensor.stop - tensor.start, raw.file_of(tensor).path,
+            )
+            for tensor in raw.tensors
+        }  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        return self.raw.path.parent
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop, [rows, K]: K is the last dimension, rows the product of the others."""
+        return self.raw.decode(self._stored[name], start, stop)
+
+    def release(self, name: str) -> None:
+        self.raw.release(self._stored[name])
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+def stored_types_note(tensors: list[GGUFTensor]) -> list[str]:
+    """A note on the stored types, if any is quantized."""
+    counts = Counter(tensor.type_name for tensor in tensors)
+    if all(name in NATIVE_DTYPE for name in counts):
+        return []
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+    return [f"the source is already quantized: its tensors are stored as {listed} and decoded to float32"]
+
+
+def open_raw_gguf(path: str | Path) -> RawGGUF:
+    """Open a GGUF file of any architecture; of a split one, any part."""
+    return RawGGUF(Path(path))
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The file, or all parts of its split set, in order."""
+    match = SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    names = [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+    missing = next((name for name in names if not (path.parent / name).exists()), None)
+    if missing is not None or not names:
+        raise CheckpointError(
+            f"{path}: part {missing or path.name} is missing", "all parts of a split GGUF must be in one folder"
+        )
+    return [path.parent / name for name in names]
+
+
+def _files_by_tensor(files: list[MappedFile], headers: list[GGUFHeader]) -> dict[str, MappedFile]:
+    """Tensor → its file; CheckpointError where the parts do not make up one model."""
+    found: dict[str, MappedFile] = {}
+    for part, (file, header) in enumerate(zip(files, headers, strict=True)):
+        for tensor in header.tensors:
+            if tensor.name in found:
+                raise CheckpointError(f"{file.path}: tensor {tensor.name!r} is also in {found[tensor.name].path.name}")
+            found[tensor.name] = file
+        for key, number in (("split.no", part), ("split.count", len(files))):
+            claimed = str(header.metadata.get(key, number))
+            unsplit = key == "split.count" and claimed == "0" and len(files) == 1
+            if claimed != str(number) and not unsplit:
+                raise CheckpointError(
+                    f"{file.path}: {key} is {claimed[:80]}, but by its name it is {number}",
+                    "keep the names that the parts were published under",
+                )
+    total = str(headers[0].metadata.get("split.tensors.count", len(found)))
+    if total != str(len(found)):
+        raise CheckpointError(f"{files[0].path}: split.tensors.count is {total[:80]}, the parts hold {len(found)}")
+    return found
+
+
+def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, tensor: GGUFTensor, path: Path) -> np.ndarray:
+    """uint8 [rows, row bytes] → float32 [rows, columns]; the gguf package decodes types that lowbit does not."""
+    if not data.size:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        return np.empty((data.shape[0], data.shape[1] // block_bytes * block), np.float32)
+    if kind.name in ggml.TYPES:
+        return ggml.decode(kind.name, torch.from_numpy(np.ascontiguousarray(data))).numpy()
+    try:
+        return dequantize(np.ascontiguousarray(data), kind)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name!r} is stored as {kind.name}, which cannot be decoded",
+            "get the model in another type",
+        ) from error

@@ -1,0 +1,225 @@
+"""GGUF files (one, or a split set) as a `Checkpoint` with Hugging Face names, layouts, config and tokenizer.
+
+`read` decodes only the requested rows: F32, F16, BF16 and integers in their own dtype, all other ggml types to
+float32. Matrices that GGUF stores transposed (GPT-2) are decoded whole. Bytes: `raw`; names and layouts: `to_hf`.
+
+On first use config.json is rebuilt from the key-values by the rows of `table`, the tokenizer by `tokenizer`. The folder
+is cached under $LOWBIT_CACHE, else $XDG_CACHE_HOME/lowbit, else ~/.cache/lowbit; the key covers all inputs, and a
+folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
+from torch import Tensor
+
+from lowbit.checkpoint.base import TensorInfo, cache_root, find_tensor, read_config, read_json_object, row_range
+from lowbit.checkpoint.mapped_file import MappedFile
+from lowbit.errors import CheckpointError, OutputError
+from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor
+from lowbit.formats.gguf.raw import NATIVE_DTYPE, open_raw_gguf, stored_types_note
+from lowbit.formats.gguf.rope import rope_parameters
+from lowbit.formats.gguf.row import RowLayout, stored_rows
+from lowbit.formats.gguf.to_hf import MappedModel, MappedTensor, map_to_hf
+from lowbit.formats.gguf.tokenizer import generation_config, write_tokenizer
+
+MAX_HEAD_DIM = 65536
+
+
+class GGUFCheckpoint:
+    """The `Checkpoint` of a GGUF file or of all parts of a split one. `raw` is the file as it is."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path, source: str | None = None):
+        self.source = str(path) if source is None else source
+        self.raw = open_raw_gguf(path)
+        self.metadata: dict[str, Any] = self.raw.metadata
+        self._folder: Path | None = None
+        self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
+        self._mapped = {mapped.name: mapped for mapped in self._model.tensors}
+        self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
+        config = self._model.config
+        head_dim = config.get("head_dim", 0)
+        if "head_dim" not in config and "hidden_size" in config:
+            head_dim = config["hidden_size"] // config["num_attention_heads"]
+        rope, rope_notes = rope_parameters(self._model.row, self.metadata, self._rope_factors(), head_dim)
+        self._config = config | rope | {"dtype": _float_dtype(self.raw.tensors)}
+        self.notes: list[str] = stored_types_note(self.raw.tensors)
+        derived = ", ".join(tensor.name for tensor in self._model.derived.values())
+        self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
+        self.notes += rope_notes
+
+    @property
+    def folder(self) -> Path:
+        """config.json, generation_config.json, tokenizer and chat template, rebuilt and cached."""
+        if self._folder is None:
+            self._folder = rebuild_folder(self.raw.files[0], self.raw.headers[0], self._config)
+        return self._folder
+
+    def config(self) -> dict[str, Any]:
+        """The rebuilt config.json, parsed."""
+        return read_config(self.folder)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop in Hugging Face's layout; plain types alias the file, the others are decoded."""
+        info = find_tensor(self.tensors, name, self.source)
+        start, stop, shape = row_range(info, start, stop)
+        values = self._rows(self._mapped[name], start, stop).reshape(shape)
+        return values.to(info.dtype) - 1 if self._mapped[name].layout is RowLayout.PLUS_ONE else values
+
+    def release(self, name: str) -> None:
+        """Drop the tensor's pages from resident memory."""
+        find_tensor(self.tensors, name, self.source)
+        mapped = self._mapped[name]
+        if mapped.expert is None:
+            self.raw.release(mapped.stored)
+        else:
+            self.raw.release(mapped.stored, *_rows_of_expert(mapped))
+
+    def close(self) -> None:
+        self.raw.close()
+
+    def _rows(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
+        """Rows of a Hugging Face tensor; [rows, K], or [n] of a vector."""
+        raw, stored = self.raw, mapped.stored
+        if len(mapped.shape) < 2:  # one stored row
+            first = mapped.expert or 0
+            vector = raw.decode(stored, first, first + 1)[0]
+            return vector[_stored_order(mapped, start, stop)] if mapped.layout.reorders else vector[start:stop]
+        if mapped.layout is RowLayout.TRANSPOSED:
+            return raw.decode(stored)[:, start:stop].t().contiguous()
+        if mapped.layout.reorders:
+            return raw.decode_rows(stored, _stored_order(mapped, start, stop))
+        offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+        return raw.decode(stored, offset + start, offset + stop)
+
+    def _rope_factors(self) -> dict[MODEL_TENSOR, Tensor]:
+        factors = {}
+        for kind, stored in self._model.derived.items():
+            if "rope" not in TENSOR_NAMES[kind]:
+                continue
+            if len(stored.shape) != 1 or stored.shape[0] > MAX_HEAD_DIM:
+                raise CheckpointError(
+                    f"{self.raw.file_of(stored).path}: tensor {stored.name!r} has shape {list(stored.shape)}; "
+                    f"one number per rotary pair is needed"
+                )
+            factors[kind] = self.raw.decode(stored)[0]
+        return factors
+
+    def _describe(self, mapped: MappedTensor) -> TensorInfo:
+        stored = mapped.stored
+        # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
+        undone = mapped.layout is RowLayout.PLUS_ONE
+        return TensorInfo(
+            name=mapped.name,
+            shape=mapped.shape,
+            dtype=torch.float32 if undone else NATIVE_DTYPE.get(stored.type_name, torch.float32),
+            stored=stored.type_name,
+            nbytes=(stored.stop - stored.start) // (1 if mapped.expert is None else stored.shape[0]),
+            file=self.raw.file_of(stored).path,
+        )
+
+
+def open_gguf(path: str | Path, source: str | None = None) -> GGUFCheckpoint:
+    """Open a GGUF file; of a split one, any part. `source` is what the user typed, where that differs."""
+    return GGUFCheckpoint(Path(path), source)
+
+
+def _rows_of_expert(mapped: MappedTensor) -> tuple[int, int]:
+    """The stored rows, of [E·N, K], that one expert has."""
+    assert mapped.expert is not None
+    rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
+    return mapped.expert * rows, (mapped.expert + 1) * rows
+
+
+def _stored_order(mapped: MappedTensor, start: int, stop: int) -> np.ndarray:
+    return stored_rows(mapped.layout, np.arange(start, stop), mapped.heads, mapped.dim)
+
+
+def _float_dtype(tensors: list[GGUFTensor]) -> str:
+    """config.json's dtype: the type of most weights if that is F16 or F32, else bfloat16."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.type_name] += math.prod(tensor.shape)
+    most = weights.most_common(1)[0][0] if weights else "BF16"
+    return {"F16": "float16", "F32": "float32"}.get(most, "bfloat16")
+
+
+REBUILD_VERSION = 4  # raise when the rebuilt files of the same GGUF change
+# Keys that describe the writing machine, not the model.
+_CONFIG_LEFTOVERS = ("_model_name_or_path", "_name_or_path", "quantization_config")
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def rebuild_folder(file: MappedFile, header: GGUFHeader, config: dict[str, Any]) -> Path:
+    """The cached folder of a GGUF file, written if it does not exist. config: config.json without token ids"""
+    cache = cache_root() / "gguf"
+    digest = hashlib.sha256(file.view(0, header.data_start))
+    digest.update(json.dumps([REBUILD_VERSION, version("transformers"), config], sort_keys=True).encode())
+    target = cache / digest.hexdigest()[:32]
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=cache, prefix=".building-"))
+    except OSError as error:
+        raise OutputError(
+            f"{cache}: cannot be written ({error.strerror})", "set LOWBIT_CACHE to a folder that can"
+        ) from error
+    try:
+        _write_config(work, file, header, config)
+        write_tokenizer(work, header.metadata, str(file.path))
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write_config(folder: Path, file: MappedFile, header: GGUFHeader, config: dict[str, Any]) -> None:
+    """config.json, as transformers saves it, and generation_config.json."""
+    from transformers import AutoConfig
+
+    tokens: dict[str, Any] = {
+        key: _token_id(header.metadata, name, config["vocab_size"]) for key, name in _TOKENS.items()
+    }
+    try:
+        AutoConfig.for_model(**(config | tokens)).save_pretrained(folder)
+    except Exception as error:  # transformers' validators can raise anything
+        raise CheckpointError(
+            f"{file.path}: transformers takes no config of these key-values ({type(error).__name__}: {error})",
+            "use the safetensors checkpoint of the model",
+        ) from error
+    written = read_json_object(folder / "config.json")
+    for key in _CONFIG_LEFTOVERS:
+        written.pop(key, None)
+    # what save_pretrained drops because it is the class's default; and no tokens that only the class has
+    written |= {key: config[key] for key in config.keys() - written.keys()} | tokens
+    _write_json(folder / "config.json", written)
+    _write_json(folder / "generation_config.json", generation_config(header.metadata))
+
+
+def _token_id(metadata: dict[str, Any], name: str, vocabulary: int) -> int | None:
+    """The id of a special token; None where the file has none, or one that no embedding stands for."""
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return value if type(value) is int and 0 <= value < vocabulary else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,237 @@
+"""Rotary embeddings: key-values and tensors of a GGUF file ↔ transformers' `rope_parameters`.
+
+    key-values {arch}.rope.freq_base, rope.freq_base_swa, rope.dimension_count
+               {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
+    tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
+               rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
+
+The divisors of Llama 3 are a function of four numbers (Llama 3.1 model card; transformers' `llama3`):
+
+    wavelength = 2π θ^(2i/d)
+    divisor = 1                                        wavelength < original / high
+              factor                                   wavelength > original / low
+              1 / ((1 - s) / factor + s)               between, s = (original / wavelength - low) / (high - low)
+
+A file keeps the divisors only. Every published model has low 1, high 4, original 8192; if these reproduce the tensor
+they go into config.json, else there is a note.
+
+YaRN scales cos and sin by m(f) = 1 + 0.1 ln f; llama.cpp multiplies that by attn_factor, transformers takes
+attention_factor instead: attention_factor = m(f) · attn_factor.
+
+Refused when writing: a scaling that llama.cpp does not compute for this architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from gguf.constants import MODEL_TENSOR, GGUFValueType
+from torch import Tensor
+
+from lowbit.errors import ArchitectureError
+from lowbit.formats.gguf.keys import KeyValues, shortest
+from lowbit.formats.gguf.row import GGUFArchitecture, Lookup
+
+T = MODEL_TENSOR
+FLOAT = GGUFValueType.FLOAT32
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# llama.cpp's, whatever the file says.
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
+
+
+def rope_key_values(
+    row: GGUFArchitecture, get: Lookup, where: str
+) -> tuple[KeyValues, dict[MODEL_TENSOR, Tensor], list[str]]:
+    """({full key: (value, type)}, {tensor: float32 [d / 2]}, notes) of a model; `get` looks up its config."""
+    rope = row.rope
+    if rope is None:
+        return {}, {}, []
+    parameters = get("rope_parameters") or {}
+    local = parameters.get("sliding_attention") or {}
+    parameters = parameters.get("full_attention", parameters)
+    prefix = f"{row.arch}.rope."
+    share = parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and not rope.partial:
+        raise _refused(row, f"on {share} of every head", where)
+    dim = int((get("head_dim") or get("hidden_size") // get("num_attention_heads")) * share)
+    values: KeyValues = {
+        f"{prefix}dimension_count": (dim, GGUFValueType.UINT32),
+        f"{prefix}freq_base": (float(parameters.get("rope_theta", 10000.0)), FLOAT),
+    }
+    if rope.local and local:
+        if local.get("rope_type", "default") != "default":
+            raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
+        values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
+    kind = parameters.get("rope_type", "default")
+    if kind == "dynamic":
+        return values, {}, ["dynamic rope scaling has no place in GGUF: the context is not extended"]
+    if kind not in rope.scalings:
+        raise _refused(row, f"{str(kind)[:40]!r}", where)
+    scaling, tensors, notes = {}, {}, []
+    if kind == "linear":
+        scaling = {"type": ("linear", GGUFValueType.STRING), "factor": (float(parameters["factor"]), FLOAT)}
+    elif kind == "yarn":
+        scaling, notes = _yarn(row, parameters, get, where)
+    elif kind == "llama3":
+        theta = float(parameters.get("rope_theta", 10000.0))
+        tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
+    elif kind == "longrope":
+        scaling, tensors, notes = _longrope(parameters, dim, get, where)
+    return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, notes
+
+
+def rope_parameters(
+    row: GGUFArchitecture, metadata: dict[str, Any], factors: dict[MODEL_TENSOR, Tensor], head_dim: int
+) -> tuple[dict[str, Any], list[str]]:
+    """({"rope_parameters": …} for config.json or {}, notes about what cannot be expressed).
+
+    factors   float32 [d / 2], those of rope_freqs, rope_factors_long and rope_factors_short that the file has
+    head_dim  of the model, for the share of it that is rotated
+    """
+    if row.rope is None:
+        return {}, []
+    prefix = f"{row.arch}.rope."
+    theta = _finite(metadata.get(f"{prefix}freq_base"), 10000.0)
+    parameters: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+    rotated: Any = metadata.get(f"{prefix}dimension_count")
+    if row.rope.partial:
+        whole = type(rotated) is not int or not 0 < rotated <= head_dim
+        parameters["partial_rotary_factor"] = 1.0 if whole else rotated / head_dim
+    if T.ROPE_FACTORS_LONG in factors and T.ROPE_FACTORS_SHORT in factors:
+        scaling, notes = _longrope_of_file(row, metadata, factors)
+    elif T.ROPE_FREQS in factors:
+        scaling, notes = _from_divisors(factors[T.ROPE_FREQS].float(), theta)
+    else:
+        scaling, notes = _from_key_values(row, metadata)
+    parameters |= scaling
+    if row.rope.local:
+        local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), 10000.0), "rope_type": "default"}
+        parameters = {"full_attention": parameters, "sliding_attention": local}
+    return {"rope_parameters": parameters}, notes
+
+
+def llama3_divisors(theta: float, dim: int, factor: float, numbers: dict[str, Any] | None = None) -> Tensor:
+    """float32 [dim / 2]; see the module's docstring. numbers  original, low and high, by transformers' names."""
+    numbers = LLAMA3 | (numbers or {})
+    low, high, original = (float(numbers[key]) for key in LLAMA3)
+    wavelength = 2 * math.pi * theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    smooth = (original / wavelength - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    divisors = torch.where(wavelength > original / low, torch.full_like(between, factor), between)
+    return torch.where(wavelength < original / high, torch.ones_like(between), divisors).float()
+
+
+def _yarn(
+    row: GGUFArchitecture, parameters: dict[str, Any], get: Lookup, where: str
+) -> tuple[dict[str, Any], list[str]]:
+    for key, needed in _YARN_BETAS.items():
+        if (parameters.get(key) or needed) != needed:
+            raise _refused(row, f"yarn with {key} {parameters[key]}, where llama.cpp computes with {needed},", where)
+    original = parameters.get("original_max_position_embeddings") or get("max_position_embeddings")
+    factor = parameters.get("factor") or get("max_position_embeddings") / original
+    scaling: dict[str, Any] = {
+        "type": ("yarn", GGUFValueType.STRING),
+        "factor": (float(factor), FLOAT),
+        "original_context_length": (int(original), GGUFValueType.UINT32),
+    }
+    attention, scale, all_dims = (parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is None and scale and all_dims:
+        attention = _magnitude(factor, scale) / _magnitude(factor, all_dims)
+    if attention is not None:  # it is not the usual m(factor)
+        scaling["attn_factor"] = (float(attention) / _magnitude(factor), FLOAT)
+    truncates = parameters.get("truncate", True)
+    notes = [] if truncates else [
+        "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, transformers does not for this model: logits "
+        "differ a little"
+    ]  # fmt: skip
+    return scaling, notes
+
+
+def _longrope(
+    parameters: dict[str, Any], dim: int, get: Lookup, where: str
+) -> tuple[dict[str, Any], dict[MODEL_TENSOR, Tensor], list[str]]:
+    tensors = {}
+    for tensor, key in ((T.ROPE_FACTORS_LONG, "long_factor"), (T.ROPE_FACTORS_SHORT, "short_factor")):
+        factors = parameters.get(key) or []
+        if len(factors) != dim // 2:
+            raise ArchitectureError(
+                f"{where}: rope_parameters.{key} has {len(factors)} numbers, where {dim // 2} dimensions rotate",
+                "complete config.json; the one that the model was published with has them",
+            )
+        tensors[tensor] = torch.tensor(factors, dtype=torch.float32)
+    original = parameters.get("original_max_position_embeddings") or get("original_max_position_embeddings")
+    attention = parameters.get("attention_factor")
+    if attention is None:
+        factor = parameters.get("factor") or get("max_position_embeddings") / original
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    scaling = {
+        "attn_factor": (float(attention), FLOAT),
+        "original_context_length": (int(original), GGUFValueType.UINT32),
+    }
+    note = (
+        f"long and short rope factors: llama.cpp takes the long ones where it is started with a context above "
+        f"{original}, transformers where the text is longer than that"
+    )
+    return scaling, tensors, [note]
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _refused(row: GGUFArchitecture, what: str, where: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{where}: the model has rotary embeddings {what} that llama.cpp does not compute for {row.arch}",
+        "llama.cpp cannot run this variant of the model",
+    )
+
+
+def _finite(value: Any, otherwise: float) -> float:
+    return shortest(value) if type(value) is float and math.isfinite(value) and value > 0 else otherwise
+
+
+def _longrope_of_file(
+    row: GGUFArchitecture, metadata: dict[str, Any], factors: dict[MODEL_TENSOR, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    parameters: dict[str, Any] = {
+        "rope_type": "longrope",
+        "long_factor": [shortest(value) for value in factors[T.ROPE_FACTORS_LONG].tolist()],
+        "short_factor": [shortest(value) for value in factors[T.ROPE_FACTORS_SHORT].tolist()],
+        "attention_factor": _finite(metadata.get(f"{row.arch}.rope.scaling.attn_factor"), 1.0),
+    }
+    original = metadata.get(f"{row.arch}.rope.scaling.original_context_length")
+    if type(original) is int and original > 0:
+        parameters["original_max_position_embeddings"] = original
+    return parameters, []
+
+
+def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    prefix = f"{row.arch}.rope.scaling"
+    factor = metadata.get(f"{prefix}.factor", metadata.get(f"{row.arch}.rope.scale_linear"))
+    kind = metadata.get(f"{prefix}.type", "none" if factor is None else "linear")
+    if isinstance(kind, str) and kind == "none":
+        return {}, []
+    if str(kind) not in ("linear", "yarn") or not isinstance(factor, float) or not math.isfinite(factor):
+        found = f"{str(kind)[:40]!r} by {str(factor)[:40]}"
+        return {}, [f"rope scaling {found} cannot be expressed in config.json: the context is not extended"]
+    parameters: dict[str, Any] = {"rope_type": str(kind), "factor": shortest(factor)}
+    original = metadata.get(f"{prefix}.original_context_length")
+    if type(original) is int:
+        parameters["original_max_position_embeddings"] = original
+    attention = metadata.get(f"{prefix}.attn_factor", 1.0)
+    if kind == "yarn" and isinstance(attention, float) and math.isfinite(attention) and attention != 1.0:
+        parameters["attention_factor"] = shortest(attention * _magnitude(factor))
+    if kind == "yarn" and row.rope is not None and not row.rope.truncates:
+        parameters["truncate"] = False
+    return parameters, []
+
+
+def _from_divisors(divisors: Tensor, theta: float) -> tuple[dict[str, Any], list[str]]:
+    factor = divisors.max().item() if divisors.numel() else 1.0
+    if divisors.eq(1).all():
+        return {}, []
+    if torch.allclose(llama3_divisors(theta, 2 * divisors.numel(), factor), divisors, rtol=1e-4):
+        return {"rope_type": "llama3", "factor": shortest(factor)} | LLAMA3, []
+    return {}, ["rope_freqs.weight is no Llama 3 scaling, so config.json cannot express it: long contexts will differ"]

@@ -1,0 +1,172 @@
+"""The rules of llama.cpp: does it load this GGUF file, and is every weight right?
+
+They follow llama.cpp's loader (src/llama-model-loader.cpp, llama-model.cpp, llama-vocab.cpp) and, for the values, its
+--check-tensors. Names and shapes are checked against the table of architectures in llama.cpp's `gguf` package. Given
+the source, every tensor is decoded and compared.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+from lowbit.numerics.ggml import TYPES
+from lowbit.verification.result import GGUF, Finding, Rule
+
+if TYPE_CHECKING:
+    from lowbit.formats.gguf.subject import GGUFSubject
+
+_ARCHITECTURES: dict[str, MODEL_ARCH] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+_NEEDED_KEYS = ("context_length", "embedding_length", "block_count")
+_TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "none")
+_MERGING = ("gpt2",)
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\.[a-z_]+_token_id")
+# ‖W − Ŵ‖ / ‖W‖ by bits per weight: far above what encoding costs, far below what foreign weights do (√2)
+_LARGEST_ERROR = ((2.2, 1.0), (3.2, 0.85), (4.6, 0.7), (5.6, 0.5), (6.6, 0.35), (8.6, 0.15), (16.0, 0.02), (33.0, 1e-6))
+# A requantized GGUF has its names and key-values from the source, so these rules may fail because of the source.
+INHERITED = ("gguf-architecture", "gguf-tensors", "gguf-shapes", "gguf-tokenizer")
+
+
+def check_file(subject: GGUFSubject) -> Finding:
+    """The container parses: magic, version, counts, alignment, no overlaps, nothing beyond the end, all parts."""
+    raw = subject.raw
+    parts = f"{len(raw.files)} parts" if len(raw.files) > 1 else "one file"
+    return Finding([], f"{len(raw.tensors)} tensors in {parts}")
+
+
+def check_architecture(subject: GGUFSubject) -> Finding:
+    """general.architecture is one that llama.cpp knows, and the numbers it always needs are there."""
+    arch, metadata = subject.arch, subject.raw.metadata
+    if arch not in _ARCHITECTURES:
+        return Finding([f"general.architecture is {arch!r}, which llama.cpp does not know"], "")
+    missing = [f"{arch}.{key}" for key in _NEEDED_KEYS if not isinstance(metadata.get(f"{arch}.{key}"), int)]
+    return Finding([f"{key} is missing, or no number" for key in missing], f"{arch}, {subject.block_count} blocks")
+
+
+def check_tensors(subject: GGUFSubject) -> Finding:
+    """Every tensor has a name of this architecture, every block has the same ones, none is missing outside."""
+    if subject.arch not in _ARCHITECTURES:
+        return Finding([], "nothing to compare with: the architecture is not known")
+    known = {TENSOR_NAMES[kind] for kind in MODEL_TENSORS[_ARCHITECTURES[subject.arch]]}
+    problems, blocks = [], {}
+    for tensor in subject.raw.tensors:
+        pattern, block = _pattern(tensor.name)
+        if pattern not in known:
+            problems.append(
+                f"{tensor.name}: {subject.arch} has no such tensor; llama.cpp loads none it does not expect"
+            )
+        if block is not None:
+            blocks.setdefault(block, set()).add(pattern)
+    if sorted(blocks) != list(range(subject.block_count)):
+        problems.append(f"tensors are of blocks {_brief(sorted(blocks))}, block_count is {subject.block_count}")
+    names = {tensor.name for tensor in subject.raw.tensors}
+    for needed in ("token_embd.weight", "output_norm.weight"):
+        if needed.removesuffix(".weight") in known and needed not in names:
+            problems.append(f"{needed} is missing")
+    return Finding(problems, f"{len(names)} tensors, all of them names of {subject.arch}")
+
+
+def check_shapes(subject: GGUFSubject) -> Finding:
+    """The embedding is as wide as embedding_length; matrices that read the hidden state are, too."""
+    width, problems = subject.raw.metadata.get(f"{subject.arch}.embedding_length"), []
+    if not isinstance(width, int):
+        return Finding([], "nothing to compare with: embedding_length is not stated")
+    for tensor in subject.raw.tensors:
+        pattern = _pattern(tensor.name)[0]
+        reads_hidden = pattern in ("token_embd", "output", "blk.{bid}.attn_q", "blk.{bid}.ffn_up", "blk.{bid}.ffn_gate")
+        if reads_hidden and tensor.name.endswith(".weight") and tensor.shape[-1:] != (width,):
+            problems.append(f"{tensor.name}: rows of {tensor.shape[-1]}, embedding_length is {width}")
+    return Finding(problems, f"rows fit embedding_length {width}")
+
+
+def check_types(subject: GGUFSubject) -> Finding:
+    """Types are ones that llama.cpp has kernels for; files with quantized ones state their version."""
+    known = set(TYPES) | {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"}
+    problems = [f"{t.name}: {t.type_name}" for t in subject.raw.tensors if t.type_name not in known]
+    quantized = [t for t in subject.raw.tensors if t.type_name in TYPES and TYPES[t.type_name].family != "plain"]
+    version = subject.raw.metadata.get("general.quantization_version")
+    if quantized and version != GGML_QUANT_VERSION:
+        problems.append(
+            f"general.quantization_version is {version!r}; {GGML_QUANT_VERSION} is what these blocks are of"
+        )
+    used = sorted({tensor.type_name for tensor in subject.raw.tensors})
+    return Finding(problems, f"types: {', '.join(used)}")
+
+
+def check_tokenizer(subject: GGUFSubject) -> Finding:
+    """The tokenizer is of a known kind; its lists agree with each other and with the rows of the embedding."""
+    metadata = subject.raw.metadata
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in _TOKENIZER_MODELS:
+        return Finding([f"tokenizer.ggml.model is {model!r}, which llama.cpp does not know"], "")
+    problems, count = [], _length(metadata.get("tokenizer.ggml.tokens"))
+    for key in ("scores", "token_type"):
+        found = metadata.get(f"tokenizer.ggml.{key}")
+        if found is not None and _length(found) < count:
+            problems.append(f"tokenizer.ggml.{key} has {_length(found)} entries for {count} tokens")
+    if model in _MERGING and "tokenizer.ggml.merges" not in metadata:
+        problems.append("tokenizer.ggml.merges is missing")
+    for key, value in metadata.items():
+        if _TOKEN_ID.fullmatch(key) and (type(value) is not int or not 0 <= value < max(1, count)):
+            problems.append(f"{key} is {value!r}, there are {count} tokens")
+    embedding = next((t for t in subject.raw.tensors if t.name == "token_embd.weight"), None)
+    if embedding is not None and model != "none" and embedding.shape[0] != count:
+        problems.append(f"token_embd.weight has {embedding.shape[0]} rows for {count} tokens")
+    return Finding(problems, f"{model}, {count} tokens")
+
+
+def check_finite(subject: GGUFSubject) -> Finding:
+    """No scale and no weight is NaN or inf."""
+    return Finding(subject.survey.not_finite, f"{len(subject.raw.tensors)} tensors decoded")
+
+
+def check_weights(subject: GGUFSubject) -> Finding:
+    """The relative error of every decoded tensor is within the bound of its bits."""
+    problems, errors = [], subject.survey.relative_errors
+    for name, error in errors.items():
+        kind = TYPES.get(subject.type_of(name))
+        bound = next(limit for bits, limit in _LARGEST_ERROR if kind is None or kind.bits_per_weight <= bits)
+        if not error <= bound:
+            problems.append(
+                f"{name}: relative error {error:.3g} of the weights; at most {bound} in {kind and kind.name}"
+            )
+    problems += [f"{name}: is not in the source" for name in subject.survey.without_source]
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return Finding(problems, f"{len(errors)} tensors; the worst is {worst}, {100 * errors.get(worst, 0):.3g} % off")
+
+
+def _pattern(name: str) -> tuple[str, int | None]:
+    """("blk.{bid}.attn_q", 3) of blk.3.attn_q.weight."""
+    stem = name.rpartition(".")[0] if name.endswith((".weight", ".bias", ".scale", ".input_scale")) else name
+    found = re.match(r"blk\.(\d{1,6})\.", stem)
+    return (stem, None) if found is None else (f"blk.{{bid}}.{stem[found.end() :]}", int(found[1]))
+
+
+def _length(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") and not isinstance(value, str) else 0
+
+
+def _brief(numbers: list[int]) -> str:
+    return f"{numbers[0]} to {numbers[-1]} ({len(numbers)})" if numbers else "none"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("gguf-file", "files", (GGUF,), "the container parses; all parts are there, whole, and nothing overlaps",
+         check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
+    Rule("gguf-architecture", "model", (GGUF,), "the architecture is known and its sizes are stated",
+         check_architecture, "load_arch, load_hparams of llama-model.cpp"),
+    Rule("gguf-tensors", "format", (GGUF,), "tensors are those of the architecture, in every block", check_tensors,
+         "done_getting_tensors of llama-model-loader.cpp"),
+    Rule("gguf-shapes", "format", (GGUF,), "rows are as wide as the hidden state", check_shapes,
+         "check_tensor_dims of llama-model-loader.cpp"),
+    Rule("gguf-types", "format", (GGUF,), "types are known and the version of quantization is stated", check_types,
+         "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
+    Rule("gguf-tokenizer", "format", (GGUF,), "the tokenizer's lists agree, and with the embedding", check_tokenizer,
+         "llama_vocab::impl::load of llama-vocab.cpp"),
+    Rule("gguf-finite", "values", (GGUF,), "no weight is NaN or inf", check_finite,
+         "ggml_validate_row_data (--check-tensors)"),
+    Rule("gguf-weights", "values", (GGUF,), "every tensor is as near to its source as its bits allow", check_weights,
+         "our own: what no format allows", needs_source=True),
+)  # fmt: skip

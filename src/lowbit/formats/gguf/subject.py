@@ -1,0 +1,197 @@
+"""`GGUFSubject`: a GGUF file under verification, and one pass over all its weights.
+
+The pass decodes every tensor in slabs, looks for NaN and inf, and, given the source, sums ‖W − Ŵ‖² and ‖W‖². A GGUF
+source is compared under GGUF names; any other source under Hugging Face names, through the reader, so that wrongly
+ordered rows show as a large error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.base import Checkpoint, row_slabs
+from lowbit.errors import LowbitError
+from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
+from lowbit.formats.gguf.read import open_gguf
+from lowbit.numerics import ggml
+from lowbit.verification.survey import Progress
+from lowbit.workers import run_all
+
+SLAB_WEIGHTS = 1 << 20
+
+
+@dataclass
+class GGUFSurvey:
+    """Results of the pass. relative_errors: name → ‖W − Ŵ‖ / ‖W‖"""
+
+    not_finite: list[str] = field(default_factory=list)
+    relative_errors: dict[str, float] = field(default_factory=dict)
+    without_source: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GGUFSubject:
+    """source  the original: a checkpoint, a GGUF file as it is, or nothing to compare with"""
+
+    folder: Path  # the file; called as in `Subject`
+    engine: str
+    source: Checkpoint | None
+    progress: Progress | None = None
+    nearest: bool = False
+    known_format = "gguf"
+
+    @cached_property
+    def raw(self) -> RawGGUF:
+        return open_raw_gguf(self.folder)
+
+    @property
+    def arch(self) -> str:
+        return str(self.raw.metadata.get("general.architecture", ""))
+
+    @property
+    def block_count(self) -> int:
+        value = self.raw.metadata.get(f"{self.arch}.block_count")
+        return value if isinstance(value, int) else 0
+
+    @cached_property
+    def survey(self) -> GGUFSurvey:
+        return _Pass(self).run()
+
+    def type_of(self, name: str) -> str:
+        return self._types.get(name, "F32")
+
+    @cached_property
+    def _types(self) -> dict[str, str]:
+        types = {tensor.name: tensor.type_name for tensor in self.raw.tensors}
+        if self.source is not None and not isinstance(self.source, RawCheckpoint):
+            types |= {name: info.stored for name, info in self.as_checkpoint.tensors.items()}
+        return types
+
+    @cached_property
+    def as_checkpoint(self) -> Checkpoint:
+        """The file under Hugging Face names."""
+        return open_gguf(self.folder)
+
+    def close(self) -> None:
+        for name in ("raw", "as_checkpoint"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+
+
+# (name, rows, K, read our rows, read the source's rows or None, bytes, release both)
+_Job = tuple[str, int, int, Callable[[int, int], Tensor], Callable[[int, int], Tensor] | None, int, Callable[[], None]]
+
+
+class _Pass:
+    """Decodes and compares, spread over threads."""
+
+    def __init__(self, subject: GGUFSubject):
+        self.subject, self.found = subject, GGUFSurvey()
+        self.sums: dict[str, list[float]] = {}
+        self.lock = threading.Lock()
+        self.done = 0
+
+    def run(self) -> GGUFSurvey:
+        jobs = self._under_hub_names() if self._has_hub_source() else self._under_own_names()
+        total = sum(job[5] for job in jobs)
+        threads = torch.get_num_threads()
+        slabs = (
+            (self._slab, job, first, last, total) for job in jobs for first, last in row_slabs(job[1:3], SLAB_WEIGHTS)
+        )
+        try:
+            torch.set_num_threads(1)
+            run_all(slabs, os.cpu_count() or 1)
+        finally:
+            torch.set_num_threads(threads)
+        for name, (error, weight) in self.sums.items():
+            self.found.relative_errors[name] = math.sqrt(error / weight) if weight else math.sqrt(error)
+        self.found.not_finite = sorted(set(self.found.not_finite))
+        return self.found
+
+    def _has_hub_source(self) -> bool:
+        source = self.subject.source
+        if source is None or isinstance(source, RawCheckpoint):
+            return False
+        try:
+            return bool(self.subject.as_checkpoint.tensors)
+        except LowbitError:  # an architecture that only llama.cpp reads: look at the values alone
+            return False
+
+    def _under_own_names(self) -> list[_Job]:
+        ours, source = RawCheckpoint(self.subject.raw, ""), self.subject.source
+        theirs = source if isinstance(source, RawCheckpoint) else None
+        jobs: list[_Job] = []
+        for name, info in ours.tensors.items():
+            known = theirs is not None and name in theirs.tensors
+            if theirs is not None and not known:
+                self.found.without_source.append(name)
+
+            def release(name: str = name, other: Checkpoint | None = theirs if known else None) -> None:
+                ours.release(name)
+                if other is not None:
+                    other.release(name)
+
+            mine, original = partial(ours.read, name), partial(theirs.read, name) if theirs and known else None
+            jobs.append((name, *rows_and_columns(info.shape), mine, original, info.nbytes, release))
+        return jobs
+
+    def _under_hub_names(self) -> list[_Job]:
+        ours, source = self.subject.as_checkpoint, self.subject.source
+        assert source is not None
+        jobs: list[_Job] = []
+        for name, info in ours.tensors.items():
+            origin = name  # a tied output matrix that has a copy of its own comes from the embedding
+            if name not in source.tensors and source.config().get("tie_word_embeddings"):
+                embeddings = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+                origin = next((known for known in source.tensors if known.endswith(embeddings)), name)
+            known = origin in source.tensors and source.tensors[origin].shape == info.shape
+            if not known:
+                self.found.without_source.append(name)
+            rows = info.shape[0] if info.shape else 1
+            columns = max(1, math.prod(info.shape[1:]))
+
+            def release(name: str = name, origin: str = origin, known: bool = known) -> None:
+                ours.release(name)
+                if known:
+                    source.release(origin)
+
+            def theirs(first: int, last: int, origin: str = origin) -> Tensor:
+                return source.read(origin, first, last)
+
+            def mine(first: int, last: int, name: str = name) -> Tensor:
+                return ours.read(name, first, last)
+
+            jobs.append((name, rows, columns, mine, theirs if known else None, info.nbytes, release))
+        return jobs
+
+    def _slab(self, job: _Job, first: int, last: int, total: int) -> None:
+        name, rows, _, ours, theirs, nbytes, release = job
+        decoded = ours(first, last).float().reshape(last - first, -1).contiguous()
+        original = decoded
+        if theirs is not None:
+            original = theirs(first, last).reshape(decoded.shape)
+            if not (original.is_floating_point() and original.dtype.itemsize in (2, 4)):
+                original = original.float()
+        sums = ggml.squared_error("F32", original, decoded.view(torch.uint8)) if decoded.numel() else (0.0, 0.0, 0.0)
+        finite = math.isfinite(sums[0] + sums[1]) or bool(torch.isfinite(decoded).all())
+        if last == rows:
+            release()
+        with self.lock:
+            if not finite:
+                self.found.not_finite.append(f"{name}: holds NaN or inf")
+            if theirs is not None:
+                known = self.sums.setdefault(name, [0.0, 0.0])
+                known[0] += sums[0]
+                known[1] += sums[1]
+            self.done += nbytes * (last - first) // max(1, rows)
+            if self.subject.progress is not None:
+                self.subject.progress(f"verify {name}", self.done, total)

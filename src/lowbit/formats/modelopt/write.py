@@ -1,0 +1,241 @@
+"""ModelOpt: NVIDIA's format, loaded by vLLM, TensorRT-LLM and SGLang.
+
+For a linear `L` with weight [N, K]; every scale multiplies; [] is a tensor without dimensions:
+
+    FP8                        L.weight float8_e4m3fn [N, K]   L.weight_scale float32 []
+                               L.input_scale float32 []: largest |input| / 448
+    FP8_PER_CHANNEL_PER_TOKEN  L.weight float8_e4m3fn [N, K]   L.weight_scale float32 [N]
+    fp8_pb_wo                  L.weight float8_e4m3fn [N, K]   L.weight_scale float32 [⌈N/128⌉, 1, K/128, 1]
+    NVFP4, W4A16_NVFP4         L.weight uint8 [N, K/2]         even column in the low nibble
+                               L.weight_scale float8_e4m3fn [N, K/16]   L.weight_scale_2 float32 []
+                               NVFP4 also: L.input_scale float32 []: largest |input| / (448 · 6)
+    MXFP8                      L.weight float8_e4m3fn [N, K]   L.weight_scale uint8 [N, K/32], exponent + 127
+
+    hf_quant_config.json       {producer, quantization: {quant_algo, kv_cache_quant_algo, group_size?, exclude_modules}}
+                               several schemes: quant_algo MIXED_PRECISION, quantized_layers {linear: {quant_algo, …}}
+    config.json                quantization_config: the same as `convert_hf_quant_config_format` rewrites it
+
+vLLM takes the maximum of the scales of a fused set (q, k and v; gate and up): they are equal in what lowbit writes.
+TensorRT-LLM knows fp8_pb_wo as the scheme of a whole model only, not in quantized_layers.
+Spec: torch/export of ModelOpt 0.47 (unified_export_hf.py, quant_utils.py, convert_hf_config.py), modelopt.py of vLLM
+0.32, modelopt_config.py of TensorRT-LLM.
+Refused: integers, MXFP4, FP8 with other scales or activations, K that the groups or blocks do not divide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.errors import FormatError
+from lowbit.export import FUSED, Piece, block_rows, every_zero_point
+from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, e8m0_codes, e8m0_values
+from lowbit.schemes import SCHEMES, Scheme, WeightSpec
+from lowbit.tensors import Granularity, QuantizedTensor
+
+FORMAT = "modelopt"
+row_multiple, lowest_zero_point = block_rows, every_zero_point
+# Of the format that this file writes. Loaders take hf_quant_config.json for theirs by the producer's name.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+# quant_algo → the scheme it stands for. fp8_pb_wo is lower case since TensorRT-LLM knows it by that spelling.
+ALGORITHMS = {
+    "FP8": SCHEMES["FP8"],
+    "FP8_PER_CHANNEL_PER_TOKEN": SCHEMES["FP8_DYNAMIC"],
+    "fp8_pb_wo": SCHEMES["FP8_BLOCK"],
+    "NVFP4": SCHEMES["NVFP4"],
+    "W4A16_NVFP4": SCHEMES["NVFP4A16"],
+    "MXFP8": SCHEMES["MXFP8"],
+}
+_STATES_GROUP_SIZE = ("NVFP4", "W4A16_NVFP4", "MXFP8")
+
+# What `convert_hf_quant_config_format` says of an algorithm in config_groups; g is its group size. For a model of one
+# scheme it says nothing of those in _ONLY_IN_MIXED, which loaders know by quant_algo.
+_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_MX8 = _FP8 | {"group_size": 32}
+_GROUPS: dict[str, dict[str, Any]] = {
+    "FP8": {"input_activations": _FP8, "weights": _FP8},
+    "FP8_PER_CHANNEL_PER_TOKEN": {"input_activations": _FP8, "weights": _FP8 | {"strategy": "channel"}},
+    "fp8_pb_wo": {"quant_algo": "fp8_pb_wo"},
+    "NVFP4": {"input_activations": _FP4, "weights": _FP4},
+    "W4A16_NVFP4": {"weights": _FP4},
+    "MXFP8": {"input_activations": _MX8, "weights": _MX8},
+}
+_ONLY_IN_MIXED = ("FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8")
+
+
+def storage_format(scheme: Scheme) -> str:
+    """The quant_algo of a scheme. FormatError if the format cannot hold it."""
+    for algorithm, known in ALGORITHMS.items():
+        if (known.weight, known.activation) == (scheme.weight, scheme.activation):
+            return algorithm
+    raise FormatError(
+        f"modelopt cannot hold {scheme.name}; it holds {', '.join(known.name for known in ALGORITHMS.values())}",
+        "choose one of these, or leave --format out",
+    )
+
+
+def unfit(shape: tuple[int, int], scheme: Scheme) -> str | None:
+    """Groups and blocks must divide K; the last block of rows may be cut."""
+    size = scheme.weight.columns_per_scale(shape[1])
+    if shape[1] % size == 0:
+        return None
+    return f"in_features {shape[1]} is not a multiple of {size}"
+
+
+def scale_format(scheme: Scheme, dtype: torch.dtype) -> str:
+    """float32, whatever the model's dtype."""
+    return "float32"
+
+
+def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> list[StoredTensor]:
+    rows, columns = shape
+    algorithm, weight = storage_format(scheme), scheme.weight
+    scale_dtype = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}.get(weight.scale_format, torch.float32)
+    packed = weight.number == "e2m1"
+    stored = [
+        StoredTensor(
+            f"{linear}.weight",
+            torch.uint8 if packed else torch.float8_e4m3fn,
+            (rows, columns // 2) if packed else shape,
+        ),
+        StoredTensor(f"{linear}.weight_scale", scale_dtype, _scale_shape(weight, shape)),
+    ]
+    if weight.two_level:
+        stored.append(StoredTensor(f"{linear}.weight_scale_2", torch.float32, ()))
+    if algorithm in ("FP8", "NVFP4"):
+        stored.append(StoredTensor(f"{linear}.input_scale", torch.float32, ()))
+    return stored
+
+
+def _scale_shape(weight: WeightSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+    rows, groups = weight.granularity.scale_shape(*shape, weight.columns_per_scale(shape[1]))
+    if weight.granularity is Granularity.BLOCK:
+        return (rows, 1, groups, 1)
+    return {Granularity.TENSOR: (), Granularity.CHANNEL: (rows,)}.get(weight.granularity, (rows, groups))
+
+
+def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
+         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+    weight = scheme.weight
+    packed = weight.number == "e2m1"
+    codes = kernels.pack_nibbles(quantized.codes) if packed else quantized.codes.view(torch.float8_e4m3fn)
+    pieces = [Piece(f"{linear}.weight", codes, first_row)]
+    scale = _stored_scale(quantized, weight)
+    if weight.granularity is Granularity.TENSOR:
+        if first_row == 0:
+            pieces.append(Piece(f"{linear}.weight_scale", scale.reshape(())))
+    elif weight.granularity is Granularity.BLOCK:
+        pieces.append(Piece(f"{linear}.weight_scale", scale[:, None, :, None], first_row // weight.block_rows))
+    else:
+        by_row = scale.reshape(-1) if weight.granularity is Granularity.CHANNEL else scale
+        pieces.append(Piece(f"{linear}.weight_scale", by_row, first_row))
+    if first_row == 0:
+        pieces += _once_per_linear(linear, quantized, scheme, input_absmax)
+    return pieces
+
+
+def _once_per_linear(
+    linear: str, quantized: QuantizedTensor, scheme: Scheme, input_absmax: float | None
+) -> list[Piece]:
+    pieces = []
+    if scheme.weight.two_level:
+        pieces.append(Piece(f"{linear}.weight_scale_2", _global_scale(quantized)))
+    if scheme.activation is not None and scheme.activation.needs_calibration:
+        if input_absmax is None:
+            raise AssertionError("a static activation scale was planned but not measured")
+        largest_code = E4M3_MAX * (E2M1_MAX if scheme.weight.two_level else 1.0)
+        input_scale = torch.tensor(input_absmax / largest_code, dtype=torch.float32)
+        pieces.append(Piece(f"{linear}.input_scale", input_scale))
+    return pieces
+
+
+def _global_scale(quantized: QuantizedTensor) -> Tensor:
+    return torch.tensor(quantized.global_scale, dtype=torch.float32)
+
+
+def _stored_scale(quantized: QuantizedTensor, weight: WeightSpec) -> Tensor:
+    if weight.scale_format == "e8m0":
+        return e8m0_codes(quantized.scale)
+    if weight.two_level:
+        return (quantized.scale / _global_scale(quantized)).to(torch.float8_e4m3fn)
+    return quantized.scale.to(torch.float32)
+
+
+def inexact(quantized: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> str | None:
+    """Why a source's codes would change: permuted columns, or scales that are not what they will decode to."""
+    if quantized.g_idx is not None:
+        return "its groups are not of consecutive columns (activation order)"
+    stored = _stored_scale(quantized, scheme.weight)
+    if scheme.weight.scale_format == "e8m0":
+        same = torch.equal(e8m0_values(stored), quantized.scale)
+        return None if same else "one of its scales is no power of two within 2^-127 .. 2^127"
+    if not scheme.weight.two_level:
+        return None
+    if torch.equal(stored.float() * _global_scale(quantized), quantized.scale):
+        return None
+    return "no float32 multiplies its E4M3 scales to the scales it has (its global scale is stored as a divisor)"
+
+
+def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+    """config.json's `quantization_config`: hf_quant_config.json in the terms of llm-compressor, and quant_method."""
+    stated = hf_quant_config(schemes, ignored)["quantization"]
+    algorithm = stated["quant_algo"]
+    config: dict[str, Any] = {}
+    if algorithm == "MIXED_PRECISION":
+        members: dict[str, list[str]] = {}
+        for linear, layer in stated["quantized_layers"].items():
+            members.setdefault(layer["quant_algo"], []).append(linear)
+        config["config_groups"] = {
+            f"group_{index}": {**_GROUPS[each], "targets": sorted(linears)}
+            for index, (each, linears) in enumerate(members.items())
+        }
+        config["quantized_layers"] = stated["quantized_layers"]
+    elif algorithm not in _ONLY_IN_MIXED:
+        config["config_groups"] = {"group_0": {**_GROUPS[algorithm], "targets": ["Linear"]}}
+    config["ignore"] = stated.get("exclude_modules", [])
+    return config | {"quant_algo": algorithm, "producer": PRODUCER, "quant_method": FORMAT}
+
+
+def companion_files(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
+    """hf_quant_config.json, which TensorRT-LLM reads first."""
+    return {"hf_quant_config.json": hf_quant_config(schemes, ignored)}
+
+
+def hf_quant_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+    """The content of hf_quant_config.json, as `get_quant_config` of ModelOpt makes it."""
+    layers: dict[str, dict[str, Any]] = {}
+    for linear, scheme in schemes.items():
+        layers[linear] = {"quant_algo": storage_format(scheme)}
+        if layers[linear]["quant_algo"] in _STATES_GROUP_SIZE:
+            layers[linear]["group_size"] = scheme.weight.group_size
+    quantization: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
+    if len({layer["quant_algo"] for layer in layers.values()}) > 1:
+        quantization["quantized_layers"] = layers
+    else:
+        quantization |= next(iter(layers.values())) | {"exclude_modules": exclude_modules(list(schemes), ignored)}
+    return {"producer": PRODUCER, "quantization": quantization}
+
+
+def exclude_modules(quantized: list[str], ignored: list[str]) -> list[str]:
+    """Entries that match every ignored linear and no quantized one.
+
+    Entries are wildcards (fnmatch), and vLLM also takes each for a substring of a name, of a fused one too: the router
+    "mlp.gate" would catch "mlp.gate_proj" and "mlp.gate_up_proj". Such an entry is written so that it is a wildcard of
+    one name and a substring of none: "mlp.gat[e]". A tied output head is a linear to loaders though the files do not
+    hold one, hence "lm_head".
+    """
+    names = set(quantized)
+    for name in quantized:
+        path, _, leaf = name.rpartition(".")
+        names |= {f"{path}.{fused}" for fused, members in FUSED.items() if leaf in members}
+    entries = []
+    for name in sorted({*ignored, "lm_head"} - set(quantized)):
+        catches = any(name in other for other in names)
+        entries.append(f"{name[:-1]}[{name[-1]}]" if catches else name)
+    return entries

@@ -1,0 +1,362 @@
+"""The plan of a safetensors folder: the scheme of every linear, its stored tensors, the config files.
+
+    architecture + headers + settings → FolderPlan
+
+A conversion plans in the same way, with the schemes of its source (`fixed`).
+
+Refused: different schemes within a fused set (q/k/v, gate/up), since engines load such a checkpoint and compute
+nonsense; different schemes among the experts of a block; a group size of the user's that does not divide K; a model, a
+mixture of schemes or KV-cache scales that the output format cannot express.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.architecture import Architecture, model_dtype, open_described
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
+from lowbit.checkpoint.quantized import KINDS
+from lowbit.errors import ArchitectureError, CheckpointError, FormatError, UsageError
+from lowbit.export import Exporter, Piece, find_exporter
+from lowbit.export.atomic import atomic_folder, copy_companions, refuse_existing
+from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
+from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
+from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
+from lowbit.plan.linears import LinearPlanner, StoredRows, common_group_sizes
+from lowbit.plan.plan import Making, Plan, PlannedTensor, Prepared, Request, output_format
+from lowbit.rounding.error import squared_error
+from lowbit.rounding.target import Sums
+from lowbit.schemes import ActivationSpec, KVCacheScheme, Scheme, find_kv_cache_scheme
+from lowbit.settings import Settings, check_patterns
+from lowbit.tensors import Granularity, QuantizedTensor
+
+if TYPE_CHECKING:
+    from lowbit.calibrate.input_ranges import Ranges
+
+
+@dataclass(frozen=True)
+class FolderPlan(Plan):
+    """
+    input_absmax  linear → largest |input| in calibration, for schemes with static activation scales
+    kv_cache      scheme of the KV cache; None if it is not quantized
+    kv_scales     the stored scales of the KV cache, layer by layer
+    kv_absmax     layer → largest |K| and |V| of every head, [kv_heads], from calibration
+    """
+
+    input_absmax: dict[str, float] = field(default_factory=dict)
+    kv_cache: KVCacheScheme | None = None
+    kv_scales: tuple[CacheScales, ...] = ()
+    kv_absmax: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def exporter(self) -> Exporter:
+        return find_exporter(self.format.name)
+
+    @property
+    def described(self) -> Architecture:
+        """The architecture, which every folder has."""
+        assert self.architecture is not None
+        return self.architecture
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """Linear → scheme, of every quantized linear."""
+        return {tensor.linear.name: tensor.scheme for tensor in self.tensors if tensor.linear and tensor.scheme}
+
+    @property
+    def ignored(self) -> list[str]:
+        """Unquantized modules: linears, including tied ones and those of multi-token prediction blocks, and experts
+        that lie in one tensor."""
+        architecture = self.described
+        left = [name for name in architecture.linears if name not in self.schemes]
+        predicted = [tensor.name for tensor in self.tensors if architecture.predicts(tensor.name)]
+        left += [name.removesuffix(".weight") for name in predicted if name.endswith("proj.weight")]
+        experts = [name.rpartition(".")[0] for name, role in architecture.roles.items() if role == "experts"]
+        return left + list(dict.fromkeys(experts))
+
+    @cached_property
+    def shares(self) -> dict[str, Share]:
+        """Tensor of a single expert → its place in a tensor of all experts, in formats that fuse them."""
+        if not self.format.fused_experts:
+            return {}
+        return find_shares((stored for tensor in self.tensors for stored in tensor.stored), self.described)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """Every tensor of the files, once."""
+        stored = (stored for tensor in self.tensors for stored in tensor.stored)
+        places = [self.shares[tensor.name].stored if tensor.name in self.shares else tensor for tensor in stored]
+        places += [tensor for scales in self.kv_scales for tensor in (scales.k, scales.v)]
+        return list({tensor.name: tensor for tensor in places}.values())
+
+    @property
+    def file_bytes(self) -> int:
+        return total_file_bytes(self.stored, self.settings.bytes_per_shard)
+
+    @property
+    def activations(self) -> dict[str, ActivationSpec]:
+        return {name: scheme.activation for name, scheme in self.schemes.items() if scheme.activation is not None}
+
+    @property
+    def static_inputs(self) -> set[str]:
+        return {n for n, spec in self.activations.items() if spec.needs_calibration} - self.input_absmax.keys()
+
+    @property
+    def needs_kv_ranges(self) -> bool:
+        """False for a conversion, which takes over the ranges of its source."""
+        return self.kv_cache is not None and not self.kv_absmax
+
+    def with_ranges(self, ranges: Ranges) -> FolderPlan:
+        return replace(
+            self,
+            input_absmax=self.input_absmax | ranges.inputs,
+            kv_absmax=self.kv_absmax if ranges.cache is None else ranges.cache.absmax(),
+            notes=(*self.notes, *ranges.notes),
+        )
+
+    def pack(self, tensor: PlannedTensor, rows: QuantizedTensor | Tensor, first: int) -> list[Piece]:
+        linear, scheme = tensor.linear, tensor.scheme
+        if isinstance(rows, QuantizedTensor):
+            assert linear is not None
+            assert scheme is not None
+            absmax = self.input_absmax.get(linear.name)
+            pieces = self.exporter.pack(linear.name, rows, scheme, first, linear.shape, tensor.dtype, absmax)
+            if linear.transposed and self.format.name == "float":  # the model class stores it as [K, N]
+                pieces = [replace(piece, values=piece.values.t(), row=0, column=first) for piece in pieces]
+        else:
+            pieces = [Piece(tensor.name, rows.to(tensor.plain_dtype), first)]
+        return [self.shares[piece.name].place(piece) if piece.name in self.shares else piece for piece in pieces]
+
+    def packing_error(self, tensor: PlannedTensor, rows: QuantizedTensor | Tensor) -> Sums:
+        if self.format.name != "float":
+            return super().packing_error(tensor, rows)
+        assert isinstance(rows, QuantizedTensor)
+        return squared_error(rows.decode().to(tensor.dtype), rows)
+
+    def pieces_beside(self) -> list[Piece]:
+        """Scales of the KV cache; ArchitectureError for a layer that was not measured."""
+        if self.kv_cache is None:
+            return []
+        pieces = []
+        for scales in self.kv_scales:
+            if scales.layer not in self.kv_absmax:
+                raise ArchitectureError(f"the keys and values of layer {scales.layer} were not measured",
+                                        "leave --kv-cache out")  # fmt: skip
+            pieces += scales.pieces(self.kv_cache, self.kv_absmax[scales.layer])
+        return pieces
+
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's `quantization_config`; empty for the format "float"."""
+        config = self.exporter.quantization_config(self.schemes, self.ignored)
+        return config if self.kv_cache is None else state_kv_cache(self.format.name, self.kv_cache, config)
+
+    def refuse_existing(self, output: Path, overwrite: bool) -> None:
+        refuse_existing(output, overwrite)
+
+    def workplace(self, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
+        return atomic_folder(output, overwrite)
+
+    def container(self, work: Path, output: Path) -> SafetensorsWriter:
+        return SafetensorsWriter(work, self.stored, self.settings.bytes_per_shard)
+
+    def complete(self, work: Path, checkpoint: Checkpoint) -> None:
+        """Write config.json and the format's own JSON files; copy tokenizer, licence and the like."""
+        config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
+        if not ("dtype" in config or "torch_dtype" in config):
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        quantization = self.quantization_config()
+        if quantization:
+            config["quantization_config"] = quantization
+        beside = self.exporter.companion_files(self.schemes, self.ignored)
+        if self.kv_cache is not None:
+            beside = state_kv_cache_beside(self.format.name, beside)
+        for name, content in ({"config.json": config} | beside).items():
+            (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy_companions(checkpoint.folder, work)
+
+
+def prepare_folder(request: Request) -> Prepared:
+    """Open a model and plan the folder; see `plan.prepare`."""
+    threads, settings = request.worker_threads, request.settings
+    fused = settings.format != "auto" and output_format(settings).fused_experts
+    checkpoint, architecture = open_described(request.model, request.options, split_experts=fused)
+    if checkpoint.kind in KINDS:
+        checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
+    dtype = model_dtype(checkpoint)
+
+    def plan_again(others: Settings) -> FolderPlan:
+        return make_plan(checkpoint, architecture, others, dtype)
+
+    source = request.name or checkpoint.source
+    return Prepared(checkpoint, plan_again(settings), threads, plan_again, request.options, source)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    settings: Settings,
+    dtype: torch.dtype,
+    fixed: dict[str, Scheme] | None = None,
+) -> FolderPlan:
+    """The plan of every tensor; raises what the module docstring refuses, and CheckpointError for absent tensors.
+
+    fixed  linear → scheme: exactly these are quantized, without regard to the settings or to shapes
+    """
+    _check_parameters(checkpoint, architecture)
+    format = output_format(settings)
+    exporter = find_exporter(format.name)
+    if format.name == "mxfp4" and not stores_fused_experts(architecture):
+        raise FormatError(
+            f"{checkpoint.source}: mxfp4 is the format of gpt-oss alone, and this is of model type "
+            f"{architecture.model_type!r}",
+            "--format compressed-tensors holds MXFP4A16 of any model",
+        )
+    linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
+    common = common_group_sizes(architecture, settings) if fixed is None else {}
+    planner = LinearPlanner(checkpoint, settings, dtype, exporter, common)
+    tensors = []
+    # In the order of the model, then other tensors by name: the files do not depend on how the source was split.
+    known = [name for name in architecture.parameters if name in checkpoint.tensors]
+    for name in known + sorted(checkpoint.tensors.keys() - architecture.parameters.keys()):
+        linear = linears.get(name)
+        tensor = _copied(name, checkpoint, architecture, dtype)
+        if linear is not None and name not in architecture.tied:
+            tensor = replace(tensor, linear=linear, in_decoder=tensor.block is not None)
+            if fixed is None:
+                tensor = planner.planned(tensor, linear)
+            elif linear.name in fixed:
+                tensor = planner.with_scheme(tensor, linear, fixed[linear.name])
+            else:
+                tensor = replace(tensor, reason="not quantized in the source")
+        tensors.append(tensor)
+    base = settings.base_scheme()
+    plan = FolderPlan(
+        tuple(_leave_whole_sets(tensors, architecture)), settings, format, architecture.class_name, base.name,
+        settings.range_search(base.weight).method, dtype, architecture,
+    )  # fmt: skip
+    if fixed is None:
+        _check_overrides(plan)
+    _check_one_scheme(plan, architecture.fused_sets, "engines load these as one matrix, and would misread it")
+    _check_one_scheme(plan, architecture.expert_sets, "engines stack the experts of a block, and would misread them")
+    exporter.quantization_config(plan.schemes, plan.ignored)  # FormatError before anything runs
+    if settings.kv_cache is None:
+        return plan
+    return with_kv_cache(plan, find_kv_cache_scheme(settings.kv_cache), checkpoint.config())
+
+
+def with_kv_cache(plan: FolderPlan, scheme: KVCacheScheme, config: dict[str, Any]) -> FolderPlan:
+    """The plan with scales of a quantized KV cache; FormatError or ArchitectureError where they cannot be stored."""
+    return replace(plan, kv_cache=scheme, kv_scales=stored_kv_scales(plan.format, scheme, plan.described, config))
+
+
+def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    for name, shape in architecture.parameters.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{checkpoint.source}: tensor {name} {list(shape)} is absent",
+                "the files are incomplete, or config.json is of another model",
+            )
+        linear = architecture.linears.get(name.removesuffix(".weight"))
+        if linear is not None and linear.transposed and is_decoded(checkpoint, name):
+            shape = linear.shape
+        if tuple(info.shape) != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json says {list(shape)}",
+                "the files and config.json do not belong together",
+            )
+
+
+def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype) -> PlannedTensor:
+    info = checkpoint.tensors[name]
+    decoded = is_decoded(checkpoint, name)
+    floats = info.dtype.is_floating_point and (checkpoint.kind == "gguf" or decoded)
+    stored = StoredTensor(name, dtype if floats else info.dtype, tuple(info.shape))
+    role = architecture.roles.get(name, "other")
+    reason = _COPIED_BECAUSE.get(role, "not the weight of a linear layer")
+    if name in architecture.tied:
+        reason = f"tied to {architecture.tied[name]}"
+    elif name not in architecture.parameters:
+        reason = "not a parameter of the transformers model; copied as it is"
+    return PlannedTensor(
+        name, role, architecture.block_of(name), stored.shape, StoredRows(name), info.nbytes, Making.copied, (stored,),
+        reason=reason, dtype=dtype, plain_dtype=stored.dtype,
+        multiple=checkpoint.row_multiple(name) if decoded and isinstance(checkpoint, CanReadCodes) else 1,
+    )  # fmt: skip
+
+
+_COPIED_BECAUSE = {
+    "embedding": "embeddings are looked up, not multiplied; engines keep them in 16 bits",
+    "norm": "norms are a vector each, and sensitive",
+    "bias": "biases are a vector each",
+    "router": "routers choose experts, and are small",
+    "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4 (--scheme "
+    "MXFP4A16 --format mxfp4)",
+}
+
+
+def _leave_whole_sets(tensors: list[PlannedTensor], architecture: Architecture) -> list[PlannedTensor]:
+    """Leave a whole fused set, or all experts of a block, in 16 bits where the shape of one member does not fit."""
+    by_linear = {tensor.linear.name: tensor for tensor in tensors if tensor.linear is not None}
+    left: dict[str, str] = {}
+    for members in (*architecture.fused_sets.values(), *architecture.expert_sets.values()):
+        reasons = [_why_unfit(by_linear[member], member != members[-1]) for member in members if member in by_linear]
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is not None:
+            left.update(dict.fromkeys(members, reason))
+    return [
+        replace(
+            t, scheme=None, target=None, making=Making.copied, source=StoredRows(t.name), reason=left[t.linear.name],
+            notes=(), stored=(StoredTensor(t.name, t.plain_dtype, t.shape),),
+        ) if t.scheme is not None and t.linear is not None and t.linear.name in left else t
+        for t in tensors
+    ]  # fmt: skip
+
+
+def _why_unfit(tensor: PlannedTensor, has_next: bool) -> str | None:
+    """Why the fused set of a linear stays in 16 bits: its shape, or a block that straddles it and the next member."""
+    if tensor.unfit:
+        return tensor.reason
+    scheme = tensor.scheme
+    block = scheme.weight.group_size if scheme and scheme.weight.granularity is Granularity.BLOCK else None
+    if tensor.linear is None or tensor.linear.fused is None or not block or not has_next:
+        return None
+    rows = tensor.linear.shape[0]
+    if rows % block == 0:
+        return None
+    return f"engines stack it with its siblings, and {rows} rows of {tensor.linear.name} cut a block of {block}"
+
+
+def _check_overrides(plan: FolderPlan) -> None:
+    names, settings = list(plan.described.linears), plan.settings
+    for option, patterns in (("--override", settings.overrides), ("--ignore", settings.ignore),
+                             ("--method-override", settings.method_overrides)):  # fmt: skip
+        check_patterns(option, patterns, names)
+    for tied in plan.described.tied:
+        linear = tied.removesuffix(".weight")
+        if linear in plan.described.linears and plan.settings.override_for(linear) is not None:
+            raise UsageError(f"--override asks to quantize {linear}, which is tied to {plan.described.tied[tied]}",
+                             "a tied output layer is the embedding, which stays in 16 bits")  # fmt: skip
+    if not plan.quantized:
+        raise ArchitectureError("no linear is left to quantize", "loosen --ignore")
+
+
+def _check_one_scheme(plan: FolderPlan, sets: dict[str, tuple[str, ...]], why: str) -> None:
+    schemes = plan.schemes
+    for name, members in sets.items():
+        chosen = {member: schemes.get(member) for member in members}
+        if len(set(chosen.values())) > 1:
+            shown = list(chosen.items())[:4]
+            named = ", ".join(f"{member.rsplit('.', 1)[-1]} {s.name if s else '16 bits'}" for member, s in shown)
+            raise UsageError(
+                f"{name} would mix schemes ({named}); {why}",
+                "write --ignore and --override patterns that cover the whole set, such as '(q|k|v)_proj$'",
+            )
