@@ -203,7 +203,7 @@ class _Run:
                   for name, extents in slabs.items()}  # fmt: skip
         # Nested scales have a second level per tensor, in fused sets too.
         fused = {t.linear.name: t.name for t, target in needed.values()
-                 if t.linear is not None and target.spec.scale_format != "nested"}  # fmt: skip
+                 if t.linear is not None and not target.is_nested}  # fmt: skip
         for members in self.plan.architecture.fused_sets.values() if self.plan.architecture and fused else ():
             names = [fused[member] for member in members if member in fused]
             if names:

@@ -9,6 +9,7 @@ import typer
 
 from lowbit.cli.options import Json, Opening, Overwrite, Threads, of_table
 from lowbit.knobs import MAKE
+from lowbit.registry import written_formats
 from lowbit.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, of any format that lowbit reads.")],
     format: Annotated[
         str,
-        typer.Option(
-            help="compressed-tensors, gptq, gptq_v2, awq, bitsandbytes, modelopt, mxfp4, float or gguf.",
-            rich_help_panel=MAKE,
-        ),
+        typer.Option(help=f"{', '.join(written_formats())}.", rich_help_panel=MAKE),
     ],
     settings: Annotated[dict[str, Any], of_table(Settings, _READ)],
     options: Opening,
