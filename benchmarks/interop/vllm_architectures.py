@@ -11,8 +11,8 @@ engines on the model itself with transformers' own loader, which says how far th
 vLLM does not run on a CPU at all.
 
 Beside it stand the layers that each side takes as quantized: ours from the plan, with every fused set and every block's
-experts as one; vLLM's are the modules whose method is not an unquantized one. A layer that vLLM leaves in 16 bits although
-the file has codes for it, or the other way round, shows there.
+experts as one; vLLM's are the modules whose method is not an unquantized one. A layer that vLLM leaves in 16 bits
+although the file has codes for it, or the other way round, shows there.
 
 DeepSeek's tiny heads need VLLM_MLA_DISABLE=1.
 """
