@@ -86,7 +86,7 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0, dtype: 
     """
     from transformers import AutoConfig
 
-    from lowbit.architecture.discover import auto_class
+    from lowbit.architecture.building import auto_class
 
     torch.manual_seed(seed)
     model_type, sizes = ARCHITECTURES[architecture]

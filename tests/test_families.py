@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.architecture import canonical_view, discover_once
-from lowbit.architecture.discover import auto_class
+from lowbit.architecture.building import auto_class
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes, is_decoded

@@ -66,6 +66,6 @@ def test_cache_that_cannot_be_written_is_no_error(found, tmp_path, monkeypatch):
 
 def test_unknown_model_types_and_models_with_their_own_code_are_not_kept(found, tmp_path):
     with pytest.raises(ArchitectureError):
-        discover_once({"model_type": "mamba2"}, "x")
+        discover_once({"model_type": "nothing"}, "x")
     discover_once(config("llama"), "x", trust_remote_code=True)
     assert not (tmp_path / "architecture").exists()

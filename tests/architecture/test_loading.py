@@ -3,8 +3,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evaluation.tiny_models import CONFIGS, FakeCheckpoint, save_model
-from lowbit.architecture import build_on_meta, discover, loading
-from lowbit.architecture.discover import auto_class
+from lowbit.architecture import build_without_weights, discover, loading
+from lowbit.architecture.building import auto_class
 from lowbit.architecture.loading import load_model, load_tokenizer, module_names
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import CheckpointError, UnsafeError
@@ -55,10 +55,10 @@ def test_bfloat16_equals_from_pretrained_in_every_kind_of_layout(architecture, t
 
 def test_modules_are_named_as_transformers_names_them():
     found = discover(config_of("gemma3"), "x")
-    names = module_names(build_on_meta(config_of("gemma3"), "x"), found)
+    names = module_names(build_without_weights(config_of("gemma3"), "x"), found)
     assert names["language_model.model.layers.1.mlp.up_proj"] == "model.language_model.layers.1.mlp.up_proj"
     experts = discover(config_of("mixtral"), "x")
-    names = module_names(build_on_meta(config_of("mixtral"), "x"), experts)
+    names = module_names(build_without_weights(config_of("mixtral"), "x"), experts)
     assert set(experts.linears) - set(names) == {name for of in experts.expert_sets.values() for name in of}
 
 

@@ -107,7 +107,7 @@ def test_block_types_have_the_bits_of_their_blocks(name):
 def test_a_cache_that_transformers_fills_has_these_bytes(architecture):
     from transformers import AutoConfig
 
-    from lowbit.architecture.discover import auto_class
+    from lowbit.architecture.building import auto_class
 
     config = AutoConfig.for_model(ARCHITECTURES[architecture][0], **ARCHITECTURES[architecture][1])
     model = auto_class(config).from_config(config).to(torch.bfloat16).eval()

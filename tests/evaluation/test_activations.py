@@ -290,11 +290,11 @@ def test_fused_experts_are_simulated_inside_the_operation():
 
 
 def test_what_cannot_be_simulated_in_fused_experts_is_named():
-    from lowbit.architecture import build_on_meta, discover
+    from lowbit.architecture import build_without_weights, discover
     from lowbit.errors import ArchitectureError
     from models import config_of
 
-    model = build_on_meta(config_of("mixtral"), "x")
+    model = build_without_weights(config_of("mixtral"), "x")
     names = [f"{n}.weight" for n in next(iter(discover(config_of("mixtral"), "x").expert_sets.values()))]
     static = simulated_activations(model, dict.fromkeys(names, SCHEMES["FP8"]), dict.fromkeys(names, 0.1))
     with pytest.raises(CheckpointError, match="a scale per expert"), static:

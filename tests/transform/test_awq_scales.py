@@ -39,7 +39,7 @@ class Facts(ModelFacts):
         return [POINT], {"y": "an activation stands between"}
 
 
-FACTS = Facts(None, 1, "rms", "blocks")  # type: ignore[arg-type]
+FACTS = Facts(None, 1)  # type: ignore[arg-type]
 
 
 def make_block(seed: int = 0) -> tuple[BlockTensors, torch.Tensor]:

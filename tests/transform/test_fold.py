@@ -11,7 +11,8 @@ from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_
 from lowbit.architecture.structure import Linear
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors
-from lowbit.transform.facts import ScalingPoint, _channels
+from lowbit.architecture.feeding import fed_rows
+from lowbit.transform.facts import ScalingPoint
 from lowbit.transform.fold import fold, scaled_stats
 from models import ARCHITECTURES, make_model
 
@@ -28,7 +29,7 @@ def random_scales(point: ScalingPoint) -> torch.Tensor:
 
 # Number of scaling points of the second block, by what they are: norms, v → o, up → down.
 POINTS = {
-    "opt": (2, 1, 0), "gpt2": (2, 1, 0), "bloom": (2, 1, 0), "gpt_neox": (2, 1, 0),
+    "opt": (2, 1, 1), "gpt2": (2, 1, 0), "bloom": (2, 1, 0), "gpt_neox": (2, 1, 0),
     "olmo2": (0, 1, 1), "cohere2": (1, 1, 1), "stablelm_parallel": (1, 1, 1),
     "qwen2_moe": (2, 1, 5), "qwen3_moe": (2, 1, 4), "mixtral": (2, 1, 4), "gpt_oss": (2, 1, 0),
     "deepseek_v2": (4, 1, 5), "deepseek_v2_lite": (3, 1, 5), "deepseek_v3": (4, 1, 5),
@@ -113,9 +114,10 @@ def test_folding_back_gives_the_same_block():
 
 def test_shared_heads_have_shared_scales():
     """4 query heads of 2, 2 key/value heads: columns 0, 1 and 2, 3 are both key/value head 0."""
-    assert _channels(4, 2, 4).tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    fed = fed_rows("values", 4, 8, 4)
+    assert fed.channel.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
     reader = Linear("o", "o_proj", (3, 8), 0, "x", fed_by="v")
-    point = ScalingPoint("v", "linear", ("x",), (reader,), channel=_channels(4, 2, 4))
+    point = ScalingPoint("v", "linear", ("x",), (reader,), channel=fed.channel)
     values = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
     assert point.of_channels(values).tolist() == [2, 3, 6, 7]
     assert point.share(values).tolist() == [2, 3, 2, 3, 6, 7, 6, 7]

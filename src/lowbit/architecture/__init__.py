@@ -1,19 +1,22 @@
 """The architecture of a model: the role of each tensor, and its place in files and in transformers."""
 
+from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.describing import describe_checkpoint, model_dtype, open_described
-from lowbit.architecture.discover import build_on_meta, discover
+from lowbit.architecture.discover import discover
+from lowbit.architecture.families import family_of
 from lowbit.architecture.structure import Architecture, Linear
 from lowbit.architecture.view import canonical_view, holds_single_experts
 
 __all__ = [
     "Architecture",
     "Linear",
-    "build_on_meta",
+    "build_without_weights",
     "canonical_view",
     "describe_checkpoint",
     "discover",
     "discover_once",
+    "family_of",
     "holds_single_experts",
     "model_dtype",
     "open_described",

@@ -24,7 +24,8 @@ from lowbit.checkpoint.base import cache_root
 from lowbit.version import __version__
 
 # Files that the result depends on.
-_SOURCES = ("table.py", "structure.py", "disk_layout.py", "discover.py", "cache.py")
+_SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
+            "perturb.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
 
 
 def discover_once(
@@ -54,14 +55,15 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
     parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
     layout = {
-        name: Placement(tuple(row["shape"]), tuple(Part(**part) for part in row["parts"]))
+        name: Placement(**{**row, "shape": tuple(row["shape"]), "parts": tuple(Part(**part) for part in row["parts"])})
         for name, row in kept.pop("layout").items()
     }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
-    blocks = tuple(kept.pop("blocks"))
+    blocks, passed_over = tuple(kept.pop("blocks")), tuple(kept.pop("passed_over"))
     return Architecture(
-        **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings
-    )
+        **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings,
+        passed_over=passed_over,
+    )  # fmt: skip
 
 
 def _keep(path: Path, architecture: Architecture) -> None:

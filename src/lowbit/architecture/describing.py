@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lowbit.architecture.cache import discover_once
+from lowbit.architecture.families import family_of
 from lowbit.architecture.structure import Architecture
 from lowbit.architecture.view import canonical_view, holds_single_experts
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
@@ -16,19 +17,22 @@ from lowbit.errors import CheckpointError
 
 
 def describe_checkpoint(
-    checkpoint: Checkpoint, trust_remote_code: bool = False, split_experts: bool = False
+    checkpoint: Checkpoint, trust_remote_code: bool = False, split_experts: bool | None = False
 ) -> tuple[Architecture, Checkpoint]:
     """(architecture, the checkpoint as that names things).
 
-    split_experts  describe experts one by one also where the files hold them in one tensor (gpt-oss in 16 bits)
+    split_experts  describe experts one by one also where the files hold them in one tensor; None: unless engines read
+                   them as one tensor only (gpt-oss)
     """
+    if split_experts is None:
+        split_experts = not family_of(checkpoint.config().get("model_type")).fused_only
     split = split_experts or holds_single_experts(checkpoint)
     architecture = discover_once(checkpoint.config(), str(checkpoint.folder), trust_remote_code, split)
     return architecture, canonical_view(checkpoint, architecture)
 
 
 def open_described(
-    model: str | Path, options: OpenOptions, split_experts: bool = False
+    model: str | Path, options: OpenOptions, split_experts: bool | None = False
 ) -> tuple[Checkpoint, Architecture]:
     """An open model under the names of its architecture; experts as `describe_checkpoint` has them.
 

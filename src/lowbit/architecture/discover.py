@@ -1,24 +1,40 @@
-"""Discovery of an architecture: transformers builds the model on the meta device (shapes, no weights), its own rules
-give the layout on disk, and the family's row of the table gives the roles.
+"""Discovery of an architecture: transformers builds the model without weights, its own rules give the names in files,
+and one run on a few tokens (`trace`, `perturb`) shows what its linears read.
 
-Refused: a model type without a row, and a model whose decoder blocks hold a matrix that the row does not name: its role
-is unknown, and guessing which linears engines fuse writes checkpoints that load and talk nonsense.
+    config.json ──build──► modules, shapes ──disk_layout──► names of the hub
+                                │
+                                └──trace──► order of linears, inputs they share, what feeds an input
+                                                                    ──► Architecture
+
+No table of model types is needed: `families` has what a model cannot tell of itself. Where the run ends early (a model
+that computes on images only) linears are known without their inputs; they can be rounded to nearest.
+
+Refused: what transformers cannot build, a model without a list of decoder blocks, and blocks with a parameter that
+transformers makes of the files' tensors in a way that lowbit does not know.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowbit.architecture.disk_layout import disk_layout, path_in_block
-from lowbit.architecture.structure import Architecture, Linear, Placement
-from lowbit.architecture.table import FAMILIES, Family, LinearRole
+import torch
+from torch import nn
+
+from lowbit.architecture.building import build_without_weights
+from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.families import family_of
+from lowbit.architecture.feeding import Feed
+from lowbit.architecture.fused_sets import fused_names
+from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
+from lowbit.architecture.roles import ROUTER, input_name, role_of, why_kept
+from lowbit.architecture.structure import Architecture, Linear, Part, Placement
+from lowbit.architecture.trace import BlockTrace, is_experts, is_linear, trace_blocks
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -27,197 +43,295 @@ def discover(
 ) -> Architecture:
     """The architecture of a model, from its parsed config.json; `folder` holds it (for remote code only).
 
-    split_experts  describe experts that this family's files store as one tensor (gpt-oss) expert by expert
+    split_experts  describe experts that this model's files store as one tensor expert by expert
 
-    Raises ArchitectureError for a model type without a row in the table, or a block that does not match its row.
+    Raises ArchitectureError for what the module docstring refuses.
     """
-    family = find_family(config, folder)
-    return describe(build_on_meta(config, folder, trust_remote_code), family, split_experts)
+    model = build_without_weights(config, folder, trust_remote_code, torch.float32, eager=True)
+    return describe(model, split_experts)
 
 
-def find_family(config: dict[str, Any], folder: str) -> Family:
-    """The table's row for the model_type of a config.json."""
-    model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        named = ", ".join(config.get("architectures") or []) or "no architecture named"
+def describe(model: PreTrainedModel, split_experts: bool = False) -> Architecture:
+    """Roles of everything that a model's files store; parameters of `model` are on the meta device."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    paths = find_blocks(model)
+    layout = disk_layout(model, split_experts)
+    stored = _stored(modules, layout)
+    names = _stored_blocks(paths, layout, type(model).__name__)
+    heads = query_heads(model.config)
+    decoder = decoder_of(model, paths[0])
+    traces, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(heads, run))
+    linears: dict[str, Linear] = {}
+    inside = _by_block(paths, stored)
+    for index, (path, name) in enumerate(zip(paths, names, strict=True)):
+        block = _Block(index, path, name, traces.get(path), modules, inside[path])
+        linears.update((linear.name, linear) for linear in block.linears())
+    for name, tensor in stored.items():
+        owner = name.removesuffix(".weight")
+        if name.endswith(".weight") and owner not in linears and is_linear(modules.get(tensor.path)):
+            if any(name.startswith(f"{block}.") for block in names):
+                continue
+            leaf, has_bias = owner.rsplit(".", 1)[-1], f"{owner}.bias" in stored
+            linears[owner] = Linear(owner, leaf, (tensor.shape[0], tensor.shape[1]), has_bias=has_bias)
+    tied = _tied(model, layout)
+    parameters = {name: tensor.shape for name, tensor in stored.items() if name not in tied}
+    roles = {name: _role(name, stored[name], linears, modules) for name in parameters}
+    return Architecture(
+        model.config.model_type, type(model).__name__, names, linears, parameters, tied, roles,
+        {name: place for name, place in layout.items() if place.parts != (Part(name),)},
+        family_of(model.config.model_type).spellings,
+        int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
+        tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        _norms(modules, decoder, stored), untraced,
+    )  # fmt: skip
+
+
+def find_blocks(model: PreTrainedModel) -> list[str]:
+    """Module names of the decoder blocks: of the lists of modules in the text decoder, the one with most weights."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = model if decoder is None else decoder
+    names = {module: name for name, module in model.named_modules()}
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    nested = {part for each in lists for part in each.modules() if part is not each}
+
+    def weight(blocks: nn.ModuleList) -> int:
+        return sum(value.numel() for value in blocks.parameters() if value.dim() > 1)
+
+    found = max((each for each in lists if each not in nested), key=weight, default=None)
+    if found is None or not any(is_linear(part) or is_experts(part) for part in found.modules()):
         raise ArchitectureError(
-            f"{folder}: model type {model_type!r} ({named}) is not known to lowbit",
-            f"known model types: {', '.join(sorted(FAMILIES))}",
+            f"{type(model).__name__} has no list of decoder blocks with linears",
+            "lowbit quantizes decoders that transformers builds of repeated blocks",
         )
-    return family
+    return [f"{names[found]}.{index}" for index in range(len(found))]
 
 
-def build_on_meta(config: dict[str, Any], folder: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The transformers model of a config.json, with shapes but no weights."""
-    import torch
-    from transformers import AutoConfig
-
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+def query_heads(config: Any) -> int:
+    """Query heads of a transformers config; of the first layer where layers differ, 1 where there is no attention."""
+    text = config.get_text_config(decoder=True)
     try:
-        if trust_remote_code and config.get("auto_map"):
-            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        else:
-            parsed = AutoConfig.for_model(**config)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return auto_class(parsed).from_config(parsed, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers' validators can raise anything
-        raise ArchitectureError(
-            f"{folder}: transformers cannot build a model from config.json: {' '.join(str(error).split())[:300]}",
-            "check config.json, or upgrade transformers if the model is newer than it",
-        ) from error
+        heads = text.num_attention_heads
+    except AttributeError:
+        return 1
+    except Exception:  # AmbiguousGlobalPerLayerAttributeError, which transformers does not export
+        heads = text.per_layer_config[0].num_attention_heads
+    return heads if isinstance(heads, int) and heads > 0 else 1
 
 
-def auto_class(config: Any) -> Any:
-    """transformers' factory for a config: causal language models, and those that see images as well."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    text = type(config) in AutoModelForCausalLM._model_mapping
-    sees = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
+def decoder_of(model: PreTrainedModel, block: str) -> str:
+    """Name of the innermost module around a block that runs on token ids."""
+    name = block
+    while name:
+        name = name.rpartition(".")[0]
+        if "input_ids" in inspect.signature(model.get_submodule(name).forward).parameters:
+            break
+    return name
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One stored tensor: its shape, the number of its expert, and the module that holds it in transformers."""
+    """One stored tensor: its shape, the number of its expert, the module that holds it in transformers, and the
+    parameter."""
 
     shape: tuple[int, ...]
     expert: int | None
-    module: nn.Module | None
+    path: str
+    parameter: str
 
 
-def describe(model: PreTrainedModel, family: Family, split_experts: bool = False) -> Architecture:
-    """Roles of everything that a model's files store."""
-    layout = disk_layout(model, family, split_experts)
-    stored = _stored(model, layout)
-    found = [place[0] for name in stored if (place := path_in_block(name, family.blocks)) is not None]
-    if not found:
-        raise ArchitectureError(f"{type(model).__name__} has no decoder blocks at {family.blocks}")
-    blocks = tuple(f"{family.blocks}.{index}" for index in range(max(found) + 1))
-    linears = _linears(stored, family, _norms_feed(model, family))
-    tied = _tied(model, layout)
-    parameters = {name: tensor.shape for name, tensor in stored.items() if name not in tied}
-    roles = {name: _role(name, stored[name], linears, family) for name in parameters}
-    moved = {name: place for name, place in layout.items() if [part.name for part in place.parts] != [name]}
-    return Architecture(
-        model.config.model_type, type(model).__name__, blocks, linears, parameters, tied, roles, moved,
-        family.spellings, int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
-    )  # fmt: skip
+def _stored(modules: dict[str, nn.Module], layout: dict[str, Placement]) -> dict[str, _Stored]:
+    return {
+        name: _Stored(part.shape_in(placement.shape), expert, parameter.rpartition(".")[0], parameter)
+        for parameter, placement in layout.items()
+        for name, part, expert in placement.pieces()
+    }
 
 
-def _stored(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, _Stored]:
-    modules = dict(model.named_modules())
-    stored = {}
-    for parameter, placement in layout.items():
-        module = modules.get(parameter.rpartition(".")[0])
-        for name, part, expert in placement.pieces():
-            stored[name] = _Stored(part.shape_in(placement.shape), expert, module)
-    return stored
-
-
-def _linears(stored: dict[str, _Stored], family: Family, norms_feed: bool) -> dict[str, Linear]:
-    """Every linear: those of the blocks in the order of the table, then the others in model order."""
-    rank = {path: index for index, path in enumerate(family.linears)}
-    in_blocks: list[tuple[tuple[int, int, int], Linear]] = []
-    others: list[Linear] = []
+def _by_block(paths: list[str], stored: dict[str, _Stored]) -> dict[str, dict[str, _Stored]]:
+    """Block → its stored tensors."""
+    stem = paths[0].rpartition(".")[0] + "."
+    found: dict[str, dict[str, _Stored]] = {path: {} for path in paths}
     for name, tensor in stored.items():
-        place = path_in_block(name, family.blocks)
-        if place is None:
-            if name.endswith(".weight") and _is_linear(tensor.module):
-                others.append(_outside(name.removesuffix(".weight"), tensor, stored))
-            continue
-        index, path = place
-        row_path = re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", path.removesuffix(".weight"))
-        row = family.linears.get(row_path) if path.endswith(".weight") else None
-        if row is not None and len(tensor.shape) == 2:
-            linear = _inside(name.removesuffix(".weight"), index, row, tensor, stored, family)
-            linear = linear if norms_feed or not _is_norm_path(row.fed_by) else replace(linear, fed_by=None)
-            order = (index, -1 if tensor.expert is None else tensor.expert, rank[row_path])
-            in_blocks.append((order, linear))
-        elif (_is_linear(tensor.module) and path.endswith(".weight")) or _is_unknown_matrix(path, tensor, family):
-            raise ArchitectureError(
-                f"{family.blocks}.{index} holds a linear {path.removesuffix('.weight')!r} whose role is not known",
-                "the model differs from its model type; it needs a row of its own in lowbit/architecture/table.py",
+        if tensor.path.startswith(stem):
+            found[stem + tensor.path[len(stem) :].partition(".")[0]][name] = tensor
+    return found
+
+
+def _stored_blocks(paths: list[str], layout: dict[str, Placement], model: str) -> tuple[str, ...]:
+    """The names of the blocks in files."""
+    names = []
+    inside: dict[str, list[tuple[str, Placement]]] = {path: [] for path in paths}
+    stem = paths[0].rpartition(".")[0] + "."
+    for parameter, placement in layout.items():
+        if parameter.startswith(stem):
+            inside[stem + parameter[len(stem) :].partition(".")[0]].append((parameter, placement))
+    for index, path in enumerate(paths):
+        for parameter, placement in inside[path]:
+            if not placement.parts:
+                raise ArchitectureError(
+                    f"{model}: transformers makes {parameter} of the files' tensors in a way that lowbit does not know",
+                    "the model is newer than lowbit, or transformers lays it out anew; please report it",
+                )
+        parts = [placement.parts[0].name for _, placement in inside[path]]
+        found = next((match for name in parts if (match := re.match(rf"(.*?)\.{index}(?=\.)", name))), None)
+        if found is None:
+            raise ArchitectureError(f"{model}: the files hold no tensor of {path}")
+        names.append(found[0])
+    return tuple(names)
+
+
+class _Block:
+    """The linears of one decoder block.
+
+    index, path, name   its number, its module in transformers, its name in files
+    stored              its tensors
+    trace               None where it did not run
+    """
+
+    def __init__(
+        self, index: int, path: str, name: str, trace: BlockTrace | None, modules: dict[str, nn.Module],
+        stored: dict[str, _Stored],
+    ):  # fmt: skip
+        self.index, self.path, self.name, self.modules = index, path, name, modules
+        self.trace = trace or BlockTrace()
+        self.stored = stored
+        self.files: dict[str, str] = {}  # module in transformers, relative → stored name of its weight less ".weight"
+        self.gate_up: dict[int, list[str]] = {}  # expert → its matrices in gate_up_proj
+        self.experts: str | None = None  # module of the experts
+        for each, tensor in self.stored.items():
+            owner = each.removesuffix(".weight")
+            if tensor.expert is None and tensor.parameter.endswith(".weight"):
+                self.files.setdefault(tensor.path.removeprefix(f"{path}."), owner)
+            elif tensor.expert is not None and tensor.parameter.endswith(".gate_up_proj"):
+                self.gate_up.setdefault(tensor.expert, []).append(owner)
+                self.experts = tensor.path
+        self.passes_gate = self.experts is not None and gate_passes(modules[self.experts])
+
+    def linears(self) -> list[Linear]:
+        """In the order of computation, experts after the others, each expert's together."""
+        rank = {path: place for place, path in enumerate(self.trace.order)}
+        experts = len({tensor.expert for tensor in self.stored.values()} - {None})
+        found: list[tuple[tuple[int, int, int], Linear]] = []
+        for place, (name, tensor) in enumerate(self.stored.items()):
+            module, path = self.modules[tensor.path], tensor.path.removeprefix(f"{self.path}.")
+            if not name.endswith(".weight") or len(tensor.shape) != 2:
+                continue
+            if not (is_linear(module) or tensor.expert is not None or path in self.trace.routers):
+                continue
+            own = rank.get(path, len(rank))
+            order = (-1, own, place) if tensor.expert is None else (tensor.expert, own, place)
+            found.append((order, self._linear(name.removesuffix(".weight"), tensor, module, path, experts)))
+        linears = [linear for _, linear in sorted(found, key=lambda pair: pair[0])]
+        return self._fused(self._with_inputs(linears))
+
+    def _linear(self, name: str, tensor: _Stored, module: nn.Module, path: str, experts: int) -> Linear:
+        from transformers.pytorch_utils import Conv1D
+
+        transposed = isinstance(module, Conv1D)
+        rows, columns = tensor.shape[::-1] if transposed else tensor.shape
+        within = name.removeprefix(f"{self.name}.")
+        keep = ROUTER if path in self.trace.routers else why_kept(within, rows, experts)
+        return Linear(
+            name, "router" if keep == ROUTER else role_of(within), (rows, columns), self.index,
+            has_bias=f"{name}.bias" in self.stored, transposed=transposed, expert=tensor.expert, keep=keep,
+        )  # fmt: skip
+
+    def _with_inputs(self, linears: list[Linear]) -> list[Linear]:
+        """Names of the inputs, and what feeds them."""
+        names: dict[int, str] = {}
+        taken: set[str] = set()
+        found = []
+        for linear in linears:
+            if linear.expert is not None:
+                found.append(self._of_expert(linear))
+                continue
+            path = self.stored[f"{linear.name}.weight"].path.removeprefix(f"{self.path}.")
+            number = self.trace.inputs.get(path)
+            within = linear.name.removeprefix(f"{self.name}.")
+            if number is None:  # it did not run: an input of its own
+                found.append(replace(linear, reads=f"{self.name}.{within}.input"))
+                continue
+            if number not in names:
+                names[number] = input_name(within, linear.role, taken)
+                taken.add(names[number])
+            feed = self.trace.feeds.get(number)
+            fed_by, rows = (None, None) if feed is None else (self._feeder(feed), feed.rows)
+            found.append(
+                replace(linear, reads=f"{self.name}.{names[number]}", fed_by=fed_by, fed_rows=rows if fed_by else None)
             )
-    ordered = [linear for _, linear in sorted(in_blocks, key=lambda pair: pair[0])]
-    return {linear.name: linear for linear in [*_without_sets_of_one(ordered), *others]}
+        return found
 
+    def _of_expert(self, linear: Linear) -> Linear:
+        """An expert reads the tokens that are routed to it, so its inputs are its own."""
+        tensor = self.stored[f"{linear.name}.weight"]
+        experts = linear.name.rpartition(f".{linear.expert}.")[0]
+        own = f"{experts}.{linear.expert}"
+        if not tensor.parameter.endswith(".down_proj"):
+            number = self.trace.inputs.get(tensor.path.removeprefix(f"{self.path}."))
+            feed = self.trace.feeds.get(number) if number is not None else None
+            fed_by, rows = (None, None) if feed is None else (self._feeder(feed), feed.rows)
+            return replace(linear, reads=f"{own}.input", fed_by=fed_by, fed_rows=rows)
+        if not self.passes_gate:
+            return replace(linear, reads=f"{own}.hidden")
+        return replace(linear, reads=f"{own}.hidden", fed_by=self.gate_up[linear.expert or 0][1], fed_rows="all")
 
-def _is_linear(module: nn.Module | None) -> bool:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+    def _feeder(self, feed: Feed) -> str | None:
+        """The feeder's name in files; None where files have it in several tensors."""
+        return self.files.get(feed.module)
 
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _is_unknown_matrix(path: str, tensor: _Stored, family: Family) -> bool:
-    return len(tensor.shape) > 1 and path not in family.fused_experts
-
-
-def _is_norm_path(path: str | None) -> bool:
-    return path is not None and ("norm" in path or path.startswith("ln_"))
-
-
-def _norms_feed(model: PreTrainedModel, family: Family) -> bool:
-    if family.norms_feed_if is None:
-        return True
-    key, value = family.norms_feed_if
-    return getattr(model.config, key, value) == value
-
-
-def _outside(name: str, tensor: _Stored, stored: dict[str, _Stored]) -> Linear:
-    rows, columns = tensor.shape
-    return Linear(name, name.rsplit(".", 1)[-1], (rows, columns), has_bias=f"{name}.bias" in stored)
-
-
-def _inside(
-    name: str, index: int, row: LinearRole, tensor: _Stored, stored: dict[str, _Stored], family: Family
-) -> Linear:
-    from transformers.pytorch_utils import Conv1D
-
-    def full(path: str | None) -> str | None:
-        if path is None:
-            return None
-        return f"{family.blocks}.{index}.{path}".replace("*", str(tensor.expert))
-
-    transposed = isinstance(tensor.module, Conv1D)
-    rows, columns = tensor.shape[::-1] if transposed else tensor.shape
-    feeders = [feeder for feeder in (full(row.fed_by), full(row.or_fed_by)) if f"{feeder}.weight" in stored]
-    return Linear(
-        name, row.role, (rows, columns), index, full(row.reads), full(row.fused), feeders[0] if feeders else None,
-        f"{name}.bias" in stored, transposed, tensor.expert, row.keep,
-    )  # fmt: skip
-
-
-def _without_sets_of_one(linears: list[Linear]) -> list[Linear]:
-    """A linear whose siblings this model lacks (MLA without q_lora_rank) stays alone."""
-    counts: dict[str, int] = {}
-    for linear in linears:
-        if linear.fused is not None:
-            counts[linear.fused] = counts.get(linear.fused, 0) + 1
-    return [replace(linear, fused=None) if counts.get(linear.fused or "") == 1 else linear for linear in linears]
+    def _fused(self, linears: list[Linear]) -> list[Linear]:
+        """With the sets that engines fuse: linears of one module that read one input."""
+        groups: dict[tuple[str, str | None], dict[str, Linear]] = {}
+        for linear in linears:
+            owner, _, leaf = linear.name.rpartition(".")
+            groups.setdefault((owner, linear.reads if self.trace.inputs else None), {})[leaf] = linear
+        sets = {
+            members[leaf].name: f"{owner}.{name}"
+            for (owner, _), members in groups.items()
+            for leaf, name in fused_names(members).items()
+        }
+        return [replace(linear, fused=sets.get(linear.name)) for linear in linears]
 
 
 def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str]:
     """Parameters that share memory with another, by the model's own declaration, under their stored names."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {layout[name].parts[0].name: layout[source].parts[0].name for name, source in tied.items()}
+    return {
+        layout[name].parts[0].name: layout[source].parts[0].name
+        for name, source in tied.items()
+        if name in layout and source in layout and layout[name].parts and layout[source].parts
+    }
 
 
-def _role(name: str, tensor: _Stored, linears: dict[str, Linear], family: Family) -> str:
-    from torch import nn
-
+def _role(name: str, tensor: _Stored, linears: dict[str, Linear], modules: dict[str, nn.Module]) -> str:
     owner, _, leaf = name.rpartition(".")
-    place = path_in_block(name, family.blocks)
-    if place is not None and place[1] in family.fused_experts and tensor.expert is None:
+    module = modules.get(tensor.path)
+    if tensor.expert is None and is_experts(module):
         return "experts"
     if leaf.endswith("bias"):
         return "bias"
     if owner in linears and leaf == "weight":
         return linears[owner].role
-    if isinstance(tensor.module, nn.Embedding):
+    if isinstance(module, nn.Embedding):
         return "embedding"
-    if "norm" in type(tensor.module).__name__.lower():
+    if "norm" in type(module).__name__.lower():
         return "norm"
-    return "other"
+    return "convolution" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "other"
+
+
+def _norms(modules: dict[str, nn.Module], decoder: str, stored: dict[str, _Stored]) -> dict[str, str]:
+    """Norm of the decoder, under its stored name → what it computes."""
+    kinds: dict[tuple[type, int], str | None] = {}
+    found = {}
+    for name, tensor in stored.items():
+        module = modules.get(tensor.path)
+        inside = not decoder or tensor.path.startswith(f"{decoder}.")
+        if module is None or not inside or not name.endswith(".weight") or len(tensor.shape) != 1:
+            continue
+        key = (type(module), tensor.shape[0])
+        if key not in kinds:
+            kinds[key] = norm_kind(module, tensor.shape[0])
+        kind = kinds[key]
+        if kind is not None:
+            found[name.removesuffix(".weight")] = kind
+    return found

@@ -15,7 +15,6 @@ config.json announces (num_nextn_predict_layers), which transformers does not ru
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.architecture.discover import auto_class, describe
+from lowbit.architecture.building import build_without_weights
+from lowbit.architecture.cache import discover_once
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
-from lowbit.architecture.table import FAMILIES
 from lowbit.architecture.view import canonical_view, holds_single_experts
 from lowbit.checkpoint.base import OpenOptions, is_decoded, row_slabs
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
@@ -78,7 +77,7 @@ class Loader:
 
     model         on the meta device but for computed buffers, in evaluation mode
     checkpoint    under the names of the model's family
-    architecture  None where the table does not know the model type
+    architecture  of the model
     """
 
     def __init__(
@@ -90,8 +89,9 @@ class Loader:
     ):
         _check_device(device)
         self.dtype, self.device = dtype, device
-        self.model = _empty_model(checkpoint, dtype, options or OpenOptions()).eval()
-        self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model)
+        options = options or OpenOptions()
+        self.model = _empty_model(checkpoint, dtype, options)
+        self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model, options.trust_remote_code)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
         _check_names(self.checkpoint, self.model, self._slots, self.architecture)
         for module in self.model.modules():
@@ -129,27 +129,31 @@ class Loader:
 
 
 def match(
-    checkpoint: Checkpoint, model: PreTrainedModel
-) -> tuple[Checkpoint, dict[str, Placement], Architecture | None]:
-    """(the checkpoint under the names of the model's family, transformers parameter → placement in it, architecture).
-
-    A model type without a row in the table is read by transformers' rules alone; its architecture is None.
-    """
-    family = FAMILIES.get(str(model.config.model_type))
-    if family is None:
-        return checkpoint, disk_layout(model, None), None
-    split = bool(family.fused_experts) and holds_single_experts(checkpoint)
-    architecture = describe(model, family, split)
-    return canonical_view(checkpoint, architecture), disk_layout(model, family, split), architecture
+    checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code: bool = False
+) -> tuple[Checkpoint, dict[str, Placement], Architecture]:
+    """(the checkpoint under the names of its architecture, transformers parameter → placement in it, architecture)."""
+    split = holds_single_experts(checkpoint)
+    architecture = discover_once(checkpoint.config(), str(checkpoint.folder), trust_remote_code, split)
+    layout = disk_layout(model, split)
+    unknown = [name for name, placement in layout.items() if not placement.parts]
+    if unknown:
+        raise ArchitectureError(
+            f"{checkpoint.source}: transformers makes {_some(unknown)} of the files' tensors in a way that lowbit does "
+            f"not know; the model can be quantized, not run",
+            "load it with transformers",
+        )
+    return canonical_view(checkpoint, architecture), layout, architecture
 
 
 def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
     """Linear → name of its module in a transformers model; without linears in a fused parameter."""
     names = {}
-    for parameter, placement in disk_layout(model, FAMILIES.get(architecture.model_type)).items():
-        part = placement.parts[0]
+    for parameter, placement in disk_layout(model).items():
+        part = next(iter(placement.parts), None)
+        if part is None or not part.whole or not part.name.endswith(".weight"):
+            continue
         linear = part.name.removesuffix(".weight")
-        if part.whole and linear in architecture.linears and part.name.endswith(".weight"):
+        if linear in architecture.linears:
             names[linear] = parameter.removesuffix(".weight")
     return names
 
@@ -180,47 +184,15 @@ def _check_device(device: str) -> None:
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOptions) -> PreTrainedModel:
     """The model of config.json with parameters on the meta device and real buffers."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     from lowbit.checkpoint.base import refuse_remote_code
 
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-    trust = options.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        with _parameters_on_meta():
-            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
-    except (ValueError, KeyError, OSError) as error:
-        kind = checkpoint.config().get("model_type")
-        raise ArchitectureError(
-            f"{checkpoint.source}: transformers cannot build a causal language model of type {kind!r}: {error}",
-            "check config.json, or upgrade transformers if the model is newer than it",
-        ) from error
+    model = build_without_weights(checkpoint.config(), str(checkpoint.folder), options.trust_remote_code, dtype)
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules constructed inside get parameters without storage; buffers are computed as usual.
-
-    `torch.device("meta")` would take the buffers along, and what a class computes for them in __init__ would be lost.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":  # a tied one is there already: keep its identity
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -259,7 +231,7 @@ def _sources(name: str, placement: Placement, checkpoint: Checkpoint) -> list[tu
 
 
 def _check_names(
-    checkpoint: Checkpoint, model: PreTrainedModel, slots: list[_Slot], architecture: Architecture | None
+    checkpoint: Checkpoint, model: PreTrainedModel, slots: list[_Slot], architecture: Architecture
 ) -> None:
     """Every parameter has its tensors, every tensor its parameter, with one shape."""
     known: set[str] = set()
@@ -294,14 +266,12 @@ def _check_names(
                 )
 
 
-def _is_passed_over(
-    name: str, checkpoint: Checkpoint, model: PreTrainedModel, architecture: Architecture | None
-) -> bool:
+def _is_passed_over(name: str, checkpoint: Checkpoint, model: PreTrainedModel, architecture: Architecture) -> bool:
     """True for tensors that the model correctly has no parameter for."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if COMPUTED_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in ignored):
         return True
-    if architecture is not None and architecture.stands_beside(name):
+    if architecture.stands_beside(name):
         return True
     # AutoGPTQ writes a bias for every linear; where the model has none it is zeros.
     owner, _, leaf = name.rpartition(".")

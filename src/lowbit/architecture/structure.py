@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,19 @@ if TYPE_CHECKING:
 # Old checkpoints store these; current classes compute them.
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 
+# Blocks for multi-token prediction with names of their own (Qwen3-Next, MiMo).
+_PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_emb_norm|_hidden_norm|_linear_proj)?\.")
+
 
 @dataclass(frozen=True)
 class Linear:
     """One linear layer. `name` is its module in the files; its weight is `name + ".weight"`.
 
     shape       [out_features, in_features], also where the file stores the transpose
-    reads, fused, fed_by   full names of its input, fused set and preceding norm: model.layers.3.attention_input,
-                model.layers.3.self_attn.qkv_proj, model.layers.3.input_layernorm; None outside decoder blocks
+    reads, fused, fed_by   full names of its input, fused set and of the norm or linear that alone feeds the input:
+                model.layers.3.attention_input, model.layers.3.self_attn.qkv_proj, model.layers.3.input_layernorm; None
+                outside decoder blocks, and where there is none
+    fed_rows    the rows of a linear `fed_by` that feed it (lowbit.architecture.feeding); "norm" of a norm
     transposed  the file stores the 16-bit weight as [in_features, out_features] (Conv1D of GPT-2)
     expert      number of its expert
     keep        why it always stays in 16 bits; None where it may be quantized
@@ -48,6 +53,7 @@ class Linear:
     transposed: bool = False
     expert: int | None = None
     keep: str | None = None
+    fed_rows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Part:
     """One stored tensor inside a parameter, or one per expert if `name` contains "*".
 
     start, step, rows   rows start, start + step, … (`rows` of them) of the parameter, or of parameter[expert]
-    transposed          the matrix is transposed before its rows are counted
+    transposed          the matrix (every matrix of a 3-D tensor) is transposed before its rows are counted
     """
 
     name: str
@@ -75,22 +81,35 @@ class Part:
     def of(self, values: Tensor) -> Tensor:
         """The view of this part in `values`, the parameter (of one expert)."""
         if self.transposed:
-            values = values.t()
+            values = values.transpose(-1, -2)
         return values if self.rows is None else values[self.start : self.start + self.rows * self.step : self.step]
 
     def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of this part (of one expert) in a parameter of this shape."""
         shape = shape[1:] if self.per_expert else shape
-        shape = shape[::-1] if self.transposed else shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         return shape if self.rows is None else (self.rows, *shape[1:])
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter of the transformers model: its shape and its stored tensors."""
+    """A parameter of the transformers model: its shape and its stored tensors; no parts if lowbit does not know them.
+
+    fused             the one tensor in which files may hold all of it; None where that has the parameter's name
+    fused_transposed  that tensor has the last two dimensions of the parameter the other way round
+    """
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    fused: str | None = None
+    fused_transposed: bool = False
+
+    def in_fused(self) -> Placement:
+        """The parts as they lie in the fused tensor of the files."""
+        if not self.fused_transposed:
+            return self
+        parts = tuple(replace(part, transposed=not part.transposed) for part in self.parts)
+        return Placement((*self.shape[:-2], self.shape[-1], self.shape[-2]), parts)
 
     def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
         """(stored name, part, expert) of every stored tensor in it."""
@@ -114,6 +133,9 @@ class Architecture:
     spellings    (found, canonical): prefixes of names that some files spell differently
     prediction_blocks   number of blocks for multi-token prediction behind the others in the files (MTP,
                  num_nextn_predict_layers); transformers does not build them
+    passed_over  patterns of tensors that the class does not read, by its own word
+    norms        norm → what it computes: "rms" x/rms(x) · w, "rms_plus_one" x/rms(x) · (1 + w), "layer" LayerNorm
+    untraced     why inputs of linears are not known; None where the model ran
     """
 
     model_type: str
@@ -126,6 +148,9 @@ class Architecture:
     layout: dict[str, Placement] = field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
     prediction_blocks: int = 0
+    passed_over: tuple[str, ...] = ()
+    norms: dict[str, str] = field(default_factory=dict)
+    untraced: str | None = None
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:
@@ -145,6 +170,11 @@ class Architecture:
                 sets.setdefault(linear.name.rpartition(f".{linear.expert}.")[0], []).append(linear.name)
         return {name: tuple(members) for name, members in sets.items()}
 
+    @cached_property
+    def fused_placements(self) -> dict[str, Placement]:
+        """Tensor that files may hold instead of several of `parameters` → the placement of these in it."""
+        return {placement.fused or name: placement.in_fused() for name, placement in self.layout.items()}
+
     def block_of(self, name: str) -> int | None:
         """Index of a parameter's decoder block or multi-token prediction block; None outside blocks."""
         prefix = self.blocks[0].rsplit(".", 1)[0] + "." if self.blocks else "\0"
@@ -156,9 +186,14 @@ class Architecture:
     def predicts(self, name: str) -> bool:
         """True for a stored tensor of a block for multi-token prediction."""
         block = self.block_of(name)
-        return block is not None and len(self.blocks) <= block < len(self.blocks) + self.prediction_blocks
+        behind = block is not None and len(self.blocks) <= block < len(self.blocks) + self.prediction_blocks
+        return behind or _PREDICTION.search(name) is not None
 
     def stands_beside(self, name: str) -> bool:
         """True for stored tensors that are no parameters but belong to the model: parts of a block for multi-token
         prediction, and buffers that old files store and current classes compute."""
-        return self.predicts(name) or COMPUTED_BUFFERS.search(name) is not None
+        return (
+            self.predicts(name)
+            or COMPUTED_BUFFERS.search(name) is not None
+            or any(re.search(pattern, name) for pattern in self.passed_over)
+        )

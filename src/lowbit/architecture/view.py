@@ -75,7 +75,7 @@ def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[s
     """(canonical name, source) of everything in a stored tensor."""
     name = info.name
     known = name in architecture.parameters or name in architecture.tied
-    placement = None if known else architecture.layout.get(name)
+    placement = None if known else architecture.fused_placements.get(name)
     if placement is None:
         canonical = name
         for prefix, spelled in () if known else architecture.spellings:

@@ -14,7 +14,6 @@ Weights are [E, out, in], or [E, in, out] if the class says `is_transposed`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +36,8 @@ DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "down_proj")
 class BlockInput:
     """One distinct input of a block.
 
-    name     from the table of families: model.layers.3.attention_input
-    linears  its readers, in the order of the table; all of one expert, or of none
+    name     model.layers.3.attention_input
+    linears  its readers, in the order of the architecture; all of one expert, or of none
     expert   index of that expert
     """
 
@@ -123,21 +122,23 @@ def observed(
         yield
 
 
-def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, Placement], count: int) -> list[Block]:
-    """The decoder blocks in order, with the modules whose inputs to observe."""
+def observed_blocks(
+    model: nn.Module, names: list[str], linears: dict[str, Linear], layout: dict[str, Placement]
+) -> list[Block]:
+    """The decoder blocks of a model with the modules whose inputs to observe; `names` are their modules, in order."""
     shared: dict[str, list[Linear]] = {}
     for linear in linears.values():
         if linear.reads is not None:
             shared.setdefault(linear.reads, []).append(linear)
     inputs = {name: BlockInput(name, tuple(readers)) for name, readers in shared.items()}
-    blocks: dict[int, Block] = {}
+    blocks = [Block(name, model.get_submodule(name)) for name in names]
     seen: set[str] = set()
     for parameter, placement in layout.items():
-        for stored, part, expert in placement.pieces():
+        for stored, _, expert in placement.pieces():
             linear = linears.get(stored.removesuffix(".weight"))
             if linear is None or linear.block is None or linear.reads is None or not stored.endswith(".weight"):
                 continue
-            block = blocks.setdefault(linear.block, _block_around(model, parameter, linear.block))
+            block = blocks[linear.block]
             owner = parameter.rpartition(".")[0]
             path = owner.removeprefix(block.name + ".")
             source = inputs[linear.reads]
@@ -147,22 +148,14 @@ def find_blocks(model: nn.Module, linears: dict[str, Linear], layout: dict[str, 
                 if not all(hasattr(experts, name) for name in DESCRIPTION):
                     raise ArchitectureError(
                         f"{linear.name} runs inside {type(experts).__name__}, a fused operation of transformers that "
-                        f"does not describe its computation; its input cannot be measured"
+                        f"does not describe its computation; its input cannot be measured",
+                        "take --method rtn, which needs no inputs",
                     )
                 block.experts.setdefault(path, {})[expert, which] = source
-            elif part.whole and source.name not in seen:
+            elif source.name not in seen:
                 block.inputs[path] = source
                 seen.add(source.name)
-    return [blocks[index] for index in range(count)]
-
-
-def _block_around(model: nn.Module, parameter: str, index: int) -> Block:
-    """The block that holds a parameter: entry `index` of the first ModuleList on its path with such an entry."""
-    for match in re.finditer(rf"\.{index}(?=\.)", parameter):
-        if isinstance(model.get_submodule(parameter[: match.start()]), nn.ModuleList):
-            name = parameter[: match.end()]
-            return Block(name, model.get_submodule(name))
-    raise ArchitectureError(f"{parameter} lies in no list of decoder blocks")
+    return blocks
 
 
 def run_experts(

@@ -11,7 +11,7 @@ calls the steps itself: `embed`, then `load`, `forward`, `put` and `drop` for ea
 
 Linears that read the same input (q, k and v) share one `BlockInput`; experts run one by one and have their own.
 
-Refused: a model type without a row in the table of families, experts that do not describe themselves, and blocks whose
+Refused: experts that do not describe themselves, and blocks whose
 arguments depend on the tokens (they are captured once per batch size).
 """
 
@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lowbit.architecture.discover import describe, find_family
+from lowbit.architecture.cache import discover_once
+from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.loading import Loader, module_names
-from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, find_blocks, observed
+from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
 
@@ -88,17 +89,20 @@ class BlockRunner:
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu",
         options: OpenOptions | None = None, max_memory: int = MAX_MEMORY,
     ):  # fmt: skip
-        family = find_family(checkpoint.config(), checkpoint.source)
+        options = options or OpenOptions()
         self._loader = Loader(checkpoint, dtype, device, options)
         self.dtype, self.device, self._max_memory = dtype, device, max_memory
         self._returns_tuples = False
         self._calls: dict[int, list[_Call]] = {}
         self.model = self._loader.model
         # Split fused experts too: every expert has inputs of its own.
-        self.architecture = describe(self.model, family, split_experts=True)
-        layout = disk_layout(self.model, family, split_experts=True)
-        self.blocks = find_blocks(self.model, self.architecture.linears, layout, len(self.architecture.blocks))
-        self._decoder = self.model.get_submodule(self.blocks[0].name.rsplit(".", 2)[0])
+        folder = str(checkpoint.folder)
+        self.architecture = discover_once(checkpoint.config(), folder, options.trust_remote_code, split_experts=True)
+        names = find_blocks(self.model)
+        layout = disk_layout(self.model, split_experts=True)
+        self.blocks = observed_blocks(self.model, names, self.architecture.linears, layout)
+        self._decoder_name = decoder_of(self.model, names[0])
+        self._decoder = self.model.get_submodule(self._decoder_name)
 
     @property
     def inputs(self) -> list[BlockInput]:
@@ -231,7 +235,7 @@ class BlockRunner:
 
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""
-        decoder = self.blocks[0].name.rsplit(".", 2)[0] + "."
+        decoder = f"{self._decoder_name}." if self._decoder_name else ""
         blocks = self.blocks[0].name.rpartition(".")[0] + "."
         return name.startswith(decoder) and not name.startswith(blocks)
 

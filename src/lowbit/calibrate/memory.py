@@ -51,7 +51,7 @@ def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: b
     """Bytes of one block at a time, without hidden states and the program; arguments as above."""
     widest = largest = 0  # columns or rows; weights of one linear
     blocks: dict[int, int] = {}
-    inputs: dict[tuple[int, bool], dict[str, int]] = {}  # of every stage (attention, MLP): distinct input → its width
+    inputs: dict[tuple[int, str], dict[str, int]] = {}  # of every child (attention, MLP): distinct input → its width
     for linear in architecture.linears.values():
         if linear.block is None:
             continue
@@ -59,7 +59,8 @@ def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: b
         widest, largest = max(widest, rows, columns), max(largest, size)
         blocks[linear.block] = blocks.get(linear.block, 0) + size
         if linear.reads is not None:
-            inputs.setdefault((linear.block, "attention" in linear.reads), {})[linear.reads] = columns
+            child = linear.name.removeprefix(f"{architecture.blocks[linear.block]}.").partition(".")[0]
+            inputs.setdefault((linear.block, child), {})[linear.reads] = columns
     weights, squares, factored = max(blocks.values(), default=0), 0, 0
     for widths in inputs.values():
         squares = max(squares, sum(width * width for width in widths.values()))

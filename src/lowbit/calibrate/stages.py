@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import AllSeen, Block, BlockInput
 
 
@@ -210,17 +211,3 @@ class ChildOutputs:
     def _as_returned(self, out: Tensor) -> Any:
         out = out.reshape(-1, out.shape[-1]) if self._form.flat else out
         return out if self._form.others is None else (out, *[None] * self._form.others)
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling the module calls `forward`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

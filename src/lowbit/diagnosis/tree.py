@@ -66,7 +66,7 @@ def transform_ties(pair: Pair, applied: Iterable[str], differing: Iterable[str],
             found = point.feeder in applied or feeder in differing
             if found or (not reported and point.kind == "linear" and _moved(pair, point)):
                 names = {feeder, f"{point.feeder}.bias", *(f"{reader.name}.weight" for reader in point.readers)}
-                ties[point.feeder] = Tie(point, facts.plus_one, frozenset(names & set(pair.names)))
+                ties[point.feeder] = Tie(point, point.plus_one, frozenset(names & set(pair.names)))
     return ties
 
 

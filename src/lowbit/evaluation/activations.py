@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.architecture.disk_layout import disk_layout
-from lowbit.architecture.table import FAMILIES
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 from lowbit.schemes import ActivationSpec, Scheme
 
@@ -151,8 +150,7 @@ def _places(model: nn.Module) -> dict[str, tuple[str, str, bool]]:
     places: dict[str, tuple[str, str, bool]] = {}
     if not isinstance(model, PreTrainedModel):
         return places
-    family = FAMILIES.get(str(model.config.model_type))
-    for parameter, placement in disk_layout(model, family, split_experts=True).items():
+    for parameter, placement in disk_layout(model, split_experts=True).items():
         owner, _, leaf = parameter.rpartition(".")
         places.update({stored: (owner, leaf, expert is not None) for stored, _, expert in placement.pieces()})
     return places

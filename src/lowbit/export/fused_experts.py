@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lowbit.architecture import Architecture
-from lowbit.architecture.table import FAMILIES
+from lowbit.architecture import Architecture, family_of
 from lowbit.export import Piece
 from lowbit.export.safetensors_writer import StoredTensor
 
@@ -43,9 +42,8 @@ class Share:
 
 
 def stores_fused_experts(architecture: Architecture) -> bool:
-    """True for model types whose files hold the experts of a block in one tensor."""
-    family = FAMILIES.get(architecture.model_type)
-    return family is not None and bool(family.fused_experts)
+    """True for model types of which engines read the experts of a block as one tensor only."""
+    return family_of(architecture.model_type).fused_only
 
 
 def find_shares(tensors: Iterable[StoredTensor], architecture: Architecture) -> dict[str, Share]:

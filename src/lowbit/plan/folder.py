@@ -73,12 +73,15 @@ class FolderPlan(Plan):
 
     @property
     def ignored(self) -> list[str]:
-        """Unquantized modules: linears, including tied ones and those of multi-token prediction blocks, and experts
+        """Unquantized modules: linears, including tied ones, every matrix of multi-token prediction blocks, and experts
         that lie in one tensor."""
         architecture = self.described
         left = [name for name in architecture.linears if name not in self.schemes]
-        predicted = [tensor.name for tensor in self.tensors if architecture.predicts(tensor.name)]
-        left += [name.removesuffix(".weight") for name in predicted if name.endswith("proj.weight")]
+        beside = [t.name.removesuffix(".weight") for t in self.tensors
+                  if t.linear is None and t.name.endswith(".weight") and len(t.shape) == 2
+                  and architecture.roles.get(t.name, "other") not in ("embedding", "norm")
+                  and (architecture.predicts(t.name) or architecture.block_of(t.name) is not None)]  # fmt: skip
+        left += [name for name in beside if name not in architecture.linears]
         experts = [name.rpartition(".")[0] for name, role in architecture.roles.items() if role == "experts"]
         return left + list(dict.fromkeys(experts))
 
@@ -186,8 +189,9 @@ class FolderPlan(Plan):
 def prepare_folder(request: Request) -> Prepared:
     """Open a model and plan the folder; see `plan.prepare`."""
     threads, settings = request.worker_threads, request.settings
-    fused = settings.format != "auto" and output_format(settings).fused_experts
-    checkpoint, architecture = open_described(request.model, request.options, split_experts=fused)
+    format = output_format(settings)
+    split = True if format.fused_experts else False if format.name == "float" else None
+    checkpoint, architecture = open_described(request.model, request.options, split)
     if checkpoint.kind in KINDS:
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     dtype = model_dtype(checkpoint)
@@ -298,6 +302,7 @@ _COPIED_BECAUSE = {
     "norm": "norms are a vector each, and sensitive",
     "bias": "biases are a vector each",
     "router": "routers choose experts, and are small",
+    "convolution": "convolutions are small, and no engine quantizes them",
     "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4 (--scheme "
     "MXFP4A16 --format mxfp4)",
 }

@@ -8,30 +8,23 @@ by the same:
     v_proj → o_proj            the input of o_proj is a mean of values, linear in v; query heads that share a
                                key/value head share the numbers, since v_proj has one row for all of them
 
-The table of families says which norm or linear feeds which reader (`fed_by`). Left out, each with its reason: inputs
-that no single norm or linear feeds (an activation lies between), norms that also feed experts stored in one tensor, and
-shapes that do not fit the number of heads.
-
-Rows of the values in stacked matrices, d = columns of o_proj per head:
-
-    qkv_proj, "blocks"   [q: heads · d | k | v: kv · d]                 phi3, gpt2
-    qkv_proj, "heads"    [q d | k d | v d] of each head                 gpt-neox, bloom
-    kv_b_proj            [k without position | v d] of each head        MLA
-    gate_up_proj         [gate | up]                                    phi3, glm
+Discovery finds by perturbation which norm or linear feeds which reader (`fed_by`), and which of its rows (`fed_rows`).
+Left out, each with its reason: inputs that no single norm or linear feeds (an activation lies between), norms that also
+feed experts stored in one tensor, and shapes that do not fit the number of heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowbit.architecture.feeding import fed_rows
 from lowbit.architecture.structure import Architecture, Linear
-from lowbit.architecture.table import FAMILIES
 from lowbit.errors import ArchitectureError
 
 
@@ -91,18 +84,15 @@ class Outside:
 class ModelFacts:
     """The facts of a model that transforms need (`model_facts`).
 
-    heads               query heads of attention
-    norm, stacked_qkv   kind of the norms, and order of rows in a stored q, k, v matrix, from the table of families
+    heads  query heads of attention
     """
 
     architecture: Architecture
     heads: int
-    norm: Literal["rms", "rms_plus_one", "layer"]
-    stacked_qkv: Literal["blocks", "heads"]
 
-    @property
-    def plus_one(self) -> bool:
-        return self.norm == "rms_plus_one"
+    def adds_one(self, norm: str) -> bool:
+        """True for a norm that multiplies with 1 + weight."""
+        return self.architecture.norms.get(norm) == "rms_plus_one"
 
     @cached_property
     def outside(self) -> Outside:
@@ -169,55 +159,29 @@ class ModelFacts:
             return self._behind_linear(source, readers)
         if any(reader.role == "router" for reader in readers) and block in self._holds_fused_experts:
             return f"{feeder} also feeds experts stored in one tensor"
+        if feeder not in self.architecture.norms:
+            return f"{feeder} is no norm of a known kind"
         if self.architecture.parameters.get(f"{feeder}.weight") != (columns,):
             return f"{feeder} has not one weight for each of the {columns} columns"
-        return ScalingPoint(feeder, "norm", _sources(readers), readers, self.plus_one)
+        return ScalingPoint(feeder, "norm", _sources(readers), readers, self.adds_one(feeder))
 
     def _behind_linear(self, source: Linear, readers: tuple[Linear, ...]) -> ScalingPoint | str:
         rows, columns = source.shape[0], readers[0].shape[1]
-        point = ScalingPoint(source.name, "linear", _sources(readers), readers)
-        roles = {reader.role for reader in readers}
-        if roles == {"down_proj"} and source.role == "up_proj" and rows == columns:
-            return point
-        if roles == {"down_proj"} and source.role == "gate_up_proj" and rows == 2 * columns:
-            return replace(point, rows=torch.arange(columns, rows))
-        if roles != {"o_proj"} or columns % self.heads:
+        fed = fed_rows(readers[0].fed_rows or "all", rows, columns, self.heads)
+        if fed is None:
             return f"{source.name} [{rows} rows] does not fit the {columns} columns that it feeds"
-        chosen = self._rows_of_values(source, columns // self.heads)
-        if chosen is None or columns % len(chosen):
-            return f"{source.name} [{rows} rows] does not fit {self.heads} heads of {columns // self.heads}"
-        plain = torch.equal(chosen, torch.arange(rows))
-        shared = columns != len(chosen)
-        channel = _channels(self.heads, columns // self.heads, len(chosen)) if shared else None
-        return replace(point, rows=None if plain else chosen, channel=channel)
-
-    def _rows_of_values(self, source: Linear, head: int) -> Tensor | None:
-        """Rows of the values, head after head; None if they do not fit."""
-        rows = source.shape[0]
-        if source.role == "v_proj":
-            return torch.arange(rows) if rows % head == 0 else None
-        if source.role == "kv_b_proj" and rows % self.heads == 0 and rows // self.heads >= head:
-            return torch.arange(rows).reshape(self.heads, -1)[:, -head:].flatten()
-        if source.role != "qkv_proj":
-            return None
-        if self.stacked_qkv == "heads":
-            return torch.arange(rows).reshape(self.heads, 3, head)[:, 2].flatten() \
-                if rows == 3 * self.heads * head else None  # fmt: skip
-        keys_and_values = rows - self.heads * head
-        fits = keys_and_values > 0 and keys_and_values % (2 * head) == 0
-        return torch.arange(rows - keys_and_values // 2, rows) if fits else None
+        return ScalingPoint(source.name, "linear", _sources(readers), readers, False, fed.rows, fed.channel)
 
 
 def model_facts(architecture: Architecture, config: dict[str, Any]) -> ModelFacts:
     """Facts of a model from its architecture and parsed config.json; ArchitectureError if they are unknown."""
-    family = FAMILIES.get(architecture.model_type)
-    if family is None:
+    if architecture.untraced is not None:
         raise ArchitectureError(
-            f"model type {architecture.model_type!r} has no row in the table of families, which says what its norms "
-            f"feed",
-            "choose a method that rewrites no weights, such as gptq",
+            f"what feeds the linears of {architecture.class_name} is not known: it does not run on text alone "
+            f"({architecture.untraced})",
+            "choose a method that rewrites no weights, such as gptq or rtn",
         )
-    return ModelFacts(architecture, _heads(config), family.norm, family.stacked_qkv)
+    return ModelFacts(architecture, _heads(config))
 
 
 def _heads(config: dict[str, Any]) -> int:
@@ -242,10 +206,3 @@ def _sources(readers: Iterable[Linear]) -> tuple[str, ...]:
 def _shares_inputs_with_others(readers: list[Linear], linears: list[Linear]) -> bool:
     inputs = set(_sources(readers))
     return any(linear.reads in inputs and linear.fed_by != readers[0].fed_by for linear in linears)
-
-
-def _channels(heads: int, head: int, channels: int) -> Tensor:
-    """Channel of every column of o_proj: query head h takes its values from key/value head h // (heads / kv)."""
-    groups = heads // (channels // head)
-    column = torch.arange(heads * head)
-    return (column // head // groups) * head + column % head

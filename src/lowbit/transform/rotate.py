@@ -133,7 +133,7 @@ def rotate_block(block: BlockTensors, rotation: Rotation, facts: ModelFacts) -> 
         if reads_residual(linear, facts):
             norms.setdefault(linear.fed_by or "", []).append(linear)
     for norm, readers in norms.items():
-        name, one = f"{norm}.weight", float(facts.plus_one)
+        name, one = f"{norm}.weight", float(facts.adds_one(norm))
         weight = block.tensors[name] + one
         block.tensors[name] = torch.full_like(weight, 1.0 - one)
         for reader in readers:
@@ -158,12 +158,13 @@ def rotate_outside(tensors: dict[str, Tensor], rotation: Rotation, facts: ModelF
     a head, a final norm of equal weights stays and the tie holds; UsageError for any other norm.
     """
     outside = facts.outside
-    embedding, norm = tensors[outside.embedding], tensors[outside.norm] + float(facts.plus_one)
+    one = float(facts.adds_one(outside.norm.removesuffix(".weight")))
+    embedding, norm = tensors[outside.embedding], tensors[outside.norm] + one
     turned = {outside.embedding: rotation.columns(embedding), outside.norm: tensors[outside.norm]}
     head = tensors.get(outside.head)
     if head is not None:
         turned[outside.head] = rotation.columns(head * norm)
-        turned[outside.norm] = torch.full_like(norm, 1.0 - float(facts.plus_one))
+        turned[outside.norm] = torch.full_like(norm, 1.0 - one)
     elif not bool((norm == norm[0]).all()):
         raise UsageError(
             f"{outside.head} is tied to {outside.embedding}, and the final norm {outside.norm} has weights that only "
@@ -192,7 +193,8 @@ def writes_residual(linear: Linear, facts: ModelFacts) -> bool:
 def residual_refusal(facts: ModelFacts) -> str | None:
     """The reason why the residual stream cannot be rotated, or None."""
     architecture = facts.architecture
-    if facts.norm == "layer":
+    kinds = {facts.architecture.norms.get(linear.fed_by or "") for linear in architecture.linears.values()}
+    if "layer" in kinds:
         return "its LayerNorms subtract the mean of all channels, which a rotation changes"
     try:
         facts.outside  # noqa: B018  raises where there is more than one embedding, norm or head

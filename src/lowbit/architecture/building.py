@@ -1,0 +1,120 @@
+"""A transformers model without its weights: parameters on the meta device, buffers computed.
+
+The class is the one that config.json names: a causal language model, one that also sees or hears, a bare decoder
+(embedding models), or one with a classification head (reward models).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lowbit.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def build_without_weights(
+    config: dict[str, Any], folder: str, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
+    eager: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """The transformers model of a parsed config.json in evaluation mode; `folder` holds it (for remote code only).
+
+    eager  attention written out in torch, which runs everywhere and shows what the class does
+
+    Raises ArchitectureError where transformers cannot build it.
+    """
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key not in _IGNORED}
+    try:
+        if trust_remote_code and config.get("auto_map"):
+            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            if hasattr(parsed, "quantization_config"):
+                delattr(parsed, "quantization_config")
+        else:
+            parsed = AutoConfig.for_model(**plain)
+        if eager:
+            parsed._attn_implementation = "eager"
+        with parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            factory = auto_class(parsed, config.get("architectures"))
+            keywords = {} if dtype is None else {"dtype": dtype}
+            return factory.from_config(parsed, trust_remote_code=trust_remote_code, **keywords).eval()
+    except Exception as error:  # validators of transformers, and code of others, can raise anything
+        raise ArchitectureError(
+            f"{folder}: transformers cannot build a model of type {config.get('model_type')!r} from config.json: "
+            f"{' '.join(str(error).split())[:300]}",
+            "check config.json, or upgrade transformers if the model is newer than it",
+        ) from error
+
+
+# quantization of the files, not of the model; kernels of the hub, which are code
+_IGNORED = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
+
+
+def auto_class(config: Any, named: Any = None) -> Any:
+    """transformers' factory for a config: what `architectures` of config.json names, if there is such a class."""
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    for end, factory in (("ForSequenceClassification", AutoModelForSequenceClassification),
+                         ("ForTokenClassification", AutoModelForTokenClassification),
+                         ("Model", AutoModel)):  # fmt: skip
+        if name.endswith(end) and not name.endswith("LMHeadModel") and type(config) in factory._model_mapping:
+            return factory
+    text = type(config) in AutoModelForCausalLM._model_mapping
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
+
+
+# Elements above which a new tensor goes to the meta device at once: no buffer is so large, and the experts of a block
+# may be larger than memory.
+_LARGE = 1 << 26
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None:
+            sizes = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules constructed inside get parameters without storage; buffers are computed as usual.
+
+    `torch.device("meta")` would take the buffers along, and what a class computes for them in __init__ would be lost.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":  # a tied one is there already: keep its identity
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
