@@ -223,7 +223,7 @@ class _Sweep:
         from transformers import AutoConfig
 
         import lowbit
-        from lowbit.architecture.discover import auto_class
+        from lowbit.architecture.building import auto_class
         from tiny_type_rows import NOT_RUN
 
         own, _ = lowbit.load(self.quantized, dtype=torch.bfloat16)

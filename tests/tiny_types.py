@@ -258,7 +258,7 @@ def build_tiny(model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Any:
 
     What a class sets to a constant (norms, biases) is moved away from it, so that a lost one shows.
     """
-    from lowbit.architecture.discover import auto_class
+    from lowbit.architecture.building import auto_class
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():

@@ -143,7 +143,7 @@ def logprobs_of_transformers(folder: Path) -> list[float]:
     import torch
     from transformers import AutoConfig
 
-    from lowbit.architecture.discover import auto_class
+    from lowbit.architecture.building import auto_class
 
     return logprobs(auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.bfloat16).eval())
 
