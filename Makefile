@@ -1,11 +1,11 @@
-# make demo | test | fuzz | lint | bench | docs — each makes the environment it needs.
+# make demo | test | fuzz | lint | bench | models | docs — each makes the environment it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CORE   := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp)
 
-.PHONY: demo test fuzz lint format bench docs clean
+.PHONY: demo test fuzz lint format bench models docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lowbit demo
@@ -31,6 +31,11 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kernels.py
 	test -d build/bench/llama-0.5b || $(BIN)/python benchmarks/make_random_llama.py build/bench/llama-0.5b --weights 0.5e9
 	$(BIN)/python benchmarks/throughput.py build/bench/llama-0.5b
+
+# Every model type of transformers through lowbit, about half an hour; the table is written into the document.
+models: $(VENV)/.installed-dev
+	mkdir -p build
+	$(BIN)/python benchmarks/model_types.py --write docs/models.md --json build/models.json
 
 # The site, in build/site, with every warning an error; then that commands, links and pictures of the documents are right.
 docs: $(VENV)/.installed-dev

@@ -1,27 +1,39 @@
-"""Does a real vLLM load each architecture that lowbit quantizes, and compute with the weights we mean?
+"""Does a real vLLM load each model type that lowbit quantizes, and compute with the weights we mean?
 
-usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [ARCHITECTURE ...]
+usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [--json FILE] [TYPE ...]
 
-For each architecture of tests/models.py: a tiny random model is quantized, and two engines give the log-probability of
-every token of one sequence: transformers with lowbit's decoded weights in bfloat16, and vLLM on the CPU
-(vllm_perplexity.py beside this file says how to make its environment). Random weights make every token about equally
-likely, so perplexities would agree whatever vLLM loaded; what counts is the correlation of the log-probabilities, 1 for
-the same weights and about 0 for others. `--scheme 16bit` compares the engines on the model itself, which says how far
-they are apart without us. DeepSeek's tiny heads need VLLM_MLA_DISABLE=1.
+For each type (all that vLLM's registry names, or those given; of tests/tiny_types.py or tests/models.py): a tiny random
+model is quantized, and two engines give the log-probability of every token of one sequence: transformers with lowbit's
+decoded weights in bfloat16, and vLLM on the CPU (vllm_perplexity.py beside this file says how to make its environment).
+Random weights make every token about equally likely, so perplexities would agree whatever vLLM loaded; what counts is
+the correlation of the log-probabilities, 1 for the same weights and about 0 for others. `--scheme 16bit` compares the
+engines on the model itself with transformers' own loader, which says how far they are apart without us, and which types
+vLLM does not run on a CPU at all.
+
+Beside it stand the layers that each side takes as quantized: ours from the plan, with every fused set and every block's
+experts as one; vLLM's are the modules whose method is not an unquantized one. A layer that vLLM leaves in 16 bits
+although the file has codes for it, or the other way round, shows there.
+
+DeepSeek's tiny heads need VLLM_MLA_DISABLE=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent / "tests"))
 
 TOKENS = 200
 VOCABULARY = 250
+AT_ONCE = 16  # models that one vLLM process loads one after the other
 
 
 def ids() -> list[int]:
@@ -29,95 +41,168 @@ def ids() -> list[int]:
     return [3 + (97 * index * index + 31 * index) % VOCABULARY for index in range(TOKENS)]
 
 
+@dataclass
+class Ours:
+    """What our side makes of a folder: log-probabilities and the number of layers that are quantized there."""
+
+    folder: Path
+    logprobs: list[float]
+    quantized: int
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="*")
-    parser.add_argument("--vllm", help="the python of an environment with vLLM")
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--vllm", required=True, help="the python of an environment with vLLM")
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--scheme", default="W4A16")
-    parser.add_argument("--group-size", type=int)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
-    if args.worker is not None:
-        worker(args.architectures, args.worker)
-        return
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
     with tempfile.TemporaryDirectory() as scratch:
-        compare(args, Path(scratch))
+        results = compare(args, Path(scratch))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(args: argparse.Namespace, scratch: Path) -> None:
-    import torch
+def compare(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Type → {"correlation", "difference", "quantized", "quantized_by_vllm"} or {"refused", "by"}."""
+    results: dict[str, dict[str, Any]] = {}
+    names = args.types or types_of_vllm(args.vllm)
+    for start in range(0, len(names), AT_ONCE):
+        ours = {}
+        for name in names[start : start + AT_ONCE]:
+            try:
+                ours[name] = our_side(name, scratch, args)
+            except Exception as error:  # one type's failure is its result
+                results[name] = {"refused": one_line(error), "by": "us"}
+                show(name, results[name])
+        theirs = their_side(args.vllm, [own.folder for own in ours.values()], scratch / "vllm.json")
+        for name, own in ours.items():
+            results[name] = judge(own, theirs[str(own.folder)])
+            show(name, results[name])
+    return results
 
+
+def types_of_vllm(python: str) -> list[str]:
+    """The types of transformers whose model class is in vLLM's registry."""
+    from tiny_type_rows import NOT_MADE, NOT_RUN, WITH_IMAGE
+    from tiny_types import model_types
+
+    code = "from vllm.model_executor.models.registry import ModelRegistry as r; print(*r.get_supported_archs())"
+    said = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    classes = set(said.stdout.split())
+    left_out = {**NOT_MADE, **NOT_RUN, **WITH_IMAGE}
+    return [name for name, known in model_types().items() if known in classes and name not in left_out]
+
+
+def our_side(name: str, scratch: Path, args: argparse.Namespace) -> Ours:
     import lowbit
+
+    source = scratch / f"{name}-16bit"
+    make(name, source)
+    if args.scheme == "16bit":
+        return Ours(source, logprobs_of_transformers(source), 0)
+    folder = scratch / name
+    made = lowbit.quantize(source, folder, scheme=args.scheme, format=args.format, group_size=args.group_size)
+    named = {entry.name for entry in made.report.tensors if entry.scheme is not None}
+    return Ours(folder, logprobs_of_lowbit(folder), units(source, named))
+
+
+def make(name: str, folder: Path) -> None:
     from models import ARCHITECTURES, make_model
+    from tiny_types import make_tiny
 
-    ours = {}
-    for name in args.architectures or ARCHITECTURES:
-        folder = scratch / name
-        try:
-            settings = {} if args.group_size is None else {"group_size": args.group_size}
-            model = make_model(scratch / f"{name}-16bit", name)
-            if args.scheme == "16bit":
-                model.rename(folder)
-            else:
-                lowbit.quantize(model, folder, scheme=args.scheme, format=args.format, **settings)
-            ours[name] = our_logprobs(folder)
-        except lowbit.errors.LowbitError as error:
-            print(f"{name:20s} not written: {error}", flush=True)
-    output = scratch / "vllm.json"
-    command = [args.vllm, __file__, *(str(scratch / name) for name in ours), "--worker", str(output)]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    theirs = json.loads(output.read_text())
-    for name, own in ours.items():
-        found = theirs[str(scratch / name)]
-        if isinstance(found, str):
-            print(f"{name:20s} refused: {found}")
-            continue
-        pair = torch.stack([torch.tensor(own), torch.tensor(found)])
-        correlation, difference = torch.corrcoef(pair)[0, 1].item(), (pair[0] - pair[1]).abs().mean().item()
-        print(f"{name:20s} correlation {correlation:.4f}   mean difference {difference:.4f} nats")
+    if name in ARCHITECTURES:
+        make_model(folder, name)
+    else:
+        make_tiny(folder, name)
 
 
-def our_logprobs(folder: Path) -> list[float]:
+def units(folder: Path, quantized: set[str]) -> int:
+    """Quantized layers as engines see them: a fused set is one layer, the experts of a block are one."""
+    from lowbit.architecture.describing import open_described
+    from lowbit.checkpoint.base import OpenOptions
+
+    checkpoint, architecture = open_described(str(folder), OpenOptions())
+    checkpoint.close()
+    linears = [linear for linear in architecture.linears.values() if quantized & {linear.name, f"{linear.name}.weight"}]
+    single = {linear.fused or linear.name for linear in linears if linear.expert is None}
+    return len(single) + len({linear.block for linear in linears if linear.expert is not None})
+
+
+def logprobs_of_lowbit(folder: Path) -> list[float]:
     import torch
 
     import lowbit
 
-    model, _ = lowbit.load(folder, dtype=torch.bfloat16)
+    return logprobs(lowbit.load(folder, dtype=torch.bfloat16)[0])
+
+
+def logprobs_of_transformers(folder: Path) -> list[float]:
+    import torch
+    from transformers import AutoConfig
+
+    from lowbit.architecture.building import auto_class
+
+    return logprobs(auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.bfloat16).eval())
+
+
+def logprobs(model: Any) -> list[float]:
+    """The log-probability of every token but the first."""
+    import torch
+
     tokens = torch.tensor([ids()])
     with torch.inference_mode():
-        logits = model(input_ids=tokens).logits.float()
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
     scored = logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
     return scored[:, 0].tolist()
 
 
-def worker(folders: list[str], output: Path) -> None:
-    """Runs inside vLLM's environment: folder → log-probabilities, or why it was refused; kept after each model."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-    from vllm_perplexity import offer_emulation  # sets the environment before vLLM is imported
+def their_side(python: str, folders: list[Path], output: Path) -> dict[str, Any]:
+    """Folder → what vLLM makes of it; a folder on which its process ends is left behind, and a new one goes on."""
+    found: dict[str, Any] = {}
+    left = [str(folder) for folder in folders]
+    while left:
+        output.write_text("{}")
+        command = [python, str(HERE / "vllm_logprobs.py"), *left, "--json", str(output)]
+        ran = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        answered = json.loads(output.read_text())
+        found |= answered
+        left = [folder for folder in left if folder not in found]
+        if left:
+            last = ran.stderr.strip().splitlines()[-1:]
+            found[left.pop(0)] = {"refused": f"its process ended ({ran.returncode}): {' '.join(last)[:200]}"}
+    return found
 
-    offer_emulation()
-    found: dict[str, object] = dict.fromkeys(folders, "vLLM's process ended")
-    for folder in folders:
-        try:
-            found[folder] = their_logprobs(folder)
-        except Exception as error:  # whatever vLLM raises is what it says of the folder
-            found[folder] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        output.write_text(json.dumps(found))
-        cleanup_dist_env_and_memory()
-    os._exit(0)
+
+def judge(own: Ours, theirs: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    if "refused" in theirs:
+        return {**theirs, "by": "vLLM"}
+    pair = torch.stack([torch.tensor(own.logprobs), torch.tensor(theirs["logprobs"])])
+    return {
+        "correlation": torch.corrcoef(pair)[0, 1].item(),
+        "difference": (pair[0] - pair[1]).abs().mean().item(),
+        "quantized": own.quantized,
+        "quantized_by_vllm": len(theirs["quantized"]),
+    }
 
 
-def their_logprobs(folder: str) -> list[float]:
-    from vllm import LLM, SamplingParams, TokensPrompt
+def show(name: str, result: dict[str, Any]) -> None:
+    if "refused" in result:
+        print(f"{name:24s} refused by {result['by']}: {result['refused']}", flush=True)
+        return
+    print(
+        f"{name:24s} correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
+        f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}",
+        flush=True,
+    )
 
-    llm = LLM(model=folder, dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=2,
-              enable_prefix_caching=False)  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    (said,) = llm.generate([TokensPrompt(prompt_token_ids=ids())], sampling, use_tqdm=False)
-    scored = zip(said.prompt_token_ids[1:], said.prompt_logprobs[1:], strict=True)
-    return [logprobs[token].logprob for token, logprobs in scored]
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 if __name__ == "__main__":

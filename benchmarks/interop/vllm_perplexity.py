@@ -56,6 +56,9 @@ import vllm  # noqa: E402
 from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 
+# Linux lets a process use AMX once it has asked for it; vLLM's 4-bit kernels do not ask.
+torch.cpu._init_amx()
+
 WINDOW = 512
 PROMPT = "The capital of France is"
 NEW_TOKENS = 16
@@ -78,7 +81,12 @@ def decode_fp4(packed: torch.Tensor) -> torch.Tensor:
 def offer_emulation() -> None:
     """Register, for the CPU, kernels that decode at load and multiply in bfloat16."""
     from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        CompressedTensorsMoEMethod,
+        compressed_tensors_moe_wna16,
+    )
     from vllm.platforms import PlatformEnum
 
     class Decoded:
@@ -139,6 +147,46 @@ def offer_emulation() -> None:
 
         def apply_block_scaled_mm(self, *args, **kwargs):
             raise NotImplementedError  # abstract in the base; apply_weights never gets there
+
+    class DecodedPackedExperts(compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod):
+        """Experts in packed integers: vLLM's names, shapes and loading; decoded, they run as unquantized experts do."""
+
+        def __init__(self, weight_quant, input_quant, moe, layer_name=None):
+            CompressedTensorsMoEMethod.__init__(self, moe)
+            self.unquantized = UnquantizedFusedMoEMethod(moe)
+            self.weight_quant, self.input_quant = weight_quant, input_quant
+            self.symmetric, self.num_bits, self.strategy = True, weight_quant.num_bits, weight_quant.strategy
+            self.group_size = weight_quant.group_size or -1
+            self.packed_factor = 32 // self.num_bits
+            if not weight_quant.symmetric:
+                raise NotImplementedError("the emulation of experts has no zero points")
+
+        def process_weights_after_loading(self, layer):
+            for name in ("w13", "w2"):
+                words = getattr(layer, f"{name}_weight_packed").data
+                scale = getattr(layer, f"{name}_weight_scale").data.float()
+                experts, rows, groups = scale.shape
+                columns = words.shape[-1] * self.packed_factor
+                codes = unpack_codes(words.flatten(0, 1), self.num_bits, columns) - (1 << (self.num_bits - 1))
+                weight = codes.view(experts, rows, groups, -1) * scale[..., None]
+                layer.register_parameter(
+                    f"{name}_weight", torch.nn.Parameter(weight.flatten(2).to(torch.bfloat16), requires_grad=False)
+                )
+            self.unquantized.process_weights_after_loading(layer)
+            self.moe_kernel, self.moe_quant_config = self.unquantized.moe_kernel, self.unquantized.moe_quant_config
+
+        @property
+        def is_monolithic(self):
+            return self.unquantized.is_monolithic
+
+        def apply(self, **arguments):
+            return self.unquantized.apply(**arguments)
+
+        def apply_monolithic(self, **arguments):
+            return self.unquantized.apply_monolithic(**arguments)
+
+    DecodedPackedExperts.__name__ = "CompressedTensorsWNA16MoEMethod"  # the loader of experts asks for it
+    compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod = DecodedPackedExperts
 
     cpu = PlatformEnum.CPU
     linear.register_linear_kernel(DecodedMxfp4, cpu, "mxfp4")

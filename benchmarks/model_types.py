@@ -1,0 +1,313 @@
+"""Every model type that transformers can build, through lowbit: quantize, verify, load, compare, calibrate.
+
+    python benchmarks/model_types.py [TYPE ...] [--json FILE] [--write docs/models.md] [--workers 2] [--keep FOLDER]
+
+For each type a tiny random model (tests/tiny_types.py) goes through these stages, in a process of its own with limits
+of time and memory; a stage that fails leaves its reason, and what needs its output is left out:
+
+    built    transformers makes the model, and it continues a text with finite logits
+    rtn      lowbit quantize --scheme W4A16 --group-size 32; then every weight of the source stands in the report,
+             quantized or with the reason why not
+    verify   lowbit verify, with the source at hand
+    loads    transformers loads the result with compressed-tensors, and its logits are those of lowbit.load, both in
+             bfloat16, within TOLERANCE of their spread. "lowbit": lowbit verify --engine transformers says that
+             transformers does not load it, or transformers does, and lowbit.load alone gave finite logits
+    gptq     lowbit quantize --method gptq --samples 8 --seqlen 64; the share of the quantized weights whose codes the
+             text chose
+
+The last column is the share of the weights of matrices in decoder blocks that are quantized, in bytes of 16 bits.
+The exit status is 1 if anything but a LowbitError came out of lowbit, or if a stage gave a wrong result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+
+TEXT = list(range(3, 19))
+GROUP_SIZE = 32
+TOLERANCE = 1e-3
+SECONDS = 180
+BYTES = 12 * 2**30  # address space of one type's process; torch alone takes 5
+STAGES = ("built", "rtn", "verify", "loads", "gptq")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--write", type=Path, help="a document whose table between <!-- types --> and <!-- end --> is renewed"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="keep the models here")
+    args = parser.parse_args()
+    names = prepare()
+    names = args.types or names
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.keep or Path(scratch)
+        with ThreadPoolExecutor(args.workers) as pool:
+            rows = list(pool.map(lambda name: shown(run_apart(name, folder / name, keep=args.keep is not None)), names))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        table = f"<!-- types -->\n\n{markdown(rows)}\n\n<!-- end -->"
+        args.write.write_text(re.sub(r"<!-- types -->.*?<!-- end -->", lambda _: table, text, flags=re.S), "utf-8")
+    print(summary(rows))
+    return int(any(row.get("crashed") for row in rows))
+
+
+def prepare() -> list[str]:
+    """All types. What every process needs is imported here once: the processes are forks of this one."""
+    import torch
+    import transformers
+
+    import lowbit
+    from tiny_types import model_types
+
+    del lowbit
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        sweep = _Sweep("llama", Path(scratch))
+        for stage in STAGES:
+            sweep.stage(stage)
+    return list(model_types())
+
+
+def run_apart(name: str, folder: Path, keep: bool) -> dict[str, Any]:
+    """The row of one type, from a process of its own."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(name, folder, writer))
+    started = time.perf_counter()
+    process.start()
+    writer.close()
+    row: dict[str, Any] = {"type": name}
+    while time.perf_counter() - started < SECONDS:
+        if reader.poll(0.2):
+            try:
+                row |= reader.recv()
+            except EOFError:
+                break
+    else:
+        row |= failed(row, f"took more than {SECONDS} s")
+        process.kill()
+    process.join()
+    if process.exitcode not in (0, -9):
+        row |= failed(row, f"its process ended with {process.exitcode}")
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def failed(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The stage after the last finished one did not come to an end."""
+    stage = next((stage for stage in STAGES if stage not in row), STAGES[-1])
+    return {stage: "failed", "reason": f"{stage}: {reason}", "crashed": True}
+
+
+def _child(name: str, folder: Path, writer: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep = _Sweep(name, folder)
+    for stage in STAGES:
+        found = sweep.stage(stage)
+        writer.send(found)
+        if found.get(stage) == "failed" and stage in ("built", "rtn"):
+            break
+    writer.close()
+    os._exit(0)  # a fork of a thread has the pool's exit handler, but not the threads that it joins
+
+
+class _Sweep:
+    """One type on its way; each stage reads what those before it left in `folder`."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        self.source, self.quantized = folder / "source", folder / "quantized"
+
+    def stage(self, stage: str) -> dict[str, Any]:
+        """{stage: what came out} or {stage: "failed" or "refused", "reason": why}."""
+        from lowbit.errors import LowbitError
+
+        try:
+            return getattr(self, stage)()
+        except LowbitError as error:
+            return {stage: "refused" if stage == "gptq" else "failed", "reason": f"{stage}: {one_line(error)}"}
+        except NotMade as error:
+            return {stage: "failed", "reason": one_line(error, kind=False)}
+        except Exception as error:  # anything else is a mistake somewhere, and the row says where
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            return {stage: "failed", "reason": f"{stage}: {one_line(error)} ({place})", "crashed": stage != "built"}
+
+    def built(self) -> dict[str, Any]:
+        import torch
+
+        from tiny_type_rows import NOT_MADE, NOT_RUN
+        from tiny_types import build_tiny
+
+        if self.name in NOT_MADE:
+            raise NotMade(NOT_MADE[self.name])
+        try:
+            model = build_tiny(self.name)
+        except ImportError as error:
+            raise NotMade(f"needs a package: {one_line(error)}") from None
+        if self.name not in NOT_RUN and not self.logits(model).isfinite().all():
+            raise NotMade("its logits are not finite")
+        save(model.to(torch.bfloat16), self.source)
+        return {"built": "yes" if self.name not in NOT_RUN else "not run", "class": type(model).__name__}
+
+    def logits(self, model: Any) -> Any:
+        import torch
+
+        from tiny_type_rows import inputs
+
+        with torch.inference_mode():
+            return model(**inputs(self.name, model.config, torch.tensor([TEXT])), use_cache=False).logits.float()
+
+    def rtn(self) -> dict[str, Any]:
+        import lowbit
+
+        made = lowbit.quantize(self.source, self.quantized, scheme="W4A16", group_size=GROUP_SIZE)
+        entries = made.report.tensors
+        weights = stored_weights(self.source)
+        listed = sum(math.prod(entry.shape) for entry in entries)
+        matrices = [entry for entry in entries if entry.block is not None and len(entry.shape) > 1]
+        quantized = sum(math.prod(entry.shape) for entry in matrices if entry.scheme is not None)
+        kept = sorted({f"{entry.role}: {entry.reason}" for entry in matrices if entry.scheme is None})
+        row = {"share": quantized / max(1, sum(math.prod(entry.shape) for entry in matrices)), "kept": kept}
+        if listed != weights:
+            return {
+                **row,
+                "rtn": "failed",
+                "reason": f"rtn: {weights} weights, {listed} in the report",
+                "crashed": True,
+            }
+        return {**row, "rtn": "ok"}
+
+    def verify(self) -> dict[str, Any]:
+        import lowbit
+
+        verification = lowbit.verify(self.quantized)
+        broken = [f"{check.rule}: {check.detail}" for check in verification.broken]
+        if broken:
+            return {"verify": "failed", "reason": f"verify: {broken[0]}", "crashed": True}
+        return {"verify": "ok" if verification.ok else "limits"}
+
+    def loads(self) -> dict[str, Any]:
+        import torch
+        from transformers import AutoConfig
+
+        import lowbit
+        from lowbit.architecture.building import auto_class
+        from tiny_type_rows import NOT_RUN
+
+        own, _ = lowbit.load(self.quantized, dtype=torch.bfloat16)
+        if self.name in NOT_RUN:
+            return {"loads": "not run"}
+        ours = self.logits(own)
+        if not ours.isfinite().all():
+            raise ValueError("the logits of lowbit.load are not finite")
+        foretold = lowbit.verify(self.quantized, engine="transformers")
+        if not foretold.ok:
+            return {"loads": "lowbit", "refusal": next(f"{c.rule}: {c.detail}" for c in foretold.checks if not c.ok)}
+        try:
+            factory = auto_class(AutoConfig.from_pretrained(self.quantized))
+            theirs = self.logits(factory.from_pretrained(self.quantized, dtype=torch.bfloat16).eval())
+        except Exception as error:  # whatever transformers raises is what it says of the folder
+            return {"loads": "lowbit", "refusal": one_line(error)}
+        difference = ((theirs - ours).abs().max() / ours.std()).item()
+        if not difference < TOLERANCE:
+            return {"loads": "failed", "reason": f"loads: logits differ by {difference:.2g} of their spread",
+                    "crashed": True}  # fmt: skip
+        return {"loads": "transformers", "difference": difference}
+
+    def gptq(self) -> dict[str, Any]:
+        import lowbit
+
+        output = self.folder / "gptq"
+        made = lowbit.quantize(self.source, output, scheme="W4A16", group_size=GROUP_SIZE, method="gptq", samples=8,
+                               seqlen=64)  # fmt: skip
+        quantized = [entry for entry in made.report.tensors if entry.scheme is not None]
+        chosen = sum(math.prod(entry.shape) for entry in quantized if entry.method == "gptq")
+        return {"gptq": "ok", "chosen": chosen / max(1, sum(math.prod(entry.shape) for entry in quantized))}
+
+
+class NotMade(Exception):
+    """transformers gives no model of the type."""
+
+
+def save(model: Any, folder: Path) -> None:
+    from models import make_tokenizer
+
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+
+
+def stored_weights(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return total
+
+
+def one_line(error: BaseException, kind: bool = True) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if kind else text
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    cells = " ".join(f"{row.get(stage, ''):12s}" for stage in STAGES)
+    share = f"{100 * row['share']:.0f} %" if "share" in row else ""
+    print(f"{row['type']:28s} {cells} {share:6s} {row['seconds']:5.1f} s  {row.get('reason', '')}", flush=True)
+    return row
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| type | built | rtn | verify | loads | gptq | quantized | why |", "|---|---|---|---|---|---|---:|---|"]
+    for row in rows:
+        share = f"{100 * row['share']:.0f} %" if "share" in row else ""
+        why = (row.get("reason") or "; ".join(row.get("kept", []))).replace("|", "\\|")
+        cells = [f"`{row['type']}`", *(row.get(stage, "") for stage in STAGES), share, why]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    good = {"built": ("yes", "not run"), "rtn": ("ok",), "verify": ("ok", "limits"),
+            "loads": ("transformers", "lowbit", "not run"), "gptq": ("ok",)}  # fmt: skip
+    counts = ", ".join(f"{stage} {sum(row.get(stage) in good[stage] for row in rows)}" for stage in STAGES)
+    return f"{len(rows)} types: {counts}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
