@@ -82,7 +82,7 @@ def auto_class(config: Any, named: Any = None) -> Any:
         if name.endswith(end) and not name.endswith("LMHeadModel") and type(config) in factory._model_mapping:
             return factory
     sees = type(config) in AutoModelForImageTextToText._model_mapping
-    if sees and AutoModelForImageTextToText._model_mapping[type(config)].__name__ == name:
+    if sees and getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", "") == name:
         return AutoModelForImageTextToText
     text = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
