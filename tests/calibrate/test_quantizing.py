@@ -168,8 +168,8 @@ def test_a_recipe_equals_the_flags(tiny_llama, tmp_path, text):
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"scheme: W4A16\nmethod: rotate+gptq\ngroup_size: 32\nsamples: 12\nseqlen: 48\ncalib: {text}\nexpert_tokens: 8\n"
-        f"method_overrides: {{'down_proj$': hqq}}\n"
+        f"scheme: W4A16\nmethod: rotate+gptq\ngroup_size: 32\nsamples: 12\nseqlen: 48\ncalib: {text}\n"
+        f"expert_tokens: 8\nmethod_overrides: {{'down_proj$': hqq}}\n"
     )
     lowbit.quantize(tiny_llama, tmp_path / "recipe", recipe=recipe)
     calibrated(tiny_llama, tmp_path / "flags", text, "rotate+gptq", method_overrides={"down_proj$": "hqq"})
