@@ -21,6 +21,7 @@ from lowbit.hardware import DEVICES
 from lowbit.registry import ENGINES
 from lowbit.schemes import is_gguf_name
 from lowbit.settings import make_settings
+from models import SHORT_TEXT
 
 RUNNER = CliRunner()
 COMMAND = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
@@ -181,7 +182,9 @@ def test_run_without_a_model_is_refused():
 def test_of_a_folder_the_bytes_are_exact_and_a_small_model_is_warned_of(tiny_llama, tmp_path):
     advice = advise(tiny_llama, hardware="h100", engine="vllm")
     option = next(each for each in advice.options if each.settings is not None)
-    made = lowbit.quantize(tiny_llama, tmp_path / "out", **{**option.settings, "samples": 1, "seqlen": 16})
+    made = lowbit.quantize(
+        tiny_llama, tmp_path / "out", **{**option.settings, "calib": SHORT_TEXT, "samples": 1, "seqlen": 16}
+    )
     written = sum(path.stat().st_size for path in made.path.glob("*.safetensors"))
     assert option.memory.weights == written
     assert any("loses more" in note for note in advice.notes)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowbit
-from calibrate.calibrated import calibrated, text_of, write_text
+from calibrate.calibrated import TEXT, calibrated, write_text
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import UsageError
@@ -19,9 +19,6 @@ from lowbit.settings import RunOptions
 from models import ARCHITECTURES, make_model
 
 METHODS = ("gptq", "awq", "awq+gptq", "smoothquant+gptq", "rotate+gptq", "hqq", "gptq+sign-sgd")
-
-
-TEXT = text_of(100)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lowbit.engines import all_engines
 from lowbit.errors import ArchitectureError, CheckpointError, FormatError, ShapeError, UsageError
 from lowbit.estimation import weight_bytes
 from lowbit.estimation.serving import deploy
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -91,7 +91,8 @@ def test_an_fp8_cache_halves_it_and_stores_scales_where_the_format_can(tiny_llam
     assert small.cache is not None
     assert plain.cache is not None
     assert 2 * small.cache.bytes_per_token == plain.cache.bytes_per_token
-    done = lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W8A16", kv_cache="fp8", samples=1, seqlen=16)
+    done = lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W8A16", kv_cache="fp8", calib=SHORT_TEXT, samples=1,
+                           seqlen=16)  # fmt: skip
     assert small.files.bytes == sum(path.stat().st_size for path in done.path.glob("*.safetensors"))
     gptq = lowbit.estimate(tiny_llama, scheme="W8A16", format="gptq", kv_cache="fp8")
     assert gptq.files.bytes == lowbit.estimate(tiny_llama, scheme="W8A16", format="gptq").files.bytes

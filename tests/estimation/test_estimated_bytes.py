@@ -19,11 +19,11 @@ from lowbit.plan.plan import Request, prepare
 from lowbit.registry import folder_formats
 from lowbit.schemes import SCHEMES
 from lowbit.settings import make_settings
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 # What does not stand in the files of a folder: the index of shards and the JSON around.
 _TOLERANCE = 0.001
-_CALIBRATION = {"samples": 1, "seqlen": 16}
+_CALIBRATION = {"calib": SHORT_TEXT, "samples": 1, "seqlen": 16}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from llama_cpp import top_logprobs
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
 from lowbit.formats.gguf.mix_table import FILE_TYPES
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 pytestmark = pytest.mark.interop
 
@@ -57,7 +57,7 @@ def part(tmp_path_factory) -> Path:
 def imatrix(part, tmp_path_factory) -> str:
     """Of a few windows: enough for the types that need one."""
     path = tmp_path_factory.mktemp("imatrix") / "demo.imatrix"
-    lowbit.imatrix(part, path, samples=4, seqlen=128)
+    lowbit.imatrix(part, path, calib=SHORT_TEXT, samples=4, seqlen=128)
     return str(path)
 
 
