@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lowbit.numerics.ggml.types import LARGEST_HALF
 
-# Importance is at least this fraction of the largest in its block: a block without importance is weighted uniformly, and
-# a sub-block without importance beside important ones still gets a sensible scale.
+# Importance is at least this fraction of the largest in its block: one without importance is weighted uniformly,
+# and a sub-block without importance beside important ones still gets a sensible scale.
 LEAST_IMPORTANCE = 2.0**-20
 # The inverse of anything smaller is taken as 0, because it might not be finite.
 _LEAST_SCALE = 2.0**-120
