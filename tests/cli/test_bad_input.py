@@ -354,6 +354,13 @@ def test_verify_refuses_what_it_cannot_judge(lowbit, quantized, tiny_llama, tmp_
     assert_refused(lowbit("verify", quantized, "--reference", tmp_path / "nothing"), "nothing")
 
 
+def test_estimate_answers_a_mistyped_engine(lowbit, tiny_llama):
+    done = lowbit("estimate", tiny_llama, "--engine", "vlm")
+    assert done.code == 2
+    assert done.stderr.startswith("error: there is no engine 'vlm'")
+    assert "hint: did you mean" in done.stderr
+
+
 def test_generate_refuses_an_empty_prompt_and_a_missing_one(lowbit, quantized):
     assert_refused(lowbit("generate", quantized, "--raw", "-p", ""), "no tokens")
     assert_refused(lowbit("generate", quantized), "prompt")

@@ -89,7 +89,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def add_to_report(output: Path, quiet: bool, **parts: Any) -> None:
-    """Put parts into lowbit-report.json and report.html where quantizing left them, and say so."""
+    """Put parts into lowbit-report.json and report.html if quantizing wrote them, and print where."""
     from lowbit import reporting
     from lowbit.checkpoint.base import HTML_NAME, report_path
 
