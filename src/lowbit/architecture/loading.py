@@ -24,12 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.architecture.describing import describe_checkpoint
 from lowbit.architecture.discover import auto_class, describe
 from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.inspection import ENLARGE, embedding_rows
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.table import FAMILIES
 from lowbit.architecture.view import canonical_view, holds_single_experts
-from lowbit.checkpoint.base import OpenOptions, is_decoded, row_slabs
+from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
+from lowbit.checkpoint.companions import beyond_embedding, check_companions, has_tokenizer
+from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -89,8 +93,11 @@ class Loader:
         options: OpenOptions | None = None,
     ):
         _check_device(device)
-        self.dtype, self.device = dtype, device
-        self.model = _empty_model(checkpoint, dtype, options or OpenOptions()).eval()
+        self.dtype, self.device, options = dtype, device, options or OpenOptions()
+        refuse_remote_code(checkpoint.config(), checkpoint.source, options)
+        if str(checkpoint.config().get("model_type")) in FAMILIES:
+            _, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+        self.model = _empty_model(checkpoint, dtype, options).eval()
         self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
         _check_names(self.checkpoint, self.model, self._slots, self.architecture)
@@ -159,13 +166,24 @@ def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -
     from transformers import AutoTokenizer
 
     trust = (options or OpenOptions()).trust_remote_code
+    hint = "copy tokenizer.json and tokenizer_config.json from the original model into the folder"
+    if checkpoint.kind != "gguf":
+        check_companions(checkpoint.folder, checkpoint.source)
+        if not has_tokenizer(checkpoint.folder) and not trust:
+            raise CheckpointError(f"there is no tokenizer in {checkpoint.source}", hint)
+        refuse_tokens_without_row(checkpoint)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: its tokenizer cannot be loaded: {error}",
-            "copy tokenizer.json and tokenizer_config.json from the original model into the folder",
-        ) from error
+    except Exception as error:  # tokenizers are programs of their authors
+        raise CheckpointError(f"{checkpoint.source}: its tokenizer cannot be loaded: {error}", hint) from error
+
+
+def refuse_tokens_without_row(checkpoint: Checkpoint) -> None:
+    """CheckpointError where the tokenizer has a token that the embedding has no row for."""
+    rows = embedding_rows(checkpoint.tensors)
+    problem = None if rows is None else beyond_embedding(checkpoint.folder, rows)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint.source}: {problem}", ENLARGE)
 
 
 def _check_device(device: str) -> None:
@@ -182,24 +200,30 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOption
     """The model of config.json with parameters on the meta device and real buffers."""
     from transformers import AutoConfig, GenerationConfig
 
-    from lowbit.checkpoint.base import refuse_remote_code
-
-    refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-    trust = options.trust_remote_code
+    trust, stated = options.trust_remote_code, without_quantization(checkpoint.config())
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
+        if trust and stated.get("auto_map"):
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=True)
+            if hasattr(config, "quantization_config"):
+                delattr(config, "quantization_config")
+        else:
+            config = AutoConfig.for_model(**stated)
         with _parameters_on_meta():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # transformers' validators can raise anything
         kind = checkpoint.config().get("model_type")
         raise ArchitectureError(
             f"{checkpoint.source}: transformers cannot build a causal language model of type {kind!r}: {error}",
             "check config.json, or upgrade transformers if the model is newer than it",
         ) from error
     if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"{checkpoint.folder / 'generation_config.json'}: transformers does not take it: {error}",
+                "copy it from the original model, or remove it",
+            ) from error
     return model
 
 
