@@ -29,6 +29,7 @@ from lowbit.errors import CheckpointError
 # Causal masks that old GPT-2 and GPT-NeoX files store.
 MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 _ADAPTER = re.compile(r"(\.|_)(lora|hada|lokr|vera|oft|ia3|boft|dora)_|\.base_layer\.|\.(modules_to_save|lora)\.")
+_PREDICTION = re.compile(r"(model\.)?mtp\.")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SLAB_WEIGHTS = 8_000_000
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -157,7 +158,9 @@ def _check_unexpected(checkpoint: Checkpoint, architecture: Architecture, found:
     blocks, surplus = len(architecture.blocks), [name for name in surplus if name not in empty]
     beyond = [name for name in surplus if (architecture.block_of(name) or 0) >= blocks]
     found.leave_out(beyond, f"of blocks beyond the {blocks} that config.json counts (num_hidden_layers)")
-    surplus = [name for name in surplus if name not in beyond]
+    predicts = [name for name in surplus if _PREDICTION.match(name)]
+    found.leave_out(predicts, "of multi-token prediction, which transformers does not run")
+    surplus = [name for name in surplus if name not in {*beyond, *predicts}]
     biases = [name for name in surplus if name.endswith(".bias") and f"{name[:-5]}.weight" in known]
     zeros = [name for name in biases if not checkpoint.read(name).any().item()]
     found.leave_out(zeros, f"biases of zeros, which {architecture.class_name} does not have")

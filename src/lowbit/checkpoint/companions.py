@@ -123,10 +123,10 @@ def _loaded_tokenizer(path: Path, changed: int, size: int) -> Tokenizer:
 
 
 def token_without_row(folder: Path, rows: int) -> tuple[str, int] | None:
-    """(text, id) of the token with the highest id that has no row in an embedding of `rows`; None if all have one."""
+    """(text, id) of the first token that has no row in an embedding of `rows` rows; None if all have one."""
     beyond = {text: token_id for text, token_id in _tokens(folder).items()
               if token_id >= rows and not _PLACEHOLDER.search(text)}  # fmt: skip
-    return max(beyond.items(), key=lambda item: item[1], default=None)
+    return min(beyond.items(), key=lambda item: item[1], default=None)
 
 
 def beyond_embedding(folder: Path, rows: int) -> str | None:

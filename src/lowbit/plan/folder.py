@@ -188,7 +188,8 @@ class FolderPlan(Plan):
         copy_companions(checkpoint.folder, work)
 
     def inherited_rules(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        return () if checkpoint.kind == "gguf" or has_tokenizer(checkpoint.folder) else ("tokenizer",)
+        """The source's own tokenizer is copied as it is: none at all, or one with more tokens than the embedding."""
+        return ("token-ids",) if has_tokenizer(checkpoint.folder) else ("token-ids", "tokenizer")
 
 
 def prepare_folder(request: Request) -> Prepared:
