@@ -39,6 +39,7 @@ _SAMPLING = {
     "top_p": (Keys.General.SAMPLING_TOP_P, _FLOAT), "min_p": (Keys.General.SAMPLING_MIN_P, _FLOAT),
     "repetition_penalty": (Keys.General.SAMPLING_PENALTY_REPEAT, _FLOAT),
 }  # fmt: skip
+_LISTS = {Keys.General.TAGS: ("tags", "pipeline_tag"), Keys.General.LANGUAGES: ("languages", "language")}
 # llm_load_vocab of llama-vocab.cpp: part of a name → tokens that must be there
 NAMES_THAT_NEED_TOKENS = {
     "phi-3": ("</s>", "<unk>", "<s>", "<|endoftext|>"), "phi3": ("</s>", "<unk>", "<s>", "<|endoftext|>"),
@@ -63,19 +64,15 @@ def general_key_values(
         texts = _texts(card.get(key))
         if texts:
             values[name] = (",".join(texts), _STRING)
-    for keys, name in (
-        (("tags", "pipeline_tag"), Keys.General.TAGS),
-        (("languages", "language"), Keys.General.LANGUAGES),
-    ):
+    for name, keys in _LISTS.items():
         found = list(dict.fromkeys(text for key in keys for text in _texts(card.get(key))))
         if found:
             values[name] = (found, GGUFValueType.ARRAY, _STRING)
     values |= _base_models(_texts(card.get("base_model", card.get("base_models"))))
     for key, (name, kind) in _SAMPLING.items():
         number = generation.get(key)
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
-            if kind is _FLOAT or -(2**31) <= number < 2**31:
-                values[name] = (float(number) if kind is _FLOAT else int(number), kind)
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 2**31:  # no NaN, no inf
+            values[name] = (float(number) if kind is _FLOAT else int(number), kind)
     return values
 
 
@@ -127,18 +124,17 @@ def _size_label(shapes: list[tuple[str, tuple[int, ...]]]) -> str:
 def _base_models(names: list[str]) -> KeyValues:
     values: KeyValues = {Keys.General.BASE_MODEL_COUNT: (len(names), _UINT)} if names else {}
     for index, name in enumerate(names):
+        found: dict[str, str] = {}
         url = name if re.match(r"(https?|ssh)://", name) else None
         match = re.fullmatch(r"(?:https?://huggingface\.co/)?([^/\s:]+)/([^/\s:]+)", name)
         if match:
             organization, model = match[1], match[2]
             url = f"https://huggingface.co/{organization}/{model}"
-            values[Keys.General.BASE_MODEL_NAME.format(id=index)] = (Metadata.id_to_title(model), _STRING)
-            values[Keys.General.BASE_MODEL_ORGANIZATION.format(id=index)] = (
-                Metadata.id_to_title(organization),
-                _STRING,
-            )
+            found[Keys.General.BASE_MODEL_NAME] = Metadata.id_to_title(model)
+            found[Keys.General.BASE_MODEL_ORGANIZATION] = Metadata.id_to_title(organization)
         elif url is None:
-            values[Keys.General.BASE_MODEL_NAME.format(id=index)] = (name, _STRING)
+            found[Keys.General.BASE_MODEL_NAME] = name
         if url is not None:
-            values[Keys.General.BASE_MODEL_REPO_URL.format(id=index)] = (url, _STRING)
+            found[Keys.General.BASE_MODEL_REPO_URL] = url
+        values |= {key.format(id=index): (text, _STRING) for key, text in found.items()}
     return values
