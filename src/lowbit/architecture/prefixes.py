@@ -12,13 +12,13 @@ the wrappers that stand inside names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable
 
 from lowbit.architecture.structure import Architecture
 
 # Modules that wrap another one under its place: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_NUMBER = re.compile(r"(^|\.)\d+\.")
 
 
 def find_renaming(names: Iterable[str], architecture: Architecture) -> tuple[dict[str, str], list[str]]:
@@ -27,7 +27,7 @@ def find_renaming(names: Iterable[str], architecture: Architecture) -> tuple[dic
     unwrapped = {name: _WRAPPERS.sub("", name) for name in names}
     wrapper = next(filter(None, map(_WRAPPERS.search, names)), None)
     notes = [] if wrapper is None else [f"{wrapper[0]!r} in the names of tensors was dropped"]
-    if not any(name in known and _NUMBER.search(name) for name in unwrapped.values()):
+    if not any(known.get(name) for name in unwrapped.values()):
         dropped = _prefix_before(unwrapped.values(), known)
         added = _prefix_left_out(unwrapped.values(), known, architecture)
         if dropped:
@@ -39,28 +39,28 @@ def find_renaming(names: Iterable[str], architecture: Architecture) -> tuple[dic
     return {name: inner for name, inner in unwrapped.items() if name != inner}, notes
 
 
-def _spellings(architecture: Architecture) -> set[str]:
-    """Every name that a tensor of the architecture may have in files: its own, transformers', and the family's other
-    spellings of it."""
-    known = architecture.parameters.keys() | architecture.tied.keys() | architecture.layout.keys()
+def _spellings(architecture: Architecture) -> dict[str, bool]:
+    """Every name that a tensor of the architecture may have in files (its own, transformers', the family's other
+    spellings of it) → whether it is in a decoder block."""
+    known = {name: architecture.block_of(name) is not None for name in (*architecture.parameters, *architecture.tied)}
+    for name, placement in architecture.layout.items():
+        known.setdefault(name, any(architecture.block_of(part.name) is not None for part in placement.parts))
     for found, canonical in architecture.spellings:
-        known |= {found + name.removeprefix(canonical) for name in known if name.startswith(canonical)}
-    return set(known)
+        others = {found + name.removeprefix(canonical): known[name] for name in known if name.startswith(canonical)}
+        known = others | known
+    return known
 
 
-def _prefix_before(found: Iterable[str], known: set[str]) -> str:
-    """What stands before a known name in every name that ends with one; empty where that is not one thing."""
-    prefixes = set()
+def _prefix_before(found: Iterable[str], known: Container[str]) -> str:
+    """What stands before known names, the same for most of them; empty where nothing does."""
+    prefixes: Counter[str] = Counter()
     for name in found:
-        at = name.find(".")
-        while at >= 0 and name[at + 1 :] not in known:
-            at = name.find(".", at + 1)
-        if at >= 0:
-            prefixes.add(name[: at + 1])
-    return prefixes.pop() if len(prefixes) == 1 else ""
+        places = [at + 1 for at, character in enumerate(name) if character == "." and name[at + 1 :] in known]
+        prefixes.update(name[:at] for at in places)
+    return max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)), default="")
 
 
-def _prefix_left_out(found: Iterable[str], known: set[str], architecture: Architecture) -> str:
+def _prefix_left_out(found: Iterable[str], known: Container[str], architecture: Architecture) -> str:
     """The beginning of the architecture's names that makes stored ones known; empty where none does."""
     parts = architecture.blocks[0].split(".")[:-2]
     beginnings = [".".join(parts[:count]) + "." for count in range(len(parts), 0, -1)]

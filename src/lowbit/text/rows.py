@@ -31,7 +31,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 def _from_instruction(row: dict[str, Any]) -> list[Message]:
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if isinstance(part, str) and part)
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    return _messages(turns) if asked and row["output"] else []
+    return _messages(turns) if asked and isinstance(row["output"], str) and row["output"] else []
 
 
 def _from_text(row: dict[str, Any]) -> str:
