@@ -272,7 +272,8 @@ def holds_codes(stored: Checkpoint) -> bool:
         if leaf in _QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
             return True
         coded = info.dtype not in FLOATS and info.dtype is not torch.float64
-        if coded and leaf in ("weight", "bias", "blocks") and not owner.endswith(("attn", "attention")):
+        is_buffer = leaf in ("position_ids", "masked_bias") or (leaf == "bias" and owner.endswith(("attn", "attention")))
+        if coded and not is_buffer:
             return True
         if leaf.endswith(("_blocks", "_scales")):
             return True
