@@ -272,8 +272,8 @@ def holds_codes(stored: Checkpoint) -> bool:
         if leaf in _QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
             return True
         coded = info.dtype not in FLOATS and info.dtype is not torch.float64
-        is_buffer = leaf in ("position_ids", "masked_bias") or (leaf == "bias" and owner.endswith(("attn", "attention")))
-        if coded and not is_buffer:
+        is_mask = leaf == "bias" and owner.endswith(("attn", "attention"))
+        if coded and not is_mask and leaf not in ("position_ids", "masked_bias"):
             return True
         if leaf.endswith(("_blocks", "_scales")):
             return True
