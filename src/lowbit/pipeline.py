@@ -243,8 +243,7 @@ class _Run:
             row, column = divmod(int(values.abs().argmax()), values.shape[1])
             raise NonFiniteError(
                 f"{self._file_of(tensor)}: tensor {tensor.name} holds {values[row, column].item():.6g} at "
-                f"[{first + row}, {column}], which is beyond the range of {tensor.stored_as} (whose scales are stored "
-                f"in half precision: at most 65504)",
+                f"[{first + row}, {column}], which is beyond the range of {tensor.stored_as}",
                 f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore '{tensor.name}'",
             )
         return squared_error_in_double(values, decoded)
