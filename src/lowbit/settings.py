@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
+from lowbit.foreign_recipes import refuse_foreign_recipe
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.registry import written_formats
@@ -190,9 +191,7 @@ class Settings(Table):
     @field_validator("ignore")
     @classmethod
     def _regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            _compiled(pattern)
-        return patterns
+        return tuple(_compiled(pattern) for pattern in patterns)
 
     @field_validator("format")
     @classmethod
@@ -212,8 +211,8 @@ class Settings(Table):
     @field_validator("method_overrides")
     @classmethod
     def _method_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
+        overrides = {_compiled(pattern): name for pattern, name in overrides.items()}
         for pattern, name in overrides.items():
-            _compiled(pattern)
             method = parse_method(name)
             if method.transforms or method.learned:
                 alone = ", ".join(row.name for row in ROUNDINGS.values() if not row.learns)
@@ -224,11 +223,10 @@ class Settings(Table):
     @field_validator("overrides")
     @classmethod
     def _override_regexes(cls, overrides: dict[str, str]) -> dict[str, str]:
-        for pattern, name in overrides.items():
-            _compiled(pattern)
+        for name in overrides.values():
             if not is_gguf_name(name):
                 find_scheme(name)
-        return overrides
+        return {_compiled(pattern): name for pattern, name in overrides.items()}
 
     @field_validator("shard_size")
     @classmethod
@@ -293,9 +291,9 @@ class Settings(Table):
         return RangeSearch(self.range, percentile=self.percentile)
 
 
-def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
+def make_settings(recipe: str | Path | None = None, **flags: Any) -> Settings:
     """Settings from a recipe file, overridden by flags that are not None; UsageError for unknown or invalid ones."""
-    values = {} if recipe is None else _read_recipe(recipe)
+    values = {} if recipe is None else _read_recipe(Path(recipe))
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**values)
@@ -322,16 +320,20 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of settings, found {type(values).__name__}")
+    refuse_foreign_recipe(values, path)
     return {str(name): value for name, value in values.items()}
 
 
-def _compiled(pattern: str) -> None:
-    if not pattern:
+def _compiled(pattern: str) -> str:
+    """The pattern as it is searched for; llm-compressor's `re:` stands for a pattern from the beginning of a name."""
+    written = pattern.removeprefix("re:")
+    if not written:
         raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
     try:
-        re.compile(pattern)
+        re.compile(written)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+    return f"^(?:{written})" if pattern.startswith("re:") else pattern
 
 
 def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:

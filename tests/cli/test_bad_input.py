@@ -119,6 +119,9 @@ def remote_code(model):
 
 def quantized_by_another_method(model):
     edit_config(model, quantization_config={"quant_method": "vptq", "bits": 4})
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.indices"] = torch.ones(4, 4, dtype=torch.int32)
+    save_file(tensors, model / "model.safetensors")
 
 
 def no_weights(model):

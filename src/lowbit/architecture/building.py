@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def build_without_weights(
     """
     from transformers import AutoConfig
 
-    plain = {key: value for key, value in config.items() if key not in _IGNORED}
+    plain = without_quantization(config)
     try:
         if trust_remote_code and config.get("auto_map"):
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -59,10 +60,6 @@ def build_without_weights(
             f"{' '.join(str(error).split())[:300]}",
             "check config.json, or upgrade transformers if the model is newer than it",
         ) from error
-
-
-# quantization of the files, not of the model; kernels of the hub, which are code
-_IGNORED = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
 
 
 def auto_class(config: Any, named: Any = None) -> Any:
