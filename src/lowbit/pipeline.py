@@ -21,7 +21,8 @@ from lowbit.calibrate.input_ranges import measure_ranges
 from lowbit.calibrate.store import TensorResult, joined_results
 from lowbit.checkpoint.quantized import FLOATS
 from lowbit.errors import NonFiniteError
-from lowbit.export.atomic import check_disk
+from lowbit.files.claim import Claim
+from lowbit.files.system import check_disk
 from lowbit.methods import RTN
 from lowbit.numerics.precision import compute_dtype
 from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, PlannedTensor, Prepared, Progress
@@ -87,16 +88,18 @@ def write_checkpoint(
     progress: Progress | None = None,
     overwrite: bool = False,
     finish: Callable[[Path, Written], None] | None = None,
+    claim: Claim | None = None,
 ) -> None:
     """Write the plan's output, atomically.
 
     finish  verifies the hidden folder and writes the report, before the folder gets its name; an exception in it leaves
             nothing behind
+    claim   the run's claim on the output; None: one for the writing alone
     """
     plan = prepared.plan
     plan.refuse_existing(output, overwrite)
-    check_disk(output, plan.file_bytes)
-    with plan.workplace(output, overwrite) as work:
+    check_disk(output, plan.file_bytes, plan.largest_file)
+    with plan.workplace(output, overwrite, claim) as work:
         container = plan.container(work, output)
         try:
             run = _Run(prepared, container, progress)

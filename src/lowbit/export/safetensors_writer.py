@@ -182,9 +182,9 @@ def _copy_into(whole: Tensor, values: Tensor, index: tuple[int | slice, ...], st
     target.copy_(values)
 
 
-def total_file_bytes(tensors: list[StoredTensor], shard_size: int) -> int:
-    """Bytes of the safetensors files, with headers, without the JSON index."""
-    return sum(shard.size for shard in _plan_shards(Path(), tensors, shard_size))
+def file_sizes(tensors: list[StoredTensor], shard_size: int) -> list[int]:
+    """Bytes of each safetensors file, with headers; the JSON index is not among them."""
+    return [shard.size for shard in _plan_shards(Path(), tensors, shard_size)]
 
 
 def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> list[_Shard]:

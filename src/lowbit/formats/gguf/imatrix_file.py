@@ -30,9 +30,7 @@ are negative or beyond the file, repeated names, names that are not UTF-8, bytes
 
 from __future__ import annotations
 
-import os
 import struct
-import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,20 +84,12 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
 
 def write_imatrix(matrix: ImportanceMatrix, path: str | Path, form: Form = "gguf") -> None:
-    """Write a file that llama.cpp reads; it has its name when it is complete. Raises CheckpointError, OutputError."""
-    path = Path(os.path.abspath(path))
+    """Write a file that llama.cpp reads. Raises CheckpointError, OutputError."""
     check_values(matrix, "the imatrix")
-    work = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        if form == "dat":
-            work.write_bytes(pack_dat(matrix))
-        else:
-            _write_gguf(matrix, work)
-        with work.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
+    if form == "dat":
+        Path(path).write_bytes(pack_dat(matrix))
+    else:
+        _write_gguf(matrix, Path(path))
 
 
 def _is_gguf(path: Path) -> bool:

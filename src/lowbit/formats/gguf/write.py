@@ -169,9 +169,9 @@ def _names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
-def total_bytes(tensors: list[StoredBlocks], key_values: KeyValues, shard_size: int | None) -> int:
-    """Bytes of all files, headers included."""
-    return sum(part.size for part in plan_parts(Path(), "x.gguf", tensors, key_values, shard_size))
+def part_sizes(tensors: list[StoredBlocks], key_values: KeyValues, shard_size: int | None) -> list[int]:
+    """Bytes of every file, headers included."""
+    return [part.size for part in plan_parts(Path(), "x.gguf", tensors, key_values, shard_size)]
 
 
 def _split(tensors: list[StoredBlocks], shard_size: int | None) -> list[list[StoredBlocks]]:
