@@ -39,7 +39,7 @@ from lowbit.rounding.target import GridTarget, Target
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
-_OURS = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|states-\d{5})(\.partial)?")
+STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|states-\d{5})(\.partial)?")
 _SHOWN = 4  # differences in a message
 _log = logging.getLogger("lowbit")
 
@@ -221,7 +221,7 @@ class BlockStore:
             path.unlink()
 
     def _files(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name)]
+        return [path for path in self.folder.iterdir() if STORED.fullmatch(path.name)]
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         beside = self.folder / f"{name}.partial"

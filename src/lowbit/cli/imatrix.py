@@ -39,7 +39,7 @@ def imatrix(
         str, typer.Option(metavar="SIZE", help="Hidden states kept in memory; more go to a temporary file.")
     ] = "1GiB",
     show: Annotated[bool, typer.Option("--show", help="Print statistics of an imatrix; nothing is measured.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier imatrix.")] = False,
     json: Json = False,
 ) -> None:
     """Measure the importance of each input channel for GGUF quantization; merge, convert and show such files."""

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lowbit.errors import OutputError
@@ -49,6 +49,7 @@ class Owner:
 
     machine  of the boot of the kernel: container and host agree on it
     since    seconds since 1970
+    output   name of the output
     partial  name of the folder that it writes into
     earlier  name of the output that it moved aside, where names cannot be exchanged
     placing  file name → inode, of the files that get their names one after the other, in this order
@@ -58,6 +59,7 @@ class Owner:
     host: str
     machine: str
     since: float
+    output: str = ""
     partial: str | None = None
     earlier: str | None = None
     placing: dict[str, int] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def read_owner(folder: Path) -> Owner | None:
         owner = Owner(**json.loads((folder / OWNER).read_bytes()[: 1 << 20]))
         plain = all(os.sep not in name and name not in ("", ".", "..") for name in owner.placing)
         known = all(name is None or _HIDDEN.fullmatch(name) for name in (owner.partial, owner.earlier))
+        plain = plain and os.sep not in owner.output
     except (OSError, ValueError, TypeError):
         return None
     return owner if plain and known else None
@@ -117,7 +120,7 @@ class Claim:
     def __init__(self, output: Path):
         self.output = Path(os.path.abspath(output))
         self.folder = work_folder(self.output)
-        self.owner = Owner.myself()
+        self.owner = replace(Owner.myself(), output=self.output.name)
         self._descriptor = self._take()
 
     def new_partial(self) -> Path:
