@@ -15,7 +15,6 @@ The fields of both are the one table of options (`lowbit.knobs`). A setting that
 from __future__ import annotations
 
 import difflib
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ from lowbit import knobs
 from lowbit.errors import UsageError
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
+from lowbit.patterns import PatternError, compiled
 from lowbit.registry import written_formats
 from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
 from lowbit.tensors import RangeSearch
@@ -253,7 +253,7 @@ class Settings(Table):
     def rounding_of(self, linear: str) -> Rounding:
         """The rounding of the first method override whose regex is found in the name, else that of the method."""
         for pattern, name in self.method_overrides.items():
-            if re.search(pattern, linear):
+            if compiled(pattern).search(linear):
                 return parse_method(name).rounding
         return parse_method(self.method).rounding
 
@@ -269,7 +269,7 @@ class Settings(Table):
     def override_for(self, linear: str) -> Scheme | None:
         """Scheme of the first override whose regex is found in the module name."""
         for pattern, name in self.overrides.items():
-            if re.search(pattern, linear):
+            if compiled(pattern).search(linear):
                 scheme = find_scheme(name)
                 if self.group_size is not None and scheme.weight.group_size_is_free:
                     scheme = scheme.with_group_size(self.group_size)
@@ -278,7 +278,7 @@ class Settings(Table):
 
     def ignored_by(self, linear: str) -> str | None:
         """The user's regex that leaves this linear alone, if any."""
-        return next((pattern for pattern in self.ignore if re.search(pattern, linear)), None)
+        return next((pattern for pattern in self.ignore if compiled(pattern).search(linear)), None)
 
     def range_search(self, weight: WeightSpec) -> RangeSearch:
         """The range search; "auto" searches for codes of 4 bits or fewer. For more bits, and for NF4 and FP4, a search
@@ -326,8 +326,8 @@ def _compiled(pattern: str) -> None:
     if not pattern:
         raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        compiled(pattern)
+    except PatternError as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
@@ -335,7 +335,7 @@ def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -
     """UsageError for a pattern that matches none of the names, most likely a typo."""
     names = list(names)
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(compiled(pattern).search(name) for name in names):
             raise UsageError(f"{option} {pattern!r} matches no linear of the model",
                              f"names look like {names[0]}; `lowbit inspect` lists them")  # fmt: skip
 
