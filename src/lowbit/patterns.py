@@ -2,7 +2,8 @@
 
 Python's `re` takes exponential time for some patterns, and a config.json may hold one: `(([a-z0-9._])+)+X`. RE2 takes
 time linear in the name for all that it knows. What it does not know (lookaround, references back), and names that are
-not ASCII, where its classes differ from Python's, go to the package `regex`, which stops after `SECONDS`.
+not ASCII or hold a line feed, where its classes and `$` differ from Python's, go to the package `regex`, which
+stops after `SECONDS`.
 
 The language is Python's: a pattern that `re` refuses is refused, and both engines find what `re` finds.
 """
@@ -13,9 +14,6 @@ import re
 import warnings
 from functools import lru_cache
 from typing import Any
-
-import re2
-import regex
 
 from lowbit.errors import UsageError
 
@@ -37,11 +35,13 @@ class Pattern:
         self.text = text
         if len(text) > LONGEST:
             raise PatternError(f"it has {len(text)} characters; at most {LONGEST} are allowed")
+        import regex  # when the first pattern is seen: importing takes as long as `lowbit --help`
+
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 re.compile(text)
-                self._slow = regex.compile(text)
+                self._slow = regex.compile(_as_python(text))
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise PatternError(str(error)) from error
         self._fast = _re2(text)
@@ -55,7 +55,7 @@ class Pattern:
         return self._find("search", name)
 
     def _find(self, how: str, name: str) -> bool:
-        if self._fast is not None and name.isascii():
+        if self._fast is not None and name.isascii() and "\n" not in name:
             return getattr(self._fast, how)(name) is not None
         try:
             return getattr(self._slow, how)(name, timeout=SECONDS) is not None
@@ -74,13 +74,20 @@ def up_to_a_dot(entry: str) -> Pattern:
     return compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
 
 
+def _as_python(text: str) -> str:
+    """A pattern in which [[:alpha:]] is what it is to Python: a set with a bracket in it."""
+    return text.replace("[[:", r"[\[:")
+
+
 def _re2(text: str) -> Any:
-    """The pattern for RE2; None where RE2 does not know it, or reads it otherwise than Python (`[[:alpha:]]`)."""
-    if "[:" in text or not text.isascii():
+    """The pattern for RE2; None where RE2 does not know it."""
+    import re2
+
+    if not text.isascii():
         return None
     options = re2.Options()
     options.log_errors, options.max_mem = False, _RE2_MEMORY
     try:
-        return re2.compile(text, options=options)
+        return re2.compile(_as_python(text), options=options)
     except re2.error:
         return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import of_trust
 from lowbit.errors import UsageError
 from lowbit.registry import ENGINES
@@ -91,9 +92,9 @@ def _print(verification: Verification) -> None:
     """One rule a line; the word, not a colour, says how it went."""
     width = max(len(rule) for rule in [*(check.rule for check in verification.checks), *verification.unchecked])
     for check in verification.checks:
-        typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
+        echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
     for rule, reason in verification.unchecked.items():
-        typer.echo(f"--    {rule:{width}}  not checked: {reason}")
+        echo(f"--    {rule:{width}}  not checked: {reason}")
 
 
 def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
@@ -105,11 +106,11 @@ def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
         print_json([_rule_as_json(rule, engines) for rule, engines in found.items()])
         return
     for rule, engines in found.items():
-        typer.echo(f"{rule.name}: {rule.summary}")
-        typer.echo(f"    engines  {', '.join(engines)}")
-        typer.echo(f"    formats  {formats_said(rule.formats)}")
-        typer.echo(f"    checks   {_first_paragraph(rule)}")
-        typer.echo(f"    follows  {rule.follows}")
+        echo(f"{rule.name}: {rule.summary}")
+        echo(f"    engines  {', '.join(engines)}")
+        echo(f"    formats  {formats_said(rule.formats)}")
+        echo(f"    checks   {_first_paragraph(rule)}")
+        echo(f"    follows  {rule.follows}")
 
 
 def _rule_as_json(rule: Rule, engines: tuple[str, ...]) -> dict[str, Any]:
