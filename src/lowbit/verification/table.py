@@ -9,7 +9,7 @@ vllm/model_executor/layers/quantization, sglang/srt/layers/quantization, transfo
 from __future__ import annotations
 
 from lowbit.registry import ENGINES, FORMATS, load
-from lowbit.verification import files, tensors
+from lowbit.verification import files, layers, tensors
 from lowbit.verification.result import ALL, GGUF, QUANTIZED, STAGES, Rule, loading_of
 
 _OURS = "our own: what no format allows"
@@ -41,6 +41,10 @@ COMMON: tuple[Rule, ...] = (
     Rule("leftovers", "layers", ALL, "no tensor that a loader would not know", tensors.check_leftovers,
          "load_weights of the model classes (vLLM): KeyError, or passed over"),
     Rule("sizes", "layers", ALL, "bytes are as predicted from shapes", files.check_sizes, "the safetensors format"),
+    Rule("groups-fit", "layers", _SCALED, "in_features divide by the groups of weights and of activations",
+         layers.check_groups_fit, "per_token_group_quant_fp8 of utils/fp8_utils.py, create_weights of "
+         "compressed_tensors_wNa16.py and of KNvfp4Static, KMxfp8Static, KFp8Block128 in modelopt.py (vLLM); act_quant "
+         "of integrations/finegrained_fp8.py, quantize of compressed-tensors' forward.py (transformers)"),
     Rule("engine-loader", "limits", QUANTIZED, "the engine has a loader for the format", files.check_loader,
          "QuantizationMethods of __init__.py (vLLM), BASE_QUANTIZATION_METHODS of __init__.py (SGLang), "
          "AUTO_QUANTIZATION_CONFIG_MAPPING of quantizers/auto.py (transformers), load_hf_quant_config of "
