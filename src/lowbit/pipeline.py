@@ -22,6 +22,7 @@ from lowbit.calibrate.store import TensorResult, joined_results
 from lowbit.checkpoint.quantized import FLOATS
 from lowbit.errors import NonFiniteError
 from lowbit.files.claim import Claim
+from lowbit.files.hashes import file_digests
 from lowbit.files.system import check_disk
 from lowbit.methods import RTN
 from lowbit.numerics.precision import compute_dtype
@@ -75,11 +76,17 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Written:
-    """The output of a run. results, histograms: by the names of the plan's tensors"""
+    """The output of a run. results, histograms: by the names of the plan's tensors
+
+    beside   the other files: config, tokenizer …
+    digests  file name → SHA-256 of each MiB, of every file
+    """
 
     files: list[Path]
     results: dict[str, TensorResult] = field(default_factory=dict)
     histograms: dict[str, WeightHistogram] = field(default_factory=dict)
+    beside: list[Path] = field(default_factory=list)
+    digests: dict[str, bytes] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -103,7 +110,7 @@ def write_checkpoint(
         container = plan.container(work, output)
         try:
             run = _Run(prepared, container, progress)
-            written = Written(container.files, run.all_tensors(), run.histograms.done)
+            results = run.all_tensors()
             for piece in plan.pieces_beside():
                 container.write(piece)
             container.close()
@@ -111,7 +118,9 @@ def write_checkpoint(
             container.abandon()
         plan.complete(work, prepared.checkpoint)
         if finish is not None:
-            finish(work, written)
+            beside = sorted({path for path in work.rglob("*") if path.is_file()} - set(container.files))
+            digests = container.digests | {str(path.relative_to(work)): file_digests(path) for path in beside}
+            finish(work, Written(container.files, results, run.histograms.done, beside, digests))
 
 
 class _Run:

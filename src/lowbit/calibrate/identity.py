@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit import kernels
+from lowbit.files.hashes import file_digests
 from lowbit.version import __version__
-from lowbit.workers import run_all
 
 if TYPE_CHECKING:
     from lowbit.calibrate.one_block import Job
     from lowbit.checkpoint.base import OpenOptions
 
-_CHUNK = 1 << 24  # bytes that one thread hashes at a time
 _LONGEST_VALUE = 60  # characters of a value in a message
 _ABSENT = object()
 
@@ -55,24 +52,8 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
 
 
 def file_hashes(files: set[Path]) -> dict[str, str]:
-    """File name → SHA-256 of the SHA-256s of its chunks, by as many threads as there are cores."""
-    digests: dict[Path, dict[int, bytes]] = {path: {} for path in sorted(files)}
-    lock = threading.Lock()
-
-    def hash_chunk(path: Path, position: int) -> None:
-        with path.open("rb", buffering=0) as file:
-            file.seek(position)
-            digest = hashlib.sha256(file.read(_CHUNK)).digest()
-        with lock:
-            digests[path][position] = digest
-
-    sizes = {path: path.stat().st_size for path in digests}
-    jobs = ((hash_chunk, path, start) for path, size in sizes.items() for start in range(0, size, _CHUNK))
-    run_all(jobs, os.cpu_count() or 1)
-    return {
-        path.name: hashlib.sha256(b"".join(found[start] for start in sorted(found))).hexdigest()
-        for path, found in digests.items()
-    }
+    """File name → SHA-256 of the SHA-256s of its chunks."""
+    return {path.name: hashlib.sha256(file_digests(path)).hexdigest() for path in sorted(files)}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -70,6 +70,11 @@ class SafetensorsCheckpoint:
         stored = self._stored[name]
         self._files[info.file].release(stored.start, stored.stop)
 
+    def holders(self, file: str, first: int, last: int) -> list[str]:
+        """Tensors that have bytes between two positions of a file."""
+        return [name for name, stored in self._stored.items()
+                if self.tensors[name].file.name == file and stored.start < last and stored.stop > first]  # fmt: skip
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()

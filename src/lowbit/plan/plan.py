@@ -175,6 +175,8 @@ class PlannedTensor:
 class Container(Protocol):
     """The open files of an output; `write` takes pieces in any order and from any thread."""
 
+    digests: dict[str, bytes]  # after `close`: file name → SHA-256 of each MiB, one after the other
+
     @property
     def files(self) -> list[Path]: ...
 

@@ -114,6 +114,8 @@ def _checked(subject: Subject) -> Verification:
                 reason = reason or "no source was given to compare with"
             elif rule.needs_nearest and not subject.nearest:
                 reason = reason or "nothing says that the codes were rounded to nearest"
+            elif rule.needs_checksums and not subject.checksums:
+                reason = reason or "no report with checksums lies beside it"
             if reason:
                 unchecked[rule.name] = reason
                 continue

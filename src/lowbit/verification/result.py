@@ -46,6 +46,7 @@ class Rule:
                   is sound, and other engines (or cards) may run it
     needs_source  True if it compares with the original weights
     needs_nearest True if it applies only to codes rounded to nearest
+    needs_checksums True if it compares with the checksums of the report
     """
 
     name: str
@@ -58,6 +59,7 @@ class Rule:
     limit: bool = False
     needs_source: bool = False
     needs_nearest: bool = False
+    needs_checksums: bool = False
 
 
 @dataclass(frozen=True)

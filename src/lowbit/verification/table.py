@@ -18,6 +18,8 @@ _SCALED = ("compressed-tensors", "modelopt", "fp8")  # formats that state scales
 COMMON: tuple[Rule, ...] = (
     Rule("files", "files", ALL, "every shard is there, whole, and agrees with the index", files.check_files,
          "the safetensors format; model_loader/weight_utils.py, filter_duplicate_safetensors_files (vLLM)", gate=True),
+    Rule("checksums", "files", ALL, "the weight files are, to the bit, those that lowbit wrote",
+         files.check_written_bytes, "our own: SHA-256 of each MiB, in the report", needs_checksums=True),
     Rule("format-known", "files", ALL, "config.json names a known format, and the files are laid out as it",
          files.check_format_known, "get_quant_config (vLLM), quantizers/auto.py (transformers)", gate=True),
     Rule("quantization-config", "parse", QUANTIZED, "quantization_config parses strictly, and fits the files",

@@ -23,6 +23,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import open_gguf
 from lowbit.numerics import ggml
+from lowbit.verification.checksums import kept_checksums
 from lowbit.verification.survey import Progress
 from lowbit.workers import run_all
 
@@ -52,6 +53,11 @@ class GGUFSubject:
     @cached_property
     def raw(self) -> RawGGUF:
         return open_raw_gguf(self.folder)
+
+    @cached_property
+    def checksums(self) -> dict[str, tuple[int, bytes]]:
+        """File → (bytes, digests) by the report; empty without one."""
+        return kept_checksums(self.folder)
 
     @property
     def arch(self) -> str:
