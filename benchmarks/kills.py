@@ -3,7 +3,7 @@
     python benchmarks/kills.py --kills 100
 
 The events of a GPTQ run are counted once, folder and GGUF: every file that is opened, renamed or removed at the output,
-and every step of progress. Then runs kill themselves (SIGKILL) at events spread evenly over all of them, and are resumed
+and every step of progress. Then runs kill themselves (SIGKILL) at events spread evenly over them, and are resumed
 until one ends. The files must then be byte for byte those of the undisturbed run, and no hidden folder may be left. One
 run in three is killed twice. Prints what the kills met and how it went; exits with 1 where a round broke a rule.
 """

@@ -169,7 +169,9 @@ class Claim:
                 earlier = read_owner(self.folder)
                 if earlier is not None:
                     _undo(self.output, earlier)
-                    _log.info("%s: a run was killed here (%s); its unfinished files are removed", self.output, earlier)
+                    _log.warning(
+                        "%s: a run was killed here (%s); its unfinished files are removed", self.output, earlier
+                    )
                 self._descriptor = descriptor
                 self.note()
                 return descriptor
@@ -241,7 +243,7 @@ def _undo(output: Path, owner: Owner) -> None:
         earlier = output.with_name(owner.earlier)
         if earlier.exists() and not output.exists():
             os.rename(earlier, output)
-            _log.info("%s: the earlier output, moved aside by a run that was killed, is back", output)
+            _log.warning("%s: the earlier output, moved aside by a run that was killed, is back", output)
         elif earlier.exists():
             remove_tree(earlier)
     if partial is not None:
