@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.verification import verify
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def quantize(
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output)))
     refuse_other_name(output, chosen)
     refuse_claimed(output)  # before an importance matrix is measured
+    refuse_sources([output], [Path(model)])
     if output_format(chosen, output).suffix is not None:
         reports = [report_path(output), report_path(output, HTML_NAME)]
         refuse_existing_files(output, [output, *reports], overwrite)
@@ -153,8 +157,15 @@ def _write(
         plan.refuse_existing(output, overwrite)
         copies = 2 if plan.settings.is_blockwise else 1  # finished blocks are kept beside the output until it is there
         check_disk(output, copies * plan.file_bytes, plan.largest_file)
-        prepared = calibrate(prepared, output, run, progress)
-        write_checkpoint(prepared, output, progress, overwrite, finish, claim)
+        try:
+            prepared = calibrate(prepared, output, run, progress)
+            write_checkpoint(prepared, output, progress, overwrite, finish, claim)
+        except BaseException:
+            blocks = len(list(claim.folder.glob("block-*.safetensors")))
+            if blocks:
+                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
+                             blocks, claim.folder)  # fmt: skip
+            raise
         if prepared.calibrated is not None:
             prepared.calibrated.store.remove()
     return Quantized(plan.opened_at(output), reports[0])

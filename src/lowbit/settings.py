@@ -38,7 +38,19 @@ MEASURE = "measure"  # value of `imatrix` in place of a file
 
 
 class RunOptions(Table):
-    """Options of the run that do not change its output."""
+    """Options of the run that do not change its output; UsageError for unknown or invalid ones."""
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
+            said = f"there is no option {where} of a run" if first["type"] == "extra_forbidden" else (
+                f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}")  # fmt: skip
+            raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
+                             f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
 
     device: Annotated[
         str, Knob("Of forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
@@ -303,6 +315,8 @@ def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
         near = difflib.get_close_matches(where, Settings.model_fields, n=1)
         if first["type"] == "extra_forbidden":
             hint = f"did you mean {near[0]}? " if near else ""
+            if where in RunOptions.model_fields:
+                hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "
             raise UsageError(
                 f"{origin}there is no setting {where}", f"{hint}known settings: {', '.join(Settings.model_fields)}"
             ) from error

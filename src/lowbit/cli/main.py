@@ -95,7 +95,7 @@ def run() -> NoReturn:
     except Stopped as stopped:
         for signum in _signals():  # one that comes now must not cut the exit short
             signal.signal(signum, signal.SIG_IGN)
-        typer.echo("stopped; nothing unfinished was left behind", err=True)
+        print("stopped; nothing unfinished has the name of the output", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except BrokenPipeError:
         # The reader has gone (`| head`); what is still buffered has nowhere to go either.

@@ -50,6 +50,7 @@ def _verify(folder: Path, engine: str | None, reference: str | None, json: bool,
     from lowbit.cli.console import byte_progress, print_json, say
     from lowbit.verification import default_engine, rules
     from lowbit.verification import verify as verify_folder
+    from lowbit.verification.result import verdict
 
     engine = engine or default_engine(folder)
     rules(engine)
@@ -62,16 +63,8 @@ def _verify(folder: Path, engine: str | None, reference: str | None, json: bool,
         _print(verification)
     if not verification.ok:
         if not json:
-            say(f"\n{_verdict(verification)}")
+            say(f"\n{verdict(verification)}")
         raise typer.Exit(1)
-
-
-def _verdict(verification: Verification) -> str:
-    count = len(verification.failed)
-    fail = f"{count} rule{'s' * (count != 1)} fail{'s' * (count == 1)}"
-    if verification.broken:
-        return f"{verification.engine} would refuse or misread it: {fail}"
-    return f"the files are sound, but {verification.engine} has no loader or kernel for them: {fail}"
 
 
 def _as_json(verification: Verification) -> dict[str, Any]:
@@ -81,7 +74,13 @@ def _as_json(verification: Verification) -> dict[str, Any]:
         "format": verification.format,
         "ok": verification.ok,
         "checks": [
-            {"rule": check.rule, "passed": check.passed, "limit": check.limit, "detail": check.detail}
+            {
+                "rule": check.rule,
+                "passed": check.passed,
+                "limit": check.limit,
+                "outcome": check.outcome,
+                "detail": check.detail,
+            }
             for check in verification.checks
         ],
         "unchecked": verification.unchecked,

@@ -124,7 +124,11 @@ def _checked(subject: Subject) -> Verification:
             except LowbitError as error:
                 finding = Finding([str(error)], "")
             detail = shortened(finding.problems) if finding.problems else finding.summary
-            checks.append(Check(rule=rule.name, passed=not finding.problems, detail=detail, limit=rule.limit))
+            checks.append(
+                Check(
+                    rule=rule.name, passed=not finding.problems, detail=detail, limit=rule.limit, outcome=rule.outcome
+                )
+            )
             if rule.gate and finding.problems:
                 failed_gate = f"the rule {rule.name!r} failed"
     finally:

@@ -143,9 +143,10 @@ def _weight_said(weight: WeightSpec) -> str:
 FUSING: tuple[Rule, ...] = (
     Rule("fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
          "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); from documentation "
-         "(TensorRT-LLM)"),
+         "(TensorRT-LLM)", then="misreads"),
     Rule("expert-schemes", "layers", QUANTIZED, "all experts of a block have one scheme", check_expert_schemes,
-         "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)"),
+         "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)",
+         then="misreads"),
     Rule("expert-matrices", "layers", tuple(kind for kind in QUANTIZED if kind != "mxfp4"),
          "quantized experts lie in the files one by one", check_layout,
          "make_expert_params_mapping of fused_moe (vLLM, SGLang); from documentation (TensorRT-LLM)"),
