@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
+from lowbit.files.regular import read_regular
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.patterns import PatternError, compiled
@@ -328,7 +329,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_regular(path).decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(values, dict):

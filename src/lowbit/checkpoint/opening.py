@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, split_name
 from lowbit.checkpoint.hub import DEMO_PREFIX, demo_file, download, is_hub_id
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.files.regular import refuse_irregular
 from lowbit.registry import FORMATS, load
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
     if gguf is not None:
         return open_gguf(gguf, source)
     from lowbit.checkpoint.pickle import open_pickle, pickle_files
+
+    refuse_irregular(folder)
 
     if pickle_files(folder):
         return open_pickle(folder, options, source)

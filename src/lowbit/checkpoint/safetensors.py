@@ -21,6 +21,7 @@ from lowbit.checkpoint.base import TensorInfo, find_tensor, read_config, read_js
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors_header import ITEM_SIZE, HeaderEntry, read_header
 from lowbit.errors import CheckpointError
+from lowbit.files.regular import refuse_irregular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,6 +92,7 @@ class SafetensorsCheckpoint:
 
     def _open(self, paths: list[Path], weight_map: dict[str, str] | None) -> None:
         """Read every header, then check them against the index."""
+        refuse_irregular(self.folder)
         for path in paths:
             file = self._files[path] = MappedFile(path)
             stored_tensors, metadata = read_header(file)

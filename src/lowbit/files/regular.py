@@ -6,10 +6,11 @@ library opens them.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from lowbit.errors import CheckpointError
 
@@ -27,16 +28,22 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def open_text(path: Path) -> TextIO:
+    """The same, for reading UTF-8."""
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8")
+
+
 def read_regular(path: Path) -> bytes:
     """All bytes of a file; CheckpointError as above."""
     with open_regular(path) as file:
         return file.read()
 
 
-def refuse_irregular(path: Path) -> None:
-    """CheckpointError where something has the name of a file and is none."""
-    if os.path.exists(path):
-        _refuse(path, os.stat(path).st_mode)
+def refuse_irregular(folder: Path) -> None:
+    """CheckpointError where a folder holds a pipe, a socket or a device, which a library might wait for."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir() and os.path.exists(entry.path):  # a link to nothing is not opened
+            _refuse(Path(entry.path), entry.stat().st_mode)
 
 
 def _refuse(path: Path, mode: int) -> None:

@@ -31,6 +31,7 @@ from lowbit.calibrate.summary import InputSummary
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.evaluation.result import Evaluation
+from lowbit.files.regular import open_regular
 from lowbit.records import Count, NonNegative, Record, Share
 from lowbit.report.diagnosis import Diagnosis
 from lowbit.rounding.histogram import WeightHistogram
@@ -287,7 +288,7 @@ def write_text(text: str, path: Path | str) -> None:
 
 def _read_bounded(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise CheckpointError(

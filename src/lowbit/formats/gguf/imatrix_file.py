@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.files.regular import open_regular, read_regular
 from lowbit.formats.gguf.header import MAGIC
 from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix, check_values
 from lowbit.formats.gguf.raw import RawGGUF, open_raw_gguf
@@ -76,7 +77,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
         elif path.stat().st_size > MAX_DAT_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_DAT_BYTES} are read")
         else:
-            matrix = unpack_dat(path.read_bytes(), path)
+            matrix = unpack_dat(read_regular(path), path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})", "give an imatrix file") from error
     check_values(matrix, str(path))
@@ -93,7 +94,7 @@ def write_imatrix(matrix: ImportanceMatrix, path: str | Path, form: Form = "gguf
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == MAGIC
 
 
