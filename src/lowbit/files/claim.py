@@ -141,7 +141,8 @@ class Claim:
     def give_up_partial(self) -> None:
         """Put half-done renames back, and remove what was written."""
         _undo(self.output, self.owner)
-        self.note(partial=None, earlier=None, placing={})
+        with contextlib.suppress(OSError):  # of a disk that is full; what the record names is gone already
+            self.note(partial=None, earlier=None, placing={})
 
     def release(self) -> None:
         """Drop the claim; the folder goes too unless it holds finished blocks."""
