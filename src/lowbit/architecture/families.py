@@ -13,6 +13,9 @@ COMMON_SPELLINGS = (
     ("vision_tower.", "vision_tower.vision_model."),
     ("model.vision_tower.", "model.vision_tower.vision_model."),
     ("vision_tower.vision_model.", "vision_tower."),
+    ("video_tower.", "video_tower.vision_model."),
+    ("image_tower.", "image_tower.vision_model."),
+    ("model.", "model.language_model."),
     ("model.vision_tower.vision_model.", "model.vision_tower."),
 )
 _WITHOUT_PREFIX = (("", "transformer."),)
@@ -22,7 +25,8 @@ _WITHOUT_PREFIX = (("", "transformer."),)
 class Family:
     """
     spellings      (found, canonical): beginnings of names that some files of this family spell differently
-    fused_only     engines and transformers read the experts of 16-bit files as one tensor only
+    fused_only     engines and transformers read experts as one tensor only, and pass over others in silence (seen with
+                   vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py)
     expert_names   (end of a fused tensor's name, the same of expert "*"): where experts taken apart get names other
                    than NAME.*.gate_proj, .up_proj and .down_proj, one for each of its parts
     """
@@ -32,23 +36,26 @@ class Family:
     expert_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-# vLLM's granitemoe.py splits the stacked tensors of the files into these names, which it also reads directly.
-_GRANITE_MOE = Family(
+_FUSED_ONLY = Family(fused_only=True)
+# get_expert_mapping of vLLM's granitemoehybrid.py
+_GRANITE_HYBRID = Family(
     expert_names=(
-        ("block_sparse_moe.input_linear.weight", ("block_sparse_moe.experts.*.w1.weight",
-                                                  "block_sparse_moe.experts.*.w3.weight")),
-        ("block_sparse_moe.output_linear.weight", ("block_sparse_moe.experts.*.w2.weight",)),
+        ("block_sparse_moe.input_linear.weight", ("block_sparse_moe.experts.*.gate_proj.weight",
+                                                  "block_sparse_moe.experts.*.up_proj.weight")),
+        ("block_sparse_moe.output_linear.weight", ("block_sparse_moe.experts.*.down_proj.weight",)),
     )
 )  # fmt: skip
 
 # config.model_type → family
 FAMILIES: dict[str, Family] = {
+    "aria": _FUSED_ONLY,
+    "aria_text": _FUSED_ONLY,
     "bloom": Family(_WITHOUT_PREFIX),
     "gpt2": Family(_WITHOUT_PREFIX),
-    "gpt_oss": Family(fused_only=True),
-    "granitemoe": _GRANITE_MOE,
-    "granitemoehybrid": _GRANITE_MOE,
-    "granitemoeshared": _GRANITE_MOE,
+    "gpt_oss": _FUSED_ONLY,
+    "granitemoe": _FUSED_ONLY,
+    "granitemoehybrid": _GRANITE_HYBRID,
+    "granitemoeshared": _FUSED_ONLY,
     "opt": Family((("decoder.", "model.decoder."),)),
 }
 

@@ -106,8 +106,10 @@ class Placement:
 
     def in_fused(self) -> Placement:
         """The parts as they lie in the fused tensor of the files."""
-        if not self.fused_transposed:
-            return self
+        return self.turned() if self.fused_transposed else self
+
+    def turned(self) -> Placement:
+        """The parts in a tensor with the last two dimensions the other way round."""
         parts = tuple(replace(part, transposed=not part.transposed) for part in self.parts)
         return Placement((*self.shape[:-2], self.shape[-1], self.shape[-2]), parts)
 
@@ -200,6 +202,10 @@ class Architecture:
         block = self.block_of(name)
         behind = block is not None and len(self.blocks) <= block < len(self.blocks) + self.prediction_blocks
         return behind or _PREDICTION.search(name) is not None
+
+    def knows(self, name: str) -> bool:
+        """True for a stored tensor that the model has, blocks for multi-token prediction included."""
+        return name in self.parameters or name in self.tied or self.predicts(name)
 
     def stands_beside(self, name: str) -> bool:
         """True for stored tensors that are no parameters but belong to the model: parts of a block for multi-token

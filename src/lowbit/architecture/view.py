@@ -95,19 +95,21 @@ class _Source:
 
 def _canonical(name: str, info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, _Source]]:
     """(canonical name, source) of everything in a stored tensor; `name` is its name without prefixes."""
-    known = name in architecture.parameters or name in architecture.tied
-    placement = None if known else architecture.fused_placements.get(name)
+    name = _spelled(name, architecture)
+    parameter = architecture.parameters.get(name)
+    if parameter is not None or name in architecture.tied:
+        turned = parameter is not None and len(parameter) == 3 and _is_turned(info, parameter)
+        yield name, _Source(info.name, Part(name, transposed=True) if turned else None)
+        return
+    placement = architecture.fused_placements.get(name)
     if placement is None:
-        canonical = name
-        for prefix, spelled in () if known else architecture.spellings:
-            other = spelled + name.removeprefix(prefix)
-            if name.startswith(prefix) and (other in architecture.parameters or other in architecture.tied):
-                canonical = other
-                break
-        yield canonical, _Source(info.name)
+        yield name, _Source(info.name)
     elif all(part.whole and not part.transposed for part in placement.parts):
         yield placement.parts[0].name, _Source(info.name)
     else:
+        # transformers transposes fused experts by their shape (`Transpose` with check_dims), so files have both
+        if _is_turned(info, placement.shape):
+            placement = placement.turned()
         if tuple(info.shape) != placement.shape:
             raise CheckpointError(
                 f"{info.file}: {name} has shape {list(info.shape)}; the experts of this model, fused, are "
@@ -116,6 +118,23 @@ def _canonical(name: str, info: TensorInfo, architecture: Architecture) -> Itera
             )
         for canonical, part, expert in placement.pieces():
             yield canonical, _Source(info.name, part, expert)
+
+
+def _spelled(name: str, architecture: Architecture) -> str:
+    """The name as the architecture spells it."""
+
+    def is_known(each: str) -> bool:
+        placed = each in architecture.fused_placements
+        return placed or each in architecture.parameters or each in architecture.tied
+
+    fitting = [(prefix, spelled) for prefix, spelled in architecture.spellings if name.startswith(prefix)]
+    others = (spelled + name.removeprefix(prefix) for prefix, spelled in fitting)
+    return name if is_known(name) else next((other for other in others if is_known(other)), name)
+
+
+def _is_turned(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """True for a 3-D tensor of another shape that has its last two dimensions the other way round."""
+    return tuple(info.shape) != tuple(shape) and tuple(info.shape) == (*shape[:-2], shape[-1], shape[-2])
 
 
 class _View:

@@ -21,7 +21,7 @@ from lowbit.formats.gptq import rules as gptq
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity
 from lowbit.verification.layers import described, storage
-from lowbit.verification.left_out import LEFT_OUT, EngineUnit
+from lowbit.verification.left_out import LEFT_OUT, PREDICTION, EngineUnit
 from lowbit.verification.result import PLAIN, QUANTIZED, Finding, Rule
 from lowbit.verification.subject import Subject
 
@@ -241,6 +241,7 @@ SERVER_RULES: tuple[Rule, ...] = (
     Rule("engine-groups", "layers", ("compressed-tensors",), "the engine gives every layer the scheme meant for it",
          check_engine_groups, "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)", then="misreads"),
     LEFT_OUT,
+    PREDICTION,
     Rule("engine-dtype", "limits", QUANTIZED, "kernels compute in the model's dtype", check_dtype,
          "get_supported_act_dtypes of each quantization config (vLLM, SGLang)", limit=True),
     Rule("gptq-kernels", "limits", ("gptq",), "kernels exist for bits, symmetry and group size", check_kernels,

@@ -17,7 +17,8 @@ from lowbit.verification.subject import Subject
 def check_experts(subject: Subject) -> Finding:
     """Experts that transformers merges into one parameter are not quantized: it replaces linears only."""
     merged = [name for name, placement in subject.architecture.layout.items()
-              if any(part.per_expert for part in placement.parts)]  # fmt: skip
+              if any(part.per_expert for part in placement.parts)
+              and (subject.format != "compressed-tensors" or placement.fused is not None)]  # fmt: skip
     quantized = [name for members in subject.architecture.expert_sets.values() for name in members
                  if name in subject.schemes]  # fmt: skip
     if merged and quantized:
@@ -57,7 +58,7 @@ _LOADING = Loading(
         Rule("transformers-conv1d", "limits", ("compressed-tensors",), "no quantized Conv1D", check_transposed,
              "quantizers/quantizer_compressed_tensors.py (transformers); quantization/lifecycle/apply.py "
              "(compressed-tensors)", limit=True),
-        Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes"),
+        Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes", "compressed-tensors"),
              "no quantized experts that transformers merges", check_experts,
              "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),
     ),

@@ -287,6 +287,8 @@ def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype
     reason = _COPIED_BECAUSE.get(role, "not the weight of a linear layer")
     if name in architecture.tied:
         reason = f"tied to {architecture.tied[name]}"
+    elif architecture.predicts(name):
+        reason = "of a block for multi-token prediction, which a text does not calibrate; declared as unquantized"
     elif name not in architecture.parameters:
         reason = "not a parameter of the transformers model; copied as it is"
     return PlannedTensor(

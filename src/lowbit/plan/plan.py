@@ -219,19 +219,18 @@ class Plan(ABC):
     @cached_property
     def accounts(self) -> dict[str, list[PlannedTensor]]:
         """ "quantized", "kept" for a reason, "copied" as no parameter of the model → its tensors; together all."""
-        known = (
-            None if self.architecture is None else self.architecture.parameters.keys() | self.architecture.tied.keys()
-        )
         found: dict[str, list[PlannedTensor]] = {"quantized": [], "kept": [], "copied": []}
         for tensor in self.tensors:
-            copied = known is not None and not any(name in known for name in tensor.source.names)
+            copied = self.architecture is not None and not any(map(self.architecture.knows, tensor.source.names))
             found["quantized" if tensor.is_quantized else "copied" if copied else "kept"].append(tensor)
         return found
 
     @property
     def decoder_quantized(self) -> float | None:
         """Share of the weights of the decoder blocks' matrices that are quantized; None where none are known."""
-        matrices = [t for t in self.tensors if t.block is not None and len(t.shape) > 1]
+        blocks = None if self.architecture is None else len(self.architecture.blocks)
+        matrices = [t for t in self.tensors
+                    if t.block is not None and len(t.shape) > 1 and (blocks is None or t.block < blocks)]  # fmt: skip
         weights = sum(tensor.weights for tensor in matrices)
         return sum(tensor.weights for tensor in matrices if tensor.is_quantized) / weights if weights else None
 

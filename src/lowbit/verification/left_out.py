@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from lowbit.checkpoint.compressed_tensors_config import matches
+from lowbit.checkpoint.quantized import FLOATS
 from lowbit.errors import CheckpointError
 from lowbit.patterns import Pattern, PatternError, compiled, up_to_a_dot
 from lowbit.verification.result import Finding, Rule
@@ -139,6 +140,20 @@ def check_left_out(subject: Subject) -> Finding:
     return Finding(problems, f"{len(units)} layers are matched as the files have them")
 
 
+def check_prediction(subject: Subject) -> Finding:
+    """Every unquantized matrix of a block for multi-token prediction is declared so."""
+    tensors, architecture = subject.stored.tensors, subject.architecture
+    matrices = [name.removesuffix(".weight") for name, info in tensors.items()
+                if architecture.predicts(name) and name.endswith(".weight") and len(info.shape) == 2
+                and info.dtype in FLOATS and not name.endswith(("embed_tokens.weight", "norm.weight"))]  # fmt: skip
+    problems = [
+        f"{name} is in 16 bits, and config.json does not say so: the engine would look for a quantized weight"
+        for name in matrices
+        if subject.quantization and not is_accounted_for(subject, name)
+    ]
+    return Finding(problems, f"{len(matrices)} matrices are declared" if matrices else "no such blocks")
+
+
 def by_members(unit: EngineUnit, is_left_out: Callable[[str], bool]) -> bool | None:
     """True, False, or None where members differ, which vLLM and SGLang refuse."""
     answers = {is_left_out(member) for member in unit.members}
@@ -179,6 +194,11 @@ def transformers_converts(name: str, listed: list[str]) -> bool:
     return True
 
 
+PREDICTION = Rule(
+    "prediction-blocks", "layers", ("compressed-tensors", "gptq", "awq", "modelopt", "fp8"),
+    "unquantized blocks for multi-token prediction are declared", check_prediction,
+    "models/deepseek_mtp.py, qwen3_next_mtp.py, is_layer_skipped of utils/quant_utils.py (vLLM)",
+)  # fmt: skip
 LEFT_OUT = Rule(
     "left-out", "layers", ("gptq", "awq", "bitsandbytes", "modelopt", "fp8"),
     "the engine leaves unquantized what the files hold so", check_left_out,

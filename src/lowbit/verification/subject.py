@@ -203,7 +203,7 @@ class Subject:
             else:
                 info = self.stored.tensors.get(name)
                 table = (
-                    info is not None and not info.dtype.is_floating_point and self.architecture.roles[name] == "other"
+                    info is not None and not info.dtype.is_floating_point and linear not in self.architecture.linears
                 )
                 dtypes = (info.dtype,) if table and info is not None else FLOATS  # a table of ids, say
                 expected[name] = Expected(dtypes, tuple(shape))
