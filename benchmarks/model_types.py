@@ -220,26 +220,27 @@ class _Sweep:
 
     def loads(self) -> dict[str, Any]:
         import torch
-        from transformers import AutoConfig
+        import transformers
 
         import lowbit
-        from lowbit.architecture.building import auto_class
         from tiny_type_rows import NOT_RUN
 
         own, _ = lowbit.load(self.quantized, dtype=torch.bfloat16)
         if self.name in NOT_RUN:
             return {"loads": "not run"}
-        ours = self.logits(own)
-        if not ours.isfinite().all():
+        if not self.logits(own).isfinite().all():
             raise ValueError("the logits of lowbit.load are not finite")
         foretold = lowbit.verify(self.quantized, engine="transformers")
         if not foretold.ok:
             return {"loads": "lowbit", "refusal": next(f"{c.rule}: {c.detail}" for c in foretold.checks if not c.ok)}
         try:
-            factory = auto_class(AutoConfig.from_pretrained(self.quantized))
-            theirs = self.logits(factory.from_pretrained(self.quantized, dtype=torch.bfloat16).eval())
+            (named,) = json.loads((self.quantized / "config.json").read_text())["architectures"]
+            model = getattr(transformers, named).from_pretrained(self.quantized, dtype=torch.bfloat16)
+            theirs = self.logits(model.eval())
+            take_computed_buffers(own, model)
         except Exception as error:  # whatever transformers raises is what it says of the folder
             return {"loads": "lowbit", "refusal": one_line(error)}
+        ours = self.logits(own)
         difference = ((theirs - ours).abs().max() / ours.std()).item()
         if not difference < TOLERANCE:
             return {"loads": "failed", "reason": f"loads: logits differ by {difference:.2g} of their spread",
@@ -259,6 +260,16 @@ class _Sweep:
 
 class NotMade(Exception):
     """transformers gives no model of the type."""
+
+
+def take_computed_buffers(model: Any, other: Any) -> None:
+    """Give a model the buffers that the other's class computed and no file stores: transformers computes some of them
+    in bfloat16 where it loads in bfloat16."""
+    for name, module in other.named_modules():
+        for buffer in module._non_persistent_buffers_set:
+            value = module._buffers[buffer]
+            if value is not None:
+                model.get_submodule(name)._buffers[buffer] = value
 
 
 def save(model: Any, folder: Path) -> None:
@@ -288,7 +299,10 @@ def one_line(error: BaseException, kind: bool = True) -> str:
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     cells = " ".join(f"{row.get(stage, ''):12s}" for stage in STAGES)
     share = f"{100 * row['share']:.0f} %" if "share" in row else ""
-    print(f"{row['type']:28s} {cells} {share:6s} {row['seconds']:5.1f} s  {row.get('reason', '')}", flush=True)
+    print(
+        f"{row['type']:28s} {cells} {share:6s} {row['seconds']:5.1f} s  {row.get('reason') or row.get('refusal', '')}",
+        flush=True,
+    )
     return row
 
 

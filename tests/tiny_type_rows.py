@@ -44,6 +44,7 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "diffusion_gemma_text": {"num_experts": s.experts, "top_k_experts": 2, "moe_intermediate_size": s.expert},
         "dots1": {**ranks, "first_k_dense_replace": 1},
         "dots3_note_text": {"head_dim": 2 * s.head_dim},  # the part with positions and the part without
+        "emu3": {"vocabulary_map": {"<image>": s.vocabulary - 1, "<|extra_200|>": s.vocabulary - 2}},
         "ernie4_5_vl_moe_text": rope([h, h, t]),
         "gemma3n_text": {"num_kv_shared_layers": 2},
         "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [1, 1]],

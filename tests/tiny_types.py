@@ -243,6 +243,17 @@ def _usual(part: PretrainedConfig) -> dict[str, Any]:
         return part.to_dict()
 
 
+def factory(config: PretrainedConfig) -> Any:
+    """The auto class whose models have all parts of a config: some causal classes take only its text part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        of_text = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if of_text is None or of_text.config_class is not type(config):
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def make_tiny(folder: Path, model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Path:
     """A tiny random model of a type in bfloat16 with a tokenizer, under the names of the hub."""
     from models import make_tokenizer
@@ -258,13 +269,11 @@ def build_tiny(model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Any:
 
     What a class sets to a constant (norms, biases) is moved away from it, so that a lost one shows.
     """
-    from lowbit.architecture.building import auto_class
-
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = tiny_config(model_type, sizes)
-        model = auto_class(config).from_config(config).eval().float()
+        model = factory(config).from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.std() > 0:

@@ -141,11 +141,10 @@ def logprobs_of_lowbit(folder: Path) -> list[float]:
 
 def logprobs_of_transformers(folder: Path) -> list[float]:
     import torch
-    from transformers import AutoConfig
+    import transformers
 
-    from lowbit.architecture.building import auto_class
-
-    return logprobs(auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.bfloat16).eval())
+    (named,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return logprobs(getattr(transformers, named).from_pretrained(folder, dtype=torch.bfloat16).eval())
 
 
 def logprobs(model: Any) -> list[float]:
