@@ -190,8 +190,10 @@ class _Sweep:
 
         from tiny_type_rows import inputs
 
+        given = inputs(self.name, model.config, torch.tensor([TEXT]))
+        given = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in given.items()}
         with torch.inference_mode():
-            return model(**inputs(self.name, model.config, torch.tensor([TEXT])), use_cache=False).logits.float()
+            return model(**given, use_cache=False).logits.float()
 
     def rtn(self) -> dict[str, Any]:
         import lowbit

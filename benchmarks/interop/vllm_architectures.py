@@ -6,21 +6,20 @@ For each type (all that vLLM's registry names, or those given; of tests/tiny_typ
 model is quantized, and two engines give the log-probability of every token of one sequence: transformers with lowbit's
 decoded weights in bfloat16, and vLLM on the CPU (vllm_perplexity.py beside this file says how to make its environment).
 Random weights make every token about equally likely, so perplexities would agree whatever vLLM loaded; what counts is
-the correlation of the log-probabilities, 1 for the same weights and about 0 for others. `--scheme 16bit` compares the
-engines on the model itself with transformers' own loader, which says how far they are apart without us, and which types
-vLLM does not run on a CPU at all.
+the correlation of the log-probabilities, 1 for the same weights and about 0 for others. The model itself, in 16 bits and
+loaded by transformers alone, is compared first: it says how far the engines are apart without us, and which types vLLM
+does not run on a CPU at all. `--scheme 16bit` does only that.
 
 Beside it stand the layers that each side takes as quantized: ours from the plan, with every fused set and every block's
 experts as one; vLLM's are the modules whose method is not an unquantized one. A layer that vLLM leaves in 16 bits
 although the file has codes for it, or the other way round, shows there.
-
-DeepSeek's tiny heads need VLLM_MLA_DISABLE=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ class Ours:
 
     folder: Path
     logprobs: list[float]
-    quantized: int
+    quantized: int = 0
 
 
 def main() -> None:
@@ -66,21 +65,25 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Type → {"correlation", "difference", "quantized", "quantized_by_vllm"} or {"refused", "by"}."""
+    """Type → {"16bit": how it went, scheme: how it went}, each as `judge` says."""
     results: dict[str, dict[str, Any]] = {}
     names = args.types or types_of_vllm(args.vllm)
     for start in range(0, len(names), AT_ONCE):
-        ours = {}
+        ours: dict[tuple[str, str], Ours] = {}
         for name in names[start : start + AT_ONCE]:
-            try:
-                ours[name] = our_side(name, scratch, args)
-            except Exception as error:  # one type's failure is its result
-                results[name] = {"refused": one_line(error), "by": "us"}
-                show(name, results[name])
+            results[name] = {}
+            for scheme in dict.fromkeys(("16bit", args.scheme)):
+                try:
+                    ours[name, scheme] = our_side(name, scheme, scratch, args)
+                except Exception as error:  # one type's failure is its result
+                    results[name][scheme] = {"refused": one_line(error), "by": "us"}
+                    break
         theirs = their_side(args.vllm, [own.folder for own in ours.values()], scratch / "vllm.json")
-        for name, own in ours.items():
-            results[name] = judge(own, theirs[str(own.folder)])
-            show(name, results[name])
+        for (name, scheme), own in ours.items():
+            results[name][scheme] = judge(own, theirs[str(own.folder)])
+        for name in names[start : start + AT_ONCE]:
+            for scheme, result in results[name].items():
+                print(f"{name:24s} {scheme:8s} {said(result)}", flush=True)
     return results
 
 
@@ -96,15 +99,15 @@ def types_of_vllm(python: str) -> list[str]:
     return [name for name, known in model_types().items() if known in classes and name not in left_out]
 
 
-def our_side(name: str, scratch: Path, args: argparse.Namespace) -> Ours:
+def our_side(name: str, scheme: str, scratch: Path, args: argparse.Namespace) -> Ours:
     import lowbit
 
     source = scratch / f"{name}-16bit"
-    make(name, source)
-    if args.scheme == "16bit":
-        return Ours(source, logprobs_of_transformers(source), 0)
+    if scheme == "16bit":
+        make(name, source)
+        return Ours(source, logprobs_of_transformers(source))
     folder = scratch / name
-    made = lowbit.quantize(source, folder, scheme=args.scheme, format=args.format, group_size=args.group_size)
+    made = lowbit.quantize(source, folder, scheme=scheme, format=args.format, group_size=args.group_size)
     named = {entry.name for entry in made.report.tensors if entry.scheme is not None}
     return Ours(folder, logprobs_of_lowbit(folder), units(source, named))
 
@@ -165,7 +168,10 @@ def their_side(python: str, folders: list[Path], output: Path) -> dict[str, Any]
     while left:
         output.write_text("{}")
         command = [python, str(HERE / "vllm_logprobs.py"), *left, "--json", str(output)]
-        ran = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "VLLM_MLA_DISABLE": "1"}  # its kernels take the sizes of released models only
+        ran = subprocess.run(
+            command, check=False, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         answered = json.loads(output.read_text())
         found |= answered
         left = [folder for folder in left if folder not in found]
@@ -189,14 +195,12 @@ def judge(own: Ours, theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(name: str, result: dict[str, Any]) -> None:
+def said(result: dict[str, Any]) -> str:
     if "refused" in result:
-        print(f"{name:24s} refused by {result['by']}: {result['refused']}", flush=True)
-        return
-    print(
-        f"{name:24s} correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
-        f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}",
-        flush=True,
+        return f"refused by {result['by']}: {result['refused']}"
+    return (
+        f"correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
+        f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}"
     )
 
 
