@@ -54,7 +54,7 @@ def build_report(
             model=prepared.source,
             kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*checkpoint.notes, *plan.notes, *_calibration_notes(prepared)),
+            notes=(*checkpoint.notes, *plan.notes, *_calibration_notes(prepared), *filter(None, [plan.shortfall])),
             bytes=bytes_in,
         ),
         output=schema.Output(
@@ -78,6 +78,8 @@ def build_report(
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_bytes,
             seconds_by_work={} if calibrated is None else calibrated.seconds,
+            accounts=tuple(account_of(what, tensors) for what, tensors in plan.accounts.items()),
+            decoder_quantized=plan.decoder_quantized,
         ),
         transforms=() if calibrated is None else tuple(
             schema.TransformEntry(**note) for record in calibrated.store.records.values() for note in record.transforms
@@ -88,6 +90,17 @@ def build_report(
         command=_command(prepared, output),
         neighbours=planned_neighbours(prepared),
     )  # fmt: skip
+
+
+def account_of(what: str, tensors: list[PlannedTensor]) -> schema.Account:
+    """The sum of one entry of `Plan.accounts`."""
+    return schema.Account(
+        what=what,  # type: ignore[arg-type]
+        tensors=len(tensors),
+        weights=sum(tensor.weights for tensor in tensors),
+        bytes_in=sum(tensor.source_bytes for tensor in tensors),
+        bytes_out=sum(tensor.stored_bytes for tensor in tensors),
+    )
 
 
 def _command(prepared: Prepared, output: Path) -> str:

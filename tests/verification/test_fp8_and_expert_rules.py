@@ -136,6 +136,13 @@ def test_experts_that_transformers_merges(good):
     assert failures(good("NF4", model="qwen3_moe", ignore=("experts",)), engine="transformers") == {}
 
 
+def test_conv1d_that_transformers_does_not_fill(good):
+    """Seen with transformers 5.23 and compressed-tensors 0.20: GPT-2 loads without an error and talks nonsense."""
+    failed = failures(good("W4A16", model="gpt2", group_size=32), engine="transformers")
+    assert set(failed) == {"transformers-conv1d"}
+    assert "c_attn" in failed["transformers-conv1d"]
+
+
 @pytest.fixture
 def gpt_oss(models, tmp_path):
     """gpt-oss as OpenAI ships it: random MXFP4 blocks in place of the experts."""

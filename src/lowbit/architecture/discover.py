@@ -57,7 +57,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
     paths = find_blocks(model)
     layout = disk_layout(model, split_experts)
     stored = _stored(modules, layout)
-    names = _stored_blocks(paths, layout, type(model).__name__)
+    names = _stored_blocks(paths, layout, modules, type(model).__name__)
     heads = query_heads(model.config)
     decoder = decoder_of(model, paths[0])
     traces, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(heads, run))
@@ -88,22 +88,28 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
 
 def find_blocks(model: PreTrainedModel) -> list[str]:
     """Module names of the decoder blocks: of the lists of modules in the text decoder, the one with most weights."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder = model if decoder is None else decoder
-    names = {module: name for name, module in model.named_modules()}
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    nested = {part for each in lists for part in each.modules() if part is not each}
-
-    def weight(blocks: nn.ModuleList) -> int:
-        return sum(value.numel() for value in blocks.parameters() if value.dim() > 1)
-
-    found = max((each for each in lists if each not in nested), key=weight, default=None)
-    if found is None or not any(is_linear(part) or is_experts(part) for part in found.modules()):
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = _largest_list(decoder) or _largest_list(model)
+    if found is None:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of decoder blocks with linears",
             "lowbit quantizes decoders that transformers builds of repeated blocks",
         )
+    names = {module: name for name, module in model.named_modules()}
     return [f"{names[found]}.{index}" for index in range(len(found))]
+
+
+def _largest_list(model: nn.Module | None) -> nn.ModuleList | None:
+    """The outermost list of modules with linears that has most weights."""
+    modules = () if model is None else model.modules()
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)
+             and any(is_linear(part) or is_experts(part) for part in module.modules())]  # fmt: skip
+    nested = {part for each in lists for part in each.modules() if part is not each}
+
+    def weights(blocks: nn.ModuleList) -> int:
+        return sum(value.numel() for value in blocks.parameters() if value.dim() > 1)
+
+    return max((each for each in lists if each not in nested), key=weights, default=None)
 
 
 def query_heads(config: Any) -> int:
@@ -157,7 +163,9 @@ def _by_block(paths: list[str], stored: dict[str, _Stored]) -> dict[str, dict[st
     return found
 
 
-def _stored_blocks(paths: list[str], layout: dict[str, Placement], model: str) -> tuple[str, ...]:
+def _stored_blocks(
+    paths: list[str], layout: dict[str, Placement], modules: dict[str, nn.Module], model: str
+) -> tuple[str, ...]:
     """The names of the blocks in files."""
     names = []
     inside: dict[str, list[tuple[str, Placement]]] = {path: [] for path in paths}
@@ -167,12 +175,13 @@ def _stored_blocks(paths: list[str], layout: dict[str, Placement], model: str) -
             inside[stem + parameter[len(stem) :].partition(".")[0]].append((parameter, placement))
     for index, path in enumerate(paths):
         for parameter, placement in inside[path]:
-            if not placement.parts:
+            module = modules[parameter.rpartition(".")[0]]
+            if not placement.parts and (is_linear(module) or is_experts(module)):
                 raise ArchitectureError(
                     f"{model}: transformers makes {parameter} of the files' tensors in a way that lowbit does not know",
                     "the model is newer than lowbit, or transformers lays it out anew; please report it",
                 )
-        parts = [placement.parts[0].name for _, placement in inside[path]]
+        parts = [placement.parts[0].name for _, placement in inside[path] if placement.parts]
         found = next((match for name in parts if (match := re.match(rf"(.*?)\.{index}(?=\.)", name))), None)
         if found is None:
             raise ArchitectureError(f"{model}: the files hold no tensor of {path}")

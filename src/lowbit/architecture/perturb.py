@@ -8,7 +8,7 @@ The test stands for what AWQ, SmoothQuant and rotations do later to the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def look_at_block(heads: int, run: BlockCall) -> BlockTrace:
     trace = BlockTrace()
     found: list[Tensor] = []
     for path, x in seen.inputs.items():
-        if path not in seen.weighted or _applies_as_linear(run.block.get_submodule(path), x):
+        if path not in seen.weighted or _applies_as_linear(run.block.get_submodule(path), x, *seen.weighted[path]):
             number = next((n for n, other in enumerate(found) if _same(x, other)), len(found))
             if number == len(found):
                 found.append(x)
@@ -58,14 +58,14 @@ class _Observed:
     """One run of a block.
 
     inputs    path → input [tokens, K] of linears, experts, and modules with a 2-D weight, in the order they ran
-    weighted  those of `inputs` that are neither linears nor experts
+    weighted  those of `inputs` that are neither linears nor experts → the arguments of their call
     vectors   path → output [tokens, K] of modules with a weight [K], such as norms
     out       the block's output, one vector; None if it has none
     """
 
     def __init__(self, run: BlockCall):
         self.inputs: dict[str, Tensor] = {}
-        self.weighted: set[str] = set()
+        self.weighted: dict[str, tuple[Any, Any]] = {}
         self.vectors: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for path, module in run.block.named_modules():
@@ -73,8 +73,6 @@ class _Observed:
                 if is_linear(module) or is_experts(module) or (weight is not None and weight.dim() == 2):
                     if isinstance(module, nn.Embedding):
                         continue
-                    if not (is_linear(module) or is_experts(module)):
-                        self.weighted.add(path)
                     hook = module.register_forward_pre_hook(partial(self._put_input, path), with_kwargs=True)
                 elif weight is not None and weight.dim() == 1:
                     hook = module.register_forward_hook(partial(self._put_output, path))
@@ -87,6 +85,8 @@ class _Observed:
         x = first_tensor(arguments) if arguments else first_tensor(list(keywords.values()))
         if x is not None and path not in self.inputs:
             self.inputs[path] = x.reshape(-1, x.shape[-1]).clone()
+            if not (is_linear(module) or is_experts(module)):
+                self.weighted[path] = (arguments, keywords)
 
     def _put_output(self, path: str, module: nn.Module, arguments: Any, out: Any) -> None:
         values = first_tensor(out)
@@ -109,17 +109,18 @@ def _close(one: Tensor | None, two: Tensor) -> bool:
     return float((one - two).norm()) <= _TOLERANCE * float(two.norm())
 
 
-def _applies_as_linear(module: nn.Module, x: Tensor) -> bool:
+def _applies_as_linear(module: nn.Module, x: Tensor, arguments: Any, keywords: Any) -> bool:
     """True if a module's result depends on its input only through the product with its 2-D weight."""
     weight = module._parameters["weight"]
     if weight is None or x.shape[-1] != weight.shape[1]:
         return False
     scales = _scales(x.shape[-1])
     try:
-        before = [leaf.float() for leaf in tree_leaves(module(x)) if isinstance(leaf, Tensor)]
+        before = [leaf.float() for leaf in tree_leaves(module(*arguments, **keywords)) if isinstance(leaf, Tensor)]
         module._parameters["weight"] = nn.Parameter(weight * scales, requires_grad=False)
-        after = [leaf.float() for leaf in tree_leaves(module(x / scales)) if isinstance(leaf, Tensor)]
-    except Exception:  # it needs more than its input
+        arguments, keywords = _scaled_input(1 / scales, module, arguments, keywords)
+        after = [leaf.float() for leaf in tree_leaves(module(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+    except Exception:  # it changes with its arguments
         return False
     finally:
         module._parameters["weight"] = weight
@@ -158,16 +159,16 @@ def _stays(run: BlockCall, base: Tensor, feeder: str, fed: FedRows, readers: lis
     module = run.block.get_submodule(feeder)
     channels = columns if fed.channel is None else int(fed.channel.max()) + 1
     scales = _scales(channels)
-    with ExitStack() as stack:
+    inverse = 1 / (scales if fed.channel is None else scales[fed.channel])
+    with ExitStack() as stack, suppress(RuntimeError, IndexError):  # shapes that do not fit after all
         stack.callback(module.register_forward_hook(partial(_scaled_output, fed, scales)).remove)
         if _close(_output(run), base):
             return False
-        inverse = 1 / (scales if fed.channel is None else scales[fed.channel])
         for path in readers:
-            hook = run.block.get_submodule(path).register_forward_pre_hook(partial(_scaled_input, inverse),
-                                                                          with_kwargs=True)  # fmt: skip
-            stack.callback(hook.remove)
+            reader, hook = run.block.get_submodule(path), partial(_scaled_input, inverse)
+            stack.callback(reader.register_forward_pre_hook(hook, with_kwargs=True).remove)
         return _close(_output(run), base)
+    return False
 
 
 def _scaled_output(fed: FedRows, scales: Tensor, module: nn.Module, arguments: Any, out: Any) -> Any:

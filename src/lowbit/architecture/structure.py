@@ -171,6 +171,16 @@ class Architecture:
         return {name: tuple(members) for name, members in sets.items()}
 
     @cached_property
+    def loaded_names(self) -> dict[str, str]:
+        """Module in files → its name in transformers, where that differs."""
+        names = {}
+        for parameter, placement in self.layout.items():
+            part = placement.parts[0] if len(placement.parts) == 1 else None
+            if part is not None and part.whole and part.name != parameter and parameter.endswith(".weight"):
+                names[part.name.removesuffix(".weight")] = parameter.removesuffix(".weight")
+        return names
+
+    @cached_property
     def fused_placements(self) -> dict[str, Placement]:
         """Tensor that files may hold instead of several of `parameters` → the placement of these in it."""
         return {placement.fused or name: placement.in_fused() for name, placement in self.layout.items()}

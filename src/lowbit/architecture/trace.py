@@ -190,7 +190,7 @@ def filled(root: nn.Module, without: set[nn.Module] | None = None) -> Iterator[N
                 continue
             if is_experts(module):
                 width = _experts_width(module)
-                stack.enter_context(replaced_forward(module, _projection(width, width, random)))
+                stack.enter_context(replaced_forward(module, _routed(_projection(width, width, random))))
                 continue
             if isinstance(module, nn.Embedding):  # of which a few rows are there, perhaps not that of padding
                 padding.append((module, module.padding_idx))
@@ -216,6 +216,21 @@ def _projection(rows: int, columns: int, random: torch.Generator) -> Callable[..
 
     def forward(x: Tensor, *_arguments: Any, **_keywords: Any) -> Tensor:
         return x[..., index] * sign.to(x.dtype)
+
+    return forward
+
+
+def _routed(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Fused experts that depend on the router's choice and weights, [tokens, chosen] each."""
+
+    def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        others = [each for each in (*arguments, *keywords.values()) if isinstance(each, Tensor)]
+        routing = [each for each in others if len(each) == len(x)]
+        factor = torch.ones(len(x), 1)
+        for each in routing:
+            steps = torch.arange(1, each[0].numel() + 1)
+            factor = factor * (1 + (each.reshape(len(x), -1).float().cos() * steps).sum(1, keepdim=True).abs())
+        return projection(x) * factor.to(x.dtype) if x.dim() == 2 else projection(x)
 
     return forward
 

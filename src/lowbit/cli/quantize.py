@@ -105,10 +105,17 @@ def plan_table(prepared: Prepared, peak_memory: int) -> Any:
         table.add_row(tensor.name, "×".join(map(str, tensor.shape)), tensor.stored_as, f"{tensor.stored_bytes:,}", note)
     lines = [f"{number:>2}  {why}" for why, number in notes.items()]
     lines.append(
+        "; ".join(
+            f"{human_bytes(sum(tensor.source_bytes for tensor in tensors))} {what} ({len(tensors)} tensors)"
+            for what, tensors in plan.accounts.items()
+            if tensors
+        )
+    )
+    lines.append(
         f"{human_bytes(plan.file_bytes)} in all, {plan.bits_per_weight(True):.3f} bits per weight of the decoder; "
         f"peak memory about {human_bytes(peak_memory)}; nothing was written"
     )
-    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {note}" for note in (*plan.notes, *filter(None, [plan.shortfall]))]
     table.caption = "\n".join(lines)
     return table
 
@@ -133,6 +140,7 @@ def _summary(report: Any, path: Path) -> Any:
         "output error": _output_error(quantized),
         "size": f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}",
         "bits per weight": f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file",
+        "bytes": _accounts(totals.accounts),
         "quantized": f"{len(quantized)} {what}{in_worst}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized, what),
@@ -145,6 +153,17 @@ def _summary(report: Any, path: Path) -> Any:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _accounts(accounts: Any) -> str:
+    """Every byte of the source, by what became of it."""
+    from lowbit.cli.console import human_bytes
+
+    return "; ".join(
+        f"{human_bytes(each.bytes_in)} {each.what} ({each.tensors} tensors, {human_bytes(each.bytes_out)} now)"
+        for each in accounts
+        if each.tensors
+    )
 
 
 def _calibrated(calibration: Any) -> str:

@@ -29,6 +29,19 @@ def check_experts(subject: Subject) -> Finding:
     return Finding([], "no experts are quantized" if subject.architecture.expert_sets else "no experts")
 
 
+def check_transposed(subject: Subject) -> Finding:
+    """No quantized Conv1D: the integration replaces nn.Linear only, and leaves others as they were initialized."""
+    quantized = [linear.name for linear in subject.architecture.linears.values()
+                 if linear.transposed and linear.name in subject.schemes]  # fmt: skip
+    if quantized:
+        problem = (
+            f"{quantized[0]} is a Conv1D in transformers ({subject.architecture.class_name}), and its integration of "
+            f"{subject.format} knows nn.Linear only: the layer stays as it was initialized"
+        )
+        return Finding([problem], "")
+    return Finding([], "every quantized layer is an nn.Linear")
+
+
 def _leaves_out(subject: Subject, unit: EngineUnit) -> bool | None:
     listed = left_out_list(subject)
     if is_head(subject, unit) and (subject.format == "awq" or not listed):
@@ -41,6 +54,9 @@ _LOADING = Loading(
         gptq.TRANSFORMERS,
         LEFT_OUT,
         GPT_OSS,
+        Rule("transformers-conv1d", "limits", ("compressed-tensors",), "no quantized Conv1D", check_transposed,
+             "quantizers/quantizer_compressed_tensors.py (transformers); quantization/lifecycle/apply.py "
+             "(compressed-tensors)", limit=True),
         Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes"),
              "no quantized experts that transformers merges", check_experts,
              "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),

@@ -73,8 +73,8 @@ class FolderPlan(Plan):
 
     @property
     def ignored(self) -> list[str]:
-        """Unquantized modules: linears, including tied ones, every matrix of multi-token prediction blocks, and experts
-        that lie in one tensor."""
+        """Unquantized modules, in the spelling of the files and in that of transformers: linears, including tied ones,
+        every matrix of multi-token prediction blocks, and experts that lie in one tensor."""
         architecture = self.described
         left = [name for name in architecture.linears if name not in self.schemes]
         beside = [t.name.removesuffix(".weight") for t in self.tensors
@@ -82,8 +82,9 @@ class FolderPlan(Plan):
                   and architecture.roles.get(t.name, "other") not in ("embedding", "norm")
                   and (architecture.predicts(t.name) or architecture.block_of(t.name) is not None)]  # fmt: skip
         left += [name for name in beside if name not in architecture.linears]
-        experts = [name.rpartition(".")[0] for name, role in architecture.roles.items() if role == "experts"]
-        return left + list(dict.fromkeys(experts))
+        left += dict.fromkeys(name.rpartition(".")[0] for name, role in architecture.roles.items() if role == "experts")
+        # vLLM looks for the names of the files, transformers for those of its modules
+        return left + [architecture.loaded_names[name] for name in left if name in architecture.loaded_names]
 
     @cached_property
     def shares(self) -> dict[str, Share]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -211,6 +212,38 @@ class Plan(ABC):
     @property
     def quantized(self) -> list[PlannedTensor]:
         return [tensor for tensor in self.tensors if tensor.is_quantized]
+
+    @cached_property
+    def accounts(self) -> dict[str, list[PlannedTensor]]:
+        """ "quantized", "kept" for a reason, "copied" as no parameter of the model → its tensors; together all."""
+        known = (
+            None if self.architecture is None else self.architecture.parameters.keys() | self.architecture.tied.keys()
+        )
+        found: dict[str, list[PlannedTensor]] = {"quantized": [], "kept": [], "copied": []}
+        for tensor in self.tensors:
+            copied = known is not None and not any(name in known for name in tensor.source.names)
+            found["quantized" if tensor.is_quantized else "copied" if copied else "kept"].append(tensor)
+        return found
+
+    @property
+    def decoder_quantized(self) -> float | None:
+        """Share of the weights of the decoder blocks' matrices that are quantized; None where none are known."""
+        matrices = [t for t in self.tensors if t.block is not None and len(t.shape) > 1]
+        weights = sum(tensor.weights for tensor in matrices)
+        return sum(tensor.weights for tensor in matrices if tensor.is_quantized) / weights if weights else None
+
+    @property
+    def shortfall(self) -> str | None:
+        """A warning if much of the decoder stays in 16 bits, with the largest reason."""
+        share = self.decoder_quantized
+        if share is None or share >= 0.9 or not self.quantized:
+            return None
+        reasons: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.block is not None and len(tensor.shape) > 1 and tensor.reason is not None:
+                reasons[tensor.reason] = reasons.get(tensor.reason, 0) + tensor.weights
+        most = max(reasons, key=lambda reason: reasons[reason])
+        return f"only {share:.0%} of the decoder's weights are quantized; the largest part of the rest: {most}"
 
     def bits_per_weight(self, decoder_only: bool) -> float:
         """Stored bits ÷ weights, over the matrices of the decoder blocks or over the whole output."""

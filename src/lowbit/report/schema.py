@@ -102,6 +102,17 @@ class ReportSettings(Record):
     calibration: Calibration | None = None
 
 
+class Account(Record):
+    """What became of the bytes of the source: of tensors that are quantized, kept in 16 bits for a reason, or copied
+    because no parameter of the model has their name."""
+
+    what: Literal["quantized", "kept", "copied"]
+    tensors: Count
+    weights: Count
+    bytes_in: Count
+    bytes_out: Count
+
+
 class Totals(Record):
     """The model as a whole.
 
@@ -111,6 +122,8 @@ class Totals(Record):
     file_bits_per_weight      8 * bytes_out / weights
     peak_memory_bytes         of the process; None if it could not be measured
     seconds_by_work           of calibration: forward passes with statistics, transforms, rounding …
+    accounts                  every byte of the source, by what became of it
+    decoder_quantized         share of the weights of the decoder blocks' matrices that are quantized
     """
 
     weights: Count
@@ -122,6 +135,8 @@ class Totals(Record):
     seconds: NonNegative
     peak_memory_bytes: Count | None = None
     seconds_by_work: dict[str, NonNegative] = Field(default={})
+    accounts: tuple[Account, ...] = ()
+    decoder_quantized: NonNegative | None = None
 
 
 class TensorEntry(Record):
