@@ -83,24 +83,17 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-# Model type → keys without which its default config is refused.
-TO_BEGIN_WITH: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    },
-}
-
 # Types that the auto classes of transformers cannot make from a config of the type, and why.
 NOT_MADE: dict[str, str] = {
     "evolla": "transformers' auto classes do not find its class",
+    "gemma4_assistant": "drafts tokens from the KV cache of another model; transformers does not make it alone",
+    "gemma4_unified_assistant": "drafts tokens from the KV cache of another model; transformers does not make it alone",
     "musicgen": "predicts codes of sound; its class takes only a part of the type's config",
     "musicgen_melody": "predicts codes of sound; its class takes only a part of the type's config",
 }
 
 # Types that are made but do not continue a text by themselves, and why.
 NOT_RUN: dict[str, str] = {
-    "gemma4_assistant": "drafts tokens from the KV cache of another model",
-    "gemma4_unified_assistant": "drafts tokens from the KV cache of another model",
     "pi0": "predicts the actions of a robot from its state",
 }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiny_type_rows import DEFAULT, TO_BEGIN_WITH, exceptions
+from tiny_type_rows import DEFAULT, exceptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -127,10 +127,8 @@ def tiny_config(model_type: str, sizes: Sizes = TEXT) -> PretrainedConfig:
     """The config of a tiny model."""
     from transformers import AutoConfig
 
-    first = TO_BEGIN_WITH.get(model_type, {})
-    default = AutoConfig.for_model(model_type, **first)
-    changes = _Shrinking(sizes).part(default, sizes)
-    return AutoConfig.for_model(model_type, **{**first, **changes})
+    changes = _Shrinking(sizes).part(AutoConfig.for_model(model_type), sizes)
+    return AutoConfig.for_model(model_type, **changes)
 
 
 class _Shrinking:
@@ -225,8 +223,6 @@ class _Shrinking:
             made[key] = [changes.get(key, stored[key])[layer] for layer in layers]
         for key, value in numbers.items():
             made[key] = [place for place, layer in enumerate(layers) if layer in value]
-        if stored.get("num_kv_shared_layers") == total:  # all of them read the cache of another model
-            made["num_kv_shared_layers"] = len(layers)
         if single:
             made["per_layer_config"] = {
                 str(place): {key: self.value(key, value, stored, sizes) for key, value in single[layer].items()}

@@ -50,7 +50,8 @@ def inspect_here() -> None:
 
 def run(folder: str) -> dict[str, Any]:
     llm = LLM(model=folder, dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=2,
-              enable_prefix_caching=False, language_model_only=True)  # fmt: skip
+              enable_prefix_caching=False, language_model_only=True, max_num_batched_tokens=256,
+              num_gpu_blocks_override=32)  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     (said,) = llm.generate([TokensPrompt(prompt_token_ids=ids())], sampling, use_tqdm=False)
     scored = zip(said.prompt_token_ids[1:], said.prompt_logprobs[1:], strict=True)
