@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent.parent / "tests"))
 
 TOKENS = 200
 VOCABULARY = 250
-AT_ONCE = 16  # models that one vLLM process loads one after the other
+AT_ONCE = 24  # models that one vLLM process loads one after the other
 
 
 def ids() -> list[int]:
