@@ -230,7 +230,7 @@ class _Sweep:
         import lowbit
         from tiny_type_rows import NOT_RUN
 
-        own, _ = lowbit.load(self.quantized, dtype=torch.bfloat16)
+        own, _ = lowbit.load(self.quantized, dtype=torch.float32)
         if self.name in NOT_RUN:
             return {"loads": "not run"}
         if not self.logits(own).isfinite().all():
