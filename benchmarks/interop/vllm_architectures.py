@@ -5,7 +5,7 @@ usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--sche
 For each type (all that vLLM's registry names, or those given; of tests/tiny_types.py or tests/models.py): a tiny random
 model is quantized, and two engines give the log-probability of every token of one sequence: transformers with lowbit's
 decoded weights in bfloat16, and vLLM on the CPU (vllm_perplexity.py beside this file says how to make its environment;
-types that see images also want torchvision there, see docs/interop.md). Random weights make every token about equally
+types that see images also want torchvision there). Random weights make every token about equally
 likely, so perplexities would agree whatever vLLM loaded; what counts is the correlation of the log-probabilities, 1 for
 the same weights and about 0 for others. The model itself, in 16 bits and loaded by transformers alone, is compared
 first: it says how far the engines are apart without us, and which types vLLM does not run on a CPU at all.
