@@ -47,6 +47,8 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "emu3": {"vocabulary_map": {"<image>": s.vocabulary - 1, "<|extra_200|>": s.vocabulary - 2}},
         "ernie4_5_vl_moe_text": rope([h, h, t]),
         "gemma3n_text": {"num_kv_shared_layers": 2},
+        "glm4_moe": {"head_dim": s.head_dim},
+        "glm4_moe_lite": {"first_k_dense_replace": 1},
         "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [1, 1]],
                             "spatial_target_layers": [0, 1]},
         "granitemoehybrid": {"layer_types": _LINEAR_THEN_FULL},
@@ -59,6 +61,7 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
         "kosmos-2": {"latent_query_num": 4},
         "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+        "llama4_text": {"attention_chunk_size": 128},  # vLLM wants whole blocks of its cache
         "mamba2": {"num_heads": s.inner // s.head_dim},
         "ministral": {"head_dim": s.head_dim},
         "mistral4": {"head_dim": 2 * s.head_dim},  # its rotary half is qk_rope_head_dim

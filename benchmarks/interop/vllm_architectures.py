@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, help="of wider models, for types whose kernels want 64 or 128")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +106,7 @@ def our_side(name: str, scheme: str, scratch: Path, args: argparse.Namespace) ->
 
     source = scratch / f"{name}-16bit"
     if scheme == "16bit":
-        make(name, source)
+        make(name, source, args.head_dim)
         return Ours(source, logprobs_of_transformers(source))
     folder = scratch / name
     made = lowbit.quantize(source, folder, scheme=scheme, format=args.format, group_size=args.group_size)
@@ -113,14 +114,15 @@ def our_side(name: str, scheme: str, scratch: Path, args: argparse.Namespace) ->
     return Ours(folder, logprobs_of_lowbit(folder), units(source, named))
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, head_dim: int | None) -> None:
     from models import ARCHITECTURES, make_model
-    from tiny_types import make_tiny
+    from tiny_types import TEXT, Sizes, make_tiny, model_types
 
-    if name in ARCHITECTURES:
+    if name in ARCHITECTURES and name not in model_types():
         make_model(folder, name)
     else:
-        make_tiny(folder, name)
+        wide = TEXT if head_dim is None else Sizes(hidden=4 * head_dim, intermediate=6 * head_dim, head_dim=head_dim)
+        make_tiny(folder, name, wide)
 
 
 def units(folder: Path, quantized: set[str]) -> int:

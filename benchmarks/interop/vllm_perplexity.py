@@ -13,9 +13,10 @@ A perplexity can still be finite and absurd: compare it with the unquantized mod
 
 The CPU build has kernels for 4-bit pack-quantized, W4A8, W8A8, FP8 per channel, AWQ and GPTQ. --emulate offers it more,
 used only where it has none of its own: NVFP4, MXFP4, MXFP8, FP8 in blocks, pack-quantized at 2, 3, 5, 6, 7 and 8 bits,
-pack-quantized experts, and W4AFP8, as if the CPU were the Hopper GPU that vLLM wants for it. Names, shapes, the fusing of q/k/v and gate/up
-and the choice of scheme are then vLLM's, as on a GPU; the arithmetic is a plain matmul of the decoded weights, with
-activations left as they are (except for NVFP4 with 4-bit activations, where vLLM's own emulation rounds them too).
+pack-quantized experts, and W4AFP8, as if the CPU were the Hopper GPU that vLLM wants for it. Names, shapes, the fusing
+of q/k/v and gate/up and the choice of scheme are then vLLM's, as on a GPU; the arithmetic is a plain matmul of the
+decoded weights, with activations left as they are (except for NVFP4 with 4-bit activations, where vLLM's own emulation
+rounds them too).
 
 vLLM pins transformers and compressed-tensors to its own versions, so it lives in an environment of its own (3 GB,
 three minutes; torch first, or pip brings the CUDA build):
