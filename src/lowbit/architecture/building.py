@@ -42,7 +42,10 @@ def build_without_weights(
             if hasattr(parsed, "quantization_config"):
                 delattr(parsed, "quantization_config")
         else:
-            parsed = AutoConfig.for_model(**plain)
+            from transformers import PretrainedConfig
+
+            # infinity is written {"__float__": "Infinity"}
+            parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(plain))
         if eager:
             parsed._attn_implementation = "eager"
         with parameters_on_meta(), warnings.catch_warnings():
@@ -78,8 +81,10 @@ def auto_class(config: Any, named: Any = None) -> Any:
                          ("Model", AutoModel)):  # fmt: skip
         if name.endswith(end) and not name.endswith("LMHeadModel") and type(config) in factory._model_mapping:
             return factory
-    text = type(config) in AutoModelForCausalLM._model_mapping
     sees = type(config) in AutoModelForImageTextToText._model_mapping
+    if sees and AutoModelForImageTextToText._model_mapping[type(config)].__name__ == name:
+        return AutoModelForImageTextToText
+    text = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
 
 

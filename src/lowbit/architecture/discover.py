@@ -25,7 +25,7 @@ from torch import nn
 
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.disk_layout import disk_layout
-from lowbit.architecture.families import family_of
+from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.fused_sets import fused_names
 from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
@@ -60,7 +60,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
     names = _stored_blocks(paths, layout, modules, type(model).__name__)
     heads = query_heads(model.config)
     decoder = decoder_of(model, paths[0])
-    traces, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(heads, run))
+    traces, outputs, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(heads, run))
     linears: dict[str, Linear] = {}
     inside = _by_block(paths, stored)
     for index, (path, name) in enumerate(zip(paths, names, strict=True)):
@@ -79,10 +79,10 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
     return Architecture(
         model.config.model_type, type(model).__name__, names, linears, parameters, tied, roles,
         {name: place for name, place in layout.items() if place.parts != (Part(name),)},
-        family_of(model.config.model_type).spellings,
+        (*family_of(model.config.model_type).spellings, *COMMON_SPELLINGS),
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
-        tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        _norms(modules, decoder, stored), untraced,
+        (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout)),
+        _norms(modules, decoder, stored), untraced, outputs,
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ class _Block:
         transposed = isinstance(module, Conv1D)
         rows, columns = tensor.shape[::-1] if transposed else tensor.shape
         within = name.removeprefix(f"{self.name}.")
-        keep = ROUTER if path in self.trace.routers else why_kept(within, rows, experts)
+        keep = ROUTER if path in self.trace.routers else why_kept(within, rows, columns, experts)
         return Linear(
             name, "router" if keep == ROUTER else role_of(within), (rows, columns), self.index,
             has_bias=f"{name}.bias" in self.stored, transposed=transposed, expert=tensor.expert, keep=keep,
@@ -300,6 +300,13 @@ class _Block:
             for leaf, name in fused_names(members).items()
         }
         return [replace(linear, fused=sets.get(linear.name)) for linear in linears]
+
+
+def _unknown_towers(layout: dict[str, Placement]) -> list[str]:
+    """Patterns of the tensors of modules outside the blocks whose names in files are not known."""
+    unknown = [parameter for parameter, placement in layout.items() if not placement.parts]
+    towers = {parameter.removeprefix("model.").partition(".")[0] for parameter in unknown}
+    return [rf"(^|\.){re.escape(tower)}\." for tower in sorted(towers)]
 
 
 def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str]:

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Spellings of any model: towers that transformers once wrapped in a module `vision_model`.
+COMMON_SPELLINGS = (
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+)
 _WITHOUT_PREFIX = (("", "transformer."),)
 
 
@@ -37,7 +44,6 @@ _GRANITE_MOE = Family(
 # config.model_type → family
 FAMILIES: dict[str, Family] = {
     "bloom": Family(_WITHOUT_PREFIX),
-    "gemma3": Family((("vision_tower.", "vision_tower.vision_model."),)),
     "gpt2": Family(_WITHOUT_PREFIX),
     "gpt_oss": Family(fused_only=True),
     "granitemoe": _GRANITE_MOE,

@@ -27,6 +27,7 @@ _MLP = re.compile(r"mlp|feed_forward|ffn|\.ff", re.IGNORECASE)
 
 ROUTER = "routers choose experts by small differences; engines read them in 16 bits only"
 _SMALL = "a gate of few outputs; engines read it in 16 bits only"
+_FEWEST = 32
 # end of a name in a block → why it stays in 16 bits
 _KEPT = (
     (re.compile(r"(^|\.)(dt_proj|x_proj|in_proj_ba|in_proj_b|in_proj_a|b_proj|a_proj|f_a_proj|f_b_proj|g_a_proj|beta_proj"
@@ -47,7 +48,7 @@ def role_of(path: str) -> str:
     return _ROLES.get(leaf, leaf)
 
 
-def why_kept(path: str, rows: int, experts: int) -> str | None:
+def why_kept(path: str, rows: int, columns: int, experts: int) -> str | None:
     """Why a linear of a block stays in 16 bits; None where it may be quantized.
 
     path     relative to the block
@@ -55,6 +56,8 @@ def why_kept(path: str, rows: int, experts: int) -> str | None:
     """
     if experts and rows in (experts, experts + 1) and re.search(r"gate|router|switch", path):
         return ROUTER
+    if columns < _FEWEST:
+        return f"its {columns} columns are less than any group of an engine's kernels"
     if rows == 1:
         return _SMALL if not experts else ROUTER
     return next((why for pattern, why in _KEPT if pattern.search(path)), None)

@@ -136,6 +136,7 @@ class Architecture:
     passed_over  patterns of tensors that the class does not read, by its own word
     norms        norm → what it computes: "rms" x/rms(x) · w, "rms_plus_one" x/rms(x) · (1 + w), "layer" LayerNorm
     untraced     why inputs of linears are not known; None where the model ran
+    block_outputs  entries of the tuple that a block returns; 0 for a tensor
     """
 
     model_type: str
@@ -151,6 +152,7 @@ class Architecture:
     passed_over: tuple[str, ...] = ()
     norms: dict[str, str] = field(default_factory=dict)
     untraced: str | None = None
+    block_outputs: int = 0
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:

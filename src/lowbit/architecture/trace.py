@@ -66,8 +66,8 @@ class BlockCall:
 
 def trace_blocks(
     model: PreTrainedModel, decoder: str, blocks: list[str], look: Callable[[str, BlockCall], BlockTrace]
-) -> tuple[dict[str, BlockTrace], str | None]:
-    """(block → what was seen, why the pass ended before the last block or None).
+) -> tuple[dict[str, BlockTrace], int, str | None]:
+    """(block → what was seen, entries of a block's output or 0 for a tensor, why the pass ended early or None).
 
     model    with parameters on the meta device, which it has again afterwards
     decoder  module that runs the blocks, on token ids
@@ -103,8 +103,12 @@ def trace_blocks(
         try:
             module(input_ids=ids, use_cache=False)
         except Exception as error:  # whatever a model's code raises on its way
-            return seen, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return seen, None
+            return seen, _entries(last), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return seen, _entries(last), None
+
+
+def _entries(last: list[Any]) -> int:
+    return len(last[0]) if last and isinstance(last[0], tuple) else 0
 
 
 def _handed_on(out: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any | None:

@@ -14,6 +14,7 @@ Weights are [E, out, in], or [E, in, out] if the class says `is_transposed`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architecture.structure import Linear, Placement
+from lowbit.architecture.trace import lies_transposed
 from lowbit.errors import ArchitectureError
 
 # Called with (expert, which input, x [tokens routed to it, K]).
@@ -117,7 +119,8 @@ def observed(
         for path, sources in block.experts.items():
             if wanted is None or any(source.name in wanted for source in sources.values()):
                 experts = module.get_submodule(path)
-                experts.forward = partial(run_experts, experts, look_at(sources), all_tokens=all_experts)
+                run = run_experts if _describes_itself(experts) else run_stacked_experts
+                experts.forward = partial(run, experts, look_at(sources), all_tokens=all_experts)
                 stack.callback(delattr, experts, "forward")
         yield
 
@@ -145,7 +148,7 @@ def observed_blocks(
             if expert is not None:
                 which = "hidden" if parameter.endswith(".down_proj") else "input"
                 experts = model.get_submodule(owner)
-                if not all(hasattr(experts, name) for name in DESCRIPTION):
+                if not (_describes_itself(experts) or _is_stacked(experts)):
                     raise ArchitectureError(
                         f"{linear.name} runs inside {type(experts).__name__}, a fused operation of transformers that "
                         f"does not describe its computation; its input cannot be measured",
@@ -196,6 +199,39 @@ def run_experts(
             y = experts.post_expert_norm(y)
         out.index_add_(0, rows, (y * weights[start:stop]).to(out.dtype))
     return out
+
+
+def run_stacked_experts(experts: Any, look: Look, hidden_states: Tensor, all_tokens: bool = False) -> Tensor:
+    """The output of experts that get [E · tokens, H], every token once per expert, already times its routing weight and
+    zero where the router chose others (Llama 4); `look` sees what is not zero.
+
+    all_tokens  is refused: what the router did not choose is zero
+    """
+    if all_tokens:
+        raise ArchitectureError(
+            f"{type(experts).__name__} gets zeros for tokens that the router gave to others; "
+            f"not every expert can see every token"
+        )
+    out = []
+    for expert, x in enumerate(hidden_states.view(len(experts.gate_up_proj), -1, hidden_states.shape[-1])):
+        chosen = x.abs().amax(dim=-1) > 0
+        gate, up = (x @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        h = up * experts.act_fn(gate)
+        if bool(chosen.any()):
+            look(expert, "input", x[chosen])
+            look(expert, "hidden", h[chosen])
+        out.append(h @ experts.down_proj[expert])
+    return torch.cat(out)
+
+
+def _describes_itself(experts: nn.Module) -> bool:
+    return all(hasattr(experts, name) for name in DESCRIPTION)
+
+
+def _is_stacked(experts: nn.Module) -> bool:
+    """True for experts [E, H, 2I] and [E, I, H] with gate before up, that get tokens sorted by expert."""
+    parameters = inspect.signature(type(experts).forward).parameters
+    return list(parameters) == ["self", "hidden_states"] and hasattr(experts, "act_fn") and lies_transposed(experts)
 
 
 def _linear(experts: Any, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:

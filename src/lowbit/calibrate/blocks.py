@@ -11,8 +11,9 @@ calls the steps itself: `embed`, then `load`, `forward`, `put` and `drop` for ea
 
 Linears that read the same input (q, k and v) share one `BlockInput`; experts run one by one and have their own.
 
-Refused: experts that do not describe themselves, and blocks whose
-arguments depend on the tokens (they are captured once per batch size).
+Arguments that depend on the tokens (the embeddings that Zamba 2 passes to each block) are kept for every batch.
+
+Refused: experts that do not describe themselves, and arguments of that kind that exceed `max_memory`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.discover import decoder_of, find_blocks
@@ -92,8 +93,10 @@ class BlockRunner:
         options = options or OpenOptions()
         self._loader = Loader(checkpoint, dtype, device, options)
         self.dtype, self.device, self._max_memory = dtype, device, max_memory
-        self._returns_tuples = False
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[int, list[_Call]] = {}  # number of windows → arguments that do not depend on their tokens
+        self._own_calls: dict[int, list[_Call]] = {}  # first window of a batch → its arguments, where they do depend
+        self._own_sizes: dict[int, int] = {}  # first window of a batch → its number of windows
+        self._inner: tuple[int, ...] = ()  # hidden states of one token
         self.model = self._loader.model
         # Split fused experts too: every expert has inputs of its own.
         folder = str(checkpoint.folder)
@@ -117,7 +120,7 @@ class BlockRunner:
                 self.load(index)
                 with nullcontext() if visitor is None else observed(block, block.module, visitor):
                     for batch in batches_of(ids):
-                        states.values[batch] = self.forward(index, states.values[batch])
+                        states.values[batch] = self.forward(index, states.values[batch], batch=batch)
                         if progress is not None:
                             progress(block.name, index * len(ids) + batch.stop, total)
                     if visitor is not None:
@@ -133,14 +136,20 @@ class BlockRunner:
             for batch in batches_of(ids):
                 hidden, found = self._capture(ids[batch])
                 if states is None:
-                    states = self.new_states((ids.shape[0], ids.shape[1], hidden.shape[-1]))
-                states.values[batch] = hidden
-                if len(hidden) not in self._calls:
-                    _, others = self._capture(ids[batch].flip(1))
-                    _check_same(found, others, type(self.model).__name__)
+                    self._inner = tuple(hidden.shape[2:])
+                    states = self.new_states((ids.shape[0], ids.shape[1], math.prod(self._inner)))
+                    if not _same_calls(found, self._capture(ids[batch].flip(1))[1]):
+                        self._own_calls[batch.start] = found
+                states.values[batch] = hidden.flatten(2)
+                if self._own_calls:
+                    self._own_sizes[batch.start] = len(hidden)
+                    first = self._own_calls[next(iter(self._own_calls))]
+                    self._own_calls[batch.start] = _sharing(found, first)
+                elif len(hidden) not in self._calls:
                     self._calls[len(hidden)] = found
-            if 1 not in self._calls:
+            if 1 not in self._calls and not self._own_calls:
                 self._calls[1] = self._capture(ids[:1])[1]
+            self._refuse_large_arguments()
         assert states is not None, "there is at least one window"
         self._loader.drop(self._is_outside)
         return states
@@ -178,25 +187,59 @@ class BlockRunner:
         module = None if path is None else self.model.get_submodule(path)
         return module if isinstance(module, nn.Linear) else None
 
-    def forward(self, index: int, x: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The output of a loaded block, or of a copy of its module, for windows [windows, tokens, H]."""
-        if len(x) not in self._calls:  # split into known batch sizes; 1 always is
+    def forward(self, index: int, x: Tensor, module: nn.Module | None = None, batch: slice | None = None) -> Tensor:
+        """The output of a loaded block, or of a copy of its module, for windows [windows, tokens, H].
+
+        batch  the windows that x holds, for models whose blocks get arguments that depend on the tokens
+        """
+        if self._own_calls:
+            call = self._call_of(index, batch)
+        elif len(x) in self._calls:
+            call = self._calls[len(x)][index]
+        else:  # split into known batch sizes; 1 always is
             size = max(known for known in self._calls if known < len(x))
             return torch.cat([self.forward(index, x[:size], module), self.forward(index, x[size:], module)])
-        call = self._calls[len(x)][index]
         block = self.blocks[index].module if module is None else module
-        output = block(x.to(self.device), *call.arguments, **call.keywords)
-        self._returns_tuples = isinstance(output, tuple)
-        return output[0] if isinstance(output, tuple) else output
+        with _blamed_on(self.model):
+            output = block(x.to(self.device).unflatten(2, self._inner), *call.arguments, **call.keywords)
+        return (output[0] if isinstance(output, tuple | list) else output).flatten(2)
+
+    def _call_of(self, index: int, batch: slice | None) -> _Call:
+        """The arguments of some windows of one batch of `embed`."""
+        if batch is None:
+            raise ArchitectureError(
+                f"{type(self.model).__name__} passes its blocks arguments that depend on the tokens, which this method "
+                f"cannot follow",
+                "choose --method gptq or rtn",
+            )
+        start = max(known for known in self._own_calls if known <= batch.start)
+        call = self._own_calls[start][index]
+        windows, first, last = self._own_sizes[start], batch.start - start, batch.stop - start
+
+        def cut(leaf: Any) -> Any:
+            return leaf[first:last] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == windows else leaf
+
+        return _Call(tree_map(cut, call.arguments), tree_map(cut, call.keywords))
+
+    def _refuse_large_arguments(self) -> None:
+        """ArchitectureError if arguments that depend on the tokens take more than the memory for hidden states."""
+        leaves = {leaf.data_ptr(): leaf.nbytes for calls in self._own_calls.values() for call in calls
+                  for leaf in _tensors(call)}  # fmt: skip
+        if self._own_calls and sum(leaves.values()) > self._max_memory:
+            raise ArchitectureError(
+                f"{type(self.model).__name__} passes its blocks arguments that depend on the tokens, "
+                f"{sum(leaves.values()) / 1e9:.1f} GB for this text; {self._max_memory / 1e9:.1f} GB are allowed",
+                "give fewer --samples, a shorter --seqlen, or more --max-memory",
+            )
 
     def head_inputs(self, ids: Tensor, states: HiddenStates) -> Iterator[Tensor]:
         """The input of the output head, [tokens, H] for a batch of windows at a time; `states` come from `run`."""
         self._loader.fill(self._is_outside)
         with torch.inference_mode():
             for batch in batches_of(ids):
-                behind = states.values[batch].to(self.device)
+                behind = states.values[batch].to(self.device).unflatten(2, self._inner)
                 # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
-                returned = (behind,) if self._returns_tuples else behind
+                returned = self._as_returned(behind)
                 with _standing_in(self.blocks, lambda index, call, returned=returned: returned):
                     out = self._decoder(input_ids=ids[batch].to(self.device), use_cache=False)
                 yield out.last_hidden_state.reshape(-1, out.last_hidden_state.shape[-1])
@@ -218,20 +261,35 @@ class BlockRunner:
         first: list[Tensor] = []
         calls: list[_Call] = []
 
-        def stand_in(index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        def stand_in(index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
             arguments, keywords = call
+            if not arguments:
+                keywords = dict(keywords)
+                arguments = (keywords.pop("hidden_states"),)
             first.append(arguments[0])
             calls.append(_Call(arguments[1:], keywords))
             if index == len(self.blocks) - 1:
                 raise _Captured
-            return arguments[0]
+            return self._as_returned(arguments[0])
 
         with _standing_in(self.blocks, stand_in):
             try:
-                self._decoder(input_ids=ids.to(self.device), use_cache=False)
+                with _blamed_on(self.model):
+                    self._decoder(input_ids=ids.to(self.device), use_cache=False)
             except _Captured:
+                if first[0].shape[:2] != ids.shape:
+                    raise ArchitectureError(
+                        f"{type(self.model).__name__} has hidden states {list(first[0].shape)} for {list(ids.shape)} "
+                        f"tokens, which lowbit does not run block by block",
+                        "take --method rtn, which runs no text",
+                    ) from None
                 return first[0], calls
         raise ArchitectureError(f"{type(self.model).__name__} does not run its decoder blocks one after another")
+
+    def _as_returned(self, hidden: Tensor) -> Any:
+        """Hidden states in the form of a block's output."""
+        entries = self.architecture.block_outputs
+        return (hidden, *[None] * (entries - 1)) if entries else hidden
 
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""
@@ -252,6 +310,21 @@ def batches_of(ids: Tensor) -> list[slice]:
 
 
 @contextmanager
+def _blamed_on(model: nn.Module) -> Iterator[None]:
+    """Inside, what a model's code raises becomes an ArchitectureError."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run block by block on text alone: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}",
+            "take --method rtn, which runs no text",
+        ) from error
+
+
+@contextmanager
 def _standing_in(blocks: list[Block], stand_in: Callable[[int, Any], Any]) -> Iterator[None]:
     """Inside, calling block i calls stand_in(i, (arguments, keywords))."""
     for index, block in enumerate(blocks):
@@ -263,10 +336,33 @@ def _standing_in(blocks: list[Block], stand_in: Callable[[int, Any], Any]) -> It
             del block.module.forward
 
 
-def _check_same(calls: list[_Call], others: list[_Call], model: str) -> None:
-    """ArchitectureError if arguments other than the hidden states depend on the tokens."""
-    for call, other in zip(calls, others, strict=True):
-        leaves, other_leaves = (tree_leaves((each.arguments, each.keywords)) for each in (call, other))
-        pairs = zip(leaves, other_leaves, strict=True)
-        if any(isinstance(one, Tensor) and not torch.equal(one, two) for one, two in pairs):
-            raise ArchitectureError(f"{model} passes its blocks arguments that depend on the tokens")
+def _tensors(call: _Call) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((call.arguments, call.keywords)) if isinstance(leaf, Tensor)]
+
+
+def _same_calls(calls: list[_Call], others: list[_Call]) -> bool:
+    """True if the arguments of all blocks are the same."""
+    pairs = zip(calls, others, strict=True)
+    return all(
+        one.shape == two.shape and torch.equal(one, two)
+        for call, other in pairs
+        for one, two in zip(_tensors(call), _tensors(other), strict=True)
+    )
+
+
+def _sharing(calls: list[_Call], first: list[_Call]) -> list[_Call]:
+    """The calls, with the tensors of `first` in place of equal ones, so that masks are kept once."""
+    known: dict[int, Tensor] = {}
+
+    def shared(leaf: Any, other: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and isinstance(other, Tensor)):
+            return leaf
+        if leaf.data_ptr() not in known:
+            same = leaf.shape == other.shape and torch.equal(leaf, other)
+            known[leaf.data_ptr()] = other if same else leaf
+        return known[leaf.data_ptr()]
+
+    return [
+        _Call(tree_map(shared, call.arguments, other.arguments), tree_map(shared, call.keywords, other.keywords))
+        for call, other in zip(calls, first, strict=True)
+    ]

@@ -64,7 +64,7 @@ class BlockPasses:
         self.block = runner.blocks[index]
 
         def one_window() -> Tensor:
-            return runner.forward(index, streams.quantized.values[:1])
+            return runner.forward(index, streams.quantized.values[:1], batch=slice(0, 1))
 
         self.stages = find_stages(self.block, one_window)
         self._idle = find_idle(self.block, self.stages, one_window)
@@ -100,7 +100,7 @@ class BlockPasses:
                 if compared:
                     self._unquantized(stage, batch)
                 with self._behind(self.block.module, stage.child, False, batch), suppress(AllSeen):
-                    self._runner.forward(self._index, self._streams.quantized.values[batch])
+                    self._runner.forward(self._index, self._streams.quantized.values[batch], batch=batch)
                 if compared and batch.stop >= self._streams.compared:
                     statistics.end_of_unquantized()
                 tick(batch.stop - batch.start)
@@ -129,12 +129,12 @@ class BlockPasses:
             self.forget(unquantized=True)
         for batch in batches_of(self._streams.ids):
             with self._behind(self.block.module, None, False, batch):
-                states[batch] = self._runner.forward(self._index, states[batch])
+                states[batch] = self._runner.forward(self._index, states[batch], batch=batch)
             if self._original is not None and self._rewritten and batch.start < self._streams.compared:
                 assert self._streams.unquantized is not None
                 others = self._streams.unquantized.values
                 with self._behind(self._original, None, True, batch):
-                    others[batch] = self._runner.forward(self._index, others[batch], self._original)
+                    others[batch] = self._runner.forward(self._index, others[batch], self._original, batch)
             tick(batch.stop - batch.start)
 
     def _unquantized(self, stage: Stage, batch: slice) -> None:
@@ -149,7 +149,7 @@ class BlockPasses:
                 outputs = self._outputs(stage, True)
                 stack.enter_context(outputs.standing_in(child, batch, self._runner.device, stops=True))
             stack.enter_context(suppress(AllSeen))
-            out = self._runner.forward(self._index, states[batch], self._original)
+            out = self._runner.forward(self._index, states[batch], self._original, batch)
             if self._ends(stage):  # not reached if `advance` has to do it
                 states[batch] = out
 
@@ -195,4 +195,4 @@ class BlockPasses:
 def run_through(runner: BlockRunner, index: int, states: HiddenStates, ids: Tensor) -> None:
     """Send one stream through a loaded block without measuring."""
     for batch in batches_of(ids):
-        states.values[batch] = runner.forward(index, states.values[batch])
+        states.values[batch] = runner.forward(index, states.values[batch], batch=batch)

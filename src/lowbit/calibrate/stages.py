@@ -84,7 +84,7 @@ def _watch(block: Block, paths: tuple[str, ...], run: Callable[[], object]) -> t
 
     def put_out(path: str, _module: nn.Module, _arguments: Any, out: Any) -> None:
         first = _first(out).clone()  # later operations may change it in place
-        outputs[path] = (first, *out[1:]) if isinstance(out, tuple) else first
+        outputs[path] = (first, *out[1:]) if isinstance(out, tuple | list) else first
 
     with ExitStack() as stack:
         for path in dict.fromkeys(paths):
@@ -97,7 +97,7 @@ def _watch(block: Block, paths: tuple[str, ...], run: Callable[[], object]) -> t
 
 
 def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 def by_child(stages: list[Stage]) -> list[Stage]:

@@ -103,9 +103,8 @@ class Subject:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """gpt-oss's experts are described one by one where the files hold blocks, single experts, or decoded floats."""
-        apart = self.known_format in ("mxfp4", PLAIN) or any(".experts.0." in name for name in self.stored.tensors)
-        split = self.config.get("model_type") == "gpt_oss" and apart
+        """Experts are described one by one where the files hold blocks, single experts, or decoded floats."""
+        split = self.known_format in ("mxfp4", PLAIN) or any(".experts.0." in name for name in self.stored.tensors)
         return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 
     @cached_property
@@ -196,7 +195,12 @@ class Subject:
             if name.endswith(".weight") and linear in self.schemes:
                 expected |= self.expected_of(linear)
             else:
-                expected[name] = Expected(FLOATS, tuple(shape))
+                info = self.stored.tensors.get(name)
+                table = (
+                    info is not None and not info.dtype.is_floating_point and self.architecture.roles[name] == "other"
+                )
+                dtypes = (info.dtype,) if table and info is not None else FLOATS  # a table of ids, say
+                expected[name] = Expected(dtypes, tuple(shape))
         return expected
 
     def expected_of(self, linear: str) -> dict[str, Expected]:
