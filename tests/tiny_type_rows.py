@@ -60,9 +60,11 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "instructblipvideo": {"num_query_tokens": 4, "video_token_index": s.vocabulary - 1},
         "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
         "kosmos-2": {"latent_query_num": 4},
+        "lfm2": {"block_dim": s.hidden},
         "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
         "llama4_text": {"attention_chunk_size": 128},  # vLLM wants whole blocks of its cache
         "mamba2": {"num_heads": s.inner // s.head_dim},
+        "minimax_m2": {"rotary_dim": s.head_dim},
         "ministral": {"head_dim": s.head_dim},
         "mistral4": {"head_dim": 2 * s.head_dim},  # its rotary half is qk_rope_head_dim
         "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -75,6 +77,7 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
             "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8, "ple_layer_ids": [1],
             "ple_embed_dim": s.rank,
         },
+        "qwen3_vl_moe_text": {"norm_topk_prob": True},
         "recurrent_gemma": {"num_hidden_layers": 3},
         "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, s.hidden - 32]},
         "step3p5": {"sliding_window": 16},
