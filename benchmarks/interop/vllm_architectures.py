@@ -1,6 +1,6 @@
 """Does a real vLLM load each model type that lowbit quantizes, and compute with the weights we mean?
 
-usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [--json FILE] [TYPE ...]
+usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [--write FILE] [TYPE ...]
 
 For each type (all that vLLM's registry names, or those given; of tests/tiny_types.py or tests/models.py): a tiny random
 model is quantized, and two engines give the log-probability of every token of one sequence: transformers with lowbit's
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,10 +59,15 @@ def main() -> None:
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--head-dim", type=int, help="of wider models, for types whose kernels want 64 or 128")
+    parser.add_argument("--write", type=Path, help="a document whose table of types in vLLM is renewed")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         results = compare(args, Path(scratch))
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        table = f"<!-- vllm types -->\n\n{markdown(results, args.scheme)}\n\n<!-- end -->"
+        args.write.write_text(re.sub(r"<!-- vllm types -->.*?<!-- end -->", lambda _: table, text, flags=re.S), "utf-8")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -111,7 +117,7 @@ def our_side(name: str, scheme: str, scratch: Path, args: argparse.Namespace) ->
     folder = scratch / name
     made = lowbit.quantize(source, folder, scheme=scheme, format=args.format, group_size=args.group_size)
     named = {entry.name for entry in made.report.tensors if entry.scheme is not None}
-    return Ours(folder, logprobs_of_lowbit(folder), units(source, named))
+    return Ours(folder, logprobs_of_lowbit(folder), units(folder, named))
 
 
 def make(name: str, folder: Path, head_dim: int | None) -> None:
@@ -178,7 +184,7 @@ def their_side(python: str, folders: list[Path], output: Path) -> dict[str, Any]
         answered = json.loads(output.read_text())
         found |= answered
         left = [folder for folder in left if folder not in found]
-        if left:
+        if left and (ran.returncode != 0 or not answered):
             last = ran.stderr.strip().splitlines()[-1:]
             found[left.pop(0)] = {"refused": f"its process ended ({ran.returncode}): {' '.join(last)[:200]}"}
     return found
@@ -205,6 +211,24 @@ def said(result: dict[str, Any]) -> str:
         f"correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
         f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}"
     )
+
+
+def markdown(results: dict[str, dict[str, Any]], scheme: str) -> str:
+    """The table of docs/interop.md: types that vLLM runs in 16 bits, and a line of those that it does not run here."""
+    lines = [f"| type | 16 bits | {scheme} | quantized layers: vLLM, ours |", "|---|---:|---:|---:|"]
+    not_run = []
+    for name, found in sorted(results.items()):
+        plain, ours = found.get("16bit", {}), found.get(scheme, {})
+        if "correlation" not in plain:
+            not_run.append(f"`{name}`")
+        elif "correlation" in ours:
+            layers = f"{ours['quantized_by_vllm']}, {ours['quantized']}"
+            lines.append(f"| `{name}` | {plain['correlation']:.4f} | {ours['correlation']:.4f} | {layers} |")
+        else:
+            lines.append(
+                f"| `{name}` | {plain['correlation']:.4f} | {ours.get('refused', '')[:90].replace('|', '/')} | |"
+            )
+    return "\n".join([*lines, "", f"Not run by this vLLM in 16 bits either: {', '.join(not_run) or 'none'}."])
 
 
 def one_line(error: Exception) -> str:

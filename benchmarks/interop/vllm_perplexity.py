@@ -135,6 +135,13 @@ def offer_emulation() -> None:
             grouped = codes.view(out_features, scale.shape[1], -1)
             return ((grouped - zero_point) * scale[:, :, None]).flatten(1)
 
+    class DecodedAnyPacked(DecodedPacked):
+        """Shapes that vLLM's own kernel refuses."""
+
+        @classmethod
+        def can_implement(cls, config):
+            return True, None
+
     class DecodedMxfp4(Decoded, linear.MxFp4LinearKernel):
         def decode(self, layer):
             scale = torch.exp2(layer.weight_scale.data.float() - 127)
@@ -203,6 +210,7 @@ def offer_emulation() -> None:
     # Block FP8 has no kind, weight-only NVFP4 is forced to the class of this name, and W4AFP8 is considered only where
     # the device is exactly compute capability 9.0.
     linear._POSSIBLE_KERNELS[cpu].insert(0, DecodedPacked)
+    linear._POSSIBLE_KERNELS[cpu].append(DecodedAnyPacked)
     linear._POSSIBLE_FP8_BLOCK_KERNELS[cpu].append(DecodedFp8Block)
     linear.MarlinNvFp4LinearKernel = DecodedNvfp4
     CompressedTensorsConfig._is_fp8_w4a8_sm90 = staticmethod(CompressedTensorsConfig._is_fp8_w4a8)
