@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that spin while they wait starve others: the other processes of `make test`, or what else the machine does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Functions of bitsandbytes and compressed-tensors run uncompiled: compiling them takes longer than the tests do.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 
 # A machine may be busy: no example is too slow.

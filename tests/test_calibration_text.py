@@ -11,6 +11,7 @@ import torch
 from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, DependencyError, UsageError
 from lowbit.text import calibration_windows, context_length, cut_windows, read_text
+from lowbit.text.packing import Renderer
 from lowbit.text.rows import LAYOUTS, document_of, shuffled
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -453,3 +454,48 @@ def test_a_source_that_is_not_there_is_named():
     with pytest.raises(UsageError, match=r"'absent.txt'.*no such file") as caught:
         calibration_windows("absent.txt", byte_tokenizer(), 1, 8)
     assert "open_platypus" in caught.value.hint
+
+
+def test_null_content_beside_tool_calls_and_parts_are_rendered():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    row = {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image", "image": "x"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "why"},
+    ]}  # fmt: skip
+    document = document_of(row, "x")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content }}{{ m.reasoning_content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.a + 1 }}{% endfor %}]{% endfor %}"
+    )
+    render = Renderer(tokenizer, 1000)
+    assert render(document)[0] == "[hi][why2]"
+    assert "1 parts of turns dropped: they are no text" in render.notes()
+    assert "1 turns without text, which call tools" in render.notes()
+
+
+def test_a_template_that_wants_parts_gets_them():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% for p in m.content %}{{ p.text }};{% endfor %}{% endfor %}"
+    document = document_of({"messages": [{"role": "user", "content": "hi"}]}, "x")
+    assert Renderer(tokenizer, 1000)(document)[0] == "hi;"
+
+
+@pytest.mark.parametrize(
+    "turns", [[{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "image"}]}]]
+)
+def test_conversations_without_any_text_are_empty(turns):
+    assert document_of({"messages": turns}, "x") == []
+
+
+def test_one_token_again_and_again_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_bytes(bytes(2000))
+    with pytest.raises(CheckpointError, match="one token again and again"):
+        calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64)
+
+
+def test_a_text_without_words_gets_a_note(tmp_path):
+    (tmp_path / "text.txt").write_text("!?.,;:-+*/" * 200)
+    assert any(
+        "hardly a word" in note for note in calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes
+    )

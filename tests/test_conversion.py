@@ -13,10 +13,11 @@ import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.registry import folder_formats
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
 
+CALIBRATION = {"calib": SHORT_TEXT, "samples": 2, "seqlen": 64}
 # (format, scheme, settings) of every source in the table of the document, in its order.
 SOURCES = {
     "compressed-tensors W4A16": ("compressed-tensors", "W4A16", {}),
@@ -24,7 +25,7 @@ SOURCES = {
     "compressed-tensors W8A16": ("compressed-tensors", "W8A16", {}),
     "compressed-tensors W3A16": ("compressed-tensors", "W3A16", {}),
     "compressed-tensors W8A8": ("compressed-tensors", "W8A8", {}),
-    "compressed-tensors FP8": ("compressed-tensors", "FP8", {"samples": 2, "seqlen": 64}),
+    "compressed-tensors FP8": ("compressed-tensors", "FP8", CALIBRATION),
     "compressed-tensors FP8_DYNAMIC": ("compressed-tensors", "FP8_DYNAMIC", {}),
     "compressed-tensors FP8_BLOCK": ("compressed-tensors", "FP8_BLOCK", {}),
     "compressed-tensors NVFP4A16": ("compressed-tensors", "NVFP4A16", {}),
@@ -39,7 +40,7 @@ SOURCES = {
     "bitsandbytes NF4, double": ("bitsandbytes", "NF4", {"double_quant": True}),
     "bitsandbytes FP4": ("bitsandbytes", "FP4", {}),
     "bitsandbytes INT8": ("bitsandbytes", "INT8", {}),
-    "modelopt FP8": ("modelopt", "FP8", {"samples": 2, "seqlen": 64}),
+    "modelopt FP8": ("modelopt", "FP8", CALIBRATION),
     "modelopt FP8_DYNAMIC": ("modelopt", "FP8_DYNAMIC", {}),
     "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
 }  # fmt: skip

@@ -23,7 +23,7 @@ from lowbit.cli.options import of_table
 from lowbit.errors import LowbitError
 from lowbit.knobs import Facts
 from lowbit.settings import Settings, facts_of, make_settings
-from models import make_model
+from models import SHORT_TEXT, make_model
 from test_docs import COMMANDS, DOCUMENTS, ROOT, blocks, examples_of
 
 # Words of a command line → what stands there when it is run; "{model}" is the tiny model's folder.
@@ -44,7 +44,9 @@ SMALLER = {
     "generate": "--max-tokens 4",
     "demo": "--windows 1 --model {model}",
 }
-# The same for lines with a word.
+# The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
+SHORT = {"quantize": "--calib", "imatrix": "--calib", "evaluate": "--text", "compare": "--text", "diagnose": "--text"}
+# More options at the end, for lines with a word.
 SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 # Lines that begin so are parsed, not run.
 ONLY_PARSED: dict[str, str] = {}
@@ -76,6 +78,8 @@ class Bench:
         if "--help" not in words:
             if words[0] != "quantize" or reads_text(words):
                 words += self._filled(SMALLER.get(words[0], "")).split()
+                if words[0] in SHORT and SHORT[words[0]] not in words:
+                    words += [SHORT[words[0]], SHORT_TEXT]
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)
         if words[0] in ("quantize", "convert", "imatrix") and output and (self.folder / output).exists():
@@ -131,7 +135,8 @@ def maker_of(name: str, document: Path) -> str | None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
     folder = tmp_path_factory.mktemp("documents")
-    model = make_model(folder / "tiny", "llama", tie_word_embeddings=True, max_position_embeddings=4096)
+    model = make_model(folder / "tiny", "llama", tie_word_embeddings=True, max_position_embeddings=4096,
+                       num_hidden_layers=1)  # fmt: skip
     (folder / "my-text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     recipe = blocks(ROOT / "docs" / "recipes.md", "yaml")[0]
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

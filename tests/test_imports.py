@@ -15,7 +15,7 @@ ROOT = Path(lowbit.__file__).parent
 LAYERS = [
     # leaves, and the currency that stages hand on
     "version", "errors", "records", "measure", "workers", "registry", "hardware", "tensors", "schemes", "methods",
-    "kernels", "numerics", "knobs", "settings", "text",
+    "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
     # the flow
     "checkpoint", "architecture", "rounding", "transform", "calibrate", "export", "plan", "verification", "formats",
     "engines", "pipeline", "evaluation", "report", "reporting", "api",

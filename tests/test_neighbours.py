@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.report import schema
+from models import SHORT_TEXT
 
 
 @pytest.mark.parametrize(("scheme", "output"), [("W4A16", "out"), ("Q4_K_M", "out.gguf")])
@@ -58,7 +59,11 @@ def test_a_conversion_says_convert(tiny_llama, tmp_path):
 
 def test_every_tensor_of_a_run_has_a_histogram(tiny_llama, tmp_path):
     for output, scheme in (("out", "W4A16"), ("out.gguf", "Q4_0"), ("gptq", "W4A16")):
-        method = {"method": "gptq", "samples": 2, "seqlen": 32, "expert_tokens": 64} if output == "gptq" else {}
+        method = (
+            {"method": "gptq", "calib": SHORT_TEXT, "samples": 2, "seqlen": 32, "expert_tokens": 64}
+            if output == "gptq"
+            else {}
+        )
         report = lowbit.quantize(tiny_llama, tmp_path / output, scheme=scheme, **method).report
         for tensor in report.tensors:
             assert tensor.histogram is not None, tensor.name

@@ -34,7 +34,7 @@ def quantize(
     model: str | Path,
     output: str | Path,
     *,
-    recipe: Path | None = None,
+    recipe: str | Path | None = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,
@@ -156,8 +156,8 @@ def _write(
 def dry_run(
     model: str | Path,
     *,
-    output: Path | None = None,
-    recipe: Path | None = None,
+    output: str | Path | None = None,
+    recipe: str | Path | None = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,
@@ -167,7 +167,7 @@ def dry_run(
 
     output  nothing is written there; its name tells a GGUF file from a folder
     """
-    chosen = make_settings(recipe, **settings)
+    chosen, output = make_settings(recipe, **settings), None if output is None else Path(output)
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output)))
     return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True), output)
 

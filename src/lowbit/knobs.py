@@ -89,19 +89,19 @@ OVERRIDES = Reader(
     "--method gptq uses it",
     lambda run: run.blockwise or (not run.converts and not run.gguf and run.roundings != {"rtn"}),
 )
-GROUPS = Reader("folders (of conversions: with --scheme)", "ggml types, and sources of conversions, fix their groups",
+GROUPS = Reader("folders (of conversions: with --scheme)", "ggml types and sources of conversions fix the group size",
                 lambda run: not run.gguf and run.takes_scheme)  # fmt: skip
 NESTED = Reader("the schemes NF4 and FP4", "--scheme NF4 uses it", lambda run: run.nests)
-RANGES = Reader("folders whose weights are rounded", "encoders of ggml types search by themselves, and codes that are "
-                "kept have their scales", lambda run: not run.gguf and run.rounds)  # fmt: skip
+RANGES = Reader("folders whose weights are rounded", "encoders of ggml types do their own search, and codes that are "
+                "kept keep their scales", lambda run: not run.gguf and run.rounds)  # fmt: skip
 RANGE_PERCENTILE = Reader("--range percentile, for folders", "--range percentile uses it",
                           lambda run: run.by_percentile and RANGES.reads(run))  # fmt: skip
-FOLDERS = Reader("folders", "llama.cpp is told the type of its cache when it is started", lambda run: not run.gguf)
+FOLDERS = Reader("folders", "llama.cpp takes the type of its cache when it starts", lambda run: not run.gguf)
 READS_TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, or --kv-cache uses it",
                     lambda run: run.reads_text)  # fmt: skip
 TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, --kv-cache, or --imatrix measure for "
               "GGUF uses it", lambda run: run.reads_text or run.measures)  # fmt: skip
-DRAWS = Reader("sign-SGD, and where rows of --calib are drawn", "--method sign-sgd or --calib c4 uses it",
+DRAWS = Reader("sign-SGD, and runs that sample rows of --calib", "--method sign-sgd or --calib c4 uses it",
                lambda run: run.draws)  # fmt: skip
 BLOCKWISE = Reader("methods that run a text block by block", "--method gptq, awq, smoothquant or sign-sgd uses it",
                    lambda run: run.blockwise)  # fmt: skip

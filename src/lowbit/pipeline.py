@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lowbit.calibrate import loop
 from lowbit.calibrate.input_ranges import measure_ranges
 from lowbit.calibrate.store import TensorResult, joined_results
@@ -23,9 +26,10 @@ from lowbit.checkpoint.quantized import FLOATS
 from lowbit.errors import NonFiniteError
 from lowbit.export.atomic import check_disk
 from lowbit.methods import RTN
-from lowbit.numerics.precision import compute_dtype
+from lowbit.numerics.precision import compute_dtype, squared_error_in_double
 from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, PlannedTensor, Prepared, Progress
 from lowbit.registry import load
+from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.rtn import TensorRange, measure_range
@@ -74,11 +78,12 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Written:
-    """The output of a run. results, histograms: by the names of the plan's tensors"""
+    """The output of a run. results, notes, histograms: by the names of the plan's tensors"""
 
     files: list[Path]
     results: dict[str, TensorResult] = field(default_factory=dict)
     histograms: dict[str, WeightHistogram] = field(default_factory=dict)
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -100,7 +105,7 @@ def write_checkpoint(
         container = plan.container(work, output)
         try:
             run = _Run(prepared, container, progress)
-            written = Written(container.files, run.all_tensors(), run.histograms.done)
+            written = Written(container.files, run.all_tensors(), run.histograms.done, run.all_notes())
             for piece in plan.pieces_beside():
                 container.write(piece)
             container.close()
@@ -123,6 +128,7 @@ class _Run:
         self.done = 0
         self.lock = threading.Lock()
         self.sums: dict[str, dict[int, Sums]] = {}
+        self.notes: dict[str, dict[int, str]] = {}  # tensor → first row of a slab → what became of extreme values
         self.histograms = WeightHistograms()
 
     def all_tensors(self) -> dict[str, TensorResult]:
@@ -141,6 +147,10 @@ class _Run:
                 if tensor.making is Making.calibrated:
                     results[tensor.name] = joined_results([calibrated[name] for name in tensor.source.names])
         return results
+
+    def all_notes(self) -> dict[str, tuple[str, ...]]:
+        """Tensor → what became of extreme values in it, in the order of its rows."""
+        return {name: tuple(found[first] for first in sorted(found)) for name, found in self.notes.items()}
 
     def _slab(self, tensor: PlannedTensor, target: Target | None, first: int, last: int) -> None:
         # For the histogram: readers of the source's rows and of the decoded ones.
@@ -162,8 +172,9 @@ class _Run:
                 options = tensor.rounding.options_of(self.plan.settings)
                 rows = load(tensor.rounding.function)(values, target, InputData(), options).stored
                 sums = target.error(values, rows)
-            self._check_finite(tensor, first, *sums[1::-1])
-            self._keep(tensor, first, sums)
+            sums = self._finite(tensor, first, values, target.reader(rows), sums)
+            found = find_extreme(values, rows, sums, target, tensor.stored_as, first) if values.numel() else None
+            self._keep(tensor, first, sums, found)
             source, decode = lambda chosen: values[chosen], target.reader(rows)
         elif tensor.making is Making.calibrated:
             assert self.store is not None
@@ -216,22 +227,37 @@ class _Run:
                 if name in self.checkpoint.tensors:
                     self.checkpoint.release(name)
 
-    def _keep(self, tensor: PlannedTensor, first: int, sums: Sums) -> None:
+    def _keep(self, tensor: PlannedTensor, first: int, sums: Sums, note: str | None = None) -> None:
         with self.lock:
             self.sums.setdefault(tensor.name, {})[first] = sums
+            if note is not None:
+                self.notes.setdefault(tensor.name, {})[first] = note
 
-    def _check_finite(self, tensor: PlannedTensor, first: int, weights: float, error: float = 0.0) -> None:
-        """NonFiniteError where the sum or range of a slab's weights, or its rounding error, is not finite."""
-        file = next((self.checkpoint.tensors[name].file for name in tensor.source.names), self.checkpoint.source)
+    def _finite(self, tensor: PlannedTensor, first: int, values: Tensor, decode: RowReader, sums: Sums) -> Sums:
+        """The sums of a slab's errors, in float64 where finite weights overflow float32; NonFiniteError for others."""
+        if math.isfinite(sums[0] + sums[1]):
+            return sums
+        self._check_finite(tensor, first, 0.0 if bool(torch.isfinite(values).all()) else math.nan)
+        decoded = decode(torch.arange(len(values)))
+        if not bool(torch.isfinite(decoded).all()):
+            row, column = divmod(int(values.abs().argmax()), values.shape[1])
+            raise NonFiniteError(
+                f"{self._file_of(tensor)}: tensor {tensor.name} holds {values[row, column].item():.6g} at "
+                f"[{first + row}, {column}], which is beyond the range of {tensor.stored_as}",
+                f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore '{tensor.name}'",
+            )
+        return squared_error_in_double(values, decoded)
+
+    def _file_of(self, tensor: PlannedTensor) -> Path | str:
+        return next((self.checkpoint.tensors[name].file for name in tensor.source.names), self.checkpoint.source)
+
+    def _check_finite(self, tensor: PlannedTensor, first: int, weights: float) -> None:
+        """NonFiniteError where the range of a slab's weights is not finite."""
         if not math.isfinite(weights):
             raise NonFiniteError(
-                f"{file}: tensor {tensor.name} holds NaN or inf, in the slab that begins at row {first}",
+                f"{self._file_of(tensor)}: tensor {tensor.name} holds NaN or inf, in the slab that begins at row "
+                f"{first}",
                 "the checkpoint is damaged, or was trained into overflow; get another copy of it",
-            )
-        if not math.isfinite(error):
-            raise NonFiniteError(
-                f"{file}: tensor {tensor.name} has weights beyond the range of {tensor.stored_as}",
-                f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore '{tensor.name}'",
             )
 
 

@@ -35,6 +35,8 @@ SHOWN_EACH_SIDE = 2
 MOST_TENSORS = 10_000
 # More histograms would make a report of many megabytes; those with the largest errors are kept.
 _HISTOGRAMS = 2000
+# Notes on extreme values in the summary; each tensor has all of its own.
+_EXTREMES = 5
 
 
 def build_report(
@@ -45,6 +47,7 @@ def build_report(
     files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written.files))
     weights = sum(tensor.weights for tensor in plan.tensors)
     shown = _kept_histograms(written.histograms, written.results)
+    extremes = tuple(f"{name}: {note}" for name, notes in written.notes.items() for note in notes)
     bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
     return schema.Report(
         schema=schema.SCHEMA,
@@ -54,7 +57,8 @@ def build_report(
             model=prepared.source,
             kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*checkpoint.notes, *plan.notes, *_calibration_notes(prepared), *filter(None, [plan.shortfall])),
+            notes=(*checkpoint.notes, *plan.notes, *_counted(extremes), *_calibration_notes(prepared),
+                   *filter(None, [plan.shortfall])),
             bytes=bytes_in,
         ),
         output=schema.Output(
@@ -84,7 +88,10 @@ def build_report(
         transforms=() if calibrated is None else tuple(
             schema.TransformEntry(**note) for record in calibrated.store.records.values() for note in record.transforms
         ),
-        tensors=tuple(_entry(t, written.results.get(t.name), shown.get(t.name)) for t in plan.tensors),
+        tensors=tuple(
+            _entry(t, written.results.get(t.name), shown.get(t.name), written.notes.get(t.name, ()))
+            for t in plan.tensors
+        ),
         verification=verification,
         serve=_serve_lines(verification, output),
         command=_command(prepared, output),
@@ -216,7 +223,16 @@ def _kept_histograms(
     return {name: histograms[name] for name in worst[:_HISTOGRAMS]}
 
 
-def _entry(tensor: PlannedTensor, result: TensorResult | None, histogram: WeightHistogram | None) -> schema.TensorEntry:
+def _counted(extremes: tuple[str, ...]) -> tuple[str, ...]:
+    """The first few, and how many more there are."""
+    count = len(extremes) - _EXTREMES
+    more = (f"extreme values in {count} more places, which the report lists by tensor",) if count > 0 else ()
+    return (*extremes[:_EXTREMES], *more)
+
+
+def _entry(
+    tensor: PlannedTensor, result: TensorResult | None, histogram: WeightHistogram | None, notes: tuple[str, ...]
+) -> schema.TensorEntry:
     calibrated = None if result is None else result.linear
     return schema.TensorEntry(
         name=tensor.name,
@@ -234,7 +250,7 @@ def _entry(tensor: PlannedTensor, result: TensorResult | None, histogram: Weight
         tokens=None if calibrated is None else calibrated.tokens,
         repacked=tensor.making is Making.repacked and tensor.is_quantized,
         reason=tensor.reason,
-        notes=tensor.notes if calibrated is None else (*tensor.notes, *calibrated.notes),
+        notes=(*tensor.notes, *notes, *(() if calibrated is None else calibrated.notes)),
         reads=None if tensor.linear is None else tensor.linear.reads,
         histogram=histogram,
     )

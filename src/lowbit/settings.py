@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
+from lowbit.foreign_recipes import refuse_foreign_recipe
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.registry import written_formats
@@ -41,16 +42,16 @@ class RunOptions(Table):
     """Options of the run that do not change its output."""
 
     device: Annotated[
-        str, Knob("Of forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
+        str, Knob("Device for forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
     ] = "cpu"
     max_memory: Annotated[
         Size | None,
-        Knob("What calibration may take, such as 8GiB", RUNNING, knobs.MEMORY, "SIZE",
-             "80 % of what is free", "calibration.md#memory"),
+        Knob("Memory limit of calibration, such as 8GiB", RUNNING, knobs.MEMORY, "SIZE",
+             "80 % of free memory", "calibration.md#memory"),
     ] = None  # fmt: skip
     resume: Annotated[
         bool,
-        Knob("Go on behind the last finished block of a run that was stopped", RUNNING, knobs.BLOCKWISE,
+        Knob("Continue a stopped run after its last finished block", RUNNING, knobs.BLOCKWISE,
              see="calibration.md#stopping-and-going-on"),
     ] = False  # fmt: skip
 
@@ -60,7 +61,7 @@ class Settings(Table):
 
     scheme: Annotated[
         str,
-        Knob("W4A16, FP8_DYNAMIC, NVFP4A16 …, or of GGUF: Q4_K_M, IQ4_XS …", MAKE, knobs.SCHEME, "SCHEME",
+        Knob("W4A16, FP8_DYNAMIC, NVFP4A16 …, or a GGUF type: Q4_K_M, IQ4_XS …", MAKE, knobs.SCHEME, "SCHEME",
              see="schemes.md"),
     ] = "W4A16"  # fmt: skip
     method: Annotated[
@@ -70,53 +71,55 @@ class Settings(Table):
     ] = "rtn"  # fmt: skip
     format: Annotated[
         str,
-        Knob("Of the files; auto is gguf for ggml types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
              "compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
-        Knob("Columns per scale; -1 for one scale per row", MAKE, knobs.GROUPS, absent="the scheme's",
+        Knob("Weights per scale; -1 for one scale per row", MAKE, knobs.GROUPS, absent="the scheme's",
              see="recipes.md#group-sizes"),
     ] = None  # fmt: skip
     overrides: Annotated[
         dict[str, str],
-        Knob("Another scheme (of GGUF: type) for some names", MAKE, knobs.QUANTIZE, "REGEX=SCHEME",
+        Knob("Another scheme (GGUF: type) for matching names", MAKE, knobs.QUANTIZE, "REGEX=SCHEME",
              see="recipes.md#which-linears"),
     ] = Field(default_factory=dict)  # fmt: skip
     ignore: Annotated[
         tuple[str, ...],
-        Knob("Leave some linears in 16 bits", MAKE, knobs.QUANTIZE, "REGEX", see="recipes.md#which-linears"),
+        Knob("Leave matching linears in 16 bits", MAKE, knobs.QUANTIZE, "REGEX", see="recipes.md#which-linears"),
     ] = ()  # fmt: skip
 
     range: Annotated[
         Literal["auto", "absmax", "mse", "wmse", "percentile"],
-        Knob("How the range of a group is chosen", STORE, knobs.RANGES, "RANGE", see="schemes.md#range-search"),
+        Knob("How the quantization range of each group is chosen", STORE, knobs.RANGES, "RANGE",
+             see="schemes.md#range-search"),
     ] = "auto"  # fmt: skip
     percentile: Annotated[
-        float, Field(gt=50, le=100), Knob("What --range percentile keeps of a group", STORE, knobs.RANGE_PERCENTILE)
+        float, Field(gt=50, le=100), Knob("Percentile that --range percentile clips at", STORE, knobs.RANGE_PERCENTILE)
     ] = 99.9
     double_quant: Annotated[bool, Knob("NF4 and FP4: quantize the scales too, as QLoRA does", STORE, knobs.NESTED)] = (
         False
     )
     kv_cache: Annotated[
         Literal["fp8", "fp8_per_head"] | None,
-        Knob("Store scales for a KV cache in FP8", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
+        Knob("Store scales for an FP8 KV cache", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
     ] = None
     shard_size: Annotated[
-        Size | None, Knob("Largest weight file, such as 500MB", STORE, metavar="SIZE", absent="5GB; one GGUF file")
+        Size | None,
+        Knob("Maximum size of a weight file, such as 500MB", STORE, metavar="SIZE", absent="5GB; one GGUF file"),
     ] = None
 
     calib: Annotated[
         str | None,
-        Knob("Calibration text: a file, a folder, c4, wikitext, hub:OWNER/NAME:CONFIG:SPLIT, or self, which the model "
-             "writes", CALIBRATION, knobs.TEXT, "TEXT", "the packaged text", "calibration-text.md"),
+        Knob("Calibration text: a file, a folder, c4, wikitext, hub:OWNER/NAME:CONFIG:SPLIT, or self: text "
+             "generated by the model", CALIBRATION, knobs.TEXT, "TEXT", "the packaged text", "calibration-text.md"),
     ] = None  # fmt: skip
-    samples: Annotated[int, Field(ge=1), Knob("Windows of that text", CALIBRATION, knobs.TEXT)] = 128
-    seqlen: Annotated[int, Field(ge=4), Knob("Tokens in a window", CALIBRATION, knobs.TEXT)] = 512
-    seed: Annotated[int, Knob("Of rows drawn from a text, and of sign-SGD", CALIBRATION, knobs.DRAWS)] = 0
+    samples: Annotated[int, Field(ge=1), Knob("Number of calibration windows", CALIBRATION, knobs.TEXT)] = 128
+    seqlen: Annotated[int, Field(ge=4), Knob("Tokens per window", CALIBRATION, knobs.TEXT)] = 512
+    seed: Annotated[int, Knob("Seed for sampling calibration rows and for sign-SGD", CALIBRATION, knobs.DRAWS)] = 0
     compute: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Knob("Numbers of forward passes; auto is bfloat16 where that is fast", CALIBRATION, knobs.READS_TEXT, "DTYPE"),
+        Knob("Dtype of forward passes; auto: bfloat16 where it is fast", CALIBRATION, knobs.READS_TEXT, "DTYPE"),
     ] = "auto"
     activation_range: Annotated[
         Literal["minmax", "percentile", "mse"],
@@ -124,72 +127,71 @@ class Settings(Table):
     ] = "minmax"
     activation_percentile: Annotated[
         float, Field(gt=50, le=100),
-        Knob("What --activation-range percentile keeps", CALIBRATION, knobs.STATIC_PERCENTILE),
+        Knob("Percentile that --activation-range percentile clips at", CALIBRATION, knobs.STATIC_PERCENTILE),
     ] = 99.99  # fmt: skip
     all_experts: Annotated[
-        bool, Knob("Measure every expert on every token, whichever the router chooses", CALIBRATION, knobs.BLOCKWISE)
+        bool, Knob("Calibrate every expert on every token, not only those routed to it", CALIBRATION, knobs.BLOCKWISE)
     ] = False
     bias_correction: Annotated[
         bool,
-        Knob("Move the mean error of a linear's outputs into its bias, where it has one", CALIBRATION, knobs.BLOCKWISE,
+        Knob("Subtract the mean output error of a linear from its bias, if it has one", CALIBRATION, knobs.BLOCKWISE,
              see="rounding.md"),
     ] = False  # fmt: skip
 
     method_overrides: Annotated[
         dict[str, str],
-        Knob("Another rounding (rtn, hqq, gptq) for some linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
+        Knob("Another rounding (rtn, hqq, gptq) for matching linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
     damping: Annotated[
-        float | None, Field(gt=0, le=1), Knob("GPTQ: share of mean(diag H) added to H", METHODS, knobs.GPTQ,
-                                              absent="0.01", see="gptq.md"),
+        float | None, Field(gt=0, le=1),
+        Knob("GPTQ: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.GPTQ,
+             absent="0.01", see="gptq.md"),
     ] = None  # fmt: skip
     correction: Annotated[
         float | None, Field(ge=0, le=1),
-        Knob("GPTQ: share of the rounded prefix's error that weights make up for", METHODS, knobs.GPTQ, absent="0.75",
+        Knob("GPTQ: fraction of the error of preceding layers to compensate", METHODS, knobs.GPTQ, absent="0.75",
              see="gptq.md"),
     ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
-        Knob("GPTQ: windows that the unquantized model is run on too, for the correction", METHODS, knobs.CORRECTION,
+        Knob("GPTQ: windows also run through the unquantized model, for --correction", METHODS, knobs.CORRECTION,
              absent="all", see="gptq.md"),
     ] = None  # fmt: skip
     refine: Annotated[
-        int | None, Field(ge=0), Knob("GPTQ: sweeps of coordinate descent over the codes afterwards", METHODS,
+        int | None, Field(ge=0), Knob("GPTQ: coordinate descent sweeps over the codes after rounding", METHODS,
                                       knobs.GPTQ, absent="1", see="gptq.md"),
     ] = None  # fmt: skip
     expert_tokens: Annotated[
         int, Field(ge=1),
-        Knob("GPTQ: experts that fewer tokens reach are rounded to nearest, and listed", METHODS, knobs.GPTQ),
+        Knob("GPTQ: experts that see fewer tokens are rounded to nearest and listed", METHODS, knobs.GPTQ),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
-        bool, Knob("Keep an output for which every linear fell back to nearest rounding", METHODS, knobs.BLOCKWISE)
+        bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
     ] = False
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
 
     imatrix: Annotated[
         str | None,
-        Knob("Importance matrix that errors are weighed with: a file, or measure (on --calib)", GGUF_PANEL, knobs.GGUF,
+        Knob("Importance matrix that weights the errors: a file, or measure (on --calib)", GGUF_PANEL, knobs.GGUF,
              "FILE", see="imatrix.md"),
     ] = None  # fmt: skip
-    pure: Annotated[bool, Knob("Every matrix in the file type's own type, without its mix", GGUF_PANEL, knobs.GGUF)] = (
-        False
-    )
-    output_type: Annotated[str | None, Knob("Type of the output matrix", GGUF_PANEL, knobs.GGUF, "TYPE")] = None
+    pure: Annotated[
+        bool, Knob("Store every matrix in the base type of the file type, without its mix", GGUF_PANEL, knobs.GGUF)
+    ] = False
+    output_type: Annotated[str | None, Knob("Type of the output head", GGUF_PANEL, knobs.GGUF, "TYPE")] = None
     token_embedding_type: Annotated[
-        str | None, Knob("Type of the embedding", GGUF_PANEL, knobs.GGUF, "TYPE")
+        str | None, Knob("Type of the token embedding", GGUF_PANEL, knobs.GGUF, "TYPE")
     ] = None  # fmt: skip
     pre_tokenizer: Annotated[
         str | None,
-        Knob("llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell it", GGUF_PANEL, knobs.HEADER,
+        Knob("llama.cpp's name for the pre-tokenizer, if tokenizer.json does not identify it", GGUF_PANEL, knobs.HEADER,
              "NAME"),
     ] = None  # fmt: skip
 
     @field_validator("ignore")
     @classmethod
     def _regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            _compiled(pattern)
-        return patterns
+        return tuple(_compiled(pattern) for pattern in patterns)
 
     @field_validator("format")
     @classmethod
@@ -209,8 +211,8 @@ class Settings(Table):
     @field_validator("method_overrides")
     @classmethod
     def _method_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
+        overrides = {_compiled(pattern): name for pattern, name in overrides.items()}
         for pattern, name in overrides.items():
-            _compiled(pattern)
             method = parse_method(name)
             if method.transforms or method.learned:
                 alone = ", ".join(row.name for row in ROUNDINGS.values() if not row.learns)
@@ -221,11 +223,10 @@ class Settings(Table):
     @field_validator("overrides")
     @classmethod
     def _override_regexes(cls, overrides: dict[str, str]) -> dict[str, str]:
-        for pattern, name in overrides.items():
-            _compiled(pattern)
+        for name in overrides.values():
             if not is_gguf_name(name):
                 find_scheme(name)
-        return overrides
+        return {_compiled(pattern): name for pattern, name in overrides.items()}
 
     @field_validator("shard_size")
     @classmethod
@@ -290,9 +291,9 @@ class Settings(Table):
         return RangeSearch(self.range, percentile=self.percentile)
 
 
-def make_settings(recipe: Path | None = None, **flags: Any) -> Settings:
+def make_settings(recipe: str | Path | None = None, **flags: Any) -> Settings:
     """Settings from a recipe file, overridden by flags that are not None; UsageError for unknown or invalid ones."""
-    values = {} if recipe is None else _read_recipe(recipe)
+    values = {} if recipe is None else _read_recipe(Path(recipe))
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**values)
@@ -319,16 +320,20 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of settings, found {type(values).__name__}")
+    refuse_foreign_recipe(values, path)
     return {str(name): value for name, value in values.items()}
 
 
-def _compiled(pattern: str) -> None:
-    if not pattern:
+def _compiled(pattern: str) -> str:
+    """The pattern as it is searched for; llm-compressor's `re:` stands for a pattern from the beginning of a name."""
+    written = pattern.removeprefix("re:")
+    if not written:
         raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
     try:
-        re.compile(pattern)
+        re.compile(written)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+    return f"^(?:{written})" if pattern.startswith("re:") else pattern
 
 
 def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:

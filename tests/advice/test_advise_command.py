@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.advice import advise
 from lowbit.advice.advise import GENERIC_NAME
+from lowbit.checkpoint.base import report_path
 from lowbit.cli.main import app
 from lowbit.errors import UsageError
 from lowbit.hardware import DEVICES
 from lowbit.registry import ENGINES
 from lowbit.schemes import is_gguf_name
 from lowbit.settings import make_settings
+from models import SHORT_TEXT
 
 RUNNER = CliRunner()
 COMMAND = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
@@ -180,26 +182,27 @@ def test_run_without_a_model_is_refused():
 def test_of_a_folder_the_bytes_are_exact_and_a_small_model_is_warned_of(tiny_llama, tmp_path):
     advice = advise(tiny_llama, hardware="h100", engine="vllm")
     option = next(each for each in advice.options if each.settings is not None)
-    made = lowbit.quantize(tiny_llama, tmp_path / "out", **{**option.settings, "samples": 1, "seqlen": 16})
+    made = lowbit.quantize(
+        tiny_llama, tmp_path / "out", **{**option.settings, "calib": SHORT_TEXT, "samples": 1, "seqlen": 16}
+    )
     written = sum(path.stat().st_size for path in made.path.glob("*.safetensors"))
     assert option.memory.weights == written
     assert any("loses more" in note for note in advice.notes)
 
 
-def test_run_quantizes_to_what_was_advised(tiny_llama, tmp_path):
-    answer = run(str(tiny_llama), "--hardware", "h100", "--engine", "vllm", "--run", "-o", str(tmp_path / "out"))
+@pytest.mark.parametrize(("engine", "hardware", "output"), [("vllm", "h100", "out"), ("llama.cpp", "this", "out.gguf")])
+def test_run_quantizes_to_what_was_advised(tiny_llama, tmp_path, engine, hardware, output):
+    target = tmp_path / output
+    answer = run(str(tiny_llama), "--hardware", hardware, "--engine", engine, "--run", "-o", str(target))
     assert answer.exit_code == 0
-    report = json.loads((tmp_path / "out" / "lowbit-report.json").read_text())
-    advice = advise(tiny_llama, hardware="h100", engine="vllm")
+    report = json.loads(report_path(target).read_text())
+    advice = advise(tiny_llama, hardware=hardware, engine=engine)
     chosen = next(each for each in advice.options if each.settings is not None)
     assert report["settings"]["scheme"] == chosen.scheme
 
 
 @pytest.mark.demo_model
-def test_the_demo_model_for_llama_cpp_on_this_machine(tmp_path):
-    target = tmp_path / "demo.gguf"
-    words = ("demo:smollm2", "--engine", "llama.cpp", "--hardware", "this", "--goal", "quality")
-    answer = run(*words, "--run", "-o", str(target))
+def test_the_demo_model_for_llama_cpp_on_this_machine():
+    answer = run("demo:smollm2", "--engine", "llama.cpp", "--hardware", "this", "--goal", "quality")
     assert answer.exit_code == 0
-    assert target.stat().st_size > 50_000_000
     assert "lowbit quantize demo:smollm2 -o smollm2-" in answer.stdout

@@ -91,20 +91,20 @@ def test_tied_parameters_may_be_stored_under_the_other_name(tmp_path):
     assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
-def test_tied_parameters_stored_twice_must_be_equal(tmp_path):
+def test_tied_parameters_stored_twice_are_tied_only_if_they_are_equal(tmp_path):
     checkpoint = fake(tmp_path)
     embedding = checkpoint.values["model.embed_tokens.weight"]
-    same = FakeCheckpoint({**checkpoint.values, "lm_head.weight": embedding.clone()}, tmp_path)
-    assert load_model(same).lm_head.weight.shape == embedding.shape
-    other = FakeCheckpoint({**checkpoint.values, "lm_head.weight": embedding + 1}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"ties .*lm_head.weight.* stores two different"):
-        load_model(other)
+    same = load_model(FakeCheckpoint({**checkpoint.values, "lm_head.weight": embedding.clone()}, tmp_path))
+    assert same.lm_head.weight is same.model.embed_tokens.weight
+    other = load_model(FakeCheckpoint({**checkpoint.values, "lm_head.weight": embedding + 1}, tmp_path))
+    assert torch.equal(other.lm_head.weight, embedding + 1)
+    assert torch.equal(other.model.embed_tokens.weight, embedding)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
     checkpoint = fake(tmp_path)
     del checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight \[96, 64\] is absent"):
         load_model(checkpoint)
 
 
@@ -129,16 +129,15 @@ def test_old_rotary_buffers_are_no_parameters(tmp_path):
     load_model(FakeCheckpoint({**checkpoint.values, name: torch.ones(8)}, tmp_path))
 
 
-def test_zero_biases_of_quantized_linears_are_passed_over(tmp_path):
+def test_biases_of_zeros_are_passed_over_and_others_are_not(tmp_path):
     """AutoGPTQ writes one for every linear."""
     checkpoint = fake(tmp_path)
     owner = "model.layers.0.self_attn.q_proj"
     schemes = {f"{owner}.weight": SCHEMES["W4A16"]}
     load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.zeros(64)}, tmp_path, schemes))
-    with pytest.raises(CheckpointError, match=rf"no place for {owner}\.bias"):
+    load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.zeros(64)}, tmp_path))
+    with pytest.raises(CheckpointError, match=rf"{owner}\.bias: LlamaForCausalLM has no such bias unless .* attention"):
         load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.ones(64)}, tmp_path, schemes))
-    with pytest.raises(CheckpointError, match=rf"no place for {owner}\.bias"):
-        load_model(FakeCheckpoint({**checkpoint.values, f"{owner}.bias": torch.zeros(64)}, tmp_path))
 
 
 def test_remote_code_needs_trust(tmp_path):
@@ -158,5 +157,5 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
     checkpoint = fake(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="there is no tokenizer in"):
         load_tokenizer(checkpoint)

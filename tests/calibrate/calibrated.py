@@ -7,24 +7,14 @@ from pathlib import Path
 
 import lowbit
 from lowbit.report import schema
+from models import SHORT_TEXT
 
-SENTENCES = (
-    "A river carries stones down from the hills and grinds them small. ",
-    "Take 200 g of flour, two eggs and a little milk; stir, and wait. ",
-    "def area(width, height): return width * height  # in metres\n",
-    "Wer langsam geht, kommt auch ans Ziel, sagt man hier. ",
-    "The committee met on Tuesday, without result, and adjourned. ",
-)
-
-
-def text_of(sentences: int) -> str:
-    """About 60 bytes each, which are as many tokens of the tiny models."""
-    return "".join(SENTENCES[(index * index) % 5] for index in range(sentences))
+TEXT = Path(SHORT_TEXT).read_text(encoding="utf-8")  # 6000 tokens of the tiny models
 
 
 def write_text(folder: Path) -> Path:
     path = folder / "calibration.txt"
-    path.write_text(text_of(100))
+    path.write_text(TEXT)
     return path
 
 

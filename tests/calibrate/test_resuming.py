@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import torch
 
 import lowbit
 from calibrate.calibrated import calibrated, files_of, write_text
+from commands import process
 from lowbit.calibrate import loop
 from lowbit.calibrate.store import BlockStore
 from lowbit.errors import UsageError
 from lowbit.settings import RunOptions
 from models import make_model
 
-BLOCKS = 5
+BLOCKS = 3
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 class Stopped(Exception):
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("resuming") / "model", num_hidden_layers=BLOCKS)
+    return make_model(tmp_path_factory.mktemp("resuming") / "model", num_hidden_layers=BLOCKS, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def whole(model, text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("states_every", [0.0, 1e9], ids=["with states", "without states"])
-@pytest.mark.parametrize("stop_at", [0, 2, BLOCKS - 1])
+@pytest.mark.parametrize("stop_at", range(BLOCKS))
 def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_at, states_every):
     monkeypatch.setattr(loop, "KEEP_STATES_EVERY", states_every)
     save = BlockStore.save
@@ -67,29 +67,30 @@ def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_a
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2])
 def test_killed_at_some_moment(model, text, whole, tmp_path, seconds):
-    script = (
-        "import sys, torch, lowbit; torch.set_num_threads(2); from lowbit.settings import RunOptions;"
-        "lowbit.quantize(sys.argv[1], sys.argv[2], method='awq+gptq', calib=sys.argv[3], scheme='W4A16', group_size=32,"
-        "samples=12, seqlen=48, expert_tokens=8, run=RunOptions(resume=True))"
-    )
-    command = [sys.executable, "-c", script, str(model), str(tmp_path / "out"), str(text)]
-    process = subprocess.Popen(command)
-    while process.poll() is None and not list(tmp_path.glob(".out.lowbit-work/block-00000*")):
+    run = process(one_thread, model, tmp_path / "out", text)
+    while run.is_alive() and not list(tmp_path.glob(".out.lowbit-work/block-00000*")):
         time.sleep(0.005)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, check=True) if not (tmp_path / "out").exists() else None
+    run.kill()
+    run.join()
+    if not (tmp_path / "out").exists():
+        assert list(tmp_path.glob(".out.lowbit-work/block-00000*"))
+        calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
     assert files_of(tmp_path / "out") == whole
+
+
+def one_thread(model, out, text):
+    torch.set_num_threads(1)
+    calibrated(model, out, text, "awq+gptq")
 
 
 @pytest.mark.parametrize("method", ["hadamard+gptq", "gptq+sign-sgd", "smoothquant+gptq"])
 def test_blocks_that_are_run_again_are_those_of_the_method(model, text, tmp_path, monkeypatch, method):
     """Without kept hidden states, what an earlier run rotated, learned or scaled must come back from its files."""
     monkeypatch.setattr(loop, "KEEP_STATES_EVERY", 1e9)
-    source = make_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
+    source = make_model(tmp_path / "model", num_hidden_layers=3, **SMALL, tie_word_embeddings=False)
     settings = {"iterations": 12} if "sign" in method else {}
     calibrated(source, tmp_path / "whole", text, method, **settings)
     save = BlockStore.save

@@ -154,11 +154,6 @@ def test_an_odd_number_of_gate_and_up_rows(files):
     assert "rows even" in refusal(files)
 
 
-def test_config_says_mxfp4_and_nothing_is_packed(files):
-    files.tensors = {"lm_head.weight": files.tensors["lm_head.weight"]}
-    assert "config.json says mxfp4" in refusal(files)
-
-
 def test_experts_of_which_some_are_in_16_bits(files):
     other = P.replace("layers.0", "layers.1")
     files.tensors[f"{other}.gate_up_proj"] = torch.ones(EXPERTS, HIDDEN, 2 * SIZE, dtype=torch.bfloat16)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import commands
 import pytest
+
+import commands
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,9 @@ def remote_code(model):
 
 def quantized_by_another_method(model):
     edit_config(model, quantization_config={"quant_method": "vptq", "bits": 4})
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.indices"] = torch.ones(4, 4, dtype=torch.int32)
+    save_file(tensors, model / "model.safetensors")
 
 
 def no_weights(model):
@@ -352,6 +355,13 @@ def test_verify_refuses_what_it_cannot_judge(lowbit, quantized, tiny_llama, tmp_
     assert_refused(lowbit("verify", quantized, "--engine", "steam"), "steam", "vllm")
     assert_refused(lowbit("verify", tmp_path / "nothing"), "nothing")
     assert_refused(lowbit("verify", quantized, "--reference", tmp_path / "nothing"), "nothing")
+
+
+def test_estimate_answers_a_mistyped_engine(lowbit, tiny_llama):
+    done = lowbit("estimate", tiny_llama, "--engine", "vlm")
+    assert done.code == 2
+    assert done.stderr.startswith("error: there is no engine 'vlm'")
+    assert "hint: did you mean" in done.stderr
 
 
 def test_generate_refuses_an_empty_prompt_and_a_missing_one(lowbit, quantized):

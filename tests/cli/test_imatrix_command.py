@@ -45,7 +45,7 @@ def test_show_prints_a_row_for_each_tensor(lowbit, measured):
 def test_two_files_are_merged_and_converted(lowbit, measured, tmp_path):
     outcome = lowbit("imatrix", measured, "-o", tmp_path / "x.dat", "--merge", measured, "--format", "dat")
     assert outcome.code == 0, outcome.stderr
-    assert "nothing measured anew" in outcome.stdout
+    assert "nothing was measured" in outcome.stdout
     assert read_imatrix(tmp_path / "x.dat").chunks == 4
 
 

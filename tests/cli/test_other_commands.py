@@ -6,9 +6,9 @@ import json
 import shutil
 
 import pytest
-from commands import start
 
 from checkpoint.checkpoint_files import write_tiny_gguf
+from commands import start
 from models import make_model
 
 MEASURED = ["--windows", "2", "--window-tokens", "64"]

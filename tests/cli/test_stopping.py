@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from commands import start
 
 # The plainest compiled kernels: rounding takes long enough to be interrupted.

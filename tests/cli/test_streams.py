@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
-from commands import start
 
 from checkpoint.checkpoint_files import write_tiny_gguf
+from commands import start
 
 ESCAPE = "\x1b"
 

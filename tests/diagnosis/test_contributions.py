@@ -45,6 +45,19 @@ def both(tmp_path_factory, llama):
     return llama, folder
 
 
+@pytest.fixture(scope="module")
+def found(both, text):
+    llama, quantized = both
+    return diagnosed(quantized, llama, text)
+
+
+@pytest.fixture(scope="module")
+def whole(both, text):
+    """The KLD that evaluating finds."""
+    llama, quantized = both
+    return evaluated(quantized, llama, text)
+
+
 @pytest.mark.parametrize(
     ("name", "restored"),
     [
@@ -54,12 +67,10 @@ def both(tmp_path_factory, llama):
         ("model.layers.0.self_attn.qkv_proj", lambda name: ".layers.0." in name and name.split(".")[-2][0] in "qkv"),
     ],
 )
-def test_a_contribution_is_the_drop_of_the_kld(both, text, tmp_path, name, restored):
+def test_a_contribution_is_the_drop_of_the_kld(both, found, whole, text, tmp_path, name, restored):
     llama, quantized = both
-    found = diagnosed(quantized, llama, text)
     (mine,) = [each for each in found.contributions if each.name == name]
     without = evaluated(decoded(llama, quantized, tmp_path / "restored", restored), llama, text)
-    whole = evaluated(quantized, llama, text)
     assert found.kld == pytest.approx(whole, rel=1e-4)
     assert mine.kld == pytest.approx(whole - without, abs=2e-4 * whole)
     assert mine.se > 0
@@ -77,13 +88,13 @@ def test_a_quantized_embedding_and_a_tied_head(tmp_path, text):
     assert outside[0].kld == pytest.approx(whole - evaluated(plain, source, text), abs=2e-4 * whole)
 
 
-def test_in_reverse_one_group_is_quantized(both, text, tmp_path):
+def test_in_reverse_one_group_is_quantized(both, whole, text, tmp_path):
     llama, quantized = both
     found = diagnosed(quantized, llama, text, reverse=True)
     (mine,) = [each for each in found.contributions if each.name == "model.layers.2"]
     alone = decoded(llama, quantized, tmp_path / "alone", lambda name: ".layers.2." not in name)
     assert mine.kld == pytest.approx(evaluated(alone, llama, text), rel=1e-3)
-    assert found.kld == pytest.approx(evaluated(quantized, llama, text), rel=1e-4)
+    assert found.kld == pytest.approx(whole, rel=1e-4)
 
 
 def test_the_budget_is_kept(both, text):
@@ -111,9 +122,8 @@ def test_what_is_within_noise_is_said_to_be():
     assert contribution(node, values).se == pytest.approx(standard_error(values)) == pytest.approx(0.0316, rel=0.1)
 
 
-def test_flips_have_context_and_probabilities(both, text):
+def test_flips_have_context_and_probabilities(both, found, text):
     llama, quantized = both
-    found = diagnosed(quantized, llama, text, budget=1)
     worst = found.flips[0]
     assert [each.kld for each in found.flips] == sorted((each.kld for each in found.flips), reverse=True)
     content = read_text(text).content

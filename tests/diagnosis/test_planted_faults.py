@@ -1,5 +1,7 @@
 """Each planted fault is found, named as the first finding, and named in the verdict."""
 
+import shutil
+
 import pytest
 from faults import RUSSIAN, diagnosed, edit_tensors, multiply_scales
 
@@ -22,12 +24,10 @@ def test_doubled_scales_of_a_layer(w4a16, llama, text):
 
 
 @pytest.mark.parametrize(("method", "scheme"), [("awq", "W4A16"), ("smoothquant", "W8A8")])
-def test_doubled_scales_of_a_layer_that_a_transform_rewrote(llama, text, tmp_path, method, scheme):
+def test_doubled_scales_of_a_layer_that_a_transform_rewrote(quantized, llama, text, tmp_path, method, scheme):
     """Its columns are scaled on purpose; the factor beyond that is found."""
     group = {"group_size": 32} if scheme == "W4A16" else {}
-    lowbit.quantize(
-        llama, tmp_path / "q", scheme=scheme, method=method, calib=str(text), samples=12, seqlen=48, **group
-    )
+    shutil.copytree(quantized(scheme, **group, method=method), tmp_path / "q")
     multiply_scales(tmp_path / "q", ".layers.2.", 2)
     first = diagnosed(tmp_path / "q", llama, text, budget=10).findings[0]
     assert first.title.startswith("the 7 quantized linears of block 2 are 2.0 times")

@@ -31,10 +31,9 @@ def settings_of(command):
     return make_settings(None, **table.value({option.name: params[option.name] for option in table.options}))
 
 
-def test_every_suggestion_parses(w4a16, llama, text):
-    found = diagnosed(w4a16, llama, text)
-    assert len(found.suggestions) == 5  # three sets, all of them, and one role in all blocks
-    for each in found.suggestions:
+def test_every_suggestion_parses(healthy):
+    assert len(healthy.suggestions) == 5  # three sets, all of them, and one role in all blocks
+    for each in healthy.suggestions:
         settings = settings_of(each.command)
         assert settings.scheme == "W4A16"
         assert settings.group_size == 32
@@ -43,13 +42,12 @@ def test_every_suggestion_parses(w4a16, llama, text):
         assert each.bytes > 0
 
 
-def test_cost_and_gain_of_a_suggestion(w4a16, llama, text, tmp_path):
-    before = diagnosed(w4a16, llama, text)
-    first = before.suggestions[0]
+def test_cost_and_gain_of_a_suggestion(healthy, w4a16, llama, text, tmp_path):
+    first = healthy.suggestions[0]
     done = lowbit.quantize(llama, tmp_path / "wider", **settings_of(first.command).given)
     assert done.report.totals.bytes_out - lowbit_bytes(w4a16) == first.bytes
     (row,) = lowbit.evaluate(tmp_path / "wider", llama, text, windows=4, window_tokens=64)
-    assert before.kld - row.kld_mean == pytest.approx(first.gain, rel=0.1)
+    assert healthy.kld - row.kld_mean == pytest.approx(first.gain, rel=0.1)
 
 
 def lowbit_bytes(folder):

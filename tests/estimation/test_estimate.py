@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import lowbit
+from commands import start
 from lowbit.architecture.shape import shape_of
+from lowbit.cli.main import app
 from lowbit.engines import all_engines
 from lowbit.errors import ArchitectureError, CheckpointError, FormatError, ShapeError, UsageError
 from lowbit.estimation import weight_bytes
 from lowbit.estimation.serving import deploy
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -90,7 +91,8 @@ def test_an_fp8_cache_halves_it_and_stores_scales_where_the_format_can(tiny_llam
     assert small.cache is not None
     assert plain.cache is not None
     assert 2 * small.cache.bytes_per_token == plain.cache.bytes_per_token
-    done = lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W8A16", kv_cache="fp8", samples=1, seqlen=16)
+    done = lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W8A16", kv_cache="fp8", calib=SHORT_TEXT, samples=1,
+                           seqlen=16)  # fmt: skip
     assert small.files.bytes == sum(path.stat().st_size for path in done.path.glob("*.safetensors"))
     gptq = lowbit.estimate(tiny_llama, scheme="W8A16", format="gptq", kv_cache="fp8")
     assert gptq.files.bytes == lowbit.estimate(tiny_llama, scheme="W8A16", format="gptq").files.bytes
@@ -189,19 +191,13 @@ def test_a_gguf_file_that_only_llama_cpp_reads(tmp_path):
     assert found.files.bytes == weight_bytes(tmp_path / "x.gguf", "Q8_0").files
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lowbit", *map(str, arguments)], capture_output=True, text=True,
-                          check=False)  # fmt: skip
-
-
 def test_the_command_prints_every_part_and_every_assumption(tiny_llama):
-    done = run("estimate", tiny_llama, "--scheme", "W4A16", "--memory", "24GiB", "--override", "down_proj$=W8A16")
-    assert (done.returncode, done.stderr) == (0, "")
+    words = ["estimate", str(tiny_llama), "--scheme", "W4A16", "--memory", "24GiB", "--override", "down_proj$=W8A16"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stderr) == (0, "")
     for part in ("files", "bits per weight", "serving, vllm", "KV cache", "fits:", "peak memory", "assumed:"):
         assert part in done.stdout
-    made = run("estimate", tiny_llama, "--scheme", "W4A16", "--memory", "24GiB", "--override", "down_proj$=W8A16",
-               "--json")  # fmt: skip
-    found = json.loads(made.stdout)
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert f"{found['files']['bytes']:,} bytes exactly" in done.stdout
     assert done.stdout.count("assumed:") == len(found["assumptions"])
     assert found["serving"]["total"] == sum(
@@ -209,22 +205,16 @@ def test_the_command_prints_every_part_and_every_assumption(tiny_llama):
     )
 
 
-def test_the_command_answers_bad_input(tiny_llama):
-    done = run("estimate", tiny_llama, "--engine", "vlm")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: there is no engine 'vlm'")
-    assert "hint: did you mean" in done.stderr
-
-
 @pytest.mark.demo_model
 @pytest.mark.parametrize(("scheme", "output"), [("FP8_DYNAMIC", "out"), ("Q8_0", "out.gguf")])
 def test_peak_memory_is_within_fifteen_percent(tmp_path, scheme, output):
-    estimated = json.loads(run("estimate", "demo:smollm2", "--scheme", scheme, "--json").stdout)
+    """Each in a process of its own, which holds nothing that a test has left in memory."""
+    estimated = json.loads(start("estimate", "demo:smollm2", "--scheme", scheme, "--json").communicate()[0])
     peaks = []
     for attempt in range(3):  # what is resident depends on what else the machine does: one of three runs has to agree
         out = tmp_path / f"{attempt}-{output}"
-        done = run("quantize", "demo:smollm2", "-o", out, "--scheme", scheme, "--json")
-        peaks.append(json.loads(done.stdout)["totals"]["peak_memory_bytes"])
+        report = start("quantize", "demo:smollm2", "-o", out, "--scheme", scheme, "--json").communicate()[0]
+        peaks.append(json.loads(report)["totals"]["peak_memory_bytes"])
         if estimated["run"]["peak_memory"] == pytest.approx(peaks[-1], rel=0.15):
             return
     raise AssertionError(f"{estimated['run']['peak_memory']} bytes were estimated, and {peaks} measured")

@@ -119,8 +119,9 @@ def test_the_report_counts_each_expert_once(source, quantized):
     assert "experts only" in attention["reason"]
 
 
-@pytest.mark.parametrize("slab_weights", [1, 64 * 7, 10**9])
+@pytest.mark.parametrize("slab_weights", [200, 64 * 7, 10**9])
 def test_slabs_of_any_size_give_the_same_bytes(source, quantized, decoded, tmp_path, slab_weights, monkeypatch):
+    """200: slabs of 3 rows of 64 weights, the last of one, and of 2 rows of 96."""
     monkeypatch.setattr(pipeline, "SLAB_WEIGHTS", slab_weights)
     lowbit.quantize(source, tmp_path / "q", scheme="MXFP4A16", format="mxfp4", threads=3)
     lowbit.convert(quantized, tmp_path / "f", format="float", threads=3)

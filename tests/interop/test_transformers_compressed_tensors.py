@@ -12,7 +12,7 @@ from lowbit.pipeline import calibrate, write_checkpoint
 from lowbit.plan.plan import Request, prepare
 from lowbit.schemes import SCHEMES
 from lowbit.settings import make_settings
-from models import FAMILIES, make_model
+from models import FAMILIES, SHORT_TEXT, make_model
 
 pytestmark = pytest.mark.interop
 
@@ -53,7 +53,7 @@ def load_then_decompress(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def quantize(model: Path, out: Path, **settings) -> Path:
-    prepared = prepare(Request(model, make_settings(samples=2, seqlen=64, **settings)))
+    prepared = prepare(Request(model, make_settings(calib=SHORT_TEXT, samples=2, seqlen=64, **settings)))
     write_checkpoint(calibrate(prepared, out), out)
     return out
 

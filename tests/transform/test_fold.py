@@ -8,10 +8,10 @@ import pytest
 import torch
 from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_of
 
+from lowbit.architecture.feeding import fed_rows
 from lowbit.architecture.structure import Linear
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors
-from lowbit.architecture.feeding import fed_rows
 from lowbit.transform.facts import ScalingPoint
 from lowbit.transform.fold import fold, scaled_stats
 from models import ARCHITECTURES, make_model

@@ -94,6 +94,26 @@ def test_generation_config_that_does_not_parse(broken):
     assert_breaks(folder, "generation-config", "generation_config.json")
 
 
+def test_generation_config_that_is_a_list(broken):
+    folder = broken()
+    (folder / "generation_config.json").write_text("[]")
+    assert_breaks(folder, "generation-config", "a JSON object is needed")
+
+
+def test_tokens_beyond_the_embedding(broken):
+    folder = broken()
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    added = {"id": 5000, "content": "<|new|>", "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    more = [*stated["added_tokens"], added]
+    vocabulary = stated["model"]["vocab"] | {
+        f"word{number}": number for number in range(len(stated["model"]["vocab"]), 5000)
+    }
+    stated |= {"added_tokens": more, "model": stated["model"] | {"vocab": vocabulary}}
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    assert_breaks(folder, "token-ids", "rows")
+
+
 def test_lost_generation_config(broken, source):
     folder = broken()
     (folder / "generation_config.json").unlink()

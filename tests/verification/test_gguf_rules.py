@@ -165,3 +165,17 @@ def test_the_wrong_engine_is_refused(tmp_path):
         verify(tmp_path, engine="llama.cpp")
     with pytest.raises(UsageError, match="no such file"):
         verify(tmp_path / "absent.gguf")
+
+
+def test_a_name_that_makes_llama_cpp_look_up_absent_tokens(tmp_path):
+    values = key_values() | {"general.name": ("Distilled-Phi3", V.STRING)}
+    assert failed(write(tmp_path / "x.gguf", values=values)) == {"gguf-name"}
+    assert failed(write(tmp_path / "y.gguf", values=key_values() | {"general.name": ("Phi 3", V.STRING)})) == set()
+
+
+def test_values_below_what_a_type_holds_are_no_error(tmp_path):
+    tensors = weights()
+    tensors["blk.0.ffn_up.weight"] *= 1e-9
+    tensors["blk.0.ffn_gate.weight"][0, 0] = 1e9
+    raw = RawCheckpoint(open_raw_gguf(write(tmp_path / "source.gguf", tensors, type_name="F32")), "source.gguf")
+    assert failed(write(tmp_path / "x.gguf", tensors), raw) == set()

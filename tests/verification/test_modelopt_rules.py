@@ -6,8 +6,10 @@ import pytest
 import torch
 from breaking import ATTENTION, assert_breaks, edit_config, edit_tensors, failures
 
+from models import SHORT_TEXT
+
 Q, K, OUT = (f"{ATTENTION}.{role}_proj" for role in "qko")
-STATIC = {"format": "modelopt", "samples": 2, "seqlen": 32}
+STATIC = {"format": "modelopt", "calib": SHORT_TEXT, "samples": 2, "seqlen": 32}
 ALGORITHMS = {
     "FP8": STATIC, "FP8_DYNAMIC": {"format": "modelopt"}, "FP8_BLOCK": {"format": "modelopt"}, "NVFP4": STATIC,
     "NVFP4A16": {"format": "modelopt"}, "MXFP8": {"format": "modelopt"},

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def build_without_weights(
     """
     from transformers import AutoConfig
 
-    plain = {key: value for key, value in config.items() if key not in _IGNORED}
+    plain = without_quantization(config)
     try:
         if trust_remote_code and config.get("auto_map"):
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -61,10 +62,6 @@ def build_without_weights(
         ) from error
 
 
-# quantization of the files, not of the model; kernels of the hub, which are code
-_IGNORED = ("quantization_config", "compression_config", "attn_implementation", "_attn_implementation")
-
-
 def auto_class(config: Any, named: Any = None) -> Any:
     """transformers' factory for a config: what `architectures` of config.json names, if there is such a class."""
     from transformers import (
@@ -82,7 +79,7 @@ def auto_class(config: Any, named: Any = None) -> Any:
         if name.endswith(end) and not name.endswith("LMHeadModel") and type(config) in factory._model_mapping:
             return factory
     sees = type(config) in AutoModelForImageTextToText._model_mapping
-    if sees and AutoModelForImageTextToText._model_mapping[type(config)].__name__ == name:
+    if sees and getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", "") == name:
         return AutoModelForImageTextToText
     text = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM

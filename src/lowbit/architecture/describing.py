@@ -9,26 +9,38 @@ import torch
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.families import family_of
+from lowbit.architecture.inspection import inspect_source, untied
 from lowbit.architecture.structure import Architecture
-from lowbit.architecture.view import canonical_view, holds_single_experts
+from lowbit.architecture.view import Changes, canonical_view, holds_single_experts
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.companions import check_companions
 from lowbit.errors import CheckpointError
 
 
 def describe_checkpoint(
     checkpoint: Checkpoint, trust_remote_code: bool = False, split_experts: bool | None = False
 ) -> tuple[Architecture, Checkpoint]:
-    """(architecture, the checkpoint as that names things).
+    """(architecture, the checkpoint as that names things), after the one look at a source that all commands take.
 
     split_experts  describe experts one by one also where the files hold them in one tensor; None: unless engines read
                    them as one tensor only (gpt-oss)
+
+    Raises CheckpointError for what `inspect_source` and `check_companions` refuse.
     """
     if split_experts is None:
         split_experts = not family_of(checkpoint.config().get("model_type")).fused_only
     split = split_experts or holds_single_experts(checkpoint)
-    architecture = discover_once(checkpoint.config(), str(checkpoint.folder), trust_remote_code, split)
-    return architecture, canonical_view(checkpoint, architecture)
+    config, folder = checkpoint.config(), str(checkpoint.folder)
+    notes = [] if checkpoint.kind == "gguf" else check_companions(checkpoint.folder, checkpoint.source)
+    architecture = discover_once(config, folder, trust_remote_code, split)
+    view = canonical_view(checkpoint, architecture)
+    found = inspect_source(view, architecture)
+    new = tuple(note for note in (*notes, *found.notes) if note not in view.notes)
+    changes = Changes(frozenset(found.left_out), untied(config) if found.unties else None, new)
+    if found.unties:
+        architecture = discover_once(untied(config), folder, trust_remote_code, split)
+    return architecture, canonical_view(view, architecture, changes)
 
 
 def open_described(

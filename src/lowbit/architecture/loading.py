@@ -25,10 +25,13 @@ from torch import Tensor, nn
 
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.cache import discover_once
+from lowbit.architecture.describing import describe_checkpoint
 from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.inspection import ENLARGE, embedding_rows
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.view import canonical_view, holds_single_experts
-from lowbit.checkpoint.base import OpenOptions, is_decoded, row_slabs
+from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
+from lowbit.checkpoint.companions import beyond_embedding, check_companions, has_tokenizer
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -88,8 +91,9 @@ class Loader:
         options: OpenOptions | None = None,
     ):
         _check_device(device)
-        self.dtype, self.device = dtype, device
-        options = options or OpenOptions()
+        self.dtype, self.device, options = dtype, device, options or OpenOptions()
+        refuse_remote_code(checkpoint.config(), checkpoint.source, options)
+        _, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
         self.model = _empty_model(checkpoint, dtype, options)
         self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model, options.trust_remote_code)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
@@ -163,13 +167,24 @@ def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -
     from transformers import AutoTokenizer
 
     trust = (options or OpenOptions()).trust_remote_code
+    hint = "copy tokenizer.json and tokenizer_config.json from the original model into the folder"
+    if checkpoint.kind != "gguf":
+        check_companions(checkpoint.folder, checkpoint.source)
+        if not has_tokenizer(checkpoint.folder) and not trust:
+            raise CheckpointError(f"there is no tokenizer in {checkpoint.source}", hint)
+        refuse_tokens_without_row(checkpoint)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source}: its tokenizer cannot be loaded: {error}",
-            "copy tokenizer.json and tokenizer_config.json from the original model into the folder",
-        ) from error
+    except Exception as error:  # tokenizers are programs of their authors
+        raise CheckpointError(f"{checkpoint.source}: its tokenizer cannot be loaded: {error}", hint) from error
+
+
+def refuse_tokens_without_row(checkpoint: Checkpoint) -> None:
+    """CheckpointError where the tokenizer has a token that the embedding has no row for."""
+    rows = embedding_rows(checkpoint.tensors)
+    problem = None if rows is None else beyond_embedding(checkpoint.folder, rows)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint.source}: {problem}", ENLARGE)
 
 
 def _check_device(device: str) -> None:
@@ -186,12 +201,15 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype, options: OpenOption
     """The model of config.json with parameters on the meta device and real buffers."""
     from transformers import GenerationConfig
 
-    from lowbit.checkpoint.base import refuse_remote_code
-
-    refuse_remote_code(checkpoint.config(), checkpoint.source, options)
     model = build_without_weights(checkpoint.config(), str(checkpoint.folder), options.trust_remote_code, dtype)
     if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"{checkpoint.folder / 'generation_config.json'}: transformers does not take it: {error}",
+                "copy it from the original model, or remove it",
+            ) from error
     return model
 
 

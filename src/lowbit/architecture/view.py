@@ -5,6 +5,7 @@
         [E, 2I, H], as transformers 5 keeps it        [I, H] each
     model.language_model.layers.0.…               model.layers.0.…   (Qwen2.5-VL; Gemma 3: language_model.model.…)
     h.0.attn.c_attn.weight                        transformer.h.0.attn.c_attn.weight   (GPT-2, BLOOM)
+    _orig_mod.model.layers.0.…                    model.layers.0.…   (prefixes of any kind: prefixes.py)
 
 Nothing is read before it is asked for: rows of a part of a fused tensor are cut from the mapped file. A tensor that the
 architecture does not know keeps its name.
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.architecture.prefixes import find_renaming
 from lowbit.architecture.structure import Architecture, Part
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, TensorInfo, find_tensor, row_range
 from lowbit.errors import CheckpointError
@@ -41,20 +43,40 @@ if TYPE_CHECKING:
     from lowbit.tensors import QuantizedTensor
 
 
-def canonical_view(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
+@dataclass(frozen=True)
+class Changes:
+    """What a view changes beside names. config: stands for config.json; None: as it is"""
+
+    left_out: frozenset[str] = frozenset()
+    config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: Changes | None = None) -> Checkpoint:
     """The checkpoint under the architecture's names; the same object if it has these names already."""
+    changes = changes or Changes()
+    renamed, notes = find_renaming(checkpoint.tensors, architecture)
     sources: dict[str, _Source] = {}
     for name, info in checkpoint.tensors.items():
-        for canonical, source in _canonical(info, architecture):
+        for canonical, source in _canonical(renamed.get(name, name), info, architecture):
+            if canonical in changes.left_out:
+                continue
             if canonical in sources:
                 raise CheckpointError(
                     f"{info.file}: {canonical} is there twice, as {sources[canonical].name} and as {name}",
                     "remove one of them, or save the model anew with save_pretrained",
                 )
             sources[canonical] = source
-    if all(name == source.name and source.part is None for name, source in sources.items()):
+    for alias, stored in architecture.tied.items():  # a tied tensor may be stored under either name
+        if alias in sources and stored not in sources:
+            sources[stored] = sources.pop(alias)
+    wide = any(info.dtype is torch.float64 for info in checkpoint.tensors.values())
+    same = all(name == source.name and source.part is None for name, source in sources.items())
+    if same and not wide and changes == Changes():
         return checkpoint
-    return _CodesView(checkpoint, sources) if isinstance(checkpoint, CanReadCodes) else _View(checkpoint, sources)
+    changes = replace(changes, notes=(*notes, *changes.notes))
+    kind = _CodesView if isinstance(checkpoint, CanReadCodes) else _View
+    return kind(checkpoint, sources, changes)
 
 
 def holds_single_experts(checkpoint: Checkpoint) -> bool:
@@ -71,9 +93,8 @@ class _Source:
     expert: int | None = None
 
 
-def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, _Source]]:
-    """(canonical name, source) of everything in a stored tensor."""
-    name = info.name
+def _canonical(name: str, info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, _Source]]:
+    """(canonical name, source) of everything in a stored tensor; `name` is its name without prefixes."""
     known = name in architecture.parameters or name in architecture.tied
     placement = None if known else architecture.fused_placements.get(name)
     if placement is None:
@@ -83,9 +104,9 @@ def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[s
             if name.startswith(prefix) and (other in architecture.parameters or other in architecture.tied):
                 canonical = other
                 break
-        yield canonical, _Source(name)
+        yield canonical, _Source(info.name)
     elif all(part.whole and not part.transposed for part in placement.parts):
-        yield placement.parts[0].name, _Source(name)
+        yield placement.parts[0].name, _Source(info.name)
     else:
         if tuple(info.shape) != placement.shape:
             raise CheckpointError(
@@ -94,41 +115,42 @@ def _canonical(info: TensorInfo, architecture: Architecture) -> Iterator[tuple[s
                 "convert it with the program that wrote it, so that every expert has its own matrices",
             )
         for canonical, part, expert in placement.pieces():
-            yield canonical, _Source(name, part, expert)
+            yield canonical, _Source(info.name, part, expert)
 
 
 class _View:
-    """See the module docstring; `tensors` are the canonical ones."""
+    """See the module docstring; `tensors` are the canonical ones. float64 is read as float32."""
 
-    def __init__(self, stored: Checkpoint, sources: dict[str, _Source]):
-        self.stored, self.sources = stored, sources
+    def __init__(self, stored: Checkpoint, sources: dict[str, _Source], changes: Changes):
+        self.stored, self.sources, self._config = stored, sources, changes.config
         self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
-        self.notes = list(stored.notes)
+        self.notes = [*stored.notes, *changes.notes]
         self.tensors: dict[str, TensorInfo] = {}
         for name, source in sources.items():
             info = stored.tensors[source.name]
             if source.part is not None:
                 shape = source.part.shape_in(tuple(info.shape))
                 info = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
-            self.tensors[name] = replace(info, name=name)
+            dtype = torch.float32 if info.dtype is torch.float64 else info.dtype
+            self.tensors[name] = replace(info, name=name, dtype=dtype)
 
     @property
     def folder(self) -> Path:
         return self.stored.folder
 
     def config(self) -> dict[str, Any]:
-        return self.stored.config()
+        return self.stored.config() if self._config is None else self._config
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         source = self._source(name)
         if source.part is None:
-            return self.stored.read(source.name, start, stop)
+            return self.stored.read(source.name, start, stop).to(self.tensors[name].dtype)
         start, stop, _ = row_range(self.tensors[name], start, stop)
         values = self.stored.read(
             source.name, *((source.expert, source.expert + 1) if source.expert is not None else ())
         )
         values = values[0] if source.expert is not None else values
-        return source.part.of(values)[start:stop].contiguous()
+        return source.part.of(values)[start:stop].contiguous().to(self.tensors[name].dtype)
 
     def release(self, name: str) -> None:
         self.stored.release(self._source(name).name)
@@ -144,8 +166,8 @@ class _View:
 class _CodesView(_View):
     """A view of a checkpoint that `CanReadCodes`."""
 
-    def __init__(self, stored: Any, sources: dict[str, _Source]):
-        super().__init__(stored, sources)
+    def __init__(self, stored: Any, sources: dict[str, _Source], changes: Changes):
+        super().__init__(stored, sources, changes)
         self._codes: CanReadCodes = stored
         whole = {source.name: name for name, source in sources.items() if source.part is None}
         cut = [source.name for source in sources.values() if source.part is not None and source.name in stored.schemes]
@@ -156,11 +178,13 @@ class _CodesView(_View):
             )
         self._names = whole
         self.kv_cache = getattr(stored, "kv_cache", None)
-        self.schemes: dict[str, Scheme] = {whole[name]: scheme for name, scheme in stored.schemes.items()}
+        self.schemes: dict[str, Scheme] = {
+            whole[name]: scheme for name, scheme in stored.schemes.items() if name in whole
+        }
 
     @property
     def input_scales(self) -> dict[str, float]:
-        return {self._names[name]: scale for name, scale in self._codes.input_scales.items()}
+        return {self._names[name]: scale for name, scale in self._codes.input_scales.items() if name in self._names}
 
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         return self._codes.read_quantized(self.sources[name].name, start, stop)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import AllSeen, Block, BlockInput
+from lowbit.errors import ArchitectureError
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,13 @@ def _same_without(block: Block, name: str, known: dict[str, Any], run: Callable[
         stack.enter_context(replaced_forward(block.module.get_submodule(name), nan))
         try:
             return torch.equal(run(), expected)
-        except (TypeError, ValueError, RuntimeError, AttributeError):  # its argument is not one tensor
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            ArchitectureError,
+        ):  # its argument is not one tensor
             return False
 
 

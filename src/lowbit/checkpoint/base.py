@@ -182,6 +182,8 @@ def row_range(info: TensorInfo, start: int, stop: int | None) -> tuple[int, int,
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: is no regular file")
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")

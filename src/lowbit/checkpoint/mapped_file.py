@@ -33,6 +33,8 @@ class MappedFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+                raise CheckpointError(f"{path}: is no regular file")
             with path.open("rb") as file:
                 self.size = file.seek(0, 2)
                 self._map = _map_privately(file.fileno(), self.size) if self.size else None

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, split_name
+from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.hub import DEMO_PREFIX, demo_file, download, is_hub_id
+from lowbit.checkpoint.stated import check_stated
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.registry import FORMATS, load
 
@@ -88,18 +90,23 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
 
 def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
+    refuse_lone_adapter(folder, source)
     if _holds_safetensors(folder):
         from lowbit.checkpoint.quantized import open_quantized
         from lowbit.checkpoint.safetensors import open_safetensors
 
-        return open_quantized(open_safetensors(folder, source))
+        stored = open_safetensors(folder, source)
+        check_stated(stored, options)
+        return open_quantized(stored)
     gguf = _only_gguf(folder, source)
     if gguf is not None:
         return open_gguf(gguf, source)
     from lowbit.checkpoint.pickle import open_pickle, pickle_files
 
     if pickle_files(folder):
-        return open_pickle(folder, options, source)
+        pickled = open_pickle(folder, options, source)
+        check_stated(pickled, options)
+        return pickled
     raise CheckpointError(
         f"{source}: the folder holds no weights (no *.safetensors, no *.gguf)",
         "give the folder that holds config.json and the weights",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import OpenOptions, TensorInfo, find_tensor, read_config, row_range
+from lowbit.checkpoint.base import OpenOptions, TensorInfo, find_tensor, row_range
+from lowbit.checkpoint.stated import StatedConfig
 from lowbit.errors import CheckpointError, UnsafeError
 
 PATTERNS = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
@@ -22,7 +23,7 @@ PATTERNS = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth")
 
 
-class PickleCheckpoint:
+class PickleCheckpoint(StatedConfig):
     """The `Checkpoint` of a folder of pickles."""
 
     kind = "pickle"
@@ -46,10 +47,6 @@ class PickleCheckpoint:
                     nbytes=tensor.nbytes,
                     file=path,
                 )
-
-    def config(self) -> dict[str, Any]:
-        """config.json, parsed."""
-        return read_config(self.folder)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop, aliasing the mapped file."""

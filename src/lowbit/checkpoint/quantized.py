@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import Checkpoint, TensorInfo
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, read_json_object
 from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
+from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
+from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
 from lowbit.registry import FORMATS, load
 from lowbit.schemes import KVCacheScheme, Scheme
@@ -134,7 +136,8 @@ class QuantizedCheckpoint:
                     self._add(linear, shapes[linear])
 
     def config(self) -> dict[str, Any]:
-        return self.stored.config()
+        """config.json without its quantization, which `schemes` has."""
+        return without_quantization(self.stored.config())
 
     @property
     def input_scales(self) -> dict[str, float]:
@@ -223,11 +226,9 @@ def tensor_problem(tensors: dict[str, TensorInfo], expected: dict[str, Expected]
 
 def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
     """config.json's `quantization_config`, else the content of the format's own config file; None without either."""
-    from lowbit.checkpoint.base import read_json_object
-
     if not (stored.folder / "config.json").exists():
         return None
-    stated = stored.config().get("quantization_config")
+    stated = stated_quantization(stored.config())
     if stated is not None:
         if not isinstance(stated, dict):
             raise CheckpointError(
@@ -243,13 +244,47 @@ def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
     return None
 
 
-def open_quantized(stored: Checkpoint) -> Checkpoint:
-    """The decoded view of a quantized folder; an unquantized one as it is."""
+def open_quantized(stored: SafetensorsCheckpoint) -> Checkpoint:
+    """The decoded view of a quantized folder; an unquantized one as it is.
+
+    A quantization that config.json states over plain floats is dropped with a note: tools that decode a model, or merge
+    an adapter into it, leave the statement behind.
+    """
     quantization = quantization_of(stored)
     if quantization is None:
         return stored
+    if not holds_codes(stored):
+        method = quantization.get("quant_method") or "an unnamed method"
+        stored.restate(
+            without_quantization(stored.config()),
+            f"config.json states a quantization ({method}), but all tensors are plain floats: they were taken as they "
+            f"are, and the statement was dropped",
+        )
+        return stored
     method = find_method(stored, quantization)
     return QuantizedCheckpoint(stored, open_layout(stored, quantization), method)
+
+
+def holds_codes(stored: Checkpoint) -> bool:
+    """True if a tensor is of a quantized linear or of a quantized KV cache, by its dtype or its name."""
+    for name, info in stored.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in _QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
+            return True
+        coded = info.dtype not in FLOATS and info.dtype is not torch.float64
+        is_mask = leaf == "bias" and owner.endswith(("attn", "attention"))
+        if coded and not is_mask and leaf not in ("position_ids", "masked_bias"):
+            return True
+        if leaf.endswith(("_blocks", "_scales")):
+            return True
+    return bool(kv_cache_names(stored))
+
+
+# Endings of stored names that only quantized linears have.
+_QUANTIZED_LEAVES = {
+    "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_global_scale",
+    "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale",
+}  # fmt: skip
 
 
 def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:

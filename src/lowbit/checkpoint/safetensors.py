@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import TensorInfo, find_tensor, read_config, read_json_object, row_range
+from lowbit.checkpoint.base import TensorInfo, find_tensor, read_json_object, row_range
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors_header import ITEM_SIZE, HeaderEntry, read_header
+from lowbit.checkpoint.stated import StatedConfig
 from lowbit.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -35,7 +36,7 @@ TORCH_DTYPE = {
 assert TORCH_DTYPE.keys() == ITEM_SIZE.keys()
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(StatedConfig):
     """The `Checkpoint` of a safetensors folder. `read` does not copy; see `raw` for the stored bytes."""
 
     kind = "safetensors"
@@ -49,10 +50,6 @@ class SafetensorsCheckpoint:
         self._files: dict[Path, MappedFile] = {}
         self._stored: dict[str, HeaderEntry] = {}
         self._open(*_find_files(folder))
-
-    def config(self) -> dict[str, Any]:
-        """config.json, parsed."""
-        return read_config(self.folder)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop, aliasing the mapped file where it is aligned."""

@@ -25,7 +25,10 @@ def advise(
         typer.Argument(help="Folder, .gguf file, Hugging Face id (headers only), demo:smollm2. [default: 8B, Llama]"),
     ] = None,
     hardware: Annotated[
-        str, typer.Option(help="A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-4090, M2-Max … or this.")
+        str,
+        typer.Option(
+            help="A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-4090, M2-Max …, or this: this machine."
+        ),
     ] = "this",
     engine: Annotated[
         str | None,
@@ -36,13 +39,15 @@ def advise(
         str | None,
         typer.Option(help="chat, serve, decode, prefill, finetune. [default: serve on servers, else chat]"),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    batch: Annotated[int | None, typer.Option(help="Sequences at once. [default: 8 on servers, else 1]")] = None,
-    kv_cache: Annotated[str, typer.Option(help="auto, fp8 or bf16.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Of the device, where it differs: 16GiB.")] = None,
-    price: Annotated[float | None, typer.Option(help="Dollars per hour of the device: adds cost per token.")] = None,
-    all_options: Annotated[bool, typer.Option("--all", help="Every scheme, not the first six.")] = False,
-    run: Annotated[bool, typer.Option("--run", help="Quantize MODEL to the first one that lowbit can write.")] = False,
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 2048,
+    batch: Annotated[int | None, typer.Option(help="Concurrent sequences. [default: 8 on servers, else 1]")] = None,
+    kv_cache: Annotated[str, typer.Option(help="Dtype of the KV cache: auto, fp8 or bf16.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help="Device memory, if it differs from the table: 16GiB.")] = None,
+    price: Annotated[float | None, typer.Option(help="Device price in dollars per hour; adds cost per token.")] = None,
+    all_options: Annotated[bool, typer.Option("--all", help="List every scheme, not only the first six.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Quantize MODEL to the best scheme that lowbit can write.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where --run writes.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -68,9 +73,9 @@ def _check(run: bool, model: str | None, output: Path | None) -> None:
     from lowbit.errors import UsageError
 
     if run and model is None:
-        raise UsageError("--run quantizes a model, and none was given", "give MODEL")
+        raise UsageError("--run quantizes a model, but none was given", "give MODEL")
     if output is not None and not run:
-        raise UsageError("-o says where --run writes, and --run is not there", "add --run")
+        raise UsageError("-o sets where --run writes, but --run was not given", "add --run")
 
 
 def _run(answer: Advice, model: str, output: Path | None, json: bool, options: Any) -> None:

@@ -1,4 +1,4 @@
-"""`lowbit compare A B C --reference M`: one page of several quantized models of one source."""
+"""`lowbit compare A B C --reference M`: several quantized models of one source on one page."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def compare(
         list[str], typer.Argument(metavar="QUANT...", help="Folders, .gguf files or hub ids: two or more.")
     ],
     how: Annotated[dict[str, Any], of_judging(windows=40, window_tokens=512)],
-    samples: Annotated[int, typer.Option(help="Prompts that every model answers; 0 for none.", min=0, max=6)] = 3,
+    samples: Annotated[int, typer.Option(help="Prompts for every model to answer; 0 for none.", min=0, max=6)] = 3,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Measure all anew, also where a report has the figures.")
+        bool, typer.Option("--fresh", help="Measure everything again, even if a report has the figures.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write, such as compare.html.")] = None,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Compare quantized models of one source: size against divergence, figures, samples, error by block."""
+    """Compare quantized models of one source: size against divergence, metrics, samples, error by block."""
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.comparison import add_to_reports
     from lowbit.comparison import compare as run

@@ -35,8 +35,8 @@ def _bar(title: str, amount: Any, quiet: bool) -> Iterator[Callable[[int, int], 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn(), TextColumn("left"),
-               TimeRemainingColumn())  # fmt: skip
+    title_column = TextColumn("{task.description}", markup=False)
+    columns = (title_column, BarColumn(), amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
@@ -47,9 +47,9 @@ def print_table(table: Any) -> None:
     """A rich table on stdout, as wide as it needs to be where stdout is not a terminal."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are somebody else's text
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=200, markup=False, emoji=False)
     console.print(table)
 
 
@@ -89,7 +89,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def add_to_report(output: Path, quiet: bool, **parts: Any) -> None:
-    """Put parts into lowbit-report.json and report.html where quantizing left them, and say so."""
+    """Put parts into lowbit-report.json and report.html if quantizing wrote them, and print where."""
     from lowbit import reporting
     from lowbit.checkpoint.base import HTML_NAME, report_path
 

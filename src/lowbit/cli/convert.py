@@ -1,4 +1,4 @@
-"""`lowbit convert IN -o OUT --format F`: a quantized model in another format, bit for bit where that is possible."""
+"""`lowbit convert IN -o OUT --format F`: a quantized model in another format, bit for bit where possible."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from lowbit.plan.plan import Prepared
     from lowbit.report.schema import Report
 
-# Settings of `lowbit quantize` that a conversion reads.
+# Settings of `lowbit quantize` that apply to a conversion.
 _READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib", "samples", "seqlen", "shard_size")
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, of any format that lowbit reads.")],
+    model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, in any format that lowbit reads.")],
     format: Annotated[
         str,
         typer.Option(help=f"{', '.join(written_formats())}.", rich_help_panel=MAKE),
@@ -34,16 +34,16 @@ def convert(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="For every quantized linear. [default: keep each one's]", rich_help_panel=MAKE),
+        typer.Option(help="Scheme for every quantized linear. [default: unchanged]", rich_help_panel=MAKE),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be repacked, write nothing.", rich_help_panel=MAKE)
+        bool, typer.Option("--dry-run", help="Print what would be repacked; write nothing.", rich_help_panel=MAKE)
     ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Convert a quantized model to another format; say what was repacked exactly and what was rounded anew."""
+    """Convert a quantized model to another format; report what was repacked exactly and what was requantized."""
     from lowbit import api
     from lowbit.cli.console import byte_progress, print_json, print_table, say
     from lowbit.cli.quantize import plan_as_json, plan_table

@@ -1,4 +1,4 @@
-"""`lowbit diagnose`: where the damage of a quantized model is, what caused it, and what to do."""
+"""`lowbit diagnose`: where a quantized model is damaged, what caused it, and what to do."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def diagnose(
     ],
     how: Annotated[dict[str, Any], of_judging(windows=8, window_tokens=256, scores=False)],
     budget: Annotated[
-        float, typer.Option(help="Forward passes of all windows that contributions may cost.", min=1)
+        float, typer.Option(help="Limit on forward passes (over all windows) for measuring contributions.", min=1)
     ] = 40.0,
     reverse: Annotated[
-        bool, typer.Option("--reverse", help="Quantize one group at a time, instead of restoring one.")
+        bool, typer.Option("--reverse", help="Quantize one group at a time instead of restoring one.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the diagnosis to this file too, as JSON.")
+        Path | None, typer.Option("--output", "-o", help="Also write the diagnosis to this file, as JSON.")
     ] = None,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Find where the damage of a quantized model is, what caused it, and what to do about it."""
+    """Find where a quantized model is damaged, what caused it, and what to do about it."""
     from json import dumps
 
     from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress

@@ -23,34 +23,35 @@ def estimate(
     run: Annotated[dict[str, Any], of_table(RunOptions, ("max_memory",))],
     options: Opening,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence. [default: 8192, or all that the model has]", min=1)
+        int | None,
+        typer.Option(help="Context length in tokens. [default: 8192, or the model's maximum if less]", min=1),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Concurrent sequences.", min=1)] = 1,
     engine: Annotated[
         str | None,
         typer.Option(help="vllm, sglang, tensorrt-llm, transformers, llama.cpp. [default: the format's own]"),
     ] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(help="Type of the KV cache: auto (16 bits), fp8, of llama.cpp q8_0, q4_0 …")
+        str | None, typer.Option(help="Type of the KV cache: auto (16 bits), fp8; with llama.cpp q8_0, q4_0 …")
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="Device to fit: h100, rtx4090, m3-max …, or this.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Its memory, in place of a device's: 24GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit, instead of the device's: 24GiB.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Not written; NAME.gguf asks for a GGUF file.")
+        Path | None, typer.Option("--output", "-o", help="Nothing is written; NAME.gguf selects GGUF.")
     ] = None,
     recipe: Recipe = None,
     measure: Annotated[
         bool,
         typer.Option(
             "--measure",
-            help="Measure this machine's rates, for two seconds, and take them for times.",
+            help="Measure this machine for two seconds to predict times.",
             rich_help_panel=RUNNING,
         ),
     ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """What a quantized model costs, from config and headers alone: no weight is read or downloaded."""
+    """Estimate what a quantized model costs, from config and headers only: no weight is read or downloaded."""
     import lowbit
     from lowbit.cli.console import print_json, print_table
     from lowbit.knobs import parse_bytes

@@ -19,20 +19,20 @@ class ActivationsOption(StrEnum):
 
 def evaluate(
     quantized: Annotated[
-        str, typer.Argument(metavar="QUANT", help="Folder, .gguf file or hub id of the model to judge.")
+        str, typer.Argument(metavar="QUANT", help="Folder, .gguf file or hub id of the model to evaluate.")
     ],
     how: Annotated[dict[str, Any], of_judging(windows=40, window_tokens=512)],
     activations: Annotated[
         ActivationsOption,
-        typer.Option(help="auto: weights alone, and a second row with activations quantized as at run time."),
+        typer.Option(help="auto: weights only, then a second row with activations quantized as at run time."),
     ] = ActivationsOption.auto,
     samples: Annotated[
-        int, typer.Option(help="Prompts that both models answer, for the report; 0 for none.", min=0, max=6)
+        int, typer.Option(help="Prompts for both models to answer, for the report; 0 for none.", min=0, max=6)
     ] = 3,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Measure perplexity, KL divergence from the unquantized model and agreement on the most probable token."""
+    """Measure perplexity, KL divergence from the unquantized model and top-1 agreement."""
     from lowbit.checkpoint.base import report_path
     from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress
     from lowbit.evaluation import evaluate as run

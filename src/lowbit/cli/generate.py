@@ -1,4 +1,4 @@
-"""`lowbit generate`: load a model of any readable format and let it answer."""
+"""`lowbit generate`: load a model in any supported format and generate text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from lowbit.cli.options import of_running
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or hub id.")],
     how: Annotated[dict[str, Any], of_running()],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to it.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token.", min=0)] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: always the most probable token.", min=0)
+    ] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of streaming.")] = False,
 ) -> None:
-    """Load a quantized model and print what it answers, as it comes."""
+    """Load a quantized model and stream its answer."""
     from lowbit.cli.console import print_json
     from lowbit.evaluation import generate as run
     from lowbit.measure import return_freed_memory

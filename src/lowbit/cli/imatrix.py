@@ -1,4 +1,4 @@
-"""`lowbit imatrix MODEL -o FILE`: how much each input channel counts, in a file that llama.cpp reads."""
+"""`lowbit imatrix MODEL -o FILE`: the importance of each input channel, in a file that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ def imatrix(
     settings: Annotated[dict[str, Any], of_table(Settings, ("calib", "samples", "seqlen"))],
     how: Annotated[dict[str, Any], of_running()],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
-    process_output: Annotated[bool, typer.Option("--process-output", help="Measure the output head too.")] = False,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Also measure the output head.")] = False,
     merge: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Add the tokens of another imatrix. Repeatable.")
     ] = None,
-    format: Annotated[
-        FormOption, typer.Option(help="gguf, or the dat of older versions of llama.cpp.")
-    ] = FormOption.gguf,
+    format: Annotated[FormOption, typer.Option(help="gguf, or dat for older versions of llama.cpp.")] = FormOption.gguf,
     max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Hidden states kept in memory; more go to a temporary file.")
+        str, typer.Option(metavar="SIZE", help="Memory for hidden states; the rest goes to a temporary file.")
     ] = "1GiB",
     show: Annotated[bool, typer.Option("--show", help="Print statistics of an imatrix; nothing is measured.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure the importance of each input channel for GGUF quantization; merge, convert and show such files."""
+    """Measure the importance of each input channel for GGUF quantization; merge, convert and show imatrix files."""
     from lowbit.errors import UsageError
 
     if show:
@@ -51,13 +49,13 @@ def imatrix(
         _show(Path(model), json)
         return
     if output is None:
-        raise UsageError("no output file was given", "add -o FILE, or --show to see what an imatrix says")
+        raise UsageError("no output file was given", "add -o FILE, or --show to print an imatrix")
     import lowbit
     from lowbit.cli.console import print_json, say, window_progress
     from lowbit.knobs import parse_bytes
     from lowbit.measure import return_freed_memory
 
-    make_settings(None, **settings)  # refuses numbers of windows and tokens that say nothing
+    make_settings(None, **settings)  # refuses invalid numbers of windows and tokens
     return_freed_memory()
     with window_progress("windows × blocks", quiet=json) as update:
         done = lowbit.imatrix(
@@ -78,7 +76,7 @@ def _sentence(done: Imatrix) -> str:
     from lowbit.report.units import plural
 
     matrix = done.matrix
-    measured = f"{done.tokens:,} tokens in {done.seconds:.1f} s" if done.tokens else "nothing measured anew"
+    measured = f"{done.tokens:,} tokens in {done.seconds:.1f} s" if done.tokens else "nothing was measured"
     return f"{done.file}: {len(matrix.entries)} tensors, {plural(matrix.chunks, 'chunk')}, {measured}"
 
 

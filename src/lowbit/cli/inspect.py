@@ -15,7 +15,7 @@ def inspect(
     options: Annotated[Any, of_trust("allow_pickle")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, metadata included.")] = False,
 ) -> None:
-    """Tensors, types, bits per weight and metadata of any supported checkpoint."""
+    """List tensors, types, bits per weight and metadata of any supported checkpoint."""
     import lowbit
     from lowbit.cli.console import print_json, print_table
 

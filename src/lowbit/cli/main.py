@@ -61,9 +61,9 @@ def main(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def entry() -> NoReturn:
-    """Entry point of the `lowbit` command: `run`, and out without taking the interpreter apart.
+    """Entry point of the `lowbit` command: `run`, then exit without shutting the interpreter down.
 
-    Unloading torch and transformers takes a second, and nothing of ours waits for it: files are closed and flushed.
+    Unloading torch and transformers takes a second and nothing needs it: files are closed and flushed.
     """
     try:
         run()
@@ -76,9 +76,10 @@ def entry() -> NoReturn:
 
 
 def run() -> NoReturn:
-    """Parse the command line, do what it says, and raise SystemExit."""
+    """Run the command line and raise SystemExit."""
     _stop_in_order()
-    # Importing torch and transformers makes a million objects that stay: collecting among them is a fifth of the time.
+    # Importing torch and transformers creates a million permanent objects; scanning them for garbage takes a fifth of
+    # the time.
     gc.set_threshold(100_000, 50, 50)
     # libgomp's threads spin while they wait for each other, for so long that two busy processes starve one another (a
     # factor of five here); a short spin keeps the speed of an idle machine. Read when torch is imported.
@@ -88,12 +89,12 @@ def run() -> NoReturn:
     except LowbitError as error:
         _fail(str(error), error.hint, error.exit_code)
     except Stopped as stopped:
-        for signum in _signals():  # one that comes now must not cut the exit short
+        for signum in _signals():  # another signal must not interrupt the exit
             signal.signal(signum, signal.SIG_IGN)
-        typer.echo("stopped; nothing unfinished was left behind", err=True)
+        typer.echo("stopped; unfinished output was removed", err=True)
         sys.exit(128 + stopped.signum)
     except BrokenPipeError:
-        # The reader has gone (`| head`); what is still buffered has nowhere to go either.
+        # The reader has exited (`| head`); what is still buffered cannot be written either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
@@ -103,20 +104,20 @@ def run() -> NoReturn:
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. Not a KeyboardInterrupt, of which typer makes a silent exit."""
+    """A signal asked the command to stop. Not a KeyboardInterrupt, because typer turns that into a silent exit."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
 
 
-# Signals that follow the first within so many seconds are dropped: an impatient second Ctrl-C must not stop the
-# removal of what is unfinished.
+# Signals within this many seconds of the first are ignored: a second, impatient Ctrl-C must not interrupt the removal
+# of unfinished output.
 _PATIENCE = 5.0
 
 
 def _stop_in_order() -> None:
-    """Turn signals into `Stopped`; those that the caller has switched off (nohup) stay off."""
+    """Turn signals into `Stopped`; signals that the caller ignores (nohup) stay ignored."""
     last = -math.inf
 
     def stop(signum: int, frame: object) -> None:
@@ -136,7 +137,7 @@ def _signals() -> list[int]:
 
 
 def _usage_error(error: Exception) -> NoReturn:
-    """Typer's own complaints about options and arguments, in our form; anything else goes on as it is."""
+    """Print typer's usage errors in our form; raise anything else."""
     show = getattr(error, "format_message", None)
     if show is None:
         raise error

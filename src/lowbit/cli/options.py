@@ -40,14 +40,14 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output of lowbit.", rich_help_panel=MAKE)
 ]
 Recipe = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="YAML file of settings; options win over it.", rich_help_panel=MAKE)
+    Path | None, typer.Option(metavar="FILE", help="YAML file of settings; options override it.", rich_help_panel=MAKE)
 ]
 Threads = Annotated[
     int | None,
     typer.Option(help="Worker threads. [default: one per core]", metavar="N", min=1, rich_help_panel=RUNNING),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.", rich_help_panel=RUNNING)]
-NoReport = Annotated[bool, typer.Option("--no-report", help="Do not add it to the reports beside the weights.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not add the result to the report beside the weights.")]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _open_options(typed: dict[str, Any]) -> Any:
 def of_running() -> OptionGroup:
     """How a model is run, as the keywords `dtype`, `device` and `options`."""
     options = (
-        _option("dtype", DtypeOption, DtypeOption.float32, "--dtype", "What the model computes in.", RUNNING),
+        _option("dtype", DtypeOption, DtypeOption.float32, "--dtype", "Dtype of the model's computation.", RUNNING),
         _option("device", str, "cpu", "--device", "cpu, cuda, cuda:1 …", RUNNING),
         *of_trust().options,
     )
@@ -107,23 +107,23 @@ def _how_to_run(typed: dict[str, Any]) -> dict[str, Any]:
 def of_judging(windows: int, window_tokens: int, scores: bool = True) -> OptionGroup:
     """A text, a reference and how both models are run: keywords of `evaluate`, `compare` and `diagnose`.
 
-    scores  with the protocol of scoring and a bound of memory, which `diagnose` has not
+    scores  with the scoring protocol and a memory limit, which `diagnose` does not have
     """
     options = (
         _option("reference", str | None, None, "--reference",
                 "The unquantized model. [default: the source its report names]", metavar="MODEL"),
         _option("text", str | None, None, "--text",
                 "A text file, wikitext, or hub:OWNER/NAME:CONFIG:SPLIT. [default: packaged text]", metavar="T"),
-        _option("windows", int, windows, "--windows", "How many windows of text.", min=1),
+        _option("windows", int, windows, "--windows", "Number of windows of text.", min=1),
         _option("window_tokens", int, window_tokens, "--window-tokens", "Tokens per window.", min=4),
         _option("bos", bool | None, None, "--bos/--no-bos",
-                "Open windows with BOS. [default: if the tokenizer adds it]"),
+                "Start windows with BOS. [default: if the tokenizer adds it]"),
     )  # fmt: skip
     scoring = (
         _option("protocol", ProtocolOption, ProtocolOption.full, "--protocol",
-                "full: score every token but the first; second-half: as llama.cpp."),
-        _option("max_memory", str | None, None, "--max-memory", "Memory to stay within; models that do not fit run "
-                "block by block. [default: most of what is free]", RUNNING, metavar="SIZE"),
+                "full: score every token but the first; second-half: as in llama.cpp."),
+        _option("max_memory", str | None, None, "--max-memory", "Memory limit; models that do not fit run "
+                "block by block. [default: most of free memory]", RUNNING, metavar="SIZE"),
     )  # fmt: skip
     return OptionGroup((*options, *(scoring if scores else ()), *of_running().options), _how_to_judge)
 

@@ -1,4 +1,4 @@
-"""`lowbit quantize MODEL -o OUT`: the main job."""
+"""`lowbit quantize MODEL -o OUT`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quantize(
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=MAKE)
+        bool, typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=MAKE)
     ] = False,
     run: Run,
     threads: Threads = None,

@@ -1,4 +1,4 @@
-"""`lowbit verify FOLDER`: would an engine load it, and is everything in it what it should be?"""
+"""`lowbit verify FOLDER`: would an engine load it, and is its content correct?"""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 def verify(
     options: Annotated[Any, of_trust("trust_remote_code")],
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder of a model, or a .gguf file, by lowbit or by others.")
+        Path | None, typer.Argument(help="Model folder or .gguf file, written by lowbit or by others.")
     ] = None,
     engine: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(ENGINES)}. [default: vllm; llama.cpp for .gguf]"),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with it.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="List the rules instead; no folder is needed.")] = False,
     format: Annotated[
-        str | None, typer.Option(help="With --rules: only those of a format, such as gptq; plain: not quantized.")
+        str | None, typer.Option(help="With --rules: only those of one format, such as gptq; plain: not quantized.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the checks, or the rules, as JSON.")] = False,
 ) -> None:
     """Check a folder against an engine's rules; exit with 1 if one of them fails."""
     if rules:
         if folder is not None or reference is not None:
-            raise UsageError("--rules lists what would be checked, and looks at no model", "leave FOLDER out")
+            raise UsageError("--rules lists the rules and checks no model", "leave FOLDER out")
         _list_rules(engine, format, json)
         return
     if folder is None:
         raise UsageError("there is no FOLDER to verify", "give the folder of a model, or --rules to list the rules")
     if format is not None:
-        raise UsageError("--format goes with --rules only", "the folder says itself which format it has")
+        raise UsageError("--format goes with --rules only", "the format is read from the folder")
     _verify(folder, engine, reference, json, options)
 
 

@@ -40,7 +40,7 @@ def estimate(
     memory: int | None = None,
     measure: bool = False,
     max_memory: int | None = None,
-    recipe: Path | None = None,
+    recipe: str | Path | None = None,
     options: OpenOptions | None = None,
     threads: int | None = None,
     **settings: Any,
@@ -113,7 +113,9 @@ def estimate(
         )  # fmt: skip
 
 
-def _settings(output: str | Path | None, recipe: Path | None, kv_cache: str | None, given: dict[str, Any]) -> Settings:
+def _settings(
+    output: str | Path | None, recipe: str | Path | None, kv_cache: str | None, given: dict[str, Any]
+) -> Settings:
     """The settings of `lowbit quantize` for this output; cache scales are stored if the format can hold them."""
     settings = make_settings(recipe, **given)
     if output is not None and settings.format == "auto" and settings.writes_gguf(Path(output)):

@@ -71,7 +71,7 @@ class Opener:
         checkpoint = open_checkpoint(str(path), self.options)
         self.stack.callback(checkpoint.close)
         loader = Loader(checkpoint, self.dtype, self.device, self.options)
-        return Opened(checkpoint, loader, load_tokenizer(checkpoint, self.options))
+        return Opened(loader.checkpoint, loader, load_tokenizer(checkpoint, self.options))
 
 
 @dataclass(frozen=True)

@@ -155,20 +155,3 @@ def write_all(descriptor: int, data: memoryview, position: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, position)
         data, position = data[written:], position + written
-
-
-def copy_companions(folder: Path, work: Path) -> None:
-    """Copy tokenizer, generation config, chat template, licence and custom code."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in _REWRITTEN and path.suffix.lower() in _COMPANIONS:
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, work / path.name)
-        elif path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
-            shutil.copyfile(path, work / path.name)
-
-
-_COMPANIONS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
-# Rewritten, or files of an earlier quantization, which would contradict config.json.
-_REWRITTEN = {
-    "config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", REPORT_NAME,
-}  # fmt: skip

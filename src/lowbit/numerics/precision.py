@@ -11,6 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def squared_error_in_double(weight: Tensor, decoded: Tensor) -> tuple[float, float, float]:
+    """(Σ (w − ŵ)², Σ w², max |w − ŵ|) in float64, for finite values whose squares float32 does not hold."""
+    weight, decoded = weight.double().reshape(decoded.shape), decoded.double()
+    error = weight - decoded
+    return error.square().sum().item(), weight.square().sum().item(), error.abs().max().item()
 
 
 def has_fast_bfloat16(device: str = "cpu") -> bool:

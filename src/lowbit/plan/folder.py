@@ -23,10 +23,13 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, model_dtype, open_described
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
+from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
-from lowbit.errors import ArchitectureError, CheckpointError, FormatError, UsageError
+from lowbit.checkpoint.stated import without_quantization
+from lowbit.errors import ArchitectureError, FormatError, UsageError
 from lowbit.export import Exporter, Piece, find_exporter
-from lowbit.export.atomic import atomic_folder, copy_companions, refuse_existing
+from lowbit.export.atomic import atomic_folder, refuse_existing
+from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
 from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
 from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
@@ -173,7 +176,9 @@ class FolderPlan(Plan):
 
     def complete(self, work: Path, checkpoint: Checkpoint) -> None:
         """Write config.json and the format's own JSON files; copy tokenizer, licence and the like."""
-        config = {key: value for key, value in checkpoint.config().items() if key != "quantization_config"}
+        config = without_quantization(checkpoint.config())
+        if config.get("dtype") == "float64" or config.get("torch_dtype") == "float64":
+            config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
         if not ("dtype" in config or "torch_dtype" in config):
             config["dtype"] = str(self.dtype).removeprefix("torch.")
         quantization = self.quantization_config()
@@ -185,6 +190,10 @@ class FolderPlan(Plan):
         for name, content in ({"config.json": config} | beside).items():
             (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         copy_companions(checkpoint.folder, work)
+
+    def inherited_rules(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The source's own tokenizer is copied as it is: none at all, or one with more tokens than the embedding."""
+        return ("token-ids",) if has_tokenizer(checkpoint.folder) else ("token-ids", "tokenizer")
 
 
 def prepare_folder(request: Request) -> Prepared:
@@ -215,7 +224,6 @@ def make_plan(
 
     fixed  linear → scheme: exactly these are quantized, without regard to the settings or to shapes
     """
-    _check_parameters(checkpoint, architecture)
     format = output_format(settings)
     exporter = find_exporter(format.name)
     if format.name == "mxfp4" and not stores_fused_experts(architecture):
@@ -260,24 +268,6 @@ def make_plan(
 def with_kv_cache(plan: FolderPlan, scheme: KVCacheScheme, config: dict[str, Any]) -> FolderPlan:
     """The plan with scales of a quantized KV cache; FormatError or ArchitectureError where they cannot be stored."""
     return replace(plan, kv_cache=scheme, kv_scales=stored_kv_scales(plan.format, scheme, plan.described, config))
-
-
-def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    for name, shape in architecture.parameters.items():
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"{checkpoint.source}: tensor {name} {list(shape)} is absent",
-                "the files are incomplete, or config.json is of another model",
-            )
-        linear = architecture.linears.get(name.removesuffix(".weight"))
-        if linear is not None and linear.transposed and is_decoded(checkpoint, name):
-            shape = linear.shape
-        if tuple(info.shape) != shape:
-            raise CheckpointError(
-                f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json says {list(shape)}",
-                "the files and config.json do not belong together",
-            )
 
 
 def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype) -> PlannedTensor:

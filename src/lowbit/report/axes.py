@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Axis:
-    """The values at its ends, where ticks stand, what is written there, and whether it is logarithmic."""
+    """Values at the ends, tick positions, tick labels, and whether the axis is logarithmic."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ def linear(values: Sequence[float], most: int, margin: float = 0.1, least_step: 
 
 
 def decades(low: float, high: float, margin: float = 0.12) -> Axis:
-    """Logarithmic, by `margin` of its length longer at both ends; ticks at 1, 2, 5, at 1 alone over three decades."""
+    """Logarithmic, extended by `margin` of its length at both ends; ticks at 1, 2, 5, or at 1 beyond three decades."""
     beyond = (high / low) ** margin
     low, high = low / beyond, high * beyond
     factors = (1,) if high / low > 1000 else (1, 2, 5)
@@ -66,7 +66,7 @@ def decades(low: float, high: float, margin: float = 0.12) -> Axis:
 
 
 def every(count: int, room: int) -> int:
-    """Of `count` labels each how-manieth is written, where there is room for `room` of them: 1, 2, 5, 10 …"""
+    """Step between the labels written, of `count`, where there is room for `room` of them: 1, 2, 5, 10 …"""
     return 1 if count <= room else round(round_step(count / room))
 
 

@@ -19,8 +19,8 @@ from lowbit.report.summary import headline_evaluation
 from lowbit.report.units import DASH, NBSP, number, percent, plus_minus, significant, size
 
 HEIGHT = 300  # CSS pixels, of the plotting area
-LABEL = 17  # pixels that a label takes down
-_NEAR = 26.0  # percent across within which two labels could meet
+LABEL = 17  # height of a label in pixels
+_NEAR = 26.0  # labels closer than this (percent across) may collide
 _TICKS, _PLANNED = 26, 15  # pixels of the size axis below the plot, and of each further row of planned sizes
 
 
@@ -91,7 +91,7 @@ class QualityChart:
 
 
 def quality_chart(marks: Sequence[Mark]) -> QualityChart | None:
-    """None for fewer than two measured models, of which no picture can say anything."""
+    """None for fewer than two measured models: there is nothing to compare."""
     measured = sorted((mark for mark in marks if mark.kld is not None), key=lambda mark: mark.bytes)
     if len(measured) < 2:
         return None
@@ -107,7 +107,7 @@ def quality_chart(marks: Sequence[Mark]) -> QualityChart | None:
         front += f"H{x:.2f}V{y:.2f}" if front else f"M{x:.2f} {y:.2f}"
     names = []
     for index, tick in enumerate(across.ticks):
-        x = across.across(tick)  # every second one gives way where there is little room
+        x = across.across(tick)  # every second tick is dropped where space is short
         names.append((x, _round_size(tick), f"{_anchor(x)}{' alternate' if index % 2 else ''}".strip()))
     return QualityChart(
         words="; ".join(f"{mark.label} {size(mark.bytes)}, {significant(mark.kld or 0)}" for mark in measured),
@@ -132,7 +132,7 @@ def _divergences(measured: Sequence[Mark]) -> Axis:
 
 
 def _round_size(count: float) -> str:
-    """Without the decimals that a round number does not need."""
+    """Without superfluous decimals."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:,.4g}{NBSP}{unit}"
@@ -163,7 +163,7 @@ def _spots(measured: Sequence[Mark], across: Axis, down: Axis) -> list[Spot]:
 
 
 def _rows_of_names(places: Sequence[float]) -> list[int]:
-    """For each planned size the row below the axis in which its name finds room."""
+    """For each planned size, the row below the axis with room for its name."""
     rows: list[int] = []
     ends: list[float] = []
     for x in places:
@@ -185,7 +185,7 @@ class SizeRow:
 
 
 def size_rows(marks: Sequence[Mark]) -> list[SizeRow]:
-    """By size; those on the front say so."""
+    """Sorted by size; models on the front are marked."""
     largest, rows = max((mark.bytes for mark in marks), default=1), []
     for mark in sorted(marks, key=lambda mark: mark.bytes):
         planned = mark.kld is None

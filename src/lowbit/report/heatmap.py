@@ -32,7 +32,7 @@ from lowbit.report.schema import Report, TensorEntry
 from lowbit.report.units import NBSP, decibel_text, plural, significant
 
 STEPS = 9
-FAITHFUL = 1e-3  # −30 dB; what has less error has the palest colour
+FAITHFUL = 1e-3  # −30 dB; errors below it have the palest colour
 LEAST_DECIBELS = 9
 LEAST_NATS = 0.005
 ROW, STRIP = 22, 15  # CSS pixels
@@ -63,7 +63,7 @@ class Shaded:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """least, most  what the ends of the colours stand for
+    """least, most  values at the ends of the colour scale
     left_out        rows in which nothing is above 0
     ticks           (percent from the left, block)
     """
@@ -83,7 +83,7 @@ class HeatMap:
 def heat_map(
     identity: str, title: str, cells: Iterable[Cell], say: Callable[[float], str], logarithmic: bool = True
 ) -> HeatMap | None:
-    """None for no cells; say: a value in words, for legend and titles."""
+    """None without cells; say: formats a value for legend and titles."""
     worst: dict[tuple[int, str], Cell] = {}
     for cell in cells:
         place = (cell.block, cell.role)
@@ -119,7 +119,7 @@ def heat_map(
 
 
 def _colours(values: Sequence[float], logarithmic: bool) -> Axis:
-    """What the palest and the darkest colour stand for."""
+    """Values of the palest and the darkest colour."""
     if not logarithmic:
         return Axis(0.0, max(*values, LEAST_NATS), ())
     positive = sorted(value for value in values if value > 0) or [0.0]
@@ -146,7 +146,7 @@ def error_maps(tensors: Sequence[TensorEntry]) -> list[HeatMap]:
 
 
 def sensitivity(contributions: Sequence[Contribution], tensors: Sequence[TensorEntry]) -> HeatMap | None:
-    """KLD that restoring takes off, by block and set of linears; what is within the noise has the colour of 0."""
+    """Reduction of the KLD by restoring, by block and set of linears; values within the noise have the colour of 0."""
     row_of = {tensor.name: row for row, tensor in enumerate(tensors)}
     cells = [Cell(each.block, "whole block" if each.level == "block" else each.role,
                   each.kld if each.significant else 0.0, row_of.get(each.tensor or ""))
@@ -176,7 +176,7 @@ def activation_strips(inputs: Sequence[InputSummary]) -> Strips | None:
         return None
     used = [position for _, bins in counted for position in bins]
     last = max(used)
-    first = max(min(used), last - MOST_BINS + 1)  # what is weaker than that goes into the first bin
+    first = max(min(used), last - MOST_BINS + 1)  # weaker channels go into the first bin
     count = last - first + 1
     cells = []
     for line, (record, bins) in enumerate(counted):

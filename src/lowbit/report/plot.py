@@ -34,7 +34,7 @@ USUAL_ROLES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embedding", "lm_head",
     "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd", "output",
 )  # fmt: skip
-MOST_DECIBELS = 60  # errors further below the largest share the floor
+MOST_DECIBELS = 60  # smaller errors are drawn at the bottom
 
 
 def order_roles(roles: Iterable[str]) -> list[str]:
@@ -79,7 +79,7 @@ def error_plot(tensors: Sequence[TensorEntry]) -> ErrorPlot | None:
         return None
     roles = order_roles(tensor.role for _, tensor in measured)
     blocks = sorted({tensor.block for _, tensor in measured if tensor.block is not None})
-    outside = len(blocks)  # the column of what lies in no block
+    outside = len(blocks)  # the column of tensors outside the blocks
     count = outside + any(tensor.block is None for _, tensor in measured)
     axis = _decibel_axis([decibel(tensor.relative_error or 0.0) for _, tensor in measured])
     column_of, style_of = {b: i for i, b in enumerate(blocks)}, {role: i for i, role in enumerate(roles)}

@@ -27,4 +27,5 @@ def layer_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), in float64: the error's share of the output energy."""
     error = (weight - decoded).double()
     weight, hessian = weight.double(), hessian.double()
-    return ((error @ hessian * error).sum() / (weight @ hessian * weight).sum()).item()
+    lost, energy = (error @ hessian * error).sum().item(), (weight @ hessian * weight).sum().item()
+    return max(0.0, lost) / energy if energy > 0 else 0.0  # of a text that says nothing, sums may be a hair below zero

@@ -136,7 +136,7 @@ def weight_histogram(source: Tensor, decoded: Tensor | None, rows: int) -> Weigh
     """The histogram of finite values float32 [n], n > 0, and of their decoded values."""
     values = source.numpy()
     absmax = float(max(values.max(), -values.min()))
-    reach = min(absmax, _REACH * float(np.linalg.norm(values)) / math.sqrt(len(values))) or 1.0
+    reach = min(absmax, _REACH * float(np.linalg.norm(values.astype(np.float64))) / math.sqrt(len(values))) or 1.0
     counts = [_count(each, reach) for each in (values, *(() if decoded is None else (decoded.numpy(),)))]
     largest = int(max(each.max() for each in counts))
     scaled = (np.rint(each * (65535 / max(largest, 1))).astype("<u2") for each in counts)

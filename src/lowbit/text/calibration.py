@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
 from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
 from lowbit.text.packing import Packer, Renderer, spaced
 from lowbit.text.rows import ROW_SUFFIXES, Document, articles, document_of, file_rows, shuffled
@@ -123,6 +124,7 @@ def _of_running_text(
         raise CheckpointError(f"the text {text.name!r} is empty", "give another, or leave --calib out")
     cut = cut_windows(text, tokenizer, windows, window_tokens)
     notes = notes + _too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)
+    notes += degenerate_notes(cut.ids, tokenizer, text.name)
     return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, tuple(notes))
 
 
@@ -258,6 +260,8 @@ def _packed(
     notes = reading.all_notes() + render.notes()
     notes += _too_few(reading.name, tokens, len(packer.cut), window_tokens, windows)
     ids = torch.tensor(packer.cut, dtype=torch.long)
+    refuse_degenerate(ids, tokenizer, reading.name)
+    notes += degenerate_notes(ids, tokenizer, reading.name)
     return CalibrationWindows(ids, reading.name, digest.hexdigest(), tokens, windows, tuple(notes))
 
 

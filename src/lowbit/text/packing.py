@@ -5,6 +5,9 @@
     window i  the next window_tokens of the stream; where the tokenizer adds BOS: BOS and the next window_tokens − 1,
               and a BOS of the stream that would come second is dropped
 
+The template gets the text of a turn where it takes text, or a list of parts where it wants that; parts that are no text
+are dropped and counted. Tool calls and reasoning go to the template as they are: it decides what it shows.
+
 Documents are tokenized one by one, without other special tokens. Attention crosses documents inside a window, as in the
 packing of pre-training. Without a chat template the turns of a conversation are joined by blank lines. Templates that
 write today's date get a fixed one. Conversations that the template refuses are skipped and counted (many templates
@@ -13,10 +16,13 @@ require user and assistant to alternate).
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-from lowbit.text.rows import Document, Message
+from lowbit.text.rows import Document, Message, texts_of
 from lowbit.text.windows import wants_bos
 
 if TYPE_CHECKING:
@@ -32,6 +38,8 @@ class Renderer:
 
     characters  limit per plain document
     refused     conversations that the chat template refused
+    no_text     parts of turns that are no text (pictures, sounds), which were dropped
+    silent      turns without text, which call tools
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, characters: int):
@@ -41,7 +49,7 @@ class Renderer:
         eos = cast("int | None", tokenizer.eos_token_id)
         self._eos = [eos] if self._bos and eos is not None else []
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.refused = self._templated = self._joined = 0
+        self.refused = self._templated = self._joined = self.no_text = self.silent = 0
         self._refusal = ""
 
     def __call__(self, document: Document) -> tuple[str, list[int]]:
@@ -50,9 +58,11 @@ class Renderer:
             return self._plain(document[: self._characters])
         if not self._has_template:
             self._joined += 1
-            return self._plain("\n\n".join(message["content"] for message in document))
+            return self._plain("\n\n".join(filter(None, (texts_of(message)[0] for message in document))))
+        self.no_text += sum(texts_of(message)[1] for message in document)
+        self.silent += sum(not texts_of(message)[0] for message in document)
         try:
-            text = self._apply_template(document)
+            text = self._rendered(document)
         except Exception as error:  # a template is a program of the model's authors and may raise anything
             self.refused += 1
             self._refusal = self._refusal or str(error).strip().split("\n")[0]
@@ -65,6 +75,10 @@ class Renderer:
         notes = []
         if self._templated:
             notes.append(f"chat template applied to {spaced(self._templated)} conversations")
+        if self.no_text:
+            notes.append(f"{spaced(self.no_text)} parts of turns dropped: they are no text")
+        if self.silent:
+            notes.append(f"{spaced(self.silent)} turns without text, which call tools")
         if self._joined:
             notes.append(
                 f"the tokenizer has no chat template: the turns of {spaced(self._joined)} conversations are joined by "
@@ -82,6 +96,32 @@ class Renderer:
             return text, [*self._bos, *self._ids(text), *self._eos]
         return text, self._ids(text.rstrip("\n") + "\n\n")
 
+    def _rendered(self, document: list[Message]) -> str:
+        """The template's text. Some templates take the arguments of a tool call as text, others as an object."""
+        messages = [message | {"content": self._content(message)} for message in document]
+        try:
+            return self._apply_template(messages)
+        except Exception:  # as in __call__
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            return self._apply_template([_with_parsed_arguments(message) for message in messages])
+
+    def _content(self, message: Message) -> Any:
+        text = texts_of(message)[0]
+        return [{"type": "text", "text": text}] if self._wants_parts and text else text
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """True for a template that shows the text of parts, and not that of a plain string."""
+        probe = "lowbit"
+        shown = []
+        for content in (probe, [{"type": "text", "text": probe}]):
+            try:
+                shown.append(probe in self._apply_template([{"role": "user", "content": content}]))
+            except Exception:  # as in __call__
+                shown.append(False)
+        return shown == [False, True]
+
     def _apply_template(self, messages: list[Message]) -> str:
         apply: Callable[..., Any] = self._tokenizer.apply_chat_template
         template = self._tokenizer.get_chat_template()
@@ -91,6 +131,20 @@ class Renderer:
 
     def _ids(self, text: str) -> list[int]:
         return cast("list[int]", self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    """The same turn with the arguments of its tool calls as objects."""
+    if not isinstance(message.get("tool_calls"), list):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                call = call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+        calls.append(call)
+    return message | {"tool_calls": calls}
 
 
 class Packer:

@@ -1,7 +1,7 @@
 """Rows of any known layout → documents: plain text, or a conversation.
 
     columns                        document
-    messages                       [{role, content}, …]
+    messages                       [{role, content, …}, …]; content is text, a list of parts, or null beside tool calls
     conversations                  [{from, value}, …] (ShareGPT), or as messages
     instruction, output [, input]  user: instruction, blank line, input; assistant: output   (Alpaca)
     text                           plain
@@ -21,7 +21,7 @@ from typing import Any
 
 from lowbit.errors import CheckpointError, DependencyError, UsageError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Document = str | list[Message]
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -31,7 +31,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 def _from_instruction(row: dict[str, Any]) -> list[Message]:
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if isinstance(part, str) and part)
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    return _messages(turns) if asked and row["output"] else []
+    return _messages(turns) if asked and isinstance(row["output"], str) and row["output"] else []
 
 
 def _from_text(row: dict[str, Any]) -> str:
@@ -155,14 +155,28 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def _messages(turns: Any) -> list[Message]:
-    """Turns with role and content, without empty ones; [] where any of them is not text."""
+    """Turns with a role and anything to say, other fields (tool calls, reasoning, names) as they are; [] without text.
+
+    content  text, a list of parts, or None where the turn only calls tools
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return []
     found: list[Message] = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not (isinstance(role, str) and isinstance(content, str)):
-            return []
-        if content:
-            found.append({"role": _ROLES.get(role, role), "content": content})
-    return found
+        content = [content] if isinstance(content, dict) else content
+        says = bool(content) and isinstance(content, (str, list))
+        if isinstance(role, str) and (says or turn.get("tool_calls") or turn.get("function_call")):
+            kept = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            found.append(kept | {"role": _ROLES.get(role, role), "content": content if says else None})
+    return found if any(texts_of(message)[0] for message in found) else []
+
+
+def texts_of(message: Message) -> tuple[str, int]:
+    """(the text of a turn, the number of its parts that are no text)."""
+    content = message["content"]
+    if not isinstance(content, list):
+        return content or "", 0
+    texts = [part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, (str, dict))]
+    said = [text for text in texts if isinstance(text, str)]
+    return "\n".join(said), len(content) - len(said)

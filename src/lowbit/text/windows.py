@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.degenerate import refuse_degenerate
 from lowbit.text.hub import find_dataset, running_text
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def cut_windows(
             "give a longer text, or smaller windows",
         )
     cut = ids[: count * step].reshape(count, step)
+    refuse_degenerate(cut, tokenizer, text.name)
     if with_bos and protocol == "full":
         cut = torch.cat([first.expand(count, 1), cut], dim=1)
     elif with_bos:

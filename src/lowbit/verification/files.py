@@ -6,21 +6,20 @@ parses, and is of a model that is known.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import torch
 
+from lowbit.architecture.inspection import embedding_rows
 from lowbit.checkpoint.base import TensorInfo, read_json_object
+from lowbit.checkpoint.companions import CHAT_TEMPLATES, TOKENIZERS, beyond_embedding, load_tokenizer_file
 from lowbit.checkpoint.quantized import FLOATS
 from lowbit.checkpoint.safetensors import INDEX
 from lowbit.errors import CheckpointError
 from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -71,22 +70,28 @@ def _bits_per_weight(subject: Subject) -> float:
 def check_tokenizer(subject: Subject) -> Finding:
     """A tokenizer is there and loads."""
     folder, problems = subject.folder, []
-    present = [name for name in _TOKENIZERS if (folder / name).is_file()]
+    present = [name for name in TOKENIZERS if (folder / name).is_file()]
     if not present:
-        problems.append(f"there is no tokenizer ({', '.join(_TOKENIZERS)})")
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            problems.append(f"tokenizer.json does not load: {error}")
+        problems.append(f"there is no tokenizer ({', '.join(TOKENIZERS)})")
+    try:
+        load_tokenizer_file(folder)
+    except CheckpointError as error:
+        problems.append(str(error))
     problems += _unparsable(folder, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     return Finding(problems, f"{', '.join(present)} loads")
 
 
+def check_token_ids(subject: Subject) -> Finding:
+    """Every token of the tokenizer has a row in the embedding; those that stand for pictures and sounds need none."""
+    rows = embedding_rows(subject.checkpoint.tensors)
+    if rows is None:
+        return Finding([], "no embedding is known to this rule")
+    problem = beyond_embedding(subject.folder, rows)
+    return Finding([] if problem is None else [problem], f"all below {rows}, the rows of the embedding")
+
+
 def check_generation_config(subject: Subject) -> Finding:
-    """generation_config.json parses, and is there if the source has one."""
+    """generation_config.json is a JSON object, and is there if the source has one."""
     folder, name = subject.folder, "generation_config.json"
     problems = _unparsable(folder, name)
     there = (folder / name).is_file()
@@ -104,7 +109,7 @@ def check_chat_template(subject: Subject) -> Finding:
 
 
 def _has_chat_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in _CHAT_TEMPLATES) or (folder / "chat_templates").is_dir():
+    if any((folder / name).is_file() for name in CHAT_TEMPLATES) or (folder / "chat_templates").is_dir():
         return True
     path = folder / "tokenizer_config.json"
     try:
@@ -116,11 +121,11 @@ def _has_chat_template(folder: Path) -> bool:
 def _unparsable(folder: Path, *names: str) -> list[str]:
     problems = []
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             try:
-                json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                problems.append(f"{name} is not valid JSON ({error})")
+                read_json_object(folder / name)
+            except CheckpointError as error:
+                problems.append(str(error))
     return problems
 
 

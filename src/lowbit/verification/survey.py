@@ -20,6 +20,7 @@ Raw words that are checked too, in compressed-tensors and ModelOpt:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.checkpoint.base import is_decoded, row_slabs
 from lowbit.errors import CheckpointError
+from lowbit.numerics.precision import squared_error_in_double
 from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
 from lowbit.tensors import Grid, GroupParams, QuantizedTensor
 from lowbit.verification.result import PLAIN
@@ -262,7 +264,10 @@ def _squared_error(w: Tensor, codes: Tensor, group: int, params: GroupParams, gr
     """(Σ (w − decoded)², Σ w²), by the kernel where one knows the grid."""
     if isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid):
         fmt = None if isinstance(grid, IntGrid) else grid.format
-        return kernels.squared_error(w, codes, group, params.scale, params.zero_point, fmt)[:2]
+        sums = kernels.squared_error(w, codes, group, params.scale, params.zero_point, fmt)[:2]
+        if math.isfinite(sum(sums)) or not bool(torch.isfinite(w).all()):
+            return sums
+        return squared_error_in_double(w, grid.decode(codes, params, group))[:2]
     w = w.to(torch.float32)
     error = grid.decode(codes, params, group) - w
     return error.square_().sum().item(), w.square().sum().item()

@@ -29,6 +29,8 @@ COMMON: tuple[Rule, ...] = (
          "AutoTokenizer (transformers)"),
     Rule("generation-config", "model", ALL, "generation_config.json parses", files.check_generation_config,
          "GenerationConfig (transformers)"),
+    Rule("token-ids", "model", ALL, "every token of the tokenizer has a row in the embedding", files.check_token_ids,
+         "get_input_embeddings of the model classes: an index out of range, or a token that is refused"),
     Rule("chat-template", "model", ALL, "a chat template is there if the source has one", files.check_chat_template,
          "chat_template of the tokenizer (transformers)"),
     Rule("kv-cache-scales", "format", _SCALED, "a quantized KV cache has its scales, in every layer",

@@ -297,6 +297,8 @@ def _check_fits(tensor: TensorShape, type_name: str, why: str) -> None:
 def why_never_quantized(tensor: TensorShape, arch: str) -> str | None:
     """Why a tensor keeps its type under every file type; None if it is quantized."""
     name = tensor.name
+    if tensor.source_type in ("I8", "I16", "I32", "I64"):
+        return "integers are never quantized"
     if tensor.dims < 2:
         return "vectors are never quantized"
     if not name.endswith("weight"):

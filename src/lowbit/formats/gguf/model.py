@@ -29,8 +29,9 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 from torch import Tensor
 
 from lowbit.architecture.structure import Architecture
-from lowbit.checkpoint.base import Checkpoint, is_decoded
+from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.formats.gguf.general import general_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.rope import rope_key_values
@@ -189,6 +190,9 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
         "general.name": (name, GGUFValueType.STRING),
         f"{row.arch}.vocab_size": (vocabulary, GGUFValueType.UINT32),
     }
+    path = checkpoint.folder / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else {}
+    general |= general_key_values(checkpoint.folder, generation, ((tensor.name, tensor.shape) for tensor in tensors))
     return GGUFModel(row.arch, tuple(tensors), general | values, (*beside, *notes, *rope_notes))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
+from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, Keys
 from torch import Tensor
 
 from lowbit.architecture import Linear, model_dtype, open_described
@@ -29,12 +29,13 @@ from lowbit.errors import UsageError
 from lowbit.export import Piece
 from lowbit.export.atomic import atomic_files, refuse_existing_file
 from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.formats.gguf.general import loadable_name
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
 from lowbit.formats.gguf.model import describe_gguf
-from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, rows_and_columns
+from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
 from lowbit.formats.gguf.write import (
     GGUFWriter,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lowbit.calibrate.store import BlockStore
 
 PLAIN = ("F32", "F16", "BF16")
+NAME, TOKENS = Keys.General.NAME, Keys.Tokenizer.LIST
 # Key-values about the source file, not about the model.
 _NOT_COPIED = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 
@@ -105,7 +107,7 @@ class GGUFPlan(Plan):
 
     @property
     def stored(self) -> list[StoredBlocks]:
-        return [StoredBlocks(t.name, t.shape, TYPES[t.stored_as].number, t.stored_bytes) for t in self.tensors]
+        return [_stored_blocks(tensor) for tensor in self.tensors]
 
     @cached_property
     def file_bytes(self) -> int:
@@ -113,6 +115,8 @@ class GGUFPlan(Plan):
 
     def pack(self, tensor: PlannedTensor, rows: Stored, first: int) -> list[Piece]:
         assert isinstance(rows, Tensor)
+        if tensor.target is None:  # integers and doubles, as they are
+            rows = rows.contiguous().view(torch.uint8)
         return [Piece(tensor.name, rows, first)]
 
     def refuse_existing(self, output: Path, overwrite: bool) -> None:
@@ -227,6 +231,8 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
         tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
         values, notes = values | tokenizer.key_values, (*notes, *tokenizer.notes)
+        name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])
+        values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
     entries = tuple(
         _Entry(
@@ -256,11 +262,18 @@ def _of_file(raw: RawGGUF) -> _Mapped:
     key_values = {
         key: bytes(raw.key_value_bytes(key))[8 + len(key.encode()) :] for key in raw.metadata if key not in _NOT_COPIED
     }
-    return _Mapped(arch, tuple(entries), key_values, model_facts(arch, raw.metadata, "F16"))
+    name, tokens = raw.metadata.get(NAME), raw.metadata.get(TOKENS)
+    other, note = loadable_name(str(name), tokens if isinstance(tokens, list) else None)
+    if name is not None and note is not None:
+        key_values[NAME] = packed(other, GGUFValueType.STRING)
+    notes = (note,) if name is not None and note is not None else ()
+    return _Mapped(arch, tuple(entries), key_values, model_facts(arch, raw.metadata, "F16"), notes)
 
 
 def _planned(entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None, calibrated: bool) -> PlannedTensor:
     kind = TYPES.get(choice.type_name)
+    if kind is None and choice.type_name == entry.source_type and choice.type_name in NATIVE_DTYPE:
+        return _kept(entry)
     if kind is None:
         raise UsageError(f"{entry.name} cannot be written as {choice.type_name}", f"types: {', '.join(TYPES)}")
     rows, columns = rows_and_columns(entry.shape)
@@ -284,6 +297,24 @@ def _planned(entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None,
         importance=None if matrix is None or is_plain else matrix.importance(entry.name, entry.shape),
         in_decoder=entry.block is not None and len(entry.shape) > 1,
     )  # fmt: skip
+
+
+def _kept(entry: _Entry) -> PlannedTensor:
+    """A tensor of a GGUF file whose numbers no file type concerns: integers, doubles. Its rows are bytes."""
+    rows, columns = rows_and_columns(entry.shape)
+    stored = StoredTensor(entry.name, torch.uint8, (rows, columns * NATIVE_DTYPE[str(entry.source_type)].itemsize))
+    return PlannedTensor(
+        entry.name, entry.role, entry.block, (rows, columns), entry.source, entry.source_bytes, Making.copied,
+        (stored,), reason=f"stored as {entry.source_type}, and copied", plain_dtype=torch.uint8,
+    )  # fmt: skip
+
+
+def _stored_blocks(tensor: PlannedTensor) -> StoredBlocks:
+    if tensor.target is None:
+        assert isinstance(tensor.source, FileTensor)
+        kept = tensor.source.tensor
+        return StoredBlocks(tensor.name, kept.shape, GGMLQuantizationType[kept.type_name].value, tensor.stored_bytes)
+    return StoredBlocks(tensor.name, tensor.shape, TYPES[tensor.stored_as].number, tensor.stored_bytes)
 
 
 def model_facts(arch: str, metadata: dict[str, Any], float_type: str) -> MixFacts:

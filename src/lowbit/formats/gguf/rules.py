@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
+from lowbit.formats.gguf.general import missing_tokens
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.result import GGUF, Finding, Rule
 
@@ -117,6 +118,14 @@ def check_tokenizer(subject: GGUFSubject) -> Finding:
     return Finding(problems, f"{model}, {count} tokens")
 
 
+def check_name(subject: GGUFSubject) -> Finding:
+    """The vocabulary has the tokens that llama.cpp looks up because of general.name (phi3, modern-bert)."""
+    name, tokens = str(subject.raw.metadata.get("general.name", "")), subject.raw.metadata.get("tokenizer.ggml.tokens")
+    missing = missing_tokens(name, tokens if isinstance(tokens, list) else None)
+    problem = f"general.name is {name!r}, for which llama.cpp looks up {missing!r}, and there is no such token"
+    return Finding([] if missing is None else [problem], "it makes llama.cpp look up no token that is absent")
+
+
 def check_finite(subject: GGUFSubject) -> Finding:
     """No scale and no weight is NaN or inf."""
     return Finding(subject.survey.not_finite, f"{len(subject.raw.tensors)} tensors decoded")
@@ -165,6 +174,8 @@ RULES: tuple[Rule, ...] = (
          "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
     Rule("gguf-tokenizer", "format", (GGUF,), "the tokenizer's lists agree, and with the embedding", check_tokenizer,
          "llama_vocab::impl::load of llama-vocab.cpp"),
+    Rule("gguf-name", "format", (GGUF,), "the name asks for no token that the vocabulary lacks", check_name,
+         "llama_vocab::impl::load of llama-vocab.cpp: token_to_id.at"),
     Rule("gguf-finite", "values", (GGUF,), "no weight is NaN or inf", check_finite,
          "ggml_validate_row_data (--check-tensors)"),
     Rule("gguf-weights", "values", (GGUF,), "every tensor is as near to its source as its bits allow", check_weights,

@@ -18,11 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.architecture import describe_checkpoint
 from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import open_gguf
+from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
+from lowbit.numerics.ggml.types import largest_value, smallest_step
+from lowbit.numerics.precision import squared_error_in_double
 from lowbit.verification.survey import Progress
 from lowbit.workers import run_all
 
@@ -65,6 +69,12 @@ class GGUFSubject:
     @cached_property
     def survey(self) -> GGUFSurvey:
         return _Pass(self).run()
+
+    @cached_property
+    def original(self) -> Checkpoint:
+        """The source, a Hugging Face model, under the names of its architecture, experts one by one."""
+        assert self.source is not None
+        return describe_checkpoint(self.source, split_experts=True)[1]
 
     def type_of(self, name: str) -> str:
         return self._types.get(name, "F32")
@@ -112,7 +122,9 @@ class _Pass:
             run_all(slabs, os.cpu_count() or 1)
         finally:
             torch.set_num_threads(threads)
-        for name, (error, weight) in self.sums.items():
+        for name, (error, weight, count) in self.sums.items():
+            # What lies below half of the type's smallest step may become zero: that is no error of the encoder.
+            error = max(0.0, error - count * smallest_step(self.subject.type_of(name)) ** 2 / 4)
             self.found.relative_errors[name] = math.sqrt(error / weight) if weight else math.sqrt(error)
         self.found.not_finite = sorted(set(self.found.not_finite))
         return self.found
@@ -145,14 +157,11 @@ class _Pass:
         return jobs
 
     def _under_hub_names(self) -> list[_Job]:
-        ours, source = self.subject.as_checkpoint, self.subject.source
-        assert source is not None
+        ours, source = self.subject.as_checkpoint, self.subject.original
+        origins = self._origins(source)
         jobs: list[_Job] = []
         for name, info in ours.tensors.items():
-            origin = name  # a tied output matrix that has a copy of its own comes from the embedding
-            if name not in source.tensors and source.config().get("tie_word_embeddings"):
-                embeddings = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
-                origin = next((known for known in source.tensors if known.endswith(embeddings)), name)
+            origin = origins(name)
             known = origin in source.tensors and source.tensors[origin].shape == info.shape
             if not known:
                 self.found.without_source.append(name)
@@ -173,6 +182,23 @@ class _Pass:
             jobs.append((name, rows, columns, mine, theirs if known else None, info.nbytes, release))
         return jobs
 
+    def _origins(self, source: Checkpoint) -> Callable[[str], str]:
+        """Our name → the source's: both have a name of the file in common (a model that sees has other names than its
+        language model); a tied output matrix that has a copy of its own comes from the embedding."""
+        ours = row_of_model(self.subject.as_checkpoint.config().get("model_type"), str(self.subject.folder))
+        theirs = row_of_model(source.config().get("model_type"), source.source)
+        places = {name: theirs.find(name) for name in source.tensors}
+        by_place = {(place.name, place.expert): name for name, place in places.items() if place is not None}
+
+        def origin(name: str) -> str:
+            place = ours.find(name)
+            if name in source.tensors or place is None:
+                return name
+            embedding = by_place.get(("token_embd.weight", None), name) if place.name == "output.weight" else name
+            return by_place.get((place.name, place.expert), embedding)
+
+        return origin
+
     def _slab(self, job: _Job, first: int, last: int, total: int) -> None:
         name, rows, _, ours, theirs, nbytes, release = job
         decoded = ours(first, last).float().reshape(last - first, -1).contiguous()
@@ -183,15 +209,21 @@ class _Pass:
                 original = original.float()
         sums = ggml.squared_error("F32", original, decoded.view(torch.uint8)) if decoded.numel() else (0.0, 0.0, 0.0)
         finite = math.isfinite(sums[0] + sums[1]) or bool(torch.isfinite(decoded).all())
+        largest = largest_value(self.subject.type_of(name))
+        fits = math.isfinite(sums[0] + sums[1]) and sums[1] <= largest**2
+        if finite and not fits and bool(torch.isfinite(original).all()):
+            # Compared with the nearest values that the type can hold; those that were clipped are said when written.
+            sums = squared_error_in_double(original.float().clamp(-largest, largest), decoded)
         if last == rows:
             release()
         with self.lock:
             if not finite:
                 self.found.not_finite.append(f"{name}: holds NaN or inf")
             if theirs is not None:
-                known = self.sums.setdefault(name, [0.0, 0.0])
+                known = self.sums.setdefault(name, [0.0, 0.0, 0.0])
                 known[0] += sums[0]
                 known[1] += sums[1]
+                known[2] += decoded.numel()
             self.done += nbytes * (last - first) // max(1, rows)
             if self.subject.progress is not None:
                 self.subject.progress(f"verify {name}", self.done, total)

@@ -30,7 +30,7 @@ def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> 
     """Blocks, uint8 [N, row bytes], of the rows of a weight.
 
     weight      float32, bfloat16 or float16 [N, K], finite; K divides by the type's block
-    importance  float32 [K], finite and ≥ 0: weighs squared errors; None weighs columns alike
+    importance  float32 [K], finite and ≥ 0: weights the squared errors; None: all columns alike
 
     Single-threaded and reentrant (the GIL is released): split rows over threads. Raises ShapeError if K does not
     divide, UsageError for an unknown type.
@@ -41,7 +41,7 @@ def encode(type_name: str, weight: Tensor, importance: Tensor | None = None) -> 
 def encode_measured(
     type_name: str, weight: Tensor, importance: Tensor | None = None
 ) -> tuple[Tensor, tuple[float, float, float]]:
-    """(blocks as of `encode`, squared errors as of `squared_error`), in one pass.
+    """(blocks as from `encode`, squared errors as from `squared_error`), in one pass.
 
     A weight that is NaN or inf makes all three sums NaN, and the blocks are then undefined; weights beyond the range of
     the type make the first one inf.

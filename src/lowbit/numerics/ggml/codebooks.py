@@ -11,18 +11,19 @@ little-endian. The values of IQ4 are dense around zero, and not symmetric; those
 halved scales.
 
 MXFP4's e is OCP's E8M0; NVFP4's s an unsigned E4M3 (bias 7, 0x7f decodes to 0, the top bit has no meaning). NVIDIA's
-NVFP4 has a float32 scale per tensor as well. A ggml block has none: llama.cpp's loader looks for a tensor beside the
-weight, `blk.0.attn_q.scale` for `blk.0.attn_q.weight` (one number, or one per expert), and multiplies what the layer
-puts out by it. Without it, sub-blocks whose largest weight is below 6·2^−6 ≈ 0.09 have a subnormal s of less than 3
+NVFP4 also has a float32 scale per tensor. A ggml block does not: llama.cpp's loader looks for a tensor beside the
+weight, `blk.0.attn_q.scale` for `blk.0.attn_q.weight` (one number, or one per expert), and multiplies the output of the
+layer by it. Without it, sub-blocks whose largest weight is below 6·2^−6 ≈ 0.09 get a subnormal s with fewer than 3
 bits.
 
-Search. IQ4_NL: the weight of largest magnitude is brought to each of a row of places, on both sides; each leads to
-codes, these to their best d; the best is refined (`one_scale`). IQ4_XS: the same for each sub-block alone; then the
-largest of the eight scales is put at each of a row of places of s − 32, d is rounded to half, each sub-block takes
-the integer of least exact error among three; the best d is refined by least squares given codes and integers. MXFP4
-and NVFP4: the scale of least exact error among the neighbours of the one that brings the largest magnitude to 6.
+Search. IQ4_NL: the weight of largest magnitude is mapped to each of a list of target values, positive and negative;
+each target gives codes, and the codes their best d; the best d is refined (`one_scale`). IQ4_XS: the same for each
+sub-block separately; then the largest of the eight scales is mapped to each of a list of values of s − 32, d is rounded
+to half precision, and each sub-block takes the best of three integers by exact error; the best d is refined by least
+squares, given codes and integers. MXFP4 and NVFP4: the scale of least exact error among the neighbours of the scale
+that maps the largest magnitude to 6.
 
-Blocks made by decoding MXFP4 come back exactly; those of the others where the codes span most of the range.
+Decoded MXFP4 is encoded to the same blocks; the other types, where the codes span most of the range.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ IQ4_VALUES = tuple(GGUF_IQ4_NL.kvalues)
 FP4_VALUES = tuple(GGUF_MXFP4.kvalues)
 
 # fmt: off
-# Places of the weight of largest magnitude, beyond the ends of the values too: a large weight may matter little.
+# Targets for the weight of largest magnitude, also beyond the ends of the table: it may have little importance.
 ENDS = (
     -170, -162, -155, -149, -144, -140, -136, -132, -128, -124, -120, -116, -112, -108, -104, -99, -94, -88, -82, -76,
     74, 80, 86, 92, 97, 102, 106, 110, 113, 116, 120, 124, 128, 132, 136, 141, 146, 152, 160,
 )
-# Places of the largest sub-block scale, in steps of d.
+# Targets for the largest sub-block scale, in units of d.
 SCALE_PLACES = (-33, -32.5, -32, -31.5, -31, -30.5, -30, -29.5, -29, -28.5, -28, -27, -26, -25, -24, -22)
 # fmt: on
 STEPS = 2
@@ -181,7 +182,7 @@ _Joint = tuple[Tensor, Tensor, Tensor]
 
 
 def _choose_integers(tile: Tile, d_wanted: Tensor, scale: Tensor) -> _Joint:
-    """The integers of least exact error, of the three nearest to the sub-blocks' own scales, for a super-block's d."""
+    """Given d of a super-block: for each sub-block, the best of the three integers nearest to its own scale."""
     half = half_bits(d_wanted * tile.unit)
     d = float_of_half_bits(half) * tile.per_unit
     place = nearest((scale * inverse_or_zero(d)).clamp(-32, 31))
@@ -203,7 +204,7 @@ def _better_joint(joint: _Joint, best: _Joint) -> _Joint:
 
 
 def _fit_super_scale(tile: Tile, joint: _Joint) -> Tensor:
-    """Least squares of d, given integers and the codes they lead to."""
+    """Fit d by least squares, given integers and the resulting codes."""
     half, integer, _error = joint
     grid = _GRIDS["IQ4_XS"]
     inverse = inverse_or_zero(float_of_half_bits(half) * tile.per_unit * integer)

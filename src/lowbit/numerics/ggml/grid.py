@@ -88,12 +88,12 @@ class GgmlGrid:
 
     @property
     def columns_per_code(self) -> int:
-        """1 for scalar types, 4 or 8 for those that round to points of a lattice."""
+        """1 for scalar types, 4 or 8 for types that round to lattice points."""
         return _layout(self.kind)[0]
 
     @property
     def bits(self) -> float:
-        """Stored bits of one code; 1.625 of one of TQ1_0, which stores several together."""
+        """Stored bits per code; 1.625 for TQ1_0, which packs several codes together."""
         return _layout(self.kind)[1]
 
     @property
@@ -103,11 +103,11 @@ class GgmlGrid:
 
     @property
     def levels(self) -> IntLevels | Codebook | None:
-        """What scales multiply, of types that round single columns; None for floats and lattices."""
+        """The values that scales multiply, for types that round single columns; None for floats and lattices."""
         return _LEVELS.get(self.name)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
-        """Params of weight [N, K], K whole blocks; importance float32 [K] weighs the squared errors."""
+        """Params of weight [N, K], K whole blocks; importance float32 [K] weights the squared errors."""
         return self.unpack(ggml.encode(self.name, weight, importance))[1]
 
     def at(self, params: Blocks, start: int, stop: int) -> Blocks:

@@ -1,19 +1,20 @@
 """How the i-quants are encoded: the points of a scale exactly, the scales by a short search.
 
-All of it is stated for sub-blocks [S, n] of n = 32 or 16 columns, of blocks of 256, normalized: weights by the largest
-magnitude of their block, importance w by its largest. Signs stored apart are split off, x is then a magnitude; where
-their number has to be even and is not, the x of least w x² is made negative instead. Sums are sequential, in float32.
+Everything below is stated for sub-blocks [S, n] of n = 32 or 16 columns in blocks of 256, normalized: weights by the
+largest magnitude of their block, importance w by its largest value. Where signs are stored separately, x is the
+magnitude; where the number of negative signs must be even and is not, the sign of the x with the least w x² is flipped.
+Sums are sequential, in float32.
 
-1.  A free scale for each sub-block. With points g of one scale, Σ w x g / Σ w g² is the best scale, and what it saves
-    is (Σ w x g)² / Σ w g². IQ2, IQ3: kept are the points that save most, of a few scales: `guesses` times what maps the
-    largest magnitude on the largest level, then the best scale so far. IQ1, whose points are a third of all patterns:
-    the points at one scale, that of `guesses` times the ratio of root mean squares, and with the shifts, at which
-    rounding to levels, point or not, costs least.
-2.  d for the block, of 32 around (largest scale) / (largest odd number), so that the scales are nearest to odd
-    multiples of it, weighed with Σ w g². It is rounded to a half (from the smallest to the largest there is).
-3.  The points again at the nearest of the scales that now can be stored; of the two nearest (`neighbours`) the better.
-4.  Signs that had to be flipped move to where that costs least, d is fitted to points and sub-scales by least squares
-    and rounded to a half.
+1.  A free scale per sub-block. Given points g, the best scale is Σ w x g / Σ w g², and it reduces the squared error by
+    (Σ w x g)² / Σ w g². IQ2, IQ3: of a few candidate scales, keep the points with the largest reduction; candidates are
+    `guesses` times the scale that maps the largest magnitude to the largest level, then the best scale so far. IQ1,
+    whose points are a third of all patterns: the points at one scale, `guesses` times the ratio of root mean squares,
+    with the shifts for which rounding to levels (whether or not they form a point) has the least error.
+2.  d of the block: of 32 candidates around (largest scale) / (largest odd number), the one for which the scales lie
+    nearest to odd multiples of it, weighted by Σ w g². It is rounded to half precision, within its range.
+3.  The points again, at the nearest scale that can be stored; with `neighbours`, at the better of the two nearest.
+4.  Flipped signs move to the column where a flip costs least; d is refitted by least squares, given points and
+    sub-scales, and rounded to half precision.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BLOCK = 256
 SHIFT = 0.125  # IQ1: points are shifted by this much, up or down
 LEAST_IMPORTANCE = 2.0**-20
 NOTHING = 1e-9  # blocks of smaller weights become zeros
-LEAST_COST = 1e-30  # keeps the costs of second halves, whose last bits are used, above the denormals
+LEAST_COST = 1e-30  # keeps the costs of second halves, whose lowest bits are reused, out of the denormal range
 PATTERN_MASK = 127
 STEPS_TRIED = 32
 CHUNK = 2048  # vectors searched at once
@@ -161,7 +162,7 @@ def _load(how: Search, weight: Tensor, importance: Tensor) -> _Tile:
 
 
 def _flip(x: Tensor, negative: Tensor, where: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes the magnitude of least cost negative, of the groups of 8 columns that `where` [groups] names."""
+    """Flip the sign that costs least in each group of 8 columns selected by `where` [groups]."""
     at = cost.reshape(-1, 8).argmin(dim=1, keepdim=True)
     flip = (torch.arange(8) == at) & where[:, None]
     flip = flip.reshape(x.shape)
@@ -169,7 +170,7 @@ def _flip(x: Tensor, negative: Tensor, where: Tensor, cost: Tensor) -> tuple[Ten
 
 
 def _move_flips(tile: _Tile, point: Tensor) -> _Tile:
-    """The error of a flip is 4 · scale · w |x| g; points g [S, n] are known now."""
+    """Move flipped signs to the best column: a flip costs 4 · scale · w |x| g, given points g [S, n]."""
     flipped = tile.x < 0
     magnitude = tile.x.abs()
     where = flipped.reshape(-1, 8).any(dim=1)
@@ -198,7 +199,7 @@ def _free_scales(type_name: str, how: Search, tile: _Tile) -> tuple[Tensor, _Poi
 
 
 def _rough(type_name: str, how: Search, tile: _Tile, base: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale [S] and shifts [S, points] at which rounding to levels, point or not, costs least."""
+    """Scale [S] and shifts [S, points] for which rounding to levels, whether or not they form a point, costs least."""
     levels, share = index_of(type_name).levels, how.shift_columns // 8
     scale, shift, least = base, torch.full((len(base), how.group // 8), SHIFT), torch.full_like(base, 3e38)
     for guess in how.guesses:
@@ -212,7 +213,7 @@ def _rough(type_name: str, how: Search, tile: _Tile, base: Tensor) -> tuple[Tens
 
 
 def _rough_cost(tile: _Tile, scale: Tensor, levels: Tensor, share: int) -> Tensor:
-    """[S, shifts]: the cost of the columns that share one, added up by eights."""
+    """[S, shifts]: the cost of the columns that share a shift, summed in groups of eight."""
     off = (tile.x[:, :, None] - (scale[:, None] * levels)[:, None, :]).abs().amin(dim=2)
     eights = _ordered_sum((off * off * tile.w).reshape(-1, 8))
     return _ordered_sum(eights.reshape(-1, share)).reshape(len(scale), -1)
@@ -296,17 +297,17 @@ def _stored_scales(
 
 
 def _half_of_step(how: Search, step: Tensor, unit: Tensor) -> Tensor:
-    """The half that stands for a step between scales of weights divided by `unit`."""
+    """d in half precision, for a distance between scales of weights divided by `unit`."""
     return (step * unit * (1 / how.unit)).clamp(max=LARGEST_HALF).to(torch.float16)
 
 
 def _clamped(values: Tensor, top: int) -> Tensor:
-    """To 0 … top; 0 for a NaN, which 0 / 0 makes of blocks of zeros."""
+    """Clamp to 0 … top; NaN (0 / 0, from blocks of zeros) becomes 0."""
     return torch.where(values > 0, values, 0.0).clamp(max=top)
 
 
 def _ordered_sum(terms: Tensor) -> Tensor:
-    """[S, n] → [S], added one after the other in float32."""
+    """[S, n] → [S], summed sequentially in float32."""
     total = torch.zeros(len(terms))
     for term in terms.unbind(1):
         total = total + term

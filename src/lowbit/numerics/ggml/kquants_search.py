@@ -2,13 +2,13 @@
 
 `fit_affine` is for x̂ = d·s·q − dmin·m (Q2_K, Q4_K, Q5_K), `fit_signed` for x̂ = d·s·q with signs (Q3_K, Q6_K). Both go
 
-    1. Every sub-block by itself. Codes are tried for many ranges (their ends a little inside or outside the range of
-       the weights); given codes, the best scale and minimum are a weighted least-squares fit, whose error is known
-       without rounding anything. The best is rounded and fitted once more.
-    2. d, then dmin: near its best the error of a sub-block is a quadratic of its scale, so that many d (those that make
-       the largest scale 63, 62, … steps) can be tried on all sub-blocks without looking at a weight.
-    3. Sub-scales (and minima): neighbouring integers are tried by the exact error. Then d and dmin by least squares
-       given all codes and integers, and the neighbours again; the best of the rounds is kept.
+    1. Each sub-block separately. Many ranges are tried (with ends a little inside or outside the range of the
+       weights); given the codes of a range, the best scale and minimum are a weighted least-squares fit, whose error is
+       known in closed form. The best fit is rounded and fitted once more.
+    2. d, then dmin: near its optimum the error of a sub-block is quadratic in its scale, so many d (those that make the
+       largest scale 63, 62, … steps) can be tried on all sub-blocks without touching the weights.
+    3. Sub-scales (and minima): neighbouring integers are compared by exact error. Then d and dmin are fitted by least
+       squares given all codes and integers, and neighbours are compared again; the best round is kept.
 
 The weight of a squared error is its importance relative to the super-block's mean: models made with it are nearer to
 the original than with a product of importance and |x|. Without importance it is sqrt(mean x² + x²), since the largest
@@ -34,13 +34,13 @@ LARGEST, SMALLEST, FLOOR = 3e8, 1e-12, 1e-5
 
 @dataclass(frozen=True)
 class AffineKind:
-    """What a type fixes, and how far to search.
+    """Constants of a type, and the extent of the search.
 
     groups, codes, scales   sub-blocks; the largest code; the largest sub-scale and sub-minimum
     least_top   the largest sub-scale of a super-block is one of scales … least_top
-    rounds      of new d and dmin
-    ends        where the least and the largest weight may lie, in codes from the ends of the codes
-    neighbours  of sub-scale and sub-minimum, to try
+    rounds      number of refits of d and dmin
+    ends        positions tried for the smallest and the largest weight, in codes from the ends of the code range
+    neighbours  offsets of sub-scale and sub-minimum to try
     """
 
     groups: int
@@ -54,7 +54,7 @@ class AffineKind:
 
 @dataclass(frozen=True)
 class SignedKind:
-    """What a type fixes, and how far to search.
+    """Constants of a type, and the extent of the search.
 
     codes, scales   codes are −codes … codes − 1, sub-scales −scales … scales − 1
     least_top   the largest sub-scale of a super-block is one of scales … least_top
@@ -108,7 +108,7 @@ def weighed(weight: Tensor, importance: Tensor | None, groups: int) -> tuple[Ten
 
 
 def fit_affine(kind: AffineKind, x: Tensor, weight: Tensor) -> ScaleChoice:
-    """Codes and parameters of x [n, S, G], errors weighed with weight [n, S, G]."""
+    """Codes and parameters of x [n, S, G], errors weighted by weight [n, S, G]."""
     sum_w, sum_x = _sum(weight), _sum(weight * x)
     scale, sum_q, curvature = _affine_groups(kind, x, weight, sum_w, sum_x)
     d = _best_step(scale, curvature, kind.scales, kind.least_top)
@@ -180,7 +180,7 @@ def _affine_neighbours(kind: AffineKind, x, weight, d, dmin, scales, minima):
 
 
 def _affine_least_squares(kind: AffineKind, x, weight, d, dmin, s, m, sum_w, sum_x):
-    """d and dmin of least Σ weight · (d·s·q − dmin·m − x)², the codes q as they are now."""
+    """d and dmin of least Σ weight · (d·s·q − dmin·m − x)², given the current codes q."""
     factor = _inverse(d[:, None] * s)
     codes = (x * factor + dmin[:, None] * m * factor).clamp(0.0, kind.codes).round()
     q, qq, qx = _sums(weight * codes, codes, x)
@@ -194,7 +194,7 @@ def _affine_least_squares(kind: AffineKind, x, weight, d, dmin, s, m, sum_w, sum
 
 
 def fit_signed(kind: SignedKind, x: Tensor, weight: Tensor) -> ScaleChoice:
-    """Codes and parameters of x [n, S, G], errors weighed with weight [n, S, G]."""
+    """Codes and parameters of x [n, S, G], errors weighted by weight [n, S, G]."""
     scale, curvature = _signed_groups(kind, x, weight)
     d = _best_signed_step(kind, scale, curvature)
     s = (scale * _inverse(d)[:, None]).clamp(-kind.scales, kind.scales - 1).round()
@@ -290,7 +290,7 @@ def _sums(weighted_codes: Tensor, codes: Tensor, x: Tensor) -> tuple[Tensor, Ten
 
 
 def _sum(terms: Tensor) -> Tensor:
-    """Over the first dimension, in order, from zero."""
+    """Sum over the first dimension, in order."""
     total = torch.zeros_like(terms[0])
     for term in terms:
         total = total + term

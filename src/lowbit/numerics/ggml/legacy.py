@@ -47,7 +47,7 @@ LAYOUTS = {
     "Q8_0": LegacyLayout(8, 0, False),
 }
 
-# Places of the weight of largest magnitude.
+# Targets for the weight of largest magnitude.
 # fmt: off
 ENDS_4 = (
     -10, -9.5, -9.1, -8.8, -8.55, -8.35, -8.2, -8.1, -8, -7.9, -7.8, -7.7, -7.6, -7.5, -7.4, -7.25, -7.1, -7,
@@ -61,7 +61,7 @@ ENDS_5 = (
 )
 # fmt: on
 QUICK_ENDS_4 = (-8.8, -8.3, -7.9, -7.5, 7.6, 7.1)
-# Where tried ranges begin and end, in parts of (largest − smallest) within them.
+# Ends of the ranges tried, as fractions of (largest − smallest).
 TRIMS = {
     "Q4_1": (-0.06, -0.03, 0, 0.03, 0.06, 0.09, 0.13, 0.18, 0.25),
     "Q5_1": (-0.06, -0.045, -0.03, -0.015, 0, 0.01, 0.025, 0.045, 0.08),
@@ -117,7 +117,7 @@ def _encode_q8_0(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of a tile whose weighted mean is taken off: Σ w, its inverse, Σ w·y, float32 [B], and the mean."""
+    """Of a tile with its weighted mean subtracted: Σ w, its inverse, Σ w·y, float32 [B], and the mean."""
 
     per_weight: Tensor
     first: Tensor
@@ -161,17 +161,17 @@ def _encode_line(kind: GgmlType, tile: Tile, rows: int) -> tuple[Tensor, dict[st
     return codes, {"d": one_scale.halves(d, rows), "m": one_scale.halves(m, rows)}
 
 
-_Line = tuple[Tensor, Tensor, Tensor]  # scale, minimum and what they explain of Σ w·y·y, float32 [B]
+_Line = tuple[Tensor, Tensor, Tensor]  # scale, minimum and by how much they reduce Σ w·y·y, float32 [B]
 
 
 def _fit_line(grid: IntegerGrid, tile: Tile, moments: _Moments, minimum: Tensor, inverse: Tensor) -> _Line:
-    """The best line for the codes that a minimum and an inverse scale lead to."""
+    """The best line for the codes that result from a minimum and an inverse scale."""
     q = nearest(grid.bounded((tile.value - minimum) * inverse))
     weighed = tile.importance * q
     q1, q2, qy = ordered_sum(weighed), ordered_sum(weighed * q), ordered_sum(weighed * tile.value)
     slope = qy - q1 * moments.per_weight * moments.first
     spread = q2 - q1 * moments.per_weight * q1
-    # a spread that is nothing but rounding (all codes equal) has no slope
+    # if all codes are equal, the spread is rounding error and there is no slope
     scale = torch.where(spread > q2 * 1e-5, slope * inverse_or_zero(spread), torch.zeros_like(slope))
     return scale, (moments.first - scale * q1) * moments.per_weight, scale * slope
 
@@ -188,7 +188,7 @@ def _better_line(line: _Line, best: _Line) -> _Line:
 def _with_half_scale(
     grid: IntegerGrid, tile: Tile, moments: _Moments, half: Tensor, minimum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A scale as bits of a half; the bits of the minimum best for the codes it leads to; the error with both."""
+    """A scale as bits of a half; the bits of the best minimum for the resulting codes; the error with both."""
     scale = float_of_half_bits(half) * tile.per_unit
     inverse = inverse_or_zero(scale)
     q = nearest(grid.bounded((tile.value - minimum) * inverse))

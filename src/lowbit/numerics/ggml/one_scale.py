@@ -19,23 +19,23 @@ from torch import Tensor
 
 from lowbit.numerics.ggml.types import LARGEST_HALF
 
-# Importance below this part of the largest in its block counts as this much: a block of no importance at all is weighed
-# alike, and one sub-block of none beside others that matter still gets a sensible scale.
+# Importance is at least this fraction of the largest in its block: one without importance is weighted uniformly,
+# and a sub-block without importance beside important ones still gets a sensible scale.
 LEAST_IMPORTANCE = 2.0**-20
-# Inverses of less are taken as 0, as they might not be finite.
+# The inverse of anything smaller is taken as 0, because it might not be finite.
 _LEAST_SCALE = 2.0**-120
-# Adding 1.5 · 2^23 and taking it off again leaves the nearest integer, ties to even.
+# Adding and subtracting 1.5 · 2^23 leaves the nearest integer, ties to even.
 ROUNDER = 12582912.0
 
 
 class ScaleGrid(Protocol):
-    """Values in units of the scale. A place is x / scale · per_step, where `per_step` makes looking up easy."""
+    """Values in units of the scale. A place is x / scale · per_step; `per_step` is chosen for easy lookup."""
 
     per_step: float
     scan_clamped: bool
 
     def bounded(self, place: Tensor) -> Tensor:
-        """The place, brought to where `value` and `code` are defined."""
+        """The place, clamped to the domain of `value` and `code`."""
         ...
 
     def value(self, place: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class ScaleFit:
-    """Best scale for some codes, float32 [B], what it explains of Σ w·x·x, and Σ w·v·v."""
+    """Best scale for given codes, float32 [B], by how much it reduces Σ w·x·x, and Σ w·v·v."""
 
     scale: Tensor
     gain: Tensor
@@ -90,7 +90,7 @@ def _normalize(values: Tensor, run: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
-    """[n, B] → [B], added one after the other in float32."""
+    """[n, B] → [B], summed sequentially in float32."""
     total = torch.zeros_like(terms[0])
     for term in terms:
         total = total + term
@@ -125,7 +125,7 @@ def extreme(tile: Tile) -> Tensor:
 
 
 def fit_scale(grid: ScaleGrid, tile: Tile, inverse: Tensor, clamped: bool = True) -> ScaleFit:
-    """The best scale for the codes that an inverse scale [B] leads to."""
+    """The best scale for the codes that result from an inverse scale [B]."""
     place = tile.value * inverse
     value = grid.value(grid.bounded(place) if clamped else place)
     weighed = tile.importance * value
@@ -144,7 +144,7 @@ def _better(fit: ScaleFit, best: ScaleFit) -> ScaleFit:
 
 
 def search_scale(grid: ScaleGrid, tile: Tile, ends: tuple[float, ...], steps: int) -> ScaleFit:
-    """The best of the scales that bring the value of largest magnitude to each of `ends`.
+    """The best of the scales that map the value of largest magnitude to one of `ends`.
 
     Then bettered `steps` times by rounding anew with the fitted scale.
     """

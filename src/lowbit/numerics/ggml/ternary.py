@@ -1,4 +1,4 @@
-"""TQ1_0 and TQ2_0: 256 weights of −d, 0 or d, as BitNet has them. x = d · (q − 1), q in {0, 1, 2}.
+"""TQ1_0 and TQ2_0: 256 weights of −d, 0 or d, as in BitNet. x = d · (q − 1), q in {0, 1, 2}.
 
     TQ1_0   uint8 qs[48]; uint8 qh[4]; half d    1.6875 bits per weight
             a byte is ceil(256 / 243 · Σ q · 3^(4−n)), n = 0…4 (0…3 in qh); q n is (uint8(byte · 3^n) · 3) >> 8
@@ -93,7 +93,7 @@ def _scale(x: Tensor, importance: Tensor | None) -> Tensor:
     for position in range(BLOCK):
         weighted = weighted + weights[:, position] * magnitude[:, position]
         total = total + weights[:, position]
-        mean = weighted / total  # 0 / 0 is a NaN, which is not better
+        mean = weighted / total  # 0 / 0 is NaN, which never compares as better
         gain = weighted * mean
         better = gain > best_gain
         best, best_gain = torch.where(better, mean, best), torch.where(better, gain, best_gain)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Literal
@@ -98,6 +99,27 @@ TYPES: dict[str, GgmlType] = {
         GgmlType("IQ3_S", 21, 256, 110, 32, "i", "d·(2·s + 1)·±grid[q], 4 at a time"),
     )
 }
+
+
+# Type → its largest value in units of its scale in half precision; of K-quants with the largest sub-scale.
+_SPANS = {
+    "F16": 1, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127, "Q2_K": 15 * 3, "Q3_K": 32 * 4,
+    "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32, "IQ4_NL": 127, "IQ4_XS": 32 * 127, "TQ1_0": 1, "TQ2_0": 1,
+    "IQ1_S": 15 * 2, "IQ1_M": 15 * 2, "IQ2_XXS": 4 * 43, "IQ2_XS": 4 * 43, "IQ2_S": 4 * 43, "IQ3_XXS": 8 * 62,
+    "IQ3_S": 31 * 15,
+}  # fmt: skip
+_SMALLEST_HALF = 2.0**-24
+
+
+def smallest_step(name: str) -> float:
+    """Blocks of a type whose values are all below half of this become zero: their scale, in half precision, is then
+    below half of its smallest number. 0 for types whose scales reach further down."""
+    return _SMALLEST_HALF * _SPANS.get(name, 0)
+
+
+def largest_value(name: str) -> float:
+    """The largest magnitude that a type holds, at the largest scale in half precision."""
+    return LARGEST_HALF * _SPANS[name] if name in _SPANS else math.inf
 
 
 def find_type(name: str) -> GgmlType:

@@ -1,6 +1,6 @@
 """The `lowbit` command as tests call it: a process of its own, with its own streams and exit code.
 
-`command` forks each process from a server that has imported torch and transformers once, which saves their start-up
+`command` and `process` fork from a server that has imported torch and transformers once, which saves their start-up
 time; `start` runs the installed command, for tests of signals, memory and pipes.
 """
 
@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -30,10 +32,16 @@ class Outcome:
 def command(scratch: Path, *arguments: object, without: str = "", **environment: str) -> Outcome:
     """Run `lowbit ARGUMENTS` to its end, with streams in `scratch`; the package `without` seems not installed."""
     streams = scratch / "stdout", scratch / "stderr"
-    process = _FORKS.Process(target=_child, args=([str(a) for a in arguments], streams, without, environment))
-    process.start()
-    process.join(120)
-    return Outcome(process.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams))
+    run = process(_child, [str(a) for a in arguments], streams, without, environment)
+    run.join(120)
+    return Outcome(run.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams))
+
+
+def process(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """`function(*arguments)` running in a process that has torch and transformers from its start."""
+    run = _FORKS.Process(target=function, args=arguments)
+    run.start()
+    return run
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:

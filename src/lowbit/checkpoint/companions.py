@@ -1,0 +1,188 @@
+"""The files beside the weights: tokenizer, generation config, chat templates, licence, custom code.
+
+    check_companions    before any work: a damaged one is refused by its name, and notes say what will not be copied
+    find_companions     which of them belong into an output
+    token_without_row   a token whose id lies beyond the embedding
+
+Links are followed within the model's folder and into the blobs of a Hugging Face cache, nowhere else: what a link of a
+downloaded folder points to may be anything on this machine. Sub-folders of configs and templates are copied
+(`additional_chat_templates`, `1_Pooling`), those of weights and of training are not. An adapter's config is not: beside
+an output, transformers would look for the adapter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.checkpoint.base import REPORT_NAME, read_json_object
+from lowbit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ADAPTER = "adapter_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# Read as JSON objects by transformers and by engines.
+OBJECTS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.json", "vocab.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_NEEDED = {*OBJECTS, *TOKENIZERS, *CHAT_TEMPLATES, "merges.txt", "vocab.txt"}
+_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
+# Rewritten, or of an earlier quantization or an adapter, which would contradict config.json.
+_LEFT = {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", ADAPTER, REPORT_NAME}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".npz"}
+_TRAINING = re.compile(r"(checkpoint|global_step|runs?|logs?|wandb|original)([-_]?\d+)?$")
+# Tokens that a processor replaces by what a picture or a sound shows; no row of the embedding is looked up.
+_PLACEHOLDER = re.compile(r"image|audio|video|vision", re.IGNORECASE)
+
+
+def check_companions(folder: Path, source: str) -> list[str]:
+    """Notes on what an output will lack. CheckpointError for a file that a loader would stumble over.
+
+    source  what the user typed, for notes
+    """
+    for name in sorted(_NEEDED):
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there", _MEND)
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file", _MEND)
+        if path.exists() and not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
+        if path.exists() and name in OBJECTS:
+            read_json_object(path)
+    load_tokenizer_file(folder)
+    notes = [f"not copied: {name}, {why}" for name, why in _passed_over(folder)]
+    if not has_tokenizer(folder):
+        notes.append(f"there is no tokenizer in {source}; engines will ask for one")
+    if (folder / ADAPTER).is_file():
+        notes.append(
+            f"{_said(folder)} lies beside the model and is not in the result; to have it there, merge it first "
+            f"(peft: merge_and_unload)"
+        )
+    return notes
+
+
+_MEND = "copy it from the original model, or download it again"
+
+
+def refuse_lone_adapter(folder: Path, source: str) -> None:
+    """CheckpointError for a folder that holds an adapter of PEFT and no model."""
+    if not (folder / ADAPTER).is_file():
+        return
+    weights = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler", "rng_state")) for name in weights):
+        base = _stated_base(folder)
+        raise CheckpointError(
+            f"{source}: this is {_said(folder)}, not a model",
+            f"merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {source!r})"
+            f".merge_and_unload().save_pretrained(FOLDER), copy the tokenizer, and give that FOLDER",
+        )
+
+
+def _stated_base(folder: Path) -> str:
+    return str(read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "its base model")
+
+
+def _said(folder: Path) -> str:
+    """ "a LoRA adapter of org/base" """
+    kind = str(read_json_object(folder / ADAPTER).get("peft_type") or "PEFT")
+    kind = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr"}.get(kind, kind)
+    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind} adapter of {_stated_base(folder)}"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a file of a tokenizer is there that may be read."""
+    return any((folder / name).is_file() and leads_out(folder / name, folder) is None for name in TOKENIZERS)
+
+
+def load_tokenizer_file(folder: Path) -> Tokenizer | None:
+    """tokenizer.json as the tokenizers library has it; None without one. CheckpointError where it does not load."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return _loaded_tokenizer(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=2)
+def _loaded_tokenizer(path: Path, changed: int, size: int) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: does not load as a tokenizer ({error})", _MEND) from error
+
+
+def token_without_row(folder: Path, rows: int) -> tuple[str, int] | None:
+    """(text, id) of the first token that has no row in an embedding of `rows` rows; None if all have one."""
+    beyond = {text: token_id for text, token_id in _tokens(folder).items()
+              if token_id >= rows and not _PLACEHOLDER.search(text)}  # fmt: skip
+    return min(beyond.items(), key=lambda item: item[1], default=None)
+
+
+def beyond_embedding(folder: Path, rows: int) -> str | None:
+    """`token_without_row` as a sentence."""
+    found = token_without_row(folder, rows)
+    return None if found is None else f"token {found[0]!r} has id {found[1]}, and the embedding {rows} rows"
+
+
+def _tokens(folder: Path) -> dict[str, int]:
+    """Text → id, as tokenizer.json has it, or the files of slow tokenizers."""
+    loaded = load_tokenizer_file(folder)
+    if loaded is not None:
+        return loaded.get_vocab(with_added_tokens=True)
+    tokens: dict[str, int] = {}
+    for name in ("vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            tokens |= {text: value for text, value in read_json_object(folder / name).items() if type(value) is int}
+    return tokens
+
+
+def find_companions(folder: Path) -> list[Path]:
+    """Paths, relative to the model's folder, of the files to copy into an output."""
+    return [path.relative_to(folder) for path, why in _candidates(folder) if why is None]
+
+
+def _passed_over(folder: Path) -> list[tuple[str, str]]:
+    return [(path.relative_to(folder).as_posix(), why) for path, why in _candidates(folder) if why is not None]
+
+
+def _candidates(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(file that could be copied, why it is not or None), of the folder and its sub-folders."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            inside = leads_out(path, folder) is None and not path.name.startswith((".", "_"))
+            if inside and not _TRAINING.match(path.name) and not any(p.suffix in _WEIGHTS for p in path.iterdir()):
+                for file in sorted(path.iterdir()):
+                    if file.suffix.lower() in _SUFFIXES and not file.is_dir():
+                        yield file, _unfit(file, folder)
+            continue
+        wanted = path.suffix.lower() in _SUFFIXES and path.name not in _LEFT and not path.name.endswith(".index.json")
+        if wanted or path.name.upper().startswith(("LICENSE", "NOTICE")):
+            yield path, _unfit(path, folder)
+
+
+def _unfit(path: Path, folder: Path) -> str | None:
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which is not there"
+    if not path.is_file():
+        return "no regular file"
+    return leads_out(path, folder) or (None if os.access(path, os.R_OK) else "which cannot be read")
+
+
+def leads_out(path: Path, folder: Path) -> str | None:
+    """Why a link is not followed: it leads out of the model's folder, and not into a Hugging Face cache."""
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if target.is_relative_to(home):
+        return None
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return None if in_cache else f"a link out of the folder, to {target}"

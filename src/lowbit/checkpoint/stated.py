@@ -1,0 +1,115 @@
+"""What a config.json states, checked where it is first read: counts that the files must bear out, kernels of the Hub,
+a quantization.
+
+    "num_hidden_layers": 1000000000        refused: the files hold 21 tensors
+    "attn_implementation": "org/kernel"    dropped with a note: transformers would download and run it
+    "quantization_config" over floats      dropped with a note (`quantized.open_quantized`)
+
+A quantization stands under `quantization_config`, in old files of compressed-tensors under `compression_config`, and in
+models that see also inside `text_config`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.base import OpenOptions, read_config
+from lowbit.errors import CheckpointError
+
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+# Counts of parts of a model, each of which holds tensors or rows of one.
+_COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts?|heads?|depth)(_|$)")
+_LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
+# No model has so many; attention heads and experts share a tensor, so that the files bound them loosely.
+_MOST = 4096
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+class StatedConfig:
+    """The config.json of a checkpoint's folder, with what lowbit changed in it.
+
+    notes  for the user; every change adds one
+    """
+
+    folder: Path
+    notes: list[str]
+    _restated: dict[str, Any] | None = None
+
+    def config(self) -> dict[str, Any]:
+        """config.json, parsed."""
+        return read_config(self.folder) if self._restated is None else self._restated
+
+    def restate(self, config: dict[str, Any], note: str) -> None:
+        """Let `config` stand for config.json from now on."""
+        self._restated = config
+        self.notes.append(note)
+
+
+def check_stated(checkpoint: Any, options: OpenOptions) -> None:
+    """Refuse counts of config.json that the open files (a `StatedConfig`) deny, and drop kernels of the Hub."""
+    if not (checkpoint.folder / "config.json").exists():
+        return
+    config = checkpoint.config()
+    refuse_absurd_counts(config, checkpoint.source, len(checkpoint.tensors))
+    kernels = sorted({value for key, value in _values(config) if key in _KERNELS and _names_a_kernel(value)})
+    if kernels and not options.trust_remote_code:
+        note = f"config.json asks for a kernel of the Hub, which was neither loaded nor kept: {', '.join(kernels)}"
+        checkpoint.restate(_without(config, lambda key, value: key in _KERNELS and _names_a_kernel(value)), note)
+
+
+def refuse_absurd_counts(config: dict[str, Any], source: str, tensors: int | None = None) -> None:
+    """CheckpointError for a number of layers, experts or heads that the files cannot hold; transformers would build
+    them one by one.
+
+    tensors  how many the files hold; None where there are no files
+    """
+    for key, value in _values(config):
+        if type(value) is not int or not _COUNTS.search(key):
+            continue
+        most = max(_MOST, tensors or 0) if tensors is None or not _LAYERS.search(key) else max(tensors, 1)
+        if value > most:
+            held = "no model has so many" if tensors is None else f"the files hold {tensors} tensors"
+            raise CheckpointError(
+                f"{source}: config.json: {key} is {value}, and {held}", "config.json is damaged, or of another model"
+            )
+
+
+def stated_quantization(config: dict[str, Any]) -> Any:
+    """The quantization that config.json states: a mapping if it is sound; None where it states none."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_KEYS:
+            if place.get(key) not in (None, {}):
+                return place[key]
+    return None
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json without any statement of a quantization, at any depth."""
+    return _without(config, lambda key, value: key in QUANTIZATION_KEYS)
+
+
+def _without(config: dict[str, Any], drops: Any) -> dict[str, Any]:
+    return {
+        key: _without(value, drops) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not drops(key, value)
+    }
+
+
+def _values(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in config.json that is no mapping."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _values(value)
+        else:
+            yield key, value
+
+
+def _names_a_kernel(value: Any) -> bool:
+    """True for org/name, with or without a revision; transformers' own implementations have no slash."""
+    return isinstance(value, str) and "/" in value

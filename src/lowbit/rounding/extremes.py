@@ -1,0 +1,44 @@
+"""What a number format cannot hold: values beyond its largest, and values below its smallest step.
+
+Rounding goes on with them, so they are looked for where the error of a slab gives a reason, and said.
+
+    clipped   a value that decodes to the same number when it is twice as large, or half
+    flushed   a slab of weights that all decode to zero
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowbit.rounding.target import Stored, Sums, Target
+
+# Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
+_SUSPICIOUS = 256.0
+
+
+def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name: str, first_row: int) -> str | None:
+    """What became of extreme values in a slab of rows from `first_row` on, in words; None for ordinary weights.
+
+    values  [rows, K]; rows: what they were rounded to; sums: of the errors; name: of the number format
+    """
+    error, weight, largest_error = sums
+    flushed = weight > 0 and error >= 0.99 * weight
+    if not flushed and largest_error <= _SUSPICIOUS:
+        return None
+    decoded = target.reader(rows)(torch.arange(len(values)))
+    if flushed and not bool(decoded.any()):
+        return (
+            f"the values of rows {first_row}..{first_row + len(values)}, at most {values.abs().max().item():.3g}, are "
+            f"below half of the smallest step of {name}: they became zero"
+        )
+    row, column = divmod(int((values.float() - decoded).abs().argmax()), values.shape[1])
+    value, became = values[row, column].item(), decoded[row, column].item()
+    other = values.float().clone()
+    other[row, column] *= 2 if math.isfinite(value * 2) and abs(value) < 1e38 else 0.5
+    again = target.reader(target.encode(other)[0])(torch.tensor([row]))[0, column].item()
+    if abs(became) < abs(value) and abs(abs(again) - abs(became)) <= 0.01 * abs(became):
+        return f"{value:.6g} at [{first_row + row}, {column}] became {became:.6g}, the largest that {name} holds there"
+    return None

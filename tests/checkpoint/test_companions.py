@@ -1,0 +1,122 @@
+"""Files beside the weights: which are refused, which are copied, and where links are followed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.companions import beyond_embedding, check_companions, find_companions
+from lowbit.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path) -> Path:
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_companions(folder, "model")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer.json", '{"model": {', "tokenizer.json: not valid JSON"),
+        ("tokenizer.json", "{}", "tokenizer.json: does not load as a tokenizer"),
+        ("tokenizer_config.json", '{"a": 1,}', "tokenizer_config.json: not valid JSON"),
+        ("generation_config.json", "", "generation_config.json: not valid JSON"),
+        ("generation_config.json", "[]", "generation_config.json: a JSON object is needed"),
+        ("special_tokens_map.json", "null", "special_tokens_map.json: a JSON object is needed"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(folder, name, text, said):
+    (folder / name).write_text(text)
+    assert said in refusal(folder)
+
+
+def test_what_is_no_file_is_refused(folder):
+    (folder / "tokenizer.model").mkdir()
+    assert "tokenizer.model: is no regular file" in refusal(folder)
+    (folder / "tokenizer.model").rmdir()
+    os.mkfifo(folder / "generation_config2.json")
+    assert any("generation_config2.json, no regular file" in note for note in check_companions(folder, "model"))
+    (folder / "generation_config.json").unlink()
+    os.mkfifo(folder / "generation_config.json")
+    assert "generation_config.json: is no regular file" in refusal(folder)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("gone.json")
+    assert "a link to gone.json, which is not there" in refusal(folder)
+
+
+def test_a_config_json_that_is_a_pipe_does_not_hang(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        open_checkpoint(folder)
+
+
+def test_links_are_followed_inside_the_folder_and_into_a_cache_only(folder, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    blob = tmp_path / "models--org--name" / "blobs" / "abc"
+    blob.parent.mkdir(parents=True)
+    blob.write_text("{}")
+    (folder / "out.txt").symlink_to(secret)
+    (folder / "cached.json").symlink_to(blob)
+    (folder / "same.txt").symlink_to("generation_config.json")
+    names = [path.as_posix() for path in find_companions(folder)]
+    assert {"cached.json", "same.txt"} <= set(names)
+    assert "out.txt" not in names
+    assert any("out.txt, a link out of the folder" in note for note in check_companions(folder, "model"))
+
+
+def test_subfolders_of_templates_are_copied_and_those_of_weights_are_not(folder):
+    for inside in ("additional_chat_templates/tool_use.jinja", "1_Pooling/config.json", "checkpoint-5/state.json",
+                   ".cache/x.json", "onnx/a.json", "onnx/m.onnx"):  # fmt: skip
+        (folder / inside).parent.mkdir(exist_ok=True)
+        (folder / inside).write_text("{}")
+    found = {path.as_posix() for path in find_companions(folder) if len(path.parts) > 1}
+    assert found == {"additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"}
+
+
+def test_an_adapter_beside_the_model_is_said_and_not_copied(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/b"}))
+    assert any("a LoRA adapter of org/b lies beside" in note for note in check_companions(folder, "model"))
+    assert Path("adapter_config.json") not in find_companions(folder)
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
+def test_an_adapter_alone_is_named_with_its_base(tmp_path, weights):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3", "base_model_name_or_path": "org/base"}')
+    if weights:
+        (tmp_path / weights).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="this is an IA3 adapter of org/base, not a model"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_model_without_tokenizer_gets_a_note(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert any("there is no tokenizer in model" in note for note in check_companions(folder, "model"))
+
+
+def test_a_token_without_a_row_is_named(folder):
+    rows = 250
+    assert beyond_embedding(folder, 384) is None
+    assert f"has id {rows}, and the embedding {rows} rows" in (beyond_embedding(folder, rows) or "")
+
+
+def test_placeholders_of_pictures_need_no_row(folder):
+    path = folder / "tokenizer.json"
+    stated = json.loads(path.read_text())
+    added = {"id": 500, "content": "<image_soft_token>", "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    path.write_text(json.dumps(stated | {"added_tokens": [*stated["added_tokens"], added]}))
+    assert beyond_embedding(folder, 384) is None

@@ -1,0 +1,32 @@
+"""Values that a number format cannot hold are said, with their place and what became of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.rounding.extremes import find_extreme
+from lowbit.rounding.target import GgmlTarget
+
+
+def found(values: torch.Tensor, type_name: str) -> str | None:
+    target = GgmlTarget(type_name)
+    rows, sums = target.encode(values)
+    return find_extreme(values, rows, sums, target, type_name, 10)
+
+
+@pytest.mark.parametrize(("type_name", "largest"), [("Q4_0", "524032"), ("TQ1_0", "65504"), ("Q8_0", "8.31901e+06")])
+def test_a_clipped_value(type_name, largest):
+    values = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    values[1, 3] = 1e7
+    assert found(values, type_name) == f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+
+
+def test_values_below_the_smallest_step():
+    assert "rows 10..12, at most 1e-10, are below half" in (found(torch.full((2, 256), 1e-10), "Q8_0") or "")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_ordinary_values(scale):
+    values = scale * torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    assert all(found(values, name) is None for name in ("Q4_0", "Q8_0", "Q4_K", "F16"))
