@@ -3,7 +3,7 @@
 usage: vllm_logprobs.py FOLDER ... --json FILE
 
 FILE is written after each folder: folder → {"logprobs": [...], "quantized": {module: method}} or {"refused": "why"}.
-The process ends early where a folder is refused as the one before it was: the caller tries it in a new one.
+The process ends early where a model is refused as the one before it was: the caller tries it in a new one.
 Images and sound are left out (language_model_only), so a folder needs no processor. vllm_architectures.py calls this.
 """
 
@@ -32,16 +32,16 @@ def main() -> None:
     inspect_here()
     gc.collect = lambda generation=2: 0  # vLLM collects seven times a model, which is most of the time of a tiny one
     found: dict[str, Any] = {}
-    before = None
+    before: tuple[str, str | None] | None = None
     for folder in args.folders:
         try:
             found[folder] = run(folder)
         except Exception as error:  # whatever vLLM raises is what it says of the folder
             found[folder] = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        if "refused" in found[folder] and found[folder] == before:  # what one model left in the process, perhaps
-            del found[folder]
-            break
-        before = found[folder]
+        outcome = (folder.removesuffix("-16bit"), found[folder].get("refused"))
+        if before is not None and outcome[1] is not None and outcome[1] == before[1] and outcome[0] != before[0]:
+            break  # another model is refused with the same words: perhaps because of what the one before it left behind
+        before = outcome
         args.json.write_text(json.dumps(found))
         cleanup_dist_env_and_memory()
     os._exit(0)
