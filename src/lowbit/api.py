@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, report_path
-from lowbit.errors import OutputError, UsageError, VerificationError
-from lowbit.export.atomic import refuse_existing_file
+from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
+from lowbit.errors import UsageError, VerificationError
+from lowbit.export.atomic import refuse_existing_files
+from lowbit.files.claim import claimed, refuse_claimed
+from lowbit.files.system import check_disk, refuse_sources
 from lowbit.knobs import Facts
 from lowbit.measure import Meter
 from lowbit.methods import parse_method
@@ -20,6 +23,8 @@ from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.verification import verify
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ def quantize(
     meter, output, chosen = Meter(), Path(output), make_settings(recipe, **settings)
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output)))
     refuse_other_name(output, chosen)
-    if output_format(chosen, output).suffix is not None:  # before an importance matrix is measured
-        refuse_existing_file(output, report_path(output), overwrite)
+    refuse_claimed(output)  # before an importance matrix is measured
+    refuse_sources([output], [Path(model)])
+    if output_format(chosen, output).suffix is not None:
+        reports = [report_path(output), report_path(output, HTML_NAME)]
+        refuse_existing_files(output, [output, *reports], overwrite)
     prepared = prepare(Request(model, chosen, options or OpenOptions(), threads, progress), output)
     return _write(prepared, output, overwrite, progress, meter, run)
 
@@ -121,9 +129,7 @@ def _write(
 ) -> Quantized:
     """Calibrate, write, verify, report; the output has a hidden name until it is complete."""
     plan = prepared.plan
-    _refuse_own_source(prepared.source, output)
-    plan.refuse_existing(output, overwrite)
-    prepared = calibrate(prepared, output, run, progress)
+    refuse_sources(plan.places(output), _sources(prepared))
     reports: list[schema.Report] = []
 
     def finish(work: Path, written: Written) -> None:
@@ -147,9 +153,21 @@ def _write(
         write_report(report, plan.report_at(work, output))
         reports.append(report)
 
-    write_checkpoint(prepared, output, progress, overwrite, finish)
-    if prepared.calibrated is not None:
-        prepared.calibrated.store.remove()
+    with claimed(output) as claim:
+        plan.refuse_existing(output, overwrite)
+        copies = 2 if plan.settings.is_blockwise else 1  # finished blocks are kept beside the output until it is there
+        check_disk(output, copies * plan.file_bytes, plan.largest_file)
+        try:
+            prepared = calibrate(prepared, output, run, progress)
+            write_checkpoint(prepared, output, progress, overwrite, finish, claim)
+        except BaseException:
+            blocks = len(list(claim.folder.glob("block-*.safetensors")))
+            if blocks:
+                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
+                             blocks, claim.folder)  # fmt: skip
+            raise
+        if prepared.calibrated is not None:
+            prepared.calibrated.store.remove()
     return Quantized(plan.opened_at(output), reports[0])
 
 
@@ -172,10 +190,11 @@ def dry_run(
     return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True), output)
 
 
-def _refuse_own_source(source: str, output: Path) -> None:
-    """OutputError where the output would take the place of the model that it is made of."""
-    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
-        raise OutputError(f"{output} is the model itself", "choose another name with -o")
+def _sources(prepared: Prepared) -> list[Path]:
+    """Every file and folder that the run reads."""
+    settings, checkpoint = prepared.plan.settings, prepared.checkpoint
+    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib) if text)]
+    return [*map(Path, named), *{info.file for info in checkpoint.tensors.values()}]
 
 
 def refuse_other_name(output: Path, settings: Settings) -> None:

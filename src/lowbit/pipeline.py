@@ -24,7 +24,9 @@ from lowbit.calibrate.input_ranges import measure_ranges
 from lowbit.calibrate.store import TensorResult, joined_results
 from lowbit.checkpoint.quantized import FLOATS
 from lowbit.errors import NonFiniteError
-from lowbit.export.atomic import check_disk
+from lowbit.files.claim import Claim
+from lowbit.files.hashes import file_digests
+from lowbit.files.system import check_disk
 from lowbit.methods import RTN
 from lowbit.numerics.precision import compute_dtype, squared_error_in_double
 from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, PlannedTensor, Prepared, Progress
@@ -78,12 +80,18 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Written:
-    """The output of a run. results, notes, histograms: by the names of the plan's tensors"""
+    """The output of a run. results, notes, histograms: by the names of the plan's tensors
+
+    beside   the other files: config, tokenizer …
+    digests  file name → SHA-256 of each MiB, of every file
+    """
 
     files: list[Path]
     results: dict[str, TensorResult] = field(default_factory=dict)
     histograms: dict[str, WeightHistogram] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    beside: list[Path] = field(default_factory=list)
+    digests: dict[str, bytes] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -92,20 +100,22 @@ def write_checkpoint(
     progress: Progress | None = None,
     overwrite: bool = False,
     finish: Callable[[Path, Written], None] | None = None,
+    claim: Claim | None = None,
 ) -> None:
     """Write the plan's output, atomically.
 
     finish  verifies the hidden folder and writes the report, before the folder gets its name; an exception in it leaves
             nothing behind
+    claim   the run's claim on the output; None: one for the writing alone
     """
     plan = prepared.plan
     plan.refuse_existing(output, overwrite)
-    check_disk(output, plan.file_bytes)
-    with plan.workplace(output, overwrite) as work:
+    check_disk(output, plan.file_bytes, plan.largest_file)
+    with plan.workplace(output, overwrite, claim) as work:
         container = plan.container(work, output)
         try:
             run = _Run(prepared, container, progress)
-            written = Written(container.files, run.all_tensors(), run.histograms.done, run.all_notes())
+            results, notes = run.all_tensors(), run.all_notes()
             for piece in plan.pieces_beside():
                 container.write(piece)
             container.close()
@@ -113,7 +123,9 @@ def write_checkpoint(
             container.abandon()
         plan.complete(work, prepared.checkpoint)
         if finish is not None:
-            finish(work, written)
+            beside = sorted({path for path in work.rglob("*") if path.is_file()} - set(container.files))
+            digests = container.digests | {str(path.relative_to(work)): file_digests(path) for path in beside}
+            finish(work, Written(container.files, results, run.histograms.done, notes, beside, digests))
 
 
 class _Run:

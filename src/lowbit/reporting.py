@@ -15,6 +15,7 @@ from lowbit.calibrate.summary import InputSummary, pack_vocabulary
 from lowbit.checkpoint.base import HTML_NAME, report_path
 from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
+from lowbit.files.hashes import as_text
 from lowbit.measure import Meter
 from lowbit.pipeline import TensorResult, Written
 from lowbit.plan.plan import Making, PlannedTensor, Prepared
@@ -44,7 +45,7 @@ def build_report(
 ) -> schema.Report:
     """The report of a finished run; `output` is its final name."""
     plan, checkpoint, calibrated = prepared.plan, prepared.checkpoint, prepared.calibrated
-    files = tuple(schema.OutputFile(name=path.name, bytes=path.stat().st_size) for path in sorted(written.files))
+    files, beside = (_files(paths, written) for paths in (written.files, written.beside))
     weights = sum(tensor.weights for tensor in plan.tensors)
     shown = _kept_histograms(written.histograms, written.results)
     extremes = tuple(f"{name}: {note}" for name, notes in written.notes.items() for note in notes)
@@ -62,7 +63,8 @@ def build_report(
             bytes=bytes_in,
         ),
         output=schema.Output(
-            format=plan.format.name, files=files, bytes=bytes_out, dtype=str(plan.dtype).removeprefix("torch.")
+            format=plan.format.name, files=files, beside=beside, bytes=bytes_out,
+            dtype=str(plan.dtype).removeprefix("torch."),
         ),
         settings=schema.ReportSettings(
             scheme=plan.scheme_name,
@@ -108,6 +110,15 @@ def account_of(what: str, tensors: list[PlannedTensor]) -> schema.Account:
         bytes_in=sum(tensor.source_bytes for tensor in tensors),
         bytes_out=sum(tensor.stored_bytes for tensor in tensors),
     )
+
+
+def _files(paths: list[Path], written: Written) -> tuple[schema.OutputFile, ...]:
+    found = []
+    for path in sorted(paths):
+        name = path.relative_to(written.files[0].parent).as_posix()
+        hashes = as_text(written.digests[name]) if name in written.digests else None
+        found.append(schema.OutputFile(name=name, bytes=path.stat().st_size, hashes=hashes))
+    return tuple(found)
 
 
 def _command(prepared: Prepared, output: Path) -> str:

@@ -86,6 +86,12 @@ class ActivationSpec:
     def needs_calibration(self) -> bool:
         return self.dynamic is not True
 
+    def unfit(self, columns: int) -> str | None:
+        """Why engines cannot quantize an input of so many columns; None where they can."""
+        if self.per != "group" or not self.group_size or columns % self.group_size == 0:
+            return None
+        return f"engines quantize its input in groups of {self.group_size}, which do not divide {columns} in_features"
+
 
 @dataclass(frozen=True)
 class Scheme:

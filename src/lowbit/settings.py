@@ -15,7 +15,6 @@ The fields of both are the one table of options (`lowbit.knobs`). A setting that
 from __future__ import annotations
 
 import difflib
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -26,9 +25,11 @@ from pydantic import Field, ValidationError, field_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
+from lowbit.files.regular import read_regular
 from lowbit.foreign_recipes import refuse_foreign_recipe
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
+from lowbit.patterns import PatternError, compiled
 from lowbit.registry import written_formats
 from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
 from lowbit.tensors import RangeSearch
@@ -39,7 +40,19 @@ MEASURE = "measure"  # value of `imatrix` in place of a file
 
 
 class RunOptions(Table):
-    """Options of the run that do not change its output."""
+    """Options of the run that do not change its output; UsageError for unknown or invalid ones."""
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
+            said = f"there is no option {where} of a run" if first["type"] == "extra_forbidden" else (
+                f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}")  # fmt: skip
+            raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
+                             f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
 
     device: Annotated[
         str, Knob("Device for forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
@@ -254,7 +267,7 @@ class Settings(Table):
     def rounding_of(self, linear: str) -> Rounding:
         """The rounding of the first method override whose regex is found in the name, else that of the method."""
         for pattern, name in self.method_overrides.items():
-            if re.search(pattern, linear):
+            if compiled(pattern).search(linear):
                 return parse_method(name).rounding
         return parse_method(self.method).rounding
 
@@ -270,7 +283,7 @@ class Settings(Table):
     def override_for(self, linear: str) -> Scheme | None:
         """Scheme of the first override whose regex is found in the module name."""
         for pattern, name in self.overrides.items():
-            if re.search(pattern, linear):
+            if compiled(pattern).search(linear):
                 scheme = find_scheme(name)
                 if self.group_size is not None and scheme.weight.group_size_is_free:
                     scheme = scheme.with_group_size(self.group_size)
@@ -279,7 +292,7 @@ class Settings(Table):
 
     def ignored_by(self, linear: str) -> str | None:
         """The user's regex that leaves this linear alone, if any."""
-        return next((pattern for pattern in self.ignore if re.search(pattern, linear)), None)
+        return next((pattern for pattern in self.ignore if compiled(pattern).search(linear)), None)
 
     def range_search(self, weight: WeightSpec) -> RangeSearch:
         """The range search; "auto" searches for codes of 4 bits or fewer. For more bits, and for NF4 and FP4, a search
@@ -304,6 +317,8 @@ def make_settings(recipe: str | Path | None = None, **flags: Any) -> Settings:
         near = difflib.get_close_matches(where, Settings.model_fields, n=1)
         if first["type"] == "extra_forbidden":
             hint = f"did you mean {near[0]}? " if near else ""
+            if where in RunOptions.model_fields:
+                hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "
             raise UsageError(
                 f"{origin}there is no setting {where}", f"{hint}known settings: {', '.join(Settings.model_fields)}"
             ) from error
@@ -315,7 +330,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_regular(path).decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(values, dict):
@@ -330,8 +345,8 @@ def _compiled(pattern: str) -> str:
     if not written:
         raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
     try:
-        re.compile(written)
-    except re.error as error:
+        compiled(written)
+    except PatternError as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
     return f"^(?:{written})" if pattern.startswith("re:") else pattern
 
@@ -340,7 +355,7 @@ def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -
     """UsageError for a pattern that matches none of the names, most likely a typo."""
     names = list(names)
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(compiled(pattern).search(name) for name in names):
             raise UsageError(f"{option} {pattern!r} matches no linear of the model",
                              f"names look like {names[0]}; `lowbit inspect` lists them")  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
 
 import pytest
@@ -12,7 +15,7 @@ from calibrate.calibrated import calibrated, files_of, write_text
 from commands import process
 from lowbit.calibrate import loop
 from lowbit.calibrate.store import BlockStore
-from lowbit.errors import UsageError
+from lowbit.errors import OutputError, UsageError
 from lowbit.settings import RunOptions
 from models import make_model
 
@@ -115,8 +118,99 @@ def test_resuming_with_other_settings_is_refused(model, text, tmp_path, monkeypa
     monkeypatch.setattr(BlockStore, "save", stop)
     with pytest.raises(Stopped):
         calibrated(model, tmp_path / "out", text)
-    with pytest.raises(UsageError, match="holds another run: settings"):
+    with pytest.raises(UsageError, match=r"holds another run: damping was None, is 0\.02$"):
         calibrated(model, tmp_path / "out", text, damping=0.02, run=RunOptions(resume=True))
+
+
+def stopped_after(blocks, model, out, text, monkeypatch, **settings):
+    """A run that ends after so many blocks, with states saved before the last of them."""
+    save = BlockStore.save
+
+    def save_and_stop(self, index, *arguments):
+        save(self, index, *arguments)
+        if index == blocks - 1:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "KEEP_STATES_EVERY", 0.0)
+        patch.setattr(BlockStore, "save", save_and_stop)
+        with pytest.raises(Stopped):
+            calibrated(model, out, text, **settings)
+    return out.with_name(f".{out.name}.lowbit-work")
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _swap(path):
+    beside = path.with_name(path.name.replace("00001", "00000"))
+    path.rename(path.with_name("aside"))
+    beside.rename(path)
+    path.with_name("aside").rename(beside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "which", "again_from"),
+    [
+        (_flip, "block-00001.safetensors", 1),
+        (_truncate, "block-00001.safetensors", 1),
+        (lambda path: path.write_bytes(b""), "block-00000.safetensors", 0),
+        (lambda path: path.unlink(), "block-00001.safetensors", 1),
+        (_swap, "block-00001.safetensors", 0),
+        (_flip, "states-00002", 3),
+        (_truncate, "states-00002", 3),
+        (lambda path: path.write_bytes(b"[]"), "blocks.json", 0),
+    ],
+)
+def test_damaged_files_of_the_store_are_done_again(
+    model, text, tmp_path, monkeypatch, caplog, damage, which, again_from
+):
+    """Whatever became of a file, the output is that of an undisturbed run."""
+    store = stopped_after(3, model, tmp_path / "out", text, monkeypatch, method="gptq")
+    calibrated(model, tmp_path / "whole", text, "gptq")
+    damage(store / which)
+    finished, save = [], BlockStore.save
+    monkeypatch.setattr(
+        BlockStore, "save", lambda self, index, *rest: (finished.append(index), save(self, index, *rest))
+    )
+    calibrated(model, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
+    assert finished == list(range(again_from, BLOCKS))
+    assert which.startswith("block-") or "damaged" in caplog.text or which == "blocks.json"
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_resuming_with_another_source_is_refused(model, text, tmp_path, monkeypatch, change):
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    stopped_after(1, source, tmp_path / "out", text, monkeypatch, method="gptq")
+    weights, config = source / "model.safetensors", source / "config.json"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    if change == "weights":
+        _flip(weights)
+        os.utime(weights, ns=times)  # of the same size and time
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    says = {"weights": "model.safetensors of .* is not what it was$", "config": "rms_norm_eps was .*, is 0.001$"}
+    with pytest.raises(UsageError, match=says[change]):
+        calibrated(source, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
+
+
+def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):
+    work = tmp_path / ".out.lowbit-work"
+    work.mkdir()
+    (work / "thesis").write_text("mine")
+    with pytest.raises(OutputError, match="did not write: thesis"):
+        calibrated(model, tmp_path / "out", text, "gptq")
+    assert [path.name for path in work.iterdir()] == ["thesis"]
 
 
 def test_without_resume_a_run_begins_anew(model, text, tmp_path, monkeypatch):

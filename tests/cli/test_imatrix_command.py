@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -56,7 +57,11 @@ def test_a_file_is_replaced_only_when_told(lowbit, measured, tmp_path):
     assert outcome.code == 1
     assert "exists already" in outcome.stderr
     assert target.read_text() == "something else"
+    assert "is no imatrix" in lowbit("imatrix", measured, "-o", target, "--overwrite").stderr
+    assert target.read_text() == "something else"
+    shutil.copy(measured, target)
     assert lowbit("imatrix", measured, "-o", target, "--overwrite").code == 0
+    assert "the model itself" in lowbit("imatrix", measured, "-o", measured, "--overwrite").stderr
     assert read_imatrix(target).chunks == 2
 
 

@@ -57,13 +57,15 @@ def test_stopped_in_the_middle(larger_llama, tmp_path, signals, code):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_in_the_middle_leaves_only_the_hidden_folder_and_the_next_run_succeeds(
+def test_killed_in_the_middle_leaves_hidden_folders_which_the_next_run_removes(
     lowbit, larger_llama, tiny_llama, tmp_path
 ):
     process = start_and_wait_for_work(larger_llama, tmp_path / "out")
     process.kill()
     process.communicate()
-    [left] = tmp_path.iterdir()
-    assert left.name.startswith(".out.partial-")
+    work, partial = sorted(path.name for path in tmp_path.iterdir())
+    assert work == ".out.lowbit-work"
+    assert partial.startswith(".out.partial-")
     assert lowbit("quantize", tiny_llama, "-o", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import errno
-import os
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,8 +7,7 @@ from safetensors.torch import load_file
 
 from lowbit.errors import OutputError
 from lowbit.export import Piece, safetensors_writer
-from lowbit.export.atomic import atomic_folder, refuse_existing, translated_os_errors
-from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
+from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, file_sizes
 
 VALUES = {
     "a": torch.arange(12, dtype=torch.uint8).reshape(3, 4),
@@ -43,7 +39,7 @@ def test_written_rows_are_read_by_safetensors(tmp_path, shard_size):
         read |= load_file(path)
     assert read.keys() == VALUES.keys()
     assert all(same(read[name], value) for name, value in VALUES.items())
-    assert total_file_bytes(STORED, shard_size) == sum(path.stat().st_size for path in writer.files)
+    assert file_sizes(STORED, shard_size) == [path.stat().st_size for path in writer.files]
 
 
 def test_shards_have_an_index_that_names_every_tensor(tmp_path):
@@ -82,65 +78,6 @@ def test_overrun_is_a_bug(tmp_path):
     with pytest.raises(AssertionError, match="overrun"):
         writer.write(Piece("a", VALUES["a"], row=1))
     writer.abandon()
-
-
-def test_folder_appears_only_when_complete(tmp_path):
-    target = tmp_path / "out"
-    with atomic_folder(target) as work:
-        (work / "file").write_text("x")
-        assert not target.exists()
-    assert (target / "file").read_text() == "x"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_after_an_error(tmp_path, error):
-    def write() -> None:
-        with atomic_folder(tmp_path / "out") as work:
-            (work / "file").write_text("x")
-            raise error
-
-    with pytest.raises(error):
-        write()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_output_is_refused_and_kept(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "precious").write_text("x")
-    for overwrite in (False, True):
-        with pytest.raises(OutputError, match="exists already"), atomic_folder(target, overwrite):
-            pass
-    assert (target / "precious").exists()
-
-
-def test_overwrite_replaces_only_our_own_output(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "lowbit-report.json").write_text("{}")
-    with atomic_folder(target, overwrite=True) as work:
-        (work / "new").write_text("x")
-    assert [path.name for path in target.iterdir()] == ["new"]
-
-
-def test_failed_overwrite_keeps_the_old_output(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "lowbit-report.json").write_text("{}")
-    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True):
-        raise RuntimeError
-    assert (target / "lowbit-report.json").exists()
-
-
-def test_empty_folder_is_no_obstacle(tmp_path):
-    refuse_existing(tmp_path)
-
-
-@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "Permission denied")])
-def test_disk_errors_are_told_in_words(tmp_path, code, says):
-    with pytest.raises(OutputError, match=says), translated_os_errors(tmp_path / "out"):
-        raise OSError(code, os.strerror(code))
 
 
 @pytest.mark.parametrize("assembled", [0, 1 << 20])

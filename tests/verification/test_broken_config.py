@@ -246,6 +246,28 @@ def test_tensor_parallel_sizes_that_do_not_fit_are_named(good):
     assert smaller["tensor-parallel"].detail.startswith("tensor parallel sizes that fit: 1, 2, 4; 8 does not: ")
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "transformers"])
+def test_inputs_that_groups_of_activations_do_not_divide(tmp_path, monkeypatch, engine):
+    """A plan leaves such a layer in 16 bits; another tool might not. The block of weights may be ragged by itself."""
+    from lowbit.pipeline import write_checkpoint
+    from lowbit.plan.plan import Request, prepare
+    from lowbit.schemes import ActivationSpec
+    from lowbit.settings import make_settings
+    from lowbit.verification import verify
+    from models import make_model
+
+    ragged = make_model(tmp_path / "ragged", hidden_size=128, intermediate_size=320, num_hidden_layers=1)
+    request = Request(ragged, make_settings(scheme="FP8_BLOCK"), threads=1)
+    left = {tensor.name: tensor.reason for tensor in prepare(request).plan.tensors}
+    says = "engines quantize its input in groups of 128, which do not divide 320 in_features"
+    assert left["model.layers.0.mlp.down_proj.weight"] == says
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationSpec, "unfit", lambda self, columns: None)
+        write_checkpoint(prepare(request), tmp_path / "out")
+    failed = {check.rule: check.detail for check in verify(tmp_path / "out", engine=engine).failed}
+    assert "320 in_features" in failed["groups-fit"]
+
+
 def test_fused_set_that_blocks_straddle(tmp_path, monkeypatch):
     """A plan never makes one; another tool might."""
     from lowbit.pipeline import write_checkpoint

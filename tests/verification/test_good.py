@@ -26,7 +26,7 @@ def test_every_weight_of_a_good_checkpoint_passes(scheme, good, source):
 def test_without_a_source_comparisons_are_named_as_unchecked(good):
     verification = verify(good("W4A16"))
     assert verification.ok
-    assert set(verification.unchecked) == {"nearest-codes", "relative-error", "unquantized"}
+    assert set(verification.unchecked) == {"checksums", "nearest-codes", "relative-error", "unquantized"}
     assert "no source" in verification.unchecked["relative-error"]
 
 

@@ -102,7 +102,7 @@ def test_columns_that_do_not_divide(broken):
     folder = broken("NVFP4A16", format="modelopt")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 200}))
-    assert_breaks(folder, "modelopt-shapes", "200 in_features")
+    assert_breaks(folder, "groups-fit", "200 in_features")
 
 
 def test_global_scales_that_a_fused_set_does_not_share(broken):

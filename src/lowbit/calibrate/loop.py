@@ -18,37 +18,35 @@ linear in float32, or all of them when a transform rewrites them. Folders and GG
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowbit import kernels
 from lowbit.architecture import Architecture
 from lowbit.architecture.loading import load_tokenizer
 from lowbit.calibrate.block_modules import Block
 from lowbit.calibrate.blocks import BlockRunner, Progress
+from lowbit.calibrate.identity import depends_on
 from lowbit.calibrate.memory import states_memory
 from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
-from lowbit.calibrate.store import BlockStore, LinearResult, work_folder
+from lowbit.calibrate.store import BlockStore, LinearResult
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
+from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, parse_method
 from lowbit.registry import load
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, calibration_windows, context_length
 from lowbit.transform.facts import model_facts
-from lowbit.version import __version__
 
 KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
 
@@ -133,7 +131,7 @@ def calibrate(
     memory = states_memory(
         architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
     )
-    store = BlockStore(work_folder(output), _depends_on(job), run.resume)
+    store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
     runner = BlockRunner(source, job.dtype, run.device, options, memory)
     work = Work(progress)
     if store.finished < len(runner.blocks):
@@ -188,25 +186,3 @@ def _steps(job: Job, block: Block) -> int:
     """Upper bound on the passes of a window through a block."""
     children = len({path.split(".")[0] for path in (*block.inputs, *block.experts)}) if job.measured else 0
     return children + (0 if job.measured and not job.needs_hessian else count_stages(block)) + 1
-
-
-def _depends_on(job: Job) -> dict[str, object]:
-    """Everything that can change a byte of the result."""
-    headers = hashlib.sha256()
-    for name, info in sorted(job.checkpoint.tensors.items()):
-        headers.update(f"{name} {info.shape} {info.stored} {info.nbytes}\n".encode())
-    ids = hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()
-    return {
-        "settings": job.settings.model_dump(mode="json", exclude={"allow_fallback"}),
-        "source": job.checkpoint.source,
-        "headers": headers.hexdigest(),
-        "tokens": ids,
-        "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
-        "dtype": str(job.dtype),
-        "device": job.device,
-        "threads": torch.get_num_threads(),
-        "kernels": kernels.isa(),
-        "lowbit": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-    }

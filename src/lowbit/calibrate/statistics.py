@@ -131,7 +131,8 @@ class _Sums:
             raise NonFiniteError(
                 f"{name} is not finite in {int(wrong.sum())} of {len(wrong)} channels for some token of the "
                 f"calibration text (the first is channel {int(wrong.nonzero()[0])})",
-                "compute in float32 (--dtype float32), or look for damage with `lowbit evaluate`",
+                "compute in float32 (quantize: --compute float32; other commands: --dtype float32), or look for damage "
+                "with `lowbit evaluate`",
             )
         count = max(1, self.tokens)
         return LayerStats(

@@ -1,21 +1,25 @@
 """Codes and results of each finished block on disk, so that a killed run resumes after its last finished block.
 
     .NAME.lowbit-work/            beside the output
-        run.json                  what the codes depend on: settings, source, text, arithmetic, versions
+        run.json                  what the codes depend on (`calibrate.identity`)
+        blocks.json               SHA-256 of each file below
         block-00003.safetensors   codes and scales (or ggml blocks) of its linears, tensors that transforms rewrote,
                                   and, in the header, its results for the report
         states-00007              hidden states before block 7, written now and then
 
 Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
 last states and replays the blocks finished since; on the same machine its output equals an uninterrupted run's, byte
-for byte. Refused: resuming with other settings, another source, text or version.
+for byte. Refused: resuming with other settings, another source, text or version. A file whose SHA-256 is not that of
+blocks.json is not used: its block, and those after it, are done again. What lowbit did not write is never removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-import shutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,13 +31,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.calibrate.identity import differences
+from lowbit.errors import CheckpointError, OutputError, UsageError
+from lowbit.files.claim import OWNER
 from lowbit.numerics import ggml
 from lowbit.rounding.target import GridTarget, Target
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
-WORK = ".lowbit-work"
+STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|states-\d{5})(\.partial)?")
+_SHOWN = 4  # differences in a message
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -85,20 +93,19 @@ class BlockStore:
     def __init__(self, folder: Path, depends_on: dict[str, Any], resume: bool):
         self.folder = folder
         described = json.loads(json.dumps(depends_on, sort_keys=True, default=str))
-        if resume and folder.is_dir():
-            _check_same(folder, described)
-        elif folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / "run.json.partial"
-        beside.write_bytes(json.dumps(described, indent=2).encode())
-        _rename_durably(beside, folder / "run.json")
+        if resume and (folder / "run.json").exists():
+            _check_same(folder, described)
+        else:
+            self._start_over()
+        self._write("run.json", described)
         self._places: dict[str, int] = {}
         self.records: dict[int, BlockRecord] = {}
-        for index in range(10**5):
-            if not self._file(index).is_file():
-                break
-            self._open(index)
+        self._sums = self._known_sums()
+        while self._is_sound(self._file(self.finished)):
+            self._open(self.finished)
+        if self.finished:
+            _log.info("going on behind block %d of an earlier run", self.finished - 1)
 
     @property
     def finished(self) -> int:
@@ -128,7 +135,7 @@ class BlockStore:
         header = {"record": json.dumps(asdict(record)), "scalars": json.dumps(scalars)}
         beside = self.folder / f"{self._file(index).name}.partial"
         save_file(parts, beside, metadata=header)
-        _rename_durably(beside, self._file(index))
+        self._keep(beside, self._file(index))
         self._open(index)
 
     def __contains__(self, name: str) -> bool:
@@ -175,7 +182,7 @@ class BlockStore:
             for values in streams:
                 for window in values:
                     file.write(window.contiguous().view(torch.uint8).numpy().tobytes())
-        _rename_durably(beside, path)
+        self._keep(beside, path)
         for other in self.folder.glob("states-*"):
             if other != path:
                 other.unlink()
@@ -183,7 +190,8 @@ class BlockStore:
     def load_states(self, streams: Iterable[Tensor]) -> int:
         """Fill the streams with the last saved states; returns the block they belong before, 0 if there are none."""
         found = sorted(path for path in self.folder.glob("states-*") if path.suffix != ".partial")
-        if not found:
+        found = [path for path in found if int(path.name.removeprefix("states-")) <= self.finished]
+        if not found or not self._is_sound(found[-1]):
             return 0
         with found[-1].open("rb") as file:
             for values in streams:
@@ -193,8 +201,59 @@ class BlockStore:
         return int(found[-1].name.removeprefix("states-"))
 
     def remove(self) -> None:
-        """Delete the folder, once the output is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the files, once the output is complete; and the folder, unless something else lies in it."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _start_over(self) -> None:
+        """Remove the files of an earlier run; OutputError where the folder holds others."""
+        foreign = sorted(path.name for path in set(self.folder.iterdir()) - set(self._files()) if path.name != OWNER)
+        if foreign:
+            raise OutputError(f"{self.folder} holds what lowbit did not write: {', '.join(foreign[:3])}",
+                              "move it elsewhere, or choose another name with -o")  # fmt: skip
+        blocks = [path for path in self._files() if path.suffix == ".safetensors"]
+        if blocks:
+            _log.warning("%d finished blocks of an earlier run are removed; --resume would have gone on from them",
+                         len(blocks))  # fmt: skip
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if STORED.fullmatch(path.name)]
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        beside = self.folder / f"{name}.partial"
+        beside.write_bytes(json.dumps(content, indent=2).encode())
+        _rename_durably(beside, self.folder / name)
+
+    def _keep(self, beside: Path, path: Path) -> None:
+        """Give a complete file its name, and note its SHA-256 first."""
+        self._sums[path.name] = _sha256(beside)
+        self._write("blocks.json", self._sums)
+        _rename_durably(beside, path)
+
+    def _known_sums(self) -> dict[str, str]:
+        path = self.folder / "blocks.json"
+        try:
+            sums = json.loads(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValueError):
+            sums = None
+        if not isinstance(sums, dict):
+            _log.warning("%s is damaged: all blocks are done again", path)
+            return {}
+        return sums
+
+    def _is_sound(self, path: Path) -> bool:
+        """True for a file with the bytes that were written; a damaged one is reported, and will be replaced."""
+        if not path.is_file():
+            return False
+        sound = self._sums.get(path.name) == _sha256(path)
+        if not sound:
+            _log.warning("%s is damaged: %s", path, "hidden states are computed again" if "states" in path.name else
+                         "its block, and those after it, are done again")  # fmt: skip
+        return sound
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -235,12 +294,6 @@ def joined_results(parts: Sequence[TensorResult]) -> TensorResult:
     )
     relative = sum(part.relative_error for part in parts) / len(parts)
     return TensorResult(relative, max(part.max_error for part in parts), whole)
-
-
-def work_folder(output: Path) -> Path:
-    """The folder that holds the codes until the output is complete."""
-    output = Path(os.path.abspath(output))
-    return output.with_name(f".{output.name}{WORK}")
 
 
 def _taken_apart(stored: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -291,10 +344,15 @@ def _check_same(folder: Path, described: dict[str, Any]) -> None:
         began_with = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", "leave --resume out to start over") from error
-    changed = [key for key in {**began_with, **described} if began_with.get(key) != described.get(key)]
+    changed = differences(began_with, described) if isinstance(began_with, dict) else ["its run.json is damaged"]
     if changed:
-        shown = "; ".join(f"{key} was {began_with.get(key)!r}, is {described.get(key)!r}" for key in changed[:3])
+        shown = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise UsageError(f"{folder} holds another run: {shown}", "leave --resume out to start over")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rename_durably(beside: Path, path: Path) -> None:

@@ -166,9 +166,13 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, str | None]]:
                     if file.suffix.lower() in _SUFFIXES and not file.is_dir():
                         yield file, _unfit(file, folder)
             continue
-        wanted = path.suffix.lower() in _SUFFIXES and path.name not in _LEFT and not path.name.endswith(".index.json")
-        if wanted or path.name.upper().startswith(("LICENSE", "NOTICE")):
+        if is_companion(path) and path.name not in _LEFT and not path.name.endswith(".index.json"):
             yield path, _unfit(path, folder)
+
+
+def is_companion(path: Path) -> bool:
+    """True for a file of the kinds that lie beside weights."""
+    return path.suffix.lower() in _SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE"))
 
 
 def _unfit(path: Path, folder: Path) -> str | None:

@@ -15,11 +15,11 @@ Spec: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and `utils/
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import CheckpointError
+from lowbit.patterns import PatternError, compiled
 from lowbit.schemes import ActivationSpec, ScaleFormat, Scheme, WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity
 
@@ -83,7 +83,7 @@ class CompressedTensorsConfig:
 def matches(target: str, name: str) -> bool:
     """True where a target names a module, exactly or by regex; class names are the caller's."""
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
+        return compiled(target.removeprefix("re:")).match(name)
     return target == name
 
 
@@ -265,8 +265,8 @@ def _targets(where: str, value: Any) -> tuple[str, ...]:
     for target in value:
         if target.startswith("re:"):
             try:
-                re.compile(target.removeprefix("re:"))
-            except re.error as error:
+                compiled(target.removeprefix("re:"))
+            except PatternError as error:
                 raise _bad(where, target, f"a regular expression ({error})") from error
     return tuple(value)
 

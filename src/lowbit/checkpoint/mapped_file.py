@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.errors import CheckpointError
+from lowbit.files.regular import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,7 @@ class MappedFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-                raise CheckpointError(f"{path}: is no regular file")
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.size = file.seek(0, 2)
                 self._map = _map_privately(file.fileno(), self.size) if self.size else None
         except OSError as error:

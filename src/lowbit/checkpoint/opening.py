@@ -10,6 +10,7 @@ from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.hub import DEMO_PREFIX, demo_file, download, is_hub_id
 from lowbit.checkpoint.stated import check_stated
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.files.regular import refuse_irregular
 from lowbit.registry import FORMATS, load
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _open_folder(folder: Path, source: str, options: OpenOptions) -> Checkpoint:
     if gguf is not None:
         return open_gguf(gguf, source)
     from lowbit.checkpoint.pickle import open_pickle, pickle_files
+
+    refuse_irregular(folder)
 
     if pickle_files(folder):
         pickled = open_pickle(folder, options, source)

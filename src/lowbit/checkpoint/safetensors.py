@@ -22,6 +22,7 @@ from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors_header import ITEM_SIZE, HeaderEntry, read_header
 from lowbit.checkpoint.stated import StatedConfig
 from lowbit.errors import CheckpointError
+from lowbit.files.regular import refuse_irregular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -67,6 +68,11 @@ class SafetensorsCheckpoint(StatedConfig):
         stored = self._stored[name]
         self._files[info.file].release(stored.start, stored.stop)
 
+    def holders(self, file: str, first: int, last: int) -> list[str]:
+        """Tensors that have bytes between two positions of a file."""
+        return [name for name, stored in self._stored.items()
+                if self.tensors[name].file.name == file and stored.start < last and stored.stop > first]  # fmt: skip
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -83,6 +89,7 @@ class SafetensorsCheckpoint(StatedConfig):
 
     def _open(self, paths: list[Path], weight_map: dict[str, str] | None) -> None:
         """Read every header, then check them against the index."""
+        refuse_irregular(self.folder)
         for path in paths:
             file = self._files[path] = MappedFile(path)
             stored_tensors, metadata = read_header(file)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import of_trust
 from lowbit.registry import ENGINES
 
@@ -99,8 +100,8 @@ def _print(answer: Advice, count: int) -> None:
 
     shown = answer.options[:count]
     load = answer.load
-    typer.echo(f"{_first_line(answer)}\n")
-    typer.echo(f"{answer.engine} on {answer.device.label}, goal {answer.goal.name}, workload {answer.workload.name}: "
+    echo(f"{_first_line(answer)}\n")
+    echo(f"{answer.engine} on {answer.device.label}, goal {answer.goal.name}, workload {answer.workload.name}: "
                f"{load.batch} × {load.context} tokens")  # fmt: skip
     print_table(_table(shown))
     more = len(answer.options) - count
@@ -109,7 +110,7 @@ def _print(answer: Advice, count: int) -> None:
         "memory: weights, cache and overhead; decode: of one sequence; loss: expected at 8 billion weights"
         + (f"; {more} more schemes: --all" if more > 0 else ""),
     )
-    typer.echo("")
+    echo("")
     for place, option in enumerate(shown[:_EXPLAINED], 1):
         _echo(f"{place}  {option.label}: ", option.reason)
     _print_lines(answer)
@@ -120,21 +121,21 @@ def _print(answer: Advice, count: int) -> None:
 def _print_lines(answer: Advice) -> None:
     best = answer.best
     if best.expectation.source:
-        typer.echo("")
+        echo("")
         _echo("quality:   ", f"{best.expectation.says} ({best.expectation.model}; {best.expectation.source})")
     if best.instead is not None:
-        typer.echo(f"make it with the engine's own tools:\n           {best.instead}")
+        echo(f"make it with the engine's own tools:\n           {best.instead}")
         writable = next((each for each in answer.options if each.quantize is not None and each.memory.fits), None)
         if writable is None:
             _echo("           ", f"lowbit writes nothing quantized that {answer.engine} runs on this device; --engine "
                                  f"vllm lists what it writes for that")  # fmt: skip
         else:
-            typer.echo(f"\nthe best that lowbit writes for {answer.engine} is {writable.label}:")
+            echo(f"\nthe best that lowbit writes for {answer.engine} is {writable.label}:")
             best = writable
     if best.quantize is not None:
-        typer.echo(f"make it:   {best.quantize}")
+        echo(f"make it:   {best.quantize}")
     if best.serve is not None:
-        typer.echo(f"{'load it:   ' if answer.workload.name == 'finetune' else 'serve it:  '}{best.serve}")
+        echo(f"{'load it:   ' if answer.workload.name == 'finetune' else 'serve it:  '}{best.serve}")
 
 
 def _echo(label: str, text: str) -> None:
@@ -144,7 +145,7 @@ def _echo(label: str, text: str) -> None:
 
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     indent = " " * (_LABEL if label.endswith("   ") else 3 * bool(label))
-    typer.echo(textwrap.fill(label + text, width, subsequent_indent=indent, break_on_hyphens=False,
+    echo(textwrap.fill(label + text, width, subsequent_indent=indent, break_on_hyphens=False,
                              break_long_words=False))  # fmt: skip
 
 

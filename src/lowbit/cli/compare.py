@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import Json, NoReport, of_judging
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def compare(
         print_json(comparison.to_dict())
         return
     run_first = comparison.models[0].headline
-    typer.echo(f"reference  {comparison.reference}")
-    typer.echo(f"text       {run_first.text.name}: {run_first.windows} windows × {run_first.window_tokens} tokens")
+    echo(f"reference  {comparison.reference}")
+    echo(f"text       {run_first.text.name}: {run_first.windows} windows × {run_first.window_tokens} tokens")
     print_table(_table(comparison))
-    typer.echo(sizes_differ(comparison.models).replace("\u00a0", " "))
+    echo(sizes_differ(comparison.models).replace("\u00a0", " "))
 
 
 def _table(comparison: Comparison) -> Any:

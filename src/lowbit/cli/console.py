@@ -1,15 +1,63 @@
-"""What the commands share: progress on stderr, tables on stdout, sizes in words."""
+"""What the commands share: progress and messages on stderr, tables on stdout, sizes in words.
+
+Everything goes through `plain`, and rich markup is off, so that a name is shown and not obeyed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lowbit.cli.plain import one_line, plain, plain_table
+from lowbit.errors import UsageError
+from lowbit.files.regular import open_regular
+
 ProgressCallback = Callable[[str, int, int], None]
+HEARTBEAT = 60.0  # seconds between two lines of progress where nobody sees a bar
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+_log = logging.getLogger("lowbit")
+
+
+def start_logging(verbose: bool, log_file: Path | None) -> None:
+    """Messages of a run to stderr: warnings, and with `verbose` all; and all of them, with times, to a file.
+
+    UsageError where the file cannot be appended to, or is no log.
+    """
+    _log.handlers, _log.propagate = [], False
+    _log.setLevel(logging.INFO)
+    handlers: list[tuple[logging.Handler, str, int]] = [
+        (logging.StreamHandler(), "%(message)s", logging.INFO if verbose else logging.WARNING)
+    ]
+    if log_file is not None:
+        handlers.append((_opened_log(log_file), "%(asctime)s %(message)s", logging.INFO))
+    for handler, form, level in handlers:
+        handler.setFormatter(_PlainFormatter(form, "%Y-%m-%d %H:%M:%S"))
+        handler.setLevel(level)
+        _log.addHandler(handler)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
+def _opened_log(path: Path) -> logging.Handler:
+    try:
+        if path.exists():
+            with open_regular(path) as file:
+                begin = file.read(20)
+            if begin and not _LOG_LINE.match(begin):
+                raise UsageError(f"{path} is no log of lowbit", "name another file with --log-file")
+        return logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", "name another file with --log-file") from error
 
 
 @contextmanager
@@ -35,22 +83,49 @@ def _bar(title: str, amount: Any, quiet: bool) -> Iterator[Callable[[int, int], 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    title_column = TextColumn("{task.description}", markup=False)
-    columns = (title_column, BarColumn(), amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    console = Console(stderr=True, markup=False, emoji=False)
+    seen = console.is_terminal and not quiet
+    heartbeat = _Heartbeat(one_line(title), logging.INFO if seen or quiet else logging.WARNING)
+    with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
+        task = bar.add_task(one_line(title), total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            heartbeat.tell(done, total)
+
+        yield update
+
+
+class _Heartbeat:
+    """A line a minute about a long run: on stderr where it is no terminal, and in the log."""
+
+    def __init__(self, title: str, level: int):
+        self.title, self.level = title, level
+        self.began = self.last = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last < HEARTBEAT or not total:
+            return
+        self.last, spent = now, now - self.began
+        left = f", about {_duration(spent * (total - done) / done)} left" if done else ""
+        _log.log(self.level, "%s: %.0f %%, %s%s", self.title, 100 * done / total, _duration(spent), left)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
 def print_table(table: Any) -> None:
     """A rich table on stdout, as wide as it needs to be where stdout is not a terminal."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False)  # names are somebody else's text
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(width=200, markup=False, emoji=False)
-    console.print(table)
+        console = Console(width=200, markup=False, emoji=False, highlight=False)
+    console.print(plain_table(table))
 
 
 def name_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
@@ -66,13 +141,21 @@ def name_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any
 
 
 def print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    """JSON on stdout; what a terminal might obey is escaped, as JSON escapes it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isprintable():
+        text = re.sub(r"[^\n]", lambda char: json.dumps(char[0])[1:-1] if plain(char[0]) != char[0] else char[0], text)
+    sys.stdout.write(text + "\n")
 
 
 def say(message: str) -> None:
     """A line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(plain(message), file=sys.stderr, flush=True)
+
+
+def echo(message: str = "", end: str = "\n") -> None:
+    """A line on stdout."""
+    print(plain(message), end=end, flush=not end)
 
 
 def human_bytes(count: float) -> str:

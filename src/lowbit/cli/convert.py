@@ -83,7 +83,7 @@ def _summary(report: Report, path: Path) -> Any:
 
     from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import human_bytes
-    from lowbit.cli.quantize import verified
+    from lowbit.verification.result import verdict
 
     table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)
     table.add_row("format", f"{report.source.kind} → {report.output.format}")
@@ -93,7 +93,7 @@ def _summary(report: Report, path: Path) -> Any:
     table.add_row("size", f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}")
     bits = f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file"
     table.add_row("bits per weight", bits)
-    table.add_row("verified", verified(report.verification))
+    table.add_row("verified", verdict(report.verification, details=True))
     table.add_row("time, memory", f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes or 0)}")
     table.add_row("report", str(report_path(path, HTML_NAME)))
     return table

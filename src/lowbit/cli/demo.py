@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
+
 DEMO_SCHEMES = ("W4A16", "FP8_DYNAMIC")
 
 
@@ -39,7 +41,7 @@ def demo(
         return
     print_table(_table(model, rows))
     for scheme, folder, _, _, text in rows:
-        typer.echo(f"\n{scheme} says: {text}")
+        echo(f"\n{scheme} says: {text}")
         say(f"report: {folder / 'report.html'}")
 
 

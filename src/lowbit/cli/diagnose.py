@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import Json, NoReport, of_judging
 
 
@@ -50,9 +51,9 @@ def diagnose(
         return
     for note in diagnosis.notes:
         say(f"note: {note}")
-    typer.echo(diagnosis_text(diagnosis))
+    echo(diagnosis_text(diagnosis))
     for table in (contribution_table(diagnosis), flip_table(diagnosis)):
         if table is not None:
-            typer.echo("")
+            echo("")
             print_table(table)
-    typer.echo(suggestion_text(diagnosis))
+    echo(suggestion_text(diagnosis))

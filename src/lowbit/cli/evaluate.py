@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import Json, NoReport, of_judging
 
 
@@ -52,7 +53,7 @@ def evaluate(
         return
     for note in evaluations[0].notes:
         say(f"note: {note}")
-    typer.echo(heading(evaluations))
+    echo(heading(evaluations))
     print_table(evaluation_table(evaluations))
     for evaluation in evaluations:
-        typer.echo(sentence(evaluation))
+        echo(sentence(evaluation))

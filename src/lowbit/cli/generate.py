@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import of_running
 
 
@@ -27,9 +28,9 @@ def generate(
     from lowbit.measure import return_freed_memory
 
     return_freed_memory()
-    show = None if json else lambda text: typer.echo(text, nl=False)
+    show = None if json else lambda text: echo(text, end="")
     answer = run(model, prompt, max_tokens, temperature, chat="raw" if raw else "auto", seed=seed, on_text=show, **how)
     if json:
         print_json({"model": model, "prompt": prompt, "text": answer, "seed": seed})
     else:
-        typer.echo()
+        echo()

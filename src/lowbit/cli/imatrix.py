@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import Json, of_running, of_table
 from lowbit.settings import Settings, make_settings
 
@@ -37,7 +38,7 @@ def imatrix(
         str, typer.Option(metavar="SIZE", help="Memory for hidden states; the rest goes to a temporary file.")
     ] = "1GiB",
     show: Annotated[bool, typer.Option("--show", help="Print statistics of an imatrix; nothing is measured.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier imatrix.")] = False,
     json: Json = False,
 ) -> None:
     """Measure the importance of each input channel for GGUF quantization; merge, convert and show imatrix files."""
@@ -68,7 +69,7 @@ def imatrix(
         return
     for note in done.notes:
         say(f"note: {note}")
-    typer.echo(_sentence(done))
+    echo(_sentence(done))
     say(f"\nuse it:  lowbit quantize MODEL -o OUT.gguf --scheme Q4_K_M --imatrix {done.file}")
 
 
@@ -115,7 +116,7 @@ def _show(path: Path, json: bool) -> None:
         return
     print_table(_table(path, matrix, rows))
     for note in unseen_notes(matrix, path.name):
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _table(path: Path, matrix: ImportanceMatrix, rows: list[Any]) -> Any:

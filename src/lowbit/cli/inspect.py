@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import of_trust
 
 
@@ -25,7 +26,7 @@ def inspect(
     else:
         print_table(_table(checkpoint))
         for note in checkpoint.notes:
-            typer.echo(f"note: {note}")
+            echo(f"note: {note}")
 
 
 def _bits_per_weight(info: Any) -> float | None:

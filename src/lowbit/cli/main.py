@@ -20,6 +20,7 @@ from typing import NoReturn
 import typer
 
 from lowbit.cli.advise import advise
+from lowbit.cli.clean import clean
 from lowbit.cli.compare import compare
 from lowbit.cli.convert import convert
 from lowbit.cli.demo import demo
@@ -30,6 +31,7 @@ from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
 from lowbit.cli.options import Commands, Sections, with_groups
+from lowbit.cli.plain import one_line
 from lowbit.cli.quantize import quantize
 from lowbit.cli.verify import verify
 from lowbit.errors import LowbitError
@@ -45,7 +47,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS = (
-    quantize, convert, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo
+    quantize, convert, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo,
+    clean,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(cls=Sections)(with_groups(command))
@@ -69,14 +72,15 @@ def entry() -> NoReturn:
         run()
     except SystemExit as exit_request:
         code = exit_request.code
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 
 def run() -> NoReturn:
-    """Run the command line and raise SystemExit."""
+    """Parse the command line, do what it says, and raise SystemExit."""
+    _open_closed_streams()
     _stop_in_order()
     # Importing torch and transformers creates a million permanent objects; scanning them for garbage takes a fifth of
     # the time.
@@ -86,21 +90,40 @@ def run() -> NoReturn:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         exit_code = app(standalone_mode=False)  # what `typer.Exit` carried, which is not raised in this mode
+        sys.stdout.flush()
     except LowbitError as error:
         _fail(str(error), error.hint, error.exit_code)
     except Stopped as stopped:
         for signum in _signals():  # another signal must not interrupt the exit
             signal.signal(signum, signal.SIG_IGN)
-        typer.echo("stopped; unfinished output was removed", err=True)
+        print("stopped; nothing unfinished has the name of the output", file=sys.stderr)
         sys.exit(128 + stopped.signum)
     except BrokenPipeError:
         # The reader has exited (`| head`); what is still buffered cannot be written either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _fail(f"{error.filename or 'standard output'}: {error.strerror or error}",
+              "the file system refused; free some space, or look at the permissions", 1)  # fmt: skip
+    except MemoryError:
+        _fail(
+            "the memory is full", "--max-memory and --threads bound what a run takes; `lowbit estimate` predicts it", 1
+        )
     except Exception as error:
         _usage_error(error)
     else:
         sys.exit(exit_code)
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null where a stream was closed (`>&-`), so that no file that is opened later takes its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            while (opened := os.open(os.devnull, os.O_RDWR)) < number:
+                pass
+            if opened != number:
+                os.close(opened)
+            setattr(sys, name, open(number if opened == number else os.devnull, mode))  # noqa: SIM115 for good
 
 
 class Stopped(BaseException):
@@ -150,7 +173,7 @@ def _usage_error(error: Exception) -> NoReturn:
 
 
 def _fail(message: str, hint: str, exit_code: int) -> NoReturn:
-    typer.echo(f"error: {' '.join(message.split())}\n\nhint: {hint}", err=True)
+    print(f"error: {one_line(' '.join(message.split()))}\n\nhint: {one_line(hint)}", file=sys.stderr)
     sys.exit(exit_code)
 
 

@@ -149,7 +149,16 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
             groups[parameter.name] = group
             parameters += group.options
 
-    def run(**typed: Any) -> None:
+    parameters += [
+        _option("verbose", bool, False, "--verbose", "Say more on stderr.", RUNNING, short="-v"),
+        _option("log_file", Path | None, None, "--log-file", "Append messages and progress, with times, to a file.",
+                RUNNING, metavar="FILE"),
+    ]  # fmt: skip
+
+    def run(verbose: bool, log_file: Path | None, **typed: Any) -> None:
+        from lowbit.cli.console import start_logging
+
+        start_logging(verbose, log_file)
         values = {name: group.value({option.name: typed.pop(option.name) for option in group.options})
                   for name, group in groups.items()}  # fmt: skip
         command(**typed, **values)
@@ -187,10 +196,11 @@ class Commands(TyperGroup):
 
 
 def _option(
-    name: str, kind: Any, default: Any, flag: str, text: str, panel: str | None = None, **more: Any
+    name: str, kind: Any, default: Any, flag: str, text: str, panel: str | None = None, short: str = "", **more: Any
 ) -> inspect.Parameter:
     shown = default is not None and default is not False
-    option = typer.Option(flag, help=text, rich_help_panel=panel, show_default=shown, **more)
+    flags = (flag, short) if short else (flag,)
+    option = typer.Option(*flags, help=text, rich_help_panel=panel, show_default=shown, **more)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 

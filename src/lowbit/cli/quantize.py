@@ -125,6 +125,7 @@ def _summary(report: Any, path: Path) -> Any:
 
     from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import human_bytes
+    from lowbit.verification.result import verdict
 
     table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)
     totals = report.totals
@@ -145,7 +146,7 @@ def _summary(report: Any, path: Path) -> Any:
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized, what),
         "notes": "; ".join(report.source.notes),
-        "verified": verified(report.verification),
+        "verified": verdict(report.verification, details=True),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
         "report": str(report_path(path, HTML_NAME)),
     }
@@ -181,14 +182,6 @@ def _output_error(quantized: list[Any]) -> str:
     chosen, nearest = (sum(getattr(tensor, name) for tensor in measured) / len(measured)
                        for name in ("layer_error", "nearest_error"))  # fmt: skip
     return f"{100 * chosen:.3f} % of a linear's output on average; round to nearest {100 * nearest:.3f} %"
-
-
-def verified(verification: Any) -> str:
-    """The verdict of the rules in one line."""
-    if verification.ok:
-        return f"{len(verification.checks)} rules of {verification.engine} hold"
-    failed = "; ".join(check.detail for check in verification.checks if not check.passed)
-    return f"{verification.engine} will NOT load it: {failed}"
 
 
 def _adapted(quantized: list[Any], what: str) -> str:

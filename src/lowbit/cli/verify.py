@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.console import echo
 from lowbit.cli.options import of_trust
 from lowbit.errors import UsageError
 from lowbit.registry import ENGINES
@@ -49,6 +50,7 @@ def _verify(folder: Path, engine: str | None, reference: str | None, json: bool,
     from lowbit.cli.console import byte_progress, print_json, say
     from lowbit.verification import default_engine, rules
     from lowbit.verification import verify as verify_folder
+    from lowbit.verification.result import verdict
 
     engine = engine or default_engine(folder)
     rules(engine)
@@ -61,16 +63,8 @@ def _verify(folder: Path, engine: str | None, reference: str | None, json: bool,
         _print(verification)
     if not verification.ok:
         if not json:
-            say(f"\n{_verdict(verification)}")
+            say(f"\n{verdict(verification)}")
         raise typer.Exit(1)
-
-
-def _verdict(verification: Verification) -> str:
-    count = len(verification.failed)
-    fail = f"{count} rule{'s' * (count != 1)} fail{'s' * (count == 1)}"
-    if verification.broken:
-        return f"{verification.engine} would refuse or misread it: {fail}"
-    return f"the files are sound, but {verification.engine} has no loader or kernel for them: {fail}"
 
 
 def _as_json(verification: Verification) -> dict[str, Any]:
@@ -80,7 +74,13 @@ def _as_json(verification: Verification) -> dict[str, Any]:
         "format": verification.format,
         "ok": verification.ok,
         "checks": [
-            {"rule": check.rule, "passed": check.passed, "limit": check.limit, "detail": check.detail}
+            {
+                "rule": check.rule,
+                "passed": check.passed,
+                "limit": check.limit,
+                "outcome": check.outcome,
+                "detail": check.detail,
+            }
             for check in verification.checks
         ],
         "unchecked": verification.unchecked,
@@ -91,9 +91,9 @@ def _print(verification: Verification) -> None:
     """One rule a line; the word, not a colour, says how it went."""
     width = max(len(rule) for rule in [*(check.rule for check in verification.checks), *verification.unchecked])
     for check in verification.checks:
-        typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
+        echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
     for rule, reason in verification.unchecked.items():
-        typer.echo(f"--    {rule:{width}}  not checked: {reason}")
+        echo(f"--    {rule:{width}}  not checked: {reason}")
 
 
 def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
@@ -105,11 +105,11 @@ def _list_rules(engine: str | None, format: str | None, json: bool) -> None:
         print_json([_rule_as_json(rule, engines) for rule, engines in found.items()])
         return
     for rule, engines in found.items():
-        typer.echo(f"{rule.name}: {rule.summary}")
-        typer.echo(f"    engines  {', '.join(engines)}")
-        typer.echo(f"    formats  {formats_said(rule.formats)}")
-        typer.echo(f"    checks   {_first_paragraph(rule)}")
-        typer.echo(f"    follows  {rule.follows}")
+        echo(f"{rule.name}: {rule.summary}")
+        echo(f"    engines  {', '.join(engines)}")
+        echo(f"    formats  {formats_said(rule.formats)}")
+        echo(f"    checks   {_first_paragraph(rule)}")
+        echo(f"    follows  {rule.follows}")
 
 
 def _rule_as_json(rule: Rule, engines: tuple[str, ...]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lowbit.checkpoint.base import OpenOptions
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.pair import Pair
 from lowbit.errors import LowbitError
+from lowbit.patterns import compiled
 from lowbit.registry import folder_formats
 from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
 from lowbit.schemes import SCHEMES
@@ -194,7 +195,7 @@ def pattern_for(names: list[str], every: list[str]) -> str:
     shorter = [f"^{re.escape(prefix)}$", f"^{re.escape(prefix)}"] if len(names) == 1 else [f"^{re.escape(prefix)}"]
     shorter += [_numbered(names), f"^{re.escape(prefix)}({'|'.join(map(re.escape, rests))})$"]
     for pattern in shorter:
-        if {name for name in every if re.search(pattern, name)} == set(names):
+        if {name for name in every if compiled(pattern).search(name)} == set(names):
             return pattern
     return "^(" + "|".join(map(re.escape, names)) + ")$"
 

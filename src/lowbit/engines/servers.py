@@ -239,7 +239,7 @@ SERVER_RULES: tuple[Rule, ...] = (
     Rule("fused-patterns", "layers", ("compressed-tensors",), "regexes mean the same under fused names",
          check_fused_patterns, "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)"),
     Rule("engine-groups", "layers", ("compressed-tensors",), "the engine gives every layer the scheme meant for it",
-         check_engine_groups, "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)"),
+         check_engine_groups, "find_matched_target of compressed_tensors/utils.py (vLLM, SGLang)", then="misreads"),
     LEFT_OUT,
     Rule("engine-dtype", "limits", QUANTIZED, "kernels compute in the model's dtype", check_dtype,
          "get_supported_act_dtypes of each quantization config (vLLM, SGLang)", limit=True),

@@ -16,6 +16,7 @@ from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
 from lowbit.evaluation.activations import simulated_activations
+from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,9 +71,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
         raise UsageError(f"there is no chat mode {chat!r}", "choose auto or raw")
     if chat == "auto" and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with bounded_template(tokenizer.name_or_path):
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]

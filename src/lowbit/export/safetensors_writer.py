@@ -28,6 +28,7 @@ from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.errors import OutputError
 from lowbit.export import Piece
 from lowbit.export.atomic import reserve, write_all
+from lowbit.files.hashes import FileHashes
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 # 64 MB hold the 4-bit codes of a matrix of 8192 × 16384.
@@ -63,6 +64,13 @@ class _Shard:
     offsets: dict[str, int]
     size: int
     descriptor: int = -1
+    hashes: FileHashes | None = None
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Write at a position of the file, and count it for the hashes."""
+        write_all(self.descriptor, data, position)
+        if self.hashes is not None:
+            self.hashes.wrote(position, len(data))
 
 
 class SafetensorsWriter:
@@ -80,10 +88,12 @@ class SafetensorsWriter:
         self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
         self._lock = Lock()
         self._assembled: dict[str, Tensor] = {}
+        self.digests: dict[str, bytes] = {}
         for shard in self._shards:
             shard.descriptor = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             reserve(shard.descriptor, shard.size)
-            os.pwrite(shard.descriptor, shard.header, 0)
+            write_all(shard.descriptor, memoryview(shard.header), 0)
+            shard.hashes = FileHashes(shard.descriptor, shard.size, [(0, len(shard.header))])
 
     @property
     def files(self) -> list[Path]:
@@ -104,7 +114,7 @@ class SafetensorsWriter:
             if whole is None:
                 self._write_apart(shard, stored, values, strip)
             elif whole.numel():
-                write_all(shard.descriptor, _bytes_of(whole), shard.offsets[name])
+                shard.write(_bytes_of(whole), shard.offsets[name])
             return
         data = _bytes_of(values)
         offset = row * stored.row_bytes
@@ -112,7 +122,7 @@ class SafetensorsWriter:
             raise AssertionError(f"{name}: {list(values.shape)} at ({row}, {column}) overruns {list(stored.shape)}")
         with self._lock:
             self._missing[name] -= len(data)
-        write_all(shard.descriptor, data, shard.offsets[name] + offset)
+        shard.write(data, shard.offsets[name] + offset)
 
     def _with_strip(self, stored: StoredTensor, values: Tensor, strip: tuple[slice, slice]) -> Tensor | None:
         """The complete tensor after its last strip, an empty one before; None for tensors above ASSEMBLED_BYTES."""
@@ -150,11 +160,12 @@ class SafetensorsWriter:
             self._missing[stored.name] -= values.numel() * stored.dtype.itemsize
 
     def close(self) -> None:
-        """Check completeness, write the index where there are several shards, and close the files."""
+        """Check completeness, hash, write the index where there are several shards, and close the files."""
         incomplete = [name for name, missing in self._missing.items() if missing != 0]
         if incomplete:
             raise OutputError(f"{len(incomplete)} tensors were not written completely, the first {incomplete[0]}",
                               "this is a bug of lowbit; please report it")  # fmt: skip
+        self.digests = {shard.path.name: shard.hashes.digests() for shard in self._shards if shard.hashes is not None}
         if len(self._shards) > 1:
             total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors)
             weight_map = {tensor.name: shard.path.name for shard in self._shards for tensor in shard.tensors}
@@ -182,9 +193,9 @@ def _copy_into(whole: Tensor, values: Tensor, index: tuple[int | slice, ...], st
     target.copy_(values)
 
 
-def total_file_bytes(tensors: list[StoredTensor], shard_size: int) -> int:
-    """Bytes of the safetensors files, with headers, without the JSON index."""
-    return sum(shard.size for shard in _plan_shards(Path(), tensors, shard_size))
+def file_sizes(tensors: list[StoredTensor], shard_size: int) -> list[int]:
+    """Bytes of each safetensors file, with headers; the JSON index is not among them."""
+    return [shard.size for shard in _plan_shards(Path(), tensors, shard_size)]
 
 
 def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> list[_Shard]:

@@ -32,7 +32,8 @@ from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
 from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
-from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, total_file_bytes
+from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, file_sizes
+from lowbit.files.claim import Claim
 from lowbit.plan.linears import LinearPlanner, StoredRows, common_group_sizes
 from lowbit.plan.plan import Making, Plan, PlannedTensor, Prepared, Request, output_format
 from lowbit.rounding.error import squared_error
@@ -106,7 +107,7 @@ class FolderPlan(Plan):
 
     @property
     def file_bytes(self) -> int:
-        return total_file_bytes(self.stored, self.settings.bytes_per_shard)
+        return sum(file_sizes(self.stored, self.settings.bytes_per_shard))
 
     @property
     def activations(self) -> dict[str, ActivationSpec]:
@@ -168,8 +169,15 @@ class FolderPlan(Plan):
     def refuse_existing(self, output: Path, overwrite: bool) -> None:
         refuse_existing(output, overwrite)
 
-    def workplace(self, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
-        return atomic_folder(output, overwrite)
+    def workplace(self, output: Path, overwrite: bool, claim: Claim | None = None) -> AbstractContextManager[Path]:
+        return atomic_folder(output, overwrite, claim)
+
+    def places(self, output: Path) -> list[Path]:
+        return [output]
+
+    @property
+    def largest_file(self) -> int:
+        return max(file_sizes(self.stored, self.settings.bytes_per_shard))
 
     def container(self, work: Path, output: Path) -> SafetensorsWriter:
         return SafetensorsWriter(work, self.stored, self.settings.bytes_per_shard)

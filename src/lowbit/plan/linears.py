@@ -123,6 +123,10 @@ class LinearPlanner:
         reason = self.exporter.unfit(linear.shape, scheme)
         if reason is not None:
             return replace(tensor, reason=f"{self.exporter.FORMAT} cannot hold it: {reason}", unfit=True)
+        if scheme.activation is not None and self.exporter.FORMAT != "float":
+            reason = scheme.activation.unfit(linear.shape[1])
+            if reason is not None:
+                return replace(tensor, reason=reason, unfit=True)
         blockwise = self.settings.is_blockwise and linear.block is not None
         rounding = self.settings.rounding_of(linear.name)
         turned = linear.transposed and not is_decoded(self.checkpoint, tensor.name)

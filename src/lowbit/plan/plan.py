@@ -29,6 +29,7 @@ from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
 from lowbit.export import Piece, default_format
 from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.files.claim import Claim
 from lowbit.methods import RTN, Rounding
 from lowbit.registry import FORMATS, Format, load
 from lowbit.rounding.target import Stored, Sums, Target
@@ -175,6 +176,8 @@ class PlannedTensor:
 class Container(Protocol):
     """The open files of an output; `write` takes pieces in any order and from any thread."""
 
+    digests: dict[str, bytes]  # after `close`: file name → SHA-256 of each MiB, one after the other
+
     @property
     def files(self) -> list[Path]: ...
 
@@ -302,8 +305,17 @@ class Plan(ABC):
         """OutputError where the output exists and may not be replaced."""
 
     @abstractmethod
-    def workplace(self, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
+    def workplace(self, output: Path, overwrite: bool, claim: Claim | None = None) -> AbstractContextManager[Path]:
         """A hidden folder; its content gets the final name when the block ends without an exception."""
+
+    @abstractmethod
+    def places(self, output: Path) -> list[Path]:
+        """The final names of everything that is written: the folder, or the files."""
+
+    @property
+    @abstractmethod
+    def largest_file(self) -> int:
+        """Bytes of the largest weight file."""
 
     @abstractmethod
     def container(self, work: Path, output: Path) -> Container: ...

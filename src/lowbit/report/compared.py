@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,13 +39,25 @@ class Compared:
         return self.evaluations[-1]
 
     @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes of a folder's linears, the most frequent first; the file type of a GGUF, which names a mix."""
+        if self.report is None or self.report.output.format == "gguf":
+            return ((self.report.settings.scheme if self.report else self.headline.scheme) or "16 bits",)
+        count = Counter(tensor.scheme for tensor in self.report.tensors if tensor.scheme is not None)
+        return tuple(name for name, _ in count.most_common()) or ("16 bits",)
+
+    @property
     def scheme(self) -> str:
-        return (self.report.settings.scheme if self.report else self.headline.scheme) or "16 bits"
+        """In words: "W4A16 + W8A16" where a model mixes them, "Q4_K_M, with overrides"."""
+        mixed = self.report is not None and self.report.output.format == "gguf" and "overrides" in (
+            self.report.settings.given
+        )  # fmt: skip
+        return " + ".join(self.schemes) + (", with overrides" if mixed else "")
 
     @property
     def leaves_activations(self) -> bool:
         """True if an engine would round activations and the figures do not include it."""
-        return self.headline.activations == "none" and rounds_activations(self.scheme)
+        return self.headline.activations == "none" and any(map(rounds_activations, self.schemes))
 
     def mark(self, href: str | None = None) -> Mark:
         run = self.headline

@@ -8,8 +8,8 @@ increases with every change, additions included, so that no reader misreads or d
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
-Reports of schema 4 and 5 are read too, as reports of schema 6: 4 lacks histograms, samples, neighbours and the command,
-and both told settings in fields of their own, which become what was given (`_given_before_6`).
+Reports of schema 4 to 6 are read too, as reports of schema 7: 4 lacks histograms, samples, neighbours and the command;
+4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); none has checksums.
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -31,13 +31,14 @@ from lowbit.calibrate.summary import InputSummary
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.evaluation.result import Evaluation
+from lowbit.files.regular import open_regular
 from lowbit.records import Count, NonNegative, Record, Share
 from lowbit.report.diagnosis import Diagnosis
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.verification.result import Verification
 
-SCHEMA = 6
-EARLIER = (4, 5)  # also read: later fields have defaults, and settings are moved
+SCHEMA = 7
+EARLIER = (4, 5, 6)  # also read: later fields have defaults, and settings are moved
 LARGEST_FILE = 256 * 2**20  # larger files are refused; a model of 100 000 tensors writes about 40 MB
 
 
@@ -57,15 +58,19 @@ class ReportSource(Record):
 
 
 class OutputFile(Record):
+    """A file of the output. name: relative to its folder; hashes: SHA-256 of each MiB, one after the other, base64"""
+
     name: str
     bytes: Count
+    hashes: str | None = None
 
 
 class Output(Record):
-    """The output. `dtype` is that of unquantized tensors and of scales."""
+    """The output. `files` hold weights, `beside` the rest; `dtype` is that of unquantized tensors and of scales."""
 
     format: str
     files: tuple[OutputFile, ...]
+    beside: tuple[OutputFile, ...] = ()
     bytes: Count
     dtype: str
 
@@ -232,7 +237,7 @@ class Report(Record):
     neighbours  other schemes for the same source
     """
 
-    schema_version: Literal[6] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[7] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: ReportSource
@@ -298,7 +303,7 @@ def write_text(text: str, path: Path | str) -> None:
 
 def _read_bounded(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise CheckpointError(
@@ -327,13 +332,13 @@ def _of_this_schema(path: Path, text: bytes) -> bytes:
     if type(version) is not int or version not in (SCHEMA, *EARLIER):
         raise CheckpointError(
             f"{path} has report schema {json.dumps(version)[:40]}; this lowbit reads {SCHEMA}, "
-            f"{' and '.join(map(str, reversed(EARLIER)))}",
+            f"{', '.join(map(str, reversed(EARLIER)))}",
             "use the lowbit that wrote it, or write it again with this one",
         )
     if version == SCHEMA:
         return text
     settings, output = document.get("settings"), document.get("output")
-    if isinstance(settings, dict) and isinstance(output, dict):
+    if version < 6 and isinstance(settings, dict) and isinstance(output, dict):
         document["settings"] = _given_before_6(settings, output.get("format"))
     return json.dumps(document | {"schema": SCHEMA}).encode()
 

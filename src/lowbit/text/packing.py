@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from lowbit.text.rows import Document, Message, texts_of
+from lowbit.text.template_limits import bounded_template
 from lowbit.text.windows import wants_bos
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class Renderer:
         template = self._tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = FIXED_DATE + template
-        return _encodable(apply(messages, tokenize=False, chat_template=template))
+        with bounded_template(str(getattr(self._tokenizer, "name_or_path", "the model"))):
+            return _encodable(apply(messages, tokenize=False, chat_template=template))
 
     def _ids(self, text: str) -> list[int]:
         return cast("list[int]", self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError, DependencyError, UsageError
+from lowbit.files.regular import open_text, read_regular
 
 Message = dict[str, Any]
 Document = str | list[Message]
@@ -113,7 +114,7 @@ def file_rows(path: Path) -> Iterator[Any]:
 
 def _json_lines(path: Path) -> Iterator[Any]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _parsed(line, f"{path}: line {number}")
@@ -126,7 +127,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
 def _json_list(path: Path) -> Iterator[Any]:
     """A list of rows, or one row a line, as in many files named .json."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):  # the lines say which
         yield from _json_lines(path)
         return

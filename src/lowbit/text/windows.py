@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.files.regular import open_text
 from lowbit.text.degenerate import refuse_degenerate
 from lowbit.text.hub import find_dataset, running_text
 
@@ -91,7 +92,7 @@ def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") 
 def read_plain(path: Path, characters: int = -1) -> str:
     """The start of a UTF-8 file; all of it where `characters` is -1."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             return file.read(characters)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error}", "convert it, for example with iconv -t utf-8") from error

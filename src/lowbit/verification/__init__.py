@@ -114,6 +114,8 @@ def _checked(subject: Subject) -> Verification:
                 reason = reason or "no source was given to compare with"
             elif rule.needs_nearest and not subject.nearest:
                 reason = reason or "nothing says that the codes were rounded to nearest"
+            elif rule.needs_checksums and not subject.checksums:
+                reason = reason or "no report with checksums lies beside it"
             if reason:
                 unchecked[rule.name] = reason
                 continue
@@ -122,7 +124,11 @@ def _checked(subject: Subject) -> Verification:
             except LowbitError as error:
                 finding = Finding([str(error)], "")
             detail = shortened(finding.problems) if finding.problems else finding.summary
-            checks.append(Check(rule=rule.name, passed=not finding.problems, detail=detail, limit=rule.limit))
+            checks.append(
+                Check(
+                    rule=rule.name, passed=not finding.problems, detail=detail, limit=rule.limit, outcome=rule.outcome
+                )
+            )
             if rule.gate and finding.problems:
                 failed_gate = f"the rule {rule.name!r} failed"
     finally:

@@ -7,6 +7,7 @@ parses, and is of a model that is known.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from lowbit.checkpoint.companions import CHAT_TEMPLATES, TOKENIZERS, beyond_embe
 from lowbit.checkpoint.quantized import FLOATS
 from lowbit.checkpoint.safetensors import INDEX
 from lowbit.errors import CheckpointError
+from lowbit.verification.checksums import changed_beside, check_checksums
 from lowbit.verification.result import PLAIN, Finding
 from lowbit.verification.subject import Subject
 
@@ -28,6 +30,13 @@ def check_files(subject: Subject) -> Finding:
     files = {info.file.name for info in subject.stored.tensors.values()}
     count = f"{len(files)} file{'s' * (len(files) != 1)}"
     return Finding(list(subject.stored.notes), f"{len(subject.stored.tensors)} tensors in {count}")
+
+
+def check_written_bytes(subject: Subject) -> Finding:
+    """The weight files are, to the bit, those that lowbit wrote; files beside them that changed are named."""
+    found = check_checksums(subject.folder, subject.checksums, subject.stored.holders)
+    changed = changed_beside(subject.folder)
+    return replace(found, summary=f"{found.summary}; changed since: {', '.join(changed)}") if changed else found
 
 
 def check_sizes(subject: Subject) -> Finding:

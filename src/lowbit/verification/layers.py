@@ -45,6 +45,21 @@ def _mixed(subject: Subject, sets: dict[str, tuple[str, ...]]) -> list[str]:
     return problems
 
 
+def check_groups_fit(subject: Subject) -> Finding:
+    """in_features divide by the groups of weights, and by those that activations are quantized in: 16 for NVFP4, 32 for
+    MXFP8, 128 for FP8 in blocks. Weights alone may end in part of a block."""
+    problems = []
+    for name, scheme in subject.schemes.items():
+        columns, weight = subject.architecture.linears[name].shape[1], scheme.weight
+        whole = weight.granularity is Granularity.GROUP or subject.format == "modelopt"  # which cuts no block
+        multiple = weight.group_size if whole else None
+        if multiple and columns % multiple:
+            problems.append(f"{name} has {columns} in_features; {scheme.name} needs a multiple of {multiple}")
+        elif scheme.activation is not None and scheme.activation.unfit(columns) is not None:
+            problems.append(f"{name} has {columns} in_features; {scheme.activation.unfit(columns)}")
+    return Finding(problems, "groups divide in_features")
+
+
 def check_fused_global_scales(subject: Subject) -> Finding:
     """NVFP4's scales per tensor are the same in a fused set: engines take the largest for all, with a warning only."""
     problems, sets = [], 0
@@ -128,9 +143,10 @@ def _weight_said(weight: WeightSpec) -> str:
 FUSING: tuple[Rule, ...] = (
     Rule("fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
          "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); from documentation "
-         "(TensorRT-LLM)"),
+         "(TensorRT-LLM)", then="misreads"),
     Rule("expert-schemes", "layers", QUANTIZED, "all experts of a block have one scheme", check_expert_schemes,
-         "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)"),
+         "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)",
+         then="misreads"),
     Rule("expert-matrices", "layers", tuple(kind for kind in QUANTIZED if kind != "mxfp4"),
          "quantized experts lie in the files one by one", check_layout,
          "make_expert_params_mapping of fused_moe (vLLM, SGLang); from documentation (TensorRT-LLM)"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowbit.checkpoint.compressed_tensors_config import matches
 from lowbit.errors import CheckpointError
+from lowbit.patterns import Pattern, PatternError, compiled, up_to_a_dot
 from lowbit.verification.result import Finding, Rule
 from lowbit.verification.subject import Subject
 
@@ -52,7 +53,7 @@ def left_out_list(subject: Subject) -> list[str]:
     return []
 
 
-def dynamic_rules(subject: Subject) -> list[tuple[bool, re.Pattern[str], str]]:
+def dynamic_rules(subject: Subject) -> list[tuple[bool, Pattern, str]]:
     """GPTQ's `dynamic`: (True for "leave unquantized", regex, as written), in order; the first match counts."""
     stated = subject.quantization.get("dynamic") or {}
     if not isinstance(stated, dict):
@@ -60,8 +61,8 @@ def dynamic_rules(subject: Subject) -> list[tuple[bool, re.Pattern[str], str]]:
     rules = []
     for key in stated:
         try:
-            rules.append((key.startswith("-:"), re.compile(re.sub(r"^[+-]:", "", key)), key))
-        except re.error as error:
+            rules.append((key.startswith("-:"), compiled(re.sub(r"^[+-]:", "", key)), key))
+        except PatternError as error:
             raise CheckpointError(f"{subject.folder}: config.json: dynamic: {key!r} is no regex ({error})") from error
     return rules
 
@@ -169,12 +170,11 @@ def path_match(entry: str, name: str) -> bool:
 
 def transformers_converts(name: str, listed: list[str]) -> bool:
     """transformers' `should_convert_module`."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
     for entry in listed:
         try:
-            if re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry):
+            if name.endswith(entry) or up_to_a_dot(entry).match(name):
                 return False
-        except re.error as error:
+        except PatternError as error:
             raise CheckpointError(f"config.json: {entry!r} in the list of modules is no regex ({error})") from error
     return True
 

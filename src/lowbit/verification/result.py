@@ -24,6 +24,14 @@ GGUF = "gguf"
 # Checking order: files, config.json, its parsing, the model, the format, each layer, kernels of the engine, values.
 Stage = Literal["files", "config", "parse", "model", "format", "layers", "limits", "values"]
 STAGES: tuple[Stage, ...] = ("files", "config", "parse", "model", "format", "layers", "limits", "values")
+# What comes of a rule that fails: the engine does not load the files; it loads them and computes something else; all is
+# well but for speed or size.
+Outcome = Literal["refuses", "misreads", "costs"]
+OUTCOMES: dict[Outcome, str] = {
+    "refuses": "refuses to load it",
+    "misreads": "loads it and computes something else",
+    "costs": "is slower with it, or it is larger, than was meant",
+}
 _SHOWN = 3
 
 
@@ -46,6 +54,8 @@ class Rule:
                   is sound, and other engines (or cards) may run it
     needs_source  True if it compares with the original weights
     needs_nearest True if it applies only to codes rounded to nearest
+    needs_checksums True if it compares with the checksums of the report
+    then          what comes of a failure; None: "misreads" for values, "refuses" for all others
     """
 
     name: str
@@ -58,6 +68,12 @@ class Rule:
     limit: bool = False
     needs_source: bool = False
     needs_nearest: bool = False
+    needs_checksums: bool = False
+    then: Outcome | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.then or ("misreads" if self.stage == "values" else "refuses")
 
 
 @dataclass(frozen=True)
@@ -93,12 +109,13 @@ def loading_of(engine: str) -> Loading:
 
 
 class Check(Record):
-    """The outcome of one rule. limit: as in `Rule`; not part of the report"""
+    """The outcome of one rule. limit, outcome: as in `Rule`; not part of the report"""
 
     rule: str
     passed: bool
     detail: str = ""
     limit: bool = Field(default=False, exclude=True)
+    outcome: Outcome = Field(default="refuses", exclude=True)
 
 
 class Verification(Record):
@@ -132,6 +149,22 @@ class Verification(Record):
     def broken(self) -> list[Check]:
         """Failed checks that are about the files, not about kernels or loaders of the engine."""
         return [check for check in self.failed if not check.limit]
+
+
+def verdict(verification: Verification | None, details: bool = False) -> str:
+    """What comes of it all in one line: how many rules hold, or what the engine does, by which rules (or details)."""
+    if verification is None:
+        return "not verified"
+    if verification.ok:
+        return f"{len(verification.checks)} rules of {verification.engine} hold"
+    parts = []
+    for outcome, words in OUTCOMES.items():
+        failed = [check for check in verification.failed if check.outcome == outcome]
+        if failed:
+            said = [check.detail for check in failed] if details else [check.rule for check in failed]
+            parts.append(f"{words}: {'; '.join(said) if details else ', '.join(said)}")
+    sound = "" if verification.broken else "the files are sound, but "
+    return f"{sound}{verification.engine} {'; and '.join(parts)}"
 
 
 def shortened(problems: list[str]) -> str:

@@ -27,6 +27,7 @@ from lowbit.checkpoint.quantized import (
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import LowbitError
 from lowbit.schemes import Scheme
+from lowbit.verification.checksums import kept_checksums
 from lowbit.verification.result import PLAIN, Loading, loading_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Subject:
     def loading(self) -> Loading:
         """The engine's loader."""
         return loading_of(self.engine)
+
+    @cached_property
+    def checksums(self) -> dict[str, tuple[int, bytes]]:
+        """File → (bytes, digests) by the report; empty without one."""
+        return kept_checksums(self.folder)
 
     @cached_property
     def stored(self) -> SafetensorsCheckpoint:

@@ -9,7 +9,7 @@ vllm/model_executor/layers/quantization, sglang/srt/layers/quantization, transfo
 from __future__ import annotations
 
 from lowbit.registry import ENGINES, FORMATS, load
-from lowbit.verification import files, tensors
+from lowbit.verification import files, layers, tensors
 from lowbit.verification.result import ALL, GGUF, QUANTIZED, STAGES, Rule, loading_of
 
 _OURS = "our own: what no format allows"
@@ -18,6 +18,9 @@ _SCALED = ("compressed-tensors", "modelopt", "fp8")  # formats that state scales
 COMMON: tuple[Rule, ...] = (
     Rule("files", "files", ALL, "every shard is there, whole, and agrees with the index", files.check_files,
          "the safetensors format; model_loader/weight_utils.py, filter_duplicate_safetensors_files (vLLM)", gate=True),
+    Rule("checksums", "files", ALL, "the weight files are, to the bit, those that lowbit wrote",
+         files.check_written_bytes, "our own: SHA-256 of each MiB, in the report", needs_checksums=True,
+         then="misreads"),
     Rule("format-known", "files", ALL, "config.json names a known format, and the files are laid out as it",
          files.check_format_known, "get_quant_config (vLLM), quantizers/auto.py (transformers)", gate=True),
     Rule("quantization-config", "parse", QUANTIZED, "quantization_config parses strictly, and fits the files",
@@ -32,17 +35,23 @@ COMMON: tuple[Rule, ...] = (
     Rule("token-ids", "model", ALL, "every token of the tokenizer has a row in the embedding", files.check_token_ids,
          "get_input_embeddings of the model classes: an index out of range, or a token that is refused"),
     Rule("chat-template", "model", ALL, "a chat template is there if the source has one", files.check_chat_template,
-         "chat_template of the tokenizer (transformers)"),
+         "chat_template of the tokenizer (transformers)", then="misreads"),
     Rule("kv-cache-scales", "format", _SCALED, "a quantized KV cache has its scales, in every layer",
          tensors.check_cache_scales, "CompressedTensorsKVCacheMethod.create_weights, KVCacheScaleParameter of "
-         "kv_cache.py, get_cache_scale_mapper of base_config.py (vLLM): absent ones are 1.0 in silence"),
+         "kv_cache.py, get_cache_scale_mapper of base_config.py (vLLM): absent ones are 1.0 in silence",
+         then="misreads"),
     Rule("coverage", "layers", QUANTIZED, "every linear is quantized or left out, in config.json as in the files",
          tensors.check_coverage, "our own: nothing is skipped in silence"),
     Rule("tensors", "layers", ALL, "every tensor is there, with the right dtype and shape", tensors.check_tensors,
          "create_weights of each quantization method (vLLM); the modules of transformers"),
     Rule("leftovers", "layers", ALL, "no tensor that a loader would not know", tensors.check_leftovers,
          "load_weights of the model classes (vLLM): KeyError, or passed over"),
-    Rule("sizes", "layers", ALL, "bytes are as predicted from shapes", files.check_sizes, "the safetensors format"),
+    Rule("sizes", "layers", ALL, "bytes are as predicted from shapes", files.check_sizes, "the safetensors format",
+         then="costs"),
+    Rule("groups-fit", "layers", _SCALED, "in_features divide by the groups of weights and of activations",
+         layers.check_groups_fit, "per_token_group_quant_fp8 of utils/fp8_utils.py, create_weights of "
+         "compressed_tensors_wNa16.py and of KNvfp4Static, KMxfp8Static, KFp8Block128 in modelopt.py (vLLM); act_quant "
+         "of integrations/finegrained_fp8.py, quantize of compressed-tensors' forward.py (transformers)"),
     Rule("engine-loader", "limits", QUANTIZED, "the engine has a loader for the format", files.check_loader,
          "QuantizationMethods of __init__.py (vLLM), BASE_QUANTIZATION_METHODS of __init__.py (SGLang), "
          "AUTO_QUANTIZATION_CONFIG_MAPPING of quantizers/auto.py (transformers), load_hf_quant_config of "

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from lowbit.errors import CheckpointError
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import NESTED_BLOCK, decode_scales, dynamic_map
+from lowbit.patterns import Pattern, PatternError, up_to_a_dot
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import Granularity, NestedScale, QuantizedTensor
 
@@ -83,7 +83,7 @@ class BitsAndBytesLayout(Layout):
 
     def scheme_of(self, linear: str) -> Scheme | None:
         # As `should_convert_module` of transformers 5: the beginning of the name up to a dot, or its end.
-        if any(pattern.match(linear) is not None or linear.endswith(entry) for entry, pattern in self.skip):
+        if any(pattern.match(linear) or linear.endswith(entry) for entry, pattern in self.skip):
             return None
         if self.number == "int8":
             return SCHEMES["INT8"]
@@ -328,7 +328,7 @@ def _stated_number(quantization: dict[str, Any]) -> str:
     return number
 
 
-def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, re.Pattern[str]]]:
+def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, Pattern]]:
     """Entries of llm_int8_skip_modules with the regex that transformers makes of each; by default the output head."""
     entries = quantization.get("llm_int8_skip_modules")
     if entries is None:
@@ -338,8 +338,8 @@ def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, re.Pattern[s
     patterns = []
     for entry in entries:
         try:
-            patterns.append((entry, re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")))
-        except re.error as error:
+            patterns.append((entry, up_to_a_dot(entry)))
+        except PatternError as error:
             raise _bad("llm_int8_skip_modules", entry, f"a name or regular expression ({error})") from error
     return patterns
 

@@ -31,6 +31,7 @@ from lowbit.export import Piece, every_zero_point, fused_names, no_companions
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import NESTED_BLOCK, dynamic_map
+from lowbit.patterns import up_to_a_dot
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
@@ -218,7 +219,7 @@ def skip_modules(quantized: list[str], ignored: list[str]) -> list[str]:
     for name in dict.fromkeys([*ignored, *fused_names(ignored), "lm_head"]):
         if name in quantized:
             continue
-        plain = re.compile(rf"(?:{name})(?:(?<=\.)|(?=\.|$))")
+        plain = up_to_a_dot(name)
         catches = any(plain.match(linear) or linear.endswith(name) for linear in quantized)
         entries.append(f"^{re.escape(name)}$" if catches else name)
     return entries

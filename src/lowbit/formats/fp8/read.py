@@ -17,7 +17,6 @@ E4M3 weights without a scale, a linear in 16 bits that config.json does not leav
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import e8m0_values
+from lowbit.patterns import Pattern, PatternError, up_to_a_dot
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
@@ -156,7 +156,7 @@ def _scheme(quantization: dict[str, Any]) -> Scheme:
     )  # fmt: skip
 
 
-def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, re.Pattern[str]]] | None:
+def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, Pattern]] | None:
     """Entries of the list of exceptions with the regex that transformers makes of each; None where there is no list."""
     key = next((key for key in ("modules_to_not_convert", "ignored_layers") if quantization.get(key) is not None), None)
     if key is None:
@@ -167,8 +167,8 @@ def _skip_patterns(quantization: dict[str, Any]) -> list[tuple[str, re.Pattern[s
     patterns = []
     for entry in entries:
         try:
-            patterns.append((entry, re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")))
-        except re.error as error:
+            patterns.append((entry, up_to_a_dot(entry)))
+        except PatternError as error:
             raise _bad(key, entry, f"a name or regular expression ({error})") from error
     return patterns
 

@@ -30,9 +30,7 @@ are negative or beyond the file, repeated names, names that are not UTF-8, bytes
 
 from __future__ import annotations
 
-import os
 import struct
-import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +39,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.files.regular import open_regular, read_regular
 from lowbit.formats.gguf.header import MAGIC
 from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix, check_values
 from lowbit.formats.gguf.raw import RawGGUF, open_raw_gguf
@@ -78,7 +77,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
         elif path.stat().st_size > MAX_DAT_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_DAT_BYTES} are read")
         else:
-            matrix = unpack_dat(path.read_bytes(), path)
+            matrix = unpack_dat(read_regular(path), path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})", "give an imatrix file") from error
     check_values(matrix, str(path))
@@ -86,24 +85,16 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
 
 
 def write_imatrix(matrix: ImportanceMatrix, path: str | Path, form: Form = "gguf") -> None:
-    """Write a file that llama.cpp reads; it has its name when it is complete. Raises CheckpointError, OutputError."""
-    path = Path(os.path.abspath(path))
+    """Write a file that llama.cpp reads. Raises CheckpointError, OutputError."""
     check_values(matrix, "the imatrix")
-    work = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        if form == "dat":
-            work.write_bytes(pack_dat(matrix))
-        else:
-            _write_gguf(matrix, work)
-        with work.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
+    if form == "dat":
+        Path(path).write_bytes(pack_dat(matrix))
+    else:
+        _write_gguf(matrix, Path(path))
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == MAGIC
 
 

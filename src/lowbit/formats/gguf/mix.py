@@ -51,6 +51,7 @@ from lowbit.formats.gguf.mix_table import (
     needs_importance,
 )
 from lowbit.numerics.ggml.types import TYPES, find_type
+from lowbit.patterns import PatternError, compiled
 from lowbit.schemes import SCHEMES
 
 IMATRIX_HINT = "make one with `lowbit imatrix MODEL -o FILE` and pass it with --imatrix FILE"
@@ -261,8 +262,8 @@ class Asked:
 def _search(regex: str, free: Mapping[str, TensorShape], tensors: Sequence[TensorShape], option: str) -> list[str]:
     """Names in `free` that match, by themselves or by their sources; UsageError if there is none."""
     try:
-        pattern = re.compile(regex)
-    except re.error as error:
+        pattern = compiled(regex)
+    except PatternError as error:
         raise UsageError(f"{option} {regex!r} is not a regular expression: {error}") from error
 
     def matches(tensor: TensorShape) -> bool:

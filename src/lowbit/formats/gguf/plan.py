@@ -23,12 +23,13 @@ from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueTy
 from torch import Tensor
 
 from lowbit.architecture import Linear, model_dtype, open_described
-from lowbit.checkpoint.base import Checkpoint, report_path
+from lowbit.checkpoint.base import HTML_NAME, Checkpoint, report_path
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import UsageError
 from lowbit.export import Piece
-from lowbit.export.atomic import atomic_files, refuse_existing_file
+from lowbit.export.atomic import atomic_files, refuse_existing_files
 from lowbit.export.safetensors_writer import StoredTensor
+from lowbit.files.claim import Claim
 from lowbit.formats.gguf.general import loadable_name
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.imatrix_file import read_imatrix
@@ -44,7 +45,7 @@ from lowbit.formats.gguf.write import (
     packed,
     packed_key_values,
     part_names,
-    total_bytes,
+    part_sizes,
 )
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from lowbit.knobs import Facts
@@ -109,9 +110,17 @@ class GGUFPlan(Plan):
     def stored(self) -> list[StoredBlocks]:
         return [_stored_blocks(tensor) for tensor in self.tensors]
 
-    @cached_property
+    @property
     def file_bytes(self) -> int:
-        return total_bytes(self.stored, self.key_values, self.settings.shard_size)
+        return sum(self._part_sizes)
+
+    @property
+    def largest_file(self) -> int:
+        return max(self._part_sizes)
+
+    @cached_property
+    def _part_sizes(self) -> list[int]:
+        return part_sizes(self.stored, self.key_values, self.settings.shard_size)
 
     def pack(self, tensor: PlannedTensor, rows: Stored, first: int) -> list[Piece]:
         assert isinstance(rows, Tensor)
@@ -120,11 +129,14 @@ class GGUFPlan(Plan):
         return [Piece(tensor.name, rows, first)]
 
     def refuse_existing(self, output: Path, overwrite: bool) -> None:
-        for name in part_names(output.name, self.stored, self.settings.shard_size):
-            refuse_existing_file(output.with_name(name), report_path(output), overwrite)
+        refuse_existing_files(output, self.places(output), overwrite)
 
-    def workplace(self, output: Path, overwrite: bool) -> AbstractContextManager[Path]:
-        return atomic_files(output)
+    def workplace(self, output: Path, overwrite: bool, claim: Claim | None = None) -> AbstractContextManager[Path]:
+        return atomic_files(output, overwrite, claim)
+
+    def places(self, output: Path) -> list[Path]:
+        parts = part_names(output.name, self.stored, self.settings.shard_size)
+        return [*(output.with_name(name) for name in parts), report_path(output), report_path(output, HTML_NAME)]
 
     def container(self, work: Path, output: Path) -> GGUFWriter:
         return GGUFWriter(work, output.name, self.stored, self.key_values, self.settings.shard_size)

@@ -111,6 +111,11 @@ class RawGGUF:
         stop = tensor.stop if last is None else tensor.start + last * row_bytes
         self.file_of(tensor).release(tensor.start + first * row_bytes, stop)
 
+    def holders(self, file: str, first: int, last: int) -> list[str]:
+        """Tensors that have bytes between two positions of a file."""
+        return [tensor.name for tensor in self.tensors
+                if self.file_of(tensor).path.name == file and tensor.start < last and tensor.stop > first]  # fmt: skip
+
     def close(self) -> None:
         for file in self.files:
             file.close()

@@ -14,6 +14,7 @@ from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MOD
 
 from lowbit.formats.gguf.general import missing_tokens
 from lowbit.numerics.ggml import TYPES
+from lowbit.verification.checksums import check_checksums
 from lowbit.verification.result import GGUF, Finding, Rule
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def check_file(subject: GGUFSubject) -> Finding:
     raw = subject.raw
     parts = f"{len(raw.files)} parts" if len(raw.files) > 1 else "one file"
     return Finding([], f"{len(raw.tensors)} tensors in {parts}")
+
+
+def check_written_bytes(subject: GGUFSubject) -> Finding:
+    """The files are, to the bit, those that lowbit wrote."""
+    return check_checksums(subject.folder.parent, subject.checksums, subject.raw.holders)
 
 
 def check_architecture(subject: GGUFSubject) -> Finding:
@@ -164,6 +170,8 @@ def _brief(numbers: list[int]) -> str:
 RULES: tuple[Rule, ...] = (
     Rule("gguf-file", "files", (GGUF,), "the container parses; all parts are there, whole, and nothing overlaps",
          check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
+    Rule("gguf-checksums", "files", (GGUF,), "the files are, to the bit, those that lowbit wrote", check_written_bytes,
+         "our own: SHA-256 of each MiB, in the report", needs_checksums=True, then="misreads"),
     Rule("gguf-architecture", "model", (GGUF,), "the architecture is known and its sizes are stated",
          check_architecture, "load_arch, load_hparams of llama-model.cpp"),
     Rule("gguf-tensors", "format", (GGUF,), "tensors are those of the architecture, in every block", check_tensors,

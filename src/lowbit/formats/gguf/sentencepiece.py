@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import CheckpointError
+from lowbit.files.regular import read_regular
 
 MAX_BYTES = 100_000_000
 BPE = 2
@@ -53,7 +54,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(f"{path}: {size} bytes; a SentencePiece model has at most {MAX_BYTES}")
-        data = memoryview(path.read_bytes())
+        data = memoryview(read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:

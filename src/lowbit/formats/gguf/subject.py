@@ -27,6 +27,7 @@ from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
+from lowbit.verification.checksums import kept_checksums
 from lowbit.verification.survey import Progress
 from lowbit.workers import run_all
 
@@ -56,6 +57,11 @@ class GGUFSubject:
     @cached_property
     def raw(self) -> RawGGUF:
         return open_raw_gguf(self.folder)
+
+    @cached_property
+    def checksums(self) -> dict[str, tuple[int, bytes]]:
+        """File → (bytes, digests) by the report; empty without one."""
+        return kept_checksums(self.folder)
 
     @property
     def arch(self) -> str:

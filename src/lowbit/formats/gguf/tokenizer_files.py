@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.base import MAX_JSON_BYTES, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.files.regular import read_regular
 from lowbit.formats.gguf.pre_tokenizers import BY_NAME
 from lowbit.formats.gguf.sentencepiece import SentencePieceModel, read_sentencepiece
 
@@ -263,7 +264,7 @@ def _text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
-        return path.read_bytes().decode("utf-8")
+        return read_regular(path).decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:

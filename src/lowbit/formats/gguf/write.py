@@ -27,6 +27,7 @@ from gguf.constants import GGUFValueType
 from lowbit.errors import OutputError
 from lowbit.export import Piece
 from lowbit.export.atomic import reserve, write_all
+from lowbit.files.hashes import FileHashes
 
 VERSION = 3
 ALIGNMENT = 32
@@ -83,6 +84,13 @@ class _Part:
     offsets: dict[str, int]
     size: int
     descriptor: int = -1
+    hashes: FileHashes | None = None
+
+    @property
+    def blank(self) -> list[tuple[int, int]]:
+        """(position, length) of the header, and of the zeros behind each tensor."""
+        ends = [self.offsets[tensor.name] + tensor.nbytes for tensor in self.tensors]
+        return [(0, len(self.header)), *((end, _aligned(end) - end) for end in ends)]
 
 
 class GGUFWriter:
@@ -106,10 +114,12 @@ class GGUFWriter:
         self._by_name = {tensor.name: (part, tensor) for part in self._parts for tensor in part.tensors}
         self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
         self._lock = Lock()
+        self.digests: dict[str, bytes] = {}
         for part in self._parts:
             part.descriptor = os.open(part.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             reserve(part.descriptor, part.size)
-            os.pwrite(part.descriptor, part.header, 0)
+            write_all(part.descriptor, memoryview(part.header), 0)
+            part.hashes = FileHashes(part.descriptor, part.size, part.blank)
 
     @property
     def files(self) -> list[Path]:
@@ -124,16 +134,20 @@ class GGUFWriter:
         if offset + len(data) > stored.nbytes:
             raise AssertionError(f"{piece.name}: {len(data)} bytes at {offset} overrun {stored.nbytes}")
         if len(data):
-            write_all(part.descriptor, data, part.offsets[piece.name] + offset)
+            position = part.offsets[piece.name] + offset
+            write_all(part.descriptor, data, position)
+            if part.hashes is not None:
+                part.hashes.wrote(position, len(data))
         with self._lock:
             self._missing[piece.name] -= len(data)
 
     def close(self) -> None:
-        """Close the files; OutputError if something was never written."""
-        self.abandon()
+        """Hash and close the files; OutputError if something was never written."""
         missing = [name for name, nbytes in self._missing.items() if nbytes]
         if missing:
             raise OutputError(f"{self._parts[0].path}: {len(missing)} tensors were not written in full: {missing[0]} …")
+        self.digests = {part.path.name: part.hashes.digests() for part in self._parts if part.hashes is not None}
+        self.abandon()
 
     def abandon(self) -> None:
         """Close the files as they are."""
@@ -169,9 +183,9 @@ def _names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
 
 
-def total_bytes(tensors: list[StoredBlocks], key_values: KeyValues, shard_size: int | None) -> int:
-    """Bytes of all files, headers included."""
-    return sum(part.size for part in plan_parts(Path(), "x.gguf", tensors, key_values, shard_size))
+def part_sizes(tensors: list[StoredBlocks], key_values: KeyValues, shard_size: int | None) -> list[int]:
+    """Bytes of every file, headers included."""
+    return [part.size for part in plan_parts(Path(), "x.gguf", tensors, key_values, shard_size)]
 
 
 def _split(tensors: list[StoredBlocks], shard_size: int | None) -> list[list[StoredBlocks]]:

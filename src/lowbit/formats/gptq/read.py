@@ -21,7 +21,6 @@ Refused: Marlin, BitBLAS and planar layouts (5, 6, 7 bits), words other than int
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
+from lowbit.patterns import Pattern, PatternError, compiled
 from lowbit.schemes import Scheme, WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity, QuantizedTensor
 
@@ -260,7 +260,7 @@ def _settings(stored: Checkpoint, said: dict[str, Any], where: str, common: GPTQ
 
 def _rules(
     stored: Checkpoint, quantization: dict[str, Any], common: GPTQSettings
-) -> list[tuple[re.Pattern[str], GPTQSettings | None]]:
+) -> list[tuple[Pattern, GPTQSettings | None]]:
     """`dynamic`, compiled, in order; None for "-:"."""
     dynamic = quantization.get("dynamic") or {}
     if not isinstance(dynamic, dict):
@@ -269,8 +269,8 @@ def _rules(
     for key, override in dynamic.items():
         where = f"dynamic[{key!r}]"
         try:
-            pattern = re.compile(key[2:] if key.startswith(("+:", "-:")) else key)
-        except (re.error, RecursionError, OverflowError) as error:
+            pattern = compiled(key[2:] if key.startswith(("+:", "-:")) else key)
+        except PatternError as error:
             raise CheckpointError(
                 f"{stored.source}: config.json: {where} is no regular expression ({error})"
             ) from error

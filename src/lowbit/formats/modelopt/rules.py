@@ -113,16 +113,6 @@ def check_algorithm(subject: Subject) -> Finding:
     return Finding(problems, stated)
 
 
-def check_shapes(subject: Subject) -> Finding:
-    """in_features divide by 16 for NVFP4, by 32 for MXFP8, by 128 for FP8 blocks."""
-    problems = []
-    for name, scheme in subject.schemes.items():
-        columns, multiple = subject.architecture.linears[name].shape[1], scheme.weight.group_size
-        if multiple and columns % multiple:
-            problems.append(f"{name} has {columns} in_features; {scheme.name} needs a multiple of {multiple}")
-    return Finding(problems, "groups and blocks fit")
-
-
 def check_scales_present(subject: Subject) -> Finding:
     """Every scale of the algorithm is present: parameters that are not loaded stay NaN, or uninitialised."""
     problems = []
@@ -148,9 +138,6 @@ RULES: tuple[Rule, ...] = (
          "warn_if_inline_quant_config_differs of modelopt_config.py (TensorRT-LLM)"),
     Rule("modelopt-scales", "format", ("modelopt",), "every scale that the algorithm calls for is there",
          check_scales_present, "KNvfp4Static.process, KFp8StaticTensor of modelopt.py (vLLM)"),
-    Rule("modelopt-shapes", "format", ("modelopt",),
-         "in_features divide by 16, 32 or 128 as the algorithm needs", check_shapes,
-         "KNvfp4Static, KMxfp8Static, KFp8Block128.create_weights of modelopt.py (vLLM)"),
 )  # fmt: skip
 # Of engines that name the algorithms they know (`Loading.quant_algos`).
 ALGORITHM = Rule(

@@ -1,0 +1,84 @@
+"""What every byte of a calibrated run depends on, so that --resume never joins blocks of two different runs.
+
+    settings    every setting of the table, by name
+    source      the revision, and what the user typed, which is told but not compared
+    files       SHA-256 of every weight file, all of it
+    config      config.json
+    text        SHA-256 of the token ids
+    targets     linear → grid or ggml type
+    arithmetic  dtype, device, threads, instruction set
+    versions    of lowbit, torch and transformers
+
+`differences` says in a few words what changed: settings first, since targets follow from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit import kernels
+from lowbit.files.hashes import file_digests
+from lowbit.version import __version__
+
+if TYPE_CHECKING:
+    from lowbit.calibrate.one_block import Job
+    from lowbit.checkpoint.base import OpenOptions
+
+_LONGEST_VALUE = 60  # characters of a value in a message
+_ABSENT = object()
+
+
+def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
+    """Everything that can change a byte of the result, as JSON values; reads all weight files once."""
+    source, settings = job.checkpoint, job.settings
+    return {
+        "lowbit": {"version": __version__, "store": 2},
+        "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
+        "model": source.source,
+        "source": {"revision": options.revision},
+        "files": file_hashes({info.file for info in source.tensors.values()}),
+        "config": source.config(),
+        "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
+        "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
+        "arithmetic": {"dtype": str(job.dtype), "device": job.device, "threads": torch.get_num_threads(),
+                       "kernels": kernels.isa()},
+        "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
+    }  # fmt: skip
+
+
+def file_hashes(files: set[Path]) -> dict[str, str]:
+    """File name → SHA-256 of the SHA-256s of its chunks."""
+    return {path.name: hashlib.sha256(file_digests(path)).hexdigest() for path in sorted(files)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities, in words: "group_size was 32, is 64"."""
+    found: list[str] = []
+    for topic in now:
+        if topic == "model" or (topic == "targets" and found):
+            continue
+        was, is_now = before.get(topic), now[topic]
+        if was == is_now:
+            continue
+        if not isinstance(was, dict) or topic == "lowbit":
+            return ["it was begun by another version of lowbit"]
+        names = [name for name in {**was, **is_now} if was.get(name, _ABSENT) != is_now.get(name, _ABSENT)]
+        if topic == "files":
+            found += [f"{name} of {now.get('model')} is not what it was" for name in names]
+        elif topic == "text":
+            found += [f"{name} is not what it was" for name in names]
+        elif topic == "targets":
+            found.append(f"{len(names)} linears are rounded to another grid, the first {names[0]}")
+        else:
+            found += [f"{name} was {_brief(was.get(name))}, is {_brief(is_now.get(name))}" for name in names]
+    return found
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

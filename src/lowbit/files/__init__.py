@@ -1,0 +1,1 @@
+"""What lowbit asks of the file system: names that are taken once, names that are claimed, files that are only files."""

@@ -1,0 +1,93 @@
+"""Regular expressions of users and of checkpoints, matched without waiting for ever.
+
+Python's `re` takes exponential time for some patterns, and a config.json may hold one: `(([a-z0-9._])+)+X`. RE2 takes
+time linear in the name for all that it knows. What it does not know (lookaround, references back), and names that are
+not ASCII or hold a line feed, where its classes and `$` differ from Python's, go to the package `regex`, which
+stops after `SECONDS`.
+
+The language is Python's: a pattern that `re` refuses is refused, and both engines find what `re` finds.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import lru_cache
+from typing import Any
+
+from lowbit.errors import UsageError
+
+SECONDS = 1.0  # of the processor, for one pattern and one name
+LONGEST = 10_000  # characters of a pattern
+_RE2_MEMORY = 1 << 23
+
+
+class PatternError(UsageError):
+    """No regular expression, or one that takes too long to match."""
+
+    usual_hint = "write it without repetitions inside of repetitions, or name the modules"
+
+
+class Pattern:
+    """A compiled pattern; `match` and `search` are those of `re`, and say True or False."""
+
+    def __init__(self, text: str):
+        self.text = text
+        if len(text) > LONGEST:
+            raise PatternError(f"it has {len(text)} characters; at most {LONGEST} are allowed")
+        import regex  # when the first pattern is seen: importing takes as long as `lowbit --help`
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                re.compile(text)
+                self._slow = regex.compile(_as_python(text))
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise PatternError(str(error)) from error
+        self._fast = _re2(text)
+
+    def match(self, name: str) -> bool:
+        """True where the pattern matches at the beginning of a name."""
+        return self._find("match", name)
+
+    def search(self, name: str) -> bool:
+        """True where the pattern matches anywhere in a name."""
+        return self._find("search", name)
+
+    def _find(self, how: str, name: str) -> bool:
+        if self._fast is not None and name.isascii() and "\n" not in name:
+            return getattr(self._fast, how)(name) is not None
+        try:
+            return getattr(self._slow, how)(name, timeout=SECONDS) is not None
+        except TimeoutError as error:
+            raise PatternError(f"the pattern {self.text[:80]!r} takes too long to match {name[:80]!r}") from error
+
+
+@lru_cache(maxsize=4096)
+def compiled(text: str) -> Pattern:
+    """A pattern, compiled once; PatternError where it is none."""
+    return Pattern(text)
+
+
+def up_to_a_dot(entry: str) -> Pattern:
+    """transformers' pattern of an entry in a list of modules: the beginning of a name, up to a dot or the end."""
+    return compiled(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+
+
+def _as_python(text: str) -> str:
+    """A pattern in which [[:alpha:]] is what it is to Python: a set with a bracket in it."""
+    return text.replace("[[:", r"[\[:")
+
+
+def _re2(text: str) -> Any:
+    """The pattern for RE2; None where RE2 does not know it."""
+    import re2
+
+    if not text.isascii():
+        return None
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, _RE2_MEMORY
+    try:
+        return re2.compile(_as_python(text), options=options)
+    except re2.error:
+        return None

@@ -1,0 +1,64 @@
+"""Are the files those that lowbit wrote, to the bit? By the SHA-256 of each MiB that the report keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.base import read_json_object, report_path
+from lowbit.errors import CheckpointError
+from lowbit.files.hashes import CHUNK, DIGEST, file_digests, from_text
+from lowbit.verification.result import Finding
+
+
+def kept_checksums(output: Path, part: str = "files") -> dict[str, tuple[int, bytes]]:
+    """File name → (bytes, digests of its chunks), as the report beside an output keeps them; empty without a report.
+
+    part  "files" for those with weights, "beside" for config, tokenizer and the like
+    """
+    report = report_path(output)
+    if not report.is_file():
+        return {}
+    try:
+        stated: Any = read_json_object(report)["output"].get(part)
+        return {file["name"]: (file["bytes"], from_text(file["hashes"])) for file in stated or () if file.get("hashes")}
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+        return {}
+
+
+def check_checksums(
+    folder: Path, kept: dict[str, tuple[int, bytes]], holders: Callable[[str, int, int], list[str]]
+) -> Finding:
+    """Compare the files of a folder with their checksums.
+
+    holders  (file name, first byte, last byte) → names of the tensors that have bytes there
+    """
+    problems = []
+    for name, (size, digests) in kept.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes; {size} were written")
+        else:
+            found = file_digests(path)
+            for index in range(len(digests) // DIGEST):
+                part = slice(index * DIGEST, (index + 1) * DIGEST)
+                if found[part] != digests[part]:
+                    first, last = index * CHUNK, min(size, (index + 1) * CHUNK)
+                    named = holders(name, first, last) or ["the header"]
+                    more = f" and {len(named) - 2} more" if len(named) > 2 else ""
+                    problems.append(f"{name}: bytes {first} to {last} are not those that were written "
+                                    f"({', '.join(named[:2])}{more})")  # fmt: skip
+    return Finding(problems, f"{len(kept)} file{'s' * (len(kept) != 1)} as written, to the bit")
+
+
+def changed_beside(folder: Path) -> list[str]:
+    """Files beside the weights that are not as lowbit wrote them: someone's right, and worth a word."""
+    kept = kept_checksums(folder, "beside")
+    return [name for name, (size, digests) in kept.items() if not _is_as_written(folder / name, size, digests)]
+
+
+def _is_as_written(path: Path, size: int, digests: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == size and file_digests(path) == digests
