@@ -244,7 +244,7 @@ def factory(config: PretrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if type(config) in AutoModelForImageTextToText._model_mapping:
-        of_text = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        of_text: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
         if of_text is None or of_text.config_class is not type(config):
             return AutoModelForImageTextToText
     return AutoModelForCausalLM
