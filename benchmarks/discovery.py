@@ -2,8 +2,8 @@
 
     python benchmarks/discovery.py [MODEL_TYPE | config.json ...]
 
-Without arguments DeepSeek-V3, whose default config in transformers is that of the released model. Every model in a process
-of its own, uncached; seconds of wall clock and of the processor, imports included, and peak memory of the process.
+Without arguments DeepSeek-V3, whose default config in transformers is that of the released model. Every model in a
+process of its own, uncached; seconds of wall clock and of the processor with imports, and peak memory of the process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def main() -> None:
         began = time.perf_counter()
         found = subprocess.run([sys.executable, __file__, "--one", name], check=True, capture_output=True, text=True)
         facts = json.loads(found.stdout.splitlines()[-1])
-        print(f"{name}: {time.perf_counter() - began:.1f} s, {facts['cpu']:.1f} s of the processor, "
-              f"{facts['bytes'] / 1e9:.2f} GB; {facts['linears']:,} linears, {facts['fed']:,} with what feeds them")  # fmt: skip
+        spent, memory = time.perf_counter() - began, facts["bytes"] / 1e9
+        print(f"{name}: {spent:.1f} s, {facts['cpu']:.1f} s of the processor, {memory:.2f} GB")
+        print(f"  {facts['linears']:,} linears, {facts['fed']:,} with what feeds them")
 
 
 def one(name: str) -> None:
