@@ -139,6 +139,7 @@ def _child(name: str, folder: Path, writer: Any) -> None:
     sweep = _Sweep(name, folder)
     for stage in STAGES:
         found = sweep.stage(stage)
+        found |= {key: found[key].replace(f"{folder}/", "") for key in ("reason", "refusal") if key in found}
         writer.send(found)
         if found.get(stage) == "failed" and stage in ("built", "rtn"):
             break
