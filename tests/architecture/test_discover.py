@@ -73,7 +73,7 @@ def test_block_of_a_parameter():
 
 
 def test_unknown_model_type_is_named():
-    with pytest.raises(ArchitectureError, match="cannot build a model of type 'nothing'"):
+    with pytest.raises(ArchitectureError, match="'nothing' is not known to transformers"):
         discover({"model_type": "nothing", "architectures": ["NothingForCausalLM"]}, "folder")
 
 

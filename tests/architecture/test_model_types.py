@@ -12,11 +12,14 @@ from lowbit.errors import ArchitectureError
 from tiny_type_rows import NOT_MADE
 from tiny_types import model_types, tiny_config
 
+_UNKNOWN, _BUILD = "in a way that lowbit does not know", "cannot build a model"
 # type → what the refusal says
 REFUSED = {
+    **dict.fromkeys(("ernie4_5_vl_moe", "hrm_text", "inkling2", "inkling2_text", "molmo2", "step3p7"), _UNKNOWN),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "inkling_mm_model", "perception_lm"), _BUILD),  # needs timm, or scipy
 }
-# matrices of the blocks that are no linears to lowbit: parameters of a form of their own
-MOSTLY_KEPT = {}
+# type → share of the weights of decoder blocks in linears, where parameters have a form of their own
+OTHER_FORMS = {"dbrx": 0.19, "jetmoe": 0.04, "minimax": 0.7, "xlnet": 0.3}
 THIRD = [name for number, name in enumerate(model_types()) if number % 3 == 0 and name not in NOT_MADE]
 
 
@@ -35,4 +38,4 @@ def test_linears_of_every_type_are_found_with_their_inputs(part):
                     if found.block_of(name) is not None and len(shape) > 1}  # fmt: skip
         assert inside, model_type
         assert all(linear.reads is not None for linear in inside), model_type
-        assert weights >= MOSTLY_KEPT.get(model_type, 0.8) * sum(matrices.values()), model_type
+        assert weights >= OTHER_FORMS.get(model_type, 0.8) * sum(matrices.values()), model_type

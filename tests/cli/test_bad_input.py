@@ -140,7 +140,7 @@ BAD_MODELS = {
     nan_weight: "model.layers.1.mlp.up_proj.weight",
     inf_weight: "model.embed_tokens.weight",
     unknown_architecture: "sphinx",
-    no_architecture: "model type None",
+    no_architecture: "states no model_type",
     config_of_nonsense_sizes: "hidden_size",
     config_of_another_size: "999",
     missing_config: "config.json",

@@ -36,8 +36,8 @@ def test_the_model_card_and_the_sampling_settings(tmp_path):
 @pytest.mark.parametrize(
     "card", ["", "# no YAML", "---\n[1, 2]\n---\n", "---\na: [\n---\n", "---\nlicense: 3\ntags: {}\n---\n"]
 )
-def test_a_card_of_another_kind_is_left_out(tmp_path, yaml):
-    (tmp_path / "README.md").write_text(yaml)
+def test_a_card_of_another_kind_is_left_out(tmp_path, card):
+    (tmp_path / "README.md").write_text(card)
     assert general_key_values(tmp_path, {}, SHAPES).keys() == {"general.size_label"}
 
 

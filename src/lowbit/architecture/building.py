@@ -34,11 +34,24 @@ def build_without_weights(
 
     Raises ArchitectureError where transformers cannot build it.
     """
+    import transformers
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     plain = without_quantization(config)
+    if not isinstance(config.get("model_type"), str):
+        raise ArchitectureError(
+            f"{folder}: config.json states no model_type, which says what the tensors are for",
+            "copy config.json of the original model; it must be that of a language model",
+        )
+    own_code = trust_remote_code and bool(config.get("auto_map"))
+    if config["model_type"] not in CONFIG_MAPPING and not own_code:
+        raise ArchitectureError(
+            f"{folder}: model type {config['model_type']!r} is not known to transformers {transformers.__version__}",
+            "upgrade transformers if the model is newer than it",
+        )
     try:
-        if trust_remote_code and config.get("auto_map"):
+        if own_code:
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             if hasattr(parsed, "quantization_config"):
                 delattr(parsed, "quantization_config")
