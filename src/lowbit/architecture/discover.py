@@ -81,7 +81,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         {name: place for name, place in layout.items() if place.parts != (Part(name),)},
         (*family_of(model.config.model_type).spellings, *COMMON_SPELLINGS),
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
-        (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout)),
+        (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs,
     )  # fmt: skip
 
@@ -302,11 +302,17 @@ class _Block:
         return [replace(linear, fused=sets.get(linear.name)) for linear in linears]
 
 
-def _unknown_towers(layout: dict[str, Placement]) -> list[str]:
-    """Patterns of the tensors of modules outside the blocks whose names in files are not known."""
-    unknown = [parameter for parameter, placement in layout.items() if not placement.parts]
-    towers = {parameter.removeprefix("model.").partition(".")[0] for parameter in unknown}
-    return [rf"(^|\.){re.escape(tower)}\." for tower in sorted(towers)]
+def _unknown_towers(layout: dict[str, Placement], blocks: str) -> list[str]:
+    """Patterns of tensors outside the blocks that transformers makes in ways that are not known; files and
+    transformers may call such a module differently."""
+
+    def tower(name: str) -> str:
+        return name.removeprefix("model.").partition(".")[0]
+
+    unknown = {tower(parameter) for parameter, placement in layout.items() if not placement.parts}
+    stored = {tower(part.name) for parameter, placement in layout.items() if tower(parameter) in unknown
+              for part in placement.parts}  # fmt: skip
+    return [rf"(^|\.){re.escape(each)}\." for each in sorted((unknown | stored) - {tower(blocks)})]
 
 
 def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str]:
@@ -330,7 +336,7 @@ def _role(name: str, tensor: _Stored, linears: dict[str, Linear], modules: dict[
         return linears[owner].role
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if "norm" in type(module).__name__.lower():
+    if "norm" in type(module).__name__.lower() and leaf != "num_batches_tracked":
         return "norm"
     return "convolution" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "other"
 
