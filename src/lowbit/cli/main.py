@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import os
 import signal
@@ -148,6 +149,8 @@ def _stop_in_order() -> None:
         now = time.monotonic()
         if now - last > _PATIENCE:
             last = now
+            # a worker whose result nobody waits for any more may complain of it
+            logging.getLogger("concurrent.futures").addHandler(logging.NullHandler())
             raise Stopped(signum)
 
     for signum in _signals():
