@@ -175,6 +175,17 @@ class Architecture:
         return {name: tuple(members) for name, members in sets.items()}
 
     @cached_property
+    def expert_containers(self) -> tuple[str, ...]:
+        """Modules, as engines name them, of experts that files hold in one tensor: "model.layers.3.mlp.experts"."""
+        found = []
+        for name, role in self.roles.items():
+            if role == "experts":
+                path = name.removesuffix(".weight")
+                before, experts, _ = path.partition(".experts")
+                found.append(before + experts if experts else path.rpartition(".")[0] + ".experts")
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
     def loaded_names(self) -> dict[str, str]:
         """Module in files → its name in transformers, where that differs."""
         names = {}

@@ -155,9 +155,7 @@ def check_left_experts(subject: Subject) -> Finding:
     It asks for the first expert's projections, after its model class has renamed what it knows (gpt-oss: down_proj to
     w2_weight, in names but not in regexes).
     """
-    containers = dict.fromkeys(
-        name.rpartition(".")[0] for name, role in subject.architecture.roles.items() if role == "experts"
-    )
+    containers = subject.architecture.expert_containers
     problems = []
     for container in containers:
         asked = [f"{container}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", "w2_weight")]

@@ -86,7 +86,7 @@ class FolderPlan(Plan):
                   and architecture.roles.get(t.name, "other") not in ("embedding", "norm")
                   and (architecture.predicts(t.name) or architecture.block_of(t.name) is not None)]  # fmt: skip
         left += [name for name in beside if name not in architecture.linears]
-        left += dict.fromkeys(name.rpartition(".")[0] for name, role in architecture.roles.items() if role == "experts")
+        left += architecture.expert_containers
         # vLLM looks for the names of the files, transformers for those of its modules
         return left + [architecture.loaded_names[name] for name in left if name in architecture.loaded_names]
 
@@ -304,8 +304,8 @@ _COPIED_BECAUSE = {
     "bias": "biases are a vector each",
     "router": "routers choose experts, and are small",
     "convolution": "convolutions are small, and no engine quantizes them",
-    "experts": "loaders read the experts of this model as one tensor only, in 16 bits or in its own MXFP4 (--scheme "
-    "MXFP4A16 --format mxfp4)",
+    "experts": "loaders read the experts of this model as one tensor only (those of gpt-oss also in its own MXFP4: "
+    "--scheme MXFP4A16 --format mxfp4)",
 }
 
 
