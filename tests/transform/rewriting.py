@@ -42,7 +42,7 @@ class Model:
         self.folder, self.dtype = folder, dtype
         plain = open_checkpoint(folder)
         self.architecture, self.checkpoint = describe_checkpoint(plain, split_experts=True)
-        self.facts: ModelFacts = model_facts(self.architecture, plain.config())
+        self.facts: ModelFacts = model_facts(self.architecture)
         self._turned = {f"{name}.weight" for name, each in self.architecture.linears.items() if each.transposed}
 
     def block(self, index: int) -> BlockTensors:

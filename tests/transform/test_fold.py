@@ -143,7 +143,7 @@ def test_a_norm_that_also_feeds_fused_experts_is_no_scaling_point(folder):
 
     checkpoint = open_checkpoint(make_model(folder / "fused", "gpt_oss"))
     architecture, _ = describe_checkpoint(checkpoint)
-    points, left_out = model_facts(architecture, checkpoint.config()).points(0)
+    points, left_out = model_facts(architecture).points(0)
     assert "model.layers.0.post_attention_layernorm" not in [point.feeder for point in points]
     assert "one tensor" in left_out["model.layers.0.mlp_input"]
 

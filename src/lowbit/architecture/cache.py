@@ -34,13 +34,26 @@ def discover_once(
     """`discover`, cached by config.json."""
     if trust_remote_code:
         return discover(config, folder, trust_remote_code, split_experts)
-    path = cache_root() / "architecture" / f"{_key(config, split_experts)}.json"
+    path, other = (_path(config, split) for split in (split_experts, not split_experts))
+    architecture = _kept(path)
+    if architecture is not None:
+        return architecture
+    architecture = _kept(other)
+    if architecture is None or architecture.files_fuse_experts:
+        architecture = discover(config, folder, split_experts=split_experts)
+        _keep(path, architecture)
+    return architecture
+
+
+def _path(config: dict[str, Any], split_experts: bool) -> Path:
+    return cache_root() / "architecture" / f"{_key(config, split_experts)}.json"
+
+
+def _kept(path: Path) -> Architecture | None:
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        architecture = discover(config, folder, split_experts=split_experts)
-    _keep(path, architecture)
-    return architecture
+        return None
 
 
 def _key(config: dict[str, Any], split_experts: bool) -> str:

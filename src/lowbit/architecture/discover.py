@@ -60,7 +60,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
     names = _stored_blocks(paths, layout, modules, type(model).__name__)
     heads = query_heads(model.config)
     decoder = decoder_of(model, paths[0])
-    traces, outputs, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(heads, run))
+    traces, outputs, untraced = trace_blocks(model, decoder, paths, lambda name, run: look_at_block(max(heads, 1), run))
     linears: dict[str, Linear] = {}
     inside = _by_block(paths, stored)
     for index, (path, name) in enumerate(zip(paths, names, strict=True)):
@@ -82,7 +82,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         (*family_of(model.config.model_type).spellings, *COMMON_SPELLINGS),
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
-        _norms(modules, decoder, stored), untraced, outputs,
+        _norms(modules, decoder, stored), untraced, outputs, heads,
     )  # fmt: skip
 
 
@@ -113,15 +113,15 @@ def _largest_list(model: nn.Module | None) -> nn.ModuleList | None:
 
 
 def query_heads(config: Any) -> int:
-    """Query heads of a transformers config; of the first layer where layers differ, 1 where there is no attention."""
+    """Query heads of a transformers config; of the first layer where layers differ, 0 where it states none."""
     text = config.get_text_config(decoder=True)
     try:
         heads = text.num_attention_heads
     except AttributeError:
-        return 1
+        return 0
     except Exception:  # AmbiguousGlobalPerLayerAttributeError, which transformers does not export
         heads = text.per_layer_config[0].num_attention_heads
-    return heads if isinstance(heads, int) and heads > 0 else 1
+    return heads if isinstance(heads, int) and heads > 0 else 0
 
 
 def decoder_of(model: PreTrainedModel, block: str) -> str:

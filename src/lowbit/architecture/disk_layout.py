@@ -89,11 +89,12 @@ def _split(leaf: str, shape: tuple[int, ...], stored: Part, owner: Any, family: 
     path = stored.name.removesuffix(".weight").rpartition(".")[0]
     kind = leaf.removesuffix("_bias")
     is_bias = leaf.endswith("_bias")
-    names = next((names for end, names in family.expert_names if stored.name.endswith(end)), None)
-    if names is not None:
-        prefix = next(stored.name.removesuffix(end) for end, _ in family.expert_names if stored.name.endswith(end))
-        names = tuple(prefix + name for name in names)
-    else:
+    spelled = (
+        (stored.name.removesuffix(end), names) for end, names in family.expert_names if stored.name.endswith(end)
+    )
+    prefix, names = next(spelled, ("", ()))
+    names = tuple(prefix + name for name in names)
+    if not names:
         leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
         if kind not in leaves:
             return Placement(shape, (stored,))

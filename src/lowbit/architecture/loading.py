@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architecture.building import build_without_weights
-from lowbit.architecture.cache import discover_once
 from lowbit.architecture.describing import describe_checkpoint
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.inspection import ENLARGE, embedding_rows
-from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
-from lowbit.architecture.view import canonical_view, holds_single_experts
+from lowbit.architecture.structure import Architecture, Part, Placement
+from lowbit.architecture.view import holds_single_experts
 from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
 from lowbit.checkpoint.companions import beyond_embedding, check_companions, has_tokenizer
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
@@ -93,9 +92,9 @@ class Loader:
         _check_device(device)
         self.dtype, self.device, options = dtype, device, options or OpenOptions()
         refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-        _, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
-        self.model = _empty_model(checkpoint, dtype, options)
-        self.checkpoint, self.layout, self.architecture = match(checkpoint, self.model, options.trust_remote_code)
+        self.architecture, self.checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+        self.model = _empty_model(self.checkpoint, dtype, options)
+        self.layout = _layout(self.model, self.checkpoint)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
         _check_names(self.checkpoint, self.model, self._slots, self.architecture)
         for module in self.model.modules():
@@ -132,13 +131,9 @@ class Loader:
                     place.copy_(values[stored])
 
 
-def match(
-    checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code: bool = False
-) -> tuple[Checkpoint, dict[str, Placement], Architecture]:
-    """(the checkpoint under the names of its architecture, transformers parameter → placement in it, architecture)."""
-    split = holds_single_experts(checkpoint)
-    architecture = discover_once(checkpoint.config(), str(checkpoint.folder), trust_remote_code, split)
-    layout = disk_layout(model, split)
+def _layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Placement]:
+    """transformers parameter → placement in the checkpoint; ArchitectureError where that is not known."""
+    layout = disk_layout(model, holds_single_experts(checkpoint))
     unknown = [name for name, placement in layout.items() if not placement.parts]
     if unknown:
         raise ArchitectureError(
@@ -146,7 +141,7 @@ def match(
             f"not know; the model can be quantized, not run",
             "load it with transformers",
         )
-    return canonical_view(checkpoint, architecture), layout, architecture
+    return layout
 
 
 def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
@@ -259,7 +254,7 @@ def _check_names(
         absent = [[stored for stored, _, _ in source if stored not in checkpoint.tensors] for source in slot.sources]
         missing += min(absent, key=len)
     surplus = [name for name in checkpoint.tensors if name not in known]
-    unexpected = [name for name in surplus if not _is_passed_over(name, checkpoint, model, architecture)]
+    unexpected = [name for name in surplus if not _is_passed_over(name, checkpoint, architecture)]
     if missing or unexpected:
         complaints = [
             f"{what} {_some(names)}"
@@ -284,11 +279,8 @@ def _check_names(
                 )
 
 
-def _is_passed_over(name: str, checkpoint: Checkpoint, model: PreTrainedModel, architecture: Architecture) -> bool:
+def _is_passed_over(name: str, checkpoint: Checkpoint, architecture: Architecture) -> bool:
     """True for tensors that the model correctly has no parameter for."""
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    if COMPUTED_BUFFERS.search(name) or any(re.search(pattern, name) for pattern in ignored):
-        return True
     if architecture.stands_beside(name):
         return True
     # AutoGPTQ writes a bias for every linear; where the model has none it is zeros.

@@ -139,6 +139,7 @@ class Architecture:
     norms        norm → what it computes: "rms" x/rms(x) · w, "rms_plus_one" x/rms(x) · (1 + w), "layer" LayerNorm
     untraced     why inputs of linears are not known; None where the model ran
     block_outputs  entries of the tuple that a block returns; 0 for a tensor
+    heads          query heads of attention, with which `fed_rows` were tested; 0 where config.json states none
     """
 
     model_type: str
@@ -155,6 +156,7 @@ class Architecture:
     norms: dict[str, str] = field(default_factory=dict)
     untraced: str | None = None
     block_outputs: int = 0
+    heads: int = 0
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:
@@ -184,6 +186,11 @@ class Architecture:
                 before, experts, _ = path.partition(".experts")
                 found.append(before + experts if experts else path.rpartition(".")[0] + ".experts")
         return tuple(dict.fromkeys(found))
+
+    @property
+    def files_fuse_experts(self) -> bool:
+        """True if files hold experts in one tensor, so that taking them apart makes another description."""
+        return "experts" in self.roles.values() or any(place.fused is not None for place in self.layout.values())
 
     @cached_property
     def loaded_names(self) -> dict[str, str]:

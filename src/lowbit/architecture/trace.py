@@ -242,10 +242,7 @@ def _routed(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _experts_width(module: nn.Module) -> int:
     """Width of the hidden states that experts read and write: the dimension that `down_proj` does not share with the
     input of the gate."""
-    first = module._parameters.get("gate_up_proj")
-    first = module._parameters["up_proj"] if first is None else first
     down = module._parameters["down_proj"]
-    assert first is not None
     assert down is not None
     return int(down.shape[2] if lies_transposed(module) else down.shape[1])
 

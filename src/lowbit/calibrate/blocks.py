@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from lowbit.architecture.cache import discover_once
 from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.loading import Loader, module_names
+from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
@@ -327,13 +328,11 @@ def _blamed_on(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _standing_in(blocks: list[Block], stand_in: Callable[[int, Any], Any]) -> Iterator[None]:
     """Inside, calling block i calls stand_in(i, (arguments, keywords))."""
-    for index, block in enumerate(blocks):
-        block.module.forward = partial(lambda i, *args, **kwargs: stand_in(i, (args, kwargs)), index)
-    try:
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            instead = partial(lambda i, *args, **kwargs: stand_in(i, (args, kwargs)), index)
+            stack.enter_context(replaced_forward(block.module, instead))
         yield
-    finally:
-        for block in blocks:
-            del block.module.forward
 
 
 def _tensors(call: _Call) -> list[Tensor]:

@@ -124,7 +124,7 @@ def calibrate(
     outside: dict[str, Replacement] = {}
     for transform in parse_method(settings.method).transforms:
         if transform.outside is not None:
-            rewritten = load(transform.outside)(checkpoint, model_facts(architecture, checkpoint.config()))
+            rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
     job = Job(source, targets, dtypes, windows.ids, settings, run.device)
@@ -135,7 +135,7 @@ def calibrate(
     runner = BlockRunner(source, job.dtype, run.device, options, memory)
     work = Work(progress)
     if store.finished < len(runner.blocks):
-        facts = model_facts(runner.architecture, source.config()) if job.method.transforms else None
+        facts = model_facts(runner.architecture) if job.method.transforms else None
         per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
         work.total = len(runner.blocks) * per_block
         with work.timed("forward"):

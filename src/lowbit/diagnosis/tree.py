@@ -56,7 +56,7 @@ def transform_ties(pair: Pair, applied: Iterable[str], differing: Iterable[str],
     """
     applied, differing = set(applied), set(differing)
     try:
-        facts = model_facts(pair.architecture, pair.quantized.config())
+        facts = model_facts(pair.architecture)
     except ArchitectureError:
         return {}
     ties: dict[str, Tie] = {}

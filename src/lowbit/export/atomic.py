@@ -30,8 +30,7 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
             return
         ours = real_folder and (target / REPORT_NAME).is_file()
     if not overwrite:
-        replace = ", or replace it with --overwrite" if ours else ", or remove it first"
-        raise OutputError(f"{target} exists already", f"choose another name with -o{replace}")
+        raise _taken(target, ours)
     if not ours:
         raise OutputError(
             f"{target} exists already, and lowbit did not write it",
@@ -43,6 +42,12 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
             f"{target} holds what lowbit did not write: {', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}",
             "--overwrite would delete it: move it elsewhere, or choose another name with -o",
         )
+
+
+def _taken(place: Path, ours: bool) -> OutputError:
+    """The error for a name that something has; `ours` if lowbit wrote it."""
+    replace = ", or replace it with --overwrite" if ours else ", or remove it first"
+    return OutputError(f"{place} exists already", f"choose another name with -o{replace}")
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -133,8 +138,7 @@ def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = Fa
         ours = report.is_file() and all(place.is_file() and not place.is_symlink() for place in present)
         changed = next((place for place in present if ours and not _is_as_reported(place, report)), None)
     if not overwrite:
-        replace = ", or replace it with --overwrite" if ours else ", or remove it first"
-        raise OutputError(f"{present[0]} exists already", f"choose another name with -o{replace}")
+        raise _taken(present[0], ours)
     if not ours:
         raise OutputError(
             f"{present[0]} exists already, and lowbit did not write it",

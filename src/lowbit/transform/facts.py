@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -173,30 +173,17 @@ class ModelFacts:
         return ScalingPoint(source.name, "linear", _sources(readers), readers, False, fed.rows, fed.channel)
 
 
-def model_facts(architecture: Architecture, config: dict[str, Any]) -> ModelFacts:
-    """Facts of a model from its architecture and parsed config.json; ArchitectureError if they are unknown."""
+def model_facts(architecture: Architecture) -> ModelFacts:
+    """Facts of a model; ArchitectureError if they are unknown."""
     if architecture.untraced is not None:
         raise ArchitectureError(
             f"what feeds the linears of {architecture.class_name} is not known: it does not run on text alone "
             f"({architecture.untraced})",
             "choose a method that rewrites no weights, such as gptq or rtn",
         )
-    return ModelFacts(architecture, _heads(config))
-
-
-def _heads(config: dict[str, Any]) -> int:
-    """Query heads; the default of the model's class if config.json omits them."""
-    from transformers import AutoConfig
-
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        heads = AutoConfig.for_model(**plain).get_text_config().num_attention_heads
-    except Exception as error:  # validators of transformers may raise anything
-        first = " ".join(str(error).split())[:300]
-        raise ArchitectureError(f"config.json does not tell the number of attention heads: {first}") from error
-    if not isinstance(heads, int) or heads < 1:
-        raise ArchitectureError(f"config.json has num_attention_heads {heads!r}; a positive number is needed")
-    return heads
+    if not architecture.heads:
+        raise ArchitectureError("config.json does not tell the number of attention heads")
+    return ModelFacts(architecture, architecture.heads)
 
 
 def _sources(readers: Iterable[Linear]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.architecture import Architecture, Linear, canonical_view, discover_once
+from lowbit.architecture import Architecture, Linear, canonical_view, discover_once, holds_single_experts
 from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions, read_config, read_json_object
 from lowbit.checkpoint.quantized import (
     FLOATS,
@@ -110,7 +110,7 @@ class Subject:
     @cached_property
     def architecture(self) -> Architecture:
         """Experts are described one by one where the files hold blocks, single experts, or decoded floats."""
-        split = self.known_format in ("mxfp4", PLAIN) or any(".experts.0." in name for name in self.stored.tensors)
+        split = self.known_format in ("mxfp4", PLAIN) or holds_single_experts(self.stored)
         return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 
     @cached_property

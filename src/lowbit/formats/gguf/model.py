@@ -16,7 +16,6 @@ missing tensor. Left out with a note: buffers, multi-token prediction, vision.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -28,6 +27,7 @@ import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 from torch import Tensor
 
+from lowbit.architecture.inspection import MASKS
 from lowbit.architecture.structure import Architecture
 from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 T = MODEL_TENSOR
 
 # Causal masks that old GPT-2 and GPT-NeoX files store.
-_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
             beside["vision: llama.cpp keeps it in a file of its own (mmproj)"] += 1
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
-        elif name not in known and (architecture.stands_beside(name) or _MASKS.search(name)):
+        elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):
             beside["buffers that are computed"] += 1
         elif name in architecture.tied and architecture.tied[name] in checkpoint.tensors:
             beside[f"{name}, which config.json ties to {architecture.tied[name]}"] += 1
