@@ -38,6 +38,7 @@ from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
+from lowbit.measure import trim_memory
 
 # Tokens per batch: enough for efficient matrix products, few enough for the caches.
 BATCH_TOKENS = 2048
@@ -172,6 +173,7 @@ class BlockRunner:
         """Free the weights of a block."""
         prefix = self.blocks[index].name + "."
         self._loader.drop(lambda parameter: parameter.startswith(prefix))
+        trim_memory()  # else the heap grew by a block at a time in half of the runs of a small model
 
     def put(self, values: dict[str, Tensor]) -> None:
         """Replace stored tensors of a loaded block, by stored name, in the file's orientation."""
