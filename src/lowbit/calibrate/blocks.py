@@ -173,7 +173,7 @@ class BlockRunner:
         """Free the weights of a block."""
         prefix = self.blocks[index].name + "."
         self._loader.drop(lambda parameter: parameter.startswith(prefix))
-        trim_memory()  # else the heap grew by a block at a time in half of the runs of a small model
+        trim_memory()  # glibc keeps what blocks and statistics leave in pieces: 0.2 of 0.86 GB for SmolLM2
 
     def put(self, values: dict[str, Tensor]) -> None:
         """Replace stored tensors of a loaded block, by stored name, in the file's orientation."""

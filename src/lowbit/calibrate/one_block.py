@@ -21,7 +21,6 @@ from lowbit.calibrate.summary import summaries_of
 from lowbit.calibrate.tensors import StoredTensors
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import NonFiniteError
-from lowbit.measure import trim_memory
 from lowbit.methods import Method, Rounding, Transform, parse_method
 from lowbit.numerics.precision import compute_dtype
 from lowbit.registry import load
@@ -142,7 +141,6 @@ class CalibratedBlock:
             with work.timed("forward"):
                 passes.advance(work.tick, job.checkpoint.read)
         runner.drop(self.index)
-        trim_memory()  # statistics fragment the heap: 0.2 of 0.86 GB for SmolLM2 with 16 windows
 
     def repeat(self, store: BlockStore) -> None:
         """Run the hidden states through a block that an earlier run rounded."""
