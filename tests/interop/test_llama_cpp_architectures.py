@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gguf_models import CASES, describe_folder, make_case, write_plain
+from gguf_models import CASES, LOOSER, TOLERANCE, describe_folder, make_case, write_plain
 from llama_cpp import top_logprobs
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_safetensors
@@ -15,11 +15,6 @@ from lowbit.checkpoint import open_safetensors
 pytestmark = pytest.mark.interop
 
 pytest.importorskip("xllamacpp")
-
-# Nats. Everything is float32, but GELU, which llama.cpp looks up in a float16 table (and has no exact form of).
-TOLERANCE = 2e-5
-LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt_neox"))}
-LOOSER["gpt_oss_yarn"] = 5e-3  # the ends of YaRN's ramp are rounded to whole dimensions
 
 
 def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:
