@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import torch
 
 import gguf_cases_dense
 import gguf_cases_experts
 import gguf_cases_hybrid
 import gguf_cases_seeing
 from lowbit.architecture import describe_checkpoint
+from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.formats.gguf.model import GGUFModel, describe_gguf
@@ -110,6 +112,19 @@ def write_plain(model: GGUFModel, checkpoint: Checkpoint, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:
+    """(a random prompt, float64 log-probabilities after it); one that an ASCII letter follows, because llama.cpp holds
+    back half a character and stops at the end of the text."""
+    model = load_model(open_safetensors(folder))
+    for seed in range(100):
+        ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        if 3 <= int(logits.argmax()) < 97:
+            return ids[0].tolist(), logits.double().log_softmax(-1)
+    raise AssertionError("no prompt is followed by a letter")
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
