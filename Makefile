@@ -13,10 +13,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
-# Damaged files for five minutes, from a new seed each time; a failure names the seed, the try and the file it kept.
+# Damaged files, then whole commands on damaged models, five minutes each (LOWBIT_FUZZ_SECONDS), from a new seed each
+# time; a failure names the seed and the try.
 fuzz: $(VENV)/.installed-dev
 	LOWBIT_FUZZ_SECONDS=$${LOWBIT_FUZZ_SECONDS:-300} LOWBIT_FUZZ_SEED=$${LOWBIT_FUZZ_SEED:-$$(date +%s)} \
-		$(BIN)/python -m pytest -s -k damaged_files tests/checkpoint tests/calibrate
+		$(BIN)/python -m pytest -s -k 'damaged_files or no_command_fails' tests/checkpoint tests/calibrate tests/cli
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

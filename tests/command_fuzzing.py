@@ -60,7 +60,9 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "convert {in} -o {out} --format float", "convert {in} -o {out} --format gptq",
         "convert {in} -o {out}.gguf --format gguf --scheme Q8_0", "quantize {in} -o {out} --scheme W8A16",
         "evaluate {in} --reference {source} --text {text} --windows 1 --window-tokens 16",
-        "generate {in} -p 'one two' --max-tokens 2", "compare {in} {gguf} --reference {source} --windows 1 --window-tokens 64 --no-report",
+        "generate {in} -p 'one two' --max-tokens 2", 
+        "compare {in} {gguf} --reference {source} --windows 1 --window-tokens 64 --no-report",
+       
         "diagnose {in} --reference {source} --text {text}",
     ),
     "gguf": (
@@ -304,6 +306,14 @@ def _child(fuzzed: Fuzzed, seed: int, first: int, last: int, writer: Any) -> Non
     os._exit(0)
 
 
+def _all_work(fuzzed: Fuzzed) -> None:
+    stream = os.fdopen(os.dup(1), "w")
+    wrong = [judged for judged in fuzzed.run_undamaged() if judged.verdict != "ok"]
+    for judged in wrong:
+        print(json.dumps(judged.__dict__), file=stream, flush=True)
+    os._exit(int(bool(wrong)))
+
+
 def prepare() -> None:
     """What every command imports is imported before the forks."""
     import torch
@@ -325,6 +335,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--undamaged", action="store_true", help="first see that every command works on a good input")
     args = parser.parse_args()
     prepare()
     verdicts: Counter[str] = Counter()
@@ -332,6 +343,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LOWBIT_CACHE"] = f"{scratch}/cache"
         fuzzed = Fuzzed(Path(scratch) / "inputs")
+        if args.undamaged:
+            context = multiprocessing.get_context("fork")
+            good = context.Process(target=_all_work, args=(fuzzed,))
+            good.start()
+            good.join()
+            if good.exitcode:
+                return 1
         over = (lambda: time.monotonic() - began > args.seconds) if args.seconds else (lambda: False)
         for judged in tries(fuzzed, args.seed, args.first, args.first + args.tries, args.workers, over):
             verdicts["clean: " + judged.verdict if judged.is_clean else judged.verdict] += 1

@@ -46,12 +46,14 @@ def test_a_file_that_is_there_is_replaced_only_when_told(w4a16, text, tmp_path, 
     page.write_text("mine")
     models = [w4a16, w4a16] if command == "compare" else [w4a16]
     result = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page)])
-    assert isinstance(result.exception, OutputError) and "--overwrite" in result.exception.hint
+    assert isinstance(result.exception, OutputError)
+    assert "--overwrite" in result.exception.hint
     assert page.read_text() == "mine"
     page.unlink()
     page.mkdir()
     result = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page), "--overwrite"])
-    assert isinstance(result.exception, OutputError) and page.is_dir()
+    assert isinstance(result.exception, OutputError)
+    assert page.is_dir()
 
 
 def test_no_report_leaves_the_report_alone(w4a16, text):

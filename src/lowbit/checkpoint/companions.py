@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.checkpoint.base import REPORT_NAME, read_json_object
+from lowbit.checkpoint.companion_types import check_types
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and not os.access(path, os.R_OK):
             raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
         if path.exists() and name in OBJECTS:
-            read_json_object(path)
+            check_types(path, read_json_object(path))
     load_tokenizer_file(folder)
     notes = [f"not copied: {name}, {why}" for name, why in _passed_over(folder)]
     if not has_tokenizer(folder):

@@ -1,0 +1,47 @@
+"""Whole commands on damaged inputs; `tests/command_fuzzing.py` makes as many tries as there is time for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit.checkpoint.companions import check_companions
+from lowbit.errors import CheckpointError
+
+TRIES = 60
+
+
+def test_no_command_fails_otherwise_than_with_a_message():
+    """In a process of its own, which forks; LOWBIT_FUZZ_SECONDS and LOWBIT_FUZZ_SEED as for the readers."""
+    seconds = os.environ.get("LOWBIT_FUZZ_SECONDS")
+    how = ["--seconds", seconds, "--tries", "1000000"] if seconds else ["--tries", str(TRIES), "--workers", "1"]
+    script = Path(__file__).parents[1] / "command_fuzzing.py"
+    command = [sys.executable, script, "--undamaged", "--seed", os.environ.get("LOWBIT_FUZZ_SEED", "0"), *how]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "wanted"),
+    [
+        ("generation_config.json", "eos_token_id", "2", "a token id, or a list of them"),
+        ("generation_config.json", "eos_token_id", [2, None], "a token id, or a list of them"),
+        ("generation_config.json", "temperature", "hot", "a number"),
+        ("generation_config.json", "do_sample", 1, "true or false"),
+        ("tokenizer_config.json", "model_max_length", "512", "a number"),
+        ("tokenizer_config.json", "eos_token", 2, "a token"),
+        ("tokenizer_config.json", "padding_side", "up", "left or right"),
+    ],
+)
+def test_values_that_no_loader_computes_with(tmp_path, file, key, value, wanted):
+    (tmp_path / file).write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=f"{key} is .*; {wanted} is needed"):
+        check_companions(tmp_path, "model")
+    (tmp_path / file).write_text(json.dumps({key: None}))
+    check_companions(tmp_path, "model")
