@@ -30,12 +30,12 @@ from lowbit.export import Piece
 from lowbit.export.atomic import atomic_files, refuse_existing_files
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
-from lowbit.formats.gguf.general import loadable_name
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
 from lowbit.formats.gguf.model import describe_gguf
+from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
 from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
 from lowbit.formats.gguf.write import (
@@ -243,7 +243,10 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
         tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
         values, notes = values | tokenizer.key_values, (*notes, *tokenizer.notes)
-        name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])
+        if checkpoint.kind == "gguf":
+            name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])
+        else:
+            name, note = name_for_tokenizer(values[NAME][0], tokenizer.strips_as_phi3)
         values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
     entries = tuple(
