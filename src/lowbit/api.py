@@ -193,7 +193,7 @@ def dry_run(
 def _sources(prepared: Prepared) -> list[Path]:
     """Every file and folder that the run reads."""
     settings, checkpoint = prepared.plan.settings, prepared.checkpoint
-    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib) if text)]
+    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib, settings.tensor_type_file) if text)]
     return [*map(Path, named), *{info.file for info in checkpoint.tensors.values()}]
 
 

@@ -38,6 +38,7 @@ from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
 from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
+from lowbit.formats.gguf.type_rules import read_type_rules
 from lowbit.formats.gguf.write import (
     GGUFWriter,
     KeyValues,
@@ -205,13 +206,15 @@ class _Mapped:
             left = {name: shape for name, shape in shapes.items() if name not in calibrated}
             unweighed = {n for n, shape in left.items() if matrix is None or matrix.importance(n, shape) is None}
         file_type = find_file_type(settings.scheme)
+        rules, said = read_type_rules(settings.tensor_type_file) if settings.tensor_type_file else None, []
         described = [TensorShape(e.name, e.shape, e.source_type, e.source.names) for e in entries]
         choices = choose_types(
             file_type.name, described, self.facts, pure=settings.pure, overrides=tuple(settings.overrides.items()),
             ignored=settings.ignore, output_type=settings.output_type,
             token_embedding_type=settings.token_embedding_type, has_imatrix=matrix is not None or bool(calibrated),
-            missing_importance=unweighed,
+            missing_importance=unweighed, rules=rules, notes=said,
         )  # fmt: skip
+        notes += tuple(said)
         tensors = tuple(_planned(entry, choices[entry.name], matrix, entry.name in calibrated) for entry in entries)
         key_values = self.key_values | {
             "general.file_type": packed(file_type.number, GGUFValueType.UINT32),
