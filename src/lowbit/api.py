@@ -63,8 +63,9 @@ def quantize(
     refuse_claimed(output)  # before an importance matrix is measured
     refuse_sources([output], [Path(model)])
     if output_format(chosen, output).suffix is not None:
-        reports = [report_path(output), report_path(output, HTML_NAME)]
-        refuse_existing_files(output, [output, *reports], overwrite)
+        beside = [report_path(output), report_path(output, HTML_NAME)]
+        beside += [output.with_name("Modelfile")] if chosen.modelfile else []
+        refuse_existing_files(output, [output, *beside], overwrite)
     prepared = prepare(Request(model, chosen, options or OpenOptions(), threads, progress), output)
     return _write(prepared, output, overwrite, progress, meter, run)
 

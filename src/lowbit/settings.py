@@ -200,6 +200,9 @@ class Settings(Table):
         Knob("File of REGEX = TYPE, one per line, after --override", GGUF_PANEL, knobs.GGUF, "FILE",
              see="gguf-file-types.md#rules-of-your-own"),
     ] = None  # fmt: skip
+    modelfile: Annotated[
+        bool, Knob("Write a Modelfile for Ollama beside the file", GGUF_PANEL, knobs.GGUF, see="ollama.md")
+    ] = False
     pre_tokenizer: Annotated[
         str | None,
         Knob("llama.cpp's name for the pre-tokenizer, if tokenizer.json does not identify it", GGUF_PANEL, knobs.HEADER,

@@ -390,8 +390,8 @@ def test_rules_of_a_file_come_after_overrides_and_idle_ones_are_noted(tmp_path):
     ("text", "message"),
     [
         ("attn_v Q6_K", "line 1: 'attn_v Q6_K' is no rule"), ("=Q8_0", "line 1: '=Q8_0' is no rule"),
-        ("attn_v=", "is no rule"), ("\nattn_v = Q6_KM", "line 2: .*no ggml type 'Q6_KM'"), ("# nothing", "no rule in it"),
-        ("x" * (1 << 21), "at most 1048576 bytes"), ("\x00\x01", "is no rule"),
+        ("attn_v=", "is no rule"), ("\nattn_v = Q6_KM", "line 2: .*no ggml type 'Q6_KM'"),
+        ("# nothing", "no rule in it"), ("x" * (1 << 21), "at most 1048576 bytes"), ("\x00\x01", "is no rule"),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_rules_is_refused(tmp_path, text, message):

@@ -145,18 +145,20 @@ def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = Fa
             f"--overwrite replaces only files with a {report.name} beside them; choose another name with -o",
         )
     if changed is not None:
-        raise OutputError(f"{changed} is not the file that {report.name} describes: it has another size",
+        raise OutputError(f"{changed} is not a file that {report.name} describes: it is not named there, or has "
+                          f"another size",
                           "move it elsewhere, or choose another name with -o")  # fmt: skip
 
 
 def _is_as_reported(place: Path, report: Path) -> bool:
-    """False if the report gives another size of a file than it has; True where the report cannot be read."""
+    """False if the report does not name a file, or gives another size than it has; True where the report cannot be
+    read, and of reports."""
     try:
         output: Any = read_json_object(report).get("output")
-        sizes = {file["name"]: file["bytes"] for file in output["files"]}
-    except (CheckpointError, KeyError, TypeError):
+        sizes = {file["name"]: file["bytes"] for file in (*output["files"], *output.get("beside", ()))}
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return True
-    return place.stat().st_size == sizes.get(place.name, place.stat().st_size)
+    return place.name.endswith((REPORT_NAME, HTML_NAME)) or place.stat().st_size == sizes.get(place.name)
 
 
 @contextmanager
