@@ -66,6 +66,13 @@ def test_everything_that_a_folder_says_of_itself(model, tmp_path):
     assert lowbit.verify(done).ok
 
 
+@pytest.mark.demo_model
+def test_the_modelfile_of_the_document_is_the_demo_model_s(tmp_path):
+    lowbit.quantize("demo:smollm2", tmp_path / "smollm2-Q4_K_L.gguf", scheme="Q4_K_L", modelfile=True)
+    text = (Path(__file__).parents[2] / "docs" / "ollama.md").read_text(encoding="utf-8")
+    assert (tmp_path / "Modelfile").read_text(encoding="utf-8") in text
+
+
 def test_a_gguf_source_gives_the_same_but_for_the_license_file(model, tmp_path):
     folder = {name: tmp_path / name for name in ("one", "two")}
     for each in folder.values():
@@ -77,10 +84,11 @@ def test_a_gguf_source_gives_the_same_but_for_the_license_file(model, tmp_path):
     assert [pair for pair in one if pair not in dropped] == two
 
 
-def test_a_split_model_has_a_line_for_each_part(model, tmp_path):
-    make(model, tmp_path / "x.gguf", shard_size=200_000)
+def test_a_split_model_has_a_line_for_each_part(tmp_path):
+    make(make_model(tmp_path / "wide", "llama", vocab_size=9000), tmp_path / "x.gguf", shard_size=1_000_000)
     parts = sorted(path.name for path in tmp_path.glob("*.gguf"))
     named = [value for name, value in parse_modelfile((tmp_path / "Modelfile").read_text()) if name == "FROM"]
+    assert len(parts) > 1
     assert named == [f"./{part}" for part in parts]
 
 

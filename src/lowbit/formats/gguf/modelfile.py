@@ -48,7 +48,9 @@ class Modelfile:
 
     def text(self, parts: Iterable[str]) -> str:
         """parts  names of the GGUF files beside it"""
-        return "".join(f"FROM {_quoted(f'./{part}')}\n" for part in parts) + self.body
+        lines = [f"FROM {_quoted(f'./{part}')}\n" for part in parts]
+        split = ["# Ollama reads split files since 0.35.0; older versions need one file.\n"] if len(lines) > 1 else []
+        return "".join((*split, *lines, self.body))
 
 
 def make_modelfile(
