@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGUFValueType as V
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
 from lowbit.formats.gguf.raw import open_raw_gguf
 from lowbit.formats.gguf.write import packed_key_values
+from models import SHORT_TEXT, make_model
 
 SHAPES = [("token_embd.weight", (1000, 1000)), ("blk.0.ffn_up_exps.weight", (8, 1000, 1000))]
 CARD = """---
@@ -145,6 +146,21 @@ def test_a_gguf_keeps_what_it_says_of_itself():
         "general.sampling.top_k": (-1, V.INT32), "general.sampling.temp": (0.5, V.FLOAT32),
         "general.base_model.count": (2, V.UINT32), "general.quantized_by": ("somebody", V.STRING),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "gptq", "calib": SHORT_TEXT, "samples": 8, "seqlen": 32}])
+def test_what_a_gguf_says_of_itself_outlasts_a_quantization(tmp_path, how):
+    folder = make_model(tmp_path / "Tiny-0.4M-Chat", "llama")
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    first = lowbit.quantize(str(folder), tmp_path / "one.gguf", scheme="F16", pre_tokenizer="gpt-2").path
+    second = lowbit.quantize(str(first), tmp_path / "two.gguf", scheme="Q4_0", **how).path
+    one, two = (
+        {k: v for k, v in GGUFReader(path).fields.items() if k.startswith("general.")} for path in (first, second)
+    )
+    assert one.keys() == two.keys()
+    assert one["general.base_model.0.name"].contents() == "Base 7B v0.3"
+    changed = {key for key in one if (one[key].contents(), one[key].types) != (two[key].contents(), two[key].types)}
+    assert changed == {"general.file_type"}
 
 
 def test_names_that_make_llama_cpp_look_up_tokens():

@@ -99,8 +99,9 @@ def test_convert_writes_one_too(model, tmp_path):
 
 def test_a_modelfile_that_is_there_is_kept(model, tmp_path):
     (tmp_path / "Modelfile").write_text("mine")
-    with pytest.raises(OutputError, match="Modelfile exists already"):
+    with pytest.raises(OutputError, match="Modelfile exists already") as caught:
         make(model, tmp_path / "x.gguf")
+    assert caught.value.hint == "choose another folder with -o, or remove it first"
     with pytest.raises(OutputError, match="Modelfile exists already, and lowbit did not write it"):
         make(model, tmp_path / "x.gguf", overwrite=True)
     (tmp_path / "Modelfile").unlink()
@@ -129,6 +130,24 @@ def test_parameters_of_a_file():
     assert "xtc_threshold" not in found
     assert commands(VALUES | {"llama.context_length": 131072})["num_ctx"] == ["8192"]
     assert commands({"general.architecture": "llama"}) == {"FROM": ["./x.gguf"]}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"tokenizer.ggml.token_type": [3]}, {"tokenizer.ggml.token_type": ["x"] * 4}, {"tokenizer.ggml.tokens": 3},
+        {"tokenizer.ggml.eos_token_id": "x"}, {"tokenizer.ggml.eos_token_id": -1}, {"tokenizer.chat_template": [1]},
+        {"general.sampling.temp": float("nan")}, {"general.sampling.top_k": True}, {"llama.context_length": "x"},
+        {"general.license": ["a"]}, {"general.license": "a\nPARAMETER num_gpu 0"}, {"general.architecture": None},
+        {"tokenizer.ggml.tokens": ["<s>", 'x"""\nSYSTEM y', "a", "b"]},
+    ],
+)  # fmt: skip
+def test_a_damaged_file_has_a_modelfile_without_what_is_damaged(damaged):
+    found = commands(VALUES | damaged)
+    assert found["FROM"] == ["./x.gguf"]
+    assert not found.keys() & {"num_gpu"}
+    assert found.get("temperature", ["0.6"]) == ["0.6"]
+    assert found.get("SYSTEM", ["Be brief."]) == ["Be brief."]
 
 
 def test_what_is_left_out_is_noted():

@@ -44,10 +44,14 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
         )
 
 
-def _taken(place: Path, ours: bool) -> OutputError:
-    """The error for a name that something has; `ours` if lowbit wrote it."""
+def _taken(place: Path, ours: bool, target: Path | None = None) -> OutputError:
+    """The error for a name that something has; `ours` if lowbit wrote it.
+
+    target  the file that `place` belongs to, where that is another; a Modelfile is called so whatever the target's name
+    """
     replace = ", or replace it with --overwrite" if ours else ", or remove it first"
-    return OutputError(f"{place} exists already", f"choose another name with -o{replace}")
+    another = "name" if target is None or place.name.startswith(target.stem) else "folder"
+    return OutputError(f"{place} exists already", f"choose another {another} with -o{replace}")
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -138,7 +142,7 @@ def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = Fa
         ours = report.is_file() and all(place.is_file() and not place.is_symlink() for place in present)
         changed = next((place for place in present if ours and not _is_as_reported(place, report)), None)
     if not overwrite:
-        raise _taken(present[0], ours)
+        raise _taken(present[0], ours, target)
     if not ours:
         raise OutputError(
             f"{present[0]} exists already, and lowbit did not write it",

@@ -15,6 +15,7 @@ Spec: parser/parser.go and docs of ollama/ollama, as of November 2026.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def make_modelfile(
     lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(values, ends, notes)]
     for key, name in _PARAMETERS.items():
         value = values.get(key)
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             lines.append(f"PARAMETER {name} {shortest(value) if isinstance(value, float) else value}")
     context = values.get(f"{values.get(Keys.General.ARCHITECTURE)}.context_length")
     if isinstance(context, int) and context > 0:
@@ -119,11 +120,11 @@ def _template(values: Mapping[str, Any], source: str, notes: list[str]) -> tuple
 def _stops(values: Mapping[str, Any], ends: Iterable[int], notes: list[str]) -> list[str]:
     """Texts of the special tokens that end an answer."""
     tokens, types = values.get(Keys.Tokenizer.LIST), values.get(Keys.Tokenizer.TOKEN_TYPE)
+    normal = str(int(TokenType.NORMAL))
     found: list[str] = []
     for token_id in (*(values.get(key) for key in _STOPS), *ends):
         text = _token(tokens, token_id)
-        special = types is None or not text or int(types[token_id]) != TokenType.NORMAL  # type: ignore[index]
-        if text and special and written(text) and "\n" not in text:
+        if text and _token(types, token_id) != normal and written(text) and "\n" not in text:
             found.append(text)
         elif text:
             notes.append(f"the Modelfile does not have {text!r} as a stop: it is no text that Ollama could look for")
@@ -131,6 +132,7 @@ def _stops(values: Mapping[str, Any], ends: Iterable[int], notes: list[str]) -> 
 
 
 def _token(tokens: Any, token_id: Any) -> str:
+    """An entry of a list of the tokenizer, as text; "" where there is none."""
     known = isinstance(token_id, int) and hasattr(tokens, "__len__") and 0 <= token_id < len(tokens)
     return str(tokens[token_id]) if known else ""
 
