@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import torch
 
+import gguf_cases_dense
+import gguf_cases_experts
+import gguf_cases_hybrid
+import gguf_cases_seeing
 from lowbit.architecture import describe_checkpoint
+from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.formats.gguf.model import GGUFModel, describe_gguf
@@ -22,8 +28,10 @@ _LONGROPE = {
 _GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 8}
 _PLAIN = {"rope_type": "default", "rope_theta": 150000.0}
 
-# name → (architecture of `models`, changes to its config, general.architecture, model_type read back)
-CASES: dict[str, tuple[str, dict, str, str]] = {
+# name → (architecture of `models`, or model_type and sizes; changes to its config; general.architecture; the model_type
+# that is read back, None where such a file is not read back)
+Case = tuple[str | tuple[str, dict], dict, str, str | None]
+CASES: dict[str, Case] = {
     "llama": ("llama", {}, "llama", "llama"),
     "llama3": ("llama", {"rope_parameters": _LLAMA3, "tie_word_embeddings": True}, "llama", "llama"),
     "llama_biased": ("llama", {"attention_bias": True, "mlp_bias": True}, "llama", "llama"),
@@ -63,6 +71,15 @@ CASES: dict[str, tuple[str, dict, str, str]] = {
                         "gpt_neox"),
     "gpt_oss": ("gpt_oss", {"rope_parameters": _PLAIN, "sliding_window": 8}, "gpt-oss", "gpt_oss"),
     "gpt_oss_yarn": ("gpt_oss", {"head_dim": 64}, "gpt-oss", "gpt_oss"),
+    **gguf_cases_dense.CASES, **gguf_cases_experts.CASES, **gguf_cases_hybrid.CASES, **gguf_cases_seeing.CASES,
+}  # fmt: skip
+READABLE = [case for case, (_, _, _, back) in CASES.items() if back is not None]
+# Nats to transformers' log-probabilities. Everything is float32, but GELU, which llama.cpp looks up in a float16 table
+# (and has no exact form of).
+TOLERANCE = 2e-5
+LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt_neox"))} | {
+    "gpt_oss_yarn": 5e-3,  # the ends of YaRN's ramp are rounded to whole dimensions
+    **gguf_cases_dense.LOOSER, **gguf_cases_experts.LOOSER, **gguf_cases_hybrid.LOOSER, **gguf_cases_seeing.LOOSER,
 }  # fmt: skip
 
 
@@ -95,6 +112,19 @@ def write_plain(model: GGUFModel, checkpoint: Checkpoint, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:
+    """(a random prompt, float64 log-probabilities after it); one that an ASCII letter follows, because llama.cpp holds
+    back half a character and stops at the end of the text."""
+    model = load_model(open_safetensors(folder))
+    for seed in range(100):
+        ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        if 3 <= int(logits.argmax()) < 97:
+            return ids[0].tolist(), logits.double().log_softmax(-1)
+    raise AssertionError("no prompt is followed by a letter")
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:

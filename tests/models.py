@@ -80,18 +80,20 @@ def config_of(architecture: str, **changes) -> dict:
     return AutoConfig.for_model(model_type, **{**sizes, **changes}).to_dict()
 
 
-def make_model(folder: Path, architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.bfloat16,
-               shard_size: str = "5GB", **changes) -> Path:  # fmt: skip
+def make_model(folder: Path, architecture: str | tuple[str, dict] = "llama", seed: int = 0,
+               dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", **changes) -> Path:  # fmt: skip
     """A random model whose weights are wide enough to tell rounding errors apart, saved with a tokenizer.
 
     Norms and biases are away from what a class gives them, so that a lost one shows.
+
+    architecture  a key of `ARCHITECTURES`, or (model_type, what its config has)
     """
     from transformers import AutoConfig
 
     from lowbit.architecture.building import auto_class
 
     torch.manual_seed(seed)
-    model_type, sizes = ARCHITECTURES[architecture]
+    model_type, sizes = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
     config = AutoConfig.for_model(model_type, **{**sizes, **changes})
     model = auto_class(config).from_config(config).to(dtype)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from lowbit.checkpoint import open_checkpoint, open_gguf
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.raw import open_raw_gguf
-from lowbit.formats.gguf.table import DERIVED, ROWS
+from lowbit.formats.gguf.table import ROWS
 
 # What `checkpoint_files` can write and transformers can read.
 ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")
@@ -65,26 +65,19 @@ def test_the_rebuilt_config_makes_a_model_that_takes_every_tensor(tmp_path, arch
     assert config.vocab_size == TINY["vocab"]
 
 
-# Names that the gguf package lists under another spelling, or as one tensor of all experts.
-_OTHER_NAMES = {"gpt_neox", "gpt_oss", "gemma3", "mixtral"}
-
-
-@pytest.mark.parametrize("model_type", sorted(ROWS))
-def test_the_names_agree_with_the_gguf_package(model_type):
-    row = ROWS[model_type]
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model_type}-{row.arch}")
+def test_the_names_agree_with_the_gguf_package(row):
+    """Where the package knows a Hugging Face name; and no tensor that it does not list for the architecture."""
     kind = next(kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == row.arch)
     names = gguf.get_tensor_name_map(kind, 4)
-    found = set()
-    for tensor, (module, _) in row.places.items():
+    known = 0
+    for (tensor, _), (module, _) in row.places.items():
         stacked = module.replace(".{expert}", "").format(bid=3)
-        known = names.get_name(stacked) or names.get_name(stacked.removeprefix("language_model."))
-        assert known in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)), module
-        assert known is not None or model_type in _OTHER_NAMES, module
-        found.add(tensor)
-    missing = set(gguf.MODEL_TENSORS[kind]) - found - DERIVED
-    parts = {gguf.TENSOR_NAMES[tensor].split(".")[-1] for tensor in missing}
-    assert parts <= {"ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
-                     "attn_q", "attn_k", "attn_v", "output"}, parts  # fmt: skip
+        theirs = names.get_name(stacked) or names.get_name(stacked.removeprefix("language_model."))
+        assert theirs in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)), module
+        known += theirs is not None
+        assert tensor in gguf.MODEL_TENSORS[kind], tensor
+    assert known > len(row.places) / 2
 
 
 @pytest.mark.parametrize("kind", [None, Kind.Q8_0, Kind.F16])

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, OutputError, UsageError
 from lowbit.report import schema
 from lowbit.report.diagnosis import Diagnosis
 
@@ -37,6 +37,21 @@ def test_json_is_a_diagnosis_and_the_same_in_a_file_and_in_the_report(w4a16, tex
     assert schema.load(w4a16).diagnosis == found
     assert (w4a16 / "report.html").is_file()
     assert document["versions"]["lowbit"] == lowbit.__version__
+
+
+@pytest.mark.parametrize("command", ["compare", "diagnose"])
+def test_a_file_that_is_there_is_replaced_only_when_told(w4a16, text, tmp_path, command):
+    """Refused before anything is measured; a folder is never replaced."""
+    page = tmp_path / "page"
+    page.write_text("mine")
+    models = [w4a16, w4a16] if command == "compare" else [w4a16]
+    result = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page)])
+    assert isinstance(result.exception, OutputError) and "--overwrite" in result.exception.hint
+    assert page.read_text() == "mine"
+    page.unlink()
+    page.mkdir()
+    result = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page), "--overwrite"])
+    assert isinstance(result.exception, OutputError) and page.is_dir()
 
 
 def test_no_report_leaves_the_report_alone(w4a16, text):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gguf_models import CASES, describe_folder, make_case, write_plain
+from gguf_models import CASES, READABLE, describe_folder, make_case, write_plain
 from lowbit.architecture import describe_checkpoint
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_gguf, open_safetensors
@@ -20,7 +20,7 @@ from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, choose_types
 from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.raw import rows_and_columns
-from lowbit.formats.gguf.table import ROWS, gguf_names
+from lowbit.formats.gguf.table import MODEL_TYPES, ROWS, gguf_names
 from models import make_model
 
 
@@ -39,7 +39,7 @@ def cases(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", READABLE)
 def test_every_tensor_comes_back_bit_for_bit(cases, case):
     _, _, checkpoint, path = cases(case)
     back = open_gguf(path)
@@ -48,13 +48,17 @@ def test_every_tensor_comes_back_bit_for_bit(cases, case):
     for name in checkpoint.tensors:
         expected = checkpoint.read(name).float()
         assert back.tensors[name].shape == tuple(expected.shape), name
-        assert torch.equal(back.read(name), expected), name
+        found = back.read(name)
+        if name.endswith("A_log"):  # the file has -exp of it
+            assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6), name
+        else:
+            assert torch.equal(found, expected), name
         rows = expected.shape[0]
         for start, stop in ((rows // 3, rows - 1), (0, 1), (rows, rows)):
-            assert torch.equal(back.read(name, start, stop), expected[start:stop]), (name, start, stop)
+            assert torch.equal(back.read(name, start, stop), found[start:stop]), (name, start, stop)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", READABLE)
 def test_the_model_of_the_file_computes_what_the_original_does(cases, case):
     folder, _, _, path = cases(case)
     back = open_gguf(path)
@@ -64,7 +68,7 @@ def test_the_model_of_the_file_computes_what_the_original_does(cases, case):
     with torch.no_grad():
         expected = load_model(open_safetensors(folder))(ids).logits
         found = load_model(back)(ids).logits
-    assert torch.equal(found, expected)
+    assert torch.allclose(found, expected, atol=1e-5) if "A_log" in str(back.tensors) else torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,8 +90,8 @@ def test_names_and_order_are_those_of_the_gguf_package(cases, case):
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == model.arch)
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[kind]}
     for tensor in model.tensors:
-        stem = tensor.name.rpartition(".")[0]
-        assert stem.replace(f"blk.{tensor.block}.", "blk.{bid}.") in known | {"output"}
+        name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
+        assert {name, name.rpartition(".")[0]} & (known | {"output"})
     blocks = [tensor.block for tensor in model.tensors if tensor.block is not None]
     assert blocks == sorted(blocks)
     assert model.tensors[0].name == "token_embd.weight"
@@ -234,7 +238,7 @@ REFUSED = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16, "original_max_position_embeddings": 64,
     }}),
     "has no place": ("gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": False}),
-    "'bloom' has no place": ("bloom", {}),
+    "'opt' has no place": ("opt", {}),
     r"mlp\.gate_proj\.weight' has no place": ("qwen2_moe", {"mlp_only_layers": [0]}),
 }  # fmt: skip
 
@@ -259,13 +263,15 @@ def test_names_without_a_model():
     names = gguf_names({"model_type": "qwen3_moe"}, [
         "model.embed_tokens.weight", "model.layers.3.mlp.experts.17.gate_proj.weight", "model.layers.3.mlp.gate.weight",
     ])  # fmt: skip
-    assert list(names.values()) == ["token_embd.weight", "blk.3.ffn_gate_exps.weight", "blk.3.ffn_gate_inp.weight"]
+    assert list(names.values()) == [
+        ("token_embd.weight",), ("blk.3.ffn_gate_exps.weight",), ("blk.3.ffn_gate_inp.weight",),
+    ]  # fmt: skip
     assert gguf_names({"model_type": "gpt_oss"}, ["model.layers.0.self_attn.sinks"]) == {
-        "model.layers.0.self_attn.sinks": "blk.0.attn_sinks.weight"
+        "model.layers.0.self_attn.sinks": ("blk.0.attn_sinks.weight",)
     }
-    with pytest.raises(ArchitectureError, match="'bloom'") as caught:
-        gguf_names({"model_type": "bloom"}, [])
-    assert all(name in caught.value.hint for name in ROWS)
+    with pytest.raises(ArchitectureError, match="'opt'") as caught:
+        gguf_names({"model_type": "opt"}, [])
+    assert all(name in caught.value.hint for name in MODEL_TYPES)
 
 
 def test_a_float_survives_as_the_number_that_was_written(cases):
@@ -277,4 +283,4 @@ def test_a_float_survives_as_the_number_that_was_written(cases):
 def test_the_document_lists_every_row():
     text = (Path(__file__).parents[2] / "docs" / "gguf-architectures.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| `([\w-]+)` \| (\w+) \|", text, flags=re.M)
-    assert listed == [(row.model_type, row.arch, row.model_class) for row in ROWS.values()]
+    assert listed == list(dict.fromkeys((row.model_type, row.arch, row.model_class) for row in ROWS))

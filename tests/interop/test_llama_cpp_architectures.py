@@ -5,34 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
-from gguf_models import CASES, describe_folder, make_case, write_plain
+from gguf_models import CASES, LOOSER, TOLERANCE, describe_folder, make_case, prompt_and_logprobs, write_plain
 from llama_cpp import top_logprobs
-from lowbit.architecture.loading import load_model
-from lowbit.checkpoint import open_safetensors
 
 pytestmark = pytest.mark.interop
 
 pytest.importorskip("xllamacpp")
-
-# Nats. Everything is float32, but GELU, which llama.cpp looks up in a float16 table (and has no exact form of).
-TOLERANCE = 2e-5
-LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt_neox"))}
-LOOSER["gpt_oss_yarn"] = 5e-3  # the ends of YaRN's ramp are rounded to whole dimensions
-
-
-def prompt_and_logprobs(folder) -> tuple[list[int], torch.Tensor]:
-    """(a random prompt, float64 log-probabilities after it); one that an ASCII letter follows, because llama.cpp holds
-    back half a character and stops at the end of the text."""
-    model = load_model(open_safetensors(folder))
-    for seed in range(100):
-        ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            logits = model(ids).logits[0, -1]
-        if 3 <= int(logits.argmax()) < 97:
-            return ids[0].tolist(), logits.double().log_softmax(-1)
-    raise AssertionError("no prompt is followed by a letter")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli.console import echo
-from lowbit.cli.options import Json, NoReport, of_judging
+from lowbit.cli.options import Json, NoReport, Overwrite, of_judging
 
 if TYPE_CHECKING:
     from lowbit.report.compared import Comparison
@@ -24,6 +24,7 @@ def compare(
         bool, typer.Option("--fresh", help="Measure everything again, even if a report has the figures.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write, such as compare.html.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
@@ -31,11 +32,14 @@ def compare(
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.comparison import add_to_reports
     from lowbit.comparison import compare as run
+    from lowbit.export.atomic import refuse_existing_document
     from lowbit.measure import return_freed_memory
     from lowbit.report.compared import sizes_differ
     from lowbit.report.page import render_comparison
     from lowbit.report.schema import write_text
 
+    if output is not None:
+        refuse_existing_document(output, overwrite)
     return_freed_memory()
     with window_progress("windows", quiet=json) as update:
         comparison = run(models, samples=samples, fresh=fresh, **how,

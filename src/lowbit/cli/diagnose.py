@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.console import echo
-from lowbit.cli.options import Json, NoReport, of_judging
+from lowbit.cli.options import Json, NoReport, Overwrite, of_judging
 
 
 def diagnose(
@@ -25,6 +25,7 @@ def diagnose(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the diagnosis to this file, as JSON.")
     ] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
@@ -34,9 +35,12 @@ def diagnose(
     from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress
     from lowbit.diagnosis import diagnose as run
     from lowbit.diagnosis.table import contribution_table, diagnosis_text, flip_table, suggestion_text
+    from lowbit.export.atomic import refuse_existing_document
     from lowbit.measure import return_freed_memory
     from lowbit.report.schema import write_text
 
+    if output is not None:
+        refuse_existing_document(output, overwrite)
     return_freed_memory()
     with window_progress("diagnosis", quiet=json) as update:
         diagnosis = run(quantized, budget=budget, reverse=reverse, **how,

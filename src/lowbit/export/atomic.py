@@ -128,6 +128,17 @@ def _take_name_of(target: Path, work: Path, claim: Claim, earlier: int) -> None:
     remove_tree(aside)
 
 
+def refuse_existing_document(path: Path, overwrite: bool) -> None:
+    """OutputError if something has the name of a page or a table; with `overwrite`, unless it is a file."""
+    with translated_os_errors(path):
+        if not os.path.lexists(path):
+            return
+        if path.is_symlink() or not path.is_file():
+            raise OutputError(f"{path} exists and is no file", "choose another -o")
+        if not overwrite:
+            raise OutputError(f"{path} exists", "choose another -o, or pass --overwrite to replace it")
+
+
 def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = False) -> None:
     """OutputError if something already has one of the names of a file output, the file's or those of its reports;
     with `overwrite`, unless a report that describes the file is there.

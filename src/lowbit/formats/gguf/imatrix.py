@@ -36,7 +36,9 @@ from lowbit.files.claim import refuse_claimed
 from lowbit.files.system import refuse_sources, translated_os_errors
 from lowbit.formats.gguf.imatrix_file import FORMS, Form, is_imatrix, read_imatrix, write_imatrix
 from lowbit.formats.gguf.importance import HEAD_NAMES, ImportanceEntry, ImportanceMatrix, merge, unseen_notes
-from lowbit.formats.gguf.table import gguf_names, row_of_model
+from lowbit.formats.gguf.layout import Lookup, RowLayout
+from lowbit.formats.gguf.row import GGUFArchitecture
+from lowbit.formats.gguf.table import look_up, row_of_model
 from lowbit.text import Text, cut_windows, read_text
 
 # Rows whose squares are added to sums of their own, which are added up at the end.
@@ -70,14 +72,14 @@ def measure_importance(
     max_memory  bytes of hidden states that stay in memory; more go to a temporary file
     progress    called with (block, windows done, windows in all), the windows of all blocks
     """
-    row_of_model(checkpoint.config().get("model_type"), checkpoint.source)  # a refusal before anything is loaded
+    row = row_of_model(checkpoint.config(), checkpoint.source)
+    get = look_up(checkpoint.config(), checkpoint.source)
     cut = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens, "second-half")
     runner = BlockRunner(checkpoint, dtype, device, options, max_memory)
     linears = [linear for source in runner.inputs for linear in source.linears]
-    names = gguf_names(checkpoint.config(), [f"{linear.name}.weight" for linear in linears])
     visitor = _SquaredSums()
     states = runner.run(cut.ids, visitor, progress)
-    entries = _entries(linears, names, visitor)
+    entries = _entries(linears, row, get, visitor)
     if process_output:
         head = BlockInput("the output head", ())
         for x in runner.head_inputs(cut.ids, states):
@@ -143,18 +145,26 @@ class _SquaredSums:
         self._of_block.clear()
 
 
-def _entries(linears: Iterable[Linear], names: dict[str, str], visitor: _SquaredSums) -> dict[str, ImportanceEntry]:
-    """GGUF name → entry; the experts of a tensor stacked in their order, zeros for one that no token reached."""
-    members: dict[str, list[Linear]] = {}
+def _entries(
+    linears: Iterable[Linear], row: GGUFArchitecture, get: Lookup, visitor: _SquaredSums
+) -> dict[str, ImportanceEntry]:
+    """GGUF name → entry; the experts of a tensor stacked in their order, zeros for one that no token reached.
+
+    A tensor whose columns are not inputs of the linear (the absorbed keys of latent attention) gets none.
+    """
+    members: dict[str, tuple[RowLayout, list[Linear]]] = {}
     for linear in linears:
-        gguf_name = names.get(f"{linear.name}.weight")
-        if gguf_name is not None:
-            members.setdefault(gguf_name, []).append(linear)
+        for target in row.find(f"{linear.name}.weight"):
+            if target.place.layout.heads is None:
+                members.setdefault(target.name, (target.place.layout, []))[1].append(linear)
     entries = {}
-    for gguf_name, group in members.items():
+    for gguf_name, (layout, group) in members.items():
         inputs = [str(linear.reads) for linear in sorted(group, key=lambda linear: linear.expert or 0)]
-        nothing = torch.zeros(group[0].shape[1], dtype=torch.float64)
-        sums = [visitor.sums.get(name, nothing) for name in inputs]
+        width = group[0].shape[1]
+        sums = [visitor.sums.get(name, torch.zeros(width, dtype=torch.float64)) for name in inputs]
+        if layout.columns is not None:
+            order = torch.from_numpy(layout.columns(get, width))
+            sums = [each[order] for each in sums]
         entries[gguf_name] = _entry(sums, [visitor.counts.get(name, 0) for name in inputs])
     return entries
 

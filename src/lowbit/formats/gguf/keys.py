@@ -10,19 +10,24 @@ number that rounds to it: 1e-05, not 9.999999747378752e-06.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGUFValueType
 
 from lowbit.errors import ArchitectureError
-from lowbit.formats.gguf.row import GGUFArchitecture, Key, Lookup
+from lowbit.formats.gguf.layout import Lookup
+from lowbit.formats.gguf.row import GGUFArchitecture, Key
 
 # key → (value, type), or (list, ARRAY, type of the items)
 KeyValues = dict[str, tuple[Any, GGUFValueType] | tuple[Any, GGUFValueType, GGUFValueType]]
 
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
+_PYTHON_TYPES: dict[GGUFValueType, Callable[[Any], Any]] = {
+    GGUFValueType.BOOL: bool, GGUFValueType.FLOAT32: float, GGUFValueType.STRING: str,
+}  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -31,17 +36,24 @@ def key_values(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValue
     _refuse_what_is_fixed_otherwise(row, get, where)
     values: KeyValues = {}
     for key in row.keys:
-        value = get(key.config)
-        if value is None and key.otherwise is not None:
-            value = key.otherwise(get)
-        if value is None and not key.optional:
+        if key.value is not None:
+            value = key.value(get)
+        else:
+            value = get(key.config)
+            if value is None and key.otherwise is not None:
+                value = key.otherwise(get)
+        if value is None and not key.optional and key.value is None:
             raise ArchitectureError(
                 f"{where}: config.json has no {key.config}, which {row.arch}.{key.name} needs",
                 "complete config.json; the one that the model was published with has it",
             )
         if value is not None:
-            convert = {GGUFValueType.BOOL: bool, GGUFValueType.FLOAT32: float}.get(key.kind, int)
-            values[f"{row.arch}.{key.name}"] = (convert(value), key.kind)
+            convert = _PYTHON_TYPES.get(key.kind, int)
+            if isinstance(value, list):
+                entry = ([convert(item) for item in value], GGUFValueType.ARRAY, key.kind)
+            else:
+                entry = (convert(value), key.kind)
+            values[f"{row.arch}.{key.name}"] = entry
     windows, notes = _windows(row, get)
     near = [note for (key, value), note in row.near.items() if get(key) == value]
     return values | windows, notes + near
@@ -54,6 +66,8 @@ def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> di
     """
     config: dict[str, Any] = {"model_type": row.model_type, "architectures": [row.model_class]}
     for key in row.keys:
+        if key.value is not None:
+            continue
         value = _checked(row, key, metadata, where)
         if value is None and key.otherwise is not None:
             value = config.get(key.config) or key.otherwise(config.get)
@@ -65,6 +79,7 @@ def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> di
                 "use the safetensors checkpoint of the model",
             )
     config |= {key: spellings[0] for key, spellings in row.fixed.items() if spellings[0] is not None}
+    config |= row.from_file(metadata)
     return config | row.implied(config.get) | _windows_of_file(row, metadata, config, where)
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 from torch import Tensor
@@ -32,10 +32,11 @@ from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
+from lowbit.formats.gguf.layout import Arranged, Lookup
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.rope import rope_key_values
-from lowbit.formats.gguf.row import GGUFArchitecture, Lookup, RowLayout, RowTarget, head_dim, hf_rows
-from lowbit.formats.gguf.table import row_of_model, target_of
+from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
+from lowbit.formats.gguf.table import CANNOT_RUN, EXPERT_COUNTS, look_up, row_of_model, targets_of
 from lowbit.numerics.ggml import TYPES
 
 if TYPE_CHECKING:
@@ -51,13 +52,12 @@ T = MODEL_TENSOR
 class GGUFTensorSource:
     """One tensor of the file and its sources. `read` treats it as [rows, K]: K is the last dimension.
 
-    name        "blk.0.attn_q.weight"
-    shape       in torch's order: [N, K], [E, N, K] for stacked experts, [n] for a vector
-    sources     its Hugging Face tensors: one, or one per expert; none for a computed tensor
-    role        of the architecture: a linear's role, "norm", "embedding", "bias" …
-    layout      how rows differ from the sources'
-    heads, dim  number of heads and rows of each, for layouts that go by head; else 0
-    values      float32, of a computed tensor
+    name       "blk.0.attn_q.weight"
+    shape      in torch's order: [N, K], [E, N, K] for stacked experts, [n] for a vector
+    sources    its Hugging Face tensors: one, or one per expert; none for a computed tensor
+    role       of the architecture: a linear's role, "norm", "embedding", "bias" …
+    arranged   how rows follow from those of a source; of a matrix, as a linear applies it: [N, K]
+    values     float32, of a computed tensor
     """
 
     name: str
@@ -65,17 +65,20 @@ class GGUFTensorSource:
     sources: tuple[str, ...]
     block: int | None
     role: str
-    layout: RowLayout = RowLayout.SAME
-    heads: int = 0
-    dim: int = 0
+    arranged: Arranged | None = field(default=None, compare=False)
     values: Tensor | None = field(default=None, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.sources
 
+    @property
+    def keeps_rows(self) -> bool:
+        """True if packed rows of its one source, or of its experts, can stand for it."""
+        return self.arranged is not None and self.arranged.keeps_rows
+
     def read(self, checkpoint: Checkpoint, first: int, last: int) -> Tensor:
-        """Rows first..last, [last - first, K], in the source's dtype (float32 where something is added)."""
+        """Rows first..last, [last - first, K], in the source's dtype (float32 where values change)."""
         rows, columns = rows_and_columns(self.shape)
         if not 0 <= first <= last <= rows:
             raise IndexError(f"rows {first}..{last} of {self.name}, which has {rows}")
@@ -83,42 +86,36 @@ class GGUFTensorSource:
             return self.values.reshape(rows, columns)[first:last]
         if first == last:
             return torch.empty((0, columns), dtype=checkpoint.tensors[self.sources[0]].dtype)
+        assert self.arranged is not None
         per_source = rows // len(self.sources)
         pieces = []
         for index in range(first // per_source, -(-last // per_source)):
             start = index * per_source
-            piece = self._rows(checkpoint, self.sources[index], max(first - start, 0), min(last - start, per_source))
+            read = partial(self._source_rows, checkpoint, self.sources[index])
+            piece = self.arranged.stored_rows(read, max(first - start, 0), min(last - start, per_source))
             pieces.append(piece.reshape(-1, columns))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def read_calibrated(self, store: BlockStore, target: Target, first: int, last: int) -> Tensor:
         """The blocks that calibration chose, row by row as the weights would be read; uint8 [rows, row bytes]."""
+        assert self.arranged is not None
         row_bytes = TYPES[target.name].row_bytes(self.shape[-1])
-        blocks = replace(self, shape=(*self.shape[:-1], row_bytes))
+        source, stored = self.arranged.source[:-1], self.arranged.stored[:-1]
+        arranged = replace(self.arranged, source=(*source, row_bytes), stored=(*stored, row_bytes))
+        blocks = replace(self, shape=(*self.shape[:-1], row_bytes), arranged=arranged)
         return blocks.read(CalibratedBlocks(store), first, last)  # type: ignore[arg-type]
 
     def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> Tensor:
         raise AssertionError("only GGUF files store ggml types")
 
-    def _rows(self, checkpoint: Checkpoint, name: str, first: int, last: int) -> Tensor:
-        """Rows of one source, in this tensor's order; a vector is one row."""
+    def _source_rows(self, checkpoint: Checkpoint, name: str, first: int, last: int) -> Tensor:
+        """Rows of a source as a linear applies it, in the source's order; a vector is read whole."""
+        assert self.arranged is not None
         if len(checkpoint.tensors[name].shape) < 2:
-            values = checkpoint.read(name)
-            if self.layout is RowLayout.PLUS_ONE:
-                values = values.float() + 1
-            if self.layout.reorders:
-                values = values[torch.from_numpy(hf_rows(self.layout, np.arange(len(values)), self.heads, self.dim))]
-            return values.reshape(1, -1)[first:last]
-        if self.layout is RowLayout.TRANSPOSED and not is_decoded(checkpoint, name):
+            return checkpoint.read(name)
+        if self.arranged.layout.transposed and not is_decoded(checkpoint, name):
             return checkpoint.read(name)[:, first:last].t().contiguous()
-        if not self.layout.reorders:
-            return checkpoint.read(name, first, last)
-        pieces = []  # head by head: rows of one head lie within one span of the source
-        for start, stop in pairwise([first, *range(first - first % self.dim + self.dim, last, self.dim), last]):
-            rows = hf_rows(self.layout, np.arange(start, stop), self.heads, self.dim)
-            begin = int(rows.min())
-            pieces.append(checkpoint.read(name, begin, int(rows.max()) + 1)[torch.from_numpy(rows - begin)])
-        return torch.cat(pieces)
+        return checkpoint.read(name, first, last)
 
 
 class CalibratedBlocks:
@@ -167,13 +164,13 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     """The GGUF form of a model that is open under the architecture's names, experts one by one."""
     assert "experts" not in architecture.roles.values(), "describe the model with split_experts=True"
     where = checkpoint.source
-    row = row_of_model(architecture.model_type, where)
-    get = _lookup(checkpoint.config(), where)
+    row = row_of_model(checkpoint.config(), where)
+    get = look_up(checkpoint.config(), where)
     values, notes = key_values(row, get, where)
     rope, computed, rope_notes = rope_key_values(row, get, where)
     values |= rope
     names, beside = _names(checkpoint, architecture, row)
-    tensors = _tensors(checkpoint, architecture, row, values, names)
+    tensors = _tensors(checkpoint, architecture, row, get, names)
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
         for kind, factors in computed.items()
@@ -192,18 +189,6 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     if checkpoint.kind == "gguf":  # keeps what it says of itself
         said, left = said | kept_key_values(checkpoint.metadata), []
     return GGUFModel(row.arch, tuple(tensors), general | said | values, (*beside, *notes, *rope_notes, *left))
-
-
-def _lookup(config: dict[str, Any], where: str) -> Lookup:
-    """A look-up in config.json, completed with the defaults and the spellings of transformers' class."""
-    from transformers import AutoConfig
-
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        parsed = AutoConfig.for_model(**config).get_text_config()
-    except Exception as error:  # transformers' validators can raise anything
-        raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
-    return lambda key: getattr(parsed, key, None)
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture) -> tuple[list[str], list[str]]:
@@ -230,111 +215,92 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
         elif name in architecture.tied and architecture.tied[name] in checkpoint.tensors:
             beside[f"{name}, which config.json ties to {architecture.tied[name]}"] += 1
         elif name not in known:
-            target_of(row, name, where)
+            targets_of(row, name, where)
             raise ArchitectureError(f"{where}: {name!r} is no tensor of {architecture.class_name}")
     return names, [f"left out ({count} tensors): {what}" for what, count in beside.items()]
 
 
 def _tensors(
-    checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture, values: KeyValues, names: list[str]
+    checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture, get: Lookup, names: list[str]
 ) -> list[GGUFTensorSource]:
     """Everything that the model stores; experts of a block under one name."""
     where = checkpoint.source
     groups: dict[str, list[tuple[RowTarget, str]]] = {}
     for name in names:
-        target = target_of(row, name, where)
-        groups.setdefault(target.name, []).append((target, name))
+        for target in targets_of(row, name, where):
+            groups.setdefault(target.name, []).append((target, name))
     if row.needs_output and "output.weight" not in groups:
         embedding = groups["token_embd.weight"][0]
-        output = row.places[T.OUTPUT][1]
+        output = row.places[T.OUTPUT, "weight"][1]
         groups["output.weight"] = [(RowTarget(output, None, None, "weight"), embedding[1])]
-    tensors = [_tensor(checkpoint, architecture, values, row, members) for members in groups.values()]
+    tensors = [_tensor(checkpoint, architecture, get, members) for members in groups.values()]
     _require_complete(row, len(architecture.blocks), groups, where)
     return tensors
 
 
 def _tensor(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    values: KeyValues,
-    row: GGUFArchitecture,
-    members: list[tuple[RowTarget, str]],
+    checkpoint: Checkpoint, architecture: Architecture, get: Lookup, members: list[tuple[RowTarget, str]]
 ) -> GGUFTensorSource:
     """One tensor of the file; `members` are the Hugging Face tensors that it is made of."""
     members = sorted(members, key=lambda member: member[0].expert or 0)
     target, name = members[0]
     linear = architecture.linears.get(name.removesuffix(".weight"))
-    shape, layout = architecture.parameters[name], target.place.layout
-    if layout is RowLayout.TRANSPOSED:
-        shape, layout = shape[::-1], layout if len(shape) > 1 else RowLayout.SAME
-    heads = dim = 0
-    if layout.reorders:
-        heads, dim = _heads(values, row, target, shape, f"{checkpoint.source}: {name}")
-    stacked = target.expert is not None
-    if stacked and [member.expert for member, _ in members] != list(range(values[f"{row.arch}.expert_count"][0])):
+    try:
+        arranged = target.place.layout.arranged(get, architecture.parameters[name])
+    except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.source}: there are {len(members)} experts for {target.name}, config.json has "
-            f"{values[f'{row.arch}.expert_count'][0]}",
+            f"{checkpoint.source}: {name} {list(architecture.parameters[name])} does not fit config.json: {error}",
             "config.json and the weights belong to different models",
-        )
+        ) from error
+    stacked = target.expert is not None
+    if stacked:
+        experts = next(count for key in EXPERT_COUNTS if (count := get(key)) is not None)
+        if [member.expert for member, _ in members] != list(range(experts)):
+            raise CheckpointError(
+                f"{checkpoint.source}: there are {len(members)} experts for {target.name}, config.json has {experts}",
+                "config.json and the weights belong to different models",
+            )
     stored = {name: alias for alias, name in reversed(architecture.tied.items()) if alias in checkpoint.tensors}
     return GGUFTensorSource(
         name=target.name,
-        shape=(len(members), *shape) if stacked else shape,
+        shape=(len(members), *arranged.stored) if stacked else arranged.stored,
         sources=tuple(member if member in checkpoint.tensors else stored[member] for _, member in members),
         block=target.block,
         role=linear.role if linear is not None else architecture.roles[name],
-        layout=layout,
-        heads=heads,
-        dim=dim,
+        arranged=arranged,
     )
 
 
-def _heads(
-    values: KeyValues, row: GGUFArchitecture, target: RowTarget, shape: tuple[int, ...], where: str
-) -> tuple[int, int]:
-    """(heads, rows of each) of a tensor whose layout goes by head."""
-    heads = values.get(f"{row.arch}.{target.place.heads}", values[f"{row.arch}.attention.head_count"])[0]
-    dim = head_dim(target.place.layout, math.prod(shape[:1]), heads)
-    if dim is None:
-        raise CheckpointError(f"{where} {list(shape)} is not {heads} heads of rotary pairs")
-    return heads, dim
-
-
-def _require_complete(row: GGUFArchitecture, blocks: int, found: dict[str, Any], where: str) -> None:
-    """llama.cpp's loader needs every tensor of the row in every block, and biases in all blocks or none."""
-    biased = frozenset(kind for kind in row.places if _names_of(kind, "bias", blocks) & found.keys())
+def _require_complete(row: GGUFArchitecture, blocks: int, found: Container[str], where: str) -> None:
+    """llama.cpp's loader needs every tensor of a block's kind, and biases in all blocks of the kind or in none."""
+    biased = frozenset(
+        place.tensor for _, place in row.places.values()
+        if not place.bare and any(place.name("bias", block) in found for block in range(blocks))
+    )  # fmt: skip
     if biased not in row.biases:
         listed = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
         raise ArchitectureError(
-            f"{where}: biases on {listed}, with which llama.cpp does not load {row.arch} models",
-            "llama.cpp cannot run this variant of the model",
+            f"{where}: biases on {listed}, with which llama.cpp does not load {row.arch} models", CANNOT_RUN
         )
-    needed = {name for kind in row.places if kind is not T.OUTPUT for name in _names_of(kind, "weight", blocks)}
-    needed |= {name for kind in biased for name in _names_of(kind, "bias", blocks)}
-    missing = sorted(needed - found.keys())
+    missing = row.missing(blocks, biased, found)
     if missing:
         raise ArchitectureError(
             f"{where}: the model has nothing for {missing[0]}, which llama.cpp needs to load {row.arch} models",
-            "llama.cpp cannot run this variant of the model",
+            CANNOT_RUN,
         )
-
-
-def _names_of(kind: MODEL_TENSOR, suffix: str, blocks: int) -> set[str]:
-    pattern = TENSOR_NAMES[kind]
-    return {f"{pattern.format(bid=block)}.{suffix}" for block in (range(blocks) if "{bid}" in pattern else [0])}
 
 
 def _order(row: GGUFArchitecture):
     """Sort key: what stands before the blocks, the blocks in the row's order, what stands behind them."""
     last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in (T.OUTPUT_NORM, T.OUTPUT) for suffix in ("weight", "bias")}
-    inside = [TENSOR_NAMES[place.tensor] for place in row.inside.values()]
+    inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:
         if tensor.block is None:
             behind = tensor.name in last
             return (math.inf if behind else -1, int(tensor.name.startswith("output.")), tensor.name[::-1])
-        stem, _, suffix = tensor.name.rpartition(".")
-        return (tensor.block, inside.index(stem.replace(f"blk.{tensor.block}.", "blk.{bid}.")), suffix[::-1])
+        name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
+        stem, _, suffix = (name, "", "") if name in inside else name.rpartition(".")
+        return (tensor.block, inside.index(stem), suffix[::-1])
 
     return key

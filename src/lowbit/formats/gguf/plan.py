@@ -34,7 +34,7 @@ from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
-from lowbit.formats.gguf.model import describe_gguf
+from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
 from lowbit.formats.gguf.modelfile import NAME as MODELFILE
 from lowbit.formats.gguf.modelfile import Modelfile, make_modelfile, refuse_unwritable_name
 from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
@@ -54,7 +54,7 @@ from lowbit.formats.gguf.write import (
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from lowbit.knobs import Facts
 from lowbit.numerics.ggml import TYPES
-from lowbit.plan.plan import CalibrationText, Making, Plan, PlannedTensor, Prepared, Request, Source
+from lowbit.plan.plan import CalibrationText, Making, Plan, PlannedTensor, Prepared, Request
 from lowbit.registry import FORMATS
 from lowbit.rounding.target import GgmlTarget, Stored, Target
 from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
@@ -75,6 +75,8 @@ class FileTensor:
 
     raw: RawGGUF = field(repr=False, compare=False)
     tensor: GGUFTensor
+
+    keeps_rows = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ class _Entry:
     role: str
     block: int | None
     shape: tuple[int, ...]
-    source: Source
+    source: GGUFTensorSource | FileTensor
     source_bytes: int
     source_type: str | None = None
     linear: Linear | None = None
@@ -212,7 +214,10 @@ class _Mapped:
         shapes = {entry.name: entry.shape for entry in entries}
         calibrated: set[str] = set()
         if settings.is_blockwise:
-            calibrated = {e.name for e in entries if e.source.names and self.linears.keys() >= set(e.source.names)}
+            calibrated = {
+                e.name for e in entries
+                if e.source.names and self.linears.keys() >= set(e.source.names) and e.source.keeps_rows
+            }  # fmt: skip
         if matrix is not None:
             notes += tuple(check_fits(matrix, {n: s for n, s in shapes.items() if len(s) > 1}, settings.imatrix or ""))
         unweighed: set[str] = set()  # tensors without importance, where others have one
@@ -270,7 +275,7 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         _Entry(
             t.name, t.role, t.block, t.shape, t,
             sum(checkpoint.tensors[name].nbytes for name in t.names if name in checkpoint.tensors),
-            linear=linears.get(t.names[0]) if len(t.names) == 1 else None,
+            linear=linears.get(t.names[0]) if len(t.names) == 1 and t.keeps_rows else None,
         )
         for t in mapped.tensors
     )  # fmt: skip

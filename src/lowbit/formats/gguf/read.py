@@ -31,7 +31,6 @@ from lowbit.errors import CheckpointError, OutputError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor
 from lowbit.formats.gguf.raw import NATIVE_DTYPE, open_raw_gguf, stored_types_note
 from lowbit.formats.gguf.rope import rope_parameters
-from lowbit.formats.gguf.row import RowLayout, stored_rows
 from lowbit.formats.gguf.to_hf import MappedModel, MappedTensor, map_to_hf
 from lowbit.formats.gguf.tokenizer import generation_config, write_tokenizer
 
@@ -77,34 +76,45 @@ class GGUFCheckpoint:
         """Rows start..stop in Hugging Face's layout; plain types alias the file, the others are decoded."""
         info = find_tensor(self.tensors, name, self.source)
         start, stop, shape = row_range(info, start, stop)
-        values = self._rows(self._mapped[name], start, stop).reshape(shape)
-        return values.to(info.dtype) - 1 if self._mapped[name].layout is RowLayout.PLUS_ONE else values
+        return self._rows(self._mapped[name], start, stop).reshape(shape)
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from resident memory."""
         find_tensor(self.tensors, name, self.source)
         mapped = self._mapped[name]
-        if mapped.expert is None:
-            self.raw.release(mapped.stored)
-        else:
-            self.raw.release(mapped.stored, *_rows_of_expert(mapped))
+        for stored, _ in mapped.pieces:
+            if mapped.expert is None:
+                self.raw.release(stored)
+            else:
+                self.raw.release(stored, *_rows_of_expert(mapped))
 
     def close(self) -> None:
         self.raw.close()
 
     def _rows(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
-        """Rows of a Hugging Face tensor; [rows, K], or [n] of a vector."""
-        raw, stored = self.raw, mapped.stored
-        if len(mapped.shape) < 2:  # one stored row
-            first = mapped.expert or 0
-            vector = raw.decode(stored, first, first + 1)[0]
-            return vector[_stored_order(mapped, start, stop)] if mapped.layout.reorders else vector[start:stop]
-        if mapped.layout is RowLayout.TRANSPOSED:
+        """Rows of a Hugging Face tensor."""
+        raw, (stored, arranged) = self.raw, mapped.pieces[0]
+        if arranged.layout.transposed and len(mapped.shape) == 2:
             return raw.decode(stored)[:, start:stop].t().contiguous()
-        if mapped.layout.reorders:
-            return raw.decode_rows(stored, _stored_order(mapped, start, stop))
-        offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
-        return raw.decode(stored, offset + start, offset + stop)
+        if len(mapped.pieces) == 1 and arranged.is_plain:
+            if len(mapped.shape) < 2:  # one stored row
+                return raw.decode(stored, first := mapped.expert or 0, first + 1)[0][start:stop]
+            offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+            return raw.decode(stored, offset + start, offset + stop)
+        rows, values = [], []
+        for stored, arranged in mapped.pieces:
+            offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+
+            def decode(chosen: np.ndarray, stored: GGUFTensor = stored, offset: int = offset) -> Tensor:
+                return raw.decode_rows(stored, chosen + offset)
+
+            held, part = arranged.source_rows(decode, slice(start, stop))
+            rows.append(held)
+            values.append(part)
+        order = np.argsort(np.concatenate(rows))
+        if len(order) != stop - start:
+            raise CheckpointError(f"{self.source}: rows of {mapped.name} are missing from the file")
+        return torch.cat(values)[torch.from_numpy(order)]
 
     def _rope_factors(self) -> dict[MODEL_TENSOR, Tensor]:
         factors = {}
@@ -122,13 +132,13 @@ class GGUFCheckpoint:
     def _describe(self, mapped: MappedTensor) -> TensorInfo:
         stored = mapped.stored
         # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
-        undone = mapped.layout is RowLayout.PLUS_ONE
+        undone = mapped.is_changed or len({stored.type_name for stored, _ in mapped.pieces}) > 1
         return TensorInfo(
             name=mapped.name,
             shape=mapped.shape,
             dtype=torch.float32 if undone else NATIVE_DTYPE.get(stored.type_name, torch.float32),
             stored=stored.type_name,
-            nbytes=(stored.stop - stored.start) // (1 if mapped.expert is None else stored.shape[0]),
+            nbytes=sum(s.stop - s.start for s, _ in mapped.pieces) // (1 if mapped.expert is None else stored.shape[0]),
             file=self.raw.file_of(stored).path,
         )
 
@@ -143,10 +153,6 @@ def _rows_of_expert(mapped: MappedTensor) -> tuple[int, int]:
     assert mapped.expert is not None
     rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
     return mapped.expert * rows, (mapped.expert + 1) * rows
-
-
-def _stored_order(mapped: MappedTensor, start: int, stop: int) -> np.ndarray:
-    return stored_rows(mapped.layout, np.arange(start, stop), mapped.heads, mapped.dim)
 
 
 def _float_dtype(tensors: list[GGUFTensor]) -> str:

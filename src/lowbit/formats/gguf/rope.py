@@ -32,7 +32,8 @@ from torch import Tensor
 
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.keys import KeyValues, shortest
-from lowbit.formats.gguf.row import GGUFArchitecture, Lookup
+from lowbit.formats.gguf.layout import Lookup
+from lowbit.formats.gguf.row import GGUFArchitecture
 
 T = MODEL_TENSOR
 FLOAT = GGUFValueType.FLOAT32
@@ -55,7 +56,10 @@ def rope_key_values(
     share = parameters.get("partial_rotary_factor", 1.0)
     if share != 1.0 and not rope.partial:
         raise _refused(row, f"on {share} of every head", where)
-    dim = int((get("head_dim") or get("hidden_size") // get("num_attention_heads")) * share)
+    if rope.dim is not None:
+        dim = rope.dim(get)
+    else:
+        dim = int((get("head_dim") or get("hidden_size") // get("num_attention_heads")) * share)
     values: KeyValues = {
         f"{prefix}dimension_count": (dim, GGUFValueType.UINT32),
         f"{prefix}freq_base": (float(parameters.get("rope_theta", 10000.0)), FLOAT),

@@ -1,103 +1,59 @@
-"""`GGUFArchitecture`, a row of the table of GGUF architectures (`table.py`), and the row layouts of tensors.
+"""`GGUFArchitecture`, a row of the table of GGUF architectures (`families/`).
 
 A row serves both directions. Writing a GGUF takes names, layouts and key-values from it and refuses a model that
 llama.cpp would compute differently; reading one takes the inverse names and layouts, and config.json from the same
-keys.
-
-Row layouts, as llama.cpp's converter arranges them, for a tensor of `rows` rows in `heads` heads; h, p and q count
-halves (2), pairs, and the parts q, k, v (3):
-
-    ROTARY      the two halves of a rotary pair become neighbours, within a head of d = rows / heads rows
-                Hugging Face  head·d + h·d/2 + p            GGUF  head·d + 2p + h
-    QKV         q, k and v, interleaved head by head, become three matrices; d = rows / heads / 3
-                Hugging Face  head·3d + q·d + i             GGUF  q·heads·d + head·d + i
-    TRANSPOSED  Conv1D of GPT-2: [K, N] in Hugging Face, [N, K] in GGUF
-    PLUS_ONE    norms of Gemma: w in Hugging Face, w + 1 in GGUF
-    ONE_ROW     one row of weights: [1, K] in Hugging Face, [1, K] or [K] in GGUF
-    SAME        nothing changes
-
-Both orders keep rows of one head close together: d consecutive GGUF rows of a head lie within d consecutive Hugging
-Face rows, which is what bounds the memory of reading a slab.
+keys. `layout.py` has the layouts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
-# Key of config.json → value; None where it has none.
-Lookup = Callable[[str], Any]
+from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
 
 
-class RowLayout(Enum):
-    """See the module's docstring."""
-
-    SAME = "same"
-    ROTARY = "rotary pairs"
-    QKV = "q, k and v by head"
-    TRANSPOSED = "transposed"
-    PLUS_ONE = "plus one"
-    ONE_ROW = "one row"
-
-    @property
-    def reorders(self) -> bool:
-        return self in _ROWS_PER_HEAD
-
-
-_ROWS_PER_HEAD = {RowLayout.ROTARY: 1, RowLayout.QKV: 3}
-
-
-def head_dim(layout: RowLayout, rows: int, heads: int) -> int | None:
-    """Rows of one head (of q, k or v) in a tensor of `rows` rows; None where they do not divide evenly."""
-    parts = _ROWS_PER_HEAD[layout] * heads
-    if heads < 1 or rows % parts or (layout is RowLayout.ROTARY and rows // parts % 2):
-        return None
-    return rows // parts
-
-
-def stored_rows(layout: RowLayout, hf_rows: np.ndarray, heads: int, dim: int) -> np.ndarray:
-    """Hugging Face rows, int64 [n] → the GGUF rows that hold them, int64 [n]. dim  rows of a head, from `head_dim`."""
-    if layout is RowLayout.ROTARY:
-        head, row = np.divmod(hf_rows, dim)
-        half, pair = np.divmod(row, dim // 2)
-        return head * dim + 2 * pair + half
-    head, row = np.divmod(hf_rows, 3 * dim)
-    part, row = np.divmod(row, dim)
-    return (part * heads + head) * dim + row
-
-
-def hf_rows(layout: RowLayout, stored: np.ndarray, heads: int, dim: int) -> np.ndarray:
-    """GGUF rows, int64 [n] → the Hugging Face rows that they hold, int64 [n]; the inverse of `stored_rows`."""
-    if layout is RowLayout.ROTARY:
-        head, row = np.divmod(stored, dim)
-        pair, half = np.divmod(row, 2)
-        return head * dim + half * (dim // 2) + pair
-    part, row = np.divmod(stored, heads * dim)
-    head, row = np.divmod(row, dim)
-    return (head * 3 + part) * dim + row
-
-
 @dataclass(frozen=True)
 class Place:
-    """The GGUF tensor of one Hugging Face module (or bare parameter).
+    """A GGUF tensor that one Hugging Face module (or bare parameter) becomes.
 
-    heads  the key-value, below the architecture's name, that counts the heads of a layout that goes by head
-    bare   the Hugging Face parameter has no ".weight" at the end of its name
+    bare      the Hugging Face parameter has no ".weight" at the end of its name
+    ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
+    group     a block has all tensors of a group or none of them; tensors without a group are in every block
+    optional  a block may lack it
     """
 
     tensor: MODEL_TENSOR
-    layout: RowLayout = RowLayout.SAME
-    heads: str = "attention.head_count"
+    layout: RowLayout = SAME
     bare: bool = False
+    ending: str = "weight"
+    group: str = ""
+    optional: bool = False
+
+    def name(self, suffix: str, block: int | None) -> str:
+        stem = TENSOR_NAMES[self.tensor].format(bid=block)
+        return f"{stem}.{suffix}" if suffix else stem
+
+
+Places = Mapping[str, Place | tuple[Place, ...]]
+
+
+def grouped(group: str, places: Places) -> Places:
+    """The places, as members of a group."""
+
+    def member(place: Place | tuple[Place, ...]) -> Place | tuple[Place, ...]:
+        if isinstance(place, tuple):
+            return tuple(replace(one, group=group) for one in place)
+        return replace(place, group=group)
+
+    return {path: member(place) for path, place in places.items()}
 
 
 @dataclass(frozen=True)
@@ -105,17 +61,21 @@ class Key:
     """One key-value of GGUF and one key of config.json with the same meaning.
 
     name       below the architecture's name: "attention.head_count"
+    config     the key of config.json; "" for a value that is computed from others
+    kind       of the value, or of the items of a list
+    value      computes it, None for no key-value; reading a file passes it by (`GGUFArchitecture.from_file`)
     otherwise  value where config.json or the file has none
     default    what llama.cpp takes where the file has none; config.json always says it
-    optional   neither side needs it; a key without any of the three must be there
+    optional   neither side needs it; a key without any of the four must be there
     """
 
     name: str
-    config: str
+    config: str = ""
     kind: GGUFValueType = GGUFValueType.UINT32
     otherwise: Callable[[Lookup], Any] | None = None
     default: Any = None
     optional: bool = False
+    value: Callable[[Lookup], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +86,14 @@ class Rope:
     partial    it rotates the first rope.dimension_count of a head, which may be fewer than all
     local      sliding-window blocks have a base of their own (Gemma 3)
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
+    dim        rotated dimensions of a head, where they are not a share of head_dim
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     partial: bool = False
     local: bool = False
     truncates: bool = True
+    dim: Callable[[Lookup], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,10 +104,10 @@ class GGUFArchitecture:
     model_class    what config.json's `architectures` says
     arch           general.architecture of the file
     blocks         path of the decoder blocks
-    outside        module → place, of what is not in a block
-    inside         path in a block → place, in the order of the file; "*" stands for the number of an expert
+    outside        module → place (or places, for a tensor that is split), of what is not in a block
+    inside         path in a block → the same, in the order of the file; "*" stands for the number of an expert
     keys           key-values ↔ config.json
-    biases         which tensors have a bias, in every block → what config.json must say then
+    biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
     near           (config.json key, value) that is accepted though llama.cpp computes something close to it → the note
     implied        what llama.cpp derives from other values and config.json has to agree with
@@ -156,14 +118,17 @@ class GGUFArchitecture:
     needs_output   llama.cpp loads no model without output.weight, tied or not
     read_back      this row is what a GGUF file of its `arch` becomes (others share the arch: Mistral becomes Llama)
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
+    when           of several rows of a model type, the first whose condition on config.json holds is taken
+    of_file        of several readable rows of an arch, the first whose condition on the key-values holds
+    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
     """
 
     model_type: str
     model_class: str
     arch: str
     blocks: str
-    outside: dict[str, Place]
-    inside: dict[str, Place]
+    outside: Places
+    inside: Places
     keys: tuple[Key, ...]
     biases: dict[frozenset[MODEL_TENSOR], dict[str, Any]] = field(default_factory=lambda: {frozenset(): {}})
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -175,25 +140,68 @@ class GGUFArchitecture:
     needs_output: bool = False
     read_back: bool = True
     left_out: tuple[str, ...] = ()
+    when: Callable[[Lookup], bool] = lambda get: True
+    of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
+    from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
 
     @cached_property
-    def places(self) -> dict[MODEL_TENSOR, tuple[str, Place]]:
-        """Tensor → (Hugging Face module with {bid} and {expert} to fill in, place)."""
+    def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
+        """(tensor, ending) → (Hugging Face module with {bid} and {expert} to fill in, place)."""
         prefix = f"{self.blocks}.{{bid}}."
         inside = {prefix + path.replace("*", "{expert}"): place for path, place in self.inside.items()}
-        return {place.tensor: (module, place) for module, place in (self.outside | inside).items()}
+        return {
+            (place.tensor, place.ending): (module, place)
+            for module, places in {**self.outside, **inside}.items()
+            for place in each_place(places)
+        }
 
-    def find(self, parameter: str) -> RowTarget | None:
-        """Where a Hugging Face parameter goes; None if nowhere."""
+    @property
+    def stacks_experts(self) -> bool:
+        return any("*" in path for path in self.inside)
+
+    def find(self, parameter: str) -> tuple[RowTarget, ...]:
+        """Where a Hugging Face parameter goes: one tensor, several that share its rows, or none that is known."""
         stem, _, suffix = parameter.rpartition(".")
-        for module, ending, bare in ((parameter, "weight", True), (stem, suffix, False)):
+        for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
             expert = _EXPERT.search(path)
             path = _EXPERT.sub(r"\1experts.*.", path)
-            place = (self.outside if block is None else self.inside).get(path)
-            if place is not None and place.bare is bare and ending in ("weight", "bias"):
-                return RowTarget(place, block, int(expert[2]) if expert else None, ending)
-        return None
+            places = (self.outside if block is None else self.inside).get(path)
+            if places is None or any(place.bare is not bare for place in each_place(places)):
+                continue
+            if bare or suffix in ("weight", "bias"):
+                number = int(expert[2]) if expert else None
+                return tuple(
+                    RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
+                )
+        return ()
+
+    def missing(self, blocks: int, biased: Container[MODEL_TENSOR], found: Container[str]) -> list[str]:
+        """GGUF names that llama.cpp's loader needs and that are not among those found.
+
+        biased  tensors that have a bias, in every block that has the tensor
+        """
+        names = []
+        for block in range(blocks):
+            inside = [(place, place.name(place.ending, block)) for _, place in self._inside_places]
+            begun = {place.group for place, name in inside if name in found}
+            for place, name in inside:
+                if place.group and place.group not in begun:
+                    continue
+                names += [name] if name not in found and not place.optional else []
+                if place.tensor in biased and not place.bare and name in found:
+                    bias = place.name("bias", block)
+                    names += [bias] if bias not in found else []
+        for places in self.outside.values():
+            for place in each_place(places):
+                name = place.name(place.ending, None)
+                if place.tensor is not MODEL_TENSOR.OUTPUT and not place.optional and name not in found:
+                    names.append(name)
+        return names
+
+    @cached_property
+    def _inside_places(self) -> list[tuple[str, Place]]:
+        return [(path, place) for path, places in self.inside.items() for place in each_place(places)]
 
     def leaves_out(self, parameter: str) -> bool:
         return parameter.startswith(self.left_out) if self.left_out else False
@@ -208,9 +216,16 @@ class GGUFArchitecture:
         return None, module
 
 
+def each_place(places: Place | tuple[Place, ...]) -> Iterator[Place]:
+    yield from places if isinstance(places, tuple) else (places,)
+
+
 @dataclass(frozen=True)
 class RowTarget:
-    """Where one Hugging Face parameter goes. suffix  "weight" or "bias"; expert  its number, None for no expert."""
+    """Where one Hugging Face parameter goes.
+
+    suffix  "weight", "bias" or ""; expert  its number, None for no expert
+    """
 
     place: Place
     block: int | None
@@ -220,4 +235,4 @@ class RowTarget:
     @property
     def name(self) -> str:
         """The GGUF name."""
-        return f"{TENSOR_NAMES[self.place.tensor].format(bid=self.block)}.{self.suffix}"
+        return self.place.name(self.suffix, self.block)

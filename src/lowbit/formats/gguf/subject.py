@@ -191,15 +191,14 @@ class _Pass:
     def _origins(self, source: Checkpoint) -> Callable[[str], str]:
         """Our name → the source's: both have a name of the file in common (a model that sees has other names than its
         language model); a tied output matrix that has a copy of its own comes from the embedding."""
-        ours = row_of_model(self.subject.as_checkpoint.config().get("model_type"), str(self.subject.folder))
-        theirs = row_of_model(source.config().get("model_type"), source.source)
-        places = {name: theirs.find(name) for name in source.tensors}
-        by_place = {(place.name, place.expert): name for name, place in places.items() if place is not None}
+        ours = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
+        theirs = row_of_model(source.config(), source.source)
+        by_place = {(target.name, target.expert): name for name in source.tensors for target in theirs.find(name)}
 
         def origin(name: str) -> str:
-            place = ours.find(name)
-            if name in source.tensors or place is None:
+            if name in source.tensors or not ours.find(name):
                 return name
+            place = ours.find(name)[0]
             embedding = by_place.get(("token_embd.weight", None), name) if place.name == "output.weight" else name
             return by_place.get((place.name, place.expert), embedding)
 

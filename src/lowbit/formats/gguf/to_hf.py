@@ -10,6 +10,7 @@ missing, a tensor of another rank than its name says, another number of experts 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -19,32 +20,39 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.keys import config_of, positive
-from lowbit.formats.gguf.row import GGUFArchitecture, Place, RowLayout, head_dim
-from lowbit.formats.gguf.table import DERIVED, row_of_file
+from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup
+from lowbit.formats.gguf.row import GGUFArchitecture, Place
+from lowbit.formats.gguf.table import DERIVED, look_up, row_of_file
 
 T = MODEL_TENSOR
 MAX_EXPERTS = 65536
 
-_VECTORS = frozenset({T.ATTN_SINKS})
+# Beginnings of GGUF names whose weights are vectors, whatever the layout makes of them.
+_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B})
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A stored tensor, or one expert of it, under its Hugging Face name.
+    """A tensor under its Hugging Face name, and the stored one that holds it; several, where its rows were split.
 
-    shape        of the Hugging Face tensor
-    layout       row layout that `read` undoes
-    heads, dim   number of heads and rows of each, for layouts that go by head; else 0
-    expert       which of the stacked experts; None for a tensor of its own
+    shape   of the Hugging Face tensor
+    pieces  (stored tensor, how its rows follow from this one's)
+    expert  which of the stacked experts; None for a tensor of its own
     """
 
     name: str
-    stored: GGUFTensor
     shape: tuple[int, ...]
-    layout: RowLayout = RowLayout.SAME
-    heads: int = 0
-    dim: int = 0
+    pieces: tuple[tuple[GGUFTensor, Arranged], ...]
     expert: int | None = None
+
+    @property
+    def stored(self) -> GGUFTensor:
+        return self.pieces[0][0]
+
+    @property
+    def is_changed(self) -> bool:
+        """True if the values in the file are a function of the tensor's."""
+        return any(arranged.layout.values is not None for _, arranged in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -58,112 +66,142 @@ class MappedModel:
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A parsed GGUF name. tensor: None where the architecture has no such name"""
+class _Found:
+    """A stored tensor of a known name. module  Hugging Face module or bare parameter, {expert} not filled in"""
 
-    tensor: MODEL_TENSOR | None
-    layer: int | None
+    tensor: GGUFTensor
+    place: Place
+    module: str
+    block: int | None
     suffix: str
 
 
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
     row = row_of_file(metadata, where)
-    kinds = {TENSOR_NAMES[kind]: kind for kind in DERIVED | row.places.keys()}
-    mapped: dict[_Name, list[MappedTensor]] = {}
+    derived, found = _found(row, tensors, where)
+    biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
+    if biased not in row.biases:
+        names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
+        raise ArchitectureError(f"{where}: biases on {names}, which is not how {row.model_class} is built")
+    _require_all_blocks(row, biased, metadata, found, where)
+    config = config_of(row, metadata, where) | row.biases[biased]
+    names = {each.tensor.name for each in found}
+    config["tie_word_embeddings"] = "output.weight" not in names
+    config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
+    get = look_up(config, where)
+    sources: dict[str, list[_Found]] = {}
+    for each in found:
+        _check_rank(each, where)
+        sources.setdefault(each.module + ("" if each.place.bare else f".{each.suffix}"), []).append(each)
+    mapped = []
+    for name, parts in sources.items():
+        try:
+            mapped += _undo_conversion(name, parts, get, metadata, row, where)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{where}: tensor {parts[0].tensor.name!r} {list(parts[0].tensor.shape)} does not fit the key-values: "
+                f"{error}"
+            ) from error
+    return MappedModel(row, mapped, derived, config)
+
+
+def _found(
+    row: GGUFArchitecture, tensors: list[GGUFTensor], where: str
+) -> tuple[dict[MODEL_TENSOR, GGUFTensor], list[_Found]]:
+    """(tensors that are computed from the config, the others with their places)."""
+    places: dict[str, tuple[Place, str, str]] = {}  # pattern of the GGUF name → place, module, suffix
+    for (_, ending), (module, place) in row.places.items():
+        for suffix in (ending,) if place.bare else ("weight", "bias"):
+            stem = TENSOR_NAMES[place.tensor]
+            places[f"{stem}.{suffix}" if suffix else stem] = place, module, suffix
+    computed = {f"{TENSOR_NAMES[kind]}.weight": kind for kind in DERIVED}
     derived: dict[MODEL_TENSOR, GGUFTensor] = {}
+    found = []
     for tensor in tensors:
-        stem, _, suffix = tensor.name.rpartition(".")
-        layer = re.match(r"blk\.(0|[1-9]\d{0,5})\.", stem)
-        pattern = stem if layer is None else f"blk.{{bid}}.{stem[layer.end() :]}"
-        kind = kinds.get(pattern) if suffix in ("weight", "bias") else None
-        name = _Name(kind, int(layer[1]) if layer else None, suffix)
-        if name.tensor is None:
+        block = re.match(r"blk\.(0|[1-9]\d{0,5})\.", tensor.name)
+        pattern = tensor.name if block is None else f"blk.{{bid}}.{tensor.name[block.end() :]}"
+        if pattern in computed:
+            derived[computed[pattern]] = tensor
+        elif pattern in places:
+            place, module, suffix = places[pattern]
+            number = int(block[1]) if block else None
+            found.append(_Found(tensor, place, module.replace("{bid}", str(number)), number, suffix))
+        else:
             raise ArchitectureError(
                 f"{where}: tensor {tensor.name!r} has no place in {row.model_class}",
                 "use the safetensors checkpoint of the model",
             )
-        if name.tensor in DERIVED:
-            derived[name.tensor] = tensor
-        else:
-            mapped[name] = _undo_conversion(row, metadata, tensor, name, where)
-    biased = frozenset(name.tensor for name in mapped if name.suffix == "bias" and name.tensor is not None)
-    if biased not in row.biases:
-        names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
-        raise ArchitectureError(f"{where}: biases on {names}, which is not how {row.model_class} is built")
-    _require_all_layers(row, biased, metadata.get(f"{row.arch}.block_count"), set(mapped), where)
-    config = config_of(row, metadata, where) | row.biases[biased]
-    config["tie_word_embeddings"] = _Name(T.OUTPUT, None, "weight") not in mapped
-    config["vocab_size"] = mapped[_Name(T.TOKEN_EMBD, None, "weight")][0].shape[0]
-    return MappedModel(row, [each for parts in mapped.values() for each in parts], derived, config)
+    return derived, found
 
 
 def _undo_conversion(
-    row: GGUFArchitecture, metadata: dict[str, Any], tensor: GGUFTensor, name: _Name, where: str
+    name: str, parts: list[_Found], get: Lookup, metadata: dict[str, Any], row: GGUFArchitecture, where: str
 ) -> list[MappedTensor]:
-    """The Hugging Face tensors that a stored one holds: itself, or one per expert."""
-    assert name.tensor is not None
-    module, place = row.places[name.tensor]
-    suffix = "" if place.bare else f".{name.suffix}"
-    stacked = "{expert}" in module
-    _check_rank(tensor, name, place, stacked, where)
-    if not stacked:
-        full = module.format(bid=name.layer) + suffix
-        shape, layout, heads, dim = tensor.shape, place.layout, 0, 0
-        if layout is RowLayout.TRANSPOSED:
-            shape, layout = (shape[::-1], layout) if name.suffix == "weight" else (shape, RowLayout.SAME)
-        elif layout is RowLayout.ONE_ROW and len(shape) == 1:
-            shape = (1, shape[0])
-        if layout.reorders:
-            heads, dim = _heads(row, metadata, tensor, place, where)
-        return [MappedTensor(full, tensor, shape, layout, heads, dim)]
+    """The Hugging Face tensors that stored ones hold: one, or one per expert."""
+    tensor = parts[0].tensor
+    if "{expert}" not in name:
+        shape = _source_shape(parts, get)
+        pieces = []
+        for part in parts:
+            arranged = part.place.layout.arranged(get, shape)
+            if math.prod(arranged.stored) != math.prod(part.tensor.shape):
+                raise ValueError(f"{list(arranged.stored)} is needed")
+            pieces.append((part.tensor, arranged))
+        return [MappedTensor(name, shape, tuple(pieces))]
     count = positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
         raise CheckpointError(
             f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where expert_count is {count}"
         )
+    arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [
-        MappedTensor(module.format(bid=name.layer, expert=expert) + suffix, tensor, tensor.shape[1:], expert=expert)
+        MappedTensor(name.replace("{expert}", str(expert)), tensor.shape[1:], ((tensor, arranged),), expert=expert)
         for expert in range(count)
     ]
 
 
-def _check_rank(tensor: GGUFTensor, name: _Name, place: Place, stacked: bool, where: str) -> None:
-    assert name.tensor is not None
-    is_vector = name.suffix == "bias" or "norm" in TENSOR_NAMES[name.tensor] or name.tensor in _VECTORS
-    ranks = ((1 if is_vector else 2) + stacked,)
-    if place.layout is RowLayout.ONE_ROW:
+def _source_shape(parts: list[_Found], get: Lookup) -> tuple[int, ...]:
+    """Of the Hugging Face tensor that all parts come from."""
+    rows, rest = 0, ()
+    for part in parts:
+        layout, shape = part.place.layout, part.tensor.shape
+        shape = shape if layout.unshape is None else layout.unshape(get, shape)
+        if layout is ONE_ROW and len(shape) == 1:
+            shape = (1, shape[0])
+        if layout.heads is not None:
+            heads, _, first, last = layout.heads(get)
+            shape = (heads * (last - first), shape[1])
+        rows, rest = rows + shape[0], shape[1:]
+    shape = (rows, *rest)
+    return shape[::-1] if parts[0].place.layout.transposed and len(shape) == 2 else shape
+
+
+def _check_rank(found: _Found, where: str) -> None:
+    kind, layout = found.place.tensor, found.place.layout
+    if layout.shape is not None or layout.heads is not None:
+        return  # the size is compared with what the layout makes
+    is_vector = found.suffix == "bias" or "norm" in TENSOR_NAMES[kind] or (found.place.bare and kind in _VECTORS)
+    ranks = ((1 if is_vector else 2) + ("{expert}" in found.module),)
+    if layout is ONE_ROW:
         ranks = (1, 2)
-    if len(tensor.shape) not in ranks:
+    if len(found.tensor.shape) not in ranks:
         needed = " or ".join(f"{rank}-d" for rank in ranks)
-        raise CheckpointError(f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}; {needed} is needed")
+        shape = list(found.tensor.shape)
+        raise CheckpointError(f"{where}: tensor {found.tensor.name!r} has shape {shape}; {needed} is needed")
 
 
-def _heads(
-    row: GGUFArchitecture, metadata: dict[str, Any], tensor: GGUFTensor, place: Place, where: str
-) -> tuple[int, int]:
-    """(heads, rows of each); without grouped queries a file may leave the number for k out."""
-    key = f"{row.arch}.{place.heads}"
-    heads = positive(metadata, key if key in metadata else f"{row.arch}.attention.head_count", where)
-    dim = head_dim(place.layout, tensor.shape[0], heads)
-    if dim is None:
-        raise CheckpointError(f"{where}: tensor {tensor.name!r} {list(tensor.shape)} is not {heads} heads of pairs")
-    return heads, dim
-
-
-def _require_all_layers(
-    row: GGUFArchitecture, biased: frozenset[MODEL_TENSOR], block_count: Any, mapped: set[_Name], where: str
+def _require_all_blocks(
+    row: GGUFArchitecture, biased: frozenset[MODEL_TENSOR], metadata: dict[str, Any], found: list[_Found], where: str
 ) -> None:
-    """Every weight and bias must be there for every layer, and no layer beyond the last."""
-    layers = {name.layer for name in mapped if name.layer is not None}
-    if type(block_count) is not int or layers != set(range(len(layers))) or len(layers) != block_count:
+    """Every weight and bias of a block's kind must be there, and no block beyond the last."""
+    count = metadata.get(f"{row.arch}.block_count")
+    blocks = {each.block for each in found if each.block is not None}
+    if type(count) is not int or blocks != set(range(len(blocks))) or len(blocks) != count:
         raise CheckpointError(
-            f"{where}: block_count is {block_count!r}, but tensors of {len(layers)} layers are in the file",
+            f"{where}: block_count is {count!r}, but tensors of {len(blocks)} layers are in the file",
             "download the file again",
         )
-    weights = [(kind, "weight") for kind in row.places if kind is not T.OUTPUT]
-    for kind, suffix in weights + [(kind, "bias") for kind in biased]:
-        for layer in sorted(layers) if "{bid}" in TENSOR_NAMES[kind] else [None]:
-            if _Name(kind, layer, suffix) not in mapped:
-                missing = f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}"
-                raise CheckpointError(f"{where}: tensor {missing!r} is missing", "download the file again")
+    missing = row.missing(count, biased, {each.tensor.name for each in found})
+    if missing:
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing", "download the file again")

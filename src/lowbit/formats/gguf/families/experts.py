@@ -1,0 +1,7 @@
+"""Decoders with experts."""
+
+from __future__ import annotations
+
+from lowbit.formats.gguf.row import GGUFArchitecture
+
+ROWS: tuple[GGUFArchitecture, ...] = ()

@@ -1,0 +1,7 @@
+"""Text decoders of models that see, and embedding models."""
+
+from __future__ import annotations
+
+from lowbit.formats.gguf.row import GGUFArchitecture
+
+ROWS: tuple[GGUFArchitecture, ...] = ()

@@ -1,0 +1,225 @@
+"""`RowLayout`: how a stored tensor is arranged, with respect to the Hugging Face tensor that it is made of.
+
+Layouts are llama.cpp's (conversion/*.py). A layout serves both directions. `rows` says it once: which row of the
+source each stored row holds; reading a file back inverts that array.
+
+    SAME        nothing changes
+    rotary      the two halves of a rotary pair become neighbours, within a head of d rows; h and p count halves, pairs
+                source  head·d + h·d/2 + p              stored  head·d + 2p + h
+    QKV         q, k and v, interleaved head by head, become three matrices of d rows a head; part counts q, k, v
+                source  head·3d + part·d + i            stored  part·heads·d + head·d + i
+    TRANSPOSED  Conv1D of GPT-2: [K, N] in Hugging Face, [N, K] in GGUF
+    PLUS_ONE    norms of Gemma: w in Hugging Face, w + 1 in GGUF
+    NEG_EXP     decay of state spaces: log a in Hugging Face, -a in GGUF
+    ONE_ROW     one row of weights: [1, K] in Hugging Face, [1, K] or [K] in GGUF
+
+A memory of one slab is enough: the source rows of a slab are read as few contiguous runs, then put in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Key of config.json → value; None where it has none.
+Lookup = Callable[[str], Any]
+Shape = tuple[int, ...]
+# (look-up, rows of the source) → the source row of each stored row, int64 [stored rows]. ValueError says what is wrong.
+Rows = Callable[[Lookup, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """One arrangement; without any field, the same one. Applied in the order of the fields.
+
+    name        of the arrangement
+    transposed  matrices only
+    rows        rows of the stored tensor, all of the source's or a part of them
+    columns     the same of columns; rows packed in blocks cannot follow, so such a tensor is never calibrated
+    heads       look-up → (heads, rows of a head, first, last): rows first..last of every head, transposed: from
+                [heads · rows, K] to [heads, K, last - first] (the absorbed keys of latent attention)
+    values      float32 → float32, elementwise, and its inverse `undo`
+    shape       (look-up, shape so far) → the stored shape, the numbers in the same order; `unshape` is its inverse
+    """
+
+    name: str = "same"
+    transposed: bool = False
+    rows: Rows | None = None
+    columns: Rows | None = None
+    heads: Callable[[Lookup], tuple[int, int, int, int]] | None = None
+    values: Callable[[Tensor], Tensor] | None = None
+    undo: Callable[[Tensor], Tensor] | None = None
+    shape: Callable[[Lookup, Shape], Shape] | None = None
+    unshape: Callable[[Lookup, Shape], Shape] | None = None
+
+    def arranged(self, get: Lookup, shape: Shape) -> Arranged:
+        """This layout of a source of one shape; ValueError where they do not fit."""
+        stored = source = shape[::-1] if self.transposed and len(shape) == 2 else shape
+        rows = None if self.rows is None else self.rows(get, stored[0])
+        stored = stored if rows is None else (len(rows), *stored[1:])
+        columns = None if self.columns is None or len(stored) < 2 else self.columns(get, stored[-1])
+        heads = None
+        if self.heads is not None:
+            heads = count, size, first, last = self.heads(get)
+            if len(stored) != 2 or stored[0] != count * size:
+                raise ValueError(f"{list(shape)} is not {count} heads of {size} rows")
+            stored = (count, stored[1], last - first)
+        stored = stored if self.shape is None else self.shape(get, stored)
+        return Arranged(self, source, stored, rows, columns, heads)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A layout of one tensor.
+
+    source, stored  shapes; of a transposed source, the shape after that
+    rows, columns   int64, the source row of each stored row; None: the same
+    """
+
+    layout: RowLayout
+    source: Shape
+    stored: Shape
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+    heads: tuple[int, int, int, int] | None
+
+    @property
+    def is_plain(self) -> bool:
+        """True where row n of one is row n of the other."""
+        layout = self.layout
+        return self.rows is None and self.columns is None and self.heads is None and layout.values is None
+
+    @property
+    def keeps_rows(self) -> bool:
+        """True where the stored rows are the source's, all of them, as a linear applies them: packed rows can move."""
+        whole = self.rows is None or len(self.rows) == self.source[0]
+        return whole and self.columns is None and self.heads is None and self.layout.values is None
+
+    def stored_rows(self, read: Callable[[int, int], Tensor], first: int, last: int) -> Tensor:
+        """Rows first..last of the stored tensor seen as [rows, K]; `read` gives source rows, [n, …] or [n]."""
+        columns = self.stored[-1] if self.stored else 1
+        if len(self.source) < 2:  # a vector is small: whole
+            values = read(0, self.source[0] if self.source else 1).reshape(-1)
+            values = values if self.rows is None else values[torch.from_numpy(self.rows)]
+            return self._valued(values).reshape(-1, columns)[first:last]
+        if self.heads is not None:
+            return torch.cat([self._valued(part) for part in self._transposed_heads(read, first, last)])
+        if self.rows is None:
+            values = read(first, last)
+        else:
+            values = gather(read, self.rows[first:last])
+        values = values.reshape(last - first, -1)
+        values = values if self.columns is None else values[:, torch.from_numpy(self.columns)]
+        return self._valued(values)
+
+    def _valued(self, values: Tensor) -> Tensor:
+        return values if self.layout.values is None else self.layout.values(values.float())
+
+    def _transposed_heads(self, read: Callable[[int, int], Tensor], first: int, last: int) -> list[Tensor]:
+        assert self.heads is not None
+        _, size, start, stop = self.heads
+        width, parts = self.source[1], []
+        for head in range(first // width, -(-last // width)):
+            part = read(head * size + start, head * size + stop).t()
+            parts.append(part[max(first - head * width, 0) : last - head * width])
+        return parts
+
+    def source_rows(self, decode: Callable[[np.ndarray], Tensor], wanted: slice) -> tuple[np.ndarray, Tensor]:
+        """(which of the source rows start..stop this stored tensor holds, int64 [n]; their values [n, …]).
+
+        decode  stored rows, int64 [n] → [n, K], of the stored tensor seen as [rows, K]
+        """
+        start, stop = wanted.start, wanted.stop
+        if len(self.source) < 2:
+            count = int(np.prod(self.stored[:-1], dtype=np.int64)) if len(self.stored) > 1 else 1
+            values = self._undone(decode(np.arange(count)).reshape(-1))
+            rows = np.arange(len(values)) if self.rows is None else self.rows
+            chosen = np.flatnonzero((rows >= start) & (rows < stop))
+            return rows[chosen], values[torch.from_numpy(chosen)]
+        if self.heads is not None:
+            return self._heads_back(decode, start, stop)
+        if self.rows is None:
+            rows = places = np.arange(start, stop)
+        else:
+            places = np.flatnonzero((self.rows >= start) & (self.rows < stop))
+            rows = self.rows[places]
+        values = self._undone(decode(places))
+        if self.columns is not None:
+            values = values[:, torch.from_numpy(np.argsort(self.columns))]
+        return rows, values.reshape(len(rows), *self.source[1:])
+
+    def _undone(self, values: Tensor) -> Tensor:
+        return values if self.layout.undo is None else self.layout.undo(values.float())
+
+    def _heads_back(self, decode: Callable[[np.ndarray], Tensor], start: int, stop: int) -> tuple[np.ndarray, Tensor]:
+        assert self.heads is not None
+        _, size, first, last = self.heads
+        width, rows, parts = self.source[1], [], []
+        for head in range(start // size, -(-stop // size)):
+            begin, end = max(start, head * size + first), min(stop, head * size + last)
+            if begin >= end:
+                continue
+            whole = decode(np.arange(head * width, (head + 1) * width)).t()  # [last - first, K]
+            offset = head * size + first
+            parts.append(self._undone(whole[begin - offset : end - offset]))
+            rows.append(np.arange(begin, end))
+        if not parts:
+            return np.zeros(0, np.int64), torch.empty((0, width))
+        return np.concatenate(rows), torch.cat(parts)
+
+
+def gather(read: Callable[[int, int], Tensor], rows: np.ndarray) -> Tensor:
+    """Rows of these numbers, in their order; `read` is called once for each contiguous run of them."""
+    ordered = np.sort(rows)
+    if len(np.unique(ordered)) != len(ordered):
+        raise ValueError("a source row occurs twice in one slab")
+    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+    runs = np.split(ordered, breaks) if len(ordered) else []
+    parts = [read(int(run[0]), int(run[-1]) + 1) for run in runs]
+    if not parts:
+        return read(0, 0)
+    return torch.cat(parts)[torch.from_numpy(np.searchsorted(ordered, rows))]
+
+
+# --- the arrangements -----------------------------------------------------------------------------------------------
+
+
+def heads_of(get: Lookup, key: str) -> int:
+    """A number of heads; that of the queries where config.json leaves the one for keys out."""
+    heads = get(key) or get("num_attention_heads")
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"{key} is {str(heads)[:40]}")
+    return heads
+
+
+def rotary(key: str) -> RowLayout:
+    """Rotary pairs; `key` of config.json counts the heads."""
+
+    def rows(get: Lookup, count: int) -> np.ndarray:
+        heads = heads_of(get, key)
+        if count % (2 * heads):
+            raise ValueError(f"{count} rows are not {heads} heads of rotary pairs")
+        return np.arange(count).reshape(heads, 2, -1).transpose(0, 2, 1).reshape(-1)
+
+    return RowLayout("rotary pairs", rows=rows)
+
+
+def _qkv_rows(get: Lookup, count: int) -> np.ndarray:
+    heads = heads_of(get, "num_attention_heads")
+    if count % (3 * heads):
+        raise ValueError(f"{count} rows are not q, k and v of {heads} heads")
+    return np.arange(count).reshape(heads, 3, -1).transpose(1, 0, 2).reshape(-1)
+
+
+SAME = RowLayout()
+ROTARY_Q, ROTARY_K = rotary("num_attention_heads"), rotary("num_key_value_heads")
+QKV = RowLayout("q, k and v by head", rows=_qkv_rows)
+TRANSPOSED = RowLayout("transposed", transposed=True)
+PLUS_ONE = RowLayout("plus one", values=lambda w: w + 1, undo=lambda w: w - 1)
+NEG_EXP = RowLayout("minus exp", values=lambda w: -torch.exp(w), undo=lambda w: torch.log(-w))
+ONE_ROW = RowLayout("one row")
