@@ -140,6 +140,8 @@ def bench(tmp_path_factory) -> Bench:
     (folder / "my-text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     recipe = blocks(ROOT / "docs" / "recipes.md", "yaml")[0]
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    rules = next(text for text in blocks(ROOT / "docs" / "gguf-file-types.md", "text") if "REGEX = TYPE" in text)
+    (folder / "rules.txt").write_text(rules, encoding="utf-8")
     return Bench(folder, model)
 
 

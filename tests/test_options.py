@@ -200,6 +200,8 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "pure": (True, {}, GGUF),
     "output_type": ("Q8_0", {}, GGUF),
     "token_embedding_type": ("Q8_0", {}, GGUF),
+    "tensor_type_file": ("rules.txt", {}, GGUF),
+    "modelfile": (True, {}, GGUF),
     "pre_tokenizer": ("llama-bpe", {}, GGUF - {"gguf copy"}),
 }
 

@@ -63,8 +63,9 @@ def quantize(
     refuse_claimed(output)  # before an importance matrix is measured
     refuse_sources([output], [Path(model)])
     if output_format(chosen, output).suffix is not None:
-        reports = [report_path(output), report_path(output, HTML_NAME)]
-        refuse_existing_files(output, [output, *reports], overwrite)
+        beside = [report_path(output), report_path(output, HTML_NAME)]
+        beside += [output.with_name("Modelfile")] if chosen.modelfile else []
+        refuse_existing_files(output, [output, *beside], overwrite)
     prepared = prepare(Request(model, chosen, options or OpenOptions(), threads, progress), output)
     return _write(prepared, output, overwrite, progress, meter, run)
 
@@ -193,7 +194,7 @@ def dry_run(
 def _sources(prepared: Prepared) -> list[Path]:
     """Every file and folder that the run reads."""
     settings, checkpoint = prepared.plan.settings, prepared.checkpoint
-    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib) if text)]
+    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib, settings.tensor_type_file) if text)]
     return [*map(Path, named), *{info.file for info in checkpoint.tensors.values()}]
 
 

@@ -222,13 +222,17 @@ def find_scheme(name: str) -> Scheme:
     raise UsageError(f"there is no scheme {name!r}", hint)
 
 
+# File types that are llama.cpp's but for embeddings and output (formats/gguf/mix_table.py has them).
+_WIDE_ENDS = ("Q6_K_L", "Q5_K_L", "Q4_K_L", "Q3_K_XL", "Q2_K_L")
+
+
 @lru_cache(maxsize=1)
 def gguf_names() -> tuple[str, ...]:
     """Values of `--scheme` for GGUF files: llama.cpp's file types, and the ggml types."""
     from gguf.constants import GGMLQuantizationType, LlamaFileType
 
     prefixed = (name.removeprefix("ALL_").removeprefix("MOSTLY_") for name in LlamaFileType.__members__)
-    return tuple(dict.fromkeys([*prefixed, *GGMLQuantizationType.__members__]))
+    return tuple(dict.fromkeys([*prefixed, *GGMLQuantizationType.__members__, *_WIDE_ENDS]))
 
 
 def is_gguf_name(name: str) -> bool:

@@ -195,6 +195,14 @@ class Settings(Table):
     token_embedding_type: Annotated[
         str | None, Knob("Type of the token embedding", GGUF_PANEL, knobs.GGUF, "TYPE")
     ] = None  # fmt: skip
+    tensor_type_file: Annotated[
+        str | None,
+        Knob("File of REGEX = TYPE, one per line, after --override", GGUF_PANEL, knobs.GGUF, "FILE",
+             see="gguf-file-types.md#rules-of-your-own"),
+    ] = None  # fmt: skip
+    modelfile: Annotated[
+        bool, Knob("Write a Modelfile for Ollama beside the file", GGUF_PANEL, knobs.GGUF, see="ollama.md")
+    ] = False
     pre_tokenizer: Annotated[
         str | None,
         Knob("llama.cpp's name for the pre-tokenizer, if tokenizer.json does not identify it", GGUF_PANEL, knobs.HEADER,

@@ -33,7 +33,9 @@ from lowbit.formats.gguf.mix_table import (
     NEVER_QUANTIZED_NAMES,
     RULES,
 )
+from lowbit.formats.gguf.type_rules import TypeRules, read_type_rules
 from lowbit.numerics.ggml.types import TYPES
+from lowbit.schemes import is_gguf_name
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "data" / "gguf_mix" / "llama_quantize.json").read_text(encoding="utf-8")
@@ -183,7 +185,7 @@ def test_every_70b_is_recorded(arch):
 def test_numbers_are_those_of_the_gguf_package():
     for kind in FILE_TYPES.values():
         prefix = "ALL" if kind.name == "F32" else "MOSTLY"
-        assert kind.number == gguf.LlamaFileType[f"{prefix}_{kind.name}"], kind.name
+        assert kind.number == gguf.LlamaFileType[f"{prefix}_{kind.like or kind.name}"], kind.name
         assert kind.base in TYPES
 
 
@@ -339,6 +341,74 @@ def test_the_first_override_that_is_found_decides():
     assert choices["blk.0.attn_q.weight"].type_name == "F16"
     assert choices["blk.1.attn_q.weight"] == TypeChoice("Q4_K")
     assert choices["token_embd.weight"] == TypeChoice("Q5_1", "the token embedding type that was asked for")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FILE_TYPES.items() if kind.like])
+@pytest.mark.parametrize("title", GOLDEN["models"])
+def test_wide_ends_are_a_file_type_of_llama_quantize_with_q8_0_embeddings_and_output(name, title):
+    """The right side is held against llama-quantize above."""
+    like, facts, shapes = FILE_TYPES[name].like, MixFacts(**GOLDEN["models"][title]["facts"]), shapes_of(title)
+    ends = {"output_type": "Q8_0", "token_embedding_type": "Q8_0"}
+    if not any(shape.name == "token_embd.weight" and not shape.columns % 32 for shape in shapes):
+        pytest.skip("no embedding of whole blocks")
+    theirs = choose_types(like, shapes, facts, **ends)
+    ours = choose_types(name, shapes, facts)
+    assert {tensor: choice.type_name for tensor, choice in ours.items()} == {
+        tensor: choice.type_name for tensor, choice in theirs.items()
+    }
+    assert is_gguf_name(name)
+
+
+def rules_of(tmp_path: Path, text: str) -> TypeRules:
+    path = tmp_path / "rules.txt"
+    path.write_text(text)
+    return read_type_rules(str(path))
+
+
+def test_rules_of_a_file_in_either_spelling(tmp_path):
+    ours = rules_of(tmp_path, "# mine\n\nattn_v = q6_k\nblk\\.[01]\\.ffn_down=Q8_0\r\n  attn_k  =IQ4_NL  \n")
+    theirs = rules_of(tmp_path, "attn_v=q6_K blk\\.[01]\\.ffn_down=q8_0\nattn_k=iq4_nl")
+    assert ours == theirs
+    assert ours.rules == (("attn_v", "Q6_K"), (r"blk\.[01]\.ffn_down", "Q8_0"), ("attn_k", "IQ4_NL"))
+    assert rules_of(tmp_path, "a(?=b)=F16").rules == (("a(?=b)", "F16"),)
+
+
+def test_rules_of_a_file_come_after_overrides_and_idle_ones_are_noted(tmp_path):
+    rules, notes = rules_of(tmp_path, "attn_[kv] = Q8_0\nffn_.*_exps = Q2_K\n_norm = Q8_0\nattn_v = F16"), []
+    choices = choose_types("Q4_K_M", small(), FACTS, overrides=[(r"blk\.0\.attn_v", "Q5_1")], rules=rules, notes=notes)
+    assert choices["blk.0.attn_v.weight"].type_name == "Q5_1"
+    assert choices["blk.1.attn_v.weight"] == TypeChoice("Q8_0", f"matches attn_[kv]=Q8_0 of {rules.path}")
+    assert choices["blk.0.attn_q.weight"] == TypeChoice("Q4_K")
+    assert notes == [f"2 of 4 rules of {rules.path} match no tensor that is quantized: ffn_.*_exps, _norm"]
+    as_overrides = choose_types(
+        "Q4_K_M", small(), FACTS, overrides=[(r"blk\.0\.attn_v", "Q5_1"), ("attn_[kv]", "Q8_0"), ("attn_v", "F16")]
+    )
+    assert {t: c.type_name for t, c in as_overrides.items()} == {t: c.type_name for t, c in choices.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("attn_v Q6_K", "line 1: 'attn_v Q6_K' is no rule"), ("=Q8_0", "line 1: '=Q8_0' is no rule"),
+        ("attn_v=", "is no rule"), ("\nattn_v = Q6_KM", "line 2: .*no ggml type 'Q6_KM'"),
+        ("# nothing", "no rule in it"), ("x" * (1 << 21), "at most 1048576 bytes"), ("\x00\x01", "is no rule"),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_rules_is_refused(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        rules_of(tmp_path, text)
+
+
+def test_a_file_of_rules_that_cannot_apply_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"no rule of .* matches a tensor that is quantized"):
+        choose_types("Q4_K_M", small(), FACTS, rules=rules_of(tmp_path, "_exps = Q8_0"))
+    with pytest.raises(UsageError, match="not a regular expression"):
+        choose_types("Q4_K_M", small(), FACTS, rules=rules_of(tmp_path, "attn_[ = Q8_0"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_type_rules(str(tmp_path / "absent"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_type_rules(str(tmp_path / "binary"))
 
 
 def test_overrides_hold_in_files_of_floats_and_with_pure():

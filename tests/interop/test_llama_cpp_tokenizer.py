@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.formats.gguf.write import packed_key_values
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
+from models import make_model
 from tiny_tokenizers import BYTE_LEVEL, SENTENCEPIECE, TEXTS, as_metadata, write_kind
 
 pytestmark = pytest.mark.interop
@@ -88,6 +90,30 @@ def test_llama_cpp_finds_the_same_tokens(tmp_path, kind, bos):
         texts = [text for text in texts if not (text.startswith(" ") or "> " in text)]
     assert len(texts) > 12
     assert differences(server, Tokenizer.from_file(str(folder / "tokenizer.json")), texts) == {}
+
+
+def phi3_like(folder: Path, rstrip: bool) -> Path:
+    """A tiny Llama whose special tokens are Phi-3's."""
+    make_model(folder, "llama", vocab_size=384)
+    parsed = json.loads((folder / "tokenizer.json").read_text())
+    texts = ["<s>", "</s>", "<unk>", "<|endoftext|>", "<|user|>"]
+    parsed["added_tokens"] = [
+        {"id": index if index < 3 else 256 + index, "content": text, "special": True, "normalized": False,
+         "lstrip": False, "rstrip": rstrip and text in ("</s>", "<|user|>"), "single_word": False}
+        for index, text in enumerate(texts)
+    ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+    return folder
+
+
+@pytest.mark.parametrize("rstrip", [True, False])
+def test_llama_cpp_tokenizes_as_the_folder_does_whatever_its_name(tmp_path, rstrip):
+    folder = phi3_like(tmp_path / ("plain" if rstrip else "my-phi3"), rstrip)
+    done = lowbit.quantize(str(folder), tmp_path / "out.gguf", scheme="F16", pre_tokenizer="gpt-2")
+    assert any("general.name is" in note for note in done.report.source.notes)
+    text = "a<|user|>\n\nb</s> c<|endoftext|> d"
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert Server(done.path).tokenize(text, add_special=False) == expected
 
 
 @pytest.mark.demo_model

@@ -44,10 +44,14 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
         )
 
 
-def _taken(place: Path, ours: bool) -> OutputError:
-    """The error for a name that something has; `ours` if lowbit wrote it."""
+def _taken(place: Path, ours: bool, target: Path | None = None) -> OutputError:
+    """The error for a name that something has; `ours` if lowbit wrote it.
+
+    target  the file that `place` belongs to, where that is another; a Modelfile is called so whatever the target's name
+    """
     replace = ", or replace it with --overwrite" if ours else ", or remove it first"
-    return OutputError(f"{place} exists already", f"choose another name with -o{replace}")
+    another = "name" if target is None or place.name.startswith(target.stem) else "folder"
+    return OutputError(f"{place} exists already", f"choose another {another} with -o{replace}")
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -149,25 +153,27 @@ def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = Fa
         ours = report.is_file() and all(place.is_file() and not place.is_symlink() for place in present)
         changed = next((place for place in present if ours and not _is_as_reported(place, report)), None)
     if not overwrite:
-        raise _taken(present[0], ours)
+        raise _taken(present[0], ours, target)
     if not ours:
         raise OutputError(
             f"{present[0]} exists already, and lowbit did not write it",
             f"--overwrite replaces only files with a {report.name} beside them; choose another name with -o",
         )
     if changed is not None:
-        raise OutputError(f"{changed} is not the file that {report.name} describes: it has another size",
+        raise OutputError(f"{changed} is not a file that {report.name} describes: it is not named there, or has "
+                          f"another size",
                           "move it elsewhere, or choose another name with -o")  # fmt: skip
 
 
 def _is_as_reported(place: Path, report: Path) -> bool:
-    """False if the report gives another size of a file than it has; True where the report cannot be read."""
+    """False if the report does not name a file, or gives another size than it has; True where the report cannot be
+    read, and of reports."""
     try:
         output: Any = read_json_object(report).get("output")
-        sizes = {file["name"]: file["bytes"] for file in output["files"]}
-    except (CheckpointError, KeyError, TypeError):
+        sizes = {file["name"]: file["bytes"] for file in (*output["files"], *output.get("beside", ()))}
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return True
-    return place.stat().st_size == sizes.get(place.name, place.stat().st_size)
+    return place.name.endswith((REPORT_NAME, HTML_NAME)) or place.stat().st_size == sizes.get(place.name)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 For each tensor, in this order:
 
     1. not a matrix, or named in NEVER_QUANTIZED      it keeps its type
-    2. a type of the user's                           embeddings, output, then the first `--override` that matches
+    2. a type of the user's                           embeddings, output, then the first `--override` that matches,
+                                                      then the first rule of `--tensor-type-file`
     3. the first of RULES that applies                unless `pure`, or the file type is a float
     4. the base type of the file type
     5. rows that do not divide by the block           FALLBACKS, then F16; an error for a type of the user's
@@ -26,7 +27,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowbit.errors import CheckpointError, UsageError
@@ -50,6 +51,7 @@ from lowbit.formats.gguf.mix_table import (
     MixRule,
     needs_importance,
 )
+from lowbit.formats.gguf.type_rules import TypeRules
 from lowbit.numerics.ggml.types import TYPES, find_type
 from lowbit.patterns import PatternError, compiled
 from lowbit.schemes import SCHEMES
@@ -162,6 +164,8 @@ def choose_types(
     token_embedding_type: str | None = None,
     has_imatrix: bool = False,
     missing_importance: Container[str] = (),
+    rules: TypeRules | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, TypeChoice]:
     """The type of every tensor, by name, in the order of `tensors`.
 
@@ -170,12 +174,14 @@ def choose_types(
     ignored             regexes of tensors that keep the source's type, or 16 bits; they take precedence over all else
     output_type         of output.weight, or of tied token_embd.weight
     missing_importance  names of tensors without an entry in the importance matrix
+    rules               overrides from a file, after the others; those that match nothing are noted
+    notes               the list that notes go to
 
     Raises UsageError as in the module docstring.
     """
     choices = assign_types(
         find_file_type(file_type), tensors, facts, pure=pure, has_imatrix=has_imatrix,
-        asked=Asked.parse(tensors, facts, overrides, output_type, token_embedding_type, ignored),
+        asked=Asked.parse(tensors, facts, overrides, output_type, token_embedding_type, ignored, rules, notes),
     )  # fmt: skip
     _check_importance(find_file_type(file_type), choices, has_imatrix, missing_importance)
     return choices
@@ -223,6 +229,8 @@ class Asked:
         output_type: str | None = None,
         token_embedding_type: str | None = None,
         ignored: Sequence[str] = (),
+        rules: TypeRules | None = None,
+        notes: list[str] | None = None,
     ) -> Asked:
         """UsageError for unknown types, regexes that are invalid or match nothing, and rows of no whole blocks."""
         types: dict[str, tuple[str, str]] = {}
@@ -234,6 +242,8 @@ class Asked:
             for name in found:
                 types.setdefault(name, (kind, f"matches --override {regex}={type_name}"))
             named.update(found)
+        if rules is not None:
+            named.update(_apply_rules(rules, free, types, [] if notes is None else notes))
         tied = OUTPUT not in free
         embeddings = [name for name in (EMBEDDING, LAYER_EMBEDDING) if name in free]
         if output_type is not None:
@@ -259,21 +269,51 @@ class Asked:
         return Asked(types)
 
 
-def _search(regex: str, free: Mapping[str, TensorShape], tensors: Sequence[TensorShape], option: str) -> list[str]:
-    """Names in `free` that match, by themselves or by their sources; UsageError if there is none."""
+def _apply_rules(
+    rules: TypeRules, free: Mapping[str, TensorShape], types: dict[str, tuple[str, str]], notes: list[str]
+) -> list[str]:
+    """Enter the types that rules of a file give to tensors without one; the names that some rule matches.
+
+    A file may be meant for many models: rules that match nothing are noted, and refused if none matches.
+    """
+    named, idle = [], []
+    for regex, kind in rules.rules:
+        found = _matching(regex, free.values(), rules.path)
+        for name in found:
+            types.setdefault(name, (kind, f"matches {regex}={kind} of {rules.path}"))
+        named += found
+        idle += [] if found else [regex]
+    if not named:
+        raise UsageError(f"no rule of {rules.path} matches a tensor that is quantized",
+                         f"names are those of GGUF, such as {', '.join(list(free)[:4])}")  # fmt: skip
+    if idle:
+        shown = ", ".join(idle[:4]) + (" …" if len(idle) > 4 else "")
+        notes.append(
+            f"{len(idle)} of {len(rules.rules)} rules of {rules.path} match no tensor that is quantized: {shown}"
+        )
+    return named
+
+
+def _matching(regex: str, tensors: Iterable[TensorShape], option: str) -> list[str]:
+    """Names of the tensors that match, by themselves or by their sources."""
     try:
         pattern = compiled(regex)
     except PatternError as error:
         raise UsageError(f"{option} {regex!r} is not a regular expression: {error}") from error
+    return [
+        tensor.name
+        for tensor in tensors
+        if any(pattern.search(name) or pattern.search(name.removesuffix(".weight"))
+               for name in (tensor.name, *tensor.made_of))
+    ]  # fmt: skip
 
-    def matches(tensor: TensorShape) -> bool:
-        return any(pattern.search(name) or pattern.search(name.removesuffix(".weight"))
-                   for name in (tensor.name, *tensor.made_of))  # fmt: skip
 
-    found = [name for name, tensor in free.items() if matches(tensor)]
+def _search(regex: str, free: Mapping[str, TensorShape], tensors: Sequence[TensorShape], option: str) -> list[str]:
+    """Names in `free` that match; UsageError if there is none."""
+    found = _matching(regex, free.values(), option)
     if found:
         return found
-    kept = [tensor.name for tensor in tensors if matches(tensor)]
+    kept = _matching(regex, tensors, option)
     if kept:
         raise UsageError(
             f"{option} {regex!r} matches only tensors that are never quantized, such as {kept[0]}", "leave it out"

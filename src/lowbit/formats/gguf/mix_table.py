@@ -17,6 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def _with_wide_ends(name: str, like: FileType, bits_per_weight: float) -> FileType:
+    summary = f"{like.name} with embeddings and output in Q8_0"
+    return FileType(name, like.number, like.base, bits_per_weight, summary, True, like.name, "Q8_0")
+
+
 @dataclass(frozen=True)
 class FileType:
     """One file type.
@@ -25,6 +30,7 @@ class FileType:
     base             ggml type of the tensors that no rule names
     bits_per_weight  of a whole file of Llama 3.1 8B (MXFP4_MOE: gpt-oss-20b), without importance if that can be
     ours             llama-quantize does not offer it
+    like, ends       another file type's rules and number, but embeddings and output of type `ends`
     """
 
     name: str
@@ -33,6 +39,8 @@ class FileType:
     bits_per_weight: float
     summary: str
     ours: bool = False
+    like: str | None = None
+    ends: str | None = None
 
     @property
     def is_float(self) -> bool:
@@ -43,7 +51,9 @@ class FileType:
         """Those that can apply, in the order of precedence; none in files of floats."""
         if self.is_float:
             return ()
-        return tuple(rule for rule in RULES if not rule.file_types or self.name in rule.file_types)
+        name = self.like or self.name
+        ends = () if self.ends is None else (MixRule((self.name,), ("output", "token_embd"), self.ends),)
+        return (*ends, *(rule for rule in RULES if not rule.file_types or name in rule.file_types))
 
     @property
     def needs_imatrix(self) -> bool:
@@ -104,6 +114,15 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("TQ1_0", 36, "TQ1_0", 2.19, "ternary, for models trained so (BitNet); five codes in a byte"),
         FileType("MXFP4_MOE", 38, "MXFP4", 4.62, "experts as MXFP4, as gpt-oss was trained; everything else Q8_0"),
         FileType("NVFP4", 39, "NVFP4", 4.64, "FP4 in 16s with E4M3 scales; the output matrix Q6_K", ours=True),
+    )
+}  # fmt: skip
+# Names that publishers of GGUF files use, of one rule each: what llama-quantize makes of a file type with
+# --token-embedding-type q8_0 --output-tensor-type q8_0. schemes.py lists them for --scheme.
+FILE_TYPES |= {
+    name: _with_wide_ends(name, FILE_TYPES[like], bits_per_weight)
+    for name, like, bits_per_weight in (
+        ("Q6_K_L", "Q6_K", 6.82), ("Q5_K_L", "Q5_K_M", 6.03), ("Q4_K_L", "Q4_K_M", 5.28), ("Q3_K_XL", "Q3_K_L", 4.76),
+        ("Q2_K_L", "Q2_K", 3.67),
     )
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}

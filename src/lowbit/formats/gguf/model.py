@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +30,7 @@ from lowbit.architecture.inspection import MASKS
 from lowbit.architecture.structure import Architecture
 from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
-from lowbit.formats.gguf.general import general_key_values
+from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
 from lowbit.formats.gguf.raw import rows_and_columns
@@ -178,18 +177,18 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     ]
     tensors.sort(key=_order(row))
     vocabulary = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-    name = checkpoint.metadata.get("general.name") or checkpoint.config().get("_name_or_path")
-    name = str(name or PurePath(where.rstrip("/")).name or "model")
     general: KeyValues = {
         "general.architecture": (row.arch, GGUFValueType.STRING),
         "general.type": ("model", GGUFValueType.STRING),
-        "general.name": (name, GGUFValueType.STRING),
         f"{row.arch}.vocab_size": (vocabulary, GGUFValueType.UINT32),
     }
     path = checkpoint.folder / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
-    general |= general_key_values(checkpoint.folder, generation, ((tensor.name, tensor.shape) for tensor in tensors))
-    return GGUFModel(row.arch, tuple(tensors), general | values, (*beside, *notes, *rope_notes))
+    shapes = ((tensor.name, tensor.shape) for tensor in tensors)
+    said, left = general_key_values(checkpoint.folder, where, checkpoint.config(), generation, shapes)
+    if checkpoint.kind == "gguf":  # keeps what it says of itself
+        said, left = said | kept_key_values(checkpoint.metadata), []
+    return GGUFModel(row.arch, tuple(tensors), general | said | values, (*beside, *notes, *rope_notes, *left))
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture) -> tuple[list[str], list[str]]:

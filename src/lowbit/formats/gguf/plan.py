@@ -30,14 +30,18 @@ from lowbit.export import Piece
 from lowbit.export.atomic import atomic_files, refuse_existing_files
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
-from lowbit.formats.gguf.general import loadable_name
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
 from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
+from lowbit.formats.gguf.modelfile import NAME as MODELFILE
+from lowbit.formats.gguf.modelfile import Modelfile, make_modelfile, refuse_unwritable_name
+from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
 from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
+from lowbit.formats.gguf.tokenizer_files import TokenizerFiles
+from lowbit.formats.gguf.type_rules import read_type_rules
 from lowbit.formats.gguf.write import (
     GGUFWriter,
     KeyValues,
@@ -104,9 +108,10 @@ class _Entry:
 
 @dataclass(frozen=True)
 class GGUFPlan(Plan):
-    """key_values  packed, in the order of the file"""
+    """key_values  packed, in the order of the file; modelfile: for Ollama, where one was asked for"""
 
     key_values: KeyValues = field(default_factory=dict)
+    modelfile: Modelfile | None = None
 
     @property
     def stored(self) -> list[StoredBlocks]:
@@ -137,8 +142,16 @@ class GGUFPlan(Plan):
         return atomic_files(output, overwrite, claim)
 
     def places(self, output: Path) -> list[Path]:
-        parts = part_names(output.name, self.stored, self.settings.shard_size)
-        return [*(output.with_name(name) for name in parts), report_path(output), report_path(output, HTML_NAME)]
+        names = part_names(output.name, self.stored, self.settings.shard_size)
+        if self.modelfile is not None:
+            refuse_unwritable_name(output)
+            names.append(MODELFILE)
+        return [*(output.with_name(name) for name in names), report_path(output), report_path(output, HTML_NAME)]
+
+    def complete(self, work: Path, checkpoint: Checkpoint) -> None:
+        if self.modelfile is not None:
+            parts = sorted(path.name for path in work.glob("*.gguf"))
+            (work / MODELFILE).write_text(self.modelfile.text(parts), encoding="utf-8")
 
     def container(self, work: Path, output: Path) -> GGUFWriter:
         return GGUFWriter(work, output.name, self.stored, self.key_values, self.settings.shard_size)
@@ -164,7 +177,7 @@ def prepare_gguf(request: Request) -> Prepared:
     if path is not None:
         refuse_unread(settings, None, Facts(gguf=True, copies_header=True))
         raw = RawGGUF(path)
-        checkpoint, context = RawCheckpoint(raw, request.name or str(request.model)), _of_file(raw)
+        checkpoint, context = RawCheckpoint(raw, request.name or str(request.model)), _of_file(raw, settings.modelfile)
     else:
         checkpoint, context = _of_model(request)
     matrix = _importance_matrix(request, {entry.name: entry.shape for entry in context.entries})
@@ -183,7 +196,8 @@ def prepare_gguf(request: Request) -> Prepared:
 class _Mapped:
     """A model under GGUF names; `plan` chooses the types.
 
-    linears  name of the weight → linear of a decoder block, for blockwise methods
+    linears    name of the weight → linear of a decoder block, for blockwise methods
+    modelfile  for Ollama, where one was asked for
     """
 
     arch: str
@@ -193,6 +207,7 @@ class _Mapped:
     notes: tuple[str, ...] = ()
     linears: Mapping[str, Linear] = field(default_factory=dict)
     architecture: Any = None
+    modelfile: Modelfile | None = None
 
     def plan(self, settings: Settings, matrix: ImportanceMatrix | None) -> GGUFPlan:
         entries, notes = self.entries, self.notes
@@ -210,13 +225,15 @@ class _Mapped:
             left = {name: shape for name, shape in shapes.items() if name not in calibrated}
             unweighed = {n for n, shape in left.items() if matrix is None or matrix.importance(n, shape) is None}
         file_type = find_file_type(settings.scheme)
+        rules, said = read_type_rules(settings.tensor_type_file) if settings.tensor_type_file else None, []
         described = [TensorShape(e.name, e.shape, e.source_type, e.source.names) for e in entries]
         choices = choose_types(
             file_type.name, described, self.facts, pure=settings.pure, overrides=tuple(settings.overrides.items()),
             ignored=settings.ignore, output_type=settings.output_type,
             token_embedding_type=settings.token_embedding_type, has_imatrix=matrix is not None or bool(calibrated),
-            missing_importance=unweighed,
+            missing_importance=unweighed, rules=rules, notes=said,
         )  # fmt: skip
+        notes += tuple(said)
         tensors = tuple(_planned(entry, choices[entry.name], matrix, entry.name in calibrated) for entry in entries)
         key_values = self.key_values | {
             "general.file_type": packed(file_type.number, GGUFValueType.UINT32),
@@ -232,7 +249,7 @@ class _Mapped:
         fallbacks = fallback_summary(choices, described)
         return GGUFPlan(
             tensors, settings, FORMATS["gguf"], self.arch, file_type.name, "search", torch.float32, self.architecture,
-            ((fallbacks, *notes) if fallbacks else notes), key_values,
+            ((fallbacks, *notes) if fallbacks else notes), key_values, self.modelfile,
         )  # fmt: skip
 
 
@@ -248,7 +265,10 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
         tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
         values, notes = values | tokenizer.key_values, (*notes, *tokenizer.notes)
-        name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])
+        if checkpoint.kind == "gguf":
+            name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])
+        else:
+            name, note = name_for_tokenizer(values[NAME][0], tokenizer.strips_as_phi3)
         values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
     entries = tuple(
@@ -261,10 +281,17 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     )  # fmt: skip
     facts = model_facts(mapped.arch, {key: value[0] for key, value in mapped.key_values.items()}, float_type)
     of_blocks = {name: linear for name, linear in linears.items() if linear.block is not None}
-    return checkpoint, _Mapped(mapped.arch, entries, packed_key_values(values), facts, notes, of_blocks, architecture)
+    made = None
+    if settings.modelfile:
+        ends = TokenizerFiles(checkpoint.folder).end_ids()
+        made = make_modelfile({key: value[0] for key, value in values.items()}, request.name or checkpoint.source,
+                              checkpoint.folder, ends)  # fmt: skip
+        notes = (*notes, *made.notes)
+    packed_values = packed_key_values(values)
+    return checkpoint, _Mapped(mapped.arch, entries, packed_values, facts, notes, of_blocks, architecture, made)
 
 
-def _of_file(raw: RawGGUF) -> _Mapped:
+def _of_file(raw: RawGGUF, modelfile: bool) -> _Mapped:
     """A GGUF file to be requantized: all its tensors, and all key-values but those about the file."""
     arch = str(raw.metadata.get("general.architecture", ""))
     entries = []
@@ -284,7 +311,10 @@ def _of_file(raw: RawGGUF) -> _Mapped:
     if name is not None and note is not None:
         key_values[NAME] = packed(other, GGUFValueType.STRING)
     notes = (note,) if name is not None and note is not None else ()
-    return _Mapped(arch, tuple(entries), key_values, model_facts(arch, raw.metadata, "F16"), notes)
+    made = make_modelfile(raw.metadata, str(raw.path)) if modelfile else None
+    notes += made.notes if made is not None else ()
+    facts = model_facts(arch, raw.metadata, "F16")
+    return _Mapped(arch, tuple(entries), key_values, facts, notes, modelfile=made)
 
 
 def _planned(entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None, calibrated: bool) -> PlannedTensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
-from lowbit.formats.gguf.general import missing_tokens
+from lowbit.formats.gguf.names import missing_tokens
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.checksums import check_checksums
 from lowbit.verification.result import GGUF, Finding, Rule

@@ -39,12 +39,17 @@ _MODEL_TYPES = {"gpt2": "gpt-2", "qwen2": "qwen2", "qwen2_moe": "qwen2", "qwen3"
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out before anything else. strips  whitespace around it goes with it."""
+    """A token that is cut out before anything else.
+
+    strips  whitespace around it goes with it, or it is cut out of whole words only
+    behind  whitespace behind it does, and no more than that
+    """
 
     id: int
     text: str
     special: bool
     strips: bool
+    behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,8 @@ def _added(token_id: int, entry: Any, path: Path) -> AddedToken:
     if not isinstance(text, str) or not text:
         raise CheckpointError(f"{path}: added token {token_id} has no text")
     strips = bool(entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"))
-    return AddedToken(token_id, text, bool(entry.get("special")), strips)
+    behind = bool(entry.get("rstrip")) and not entry.get("lstrip") and not entry.get("single_word")
+    return AddedToken(token_id, text, bool(entry.get("special")), strips, behind)
 
 
 def _object(value: Any, path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 from gguf.constants import GGUFValueType, Keys, TokenType
 
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.formats.gguf.names import PHI3, PHI3_KEEPS, missing_tokens
 from lowbit.formats.gguf.pre_tokenizers import PreTokenizer
 from lowbit.formats.gguf.tokenizer_files import AddedToken, TokenizerFiles, calling_tokenizers, merge_pairs, texts_by_id
 from lowbit.formats.gguf.write_pre_tokenizers import identify, what_llama_cpp_leaves_out
@@ -62,10 +63,12 @@ class TokenizerKeyValues:
     key_values  key → (value, type, type of the items): str, int and bool with types STRING, UINT32 and BOOL and None;
                 lists with type ARRAY and items of STRING (tokens, merges), INT32 (token_type), FLOAT32 (scores)
     notes       differences between llama.cpp and transformers, and what was left out
+    strips_as_phi3  whitespace is dropped behind special tokens, those that Phi-3 does it for (`names.py`)
     """
 
     key_values: dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]]
     notes: tuple[str, ...]
+    strips_as_phi3: bool = False
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Vocabulary:
     merges: list[str] | None = None
     space_prefix: bool | None = None
     notes: list[str] = field(default_factory=list)
+    strips_as_phi3: bool = False
 
 
 def tokenizer_key_values(folder: Path, vocab_size: int, pre: str | None = None) -> TokenizerKeyValues:
@@ -110,7 +114,7 @@ def tokenizer_key_values(folder: Path, vocab_size: int, pre: str | None = None) 
     values |= {K.ADD_BOS: _flag(add_bos), K.ADD_EOS: _flag(add_eos)}
     if vocabulary.space_prefix is not None:
         values[K.ADD_PREFIX] = _flag(vocabulary.space_prefix)
-    return TokenizerKeyValues(values | _templates(files), tuple(notes))
+    return TokenizerKeyValues(values | _templates(files), tuple(notes), vocabulary.strips_as_phi3)
 
 
 def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) -> Vocabulary:
@@ -196,11 +200,23 @@ def _place_added(vocabulary: Vocabulary, added: list[AddedToken]) -> None:
         if vocabulary.types[token.id] != TokenType.UNKNOWN:
             vocabulary.types[token.id] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     stripping = [token.text for token in added if token.strips]
-    if stripping:
+    vocabulary.strips_as_phi3 = _strips_as_phi3(vocabulary, added)
+    if stripping and not vocabulary.strips_as_phi3:
         vocabulary.notes.append(
             f"{len(stripping)} added tokens take spaces around them along or want whole words, for which GGUF has no "
             f"place: {', '.join(stripping[:3])}"
         )
+
+
+def _strips_as_phi3(vocabulary: Vocabulary, added: list[AddedToken]) -> bool:
+    """True where whitespace goes with exactly those tokens behind which llama.cpp drops it for names with Phi-3."""
+    texts = {text for text in vocabulary.texts if text is not None}
+    special = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    dropping = {text for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True) if kind in special}
+    dropping = {text for text in (dropping | {"</s>"}) - set(PHI3_KEEPS) if text is not None}
+    stripping = {token.text for token in added if token.behind}
+    others = any(token.strips and not token.behind for token in added)
+    return missing_tokens(PHI3, texts) is None and stripping == dropping and not others
 
 
 def _fill_up(vocabulary: Vocabulary) -> None:
