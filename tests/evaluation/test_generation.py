@@ -3,7 +3,7 @@ import torch
 from tiny_models import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
-from lowbit.errors import UsageError
+from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.generation import generate, prompt_ids
 
 TEMPLATE = (
@@ -56,3 +56,19 @@ def test_senseless_settings_are_refused(folder, max_tokens, temperature):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UsageError, match="no tokens"):
         prompt_ids(byte_tokenizer(), "", "raw")
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for message in messages %}{{ message", "TemplateSyntaxError"),
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{{ messages[7].content.x.y }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_fails_is_blamed_on_the_model(template, what):
+    with pytest.raises(CheckpointError, match=what) as caught:
+        prompt_ids(byte_tokenizer(chat_template=template), "hello", "auto")
+    assert "--raw" in caught.value.hint
+    assert prompt_ids(byte_tokenizer(chat_template=template), "hello", "raw").shape[0] == 1

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.calibrate.linear import round_linear
+from lowbit.methods import ROUNDINGS
 from lowbit.rounding.extremes import find_extreme
+from lowbit.rounding.hessian import InputData
 from lowbit.rounding.target import GgmlTarget
 
 
@@ -30,3 +33,12 @@ def test_values_below_the_smallest_step():
 def test_ordinary_values(scale):
     values = scale * torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
     assert all(found(values, name) is None for name in ("Q4_0", "Q8_0", "Q4_K", "F16"))
+
+
+@pytest.mark.parametrize(("type_name", "rounding"), [("Q4_0", "gptq"), ("TQ1_0", "rtn")])
+def test_what_a_type_cannot_hold_is_noted_by_methods_that_calibrate(type_name, rounding):
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    weight[2, 9] = 1e7
+    target = GgmlTarget(type_name)
+    rounded, result = round_linear(weight, target, ROUNDINGS[rounding], InputData(), None, 0)
+    assert any("1e+07 at [2, 9] became" in note for note in result.notes), (rounded.fell_back, result.notes)

@@ -15,6 +15,7 @@ from lowbit.calibrate.store import LinearResult
 from lowbit.methods import RTN, Rounding
 from lowbit.registry import load
 from lowbit.rounding.error import squared_error_of
+from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.outliers import outlier_note
 from lowbit.rounding.target import Rounded, Target, nearest
@@ -44,14 +45,17 @@ def round_linear(
     notes = (*rounded.notes, *outliers, *(() if note is None else (note,)))
     method = RTN.name if rounded.fell_back else rounding.name
     errors = _layer_errors(weight, rounded.decoded, target, data)
-    return rounded, linear_result(weight, rounded, method, errors, data.tokens, notes)
+    return rounded, linear_result(weight, rounded, target, method, errors, data.tokens, notes)
 
 
 def linear_result(
-    weight: Tensor, rounded: Rounded, method: str, errors: LayerErrors, tokens: int, notes: tuple[str, ...]
-) -> LinearResult:
-    """The report's figures of a rounded weight."""
-    error, size, largest = squared_error_of(weight, rounded.decoded)
+    weight: Tensor, rounded: Rounded, target: Target, method: str, errors: LayerErrors, tokens: int,
+    notes: tuple[str, ...],
+) -> LinearResult:  # fmt: skip
+    """The report's figures of a rounded weight, and a note on values that its format cannot hold."""
+    error, size, largest = sums = squared_error_of(weight, rounded.decoded)
+    extreme = find_extreme(weight, rounded.stored, sums, target, target.name, 0)
+    notes = notes if extreme is None else (*notes, extreme)
     return LinearResult(method, error / size if size else 0.0, largest, *errors, tokens, notes)
 
 

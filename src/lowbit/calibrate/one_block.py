@@ -267,5 +267,7 @@ class CalibratedBlock:
                 rounded, before = tuned[linear.name], self.results[linear.name]
                 weight, method = self.tensors.read(f"{linear.name}.weight"), f"{before.method}+{learned.name}"
                 errors = (None, before.nearest_error)
-                result = linear_result(weight, rounded, method, errors, before.tokens, rounded.notes)
+                result = linear_result(
+                    weight, rounded, self._target(linear), method, errors, before.tokens, rounded.notes
+                )
                 self._keep(linear, rounded, result)

@@ -14,7 +14,7 @@ import torch
 
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import UsageError
+from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation.activations import simulated_activations
 from lowbit.text.template_limits import bounded_template
 
@@ -71,10 +71,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
         raise UsageError(f"there is no chat mode {chat!r}", "choose auto or raw")
     if chat == "auto" and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        with bounded_template(tokenizer.name_or_path):
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+        try:
+            with bounded_template(tokenizer.name_or_path):
+                encoded: Any = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+        except LowbitError:
+            raise
+        except Exception as error:  # a template may raise anything, on reading and on rendering
+            raise CheckpointError(
+                f"{tokenizer.name_or_path}: its chat template fails ({type(error).__name__}: {error})",
+                "--raw gives the prompt as it is",
+            ) from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]
