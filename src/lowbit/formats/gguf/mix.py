@@ -38,6 +38,7 @@ from lowbit.formats.gguf.mix_table import (
     FALLBACKS,
     FILE_TYPES,
     FLOAT32_PARTS,
+    IMAGE_MODELS,
     KINDS,
     LAST_FALLBACK,
     LAYER_EMBEDDING,
@@ -300,6 +301,8 @@ def why_never_quantized(tensor: TensorShape, arch: str) -> str | None:
     name = tensor.name
     if tensor.source_type in ("I8", "I16", "I32", "I64"):
         return "integers are never quantized"
+    if tensor.dims > (2 if arch in IMAGE_MODELS else 4):
+        return "kernels of convolutions are never quantized"
     if tensor.dims < 2:
         return "vectors are never quantized"
     if not name.endswith("weight"):
@@ -309,7 +312,7 @@ def why_never_quantized(tensor: TensorShape, arch: str) -> str | None:
             return f"{what} are never quantized"
     if name in NEVER_QUANTIZED_NAMES:
         return f"{NEVER_QUANTIZED_NAMES[name]} are never quantized"
-    if any(part in name for part in NEVER_QUANTIZED_IN.get(arch, ())):
+    if any(part in name for part in (*NEVER_QUANTIZED_IN.get(arch, ()), *IMAGE_MODELS.get(arch, ()))):
         return f"never quantized in {arch}"
     return None
 

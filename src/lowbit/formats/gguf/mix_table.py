@@ -274,7 +274,7 @@ NEVER_QUANTIZED_IN = {
         *("hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate"),
         *("indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight"),
         *("ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"),
-    )
+    ),
 }
 
 # Of those, what convert_hf_to_gguf.py writes as F32, besides vectors, norms and what is not called *.weight. The rest
@@ -284,6 +284,40 @@ FLOAT32_PARTS = (
     *("shortconv.conv.weight", "altup_correct_coef", "altup_predict_coef"),
     *(f"time_mix_{part}.weight" for part in "first w1 w2 decay_w1 decay_w2 lerp_fused".split()),  # noqa: SIM905
 )
+
+# Image and video models, which ComfyUI-GGUF runs: what its quantizer leaves alone (tools/lcpp.patch). Only matrices of
+# such a model are quantized, not kernels of convolutions, which have more dimensions.
+_FLUX = ("txt_in.", "img_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.")
+_SD = (
+    *("class_embedding.", "time_embedding.", "add_embedding.", "time_embed.", "label_emb.", "conv_in.", "conv_out."),
+    *("input_blocks.0.0.weight", "out.2.weight"),
+)
+IMAGE_MODELS = {
+    "flux": _FLUX,
+    "hyvid": _FLUX,
+    "sd1": _SD,
+    "sdxl": _SD,
+    "sd3": (
+        *("final_layer.", "time_text_embed.", "context_embedder.", "t_embedder.", "y_embedder.", "x_embedder."),
+        "proj_out.weight",
+    ),
+    "aura": ("t_embedder.", "init_x_linear.", "modF.1.weight", "cond_seq_linear.weight", "final_linear.weight"),
+    "ltxv": ("adaln_single.", "caption_projection.", "patchify_proj.", "proj_out.", "scale_shift_table"),
+    "wan": (
+        *("modulation.", "patch_embedding.", "text_embedding.", "time_projection.", "time_embedding.", "img_emb."),
+        "head.",
+    ),
+    "hidream": (
+        "p_embedder.",
+        "t_embedder.",
+        "x_embedder.",
+        "final_layer.",
+        ".ff_i.gate.weight",
+        "caption_projection.",
+    ),
+    "cosmos": ("p_embedder.", "t_embedder.", "t_embedding_norm.", "x_embedder.", "pos_embedder.", "final_layer."),
+    "lumina2": ("t_embedder.", "x_embedder.", "final_layer.", "cap_embedder.", "context_refiner.", "noise_refiner."),
+}
 
 # Types that are of no use without an importance matrix, except for embeddings and output.
 NEEDS_IMPORTANCE = frozenset(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"])

@@ -31,7 +31,7 @@ from lowbit.export.atomic import atomic_files, refuse_existing_files
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
 from lowbit.formats.gguf.general import loadable_name
-from lowbit.formats.gguf.header import GGUFTensor
+from lowbit.formats.gguf.header import GGUFTensor, ggml_type
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
@@ -264,6 +264,7 @@ def _of_file(raw: RawGGUF) -> _Mapped:
     arch = str(raw.metadata.get("general.architecture", ""))
     entries = []
     for tensor in raw.tensors:
+        ggml_type(tensor, str(raw.file_of(tensor).path))  # a type that has no size can be neither read nor copied
         parts = tensor.name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and len(parts) > 1 and parts[1].isdigit() else None
         role = tensor.name.removesuffix(".weight").rpartition(".")[2]

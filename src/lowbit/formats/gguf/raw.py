@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.checkpoint.base import SPLIT, TensorInfo
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
+from lowbit.formats.gguf.stored_types import StoredType
 from lowbit.numerics import ggml
 
 # Types that hold plain numbers; everything else is decoded to float32.
@@ -176,10 +175,12 @@ def find_parts(path: Path) -> list[Path]:
     if match is None:
         return [path]
     names = [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
-    missing = next((name for name in names if not (path.parent / name).exists()), None)
-    if missing is not None or not names:
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing or not names:
+        listed = ", ".join(missing[:3] or [path.name]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        parts, are = ("parts", "are") if len(missing) > 1 else ("part", "is")
         raise CheckpointError(
-            f"{path}: part {missing or path.name} is missing", "all parts of a split GGUF must be in one folder"
+            f"{path}: {parts} {listed} {are} missing", "all parts of a split GGUF must be in one folder"
         )
     return [path.parent / name for name in names]
 
@@ -206,17 +207,13 @@ def _files_by_tensor(files: list[MappedFile], headers: list[GGUFHeader]) -> dict
     return found
 
 
-def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, tensor: GGUFTensor, path: Path) -> np.ndarray:
-    """uint8 [rows, row bytes] → float32 [rows, columns]; the gguf package decodes types that lowbit does not."""
+def _dequantize(data: np.ndarray, kind: StoredType, tensor: GGUFTensor, path: Path) -> np.ndarray:
+    """uint8 [rows, row bytes] → float32 [rows, columns]."""
     if not data.size:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        return np.empty((data.shape[0], data.shape[1] // block_bytes * block), np.float32)
+        return np.empty((data.shape[0], data.shape[1] // kind.size * kind.weights), np.float32)
     if kind.name in ggml.TYPES:
         return ggml.decode(kind.name, torch.from_numpy(np.ascontiguousarray(data))).numpy()
-    try:
-        return dequantize(np.ascontiguousarray(data), kind)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: tensor {tensor.name!r} is stored as {kind.name}, which cannot be decoded",
-            "get the model in another type",
-        ) from error
+    raise CheckpointError(
+        f"{path}: tensor {tensor.name!r} is stored as {kind.name}, which cannot be decoded",
+        "get the model in another type",
+    )
