@@ -27,7 +27,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.formats.gguf.mix_table import (
@@ -131,11 +131,13 @@ class TypeChoice:
 
     reason         why it differs from the base type of the file type; None if it does not
     fallback_from  the type that the block size ruled out
+    asked          True if the user named it
     """
 
     type_name: str
     reason: str | None = None
     fallback_from: str | None = None
+    asked: bool = field(default=False, compare=False)
 
 
 def find_file_type(name: str) -> FileType:
@@ -431,7 +433,7 @@ def assign_types(
         if why is not None:
             choices[tensor.name] = TypeChoice(_kept_type(tensor, facts, file_type), why)
         elif tensor.name in asked.types:
-            choices[tensor.name] = TypeChoice(*asked.types[tensor.name])
+            choices[tensor.name] = TypeChoice(*asked.types[tensor.name], asked=True)
         else:
             kind = kinds[tensor.name]
             situation = _Situation(tensor, kind, file_type, facts, has_imatrix, counted[kind], values)

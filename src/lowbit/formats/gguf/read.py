@@ -50,6 +50,7 @@ class GGUFCheckpoint:
         self._folder: Path | None = None
         self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
         self._mapped = {mapped.name: mapped for mapped in self._model.tensors}
+        self._scales = {mapped.name: self._scale(mapped) for mapped in self._model.tensors if mapped.scale is not None}
         self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
         config = self._model.config
         head_dim = config.get("head_dim", 0)
@@ -61,6 +62,9 @@ class GGUFCheckpoint:
         derived = ", ".join(tensor.name for tensor in self._model.derived.values())
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
         self.notes += rope_notes
+        if self._model.left_out:
+            count = len(self._model.left_out)
+            self.notes.append(f"left out ({count} tensors): scales of activations, which llama.cpp does not use")
 
     @property
     def folder(self) -> Path:
@@ -78,6 +82,8 @@ class GGUFCheckpoint:
         info = find_tensor(self.tensors, name, self.source)
         start, stop, shape = row_range(info, start, stop)
         values = self._rows(self._mapped[name], start, stop).reshape(shape)
+        if name in self._scales:
+            values = values.float() * self._scales[name]
         return values.to(info.dtype) - 1 if self._mapped[name].layout is RowLayout.PLUS_ONE else values
 
     def release(self, name: str) -> None:
@@ -106,6 +112,12 @@ class GGUFCheckpoint:
         offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
         return raw.decode(stored, offset + start, offset + stop)
 
+    def _scale(self, mapped: MappedTensor) -> float:
+        """What a weight, or one expert of it, is multiplied by."""
+        assert mapped.scale is not None
+        values = self.raw.decode(self.raw.checked_scale(mapped.stored, mapped.scale))[0]
+        return values[mapped.expert or 0 if len(values) > 1 else 0].item()
+
     def _rope_factors(self) -> dict[MODEL_TENSOR, Tensor]:
         factors = {}
         for kind, stored in self._model.derived.items():
@@ -121,8 +133,8 @@ class GGUFCheckpoint:
 
     def _describe(self, mapped: MappedTensor) -> TensorInfo:
         stored = mapped.stored
-        # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
-        undone = mapped.layout is RowLayout.PLUS_ONE
+        # w + 1 is undone, and a scale applied, in float32: rounding to 16 bits would add an error of our own
+        undone = mapped.layout is RowLayout.PLUS_ONE or mapped.scale is not None
         return TensorInfo(
             name=mapped.name,
             shape=mapped.shape,

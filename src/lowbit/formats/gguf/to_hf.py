@@ -11,7 +11,7 @@ missing, a tensor of another rank than its name says, another number of experts 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
@@ -21,6 +21,7 @@ from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.keys import config_of, positive
 from lowbit.formats.gguf.row import GGUFArchitecture, Place, RowLayout, head_dim
 from lowbit.formats.gguf.table import DERIVED, row_of_file
+from lowbit.formats.gguf.weight_scales import INPUT_SCALE, SCALE, weight_of
 
 T = MODEL_TENSOR
 MAX_EXPERTS = 65536
@@ -36,6 +37,7 @@ class MappedTensor:
     layout       row layout that `read` undoes
     heads, dim   number of heads and rows of each, for layouts that go by head; else 0
     expert       which of the stacked experts; None for a tensor of its own
+    scale        the scale of the whole stored matrix, which lies beside it (`weight_scales`); None without one
     """
 
     name: str
@@ -45,16 +47,21 @@ class MappedTensor:
     heads: int = 0
     dim: int = 0
     expert: int | None = None
+    scale: GGUFTensor | None = None
 
 
 @dataclass(frozen=True)
 class MappedModel:
-    """config  config.json, but for rotary embeddings and tokens"""
+    """
+    config   config.json, but for rotary embeddings and tokens
+    left_out  names of stored tensors that no Hugging Face tensor has a place for and that llama.cpp does not use
+    """
 
     row: GGUFArchitecture
     tensors: list[MappedTensor]
     derived: dict[MODEL_TENSOR, GGUFTensor]
     config: dict[str, Any]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,13 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     kinds = {TENSOR_NAMES[kind]: kind for kind in DERIVED | row.places.keys()}
     mapped: dict[_Name, list[MappedTensor]] = {}
     derived: dict[MODEL_TENSOR, GGUFTensor] = {}
+    stored = {tensor.name for tensor in tensors}
+    scales = {name: t for t in tensors if t.name.endswith(SCALE) and (name := weight_of(t.name)) in stored}
+    unused = [t.name for t in tensors if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in stored]
+    beside = {scale.name for scale in scales.values()} | set(unused)
     for tensor in tensors:
+        if tensor.name in beside:
+            continue
         stem, _, suffix = tensor.name.rpartition(".")
         layer = re.match(r"blk\.(0|[1-9]\d{0,5})\.", stem)
         pattern = stem if layer is None else f"blk.{{bid}}.{stem[layer.end() :]}"
@@ -86,7 +99,8 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
         if name.tensor in DERIVED:
             derived[name.tensor] = tensor
         else:
-            mapped[name] = _undo_conversion(row, metadata, tensor, name, where)
+            parts = _undo_conversion(row, metadata, tensor, name, where)
+            mapped[name] = [replace(part, scale=scales.get(tensor.name)) for part in parts]
     biased = frozenset(name.tensor for name in mapped if name.suffix == "bias" and name.tensor is not None)
     if biased not in row.biases:
         names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
@@ -95,7 +109,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     config = config_of(row, metadata, where) | row.biases[biased]
     config["tie_word_embeddings"] = _Name(T.OUTPUT, None, "weight") not in mapped
     config["vocab_size"] = mapped[_Name(T.TOKEN_EMBD, None, "weight")][0].shape[0]
-    return MappedModel(row, [each for parts in mapped.values() for each in parts], derived, config)
+    return MappedModel(row, [each for parts in mapped.values() for each in parts], derived, config, tuple(unused))
 
 
 def _undo_conversion(
