@@ -102,6 +102,8 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("IQ1_S", 24, "IQ1_S", 2.0, "under 2 bits from a ternary codebook, smallest"),
         FileType("TQ2_0", 37, "TQ2_0", 2.52, "ternary, for models trained so (BitNet); 2 bits a code"),
         FileType("TQ1_0", 36, "TQ1_0", 2.19, "ternary, for models trained so (BitNet); five codes in a byte"),
+        FileType("Q2_0", 41, "Q2_0", 2.68, "2 bits, four values per 64 weights; for models trained so"),
+        FileType("Q1_0", 40, "Q1_0", 1.48, "one bit, the sign; for models trained so"),
         FileType("MXFP4_MOE", 38, "MXFP4", 4.62, "experts as MXFP4, as gpt-oss was trained; everything else Q8_0"),
         FileType("NVFP4", 39, "NVFP4", 4.64, "FP4 in 16s with E4M3 scales; the output matrix Q6_K", ours=True),
     )
@@ -179,6 +181,7 @@ RULES: tuple[MixRule, ...] = (
     _rule(_TINIEST, "token_embd", "Q2_K"),
     _rule(f"{_TWO_BIT_S} IQ3_XXS", "token_embd", "IQ3_S"),
     _rule("TQ1_0 TQ2_0", "token_embd", "Q4_K"),
+    _rule("Q2_0", "token_embd", "Q4_K"),
     # Two bits and fewer.
     _rule(_TINY, "attn_v", "Q4_K", "shared values"),
     _rule(_TINY, "attn_v", "Q4_K", "4 experts"),
@@ -239,10 +242,10 @@ RULES: tuple[MixRule, ...] = (
 )  # fmt: skip
 
 # Type → what a tensor becomes whose rows do not divide by the type's block; F16 if that does not fit either. NVFP4's
-# is ours, llama-quantize has none.
+# and Q1_0's are ours, llama-quantize has none.
 FALLBACKS = {
     **dict.fromkeys(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], "IQ4_NL"),
-    **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "NVFP4"], "Q4_0"),
+    **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "NVFP4"], "Q4_0"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",

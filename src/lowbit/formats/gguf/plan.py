@@ -267,8 +267,10 @@ class _Mapped:
 
     def _is_lost(self, name: str, choices: Mapping[str, TypeChoice]) -> bool:
         """True for the scale of activations of a weight that was NVFP4, and is no longer."""
-        weight = weight_of(name) if name.endswith(INPUT_SCALE) else None
-        return weight in choices and choices[weight].type_name != "NVFP4" and self._source_types.get(weight) == "NVFP4"
+        weight = weight_of(name)
+        if weight is None or weight not in choices or not name.endswith(INPUT_SCALE):
+            return False
+        return choices[weight].type_name != "NVFP4" and self._source_types.get(weight) == "NVFP4"
 
     @cached_property
     def _source_types(self) -> dict[str, str | None]:

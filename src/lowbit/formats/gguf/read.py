@@ -39,7 +39,11 @@ MAX_HEAD_DIM = 65536
 
 
 class GGUFCheckpoint:
-    """The `Checkpoint` of a GGUF file or of all parts of a split one. `raw` is the file as it is."""
+    """The `Checkpoint` of a GGUF file or of all parts of a split one.
+
+    raw     the file as it is
+    scales  tensor → what it is multiplied by, of matrices with a scale beside them
+    """
 
     kind = "gguf"
 
@@ -50,7 +54,7 @@ class GGUFCheckpoint:
         self._folder: Path | None = None
         self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
         self._mapped = {mapped.name: mapped for mapped in self._model.tensors}
-        self._scales = {mapped.name: self._scale(mapped) for mapped in self._model.tensors if mapped.scale is not None}
+        self.scales = {mapped.name: self._scale(mapped) for mapped in self._model.tensors if mapped.scale is not None}
         self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
         config = self._model.config
         head_dim = config.get("head_dim", 0)
@@ -82,8 +86,8 @@ class GGUFCheckpoint:
         info = find_tensor(self.tensors, name, self.source)
         start, stop, shape = row_range(info, start, stop)
         values = self._rows(self._mapped[name], start, stop).reshape(shape)
-        if name in self._scales:
-            values = values.float() * self._scales[name]
+        if name in self.scales:
+            values = values.float() * self.scales[name]
         return values.to(info.dtype) - 1 if self._mapped[name].layout is RowLayout.PLUS_ONE else values
 
     def release(self, name: str) -> None:
