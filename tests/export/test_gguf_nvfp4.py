@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError
+from lowbit.export import Piece
 from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
 from lowbit.formats.gguf.weight_scales import applies_scale
+from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks
 from lowbit.verification import verify
 from models import SHORT_TEXT, make_model
 
@@ -213,3 +215,26 @@ def test_a_scale_of_another_shape_is_refused(scaled, tmp_path):
     for use in (lambda: open_checkpoint(path).tensors, lambda: lowbit.dry_run(path, scheme="Q8_0")):
         with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_q\.scale' is F32 \[0\]; 1 numbers are needed"):
             use()
+
+
+def test_scales_of_activations_are_left_out_when_read_and_kept_beside_nvfp4(scaled, tmp_path):
+    """llama.cpp's converter writes them, and nothing of llama.cpp computes with them."""
+    raw = open_raw_gguf(scaled)
+    keys = {key: bytes(raw.key_value_bytes(key))[8 + len(key.encode()) :] for key in raw.metadata}
+    content = {t.name: (t.type_id, t.shape, raw.blocks(t, 0, max(1, t.shape[0] if len(t.shape) > 1 else 1)))
+               for t in raw.tensors}  # fmt: skip
+    one = torch.ones(1).view(torch.uint8)[None]
+    content |= {name.replace(".scale", ".input_scale"): (0, (1,), one) for name in content if name.endswith(".scale")}
+    stored = [StoredBlocks(name, shape, kind, rows.numel()) for name, (kind, shape, rows) in content.items()]
+    writer = GGUFWriter(tmp_path, "x.gguf", stored, keys)
+    for name, (_, _, rows) in content.items():
+        writer.write(Piece(name, rows))
+    writer.close()
+    opened, plain = open_checkpoint(tmp_path / "x.gguf"), open_checkpoint(scaled)
+    assert "left out (14 tensors): scales of activations, which llama.cpp does not use" in opened.notes
+    for name in plain.tensors:
+        assert torch.equal(opened.read(name), plain.read(name)), name
+    kept = tensors_in(lowbit.quantize(tmp_path / "x.gguf", tmp_path / "same.gguf", scheme="NVFP4").path)
+    assert sum(name.endswith(".input_scale") for name in kept) == 14
+    gone = tensors_in(lowbit.quantize(tmp_path / "x.gguf", tmp_path / "other.gguf", scheme="Q8_0").path)
+    assert not [name for name in gone if name.endswith("scale")]
