@@ -72,7 +72,7 @@ def test_every_file_type_is_written_verified_and_read_back(model, imatrix, tmp_p
     for name in decoded.tensors:
         weight = original.read(name).float()
         error = (weight - decoded.read(name).float()).square().sum() / weight.square().sum()
-        assert error < 0.35, name
+        assert error < (0.37 if file_type == "Q1_0" else 0.35), name  # signs of a normal distribution leave 1 − 2 / π
 
 
 def test_plain_conversion_is_exact(model, tmp_path):
