@@ -70,8 +70,20 @@ def importances(columns: int) -> dict[str, Tensor | None]:
     }
 
 
+def low_bits_decode(name: str, blocks: Tensor) -> Tensor:
+    """Q1_0 and Q2_0 by their formula: the gguf package has no decoder of them."""
+    each = blocks.numpy().reshape(-1, 18)
+    d = each[:, :2].copy().view(np.float16).astype(np.float32)
+    bits = 1 if name == "Q1_0" else 2
+    q = (each[:, 2:, None] >> np.arange(0, 8, bits, dtype=np.uint8)).reshape(len(each), -1) & (2**bits - 1)
+    values = np.where(q == 1, d, -d) if bits == 1 else (q.astype(np.float32) - 1) * d
+    return torch.from_numpy(values.astype(np.float32).reshape(len(blocks), -1))
+
+
 def gguf_decode(name: str, blocks: Tensor) -> Tensor:
     """The gguf package's float32 weights of blocks."""
+    if name in ("Q1_0", "Q2_0"):
+        return low_bits_decode(name, blocks)
     with np.errstate(all="ignore"):
         return torch.from_numpy(dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name]).astype(np.float32))
 

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def ggml() -> ctypes.CDLL:
+    """ggml's own functions, which the wheel exports."""
+    import xllamacpp
+
+    library = next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
+    found = ctypes.CDLL(str(library))
+    found.ggml_quantize_chunk.restype = ctypes.c_size_t
+    found.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    return found
+
+
+def quantized(number: int, weight: Tensor, row_bytes: int, importance: Tensor | None = None) -> Tensor:
+    """Blocks, uint8 [N, row bytes], by llama.cpp's encoder."""
+    weight, blocks = weight.contiguous(), torch.empty((len(weight), row_bytes), dtype=torch.uint8)
+    by = None if importance is None else importance.contiguous().data_ptr()
+    done = ggml().ggml_quantize_chunk(number, weight.data_ptr(), blocks.data_ptr(), 0, *weight.shape, by)
+    assert done == blocks.numel()
+    return blocks
+
+
+def dequantized(name: str, blocks: Tensor, columns: int) -> Tensor:
+    """Float32 [N, K] of blocks, by llama.cpp's decoder."""
+    weight = torch.empty((len(blocks), columns))
+    decode = getattr(ggml(), f"dequantize_row_{name.lower()}")
+    decode(ctypes.c_void_p(blocks.contiguous().data_ptr()), ctypes.c_void_p(weight.data_ptr()),
+           ctypes.c_int64(weight.numel()))  # fmt: skip
+    return weight
 
 
 def top_logprobs(path: Path, ids: list[int], count: int = 10) -> dict[int, float]:

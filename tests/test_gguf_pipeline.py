@@ -61,7 +61,9 @@ def test_every_file_type_is_written_verified_and_read_back(model, imatrix, tmp_p
     assert done.report.verification is not None
     assert done.report.verification.ok, done.report.verification
     planned = {entry.name: entry for entry in done.report.tensors}
-    assert types_in(done.path).keys() == planned.keys()
+    beside = {name for name in types_in(done.path) if name.endswith(".scale")}  # of NVFP4 matrices
+    assert types_in(done.path).keys() - beside == planned.keys()
+    assert bool(beside) == (file_type == "NVFP4")
     base = FILE_TYPES[file_type].base
     assert base in types_in(done.path).values() or file_type == "MXFP4_MOE"  # which is of models with experts
     assert open_raw_gguf(done.path).metadata["general.file_type"] == FILE_TYPES[file_type].number
@@ -70,7 +72,7 @@ def test_every_file_type_is_written_verified_and_read_back(model, imatrix, tmp_p
     for name in decoded.tensors:
         weight = original.read(name).float()
         error = (weight - decoded.read(name).float()).square().sum() / weight.square().sum()
-        assert error < 0.35, name
+        assert error < (0.37 if file_type == "Q1_0" else 0.35), name  # signs of a normal distribution leave 1 − 2 / π
 
 
 def test_plain_conversion_is_exact(model, tmp_path):

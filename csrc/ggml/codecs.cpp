@@ -9,7 +9,7 @@ GgmlCodecs ggml_codecs() {
     static GgmlCodec table[kMost];
     static const size_t count = [] {
         size_t filled = 0;
-        const GgmlCodecs families[] = {plain_codecs(),    legacy_codecs(),  kquant_codecs(),
+        const GgmlCodecs families[] = {plain_codecs(),    legacy_codecs(),  low_bit_codecs(), kquant_codecs(),
                                        codebook_codecs(), ternary_codecs(), iquant_codecs()};
         for (const GgmlCodecs& family : families)
             for (size_t i = 0; i < family.count; ++i) table[filled++] = family.first[i];

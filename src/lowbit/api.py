@@ -9,10 +9,12 @@ from typing import Any
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
-from lowbit.errors import UsageError, VerificationError
+from lowbit.checkpoint.opening import find_gguf
+from lowbit.errors import ArchitectureError, UsageError, VerificationError
 from lowbit.export.atomic import refuse_existing_files
 from lowbit.files.claim import claimed, refuse_claimed
 from lowbit.files.system import check_disk, refuse_sources
+from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
 from lowbit.knobs import Facts
 from lowbit.measure import Meter
 from lowbit.methods import parse_method
@@ -208,5 +210,16 @@ def refuse_other_name(output: Path, settings: Settings) -> None:
 
 
 def inspect(path: str | Path, options: OpenOptions | None = None) -> Checkpoint:
-    """Open any supported checkpoint: tensors, types, metadata and config, without reading a weight."""
-    return open_checkpoint(path, options)
+    """Open any supported checkpoint: tensors, types, metadata and config, without reading a weight.
+
+    A GGUF file whose architecture has no Hugging Face names here (an image model, say) appears under its own names.
+    """
+    try:
+        return open_checkpoint(path, options)
+    except ArchitectureError as error:
+        file = find_gguf(path, options)
+        if file is None:
+            raise
+        raw = RawCheckpoint(open_raw_gguf(file), str(path))
+        raw.notes.append(f"under the file's own names, since {error}")
+        return raw

@@ -35,7 +35,7 @@ from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.rtn import TensorRange, measure_range
-from lowbit.rounding.target import GridTarget, Sums, Target
+from lowbit.rounding.target import Sums, Target
 from lowbit.settings import RunOptions
 from lowbit.workers import run_all
 
@@ -147,7 +147,7 @@ class _Run:
         """Write every tensor; return the rounding error of each."""
         targets = self._with_ranges()
         jobs = (
-            (self._slab, tensor, targets.get(tensor.name, tensor.target), first, last)
+            (self._slab, tensor, self._target(targets, tensor, first), first, last)
             for tensor in self.plan.tensors
             for first, last in tensor.slabs(SLAB_WEIGHTS)
         )
@@ -163,6 +163,9 @@ class _Run:
     def all_notes(self) -> dict[str, tuple[str, ...]]:
         """Tensor → what became of extreme values in it, in the order of its rows."""
         return {name: tuple(found[first] for first in sorted(found)) for name, found in self.notes.items()}
+
+    def _target(self, ranged: dict[str, list[Target]], tensor: PlannedTensor, row: int) -> Target | None:
+        return ranged[tensor.name][tensor.expert_at(row)] if tensor.name in ranged else tensor.target
 
     def _slab(self, tensor: PlannedTensor, target: Target | None, first: int, last: int) -> None:
         # For the histogram: readers of the source's rows and of the decoded ones.
@@ -204,34 +207,35 @@ class _Run:
             self.done += tensor.source_bytes * (last - first) // max(1, tensor.rows)
             self.progress(tensor.name, self.done, self.total)
 
-    def _with_ranges(self) -> dict[str, Target]:
-        """Targets whose scales need the range of the whole tensor, with that range; fused sets share one."""
+    def _with_ranges(self) -> dict[str, list[Target]]:
+        """Targets whose scales need the range of the whole tensor, with that range, one per expert of a tensor; fused
+        sets share one, where engines want them to."""
         needed = {
             tensor.name: (tensor, tensor.target)
             for tensor in self.plan.tensors
-            if tensor.making is Making.rounded and isinstance(tensor.target, GridTarget) and tensor.target.needs_range
+            if tensor.making is Making.rounded and tensor.target is not None and tensor.target.needs_range
         }
         slabs: dict[str, dict[int, TensorRange]] = {name: {} for name in needed}
 
-        def measure(tensor: PlannedTensor, target: GridTarget, first: int, last: int) -> None:
-            extent = measure_range(tensor.source.read(self.checkpoint, first, last), target.spec)
+        def measure(tensor: PlannedTensor, target: Target, first: int, last: int) -> None:
+            rows = tensor.source.read(self.checkpoint, first, last).reshape(last - first, tensor.columns)
+            extent = target.measured(rows.float() if rows.dtype.itemsize > 4 else rows)
             self._check_finite(tensor, first, extent.high - extent.low)
             self._release(tensor, last)
             slabs[tensor.name][first] = extent
 
         run_all(((measure, *pair, *bounds) for pair in needed.values() for bounds in pair[0].slabs(SLAB_WEIGHTS)),
                 self.threads)  # fmt: skip
-        # joined in the order of rows, so that sums do not depend on the threads
-        ranges = {name: reduce(TensorRange.joined, (extents[first] for first in sorted(extents)))
-                  for name, extents in slabs.items()}  # fmt: skip
-        # Nested scales have a second level per tensor, in fused sets too.
+        ranges = {name: _ranges_by_expert(needed[name][0], extents) for name, extents in slabs.items()}
+        # Nested scales have a second level per tensor, in fused sets too; so has NVFP4 in GGUF files.
         fused = {t.linear.name: t.name for t, target in needed.values()
-                 if t.linear is not None and not target.is_nested}  # fmt: skip
+                 if t.linear is not None and not target.is_nested and not target.is_ggml}  # fmt: skip
         for members in self.plan.architecture.fused_sets.values() if self.plan.architecture and fused else ():
             names = [fused[member] for member in members if member in fused]
             if names:
-                ranges.update(dict.fromkeys(names, reduce(TensorRange.joined, (ranges[name] for name in names))))
-        return {name: replace(target, tensor_range=ranges[name]) for name, (_, target) in needed.items()}
+                shared = reduce(TensorRange.joined, (ranges[name][0] for name in names))
+                ranges.update({name: [shared] for name in names})
+        return {name: [target.ranged(extent) for extent in ranges[name]] for name, (_, target) in needed.items()}
 
     def _release(self, tensor: PlannedTensor, last: int) -> None:
         if last == tensor.rows or tensor.source_bytes > _RELEASE_ABOVE:
@@ -271,6 +275,16 @@ class _Run:
                 f"{first}",
                 "the checkpoint is damaged, or was trained into overflow; get another copy of it",
             )
+
+
+def _ranges_by_expert(tensor: PlannedTensor, slabs: dict[int, TensorRange]) -> list[TensorRange]:
+    """The range of each expert, from those of slabs by their first row; joined in the order of rows, so that sums do
+    not depend on the threads."""
+    joined: dict[int, TensorRange] = {}
+    for first in sorted(slabs):
+        expert = tensor.expert_at(first)
+        joined[expert] = joined[expert].joined(slabs[first]) if expert in joined else slabs[first]
+    return [joined.get(expert, TensorRange(0.0, 0.0)) for expert in range(tensor.experts)]
 
 
 def _summed(sums: dict[int, Sums]) -> TensorResult:

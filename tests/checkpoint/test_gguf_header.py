@@ -29,6 +29,7 @@ from lowbit.checkpoint import open_gguf
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.formats.gguf.header import ggml_type, read_header
+from lowbit.formats.gguf.stored_types import IK_LLAMA_TYPES, REMOVED_TYPES, STORED_TYPES
 
 ROW = gguf_tensor_row("w", [8])
 DATA = bytes(32)
@@ -102,7 +103,7 @@ BAD = {
     "alignment of 2**31": (gguf_bytes([gguf_key_value("general.alignment", U32, 2**31)]), "alignment is 2147483648"),
     "alignment is a string": (gguf_bytes([gguf_key_value("general.alignment", STRING, "32")]), "alignment is '32'"),
     "tensor name is not UTF-8": (gguf_bytes([], [gguf_tensor_row(b"\xff", [8])], DATA), "a tensor name is not valid"),
-    "five dimensions": (gguf_bytes([], [gguf_tensor_row("w", [1] * 5)], DATA), "'w' has 5 dimensions"),
+    "nine dimensions": (gguf_bytes([], [gguf_tensor_row("w", [1] * 9)], DATA), "'w' has 9 dimensions; at most 8"),
     "four billion dimensions": (
         gguf_bytes([], [gguf_string("w") + struct.pack("<I", 2**32 - 1) + bytes(16)]),
         "'w' has 4294967295 dimensions",
@@ -212,14 +213,34 @@ def test_offsets_count_from_the_alignment_that_the_file_states(tmp_path):
     assert header.tensors[1].start == header.data_start + 128
 
 
-# 4, 5 and 31 are types that ggml once had
-@pytest.mark.parametrize("number", [4, 5, 31, 99, 2**32 - 1])
-def test_an_unknown_ggml_type_does_not_stop_the_header(tmp_path, number):
+STRANGE = {
+    4: ("Q4_2", "stored as Q4_2 .number 4., which llama.cpp no longer reads"),
+    31: ("Q4_0_4_4", "stored as Q4_0_4_4 .number 31., which llama.cpp no longer reads"),
+    137: ("IQ2_K", "stored as IQ2_K .number 137., a type of ik_llama.cpp"),
+    399: ("Q8_K_R8", "stored as Q8_K_R8 .number 399., a type of ik_llama.cpp"),
+    500: ("type 500", "has ggml type 500, which is not known"),
+    2**32 - 1: ("type 4294967295", "has ggml type 4294967295, which is not known"),
+}
+
+
+@pytest.mark.parametrize("number", STRANGE)
+def test_a_ggml_type_that_llama_cpp_does_not_have_is_called_by_its_name_and_does_not_stop_the_header(tmp_path, number):
+    name, message = STRANGE[number]
     header = _header(tmp_path, gguf_bytes([], [gguf_tensor_row("w", [7], kind=number)], DATA))
-    assert header.tensors[0].type_name == f"type {number}"
-    assert header.tensors[0].type_name.startswith("type ")
-    with pytest.raises(CheckpointError, match=f"tensor 'w' has ggml type {number}, which is not known"):
+    assert header.tensors[0].type_name == name
+    with pytest.raises(CheckpointError, match=f"tensor 'w' {message.replace('stored', 'is stored', 1)}"):
         ggml_type(header.tensors[0], "model.gguf")
+
+
+def test_no_number_is_both_of_llama_cpp_and_of_a_fork():
+    assert not STORED_TYPES.keys() & (IK_LLAMA_TYPES.keys() | REMOVED_TYPES.keys())
+    assert not IK_LLAMA_TYPES.keys() & REMOVED_TYPES.keys()
+
+
+def test_kernels_of_3_d_convolutions_have_five_dimensions(tmp_path):
+    header = _header(tmp_path, gguf_bytes([], [gguf_tensor_row("w", [1, 2, 2, 1, 2])], DATA))
+    assert header.tensors[0].shape == (2, 1, 2, 2, 1)
+    assert header.tensors[0].stop - header.tensors[0].start == 32
 
 
 @pytest.mark.parametrize(("counts", "what"), [((2**20 + 1, 0), "tensors"), ((0, 2**20 + 1), "key-values")])

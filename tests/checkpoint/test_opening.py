@@ -12,7 +12,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import OpenOptions, hub, open_checkpoint, refuse_remote_code, requires_remote_code
+from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import CheckpointError, DependencyError, UnsafeError, UsageError
+from lowbit.verification import verify
 
 SAFE = [
     "config.json",
@@ -254,3 +256,27 @@ def test_downloads_exactly_the_chosen_files(tmp_path, monkeypatch):
     open_checkpoint("org/name", OpenOptions(revision="v1"))
     assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
     assert not {"pytorch_model.bin", "modeling_x.py"} & set(asked["allow_patterns"])
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path):
+    """ollama keeps models as files that are called after their SHA-256."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf").rename(tmp_path / f"sha256-{'0a' * 32}")
+    assert open_checkpoint(path).kind == "gguf"
+    assert find_gguf(path) == path
+    assert {check.rule for check in verify(path).checks} >= {"gguf-file", "gguf-tensors"}
+    (tmp_path / "sha256-other").write_bytes(b"GGU")
+    with pytest.raises(UsageError, match="is no model"):
+        open_checkpoint(tmp_path / "sha256-other")
+
+
+def test_a_split_gguf_is_found_by_its_name_and_by_a_part_that_is_absent(tmp_path):
+    for part in (2, 3, 5):
+        (tmp_path / f"tiny-{part:05d}-of-00006.gguf").write_bytes(b"")
+    (tmp_path / "tiny-00001-of-00007.gguf").write_bytes(b"")
+    message = r"parts tiny-00001-of-00006\.gguf, tiny-00004-of-00006\.gguf, tiny-00006-of-00006\.gguf are missing"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "tiny-00004-of-00006.gguf")
+    with pytest.raises(CheckpointError, match=r"tiny-00004-of-00007\.gguf and 3 more are missing"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+    found = verify(tmp_path / "tiny-00006-of-00006.gguf").failed
+    assert "tiny-00004-of-00006.gguf" in found[0].detail

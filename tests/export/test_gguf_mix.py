@@ -131,11 +131,28 @@ def differs(file_type: str) -> bool:
     return False
 
 
+NEWER = {"Q1_0", "Q2_0"}  # than the recording; what they do is in `test_one_and_two_bits_as_llama_quant_cpp_has_them`
+
+
 def test_every_file_type_of_llama_quantize_is_recorded():
-    assert set(GOLDEN["file_types"]) == {kind.name for kind in FILE_TYPES.values() if not kind.ours}
+    assert set(GOLDEN["file_types"]) == {kind.name for kind in FILE_TYPES.values() if not kind.ours} - NEWER
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: " ".join((*rule.kinds, rule.type_name, *rule.when)))
+def test_one_and_two_bits_as_llama_quant_cpp_has_them():
+    """llama_tensor_get_type_impl: the output is Q6_K, the embeddings of Q2_0 are Q4_K, and nothing else is special."""
+    layer = [TensorShape(f"blk.0.{name}.weight", (512, 256)) for name in ("attn_v", "attn_output", "ffn_down")]
+    tensors = [TensorShape("token_embd.weight", (64, 256)), TensorShape("output.weight", (64, 256)), *layer]
+    for base, embedding in (("Q1_0", "Q1_0"), ("Q2_0", "Q4_K")):
+        choices = choose_types(base, tensors, MixFacts("llama", 1, heads=8, kv_heads=2))
+        assert [choice.type_name for choice in choices.values()] == [embedding, "Q6_K", base, base, base]
+    ragged = choose_types("Q2_0", [TensorShape("blk.0.ffn_up.weight", (8, 96))], MixFacts("llama", 1))
+    assert ragged["blk.0.ffn_up.weight"].type_name == "Q4_0"
+
+
+RECORDED = [rule for rule in RULES if not NEWER & {*rule.file_types}]
+
+
+@pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: " ".join((*rule.kinds, rule.type_name, *rule.when)))
 def test_every_rule_is_told_by_the_recorded_models(rule, monkeypatch):
     """Without the rule, or with one file type less in it, some recorded type would be another."""
     without = tuple(other for other in RULES if other is not rule)
@@ -185,7 +202,8 @@ def test_every_70b_is_recorded(arch):
 def test_numbers_are_those_of_the_gguf_package():
     for kind in FILE_TYPES.values():
         prefix = "ALL" if kind.name == "F32" else "MOSTLY"
-        assert kind.number == gguf.LlamaFileType[f"{prefix}_{kind.like or kind.name}"], kind.name
+        if kind.name != "Q2_0":  # which is newer than the package: 41 in llama.h
+            assert kind.number == gguf.LlamaFileType[f"{prefix}_{kind.like or kind.name}"], kind.name
         assert kind.base in TYPES
 
 

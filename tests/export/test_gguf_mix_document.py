@@ -15,6 +15,7 @@ from lowbit.formats.gguf.mix_table import (
     CONDITIONS,
     FALLBACKS,
     FILE_TYPES,
+    IMAGE_MODELS,
     MODELS_70B,
     NEEDS_IMPORTANCE,
     NEVER_QUANTIZED,
@@ -76,7 +77,10 @@ def fallbacks() -> str:
 def never() -> str:
     lines = [f"- {what}: {', '.join(f'`{part}`' for part in parts)}" for what, parts in NEVER_QUANTIZED]
     lines += [f"- {what}: `{name}`" for name, what in NEVER_QUANTIZED_NAMES.items()]
-    lines += [f"- in {arch}: {', '.join(f'`{part}`' for part in parts)}" for arch, parts in NEVER_QUANTIZED_IN.items()]
+    lines += [
+        f"- in {arch}: {', '.join(f'`{part}`' for part in parts)}"
+        for arch, parts in (NEVER_QUANTIZED_IN | IMAGE_MODELS).items()
+    ]
     return "\n".join(lines)
 
 

@@ -70,6 +70,8 @@ FACTS = {
     "Q5_0": Facts((0,), llama=(2.5193e-03, 2.9012e-03), gguf=1, digest="7c515722d50ab86b"),
     "Q5_1": Facts((0, 2), llama=(1.2966e-03, 1.8555e-03), gguf=1, digest="d0c071df85ab3c80"),
     "Q8_0": Facts((0,), llama=(4.6775e-05, 4.5496e-05), margin=1, gain=1, gguf=1, digest="0b3e3db837c98783"),
+    "Q1_0": Facts((0,), llama=(0.452705, None), margin=0.99, gain=0.995, digest="5243314d7e66a728"),
+    "Q2_0": Facts((0,), llama=(0.569688, 0.553686), margin=0.3, digest="0bdc8ce7b58e4467"),
     "Q2_K": Facts((80, 82), llama=(0.065696, 0.126565), digest="f2a4f751ec8019ea", **K),
     "Q3_K": Facts((108,), llama=(0.028937, 0.038443), digest="cc375cf232fc4e12", **K),
     "Q4_K": Facts((0, 2), llama=(0.0064810, 0.0084396), digest="49caa044761d97cb", **K),
@@ -101,7 +103,7 @@ def columns_of(name: str) -> int:
     """An odd number of blocks, so that neither a tile of 16 sub-blocks nor of 2 super-blocks divides the rows'."""
     if TYPES[name].family == "i" or name == "IQ4_XS":
         return 256  # in torch their search takes its time
-    return {256: 768, 64: 192}.get(TYPES[name].weights, 160)
+    return {256: 768, 128: 384, 64: 192}.get(TYPES[name].weights, 160)
 
 
 @cache
@@ -283,7 +285,7 @@ def test_importance_lowers_the_error_it_weighs(name):
 def test_error_is_no_greater_than_the_gguf_packages(name):
     part = FACTS[name].gguf
     if part is None:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises((NotImplementedError, KeyError)):  # Q2_0 it does not even know
             quantize(student_case()[0].numpy(), gguf.GGMLQuantizationType[name])
         return
     weight, _ = student_case()

@@ -135,7 +135,7 @@ def test_params_of_other_columns_are_refused():
 
 
 def test_every_family_has_what_the_grid_needs():
-    for name in ("plain", "legacy", "kquants", "codebooks", "ternary", "iquants"):
+    for name in ("plain", "legacy", "low_bits", "kquants", "codebooks", "ternary", "iquants"):
         module = importlib.import_module(f"lowbit.numerics.ggml.{name}")
         for call in ("encode", "unpack", "pack", "value", "round"):
             assert callable(getattr(module, call)), f"{name}.{call}"

@@ -74,6 +74,18 @@ def failed(path: Path, source=None) -> set[str]:
     return {check.rule for check in verify(path, source=source).failed}
 
 
+def test_a_scale_that_the_graph_does_not_apply(tmp_path):
+    """Llama's multiplies by the scale of an NVFP4 ffn_up, Qwen 2's does not; of other types it is none of ours."""
+    tensors = weights()
+    tensors |= {f"blk.0.ffn_{name}.weight": torch.ones(128, WIDTH) for name in ("gate", "up")}
+    tensors |= {"blk.0.ffn_down.weight": torch.ones(WIDTH, 128), "blk.0.ffn_up.scale": torch.ones(1)}
+    qwen = {key.replace("llama.", "qwen2."): value for key, value in key_values().items()}
+    qwen["general.architecture"] = ("qwen2", V.STRING)
+    assert "gguf-scales" not in failed(write(tmp_path / "llama.gguf", tensors, type_name="NVFP4"))
+    assert "gguf-scales" in failed(write(tmp_path / "qwen2.gguf", tensors, qwen, type_name="NVFP4"))
+    assert "gguf-scales" not in failed(write(tmp_path / "other.gguf", tensors, qwen, type_name="Q8_0"))
+
+
 def test_a_good_file_passes(tmp_path):
     source = RawCheckpoint(open_raw_gguf(write(tmp_path / "source.gguf", type_name="F32")), "source.gguf")
     checked = verify(write(tmp_path / "x.gguf"), source=source)

@@ -35,7 +35,7 @@ from lowbit.calibrate.identity import differences
 from lowbit.errors import CheckpointError, OutputError, UsageError
 from lowbit.files.claim import OWNER
 from lowbit.numerics import ggml
-from lowbit.rounding.target import GridTarget, Target
+from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
@@ -120,13 +120,14 @@ class BlockStore:
             for name, result in record.linears.items()
         }
 
-    def save(
-        self, index: int, rounded: dict[str, QuantizedTensor | Tensor], tensors: dict[str, Tensor], record: BlockRecord
-    ) -> None:
+    def save(self, index: int, rounded: dict[str, Stored], tensors: dict[str, Tensor], record: BlockRecord) -> None:
         """Write a block: linear → codes or ggml blocks, stored name → rewritten tensor in its output dtype."""
         parts: dict[str, Tensor] = {f"tensor|{name}": values.contiguous() for name, values in tensors.items()}
         scalars: dict[str, dict[str, float]] = {}
         for linear, stored in rounded.items():
+            if isinstance(stored, ScaledBlocks):
+                scalars[linear] = {"scale": stored.scale}
+                stored = stored.blocks
             if isinstance(stored, Tensor):
                 parts[f"blocks|{linear}"] = stored.contiguous()
                 continue
@@ -156,6 +157,11 @@ class BlockStore:
         with self._reading(self._places[linear]) as file:
             return file.get_slice(f"blocks|{linear}")[first:last]
 
+    def scale(self, linear: str) -> float:
+        """The scale of the whole matrix that `ScaledBlocks` had; 1 where there was none."""
+        with self._reading(self._places[linear]) as file:
+            return json.loads(file.metadata()["scalars"]).get(linear, {}).get("scale", 1.0)
+
     def quantized(
         self, linear: str, spec: WeightSpec, grid: Grid, columns: int, first: int = 0, last: int | None = None
     ) -> QuantizedTensor:
@@ -171,7 +177,7 @@ class BlockStore:
         if isinstance(target, GridTarget):
             weight = self.quantized(linear, target.spec, target.grid, columns).decode()
         else:
-            weight = ggml.decode(target.name, self.blocks(linear))
+            weight = ggml.decode(target.name, self.blocks(linear)) * self.scale(linear)
         return weight.t() if transposed else weight
 
     def save_states(self, index: int, streams: Iterable[Tensor]) -> None:

@@ -44,9 +44,33 @@ def split_name(path: Path) -> str:
     return path.name if match is None else f"{match['stem']} of {match['count']}"
 
 
+def is_gguf(path: Path) -> bool:
+    """True for a GGUF file, by its name or by its first bytes: ollama's files are called sha256-…"""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def first_part(path: Path) -> Path:
+    """The path, or, where there is no such file, the first part of the split GGUF of that name (x-00001-of-….gguf for
+    x.gguf), or another part of it where that is what there is."""
+    if path.suffix != ".gguf" or path.exists() or not path.parent.is_dir():
+        return path
+    split = SPLIT.fullmatch(path.name)
+    stem = path.stem if split is None else split["stem"]
+    parts = [other for other in path.parent.iterdir()
+             if (found := SPLIT.fullmatch(other.name)) and found["stem"] == stem
+             and (split is None or found["count"] == split["count"])]  # fmt: skip
+    return min(parts, default=path)
+
+
 def report_path(output: Path, name: str = REPORT_NAME) -> Path:
     """Path of an output's report (or page, `HTML_NAME`): in the folder, or x.lowbit-report.json beside x.gguf."""
-    if output.suffix != ".gguf":
+    if output.suffix != ".gguf" and not output.is_file():
         return output / name
     return output.with_name(f"{_PART.sub('', output.stem)}.{name}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, split_name
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf, split_name
 from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.hub import DEMO_PREFIX, demo_file, download, is_hub_id
 from lowbit.checkpoint.stated import check_stated
@@ -28,13 +28,13 @@ def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | N
     """The GGUF file that `open_checkpoint` would read, of any architecture; None for other models."""
     source, path = str(model), _found(model, options or OpenOptions())
     if not path.is_dir():
-        return path if path.suffix == ".gguf" else None
+        return path if is_gguf(path) else None
     return None if _holds_safetensors(path) else _only_gguf(path, source)
 
 
 def _found(model: str | Path, options: OpenOptions) -> Path:
     """The local file or folder; a hub id is downloaded."""
-    source, path = str(model), Path(model).expanduser()
+    source, path = str(model), first_part(Path(model).expanduser())
     if options.revision is not None and (source.startswith(DEMO_PREFIX) or path.exists()):
         raise UsageError(f"--revision {options.revision} is read only for a Hugging Face id, and {source} is none",
                          "leave it out")  # fmt: skip
@@ -82,7 +82,7 @@ def open_gguf(path: str | Path, source: str | None = None) -> Checkpoint:
 
 
 def _open_file(path: Path, source: str) -> Checkpoint:
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return open_gguf(path, source)
     hint = "give a model folder or a .gguf file"
     if path.suffix == ".safetensors":

@@ -28,7 +28,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,6 @@ from lowbit.estimation.run_memory import hidden_state_bytes, source_shape, two_s
 from lowbit.methods import parse_method
 from lowbit.numerics.precision import compute_dtype
 from lowbit.plan.plan import Making, PlannedTensor, Prepared
-from lowbit.rounding.rtn import measure_range
 from lowbit.rounding.target import GridTarget, Target
 from lowbit.settings import MEASURE, Settings
 
@@ -176,8 +175,7 @@ def _roundings(prepared: Prepared) -> dict[str, tuple[str, Callable[[], object]]
         target: Target | None = tensor.target
         if target is None or tensor.making is not Making.rounded or tensor.stored_as in roundings:
             continue
-        if isinstance(target, GridTarget) and target.needs_range:
-            target = replace(target, tensor_range=measure_range(weight, target.spec))
+        target = target.with_range([weight])
         importance = None if tensor.importance is None else torch.ones(_COLUMNS)
         roundings[tensor.stored_as] = (_effort(tensor), partial(target.encode, weight, importance))
     return roundings

@@ -148,6 +148,15 @@ class PlannedTensor:
         return self.rows_shape[-1] if self.rows_shape else 1
 
     @property
+    def experts(self) -> int:
+        """Experts that its rows hold one after the other; 1 for a tensor of its own."""
+        return self.shape[0] if self.target is not None and len(self.shape) == 3 else 1
+
+    def expert_at(self, row: int) -> int:
+        """The expert that a row belongs to."""
+        return row // max(1, self.rows // self.experts) if self.experts > 1 else 0
+
+    @property
     def weights(self) -> int:
         return math.prod(self.shape)
 
@@ -157,7 +166,7 @@ class PlannedTensor:
 
     def slabs(self, weights: int) -> Iterable[tuple[int, int]]:
         """Row ranges of about `weights` weights each, at multiples of `multiple`, within one expert."""
-        experts = self.shape[0] if self.target is not None and len(self.shape) == 3 else 1
+        experts = self.experts
         rows = self.rows // experts if experts else 0
         per_row = max(1, self.weights // max(1, self.rows))
         step = max(1, weights // per_row // self.multiple) * self.multiple if self.weights else max(1, rows)
@@ -169,8 +178,7 @@ class PlannedTensor:
         """Weights of the squared errors of the slab that begins at this row, float32 [K]."""
         if self.importance is None:
             return None
-        expert = row // (self.rows // self.shape[0]) if len(self.shape) == 3 else 0
-        return self.importance[min(expert, self.importance.shape[0] - 1)].to(torch.float32).contiguous()
+        return self.importance[min(self.expert_at(row), self.importance.shape[0] - 1)].to(torch.float32).contiguous()
 
 
 class Container(Protocol):

@@ -8,6 +8,7 @@ Every algorithm of this stage returns `Rounded`: a `QuantizedTensor` for folders
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,18 @@ from lowbit.tensors import Granularity, Grid, QuantizedTensor, RangeSearch
 # The values of codes that stand for one column.
 Levels = IntLevels | MinifloatFormat | Codebook
 Params = TypeVar("Params")
-Stored = QuantizedTensor | Tensor  # codes and scales, or the blocks of a GGUF file, uint8 [N, row bytes]
+
+
+@dataclass(frozen=True)
+class ScaledBlocks:
+    """Blocks of a GGUF file, uint8 [N, row bytes], and the scale of the whole matrix, which lies beside them."""
+
+    blocks: Tensor
+    scale: float
+
+
+# Codes and scales; or the blocks of a GGUF file, uint8 [N, row bytes].
+Stored = QuantizedTensor | Tensor | ScaledBlocks
 Sums = tuple[float, float, float]  # (Σ (w − ŵ)², Σ w², max |w − ŵ|)
 
 
@@ -112,9 +124,19 @@ class Target(ABC, Generic[Params]):
         """True for bitsandbytes' INT8, which keeps outlier columns in 16 bits at run time."""
         return False
 
+    def ranged(self, extent: TensorRange) -> Target[Params]:
+        """This target with the range of the whole tensor, or fused set."""
+        return self
+
+    def measured(self, weight: Tensor) -> TensorRange:
+        """The range of rows [n, K], as `ranged` takes it."""
+        return measure_range(weight)
+
     def with_range(self, weights: Sequence[Tensor]) -> Target[Params]:
         """This target with the range of these weights, if it `needs_range`."""
-        return self
+        if not self.needs_range:
+            return self
+        return self.ranged(reduce(TensorRange.joined, [self.measured(weight) for weight in weights]))
 
     def with_search(self, search: RangeSearch) -> Target[Params]:
         """This target with another range search, if it has one."""
@@ -215,11 +237,11 @@ class GridTarget(Target[Fitted]):
     def is_llm_int8(self) -> bool:
         return self.spec.narrow
 
-    def with_range(self, weights: Sequence[Tensor]) -> GridTarget:
-        if not self.needs_range:
-            return self
-        ranges = [measure_range(weight, self.spec) for weight in weights]
-        return replace(self, tensor_range=reduce(TensorRange.joined, ranges))
+    def ranged(self, extent: TensorRange) -> GridTarget:
+        return replace(self, tensor_range=extent)
+
+    def measured(self, weight: Tensor) -> TensorRange:
+        return measure_range(weight, self.spec)
 
     def with_search(self, search: RangeSearch) -> GridTarget:
         return self if self.search.method == "absmax" else replace(self, search=search)
@@ -265,11 +287,22 @@ class GridTarget(Target[Fitted]):
         return replace(first, scale=scale, zero_point=zero_point).with_codes(codes)
 
 
+# A block scale of NVFP4 is at most 448, and its values at most 6. A power of two puts the largest weight at half of
+# that or less, so that the search for a block's scale has room on both sides.
+_LARGEST_SCALED = 448.0 * 6.0 / 2
+
+
 @dataclass(frozen=True)
 class GgmlTarget(Target[Blocks]):
-    """A ggml type. Its encoder chooses scales and codes together."""
+    """A ggml type. Its encoder chooses scales and codes together.
+
+    scaled  a float32 scale of the whole matrix is stored beside the blocks (NVFP4); rounding gives `ScaledBlocks`
+    scale   that scale, a power of two, by which weights are divided exactly
+    """
 
     type_name: str
+    scaled: bool = False
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -295,32 +328,48 @@ class GgmlTarget(Target[Blocks]):
     def holds_floats(self) -> bool:
         return self.grid.kind.family == "plain"
 
-    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
-        blocks = ggml.encode(self.type_name, weight, importance)
-        return Rounded(blocks, ggml.decode(self.type_name, blocks))
+    @property
+    def needs_range(self) -> bool:
+        return self.scaled
 
-    def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Sums]:
-        return ggml.encode_measured(self.type_name, rows, importance)
+    def ranged(self, extent: TensorRange) -> GgmlTarget:
+        largest = max(-extent.low, extent.high)
+        if not largest or not math.isfinite(largest):
+            return replace(self, scale=1.0)
+        fraction, exponent = math.frexp(largest / _LARGEST_SCALED)
+        return replace(self, scale=2.0 ** min(max(exponent - (fraction == 0.5), -126), 127))
+
+    def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
+        blocks = ggml.encode(self.type_name, self._divided(weight), importance)
+        return Rounded(self._stored(blocks), ggml.decode(self.type_name, blocks) * self.scale)
+
+    def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Stored, Sums]:
+        blocks, sums = ggml.encode_measured(self.type_name, self._divided(rows), importance)
+        return self._stored(blocks), self._multiplied(sums)
 
     def error(self, rows: Tensor, rounded: Stored) -> Sums:
-        assert isinstance(rounded, Tensor)
-        return ggml.squared_error(self.type_name, rows, rounded)
+        assert not isinstance(rounded, QuantizedTensor)
+        blocks = rounded.blocks if isinstance(rounded, ScaledBlocks) else rounded
+        return self._multiplied(ggml.squared_error(self.type_name, self._divided(rows), blocks))
 
     def reader(self, rounded: Stored) -> RowReader:
-        assert isinstance(rounded, Tensor)
+        assert not isinstance(rounded, QuantizedTensor)
+        if isinstance(rounded, ScaledBlocks):
+            return lambda chosen: ggml.decode(self.type_name, rounded.blocks[chosen]) * rounded.scale
         return lambda chosen: ggml.decode(self.type_name, rounded[chosen])
 
     def columns_per_fit(self, columns: int, scales: Literal["auto", "static", "compensated"]) -> int:
         return self.grid.block
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
-        """Params of whole blocks of columns."""
-        return self.grid.fit(weight, importance)
+        """Params of whole blocks of columns, of the weight over the scale of the matrix."""
+        return self.grid.fit(self._divided(weight), importance)
 
     def column_params(self, fitted: Blocks, weight: Tensor) -> ColumnParams:
-        return ColumnParams(fitted.scale, weight.shape[1] // fitted.scale.shape[1], fitted.offset)
+        scale = fitted.scale * self.scale if self.scaled else fitted.scale
+        return ColumnParams(scale, weight.shape[1] // fitted.scale.shape[1], fitted.offset)
 
-    def with_codes(self, fitted: Sequence[Sequence[Blocks]], codes: Tensor) -> Tensor:
+    def with_codes(self, fitted: Sequence[Sequence[Blocks]], codes: Tensor) -> Stored:
         blocks = [self.grid.join(row) for row in fitted]
         levels = self.grid.levels
         if isinstance(levels, IntLevels) and levels.zero:
@@ -328,4 +377,15 @@ class GgmlTarget(Target[Blocks]):
         if isinstance(levels, IntLevels) and levels.lowest == 0:
             codes = codes.to(torch.uint8)
         slabs = codes.split([len(params.scale) for params in blocks])
-        return torch.cat([self.grid.pack(part, params) for part, params in zip(slabs, blocks, strict=True)])
+        return self._stored(
+            torch.cat([self.grid.pack(part, params) for part, params in zip(slabs, blocks, strict=True)])
+        )
+
+    def _divided(self, rows: Tensor) -> Tensor:
+        return rows.float() / self.scale if self.scaled else rows
+
+    def _stored(self, blocks: Tensor) -> Stored:
+        return ScaledBlocks(blocks, self.scale) if self.scaled else blocks
+
+    def _multiplied(self, sums: Sums) -> Sums:
+        return (sums[0] * self.scale**2, sums[1] * self.scale**2, sums[2] * self.scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf
 from lowbit.errors import LowbitError, UsageError
 from lowbit.registry import ENGINES, FORMATS, load
 from lowbit.verification.result import (
@@ -73,11 +73,11 @@ def verify(
     """
     from lowbit.verification.subject import Subject, rounded_to_nearest
 
-    folder = Path(folder)
+    folder = first_part(Path(folder))
     engine = engine or default_engine(folder)
     rules(engine)
     reads_gguf = loading_of(engine).reads_gguf
-    if (folder.suffix == ".gguf") != reads_gguf:
+    if is_gguf(folder) != reads_gguf:
         gguf = ", ".join(name for name in ENGINES if loading_of(name).reads_gguf)
         raise UsageError(f"{folder}: {engine} does not load this kind of model",
                          f"{gguf} loads .gguf files, the other engines folders")  # fmt: skip
@@ -93,7 +93,7 @@ def verify(
 
 def default_engine(path: Path) -> str:
     """The first engine of the table that loads such files."""
-    return next(name for name in ENGINES if loading_of(name).reads_gguf == (path.suffix == ".gguf"))
+    return next(name for name in ENGINES if loading_of(name).reads_gguf == is_gguf(path))
 
 
 def _checked(subject: Subject) -> Verification:

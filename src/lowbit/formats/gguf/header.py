@@ -7,7 +7,7 @@
     strings are u64 length + UTF-8; arrays u32 type, u64 count, items
 
 Every count is checked against the bytes that are left before anything is allocated. Refused: other versions and byte
-order; unknown value types, nested or oversized arrays; a key or tensor name that occurs twice; more than 4 dimensions;
+order; unknown value types, nested or oversized arrays; a key or tensor name that occurs twice; more than 8 dimensions;
 element counts beyond 64 bits; rows that are not whole blocks; tensors that are unaligned, outside the file or overlap.
 A ggml type that is not known has no size to check; it is refused when that tensor is read.
 """
@@ -20,10 +20,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUFValueType
 
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError
+from lowbit.formats.gguf.stored_types import STORED_TYPES, StoredType, type_name, why_unreadable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,7 +34,7 @@ MAX_STRING_BYTES = 1 << 26
 MAX_STRINGS_IN_ARRAY = 1 << 24
 MAX_ENTRIES = 1 << 20  # tensors, and key-values: models have thousands, and every one costs memory
 MAX_ELEMENTS = 2**63 - 1
-MAX_DIMS = 4
+MAX_DIMS = 8  # ggml has 4; kernels of 3-D convolutions, which image models store as they are, have 5
 
 _SCALAR_DTYPE = {
     GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
@@ -50,7 +51,8 @@ class GGUFTensor:
 
     shape      as torch sees it: GGUF's dimensions reversed
     type_id    ggml's number
-    type_name  "Q4_1"; "type 99" where the number is not known, and then stop is start
+    type_name  "Q4_1"; of a type that only a fork of llama.cpp has its name there, "type 99" where nobody is known to
+               have it; such a tensor has no size, and stop is start
     """
 
     name: str
@@ -74,9 +76,6 @@ class GGUFHeader:
     tensors: list[GGUFTensor]
     key_spans: dict[str, tuple[int, int]]
     data_start: int
-
-
-_TYPES = {int(kind): kind for kind in GGML_QUANT_SIZES}
 
 
 def read_header(file: MappedFile) -> GGUFHeader:
@@ -185,23 +184,20 @@ class _Parser:
             elements *= max(size, 1)
             if elements > MAX_ELEMENTS:
                 raise self._error(f"{what}: shape {list(shape)} overflows 64 bits")
-        kind = _TYPES.get(type_id)
+        kind = STORED_TYPES.get(type_id)
         nbytes = 0
         if kind is not None:
-            block, block_bytes = GGML_QUANT_SIZES[kind]
             columns = shape[-1] if shape else 1
-            if columns % block:
-                raise self._error(f"{what}: rows of {columns} are not whole blocks of {block} ({kind.name})")
-            nbytes = 0 if 0 in shape else elements // block * block_bytes
+            if columns % kind.weights:
+                raise self._error(f"{what}: rows of {columns} are not whole blocks of {kind.weights} ({kind.name})")
+            nbytes = 0 if 0 in shape else elements // kind.weights * kind.size
         start = data_start + offset
         if start + nbytes > self.file.size:
             raise self._error(
                 f"{what} ends at byte {start + nbytes}, the file at {self.file.size}",
                 "the file is truncated: download it again",
             )
-        return GGUFTensor(
-            name, shape, type_id, kind.name if kind is not None else f"type {type_id}", start, start + nbytes
-        )
+        return GGUFTensor(name, shape, type_id, type_name(type_id), start, start + nbytes)
 
     def _check_distinct(self, tensors: list[GGUFTensor]) -> None:
         names: set[str] = set()
@@ -251,14 +247,12 @@ class _Parser:
         return CheckpointError(f"{self.path}{separator}{message}", hint)
 
 
-def ggml_type(tensor: GGUFTensor, where: str) -> GGMLQuantizationType:
-    """The type of a tensor; CheckpointError names a number that is not known."""
-    kind = _TYPES.get(tensor.type_id)
+def ggml_type(tensor: GGUFTensor, where: str) -> StoredType:
+    """The type of a tensor; CheckpointError where llama.cpp has no such type, with the fork's name for it."""
+    kind = STORED_TYPES.get(tensor.type_id)
     if kind is None:
-        raise CheckpointError(
-            f"{where}: tensor {_brief(tensor.name)} has ggml type {tensor.type_id}, which is not known",
-            "update the gguf package, or get the model in another type",
-        )
+        what, hint = why_unreadable(tensor.type_id)
+        raise CheckpointError(f"{where}: tensor {_brief(tensor.name)} {what}", hint)
     return kind
 
 

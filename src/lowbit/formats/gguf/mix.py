@@ -28,7 +28,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.formats.gguf.mix_table import (
@@ -39,6 +39,7 @@ from lowbit.formats.gguf.mix_table import (
     FALLBACKS,
     FILE_TYPES,
     FLOAT32_PARTS,
+    IMAGE_MODELS,
     KINDS,
     LAST_FALLBACK,
     LAYER_EMBEDDING,
@@ -132,11 +133,13 @@ class TypeChoice:
 
     reason         why it differs from the base type of the file type; None if it does not
     fallback_from  the type that the block size ruled out
+    asked          True if the user named it
     """
 
     type_name: str
     reason: str | None = None
     fallback_from: str | None = None
+    asked: bool = field(default=False, compare=False)
 
 
 def find_file_type(name: str) -> FileType:
@@ -340,6 +343,8 @@ def why_never_quantized(tensor: TensorShape, arch: str) -> str | None:
     name = tensor.name
     if tensor.source_type in ("I8", "I16", "I32", "I64"):
         return "integers are never quantized"
+    if tensor.dims > (2 if arch in IMAGE_MODELS else 4):
+        return "kernels of convolutions are never quantized"
     if tensor.dims < 2:
         return "vectors are never quantized"
     if not name.endswith("weight"):
@@ -349,7 +354,7 @@ def why_never_quantized(tensor: TensorShape, arch: str) -> str | None:
             return f"{what} are never quantized"
     if name in NEVER_QUANTIZED_NAMES:
         return f"{NEVER_QUANTIZED_NAMES[name]} are never quantized"
-    if any(part in name for part in NEVER_QUANTIZED_IN.get(arch, ())):
+    if any(part in name for part in (*NEVER_QUANTIZED_IN.get(arch, ()), *IMAGE_MODELS.get(arch, ()))):
         return f"never quantized in {arch}"
     return None
 
@@ -468,7 +473,7 @@ def assign_types(
         if why is not None:
             choices[tensor.name] = TypeChoice(_kept_type(tensor, facts, file_type), why)
         elif tensor.name in asked.types:
-            choices[tensor.name] = TypeChoice(*asked.types[tensor.name])
+            choices[tensor.name] = TypeChoice(*asked.types[tensor.name], asked=True)
         else:
             kind = kinds[tensor.name]
             situation = _Situation(tensor, kind, file_type, facts, has_imatrix, counted[kind], values)

@@ -112,6 +112,8 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("IQ1_S", 24, "IQ1_S", 2.0, "under 2 bits from a ternary codebook, smallest"),
         FileType("TQ2_0", 37, "TQ2_0", 2.52, "ternary, for models trained so (BitNet); 2 bits a code"),
         FileType("TQ1_0", 36, "TQ1_0", 2.19, "ternary, for models trained so (BitNet); five codes in a byte"),
+        FileType("Q2_0", 41, "Q2_0", 2.68, "2 bits, four values per 64 weights; for models trained so"),
+        FileType("Q1_0", 40, "Q1_0", 1.48, "one bit, the sign; for models trained so"),
         FileType("MXFP4_MOE", 38, "MXFP4", 4.62, "experts as MXFP4, as gpt-oss was trained; everything else Q8_0"),
         FileType("NVFP4", 39, "NVFP4", 4.64, "FP4 in 16s with E4M3 scales; the output matrix Q6_K", ours=True),
     )
@@ -198,6 +200,7 @@ RULES: tuple[MixRule, ...] = (
     _rule(_TINIEST, "token_embd", "Q2_K"),
     _rule(f"{_TWO_BIT_S} IQ3_XXS", "token_embd", "IQ3_S"),
     _rule("TQ1_0 TQ2_0", "token_embd", "Q4_K"),
+    _rule("Q2_0", "token_embd", "Q4_K"),
     # Two bits and fewer.
     _rule(_TINY, "attn_v", "Q4_K", "shared values"),
     _rule(_TINY, "attn_v", "Q4_K", "4 experts"),
@@ -258,10 +261,10 @@ RULES: tuple[MixRule, ...] = (
 )  # fmt: skip
 
 # Type → what a tensor becomes whose rows do not divide by the type's block; F16 if that does not fit either. NVFP4's
-# is ours, llama-quantize has none.
+# and Q1_0's are ours, llama-quantize has none.
 FALLBACKS = {
     **dict.fromkeys(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], "IQ4_NL"),
-    **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "NVFP4"], "Q4_0"),
+    **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "NVFP4"], "Q4_0"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
@@ -293,7 +296,7 @@ NEVER_QUANTIZED_IN = {
         *("hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate"),
         *("indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight"),
         *("ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"),
-    )
+    ),
 }
 
 # Of those, what convert_hf_to_gguf.py writes as F32, besides vectors, norms and what is not called *.weight. The rest
@@ -303,6 +306,40 @@ FLOAT32_PARTS = (
     *("shortconv.conv.weight", "altup_correct_coef", "altup_predict_coef"),
     *(f"time_mix_{part}.weight" for part in "first w1 w2 decay_w1 decay_w2 lerp_fused".split()),  # noqa: SIM905
 )
+
+# Image and video models, which ComfyUI-GGUF runs: what its quantizer leaves alone (tools/lcpp.patch). Only matrices of
+# such a model are quantized, not kernels of convolutions, which have more dimensions.
+_FLUX = ("txt_in.", "img_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.")
+_SD = (
+    *("class_embedding.", "time_embedding.", "add_embedding.", "time_embed.", "label_emb.", "conv_in.", "conv_out."),
+    *("input_blocks.0.0.weight", "out.2.weight"),
+)
+IMAGE_MODELS = {
+    "flux": _FLUX,
+    "hyvid": _FLUX,
+    "sd1": _SD,
+    "sdxl": _SD,
+    "sd3": (
+        *("final_layer.", "time_text_embed.", "context_embedder.", "t_embedder.", "y_embedder.", "x_embedder."),
+        "proj_out.weight",
+    ),
+    "aura": ("t_embedder.", "init_x_linear.", "modF.1.weight", "cond_seq_linear.weight", "final_linear.weight"),
+    "ltxv": ("adaln_single.", "caption_projection.", "patchify_proj.", "proj_out.", "scale_shift_table"),
+    "wan": (
+        *("modulation.", "patch_embedding.", "text_embedding.", "time_projection.", "time_embedding.", "img_emb."),
+        "head.",
+    ),
+    "hidream": (
+        "p_embedder.",
+        "t_embedder.",
+        "x_embedder.",
+        "final_layer.",
+        ".ff_i.gate.weight",
+        "caption_projection.",
+    ),
+    "cosmos": ("p_embedder.", "t_embedder.", "t_embedding_norm.", "x_embedder.", "pos_embedder.", "final_layer."),
+    "lumina2": ("t_embedder.", "x_embedder.", "final_layer.", "cap_embedder.", "context_refiner.", "noise_refiner."),
+}
 
 # Types that are of no use without an importance matrix, except for embeddings and output.
 NEEDS_IMPORTANCE = frozenset(["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"])

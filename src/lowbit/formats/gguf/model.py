@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowbit.architecture.inspection import MASKS
 from lowbit.architecture.structure import Architecture
-from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
@@ -38,6 +38,8 @@ from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
 from lowbit.formats.gguf.table import CANNOT_RUN, EXPERT_COUNTS, look_up, row_of_model, targets_of
 from lowbit.numerics.ggml import TYPES
+from lowbit.numerics.ggml.types import family
+from lowbit.rounding.target import ScaledBlocks
 
 if TYPE_CHECKING:
     from lowbit.calibrate.store import BlockStore
@@ -96,17 +98,30 @@ class GGUFTensorSource:
             pieces.append(piece.reshape(-1, columns))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def read_calibrated(self, store: BlockStore, target: Target, first: int, last: int) -> Tensor:
+    def read_calibrated(self, store: BlockStore, target: Target, first: int, last: int) -> Tensor | ScaledBlocks:
         """The blocks that calibration chose, row by row as the weights would be read; uint8 [rows, row bytes]."""
+        blocks = self._of_blocks(target).read(CalibratedBlocks(store), first, last)  # type: ignore[arg-type]
+        return ScaledBlocks(blocks, store.scale(self._source_at(first))) if target.needs_range else blocks
+
+    def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> ScaledBlocks:
+        """The codes and scales of an NVFP4 folder as blocks of the file; the scale of the matrix beside them."""
+        assert isinstance(checkpoint, CanReadCodes)
+        codes = NVFP4Codes(checkpoint)
+        blocks = self._of_blocks(target).read(codes, first, last)  # type: ignore[arg-type]
+        return ScaledBlocks(blocks, codes.scale(f"{self._source_at(first)}.weight"))
+
+    def _of_blocks(self, target: Target) -> GGUFTensorSource:
+        """The same with rows of blocks for rows of weights."""
         assert self.arranged is not None
         row_bytes = TYPES[target.name].row_bytes(self.shape[-1])
         source, stored = self.arranged.source[:-1], self.arranged.stored[:-1]
         arranged = replace(self.arranged, source=(*source, row_bytes), stored=(*stored, row_bytes))
-        blocks = replace(self, shape=(*self.shape[:-1], row_bytes), arranged=arranged)
-        return blocks.read(CalibratedBlocks(store), first, last)  # type: ignore[arg-type]
+        return replace(self, shape=(*self.shape[:-1], row_bytes), arranged=arranged)
 
-    def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> Tensor:
-        raise AssertionError("only GGUF files store ggml types")
+    def _source_at(self, row: int) -> str:
+        """The linear that a row comes from."""
+        per_source = rows_and_columns(self.shape)[0] // len(self.sources)
+        return self.sources[row // per_source].removesuffix(".weight")
 
     def _source_rows(self, checkpoint: Checkpoint, name: str, first: int, last: int) -> Tensor:
         """Rows of a source as a linear applies it, in the source's order; a vector is read whole."""
@@ -128,6 +143,28 @@ class CalibratedBlocks:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self._store.blocks(name.removesuffix(".weight"), start, stop)
+
+
+class NVFP4Codes:
+    """Likewise: the codes of an NVFP4 folder, packed as blocks.
+
+    A block of 64 weights has the E4M3 scales of four groups of 16, then their codes, two in a byte, j and j + 8.
+    """
+
+    def __init__(self, checkpoint: CanReadCodes):
+        self._checkpoint = checkpoint
+        self.tensors = checkpoint.tensors  # type: ignore[attr-defined]
+        self.schemes = checkpoint.schemes
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """uint8 [rows, row bytes]."""
+        stored = self._checkpoint.read_quantized(name, start, stop)
+        scales = (stored.scale / stored.global_scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        kind = TYPES["NVFP4"]
+        return family(kind).pack(kind, stored.codes.view(torch.uint8), {"scales": scales})
+
+    def scale(self, name: str) -> float:
+        return self._checkpoint.read_quantized(name, 0, 1).global_scale
 
 
 class _Shapes:

@@ -11,6 +11,7 @@ that matches nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,18 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, Keys
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
 from torch import Tensor
 
 from lowbit.architecture import Linear, model_dtype, open_described
-from lowbit.checkpoint.base import HTML_NAME, Checkpoint, report_path
+from lowbit.checkpoint.base import HTML_NAME, CanReadCodes, Checkpoint, report_path
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import UsageError
 from lowbit.export import Piece
 from lowbit.export.atomic import atomic_files, refuse_existing_files
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
-from lowbit.formats.gguf.header import GGUFTensor
+from lowbit.formats.gguf.header import GGUFTensor, ggml_type
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
@@ -42,6 +43,7 @@ from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_a
 from lowbit.formats.gguf.rules import INHERITED
 from lowbit.formats.gguf.tokenizer_files import TokenizerFiles
 from lowbit.formats.gguf.type_rules import read_type_rules
+from lowbit.formats.gguf.weight_scales import INPUT_SCALE, applies_scale, scale_name, weight_of, why_not_applied
 from lowbit.formats.gguf.write import (
     GGUFWriter,
     KeyValues,
@@ -56,7 +58,8 @@ from lowbit.knobs import Facts
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import CalibrationText, Making, Plan, PlannedTensor, Prepared, Request
 from lowbit.registry import FORMATS
-from lowbit.rounding.target import GgmlTarget, Stored, Target
+from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
+from lowbit.schemes import SCHEMES
 from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
 from lowbit.text import read_text
 
@@ -65,18 +68,23 @@ if TYPE_CHECKING:
 
 PLAIN = ("F32", "F16", "BF16")
 NAME, TOKENS = Keys.General.NAME, Keys.Tokenizer.LIST
+UNSCALED = "IQ4_NL"  # of as many bits, with a scale in half precision per 32 weights
 # Key-values about the source file, not about the model.
 _NOT_COPIED = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a GGUF file, under its own name."""
+    """A tensor of a GGUF file, under its own name; an NVFP4 weight with the scale beside it."""
 
     raw: RawGGUF = field(repr=False, compare=False)
     tensor: GGUFTensor
 
     keeps_rows = True
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.tensor.name in self.raw.weight_scales
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,13 +96,20 @@ class FileTensor:
     def read_calibrated(self, store: BlockStore, target: Target, first: int, last: int) -> Tensor:
         raise AssertionError("methods that calibrate work on Hugging Face names")
 
-    def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> Tensor:
-        return self.raw.blocks(self.tensor, first, last)
+    def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> Tensor | ScaledBlocks:
+        blocks, scales = self.raw.blocks(self.tensor, first, last), self.raw.scales(self.tensor)
+        if scales is None:
+            return blocks
+        per_expert = rows_and_columns(self.tensor.shape)[0] // len(scales)
+        return ScaledBlocks(blocks, scales[first // per_expert].item())
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the output before its type is chosen."""
+    """A tensor of the output before its type is chosen.
+
+    source_type  the ggml type that the source stores it in; "NVFP4" of weights of an NVFP4 folder too
+    """
 
     name: str
     role: str
@@ -115,7 +130,7 @@ class GGUFPlan(Plan):
 
     @property
     def stored(self) -> list[StoredBlocks]:
-        return [_stored_blocks(tensor) for tensor in self.tensors]
+        return [stored for tensor in self.tensors for stored in _stored_blocks(tensor)]
 
     @property
     def file_bytes(self) -> int:
@@ -130,6 +145,12 @@ class GGUFPlan(Plan):
         return part_sizes(self.stored, self.key_values, self.settings.shard_size)
 
     def pack(self, tensor: PlannedTensor, rows: Stored, first: int) -> list[Piece]:
+        if isinstance(rows, ScaledBlocks):
+            pieces, expert = [Piece(tensor.name, rows.blocks, first)], tensor.expert_at(first)
+            if first % (tensor.rows // tensor.experts) == 0:
+                scale = torch.tensor([rows.scale], dtype=torch.float32)
+                pieces.append(Piece(scale_name(tensor.name), scale, column=expert))
+            return pieces
         assert isinstance(rows, Tensor)
         if tensor.target is None:  # integers and doubles, as they are
             rows = rows.contiguous().view(torch.uint8)
@@ -227,14 +248,19 @@ class _Mapped:
         file_type = find_file_type(settings.scheme)
         rules, said = read_type_rules(settings.tensor_type_file) if settings.tensor_type_file else None, []
         described = [TensorShape(e.name, e.shape, e.source_type, e.source.names) for e in entries]
-        choices = choose_types(
+        chosen = choose_types(
             file_type.name, described, self.facts, pure=settings.pure, overrides=tuple(settings.overrides.items()),
             ignored=settings.ignore, output_type=settings.output_type,
             token_embedding_type=settings.token_embedding_type, has_imatrix=matrix is not None or bool(calibrated),
             missing_importance=unweighed, rules=rules, notes=said,
         )  # fmt: skip
-        notes += tuple(said)
-        tensors = tuple(_planned(entry, choices[entry.name], matrix, entry.name in calibrated) for entry in entries)
+        choices, unscaled = self._with_scales(chosen, file_type.name)
+        notes = (*unscaled, *notes, *said)
+        entries = tuple(entry for entry in entries if not self._is_lost(entry.name, choices))
+        tensors = tuple(
+            _planned(entry, choices[entry.name], matrix, entry.name in calibrated, self._is_scaled(entry))
+            for entry in entries
+        )
         key_values = self.key_values | {
             "general.file_type": packed(file_type.number, GGUFValueType.UINT32),
             "general.quantization_version": packed(GGML_QUANT_VERSION, GGUFValueType.UINT32),
@@ -246,11 +272,53 @@ class _Mapped:
                 "quantize.imatrix.entries_count": (len(matrix.entries), GGUFValueType.UINT32),
                 "quantize.imatrix.chunks_count": (matrix.chunks, GGUFValueType.UINT32),
             })  # fmt: skip
-        fallbacks = fallback_summary(choices, described)
+        fallbacks = fallback_summary(chosen, described)
         return GGUFPlan(
             tensors, settings, FORMATS["gguf"], self.arch, file_type.name, "search", torch.float32, self.architecture,
             ((fallbacks, *notes) if fallbacks else notes), key_values, self.modelfile,
         )  # fmt: skip
+
+    def _is_scaled(self, entry: _Entry) -> bool:
+        """True if a scale of the whole matrix may lie beside this weight: llama.cpp applies it, or the source has it,
+        and no other tensor has its name."""
+        if isinstance(entry.source, FileTensor) and entry.source_type == "NVFP4":
+            return entry.source.is_scaled
+        names = {other.name for other in self.entries}
+        return scale_name(entry.name) not in names and applies_scale(self.arch, entry.name, names)
+
+    def _is_lost(self, name: str, choices: Mapping[str, TypeChoice]) -> bool:
+        """True for the scale of activations of a weight that was NVFP4, and is no longer."""
+        weight = weight_of(name)
+        if weight is None or weight not in choices or not name.endswith(INPUT_SCALE):
+            return False
+        return choices[weight].type_name != "NVFP4" and self._source_types.get(weight) == "NVFP4"
+
+    @cached_property
+    def _source_types(self) -> dict[str, str | None]:
+        return {entry.name: entry.source_type for entry in self.entries}
+
+    def _with_scales(
+        self, choices: Mapping[str, TypeChoice], file_type: str
+    ) -> tuple[dict[str, TypeChoice], tuple[str, ...]]:
+        """(the choices, with another type for NVFP4 where no scale of the whole matrix may be stored, notes on that).
+
+        Without that scale the scales of blocks, which reach down to 2⁻⁹, hold small weights badly. Of a folder that is
+        NVFP4 already, what it has in 16 bits stays so.
+        """
+        changed, whys = dict(choices), Counter[str]()
+        from_nvfp4 = "NVFP4" in self._source_types.values() and self.architecture is not None
+        for entry in self.entries:
+            choice = choices[entry.name]
+            if file_type == "NVFP4" and from_nvfp4 and entry.source_type is None and not choice.asked:
+                if choice.type_name not in PLAIN:
+                    changed[entry.name] = TypeChoice(self.facts.float_type, "not quantized in the source")
+            elif choice.type_name == "NVFP4" and not self._is_scaled(entry):
+                same = isinstance(entry.source, FileTensor) and entry.source_type == "NVFP4"
+                if not same and not choice.asked:
+                    why = why_not_applied(self.arch, entry.name)
+                    changed[entry.name] = TypeChoice(UNSCALED, f"{why}, so NVFP4 became {UNSCALED}")
+                    whys[f"{why}, so NVFP4 became {UNSCALED}"] += 1
+        return changed, tuple(f"{count} tensors: {why}" for why, count in whys.items())
 
 
 def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
@@ -271,14 +339,19 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
             name, note = name_for_tokenizer(values[NAME][0], tokenizer.strips_as_phi3)
         values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
+    schemes = checkpoint.schemes if isinstance(checkpoint, CanReadCodes) else {}
+    nvfp4 = {name for name, scheme in schemes.items() if scheme.weight == SCHEMES["NVFP4"].weight}
     entries = tuple(
         _Entry(
             t.name, t.role, t.block, t.shape, t,
             sum(checkpoint.tensors[name].nbytes for name in t.names if name in checkpoint.tensors),
+            "NVFP4" if t.names and t.keeps_rows and nvfp4.issuperset(t.names) else None,
             linear=linears.get(t.names[0]) if len(t.names) == 1 and t.keeps_rows else None,
         )
         for t in mapped.tensors
     )  # fmt: skip
+    if nvfp4 and any(name in nvfp4 for name in getattr(checkpoint, "input_scales", {})):
+        notes = (*notes, "scales of activations are left out: llama.cpp does not use them")
     facts = model_facts(mapped.arch, {key: value[0] for key, value in mapped.key_values.items()}, float_type)
     of_blocks = {name: linear for name, linear in linears.items() if linear.block is not None}
     made = None
@@ -294,8 +367,11 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
 def _of_file(raw: RawGGUF, modelfile: bool) -> _Mapped:
     """A GGUF file to be requantized: all its tensors, and all key-values but those about the file."""
     arch = str(raw.metadata.get("general.architecture", ""))
-    entries = []
+    entries, beside = [], {scale.name for scale in raw.weight_scales.values()}
     for tensor in raw.tensors:
+        ggml_type(tensor, str(raw.file_of(tensor).path))  # a type that has no size can be neither read nor copied
+        if tensor.name in beside:  # read and written with its weight
+            continue
         parts = tensor.name.split(".")
         block = int(parts[1]) if parts[0] == "blk" and len(parts) > 1 and parts[1].isdigit() else None
         role = tensor.name.removesuffix(".weight").rpartition(".")[2]
@@ -317,7 +393,9 @@ def _of_file(raw: RawGGUF, modelfile: bool) -> _Mapped:
     return _Mapped(arch, tuple(entries), key_values, facts, notes, modelfile=made)
 
 
-def _planned(entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None, calibrated: bool) -> PlannedTensor:
+def _planned(
+    entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None, calibrated: bool, may_scale: bool
+) -> PlannedTensor:
     kind = TYPES.get(choice.type_name)
     if kind is None and choice.type_name == entry.source_type and choice.type_name in NATIVE_DTYPE:
         return _kept(entry)
@@ -332,10 +410,16 @@ def _planned(entry: _Entry, choice: TypeChoice, matrix: ImportanceMatrix | None,
         notes.append(f"{kind.name}, because rows of {columns} do not divide by {block} ({choice.fallback_from})")
     if same and not is_plain:
         notes.append("copied: the source stores it in this type")
+    stored, scaled = [StoredTensor(entry.name, torch.uint8, (rows, kind.row_bytes(columns)))], False
+    if kind.name == "NVFP4" and may_scale:
+        experts, scaled = entry.shape[0] if len(entry.shape) == 3 else 1, True
+        stored.append(StoredTensor(scale_name(entry.name), torch.float32, (experts,)))
+    elif kind.name == "NVFP4" and not same:
+        notes.append("without a scale of the whole matrix, which holds small weights badly")
     return PlannedTensor(
         entry.name, entry.role, entry.block, entry.shape, entry.source, entry.source_bytes, making,
-        (StoredTensor(entry.name, torch.uint8, (rows, kind.row_bytes(columns))),),
-        target=GgmlTarget(kind.name),
+        tuple(stored),
+        target=GgmlTarget(kind.name, scaled),
         reason=(choice.reason or f"stored as {kind.name}") if is_plain else None,
         notes=tuple(notes),
         dtype=torch.float32,
@@ -356,12 +440,17 @@ def _kept(entry: _Entry) -> PlannedTensor:
     )  # fmt: skip
 
 
-def _stored_blocks(tensor: PlannedTensor) -> StoredBlocks:
+def _stored_blocks(tensor: PlannedTensor) -> list[StoredBlocks]:
+    """The tensor, and the scale that lies beside it."""
     if tensor.target is None:
         assert isinstance(tensor.source, FileTensor)
         kept = tensor.source.tensor
-        return StoredBlocks(tensor.name, kept.shape, GGMLQuantizationType[kept.type_name].value, tensor.stored_bytes)
-    return StoredBlocks(tensor.name, tensor.shape, TYPES[tensor.stored_as].number, tensor.stored_bytes)
+        return [StoredBlocks(tensor.name, kept.shape, kept.type_id, tensor.stored_bytes)]
+    weight, *scales = tensor.stored
+    return [
+        StoredBlocks(tensor.name, tensor.shape, TYPES[tensor.stored_as].number, weight.nbytes),
+        *(StoredBlocks(scale.name, scale.shape, TYPES["F32"].number, scale.nbytes) for scale in scales),
+    ]
 
 
 def model_facts(arch: str, metadata: dict[str, Any], float_type: str) -> MixFacts:

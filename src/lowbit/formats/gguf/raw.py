@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from lowbit.checkpoint.base import SPLIT, TensorInfo
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
+from lowbit.formats.gguf.stored_types import StoredType
+from lowbit.formats.gguf.weight_scales import SCALE, scale_name
 from lowbit.numerics import ggml
 
 # Types that hold plain numbers; everything else is decoded to float32.
@@ -60,6 +61,39 @@ class RawGGUF:
         """The first part."""
         return self.files[0].path
 
+    @cached_property
+    def weight_scales(self) -> dict[str, GGUFTensor]:
+        """Name of an NVFP4 weight → the scale of the whole matrix, float32 [1] or one per expert, that lies beside it.
+
+        Other types have such tensors too, as parameters of the model (BitNet, Gemma 4): these are not meant here.
+        """
+        scales = {tensor.name: tensor for tensor in self.tensors if tensor.name.endswith(SCALE)}
+        found = {}
+        for tensor in self.tensors:
+            scale = scales.get(scale_name(tensor.name)) if tensor.type_name == "NVFP4" else None
+            if scale is not None:
+                found[tensor.name] = self.checked_scale(tensor, scale)
+        return found
+
+    def checked_scale(self, weight: GGUFTensor, scale: GGUFTensor) -> GGUFTensor:
+        """The scale, if it is one number, or one per stacked expert; CheckpointError otherwise."""
+        count = weight.shape[0] if len(weight.shape) == 3 else 1
+        if scale.shape not in ((count,), (1,)) or scale.type_name not in NATIVE_DTYPE:
+            raise CheckpointError(
+                f"{self.file_of(scale).path}: tensor {scale.name!r} is {scale.type_name} {list(scale.shape)}; "
+                f"{count} numbers are needed, the scale of {weight.name}",
+                "download the file again, or get the model in another type",
+            )
+        return scale
+
+    def scales(self, weight: GGUFTensor) -> Tensor | None:
+        """The numbers of a weight's scale, float32 [1], or [E] of stacked experts; None where it has none."""
+        scale = self.weight_scales.get(weight.name)
+        if scale is None:
+            return None
+        count = weight.shape[0] if len(weight.shape) == 3 else 1
+        return self.decode(scale)[0].float().expand(count)
+
     def file_of(self, tensor: GGUFTensor) -> MappedFile:
         return self._file_of[tensor.name]
 
@@ -78,6 +112,15 @@ class RawGGUF:
         """A key-value of the first part as it is stored: key, type, value."""
         start, stop = self.headers[0].key_spans[key]
         return self.files[0].view(start, stop)
+
+    def weights(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> Tensor:
+        """As `decode`, but multiplied by the scale of the whole matrix, where one lies beside it: what llama.cpp
+        computes with."""
+        decoded, scales = self.decode(tensor, first, last), self.scales(tensor)
+        if scales is None or not len(decoded):
+            return decoded
+        rows = torch.arange(first, first + len(decoded)) // (rows_and_columns(tensor.shape)[0] // len(scales))
+        return decoded * scales[rows][:, None]
 
     def decode(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> Tensor:
         """Rows first..last, [rows, K], in the native dtype or float32. Plain types alias the file."""
@@ -146,8 +189,9 @@ class RawCheckpoint:
         return {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop, [rows, K]: K is the last dimension, rows the product of the others."""
-        return self.raw.decode(self._stored[name], start, stop)
+        """Rows start..stop, [rows, K]: K is the last dimension, rows the product of the others; of NVFP4 weights with
+        the scale that lies beside them."""
+        return self.raw.weights(self._stored[name], start, stop)
 
     def release(self, name: str) -> None:
         self.raw.release(self._stored[name])
@@ -176,10 +220,12 @@ def find_parts(path: Path) -> list[Path]:
     if match is None:
         return [path]
     names = [f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
-    missing = next((name for name in names if not (path.parent / name).exists()), None)
-    if missing is not None or not names:
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing or not names:
+        listed = ", ".join(missing[:3] or [path.name]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        parts, are = ("parts", "are") if len(missing) > 1 else ("part", "is")
         raise CheckpointError(
-            f"{path}: part {missing or path.name} is missing", "all parts of a split GGUF must be in one folder"
+            f"{path}: {parts} {listed} {are} missing", "all parts of a split GGUF must be in one folder"
         )
     return [path.parent / name for name in names]
 
@@ -206,17 +252,13 @@ def _files_by_tensor(files: list[MappedFile], headers: list[GGUFHeader]) -> dict
     return found
 
 
-def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, tensor: GGUFTensor, path: Path) -> np.ndarray:
-    """uint8 [rows, row bytes] → float32 [rows, columns]; the gguf package decodes types that lowbit does not."""
+def _dequantize(data: np.ndarray, kind: StoredType, tensor: GGUFTensor, path: Path) -> np.ndarray:
+    """uint8 [rows, row bytes] → float32 [rows, columns]."""
     if not data.size:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        return np.empty((data.shape[0], data.shape[1] // block_bytes * block), np.float32)
+        return np.empty((data.shape[0], data.shape[1] // kind.size * kind.weights), np.float32)
     if kind.name in ggml.TYPES:
         return ggml.decode(kind.name, torch.from_numpy(np.ascontiguousarray(data))).numpy()
-    try:
-        return dequantize(np.ascontiguousarray(data), kind)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: tensor {tensor.name!r} is stored as {kind.name}, which cannot be decoded",
-            "get the model in another type",
-        ) from error
+    raise CheckpointError(
+        f"{path}: tensor {tensor.name!r} is stored as {kind.name}, which cannot be decoded",
+        "get the model in another type",
+    )

@@ -38,7 +38,11 @@ MAX_HEAD_DIM = 65536
 
 
 class GGUFCheckpoint:
-    """The `Checkpoint` of a GGUF file or of all parts of a split one. `raw` is the file as it is."""
+    """The `Checkpoint` of a GGUF file or of all parts of a split one.
+
+    raw     the file as it is
+    scales  tensor → what each of its pieces is multiplied by, of matrices with a scale beside them
+    """
 
     kind = "gguf"
 
@@ -49,6 +53,7 @@ class GGUFCheckpoint:
         self._folder: Path | None = None
         self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
         self._mapped = {mapped.name: mapped for mapped in self._model.tensors}
+        self.scales = {mapped.name: self._scales_of(mapped) for mapped in self._model.tensors if mapped.is_scaled}
         self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
         config = self._model.config
         head_dim = config.get("head_dim", 0)
@@ -60,6 +65,9 @@ class GGUFCheckpoint:
         derived = ", ".join(tensor.name for tensor in self._model.derived.values())
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
         self.notes += rope_notes
+        if self._model.left_out:
+            count = len(self._model.left_out)
+            self.notes.append(f"left out ({count} tensors): scales of activations, which llama.cpp does not use")
 
     @property
     def folder(self) -> Path:
@@ -82,7 +90,7 @@ class GGUFCheckpoint:
         """Drop the tensor's pages from resident memory."""
         find_tensor(self.tensors, name, self.source)
         mapped = self._mapped[name]
-        for stored, _ in mapped.pieces:
+        for stored, *_ in mapped.pieces:
             if mapped.expert is None:
                 self.raw.release(stored)
             else:
@@ -93,20 +101,29 @@ class GGUFCheckpoint:
 
     def _rows(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
         """Rows of a Hugging Face tensor."""
-        raw, (stored, arranged) = self.raw, mapped.pieces[0]
+        raw, (stored, arranged, _) = self.raw, mapped.pieces[0]
+        scales = self.scales.get(mapped.name)
         if arranged.layout.transposed and len(mapped.shape) == 2:
-            return raw.decode(stored)[:, start:stop].t().contiguous()
-        if len(mapped.pieces) == 1 and arranged.is_plain:
-            if len(mapped.shape) < 2:  # one stored row
-                return raw.decode(stored, first := mapped.expert or 0, first + 1)[0][start:stop]
+            values = raw.decode(stored)[:, start:stop].t().contiguous()
+        elif len(mapped.pieces) == 1 and arranged.is_plain and len(mapped.shape) < 2:  # one stored row
+            values = raw.decode(stored, first := mapped.expert or 0, first + 1)[0][start:stop]
+        elif len(mapped.pieces) == 1 and arranged.is_plain:
             offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
-            return raw.decode(stored, offset + start, offset + stop)
-        rows, values = [], []
-        for stored, arranged in mapped.pieces:
-            offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+            values = raw.decode(stored, offset + start, offset + stop)
+        else:
+            return self._gathered(mapped, start, stop)
+        return values if scales is None else values.float() * scales[0]
 
-            def decode(chosen: np.ndarray, stored: GGUFTensor = stored, offset: int = offset) -> Tensor:
-                return raw.decode_rows(stored, chosen + offset)
+    def _gathered(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
+        """Rows that lie in another order, or in several stored tensors."""
+        scales = self.scales.get(mapped.name, (1.0,) * len(mapped.pieces))
+        offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
+        rows, values = [], []
+        for (stored, arranged, _), scale in zip(mapped.pieces, scales, strict=True):
+
+            def decode(chosen: np.ndarray, stored: GGUFTensor = stored, scale: float = scale) -> Tensor:
+                decoded = self.raw.decode_rows(stored, chosen + offset)
+                return decoded if scale == 1 else decoded.float() * scale
 
             held, part = arranged.source_rows(decode, slice(start, stop))
             rows.append(held)
@@ -115,6 +132,15 @@ class GGUFCheckpoint:
         if len(order) != stop - start:
             raise CheckpointError(f"{self.source}: rows of {mapped.name} are missing from the file")
         return torch.cat(values)[torch.from_numpy(order)]
+
+    def _scales_of(self, mapped: MappedTensor) -> tuple[float, ...]:
+        """What each piece of a weight, or of one expert of it, is multiplied by."""
+        scales = []
+        for stored, _, scale in mapped.pieces:
+            values = None if scale is None else self.raw.decode(self.raw.checked_scale(stored, scale))[0]
+            index = mapped.expert or 0 if values is not None and len(values) > 1 else 0
+            scales.append(1.0 if values is None else values[index].item())
+        return tuple(scales)
 
     def _rope_factors(self) -> dict[MODEL_TENSOR, Tensor]:
         factors = {}
@@ -131,14 +157,16 @@ class GGUFCheckpoint:
 
     def _describe(self, mapped: MappedTensor) -> TensorInfo:
         stored = mapped.stored
-        # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
-        undone = mapped.is_changed or len({stored.type_name for stored, _ in mapped.pieces}) > 1
+        # w + 1 is undone, and a scale applied, in float32: rounding to 16 bits would add an error of our own
+        several = len({stored.type_name for stored, _, _ in mapped.pieces}) > 1
+        undone = mapped.is_changed or mapped.is_scaled or several
+        nbytes = sum(piece.stop - piece.start for piece, *_ in mapped.pieces)
         return TensorInfo(
             name=mapped.name,
             shape=mapped.shape,
             dtype=torch.float32 if undone else NATIVE_DTYPE.get(stored.type_name, torch.float32),
             stored=stored.type_name,
-            nbytes=sum(s.stop - s.start for s, _ in mapped.pieces) // (1 if mapped.expert is None else stored.shape[0]),
+            nbytes=nbytes // (1 if mapped.expert is None else stored.shape[0]),
             file=self.raw.file_of(stored).path,
         )
 

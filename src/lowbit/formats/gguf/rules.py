@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from lowbit.formats.gguf.names import missing_tokens
+from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.checksums import check_checksums
 from lowbit.verification.result import GGUF, Finding, Rule
@@ -28,7 +29,7 @@ _TOKEN_ID = re.compile(r"tokenizer\.ggml\.[a-z_]+_token_id")
 # ‖W − Ŵ‖ / ‖W‖ by bits per weight: far above what encoding costs, far below what foreign weights do (√2)
 _LARGEST_ERROR = ((2.2, 1.0), (3.2, 0.85), (4.6, 0.7), (5.6, 0.5), (6.6, 0.35), (8.6, 0.15), (16.0, 0.02), (33.0, 1e-6))
 # A requantized GGUF has its names and key-values from the source, so these rules may fail because of the source.
-INHERITED = ("gguf-architecture", "gguf-tensors", "gguf-shapes", "gguf-tokenizer")
+INHERITED = ("gguf-architecture", "gguf-tensors", "gguf-shapes", "gguf-scales", "gguf-tokenizer")
 
 
 def check_file(subject: GGUFSubject) -> Finding:
@@ -90,7 +91,7 @@ def check_shapes(subject: GGUFSubject) -> Finding:
 
 def check_types(subject: GGUFSubject) -> Finding:
     """Types are ones that llama.cpp has kernels for; files with quantized ones state their version."""
-    known = set(TYPES) | {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"}
+    known = set(TYPES) | {"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"}
     problems = [f"{t.name}: {t.type_name}" for t in subject.raw.tensors if t.type_name not in known]
     quantized = [t for t in subject.raw.tensors if t.type_name in TYPES and TYPES[t.type_name].family != "plain"]
     version = subject.raw.metadata.get("general.quantization_version")
@@ -100,6 +101,17 @@ def check_types(subject: GGUFSubject) -> Finding:
         )
     used = sorted({tensor.type_name for tensor in subject.raw.tensors})
     return Finding(problems, f"types: {', '.join(used)}")
+
+
+def check_scales(subject: GGUFSubject) -> Finding:
+    """Scales of NVFP4 matrices are ones that llama.cpp's graph of the architecture multiplies by."""
+    raw, names = subject.raw, {tensor.name for tensor in subject.raw.tensors}
+    problems = [
+        f"{scale.name}: {why_not_applied(subject.arch, weight)}"
+        for weight, scale in raw.weight_scales.items()
+        if not applies_scale(subject.arch, weight, names)
+    ]
+    return Finding(problems, f"{len(raw.weight_scales)} NVFP4 matrices have a scale")
 
 
 def check_tokenizer(subject: GGUFSubject) -> Finding:
@@ -180,6 +192,8 @@ RULES: tuple[Rule, ...] = (
          "check_tensor_dims of llama-model-loader.cpp"),
     Rule("gguf-types", "format", (GGUF,), "types are known and the version of quantization is stated", check_types,
          "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
+    Rule("gguf-scales", "format", (GGUF,), "scales beside NVFP4 matrices are ones that the graph applies", check_scales,
+         "build_lora_mm of llama-graph.cpp and its callers in src/models", then="misreads"),
     Rule("gguf-tokenizer", "format", (GGUF,), "the tokenizer's lists agree, and with the embedding", check_tokenizer,
          "llama_vocab::impl::load of llama-vocab.cpp"),
     Rule("gguf-name", "format", (GGUF,), "the name asks for no token that the vocabulary lacks", check_name,

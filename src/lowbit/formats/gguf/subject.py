@@ -22,7 +22,7 @@ from lowbit.architecture import describe_checkpoint
 from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
-from lowbit.formats.gguf.read import open_gguf
+from lowbit.formats.gguf.read import GGUFCheckpoint, open_gguf
 from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
@@ -85,6 +85,18 @@ class GGUFSubject:
     def type_of(self, name: str) -> str:
         return self._types.get(name, "F32")
 
+    def smallest_step(self, name: str) -> float:
+        """As of its type; of an NVFP4 weight, or expert, times the scale of the whole matrix."""
+        return smallest_step(self.type_of(name)) * self._scales.get(name, 1.0)
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        raw = self.raw
+        scales = {t.name: raw.scales(t) for t in raw.tensors if t.name in raw.weight_scales}
+        found = {name: values.abs().max().item() for name, values in scales.items() if values is not None}
+        of_pieces = self.as_checkpoint.scales if "as_checkpoint" in self.__dict__ else {}
+        return found | {name: max(map(abs, scales)) for name, scales in of_pieces.items()}
+
     @cached_property
     def _types(self) -> dict[str, str]:
         types = {tensor.name: tensor.type_name for tensor in self.raw.tensors}
@@ -93,7 +105,7 @@ class GGUFSubject:
         return types
 
     @cached_property
-    def as_checkpoint(self) -> Checkpoint:
+    def as_checkpoint(self) -> GGUFCheckpoint:
         """The file under Hugging Face names."""
         return open_gguf(self.folder)
 
@@ -130,7 +142,7 @@ class _Pass:
             torch.set_num_threads(threads)
         for name, (error, weight, count) in self.sums.items():
             # What lies below half of the type's smallest step may become zero: that is no error of the encoder.
-            error = max(0.0, error - count * smallest_step(self.subject.type_of(name)) ** 2 / 4)
+            error = max(0.0, error - count * self.subject.smallest_step(name) ** 2 / 4)
             self.found.relative_errors[name] = math.sqrt(error / weight) if weight else math.sqrt(error)
         self.found.not_finite = sorted(set(self.found.not_finite))
         return self.found

@@ -23,6 +23,7 @@ from lowbit.formats.gguf.keys import config_of, positive
 from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, Place
 from lowbit.formats.gguf.table import DERIVED, look_up, row_of_file
+from lowbit.formats.gguf.weight_scales import INPUT_SCALE, SCALE, weight_of
 
 T = MODEL_TENSOR
 MAX_EXPERTS = 65536
@@ -36,13 +37,14 @@ class MappedTensor:
     """A tensor under its Hugging Face name, and the stored one that holds it; several, where its rows were split.
 
     shape   of the Hugging Face tensor
-    pieces  (stored tensor, how its rows follow from this one's)
+    pieces  (stored tensor, how its rows follow from this one's, the scale of the whole stored matrix that lies beside
+            it (`weight_scales`) or None)
     expert  which of the stacked experts; None for a tensor of its own
     """
 
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[tuple[GGUFTensor, Arranged], ...]
+    pieces: tuple[tuple[GGUFTensor, Arranged, GGUFTensor | None], ...]
     expert: int | None = None
 
     @property
@@ -52,24 +54,37 @@ class MappedTensor:
     @property
     def is_changed(self) -> bool:
         """True if the values in the file are a function of the tensor's."""
-        return any(arranged.layout.values is not None for _, arranged in self.pieces)
+        return any(arranged.layout.values is not None for _, arranged, _ in self.pieces)
+
+    @property
+    def is_scaled(self) -> bool:
+        return any(scale is not None for *_, scale in self.pieces)
 
 
 @dataclass(frozen=True)
 class MappedModel:
-    """config  config.json, but for rotary embeddings and tokens"""
+    """
+    config   config.json, but for rotary embeddings and tokens
+    left_out  names of stored tensors that no Hugging Face tensor has a place for and that llama.cpp does not use
+    """
 
     row: GGUFArchitecture
     tensors: list[MappedTensor]
     derived: dict[MODEL_TENSOR, GGUFTensor]
     config: dict[str, Any]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A stored tensor of a known name. module  Hugging Face module or bare parameter, {expert} not filled in"""
+    """A stored tensor of a known name.
+
+    scale   of the whole matrix, which lies beside it; None without one
+    module  Hugging Face module or bare parameter, {expert} not filled in
+    """
 
     tensor: GGUFTensor
+    scale: GGUFTensor | None
     place: Place
     module: str
     block: int | None
@@ -79,7 +94,11 @@ class _Found:
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
     row = row_of_file(metadata, where)
-    derived, found = _found(row, tensors, where)
+    stored = {tensor.name for tensor in tensors}
+    scales = {name: t for t in tensors if t.name.endswith(SCALE) and (name := weight_of(t.name)) in stored}
+    unused = [t.name for t in tensors if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in stored]
+    beside = {scale.name for scale in scales.values()} | set(unused)
+    derived, found = _found(row, [tensor for tensor in tensors if tensor.name not in beside], scales, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
     if biased not in row.biases:
         names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
@@ -103,11 +122,11 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{where}: tensor {parts[0].tensor.name!r} {list(parts[0].tensor.shape)} does not fit the key-values: "
                 f"{error}"
             ) from error
-    return MappedModel(row, mapped, derived, config)
+    return MappedModel(row, mapped, derived, config, tuple(unused))
 
 
 def _found(
-    row: GGUFArchitecture, tensors: list[GGUFTensor], where: str
+    row: GGUFArchitecture, tensors: list[GGUFTensor], scales: dict[str, GGUFTensor], where: str
 ) -> tuple[dict[MODEL_TENSOR, GGUFTensor], list[_Found]]:
     """(tensors that are computed from the config, the others with their places)."""
     places: dict[str, tuple[Place, str, str]] = {}  # pattern of the GGUF name → place, module, suffix
@@ -126,7 +145,9 @@ def _found(
         elif pattern in places:
             place, module, suffix = places[pattern]
             number = int(block[1]) if block else None
-            found.append(_Found(tensor, place, module.replace("{bid}", str(number)), number, suffix))
+            found.append(
+                _Found(tensor, scales.get(tensor.name), place, module.replace("{bid}", str(number)), number, suffix)
+            )
         else:
             raise ArchitectureError(
                 f"{where}: tensor {tensor.name!r} has no place in {row.model_class}",
@@ -147,7 +168,7 @@ def _undo_conversion(
             arranged = part.place.layout.arranged(get, shape)
             if math.prod(arranged.stored) != math.prod(part.tensor.shape):
                 raise ValueError(f"{list(arranged.stored)} is needed")
-            pieces.append((part.tensor, arranged))
+            pieces.append((part.tensor, arranged, part.scale))
         return [MappedTensor(name, shape, tuple(pieces))]
     count = positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
@@ -156,7 +177,12 @@ def _undo_conversion(
         )
     arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [
-        MappedTensor(name.replace("{expert}", str(expert)), tensor.shape[1:], ((tensor, arranged),), expert=expert)
+        MappedTensor(
+            name.replace("{expert}", str(expert)),
+            tensor.shape[1:],
+            ((tensor, arranged, parts[0].scale),),
+            expert=expert,
+        )
         for expert in range(count)
     ]
 

@@ -126,11 +126,12 @@ class GGUFWriter:
         return [part.path for part in self._parts]
 
     def write(self, piece: Piece) -> None:
-        """Consecutive rows of blocks, uint8 [rows, row bytes]; thread-safe for disjoint parts."""
+        """Consecutive rows of blocks, uint8 [rows, row bytes], or numbers of a vector from a column on; thread-safe for
+        disjoint parts."""
         part, stored = self._by_name[piece.name]
         data = piece.values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         rows = math.prod(stored.shape[:-1])
-        offset = piece.row * (stored.nbytes // rows if rows else 0)
+        offset = piece.row * (stored.nbytes // rows if rows else 0) + piece.column * piece.values.element_size()
         if offset + len(data) > stored.nbytes:
             raise AssertionError(f"{piece.name}: {len(data)} bytes at {offset} overrun {stored.nbytes}")
         if len(data):

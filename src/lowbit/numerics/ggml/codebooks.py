@@ -11,10 +11,9 @@ little-endian. The values of IQ4 are dense around zero, and not symmetric; those
 halved scales.
 
 MXFP4's e is OCP's E8M0; NVFP4's s an unsigned E4M3 (bias 7, 0x7f decodes to 0, the top bit has no meaning). NVIDIA's
-NVFP4 also has a float32 scale per tensor. A ggml block does not: llama.cpp's loader looks for a tensor beside the
-weight, `blk.0.attn_q.scale` for `blk.0.attn_q.weight` (one number, or one per expert), and multiplies the output of the
-layer by it. Without it, sub-blocks whose largest weight is below 6·2^−6 ≈ 0.09 get a subnormal s with fewer than 3
-bits.
+NVFP4 also has a float32 scale per matrix. A ggml block does not: it lies in a tensor beside the weight
+(`formats.gguf.weight_scales`), and `GgmlTarget` divides the weights by it. Without it, sub-blocks whose largest weight
+is below 6·2^−6 ≈ 0.09 get a subnormal s with fewer than 3 bits.
 
 Search. IQ4_NL: the weight of largest magnitude is mapped to each of a list of target values, positive and negative;
 each target gives codes, and the codes their best d; the best d is refined (`one_scale`). IQ4_XS: the same for each

@@ -35,7 +35,7 @@ from lowbit.numerics.ggml.types import Blocks, GgmlType, family, find_type, weig
 # IQ3_XXS leave out one in eight); the shift of IQ1_M, one bit for 8 weights, is too, that of IQ1_S is a parameter.
 _CODE_BITS = {
     "F32": 32, "F16": 16, "BF16": 16,
-    "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8,
+    "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q1_0": 1, "Q2_0": 2,
     "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6,
     "IQ4_NL": 4, "IQ4_XS": 4, "MXFP4": 4, "NVFP4": 4,
     "TQ1_0": 52 / 32, "TQ2_0": 2,
@@ -57,7 +57,7 @@ _FP4 = Codebook("e2m1_doubled", tuple(float(value) for value in FP4_VALUES))
 _IQ4 = Codebook("iq4_nl", tuple(float(value) for value in IQ4_VALUES))
 _LEVELS: dict[str, IntLevels | Codebook] = {
     "Q4_0": IntLevels(-8, 7, 8), "Q4_1": IntLevels(0, 15), "Q5_0": IntLevels(-16, 15, 16), "Q5_1": IntLevels(0, 31),
-    "Q8_0": IntLevels(-128, 127),
+    "Q8_0": IntLevels(-128, 127), "Q1_0": IntLevels(0, 1), "Q2_0": IntLevels(-1, 2, 1),
     "Q2_K": IntLevels(0, 3), "Q3_K": IntLevels(-4, 3, 4), "Q4_K": IntLevels(0, 15), "Q5_K": IntLevels(0, 31),
     "Q6_K": IntLevels(-32, 31, 32), "TQ1_0": IntLevels(-1, 1, 1), "TQ2_0": IntLevels(-1, 1, 1),
     "IQ4_NL": _IQ4, "IQ4_XS": _IQ4, "MXFP4": _FP4, "NVFP4": _FP4,

@@ -37,7 +37,7 @@ from lowbit.errors import UsageError
 
 LARGEST_HALF = 65504.0  # of numbers in half precision, in which most types keep their scales
 
-Family = Literal["plain", "legacy", "k", "codebook", "ternary", "i"]
+Family = Literal["plain", "legacy", "low", "k", "codebook", "ternary", "i"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ TYPES: dict[str, GgmlType] = {
         GgmlType("Q5_0", 6, 32, 22, 32, "legacy", "d·(q − 16)"),
         GgmlType("Q5_1", 7, 32, 24, 32, "legacy", "d·q + m"),
         GgmlType("Q8_0", 8, 32, 34, 32, "legacy", "d·q"),
+        GgmlType("Q1_0", 41, 128, 18, 128, "low", "±d"),
+        GgmlType("Q2_0", 42, 64, 18, 64, "low", "d·(q − 1)"),
         GgmlType("Q2_K", 10, 256, 84, 16, "k", "d·s·q − dmin·m, s and m of 4 bits"),
         GgmlType("Q3_K", 11, 256, 110, 16, "k", "d·(s − 32)·(q − 4), s of 6 bits"),
         GgmlType("Q4_K", 12, 256, 144, 32, "k", "d·s·q − dmin·m, s and m of 6 bits"),
@@ -103,18 +105,23 @@ TYPES: dict[str, GgmlType] = {
 
 # Type → its largest value in units of its scale in half precision; of K-quants with the largest sub-scale.
 _SPANS = {
-    "F16": 1, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127, "Q2_K": 15 * 3, "Q3_K": 32 * 4,
-    "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32, "IQ4_NL": 127, "IQ4_XS": 32 * 127, "TQ1_0": 1, "TQ2_0": 1,
-    "IQ1_S": 15 * 2, "IQ1_M": 15 * 2, "IQ2_XXS": 4 * 43, "IQ2_XS": 4 * 43, "IQ2_S": 4 * 43, "IQ3_XXS": 8 * 62,
-    "IQ3_S": 31 * 15,
+    "F16": 1, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127, "Q1_0": 1, "Q2_0": 2, "Q2_K": 15 * 3,
+    "Q3_K": 32 * 4, "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 128 * 32, "IQ4_NL": 127, "IQ4_XS": 32 * 127, "TQ1_0": 1,
+    "TQ2_0": 1, "IQ1_S": 15 * 2, "IQ1_M": 15 * 2, "IQ2_XXS": 4 * 43, "IQ2_XS": 4 * 43, "IQ2_S": 4 * 43,
+    "IQ3_XXS": 8 * 62, "IQ3_S": 31 * 15,
 }  # fmt: skip
 _SMALLEST_HALF = 2.0**-24
 
 
+# Half of the smallest scale of a block, times the scale of the whole matrix where there is one.
+_SMALLEST_NVFP4 = 2.0**-10
+
+
 def smallest_step(name: str) -> float:
     """Blocks of a type whose values are all below half of this become zero: their scale, in half precision, is then
-    below half of its smallest number. 0 for types whose scales reach further down."""
-    return _SMALLEST_HALF * _SPANS.get(name, 0)
+    below half of its smallest number. 0 for types whose scales reach further down. Of NVFP4 in units of the scale of
+    the whole matrix."""
+    return _SMALLEST_NVFP4 if name == "NVFP4" else _SMALLEST_HALF * _SPANS.get(name, 0)
 
 
 def largest_value(name: str) -> float:
@@ -132,8 +139,8 @@ def find_type(name: str) -> GgmlType:
     raise UsageError(f"there is no ggml type {name!r}", hint)
 
 
-_FAMILIES: dict[Family, str] = {"plain": "plain", "legacy": "legacy", "k": "kquants", "codebook": "codebooks",
-                                "ternary": "ternary", "i": "iquants"}  # fmt: skip
+_FAMILIES: dict[Family, str] = {"plain": "plain", "legacy": "legacy", "low": "low_bits", "k": "kquants",
+                                "codebook": "codebooks", "ternary": "ternary", "i": "iquants"}  # fmt: skip
 
 
 def family(kind: GgmlType) -> ModuleType:
