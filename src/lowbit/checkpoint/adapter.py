@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint.base import OpenOptions, TensorInfo, read_json_object
-from lowbit.checkpoint.companions import ADAPTER, ADAPTER_WEIGHTS, adapter_kind
+from lowbit.checkpoint.companions import ADAPTER, ADAPTER_WEIGHTS, adapter_kind, is_lone_adapter
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors import TORCH_DTYPE
@@ -261,6 +261,12 @@ def open_adapter(name: str | Path) -> Adapter:
         raise CheckpointError(f"{name}: there is no {ADAPTER_WEIGHTS}{pickled}",
                               "save the adapter with save_pretrained of a current PEFT")  # fmt: skip
     return Adapter(folder, str(name))
+
+
+def is_adapter(name: str | Path) -> bool:
+    """True for a local folder that holds an adapter and no model."""
+    folder = Path(name).expanduser()
+    return folder.is_dir() and is_lone_adapter(folder)
 
 
 def adapter_files(options: OpenOptions) -> list[Path]:

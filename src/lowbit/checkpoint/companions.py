@@ -85,10 +85,7 @@ _MEND = "copy it from the original model, or download it again"
 
 def refuse_lone_adapter(folder: Path, source: str) -> None:
     """CheckpointError for a folder that holds an adapter of PEFT and no model."""
-    if not (folder / ADAPTER).is_file():
-        return
-    weights = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
-    if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler", "rng_state")) for name in weights):
+    if is_lone_adapter(folder):
         base = _stated_base(folder)
         hint = (
             f"merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {source!r})"
@@ -97,6 +94,15 @@ def refuse_lone_adapter(folder: Path, source: str) -> None:
         if _is_lora(folder):
             hint = f"merge it into that model as it is quantized: lowbit quantize {base or 'MODEL'} --adapter {source}"
         raise CheckpointError(f"{source}: this is {adapter_kind(folder)}, not a model", hint)
+
+
+def is_lone_adapter(folder: Path) -> bool:
+    """True for a folder that holds an adapter of PEFT and no model."""
+    if not (folder / ADAPTER).is_file():
+        return False
+    weights = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    return all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler", "rng_state"))
+               for name in weights)  # fmt: skip
 
 
 def _stated_base(folder: Path) -> str | None:
