@@ -40,12 +40,16 @@ def dequantized(name: str, blocks: Tensor, columns: int) -> Tensor:
     return weight
 
 
-def top_logprobs(path: Path, ids: list[int], count: int = 10) -> dict[int, float]:
-    """Token → log-probability of the most likely next tokens, by llama.cpp."""
+def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | None = None) -> dict[int, float]:
+    """Token → log-probability of the most likely next tokens, by llama.cpp, with a LoRA adapter or without."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        params.lora_adapters = [lora]
     params.n_ctx = 128
     params.warmup = False
     params.verbosity = 0

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lora import make_adapter
 from lowbit.cli.main import app
 from lowbit.cli.options import of_table
 from lowbit.errors import LowbitError
@@ -138,6 +139,7 @@ def bench(tmp_path_factory) -> Bench:
     model = make_model(folder / "tiny", "llama", tie_word_embeddings=True, max_position_embeddings=4096,
                        num_hidden_layers=1)  # fmt: skip
     (folder / "my-text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    make_adapter(folder / "ADAPTER", model)
     recipe = blocks(ROOT / "docs" / "recipes.md", "yaml")[0]
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     rules = next(text for text in blocks(ROOT / "docs" / "gguf-file-types.md", "text") if "REGEX = TYPE" in text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import ArchitectureError, UsageError, VerificationError
@@ -53,6 +54,7 @@ def quantize(
 
     model     a folder, a .gguf file, a Hugging Face id, or demo:smollm2
     output    a folder, or NAME.gguf for llama.cpp
+    options   trust in the source, its revision, and an adapter to merge
     settings  the fields of `lowbit.settings.Settings`: scheme, method, group_size, ignore, overrides, range …
     run       device, memory bound and resuming, for methods that run a text through the model
     progress  called with (name, bytes done, bytes in all)
@@ -197,7 +199,8 @@ def _sources(prepared: Prepared) -> list[Path]:
     """Every file and folder that the run reads."""
     settings, checkpoint = prepared.plan.settings, prepared.checkpoint
     named = [prepared.source, *(text for text in (settings.imatrix, settings.calib, settings.tensor_type_file) if text)]
-    return [*map(Path, named), *{info.file for info in checkpoint.tensors.values()}]
+    files = {info.file for info in checkpoint.tensors.values()}
+    return [*map(Path, named), *files, *adapter_files(prepared.options)]
 
 
 def refuse_other_name(output: Path, settings: Settings) -> None:

@@ -59,7 +59,10 @@ def compare(
     options = options or OpenOptions()
     paths = [str(model) for model in models]
     reports = [_report(path) for path in paths]
-    source = str(reference) if reference is not None else _named_source(reports[0], paths[0])
+    source = str(reference)
+    if reference is None:
+        named_source = _named_source(reports[0], paths[0])
+        source, options = named_source.model, replace(options, adapter=named_source.adapter)
     wanted = {
         "reference_sha256": _fingerprint(source, options),
         "text": read_text(text).sha256,
@@ -131,10 +134,10 @@ def _report(path: str) -> schema.Report | None:
     return schema.load(beside) if beside.is_file() else None
 
 
-def _named_source(report: schema.Report | None, path: str) -> str:
+def _named_source(report: schema.Report | None, path: str) -> schema.ReportSource:
     if report is None:
         raise UsageError(f"{path} has no report that names its source", "give it: --reference MODEL")
-    return report.source.model
+    return report.source
 
 
 def _fingerprint(source: str, options: OpenOptions) -> str:
@@ -161,7 +164,7 @@ def _known(
     could_speak = not any(note.startswith("no samples") for note in runs[-1].notes)
     if could_speak and len(runs[-1].samples) < samples:
         return ()
-    checkpoint = open_checkpoint(path, options)
+    checkpoint = open_checkpoint(path, replace(options, adapter=None))
     try:
         same = file_bytes(checkpoint) == runs[-1].file_bytes
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibrate.summary import InputSummary, pack_vocabulary
+from lowbit.checkpoint.adapter import adapter_sha256
 from lowbit.checkpoint.base import HTML_NAME, report_path
 from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
@@ -61,6 +62,8 @@ def build_report(
             notes=(*checkpoint.notes, *plan.notes, *_counted(extremes), *_calibration_notes(prepared),
                    *filter(None, [plan.shortfall])),
             bytes=bytes_in,
+            adapter=prepared.options.adapter,
+            adapter_sha256=adapter_sha256(prepared.options),
         ),
         output=schema.Output(
             format=plan.format.name, files=files, beside=beside, bytes=bytes_out,

@@ -56,9 +56,9 @@ def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: 
     """The checkpoint under the architecture's names; the same object if it has these names already."""
     changes = changes or Changes()
     renamed, notes = find_renaming(checkpoint.tensors, architecture)
-    sources: dict[str, _Source] = {}
+    sources: dict[str, CanonicalSource] = {}
     for name, info in checkpoint.tensors.items():
-        for canonical, source in _canonical(renamed.get(name, name), info, architecture):
+        for canonical, source in canonical_sources(renamed.get(name, name), info, architecture):
             if canonical in changes.left_out:
                 continue
             if canonical in sources:
@@ -85,7 +85,7 @@ def holds_single_experts(checkpoint: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True)
-class _Source:
+class CanonicalSource:
     """The source of a canonical tensor: a stored tensor, or a part of it (of one expert)."""
 
     name: str
@@ -93,19 +93,19 @@ class _Source:
     expert: int | None = None
 
 
-def _canonical(name: str, info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, _Source]]:
+def canonical_sources(name: str, info: TensorInfo, architecture: Architecture) -> Iterator[tuple[str, CanonicalSource]]:
     """(canonical name, source) of everything in a stored tensor; `name` is its name without prefixes."""
     name = _spelled(name, architecture)
     parameter = architecture.parameters.get(name)
     if parameter is not None or name in architecture.tied:
         turned = parameter is not None and len(parameter) == 3 and _is_turned(info, parameter)
-        yield name, _Source(info.name, Part(name, transposed=True) if turned else None)
+        yield name, CanonicalSource(info.name, Part(name, transposed=True) if turned else None)
         return
     placement = architecture.fused_placements.get(name)
     if placement is None:
-        yield name, _Source(info.name)
+        yield name, CanonicalSource(info.name)
     elif all(part.whole and not part.transposed for part in placement.parts):
-        yield placement.parts[0].name, _Source(info.name)
+        yield placement.parts[0].name, CanonicalSource(info.name)
     else:
         # transformers transposes fused experts by their shape (`Transpose` with check_dims), so files have both
         if _is_turned(info, placement.shape):
@@ -117,7 +117,7 @@ def _canonical(name: str, info: TensorInfo, architecture: Architecture) -> Itera
                 "convert it with the program that wrote it, so that every expert has its own matrices",
             )
         for canonical, part, expert in placement.pieces():
-            yield canonical, _Source(info.name, part, expert)
+            yield canonical, CanonicalSource(info.name, part, expert)
 
 
 def _spelled(name: str, architecture: Architecture) -> str:
@@ -140,7 +140,7 @@ def _is_turned(info: TensorInfo, shape: tuple[int, ...]) -> bool:
 class _View:
     """See the module docstring; `tensors` are the canonical ones. float64 is read as float32."""
 
-    def __init__(self, stored: Checkpoint, sources: dict[str, _Source], changes: Changes):
+    def __init__(self, stored: Checkpoint, sources: dict[str, CanonicalSource], changes: Changes):
         self.stored, self.sources, self._config = stored, sources, changes.config
         self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
         self.notes = [*stored.notes, *changes.notes]
@@ -177,7 +177,7 @@ class _View:
     def close(self) -> None:
         self.stored.close()
 
-    def _source(self, name: str) -> _Source:
+    def _source(self, name: str) -> CanonicalSource:
         find_tensor(self.tensors, name, self.source)
         return self.sources[name]
 
@@ -185,7 +185,7 @@ class _View:
 class _CodesView(_View):
     """A view of a checkpoint that `CanReadCodes`."""
 
-    def __init__(self, stored: Any, sources: dict[str, _Source], changes: Changes):
+    def __init__(self, stored: Any, sources: dict[str, CanonicalSource], changes: Changes):
         super().__init__(stored, sources, changes)
         self._codes: CanReadCodes = stored
         whole = {source.name: name for name, source in sources.items() if source.part is None}

@@ -2,7 +2,7 @@
 
     settings    every setting of the table, by name
     source      the revision, and what the user typed, which is told but not compared
-    files       SHA-256 of every weight file, all of it
+    files       SHA-256 of every weight file, all of it, and of an adapter's files
     config      config.json
     text        SHA-256 of the token ids
     targets     linear → grid or ggml type
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit import kernels
+from lowbit.checkpoint.adapter import adapter_files
 from lowbit.files.hashes import file_digests
 from lowbit.version import __version__
 
@@ -41,7 +42,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
         "model": source.source,
         "source": {"revision": options.revision},
-        "files": file_hashes({info.file for info in source.tensors.values()}),
+        "files": file_hashes({info.file for info in source.tensors.values()} | set(adapter_files(options))),
         "config": source.config(),
         "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
         "targets": {name: repr(target) for name, target in sorted(job.targets.items())},

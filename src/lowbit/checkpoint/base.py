@@ -92,6 +92,7 @@ class TensorInfo:
     stored  the file's name of the stored type: "BF16", "Q4_1"
     nbytes  in the file
     file    the file that holds it
+    written dtype of an output's copy, where that is not `dtype`: of sums with an adapter, read in float32
     """
 
     name: str
@@ -100,6 +101,7 @@ class TensorInfo:
     stored: str
     nbytes: int
     file: Path
+    written: torch.dtype | None = None
 
 
 class Checkpoint(Protocol):
@@ -169,16 +171,18 @@ def is_decoded(checkpoint: Checkpoint, name: str) -> bool:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """The user's trust in the source.
+    """How a source is opened, and how far the user trusts it.
 
     allow_pickle       read .bin / .pt files, which can run code
     trust_remote_code  let transformers import modelling code of the model
     revision           of a hub id
+    adapter            a LoRA adapter that is merged into the weights as they are read: folder or hub id
     """
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    adapter: str | None = None
 
 
 MAX_JSON_BYTES = 100_000_000

@@ -2,6 +2,7 @@
 
     check_companions    before any work: a damaged one is refused by its name, and notes say what will not be copied
     find_companions     which of them belong into an output
+    gather_companions   those of a base and its adapter, in one folder
     token_without_row   a token whose id lies beyond the embedding
 
 Links are followed within the model's folder and into the blobs of a Hugging Face cache, nowhere else: what a link of a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +28,7 @@ from lowbit.errors import CheckpointError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # Read as JSON objects by transformers and by engines.
@@ -34,6 +36,11 @@ OBJECTS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.json", "vocab.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+# What training may change of a tokenizer.
+_OF_TOKENIZER = {
+    *TOKENIZERS, *CHAT_TEMPLATES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "vocab.txt", "additional_chat_templates",
+}  # fmt: skip
 _NEEDED = {*OBJECTS, *TOKENIZERS, *CHAT_TEMPLATES, "merges.txt", "vocab.txt"}
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", ".spm"}
 # Rewritten, or of an earlier quantization or an adapter, which would contradict config.json.
@@ -60,15 +67,18 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and name in OBJECTS:
             check_types(path, read_json_object(path))
     load_tokenizer_file(folder)
-    notes = [f"not copied: {name}, {why}" for name, why in _passed_over(folder)]
+    notes = passed_over(folder)
     if not has_tokenizer(folder):
         notes.append(f"there is no tokenizer in {source}; engines will ask for one")
-    if (folder / ADAPTER).is_file():
-        notes.append(
-            f"{_said(folder)} lies beside the model and is not in the result; to have it there, merge it first "
-            f"(peft: merge_and_unload)"
-        )
-    return notes
+    return notes + adapter_beside(folder, source)
+
+
+def adapter_beside(folder: Path, source: str) -> list[str]:
+    """A note on an adapter in the model's folder."""
+    if not (folder / ADAPTER).is_file():
+        return []
+    way = f"--adapter {source} merges it" if _is_lora(folder) else "merge it first (peft: merge_and_unload)"
+    return [f"{adapter_kind(folder)} lies beside the model and is not in the result; to have it there, {way}"]
 
 
 _MEND = "copy it from the original model, or download it again"
@@ -76,27 +86,41 @@ _MEND = "copy it from the original model, or download it again"
 
 def refuse_lone_adapter(folder: Path, source: str) -> None:
     """CheckpointError for a folder that holds an adapter of PEFT and no model."""
-    if not (folder / ADAPTER).is_file():
-        return
-    weights = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
-    if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler", "rng_state")) for name in weights):
+    if is_lone_adapter(folder):
         base = _stated_base(folder)
-        raise CheckpointError(
-            f"{source}: this is {_said(folder)}, not a model",
+        hint = (
             f"merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {source!r})"
-            f".merge_and_unload().save_pretrained(FOLDER), copy the tokenizer, and give that FOLDER",
+            f".merge_and_unload().save_pretrained(FOLDER), copy the tokenizer, and give that FOLDER"
         )
+        if _is_lora(folder):
+            hint = f"merge it into that model as it is quantized: lowbit quantize {base or 'MODEL'} --adapter {source}"
+        raise CheckpointError(f"{source}: this is {adapter_kind(folder)}, not a model", hint)
 
 
-def _stated_base(folder: Path) -> str:
-    return str(read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "its base model")
+def is_lone_adapter(folder: Path) -> bool:
+    """True for a folder that holds an adapter of PEFT and no model."""
+    if not (folder / ADAPTER).is_file():
+        return False
+    weights = [path.name for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    return all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler", "rng_state"))
+               for name in weights)  # fmt: skip
 
 
-def _said(folder: Path) -> str:
+def _stated_base(folder: Path) -> str | None:
+    stated = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
+    return str(stated) if stated else None
+
+
+def _is_lora(folder: Path) -> bool:
+    return str(read_json_object(folder / ADAPTER).get("peft_type")).upper() == "LORA"
+
+
+def adapter_kind(folder: Path) -> str:
     """ "a LoRA adapter of org/base" """
     kind = str(read_json_object(folder / ADAPTER).get("peft_type") or "PEFT")
     kind = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr"}.get(kind, kind)
-    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind} adapter of {_stated_base(folder)}"
+    base = _stated_base(folder) or "a model that it does not name"
+    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind} adapter of {base}"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -153,8 +177,26 @@ def find_companions(folder: Path) -> list[Path]:
     return [path.relative_to(folder) for path, why in _candidates(folder) if why is None]
 
 
-def _passed_over(folder: Path) -> list[tuple[str, str]]:
-    return [(path.relative_to(folder).as_posix(), why) for path, why in _candidates(folder) if why is not None]
+def passed_over(folder: Path) -> list[str]:
+    """Notes on files beside the weights that are not copied."""
+    return [f"not copied: {path.relative_to(folder).as_posix()}, {why}"
+            for path, why in _candidates(folder) if why is not None]  # fmt: skip
+
+
+def gather_companions(base: Path, adapter: Path, into: Path) -> list[str]:
+    """Copy config.json and the companions of a base model; the adapter's tokenizer files and chat templates go before
+    the base's. Returns the names of those that the adapter gave."""
+
+    def copy(folder: Path, path: Path) -> None:
+        (into / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / path, into / path)
+
+    for path in (Path("config.json"), *find_companions(base)):
+        copy(base, path)
+    given = [path for path in find_companions(adapter) if path.parts[0] in _OF_TOKENIZER]
+    for path in given:
+        copy(adapter, path)
+    return [path.as_posix() for path in given]
 
 
 def _candidates(folder: Path) -> Iterator[tuple[Path, str | None]]:

@@ -17,16 +17,24 @@ if TYPE_CHECKING:
     from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 
 
+_MERGE = "lowbit.architecture.merging:merge_adapter"  # needs the architecture: names of modules
+
+
 def open_checkpoint(model: str | Path, options: OpenOptions | None = None) -> Checkpoint:
-    """Open MODEL: an existing path wins over an id of the same spelling."""
+    """Open MODEL: an existing path wins over an id of the same spelling. An adapter of the options is merged."""
     options = options or OpenOptions()
     source, path = str(model), _found(model, options)
-    return _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+    opened = _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+    return opened if options.adapter is None else load(_MERGE)(opened, options)
 
 
 def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | None:
-    """The GGUF file that `open_checkpoint` would read, of any architecture; None for other models."""
-    source, path = str(model), _found(model, options or OpenOptions())
+    """The GGUF file that `open_checkpoint` would read, of any architecture; None for other models, and where an adapter
+    is merged."""
+    options = options or OpenOptions()
+    if options.adapter is not None:
+        return None
+    source, path = str(model), _found(model, options)
     if not path.is_dir():
         return path if is_gguf(path) else None
     return None if _holds_safetensors(path) else _only_gguf(path, source)

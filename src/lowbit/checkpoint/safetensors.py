@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.base import TensorInfo, find_tensor, read_json_object, row_range
+from lowbit.checkpoint.companions import ADAPTER_WEIGHTS
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors_header import ITEM_SIZE, HeaderEntry, read_header
 from lowbit.checkpoint.stated import StatedConfig
@@ -102,7 +103,9 @@ class SafetensorsCheckpoint(StatedConfig):
                     f"{self.folder / INDEX}: names tensor {name!r} in {shard}, which does not hold it",
                     "download the model again, or rebuild the index",
                 )
-        left_out = sorted(path.name for path in self.folder.glob("*.safetensors") if path not in self._files)
+        # an adapter beside the model has a note of its own (companions)
+        left_out = sorted(path.name for path in self.folder.glob("*.safetensors")
+                          if path not in self._files and path.name != ADAPTER_WEIGHTS)  # fmt: skip
         if left_out:
             self.notes.append(f"not part of the model and left out: {', '.join(left_out)}")
 

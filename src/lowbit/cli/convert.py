@@ -22,7 +22,12 @@ _READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Quantized folder or Hugging Face id, in any format that lowbit reads.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Quantized folder or Hugging Face id, in any format that lowbit reads; or a LoRA adapter (to gguf)."
+        ),
+    ],
     format: Annotated[
         str,
         typer.Option(help=f"{', '.join(written_formats())}.", rich_help_panel=MAKE),
@@ -37,6 +42,14 @@ def convert(
         str | None,
         typer.Option(help="Scheme for every quantized linear. [default: unchanged]", rich_help_panel=MAKE),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="MODEL is a LoRA adapter of this model. [default: what the adapter names]",
+            metavar="BASE",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be repacked; write nothing.", rich_help_panel=MAKE)
@@ -46,10 +59,14 @@ def convert(
 ) -> None:
     """Convert a quantized model to another format; report what was repacked exactly and what was requantized."""
     from lowbit import api
+    from lowbit.checkpoint.adapter import is_adapter
     from lowbit.cli.console import byte_progress, print_json, print_table, say
     from lowbit.cli.quantize import plan_as_json, plan_table
     from lowbit.errors import UsageError
 
+    if base is not None or is_adapter(model):
+        _convert_adapter(model, output, format, scheme, base, settings, options, overwrite, dry_run, json)
+        return
     given: dict[str, Any] = {"format": format, "scheme": scheme, "options": options, "threads": threads, **settings}
     if dry_run:
         from lowbit.estimation.run_memory import Process, peak_memory
@@ -71,6 +88,39 @@ def convert(
         return
     print_table(_summary(done.report, done.path))
     say(f"\nserve it: {done.report.serve[0].command}")
+
+
+def _convert_adapter(
+    model: str, output: Path | None, format: str, scheme: str | None, base: str | None, settings: dict[str, Any],
+    options: Any, overwrite: bool, dry_run: bool, json: bool,
+) -> None:  # fmt: skip
+    from dataclasses import asdict
+
+    from lowbit.cli.console import human_bytes, print_json, print_table, say
+    from lowbit.errors import UsageError
+    from lowbit.formats.gguf.adapter import convert_adapter
+
+    if format != "gguf":
+        raise UsageError(f"a LoRA adapter is converted to gguf only, not to {format}",
+                         f"lowbit quantize MODEL --adapter {model} merges it")  # fmt: skip
+    if settings:
+        raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is not read for a LoRA adapter", "leave it out")
+    if output is None and not dry_run:
+        raise UsageError("no output file was given", "add -o NAME.gguf")
+    done = convert_adapter(model, output or Path("adapter.gguf"), base=base, scheme=scheme, options=options,
+                           overwrite=overwrite, write=not dry_run)  # fmt: skip
+    if json:
+        print_json(asdict(done) | {"path": str(done.path)})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{model} → {done.path}", title_justify="left", show_header=False)
+    table.add_row("adapter", f"{done.arch}, {done.pairs} tensors, alpha {done.alpha:g}")
+    table.add_row("size", human_bytes(done.bytes))
+    if done.notes:
+        table.add_row("notes", "; ".join(done.notes))
+    print_table(table)
+    say("nothing was written" if dry_run else f"\nuse it: llama-server -m BASE.gguf --lora {done.path}")
 
 
 def _repacked(prepared: Prepared) -> list[str]:

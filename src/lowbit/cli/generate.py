@@ -12,7 +12,7 @@ from lowbit.cli.options import of_running
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or hub id.")],
-    how: Annotated[dict[str, Any], of_running()],
+    how: Annotated[dict[str, Any], of_running(adapter=True)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 64,
     temperature: Annotated[

@@ -27,7 +27,7 @@ def imatrix(
         str, typer.Argument(help="Folder, .gguf file, Hugging Face id, demo:smollm2; or an imatrix to show or merge.")
     ],
     settings: Annotated[dict[str, Any], of_table(Settings, ("calib", "samples", "seqlen"))],
-    how: Annotated[dict[str, Any], of_running()],
+    how: Annotated[dict[str, Any], of_running(adapter=True)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
     process_output: Annotated[bool, typer.Option("--process-output", help="Also measure the output head.")] = False,
     merge: Annotated[

@@ -70,15 +70,19 @@ def of_table(table: type[Table], only: tuple[str, ...] = (), without: tuple[str,
                                                 for name, value in typed.items() if is_given(value)})  # fmt: skip
 
 
-def of_trust(*only: str) -> OptionGroup:
-    """How much the user trusts the source, as `OpenOptions`."""
+def of_trust(*only: str, adapter: bool = False) -> OptionGroup:
+    """How a source is opened, as `OpenOptions`. adapter: with the option that merges one"""
+    merging = _option("adapter", str | None, None, "--adapter",
+                      "LoRA adapter (PEFT) to merge into the 16-bit model: folder or Hugging Face id.",
+                      MAKE, metavar="ADAPTER")  # fmt: skip
     options = (
         _option("revision", str | None, None, "--revision", "Revision of a Hugging Face id.", TRUST),
         _option("allow_pickle", bool, False, "--allow-pickle", "Read .bin and .pt files, which can run code.", TRUST),
         _option("trust_remote_code", bool, False, "--trust-remote-code",
                 "Run modelling code that comes with the model.", TRUST),
     )  # fmt: skip
-    return OptionGroup(tuple(option for option in options if not only or option.name in only), _open_options)
+    chosen = tuple(option for option in options if not only or option.name in only)
+    return OptionGroup((merging, *chosen) if adapter else chosen, _open_options)
 
 
 def _open_options(typed: dict[str, Any]) -> Any:
@@ -87,12 +91,12 @@ def _open_options(typed: dict[str, Any]) -> Any:
     return OpenOptions(**typed)
 
 
-def of_running() -> OptionGroup:
-    """How a model is run, as the keywords `dtype`, `device` and `options`."""
+def of_running(adapter: bool = False) -> OptionGroup:
+    """How a model is run, as the keywords `dtype`, `device` and `options`. adapter: with the option that merges one"""
     options = (
         _option("dtype", DtypeOption, DtypeOption.float32, "--dtype", "Dtype of the model's computation.", RUNNING),
         _option("device", str, "cpu", "--device", "cpu, cuda, cuda:1 …", RUNNING),
-        *of_trust().options,
+        *of_trust(adapter=adapter).options,
     )
     return OptionGroup(options, _how_to_run)
 
@@ -233,3 +237,4 @@ def _as_setting(row: Row, value: Any) -> Any:
 Given = Annotated[dict[str, Any], of_table(Settings)]
 Run = Annotated[dict[str, Any], of_table(RunOptions)]
 Opening = Annotated[Any, of_trust()]
+Merging = Annotated[Any, of_trust(adapter=True)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Given, Json, Opening, Overwrite, Recipe, Run, Threads
+from lowbit.cli.options import Given, Json, Merging, Overwrite, Recipe, Run, Threads
 from lowbit.knobs import MAKE
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def quantize(
     run: Run,
     threads: Threads = None,
     json: Json = False,
-    options: Opening,
+    options: Merging,
 ) -> None:
     """Quantize a model, verify what was written, and report what it cost."""
     import lowbit

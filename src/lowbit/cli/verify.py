@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    options: Annotated[Any, of_trust("trust_remote_code")],
+    options: Annotated[Any, of_trust("trust_remote_code", adapter=True)],
     folder: Annotated[
         Path | None, typer.Argument(help="Model folder or .gguf file, written by lowbit or by others.")
     ] = None,
@@ -40,6 +40,8 @@ def verify(
         return
     if folder is None:
         raise UsageError("there is no FOLDER to verify", "give the folder of a model, or --rules to list the rules")
+    if options.adapter is not None and reference is None:
+        raise UsageError("--adapter is merged into the reference, and none was given", "add --reference MODEL")
     if format is not None:
         raise UsageError("--format goes with --rules only", "the format is read from the folder")
     _verify(folder, engine, reference, json, options)

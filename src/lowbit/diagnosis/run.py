@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -76,10 +77,12 @@ def diagnose(
         opener = Opener(stack, dtype, device, options)
         judged = opener.open(quantized)
         report, notes = _report(judged)
-        source = reference if reference is not None else reported_source(read_report(judged.checkpoint))
+        source, adapter = reported_source(read_report(judged.checkpoint))
+        if reference is not None:
+            source, adapter = str(reference), options.adapter
         if source is None:
             raise UsageError("no reference was given, and no report names one", "add --reference MODEL")
-        pair = Pair(judged, opener.open(source))
+        pair = Pair(judged, opener.open(source, adapter))
         cut = cut_windows(judged_text, pair.reference.tokenizer, windows, window_tokens, "full", bos)
         check_windows(pair.judged, pair.reference, cut.ids)
         facts = {each.name: each for each in look_at_tensors(pair, progress)}
@@ -87,7 +90,9 @@ def diagnose(
         run.notes += notes
         evidence, flips, passes = run.measure()
         findings = find(evidence)
-        suggestions = suggest(pair, evidence, findings, None if text is None else str(text), options)
+        suggestions = suggest(
+            pair, evidence, findings, None if text is None else str(text), replace(options, adapter=adapter)
+        )
         if evidence.total is not None and evidence.total < 1e-6 and not any(f.severity == "fault" for f in findings):
             suggestions = ()
         return Diagnosis(

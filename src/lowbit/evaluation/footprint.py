@@ -28,11 +28,12 @@ def read_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return read_json_object(path) if path.exists() else None
 
 
-def reported_source(report: dict[str, Any] | None) -> str | None:
-    """The source of the checkpoint, from its report."""
+def reported_source(report: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """(source of the checkpoint, adapter that was merged into it), from its report; None for what it does not name."""
     source = (report or {}).get("source")
-    model = source.get("model") if isinstance(source, dict) else None
-    return model if isinstance(model, str) else None
+    named = (source.get(key) if isinstance(source, dict) else None for key in ("model", "adapter"))
+    model, adapter = (each if isinstance(each, str) else None for each in named)
+    return model, adapter
 
 
 def bits_per_weight(

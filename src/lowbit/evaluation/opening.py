@@ -58,17 +58,17 @@ def check_windows(judged: Opened, reference: Opened | None, ids: torch.Tensor) -
 
 @dataclass(frozen=True)
 class Opener:
-    """How models are opened; what it opens is closed with `stack`."""
+    """How models are opened; what it opens is closed with `stack`. An adapter of the options is of a reference."""
 
     stack: contextlib.ExitStack
     dtype: torch.dtype
     device: str
     options: OpenOptions
 
-    def open(self, path: str | Path) -> Opened:
+    def open(self, path: str | Path, adapter: str | None = None) -> Opened:
         from lowbit.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(str(path), self.options)
+        checkpoint = open_checkpoint(str(path), replace(self.options, adapter=adapter))
         self.stack.callback(checkpoint.close)
         loader = Loader(checkpoint, self.dtype, self.device, self.options)
         return Opened(loader.checkpoint, loader, load_tokenizer(checkpoint, self.options))
@@ -86,13 +86,13 @@ class Reference:
 def open_reference(given: str | Path | None, report: dict[str, Any] | None, opener: Opener) -> Reference:
     """The reference that was given must open; the one that a report names may be gone, and then a note says so."""
     if given is not None:
-        return Reference(opener.open(given), "given")
-    named = reported_source(report)
+        return Reference(opener.open(given, opener.options.adapter), "given")
+    named, adapter = reported_source(report)
     if named is None:
         return Reference(None, "none")
     try:
         # --revision names that of the quantized model, not of its source.
         source = replace(opener, options=replace(opener.options, revision=None))
-        return Reference(source.open(named), "report")
+        return Reference(source.open(named, adapter), "report")
     except LowbitError as error:
         return Reference(None, "none", (f"no reference: {named}, which the report names, does not open: {error}",))

@@ -282,7 +282,7 @@ def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype
     info = checkpoint.tensors[name]
     decoded = is_decoded(checkpoint, name)
     floats = info.dtype.is_floating_point and (checkpoint.kind == "gguf" or decoded)
-    stored = StoredTensor(name, dtype if floats else info.dtype, tuple(info.shape))
+    stored = StoredTensor(name, dtype if floats else info.written or info.dtype, tuple(info.shape))
     role = architecture.roles.get(name, "other")
     reason = _COPIED_BECAUSE.get(role, "not the weight of a linear layer")
     if name in architecture.tied:

@@ -266,6 +266,7 @@ def provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Size", f"{size(source.bytes)} ({source.bytes:,} bytes)"),
     ]
     of_source += [("Headers", f"sha256 {source.sha256_of_headers}")] if source.sha256_of_headers else []
+    of_source += [("Adapter", f"{source.adapter} (sha256 {source.adapter_sha256})")] if source.adapter else []
     of_output = [
         ("Format", output.format),
         ("Data type", output.dtype),

@@ -8,8 +8,9 @@ increases with every change, additions included, so that no reader misreads or d
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
-Reports of schema 4 to 6 are read too, as reports of schema 7: 4 lacks histograms, samples, neighbours and the command;
-4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); none has checksums.
+Reports of schema 4 to 7 are read too, as reports of schema 8: 4 lacks histograms, samples, neighbours and the command;
+4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); only 7 has checksums, and
+none has an adapter.
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -37,8 +38,8 @@ from lowbit.report.diagnosis import Diagnosis
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.verification.result import Verification
 
-SCHEMA = 7
-EARLIER = (4, 5, 6)  # also read: later fields have defaults, and settings are moved
+SCHEMA = 8
+EARLIER = (4, 5, 6, 7)  # also read: later fields have defaults, and settings are moved
 LARGEST_FILE = 256 * 2**20  # larger files are refused; a model of 100 000 tensors writes about 40 MB
 
 
@@ -46,7 +47,9 @@ class ReportSource(Record):
     """The source. `model` is as typed by the user; `notes` are on the source ("stored as Q4_1") and on the whole plan
     ("90 of 211 tensors … Q4_K became Q5_0").
 
-    kind  safetensors, gguf, pickle, or the quant_method of a folder that was quantized already
+    kind            safetensors, gguf, pickle, or the quant_method of a folder that was quantized already
+    adapter         that was merged into the model, as typed by the user
+    adapter_sha256  of the content of its files
     """
 
     model: str
@@ -55,6 +58,8 @@ class ReportSource(Record):
     notes: tuple[str, ...] = ()
     bytes: Count
     sha256_of_headers: str | None = None
+    adapter: str | None = None
+    adapter_sha256: str | None = None
 
 
 class OutputFile(Record):
@@ -237,7 +242,7 @@ class Report(Record):
     neighbours  other schemes for the same source
     """
 
-    schema_version: Literal[7] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[8] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: ReportSource
