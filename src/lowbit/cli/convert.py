@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lowbit.report.schema import Report
 
 # Settings of `lowbit quantize` that apply to a conversion.
-_READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib", "samples", "seqlen", "shard_size")
+_READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib", "samples", "seqlen", "shard_size",
+         "mmproj")
 
 
 def convert(
