@@ -44,12 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     }, _CLIP_NORM | {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14}),
     "qwen3_vl": ("qwen3_vl", {
         **_QWEN_TOKENS,
-        "text_config": {**_TEXT, **_MROPE, "head_dim": 32},
+        "text_config": {**_TEXT, **_MROPE, "head_dim": 32, "num_hidden_layers": 3},
         "vision_config": {**_QWEN3_EYE, "deepstack_visual_indexes": [0, 1]},
     }, _HALF | {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16}),
     "qwen3_vl_moe": ("qwen3_vl_moe", {
         **_QWEN_TOKENS,
-        "text_config": {**_TEXT, **_MROPE, **_MOE, "head_dim": 32},
+        "text_config": {**_TEXT, **_MROPE, **_MOE, "head_dim": 32, "num_hidden_layers": 3},
         "vision_config": {**_QWEN3_EYE, "deepstack_visual_indexes": [1]},
     }, _HALF),
     "qwen3_5": ("qwen3_5", {
@@ -83,15 +83,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                           "num_hidden_layers": 3, "hidden_act": "silu"},
         "vision_feature_layer": -1, "spatial_merge_size": 2, "image_token_index": 300,
     }, _CLIP_NORM),
-    "llava": ("llava", {
-        "text_config": {**_TEXT, "model_type": "llama"},
-        "vision_config": {**_EYE, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14,
-                          "num_hidden_layers": 3, "projection_dim": 64},
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_index": 300,
-    }, _CLIP_NORM),
 }  # fmt: skip
 
-IMG_BREAK = 310  # of pixtral and mistral3
+# Tokens that llama.cpp looks up, or that frame an image.
+_AROUND = {"<fake_token_around_image>": 311, "<global-img>": 312, "\n\n": 313}
+SPECIAL = {"pixtral": {"[IMG_BREAK]": 310}, "mistral3": {"[IMG_BREAK]": 310}, "idefics3": _AROUND, "smolvlm": _AROUND}
 
 
 def make_vision(folder: Path, case: str, seed: int = 0, **changes: Any) -> Path:
@@ -109,14 +105,14 @@ def make_vision(folder: Path, case: str, seed: int = 0, **changes: Any) -> Path:
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
-    if case in ("gemma3", "llava"):  # as on the hub; transformers 5 writes shorter names
+    if case == "gemma3":  # as on the hub; transformers 5 writes shorter names
         weights = folder / "model.safetensors"
         tensors = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): value
                    for name, value in load_file(weights).items()}  # fmt: skip
         save_file(tensors, weights, {"format": "pt"})
     make_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    _change_tokenizer(folder / "tokenizer.json", {"[IMG_BREAK]": IMG_BREAK} if case in ("pixtral", "mistral3") else {})
+    _change_tokenizer(folder / "tokenizer.json", SPECIAL.get(case, {}))
     return folder
 
 

@@ -81,8 +81,8 @@ class Reader:
 
 EVERY = Reader("every run", "", lambda run: True)
 SCHEME = Reader("runs that round", "a GGUF file is decoded as it is", lambda run: not run.decodes)
-QUANTIZE = Reader("lowbit quantize, of language models", "a conversion keeps what its source has, and a vision tower is "
-                  "of one type", lambda run: not run.converts and not run.mmproj)  # fmt: skip
+QUANTIZE = Reader("lowbit quantize, of language models", "a conversion keeps what its source has, and a vision tower "
+                  "is of one type", lambda run: not run.converts and not run.mmproj)  # fmt: skip
 METHOD = Reader(
     "quantizations (hqq: into folders)", "for GGUF files take a method that runs a text, such as gptq",
     lambda run: not run.converts and not run.mmproj and (not run.gguf or run.blockwise or run.roundings == {"rtn"}),
@@ -118,7 +118,8 @@ CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq u
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
 GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",
               lambda run: run.gguf and not run.mmproj)  # fmt: skip
-HEADER = Reader("GGUF files of language models made of a folder", "a GGUF file keeps its key-values, and a folder has none",
+HEADER = Reader("GGUF files of language models made of a folder",
+                "a GGUF file keeps its key-values, and a folder has none",
                 lambda run: run.gguf and not run.mmproj and not run.copies_header)  # fmt: skip
 TOWER = Reader("GGUF files made of a folder", "-o mmproj-F16.gguf uses it", lambda run: run.mmproj)
 PARTS = Reader("folders and GGUF files of language models", "llama.cpp reads a vision tower from one file",

@@ -211,7 +211,9 @@ class Settings(Table):
     @model_validator(mode="before")
     @classmethod
     def _tower_scheme(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("mmproj") and values.get("scheme") is None:
+        if not isinstance(values, dict) or values.get("format", "auto") not in ("auto", "gguf"):
+            return values
+        if values.get("mmproj") and values.get("scheme") is None:
             return values | {"scheme": TOWER_SCHEME}
         return values
 

@@ -16,6 +16,7 @@ missing tensor. Left out with a note: buffers, multi-token prediction, vision.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -33,6 +34,7 @@ from lowbit.checkpoint.base import Checkpoint, is_decoded, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
+from lowbit.formats.gguf.mmproj.table import tower_of
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, Lookup, RowLayout, RowTarget, head_dim, hf_rows
@@ -223,7 +225,7 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
     known = architecture.parameters.keys() | architecture.tied.keys()
     for name in checkpoint.tensors:
         if row.leaves_out(name):
-            beside["vision: llama.cpp keeps it in a file of its own (mmproj)"] += 1
+            beside[_where_vision_goes(checkpoint)] += 1
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):
@@ -234,6 +236,15 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
             target_of(row, name, where)
             raise ArchitectureError(f"{where}: {name!r} is no tensor of {architecture.class_name}")
     return names, [f"left out ({count} tensors): {what}" for what, count in beside.items()]
+
+
+def _where_vision_goes(checkpoint: Checkpoint) -> str:
+    note = "vision: llama.cpp keeps it in a file of its own (mmproj)"
+    if tower_of(checkpoint.config()) is None:
+        return note
+    return (
+        f"{note}; lowbit convert {shlex.quote(checkpoint.source)} --format gguf --mmproj -o mmproj-F16.gguf writes it"
+    )
 
 
 def _tensors(

@@ -171,8 +171,8 @@ def _brief(numbers: list[int]) -> str:
 RULES: tuple[Rule, ...] = (
     Rule("gguf-file", "files", GGUF_FILES, "the container parses; all parts are there, whole, and nothing overlaps",
          check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
-    Rule("gguf-checksums", "files", GGUF_FILES, "the files are, to the bit, those that lowbit wrote", check_written_bytes,
-         "our own: SHA-256 of each MiB, in the report", needs_checksums=True, then="misreads"),
+    Rule("gguf-checksums", "files", GGUF_FILES, "the files are, to the bit, those that lowbit wrote",
+         check_written_bytes, "our own: SHA-256 of each MiB, in the report", needs_checksums=True, then="misreads"),
     Rule("gguf-architecture", "model", (GGUF,), "the architecture is known and its sizes are stated",
          check_architecture, "load_arch, load_hparams of llama-model.cpp"),
     Rule("gguf-tensors", "format", (GGUF,), "tensors are those of the architecture, in every block", check_tensors,

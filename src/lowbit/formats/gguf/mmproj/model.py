@@ -43,7 +43,7 @@ from lowbit.formats.gguf.mmproj.row import (
     TowerLayout,
     TowerTarget,
 )
-from lowbit.formats.gguf.mmproj.table import require_tower
+from lowbit.formats.gguf.mmproj.table import SWAPPED_IF_SQUARE, require_tower
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.row import Lookup, RowLayout, head_dim, hf_rows
 from lowbit.formats.gguf.table import ROWS
@@ -280,6 +280,12 @@ def _tensors(
     if beyond is not None:
         raise CheckpointError(f"{where}: there is {beyond}, and vision_config has {blocks} blocks",
                               "config.json and the weights belong to different models")  # fmt: skip
+    square = next((t.name for t in tensors if ".ffn_down." in t.name and len(set(t.shape)) < len(t.shape)), None)
+    if square is not None and tower.projector in SWAPPED_IF_SQUARE:
+        raise ArchitectureError(
+            f"{where}: {square} is as wide as the tower, and llama.cpp takes such up and down projections for swapped",
+            "llama.cpp cannot run this variant of the model",
+        )
     order = {place: index for index, place in enumerate((*tower.outside.values(), *tower.inside.values()))}
     tensors.sort(key=lambda t: (-1 if t.target.block is None else t.target.block, order.get(t.target.place, 99)))
     return tensors, [f"left out ({count} tensors): {what}" for what, count in beside.items()]

@@ -65,7 +65,9 @@ class TowerFile:
             whole = values[0].float() - 1
         elif layout is TowerLayout.ROTARY:
             rows = np.arange(shape[0])
-            whole = values[0][torch.from_numpy(stored_rows(RowLayout.ROTARY, rows, self._heads, len(rows) // self._heads))]
+            whole = values[0][
+                torch.from_numpy(stored_rows(RowLayout.ROTARY, rows, self._heads, len(rows) // self._heads))
+            ]
         else:
             whole = values[0]
         return whole.reshape(shape)[start:stop]

@@ -1,5 +1,5 @@
-"""`Tower`, a row of the table of vision towers (`mmproj/table.py`): which tensors of a Hugging Face model form the mmproj
-file that llama.cpp loads beside the language model, how they are stored there, and what the file's key-values say.
+"""`Tower`, a row of the table of vision towers (`mmproj/table.py`): which tensors of a Hugging Face model form the
+mmproj file that llama.cpp loads beside the language model, how they are stored, and what the file's key-values say.
 
 Layouts, as llama.cpp's converter arranges them:
 
@@ -205,7 +205,7 @@ def _mean_or_std(key: str) -> Callable[[TowerConfig], Any]:
     return lambda config: config.processor.get(key)
 
 
-# The keys that llama.cpp needs of every tower, but for its sizes, which config.json calls differently from tower to tower.
+# The keys that llama.cpp needs of every tower, but for its sizes: their names in config.json differ.
 COMMON_KEYS = (
     TowerKey(Keys.Clip.HAS_VISION_ENCODER, lambda config: True, BOOL),
     TowerKey(Keys.ClipVision.PROJECTION_DIM, lambda config: config.text("hidden_size")),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf.constants import Keys
 
-from lowbit.formats.gguf.mmproj.row import CLIP, Tower
+from lowbit.formats.gguf.mmproj.row import Tower
 from lowbit.formats.gguf.mmproj.table import TOWERS
 from lowbit.verification.result import MMPROJ, Finding, Rule
 
@@ -61,7 +61,12 @@ def check_shapes(subject: GGUFSubject) -> Finding:
         if tensor.name.startswith("v.patch_embd.weight") and tensor.shape != (width, 3, patch, patch):
             problems.append(f"{tensor.name} is {list(tensor.shape)}; [{width}, 3, {patch}, {patch}] is needed")
         reads_hidden = stem.endswith((".attn_q", ".attn_k", ".attn_v", ".attn_qkv", ".ln1", ".ln2"))
-        if stem.startswith("v.blk.") and reads_hidden and tensor.name.endswith("weight") and tensor.shape[-1:] != (width,):
+        if (
+            stem.startswith("v.blk.")
+            and reads_hidden
+            and tensor.name.endswith("weight")
+            and tensor.shape[-1:] != (width,)
+        ):
             problems.append(f"{tensor.name}: rows of {tensor.shape[-1:]}, {V.EMBEDDING_LENGTH} is {width}")
     return Finding(problems, f"patches of {patch} × {patch}, rows of {width}")
 

@@ -40,7 +40,9 @@ _SIZES = _sizes("hidden_size", "intermediate_size", "num_attention_heads", "num_
 _EPS = TowerKey(V.Attention.LAYERNORM_EPS, "layer_norm_eps", FLOAT)
 _USE_GELU = TowerKey(V.USE_GELU, lambda config: True, BOOL)
 _TANH_GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu_new")}
-_PROJECTOR_GELU = "llama.cpp computes the projector's GELU by its tanh form, which differs from the exact one by up to 5e-4"
+_PROJECTOR_GELU = (
+    "llama.cpp computes the projector's GELU by its tanh form, which differs from the exact one by up to 5e-4"
+)
 
 
 def _place(tensor: T, bias: bool | None = True, layout: TowerLayout = L.SAME, **others: Any) -> TowerPlace:
@@ -300,34 +302,15 @@ _MISTRAL3 = replace(
     },
 )  # fmt: skip
 
-# --- LLaVA 1.5 ------------------------------------------------------------------------------------------------------
+# LLaVA's CLIP tower has no row, though llama.cpp has a projector "mlp": clip_graph_llava puts the class embedding
+# behind the patches, and takes the patches from the second on, as if it stood before them.
 
-
-def _second_to_last(config: TowerConfig) -> Iterable[tuple[str, Any, Any]]:
-    """llama.cpp takes the patches of the second to last block, and has no norm behind it."""
-    yield "vision_feature_layer", config.model("vision_feature_layer"), -2
-    yield "vision_feature_select_strategy", config.model("vision_feature_select_strategy"), "default"
-    yield "projector_hidden_act", config.model("projector_hidden_act"), "gelu"
-
-
-_LLAVA = Tower(
-    ("llava",), "mlp", ("vision_tower.", "multi_modal_projector."), "vision_tower.vision_model.encoder.layers",
-    {
-        "vision_tower.vision_model.embeddings.class_embedding": _place(T.V_ENC_EMBD_CLS, False, bare=True, plain=True),
-        "vision_tower.vision_model.embeddings.patch_embedding": _place(T.V_ENC_EMBD_PATCH, False),
-        "vision_tower.vision_model.embeddings.position_embedding": _place(T.V_ENC_EMBD_POS, False),
-        "vision_tower.vision_model.pre_layrnorm": _place(T.V_PRE_NORM),
-        "multi_modal_projector.linear_1": _place(T.V_MMPROJ, number=0),
-        "multi_modal_projector.linear_2": _place(T.V_MMPROJ, number=2),
-    },
-    _SIGLIP_BLOCK,
-    (*_SIZES, _EPS),
-    vision_type="clip_vision_model", fixed={"hidden_act": ("quick_gelu",), "num_channels": (3,)},
-    implied=_second_to_last, note=_PROJECTOR_GELU,
-    left_out={"vision_tower.vision_model.post_layernorm.": "a norm behind the last block, which the model does not use"},
+# Where llama.cpp takes down for up if it has as many columns as the tower is wide, since old files have them swapped.
+SWAPPED_IF_SQUARE = (
+    VisionProjectorType.QWEN2VL, VisionProjectorType.QWEN25VL, VisionProjectorType.GEMMA3, VisionProjectorType.IDEFICS3
 )  # fmt: skip
 
-TOWERS = (_QWEN2_VL, _QWEN2_5_VL, _QWEN3_VL, _GEMMA3, _IDEFICS3, _LLAVA, _PIXTRAL, _MISTRAL3)
+TOWERS = (_QWEN2_VL, _QWEN2_5_VL, _QWEN3_VL, _GEMMA3, _IDEFICS3, _PIXTRAL, _MISTRAL3)
 
 
 def tower_of(config: dict[str, Any]) -> Tower | None:
@@ -335,7 +318,11 @@ def tower_of(config: dict[str, Any]) -> Tower | None:
     vision = config.get("vision_config")
     vision_type = vision.get("model_type") if isinstance(vision, dict) else None
     for tower in TOWERS:
-        known = tower.vision_type is None or vision_type in (tower.vision_type, None)
+        known = (
+            tower.vision_type is None
+            or vision_type == tower.vision_type
+            or (vision_type is None and tower.vision_type != "pixtral")
+        )  # without one, transformers takes LLaVA's for CLIP
         if config.get("model_type") in tower.model_types and known:
             return tower
     return None
@@ -344,7 +331,8 @@ def tower_of(config: dict[str, Any]) -> Tower | None:
 def require_tower(config: dict[str, Any], where: str) -> Tower:
     """The row of a config.json; ArchitectureError says why there is none."""
     found, model_type = tower_of(config), str(config.get("model_type"))[:80]
-    parts = config.get("thinker_config") if isinstance(config.get("thinker_config"), dict) else config
+    thinker = config.get("thinker_config")
+    parts = thinker if isinstance(thinker, dict) else config
     if found is not None:
         return found
     if parts.get("audio_config") or parts.get("audio_encoder"):
@@ -357,7 +345,10 @@ def require_tower(config: dict[str, Any], where: str) -> Tower:
             f"{where}: {model_type} has no vision tower, so that there is nothing for an mmproj file",
             "leave --mmproj out to write the language model",
         )
+    vision = parts["vision_config"]
+    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    shown = f"{model_type} ({str(kind)[:80]})" if kind else model_type
     raise ArchitectureError(
-        f"{where}: the vision tower of {model_type} has no place in GGUF that lowbit knows",
+        f"{where}: the vision tower of {shown} has no place in GGUF that lowbit knows",
         f"it writes those of {', '.join(sorted({name for tower in TOWERS for name in tower.model_types}))}",
     )
