@@ -48,8 +48,10 @@ def source_of(folder: Path) -> dict[str, torch.Tensor]:
 # SHA-256 over names, types, shapes and bytes of all tensors, sorted by name. llama.cpp's convert_hf_to_gguf.py --mmproj
 # writes the same bytes of the same folders, but for v.token_embd.img_break, which it leaves out of these names.
 GOLDEN = {
-    "qwen2_vl": "", "qwen2_5_vl": "", "qwen3_vl": "", "qwen3_vl_moe": "", "qwen3_5": "", "gemma3": "",
-    "idefics3": "", "smolvlm": "", "pixtral": "", "mistral3": "",
+    "qwen2_vl": "a25df845bef2e206", "qwen2_5_vl": "ab581054476e73ff", "qwen3_vl": "dc68203736191bfd",
+    "qwen3_vl_moe": "6ac794a56dba13be", "qwen3_5": "3e550f97addd2037", "gemma3": "326a9076d95ef894",
+    "idefics3": "643527e405dccb9f", "smolvlm": "643527e405dccb9f", "pixtral": "feba7724db69af53",
+    "mistral3": "0632e5e5bfe88dd3",
 }  # fmt: skip
 
 
@@ -145,8 +147,8 @@ def test_key_values_say_what_config_json_says(folders, case, tmp_path):
     for key, value in KEYS[case].items():
         found = metadata[key]
         assert (list(found) if isinstance(value, list) else found) == value, key
-    assert metadata["general.architecture"] == "clip" and metadata["general.type"] == "mmproj"
-    assert metadata["clip.has_vision_encoder"] is True and metadata["general.file_type"] == 1
+    assert (metadata["general.architecture"], metadata["general.type"]) == ("clip", "mmproj")
+    assert (metadata["clip.has_vision_encoder"], metadata["general.file_type"]) == (True, 1)
     mean = CASES[case][2]["image_mean"]
     assert all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(metadata[V.IMAGE_MEAN], mean, strict=True))
 
@@ -160,7 +162,7 @@ def test_every_tensor_of_the_table_is_one_of_the_gguf_package():
 
 @pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.model_types[0])
 def test_names_agree_with_the_map_of_the_gguf_package(tower):
-    """Where the package knows the name of the hub: q, k and v and Qwen3-VL's mergers are renamed before they are asked."""
+    """Where the package knows the name of the hub; q, k and v and Qwen3-VL's mergers are renamed before it is asked."""
     names = gguf.get_tensor_name_map(MODEL_ARCH.MMPROJ, 4)
     places = {path: (place, None) for path, place in tower.outside.items()}
     places |= {f"{tower.blocks}.1.{path}": (place, 1) for path, place in tower.inside.items()}
@@ -177,7 +179,7 @@ def test_names_agree_with_the_map_of_the_gguf_package(tower):
 def test_an_output_is_verified_against_its_model_and_a_changed_byte_is_found(folders, tmp_path):
     path = tmp_path / "mmproj.gguf"
     done = lowbit.quantize(folders["mistral3"], path, mmproj=True, scheme="Q8_0")
-    assert done.report.verification.ok and done.report.verification.format == "mmproj"
+    assert (done.report.verification.ok, done.report.verification.format) == (True, "mmproj")
     assert done.report.serve[0].command.startswith("llama-server -m MODEL.gguf --mmproj ")
     report = path.with_name("mmproj.lowbit-report.json")
     report.unlink()  # so that the weights are looked at, not the checksums
