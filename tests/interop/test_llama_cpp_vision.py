@@ -49,7 +49,7 @@ def text_folder(folder: Path, target: Path) -> Path:
     if config["model_type"] == "gemma3":  # has a row of its own
         return folder
     target.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         (target / name).write_bytes((folder / name).read_bytes())
     text = config["text_config"] | {"dtype": "bfloat16", "tie_word_embeddings": config["tie_word_embeddings"]}
     (target / "config.json").write_text(json.dumps(text))
