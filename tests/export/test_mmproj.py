@@ -193,29 +193,6 @@ def test_an_output_is_verified_against_its_model_and_a_changed_byte_is_found(fol
     assert [check.rule for check in checked.checks if not check.passed] == ["gguf-weights"]
 
 
-def test_a_file_without_a_tensor_breaks_the_rule_on_tensors(folders, tmp_path):
-    reader = gguf.GGUFReader(_write(folders["smolvlm"], tmp_path / "whole.gguf"))
-    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
-    for name, kept in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            items = kept.types[1] if len(kept.types) > 1 else None
-            writer.add_key_value(name, kept.contents(), kept.types[0], items)
-    for tensor in reader.tensors:
-        if tensor.name != "mm.model.fc.weight":
-            writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    checked = lowbit.verify(tmp_path / "mmproj.gguf")
-    failed = {check.rule: check.detail for check in checked.checks if not check.passed}
-    assert failed == {"mmproj-tensors": "mm.model.fc.weight is missing"}
-
-
-def _write(folder: Path, output: Path) -> Path:
-    return lowbit.quantize(folder, output, mmproj=True, scheme="F32").path
-
-
 def test_convert_writes_f16_where_no_type_is_given_and_names_the_way_to_the_rest(folders, tmp_path):
     folder = folders["gemma3"]
     plan = dry_convert(folder, format="gguf", mmproj=True).plan
