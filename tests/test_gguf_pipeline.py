@@ -22,7 +22,7 @@ from lowbit.formats.gguf.mix_table import FILE_TYPES
 from lowbit.formats.gguf.raw import open_raw_gguf
 from lowbit.numerics import ggml
 from lowbit.report import schema
-from models import make_model
+from models import SIZES, make_model
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +320,12 @@ def test_a_scheme_of_folders_is_told_from_a_typing_mistake(model):
 def test_a_revision_of_a_local_model_is_refused(model):
     with pytest.raises(UsageError, match="read only for a Hugging Face id"):
         lowbit.dry_run(model, options=OpenOptions(revision="main"))
+
+
+def test_the_language_model_of_one_that_sees_is_verified_against_it(tmp_path):
+    """Gemma 3 has other names in the file's config than in its own: its weights were once called absent, at the end."""
+    text = {**SIZES, "query_pre_attn_scalar": 32, "sliding_window": 16}
+    folder = make_model(tmp_path / "hf", "gemma3", text_config=text)
+    done = lowbit.quantize(folder, tmp_path / "text.gguf", scheme="BF16")
+    weights = next(check for check in done.report.verification.checks if check.rule == "gguf-weights")
+    assert (done.report.verification.ok, weights.detail.split(";")[0]) == (True, "28 tensors")

@@ -202,6 +202,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "token_embedding_type": ("Q8_0", {}, GGUF),
     "tensor_type_file": ("rules.txt", {}, GGUF),
     "modelfile": (True, {}, GGUF),
+    "mmproj": (True, {}, {"gguf rtn", "gguf copy"}),  # of the others, it refuses what they have beside
     "pre_tokenizer": ("llama-bpe", {}, GGUF - {"gguf copy"}),
 }
 
@@ -215,7 +216,7 @@ def test_a_setting_is_read_or_refused(name, run):
     if run in readers:
         refuse_unread(chosen, None, facts)
         return
-    refused = {ROWS[each].flag for each in (name, *also)}
+    refused = {ROWS[each].flag for each in (name, *also, *(settings if name == "mmproj" else ()))}
     with pytest.raises(UsageError) as caught:
         refuse_unread(chosen, None, facts)
     assert str(caught.value).split()[0] in refused

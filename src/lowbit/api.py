@@ -117,7 +117,7 @@ def dry_convert(
     if output_format(chosen).suffix is None:
         return prepare_conversion(request, scheme_given=scheme is not None)
     refuse_unread(chosen)
-    if scheme is None:
+    if scheme is None and not chosen.mmproj:
         raise UsageError("a GGUF file needs a type", "name one: --scheme Q8_0, Q4_K_M, BF16 …")
     if output is not None:
         refuse_other_name(output, chosen)

@@ -31,6 +31,7 @@ class Facts:
 
     gguf           writes a GGUF file; else a folder
     copies_header  GGUF to GGUF: copies the key-values of the source
+    mmproj         writes the GGUF file of a vision tower
     converts       keeps the codes of a quantized source if the output can hold them
     decodes        turns a GGUF file into a folder of 16-bit floats
     takes_scheme   the scheme is the user's, not that of a conversion's source
@@ -50,6 +51,7 @@ class Facts:
 
     gguf: bool = False
     copies_header: bool = False
+    mmproj: bool = False
     converts: bool = False
     decodes: bool = False
     takes_scheme: bool = True
@@ -79,10 +81,11 @@ class Reader:
 
 EVERY = Reader("every run", "", lambda run: True)
 SCHEME = Reader("runs that round", "a GGUF file is decoded as it is", lambda run: not run.decodes)
-QUANTIZE = Reader("lowbit quantize", "a conversion keeps what its source has", lambda run: not run.converts)
+QUANTIZE = Reader("lowbit quantize, of language models", "a conversion keeps what its source has, and a vision tower "
+                  "is of one type", lambda run: not run.converts and not run.mmproj)  # fmt: skip
 METHOD = Reader(
     "quantizations (hqq: into folders)", "for GGUF files take a method that runs a text, such as gptq",
-    lambda run: not run.converts and (not run.gguf or run.blockwise or run.roundings == {"rtn"}),
+    lambda run: not run.converts and not run.mmproj and (not run.gguf or run.blockwise or run.roundings == {"rtn"}),
 )  # fmt: skip
 OVERRIDES = Reader(
     "methods that run a text, and folders with another rounding than rtn",
@@ -113,9 +116,14 @@ GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundin
 CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq uses it",
                     lambda run: GPTQ.reads(run) and run.corrects and not run.learns)  # fmt: skip
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
-GGUF = Reader("GGUF files", "-o NAME.gguf --scheme Q4_K_M uses it", lambda run: run.gguf)
-HEADER = Reader("GGUF files made of a folder", "a GGUF file keeps its key-values, and a folder has none",
-                lambda run: run.gguf and not run.copies_header)  # fmt: skip
+GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",
+              lambda run: run.gguf and not run.mmproj)  # fmt: skip
+HEADER = Reader("GGUF files of language models made of a folder",
+                "a GGUF file keeps its key-values, and a folder has none",
+                lambda run: run.gguf and not run.mmproj and not run.copies_header)  # fmt: skip
+TOWER = Reader("GGUF files made of a folder", "-o mmproj-F16.gguf uses it", lambda run: run.mmproj)
+PARTS = Reader("folders and GGUF files of language models", "llama.cpp reads a vision tower from one file",
+               lambda run: not run.mmproj)  # fmt: skip
 
 
 @dataclass(frozen=True)

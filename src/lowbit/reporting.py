@@ -25,6 +25,7 @@ from lowbit.report.page import render_html
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.settings import Settings, command_line
 from lowbit.verification import Verification
+from lowbit.verification.result import MMPROJ
 from lowbit.version import __version__
 
 # From few bits to many: in folders, in GGUF files. Schemes with quantized activations have the same sizes.
@@ -220,11 +221,15 @@ def _calibration_notes(prepared: Prepared) -> tuple[str, ...]:
 
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
     """Commands that run the model: the engine's, if all its rules passed, and lowbit's own."""
-    ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {shlex.quote(str(output.absolute()))} -p "…"')
+    place = str(output.absolute())
+    ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {shlex.quote(place)} -p "…"')
     engine = find_engine(verification.engine)
+    if verification.format == MMPROJ:
+        command = f"{engine.serve_line('MODEL.gguf')} --mmproj {shlex.quote(place)}"
+        return (schema.ServeLine(engine=engine.name, command=command),)
     if not verification.ok or not engine.serves:
         return (ours,)
-    return (schema.ServeLine(engine=engine.name, command=engine.serve_line(str(output.absolute()))), ours)
+    return (schema.ServeLine(engine=engine.name, command=engine.serve_line(place)), ours)
 
 
 def _kept_histograms(

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
@@ -37,6 +37,7 @@ from lowbit.tensors import RangeSearch
 DEFAULT_IGNORE = r"(^|\.)lm_head$"
 DEFAULT_SHARD_SIZE = 5_000_000_000
 MEASURE = "measure"  # value of `imatrix` in place of a file
+TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
 class RunOptions(Table):
@@ -119,7 +120,7 @@ class Settings(Table):
     ] = None
     shard_size: Annotated[
         Size | None,
-        Knob("Maximum size of a weight file, such as 500MB", STORE, metavar="SIZE", absent="5GB; one GGUF file"),
+        Knob("Maximum size of a weight file, such as 500MB", STORE, knobs.PARTS, "SIZE", "5GB; one GGUF file"),
     ] = None
 
     calib: Annotated[
@@ -209,6 +210,21 @@ class Settings(Table):
              "NAME"),
     ] = None  # fmt: skip
 
+    mmproj: Annotated[
+        bool,
+        Knob("Write the vision tower and projector for llama.cpp (mmproj) instead of the language model, as F32, F16, "
+             "BF16 or Q8_0; without --scheme: F16", GGUF_PANEL, knobs.TOWER, see="gguf-vision.md"),
+    ] = False  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tower_scheme(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("format", "auto") not in ("auto", "gguf"):
+            return values
+        if values.get("mmproj") and values.get("scheme") is None:
+            return values | {"scheme": TOWER_SCHEME}
+        return values
+
     @field_validator("ignore")
     @classmethod
     def _regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -262,10 +278,11 @@ class Settings(Table):
         return self.shard_size or DEFAULT_SHARD_SIZE
 
     def writes_gguf(self, output: Path | None = None) -> bool:
-        """True if a GGUF file is asked for: by format, by a scheme that is one of its types, or by its name."""
+        """True if a GGUF file is asked for: by format, by a scheme that is one of its types, as the file of a vision
+        tower, or by its name."""
         if self.format != "auto":
             return self.format == "gguf"
-        return is_gguf_name(self.scheme) or (output is not None and output.suffix == ".gguf")
+        return self.mmproj or is_gguf_name(self.scheme) or (output is not None and output.suffix == ".gguf")
 
     @property
     def is_blockwise(self) -> bool:
@@ -399,6 +416,7 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
     reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
     return replace(
         facts,
+        mmproj=gguf and settings.mmproj,
         blockwise=blockwise,
         roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
         learns=learns,
@@ -407,7 +425,7 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
         draws=learns or (reads_text and settings.calib is not None),
-        measures=gguf and settings.imatrix == MEASURE,
+        measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
         by_percentile=settings.range == "percentile",
         activations_by_percentile=settings.activation_range == "percentile",

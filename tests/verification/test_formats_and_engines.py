@@ -197,7 +197,7 @@ def test_every_rule_says_whom_it_follows_and_is_about_known_formats():
     for rule in rules():
         assert rule.follows, rule.name
         assert rule.formats, rule.name
-        assert set(rule.formats) <= {"plain", "gguf", *KINDS}, rule.name
+        assert set(rule.formats) <= {"plain", "gguf", "mmproj", *KINDS}, rule.name
         assert not (rule.gate and rule.limit), rule.name
 
 

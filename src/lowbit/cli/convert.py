@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Settings of `lowbit quantize` that apply to a conversion.
 _READ = ("group_size", "range", "percentile", "double_quant", "kv_cache", "calib", "samples", "seqlen", "shard_size",
-         "modelfile")  # fmt: skip
+         "modelfile", "mmproj")  # fmt: skip
 
 
 def convert(
@@ -144,6 +144,8 @@ def _summary(report: Report, path: Path) -> Any:
     table.add_row("size", f"{human_bytes(totals.bytes_in)} → {human_bytes(totals.bytes_out)}")
     bits = f"{totals.decoder_bits_per_weight:.3f} decoder, {totals.file_bits_per_weight:.3f} file"
     table.add_row("bits per weight", bits)
+    if report.source.notes:
+        table.add_row("notes", "; ".join(report.source.notes))
     table.add_row("verified", verdict(report.verification, details=True))
     table.add_row("time, memory", f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes or 0)}")
     table.add_row("report", str(report_path(path, HTML_NAME)))
@@ -168,7 +170,8 @@ def outcome(report: Report) -> dict[str, str]:
             f"of the source's squared weights, in {worst.name}"
         )
     if not quantized:
-        rows["decoded"] = f"{len(report.tensors)} tensors, to {report.output.dtype}"
+        to = report.settings.scheme if report.output.format == "gguf" else report.output.dtype
+        rows["decoded"] = f"{len(report.tensors)} tensors, to {to}"
     for note, count in Counter(note for tensor in quantized for note in tensor.notes).most_common():
         rows.setdefault("because", "")
         rows["because"] += f"{'; ' if rows['because'] else ''}{note} ({count} linears)"

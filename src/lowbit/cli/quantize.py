@@ -63,7 +63,9 @@ def quantize(
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
     print_table(_summary(done.report, done.path))
-    say(f"\nserve it:     {done.report.serve[0].command}\nwhat it cost: lowbit evaluate {done.path}")
+    say(f"\nserve it:     {done.report.serve[0].command}")
+    if not done.report.settings.given.get("mmproj"):
+        say(f"what it cost: lowbit evaluate {done.path}")
 
 
 def plan_as_json(prepared: Prepared, peak_memory: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lowbit.registry import ENGINES, FORMATS, load
 from lowbit.verification.result import (
     ALL,
     GGUF,
+    GGUF_FILES,
     QUANTIZED,
     Check,
     Finding,
@@ -43,8 +44,10 @@ def rules(engine: str | None = None, format: str | None = None) -> dict[Rule, tu
 
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"there are no rules for engine {engine!r}", f"known engines: {', '.join(ENGINES)}")
-    if format is not None and format not in (*ALL, GGUF):
-        raise UsageError(f"there are no rules for format {format!r}", f"known formats: {', '.join((*ALL, GGUF))}")
+    if format is not None and format not in (*ALL, *GGUF_FILES):
+        raise UsageError(
+            f"there are no rules for format {format!r}", f"known formats: {', '.join((*ALL, *GGUF_FILES))}"
+        )
     return {
         rule: engines
         for rule, engines in all_rules().items()

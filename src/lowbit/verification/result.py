@@ -20,6 +20,8 @@ PLAIN = "plain"  # a folder of 16-bit weights, without quantization_config
 QUANTIZED: tuple[str, ...] = KINDS
 ALL: tuple[str, ...] = (PLAIN, *KINDS)  # of folders
 GGUF = "gguf"
+MMPROJ = "mmproj"  # the GGUF file of a vision tower
+GGUF_FILES = (GGUF, MMPROJ)
 
 # Checking order: files, config.json, its parsing, the model, the format, each layer, kernels of the engine, values.
 Stage = Literal["files", "config", "parse", "model", "format", "layers", "limits", "values"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lowbit.registry import ENGINES, FORMATS, load
 from lowbit.verification import files, layers, tensors
-from lowbit.verification.result import ALL, GGUF, QUANTIZED, STAGES, Rule, loading_of
+from lowbit.verification.result import ALL, GGUF_FILES, QUANTIZED, STAGES, Rule, loading_of
 
 _OURS = "our own: what no format allows"
 _SCALED = ("compressed-tensors", "modelopt", "fp8")  # formats that state scales of activations and of a KV cache
@@ -75,7 +75,7 @@ def rules_of(engine: str) -> list[Rule]:
     """Every rule of an engine."""
     loading = loading_of(engine)
     general = (*COMMON, *(rule for row in FORMATS.values() if row.rules is not None for rule in load(row.rules)))
-    fitting = [rule for rule in general if (GGUF in rule.formats) == loading.reads_gguf]
+    fitting = [rule for rule in general if any(name in GGUF_FILES for name in rule.formats) == loading.reads_gguf]
     return _in_order((*fitting, *loading.rules))
 
 

@@ -41,13 +41,10 @@ from lowbit.export.atomic import atomic_files
 from lowbit.files.system import refuse_sources
 from lowbit.formats.gguf.header import read_header
 from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
-from lowbit.formats.gguf.row import RowLayout
 from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_values
 from lowbit.numerics.ggml import TYPES
 
 TYPES_OF_ADAPTERS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Layouts that move whole rows, which for B is all there is to do.
-_ROWS_ONLY = {RowLayout.SAME, RowLayout.ROTARY, RowLayout.QKV, RowLayout.TRANSPOSED, RowLayout.ONE_ROW}
 _MERGE = "merge it instead: lowbit quantize MODEL --adapter"
 _EMBEDDING = "token_embd.weight"
 
@@ -92,8 +89,7 @@ class _Pair:
             return left.float(), right.t().float() * self.factor
         by_name = dict(zip(self.source.sources, (left.float() for left, _ in factors), strict=True))
         rows = sum(len(left) for left in by_name.values())
-        columns = replace(self.source, shape=(*self.source.shape[:-1], self.rank))
-        b = columns.read(_Rows(by_name), 0, rows)  # type: ignore[arg-type]
+        b = self.source.with_columns(self.rank).read(_Rows(by_name), 0, rows)  # type: ignore[arg-type]
         a = torch.stack([right.float() for _, right in factors])
         shape_a, shape_b = self.shapes
         return a.reshape(shape_a), b.reshape(shape_b) * self.factor
@@ -267,7 +263,7 @@ def _pair(
     ranks = {update.factors(adapter)[1].shape[0] for each in updates for update in each}
     if any(len(each) != 1 for each in updates) or len(ranks) != 1 or len({each[0].scale for each in updates}) != 1:
         raise FormatError(f"{adapter.source}: {source.name} would have matrices of several ranks or scales", _MERGE)
-    if source.layout not in _ROWS_ONLY or (len(source.sources) > 1 and len(source.shape) != 3):
+    if not source.keeps_rows or (len(source.sources) > 1 and len(source.shape) != 3):
         raise FormatError(
             f"{adapter.source}: {source.name} of {source.sources[0]} is not made of its rows alone", _MERGE
         )

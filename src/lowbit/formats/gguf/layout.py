@@ -197,14 +197,18 @@ def heads_of(get: Lookup, key: str) -> int:
     return heads
 
 
+def rotary_rows(count: int, heads: int) -> np.ndarray:
+    """The source row of each stored row of rotary pairs, int64 [count]."""
+    if count % (2 * heads):
+        raise ValueError(f"{count} rows are not {heads} heads of rotary pairs")
+    return np.arange(count).reshape(heads, 2, -1).transpose(0, 2, 1).reshape(-1)
+
+
 def rotary(key: str) -> RowLayout:
     """Rotary pairs; `key` of config.json counts the heads."""
 
     def rows(get: Lookup, count: int) -> np.ndarray:
-        heads = heads_of(get, key)
-        if count % (2 * heads):
-            raise ValueError(f"{count} rows are not {heads} heads of rotary pairs")
-        return np.arange(count).reshape(heads, 2, -1).transpose(0, 2, 1).reshape(-1)
+        return rotary_rows(count, heads_of(get, key))
 
     return RowLayout("rotary pairs", rows=rows)
 

@@ -16,6 +16,7 @@ missing tensor. Left out with a note: buffers, multi-token prediction, vision.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
+from lowbit.formats.gguf.mmproj.table import tower_of
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
@@ -100,23 +102,24 @@ class GGUFTensorSource:
 
     def read_calibrated(self, store: BlockStore, target: Target, first: int, last: int) -> Tensor | ScaledBlocks:
         """The blocks that calibration chose, row by row as the weights would be read; uint8 [rows, row bytes]."""
-        blocks = self._of_blocks(target).read(CalibratedBlocks(store), first, last)  # type: ignore[arg-type]
+        rows = self.with_columns(TYPES[target.name].row_bytes(self.shape[-1]))
+        blocks = rows.read(CalibratedBlocks(store), first, last)  # type: ignore[arg-type]
         return ScaledBlocks(blocks, store.scale(self._source_at(first))) if target.needs_range else blocks
 
     def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> ScaledBlocks:
         """The codes and scales of an NVFP4 folder as blocks of the file; the scale of the matrix beside them."""
         assert isinstance(checkpoint, CanReadCodes)
         codes = NVFP4Codes(checkpoint)
-        blocks = self._of_blocks(target).read(codes, first, last)  # type: ignore[arg-type]
+        rows = self.with_columns(TYPES[target.name].row_bytes(self.shape[-1]))
+        blocks = rows.read(codes, first, last)  # type: ignore[arg-type]
         return ScaledBlocks(blocks, codes.scale(f"{self._source_at(first)}.weight"))
 
-    def _of_blocks(self, target: Target) -> GGUFTensorSource:
-        """The same with rows of blocks for rows of weights."""
+    def with_columns(self, columns: int) -> GGUFTensorSource:
+        """The same rows of another width: blocks, or the left factor of a low-rank update; see `keeps_rows`."""
         assert self.arranged is not None
-        row_bytes = TYPES[target.name].row_bytes(self.shape[-1])
         source, stored = self.arranged.source[:-1], self.arranged.stored[:-1]
-        arranged = replace(self.arranged, source=(*source, row_bytes), stored=(*stored, row_bytes))
-        return replace(self, shape=(*self.shape[:-1], row_bytes), arranged=arranged)
+        arranged = replace(self.arranged, source=(*source, columns), stored=(*stored, columns))
+        return replace(self, shape=(*self.shape[:-1], columns), arranged=arranged)
 
     def _source_at(self, row: int) -> str:
         """The linear that a row comes from."""
@@ -244,7 +247,7 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
     known = architecture.parameters.keys() | architecture.tied.keys()
     for name in checkpoint.tensors:
         if row.leaves_out(name):
-            beside["vision: llama.cpp keeps it in a file of its own (mmproj)"] += 1
+            beside[_where_vision_goes(checkpoint)] += 1
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):
@@ -255,6 +258,15 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
             targets_of(row, name, where)
             raise ArchitectureError(f"{where}: {name!r} is no tensor of {architecture.class_name}")
     return names, [f"left out ({count} tensors): {what}" for what, count in beside.items()]
+
+
+def _where_vision_goes(checkpoint: Checkpoint) -> str:
+    note = "vision: llama.cpp keeps it in a file of its own (mmproj)"
+    if tower_of(checkpoint.config()) is None:
+        return note
+    return (
+        f"{note}; lowbit convert {shlex.quote(checkpoint.source)} --format gguf --mmproj -o mmproj-F16.gguf writes it"
+    )
 
 
 def _tensors(

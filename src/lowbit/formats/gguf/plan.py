@@ -57,7 +57,7 @@ from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from lowbit.knobs import Facts
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import CalibrationText, Making, Plan, PlannedTensor, Prepared, Request
-from lowbit.registry import FORMATS
+from lowbit.registry import FORMATS, load
 from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import SCHEMES
 from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
@@ -194,6 +194,8 @@ class GGUFPlan(Plan):
 def prepare_gguf(request: Request) -> Prepared:
     """Open a model and plan its GGUF; see `plan.prepare`."""
     threads, settings, options = request.worker_threads, request.settings, request.options
+    if settings.mmproj:
+        return load("lowbit.formats.gguf.mmproj.plan:prepare_mmproj")(request)
     path = None if settings.is_blockwise else find_gguf(request.model, options)
     if path is not None:
         refuse_unread(settings, None, Facts(gguf=True, copies_header=True))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
+from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.checksums import check_checksums
-from lowbit.verification.result import GGUF, Finding, Rule
+from lowbit.verification.result import GGUF, GGUF_FILES, Finding, Rule
 
 if TYPE_CHECKING:
     from lowbit.formats.gguf.subject import GGUFSubject
@@ -180,17 +181,17 @@ def _brief(numbers: list[int]) -> str:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("gguf-file", "files", (GGUF,), "the container parses; all parts are there, whole, and nothing overlaps",
+    Rule("gguf-file", "files", GGUF_FILES, "the container parses; all parts are there, whole, and nothing overlaps",
          check_file, "gguf_init_from_file_impl of ggml/src/gguf.cpp; llama-model-loader.cpp", gate=True),
-    Rule("gguf-checksums", "files", (GGUF,), "the files are, to the bit, those that lowbit wrote", check_written_bytes,
-         "our own: SHA-256 of each MiB, in the report", needs_checksums=True, then="misreads"),
+    Rule("gguf-checksums", "files", GGUF_FILES, "the files are, to the bit, those that lowbit wrote",
+         check_written_bytes, "our own: SHA-256 of each MiB, in the report", needs_checksums=True, then="misreads"),
     Rule("gguf-architecture", "model", (GGUF,), "the architecture is known and its sizes are stated",
          check_architecture, "load_arch, load_hparams of llama-model.cpp"),
     Rule("gguf-tensors", "format", (GGUF,), "tensors are those of the architecture, in every block", check_tensors,
          "done_getting_tensors of llama-model-loader.cpp"),
     Rule("gguf-shapes", "format", (GGUF,), "rows are as wide as the hidden state", check_shapes,
          "check_tensor_dims of llama-model-loader.cpp"),
-    Rule("gguf-types", "format", (GGUF,), "types are known and the version of quantization is stated", check_types,
+    Rule("gguf-types", "format", GGUF_FILES, "types are known and the version of quantization is stated", check_types,
          "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
     Rule("gguf-scales", "format", (GGUF,), "scales beside NVFP4 matrices are ones that the graph applies", check_scales,
          "build_lora_mm of llama-graph.cpp and its callers in src/models", then="misreads"),
@@ -198,8 +199,9 @@ RULES: tuple[Rule, ...] = (
          "llama_vocab::impl::load of llama-vocab.cpp"),
     Rule("gguf-name", "format", (GGUF,), "the name asks for no token that the vocabulary lacks", check_name,
          "llama_vocab::impl::load of llama-vocab.cpp: token_to_id.at"),
-    Rule("gguf-finite", "values", (GGUF,), "no weight is NaN or inf", check_finite,
+    Rule("gguf-finite", "values", GGUF_FILES, "no weight is NaN or inf", check_finite,
          "ggml_validate_row_data (--check-tensors)"),
-    Rule("gguf-weights", "values", (GGUF,), "every tensor is as near to its source as its bits allow", check_weights,
+    Rule("gguf-weights", "values", GGUF_FILES, "every tensor is as near to its source as its bits allow", check_weights,
          "our own: what no format allows", needs_source=True),
+    *TOWER_RULES,
 )  # fmt: skip

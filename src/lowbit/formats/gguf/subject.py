@@ -21,6 +21,8 @@ from torch import Tensor
 from lowbit.architecture import describe_checkpoint
 from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
+from lowbit.formats.gguf.mmproj.read import TowerFile
+from lowbit.formats.gguf.mmproj.row import CLIP
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import GGUFCheckpoint, open_gguf
 from lowbit.formats.gguf.table import row_of_model
@@ -28,6 +30,7 @@ from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
 from lowbit.verification.checksums import kept_checksums
+from lowbit.verification.result import GGUF, MMPROJ
 from lowbit.verification.survey import Progress
 from lowbit.workers import run_all
 
@@ -52,7 +55,14 @@ class GGUFSubject:
     source: Checkpoint | None
     progress: Progress | None = None
     nearest: bool = False
-    known_format = "gguf"
+
+    @cached_property
+    def known_format(self) -> str:
+        """ "mmproj" for the file of a vision tower; "gguf" for all others, damaged ones too."""
+        try:
+            return MMPROJ if self.arch == CLIP else GGUF
+        except LowbitError:
+            return GGUF
 
     @cached_property
     def raw(self) -> RawGGUF:
@@ -100,6 +110,8 @@ class GGUFSubject:
     @cached_property
     def _types(self) -> dict[str, str]:
         types = {tensor.name: tensor.type_name for tensor in self.raw.tensors}
+        if self.tower is not None:
+            return types | {name: info.stored for name, info in self.tower.tensors.items()}
         if self.source is not None and not isinstance(self.source, RawCheckpoint):
             types |= {name: info.stored for name, info in self.as_checkpoint.tensors.items()}
         return types
@@ -108,6 +120,13 @@ class GGUFSubject:
     def as_checkpoint(self) -> GGUFCheckpoint:
         """The file under Hugging Face names."""
         return open_gguf(self.folder)
+
+    @cached_property
+    def tower(self) -> TowerFile | None:
+        """The file of a vision tower under Hugging Face names, if its source has them; else None."""
+        if self.known_format != MMPROJ or self.source is None or isinstance(self.source, RawCheckpoint):
+            return None
+        return TowerFile(self.raw, self.source)
 
     def close(self) -> None:
         for name in ("raw", "as_checkpoint"):
@@ -129,7 +148,11 @@ class _Pass:
         self.done = 0
 
     def run(self) -> GGUFSurvey:
-        jobs = self._under_hub_names() if self._has_hub_source() else self._under_own_names()
+        tower = self.subject.tower
+        if tower is not None:
+            jobs = self._of_tower(tower)
+        else:
+            jobs = self._under_hub_names() if self._has_hub_source() else self._under_own_names()
         total = sum(job[5] for job in jobs)
         threads = torch.get_num_threads()
         slabs = (
@@ -172,6 +195,20 @@ class _Pass:
 
             mine, original = partial(ours.read, name), partial(theirs.read, name) if theirs and known else None
             jobs.append((name, *rows_and_columns(info.shape), mine, original, info.nbytes, release))
+        return jobs
+
+    def _of_tower(self, tower: TowerFile) -> list[_Job]:
+        self.found.without_source += tower.unknown
+        jobs: list[_Job] = []
+        for name, info in tower.tensors.items():
+            skipped = tower.first_row(name)
+
+            def theirs(first: int, last: int, name: str = name, skipped: int = skipped) -> Tensor:
+                return tower.source.read(name, skipped + first, skipped + last)
+
+            rows, columns = (info.shape[0], math.prod(info.shape[1:])) if info.shape else (1, 1)
+            release = partial(tower.release, name)
+            jobs.append((name, rows, columns, partial(tower.read, name), theirs, info.nbytes, release))
         return jobs
 
     def _under_hub_names(self) -> list[_Job]:
