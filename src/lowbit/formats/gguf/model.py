@@ -247,7 +247,7 @@ def _tensor(
     target, name = members[0]
     linear = architecture.linears.get(name.removesuffix(".weight"))
     try:
-        arranged = target.place.layout.arranged(get, architecture.parameters[name])
+        arranged = target.place.layout_of(target.suffix).arranged(get, architecture.parameters[name])
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.source}: {name} {list(architecture.parameters[name])} does not fit config.json: {error}",

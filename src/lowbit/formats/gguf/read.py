@@ -55,7 +55,9 @@ class GGUFCheckpoint:
         if "head_dim" not in config and "hidden_size" in config:
             head_dim = config["hidden_size"] // config["num_attention_heads"]
         rope, rope_notes = rope_parameters(self._model.row, self.metadata, self._rope_factors(), head_dim)
-        self._config = config | rope | {"dtype": _float_dtype(self.raw.tensors)}
+        for part, values in rope.items():
+            config = config | {part: config.get(part, {}) | values}
+        self._config = config | {"dtype": _float_dtype(self.raw.tensors)}
         self.notes: list[str] = stored_types_note(self.raw.tensors)
         derived = ", ".join(tensor.name for tensor in self._model.derived.values())
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []

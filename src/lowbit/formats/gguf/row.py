@@ -41,6 +41,12 @@ class Place:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
         return f"{stem}.{suffix}" if suffix else stem
 
+    def layout_of(self, suffix: str) -> RowLayout:
+        """Of the weight or of the bias: a norm of w + 1 has the bias as it is."""
+        if suffix == "bias" and not self.bare and self.layout.values is not None:
+            return replace(self.layout, values=None, undo=None)
+        return self.layout
+
 
 Places = Mapping[str, Place | tuple[Place, ...]]
 
@@ -61,7 +67,7 @@ class Key:
     """One key-value of GGUF and one key of config.json with the same meaning.
 
     name       below the architecture's name: "attention.head_count"
-    config     the key of config.json; "" for a value that is computed from others
+    config     the key of config.json, "attn_config.clip_qkv" for one in a part; "" for a value that is computed
     kind       of the value, or of the items of a list
     value      computes it, None for no key-value; reading a file passes it by (`GGUFArchitecture.from_file`)
     otherwise  value where config.json or the file has none
@@ -85,14 +91,20 @@ class Rope:
     scalings   transformers' rope types that it computes
     partial    it rotates the first rope.dimension_count of a head, which may be fewer than all
     local      sliding-window blocks have a base of their own (Gemma 3)
+    local_base what that is where the file has none; None: the base of the other blocks
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
+    log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
+    alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     partial: bool = False
     local: bool = False
+    local_base: float | None = 10000.0
     truncates: bool = True
+    log: bool = False
+    alpha: bool = False
     dim: Callable[[Lookup], int] | None = None
 
 
@@ -120,6 +132,7 @@ class GGUFArchitecture:
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
+    of_tensor      and whose files have this tensor
     from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
     """
 
@@ -142,6 +155,7 @@ class GGUFArchitecture:
     left_out: tuple[str, ...] = ()
     when: Callable[[Lookup], bool] = lambda get: True
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
+    of_tensor: str = ""
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
 
     @cached_property

@@ -78,7 +78,7 @@ class _Found:
 
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
-    row = row_of_file(metadata, where)
+    row = row_of_file(metadata, {tensor.name for tensor in tensors}, where)
     derived, found = _found(row, tensors, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
     if biased not in row.biases:
@@ -144,7 +144,7 @@ def _undo_conversion(
         shape = _source_shape(parts, get)
         pieces = []
         for part in parts:
-            arranged = part.place.layout.arranged(get, shape)
+            arranged = part.place.layout_of(part.suffix).arranged(get, shape)
             if math.prod(arranged.stored) != math.prod(part.tensor.shape):
                 raise ValueError(f"{list(arranged.stored)} is needed")
             pieces.append((part.tensor, arranged))
