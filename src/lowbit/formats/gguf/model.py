@@ -255,10 +255,11 @@ def _tensor(
         ) from error
     stacked = target.expert is not None
     if stacked:
-        experts = next(count for key in EXPERT_COUNTS if (count := get(key)) is not None)
-        if [member.expert for member, _ in members] != list(range(experts)):
+        keys = (target.place.count,) if target.place.count else EXPERT_COUNTS
+        needed = next((count for key in keys if (count := get(key)) is not None), None)
+        if [member.expert for member, _ in members] != list(range(needed or 0)):
             raise CheckpointError(
-                f"{checkpoint.source}: there are {len(members)} experts for {target.name}, config.json has {experts}",
+                f"{checkpoint.source}: there are {len(members)} tensors for {target.name}, config.json has {needed}",
                 "config.json and the weights belong to different models",
             )
     stored = {name: alias for alias, name in reversed(architecture.tied.items()) if alias in checkpoint.tensors}
@@ -299,7 +300,8 @@ def _order(row: GGUFArchitecture):
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:
         if tensor.block is None:
             behind = tensor.name in last
-            return (math.inf if behind else -1, int(tensor.name.startswith("output.")), tensor.name[::-1])
+            first = tensor.name != "token_embd.weight"
+            return (math.inf if behind else -1, first + tensor.name.startswith("output."), tensor.name[::-1])
         name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
         stem, _, suffix = (name, "", "") if name in inside else name.rpartition(".")
         return (tensor.block, inside.index(stem), suffix[::-1])

@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
+_NUMBERED = re.compile(r"(^|\.)(experts|norms)\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Place:
     ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
+    count     key of config.json that counts what "*" in the path stands for; "": it stands for the experts of a block
     """
 
     tensor: MODEL_TENSOR
@@ -36,6 +37,7 @@ class Place:
     ending: str = "weight"
     group: str = ""
     optional: bool = False
+    count: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
@@ -117,7 +119,7 @@ class GGUFArchitecture:
     arch           general.architecture of the file
     blocks         path of the decoder blocks
     outside        module → place (or places, for a tensor that is split), of what is not in a block
-    inside         path in a block → the same, in the order of the file; "*" stands for the number of an expert
+    inside         path in a block → the same, in the order of the file; "*" stands for a number (`Place.count`)
     keys           key-values ↔ config.json
     biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
@@ -171,20 +173,20 @@ class GGUFArchitecture:
 
     @property
     def stacks_experts(self) -> bool:
-        return any("*" in path for path in self.inside)
+        return any("*" in path and not place.count for path, place in self._inside_places)
 
     def find(self, parameter: str) -> tuple[RowTarget, ...]:
         """Where a Hugging Face parameter goes: one tensor, several that share its rows, or none that is known."""
         stem, _, suffix = parameter.rpartition(".")
         for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
-            expert = _EXPERT.search(path)
-            path = _EXPERT.sub(r"\1experts.*.", path)
+            numbered = _NUMBERED.search(path)
+            path = _NUMBERED.sub(r"\1\2.*", path)
             places = (self.outside if block is None else self.inside).get(path)
             if places is None or any(place.bare is not bare for place in each_place(places)):
                 continue
             if bare or suffix in ("weight", "bias"):
-                number = int(expert[2]) if expert else None
+                number = int(numbered[3]) if numbered else None
                 return tuple(
                     RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
                 )
@@ -238,7 +240,7 @@ def each_place(places: Place | tuple[Place, ...]) -> Iterator[Place]:
 class RowTarget:
     """Where one Hugging Face parameter goes.
 
-    suffix  "weight", "bias" or ""; expert  its number, None for no expert
+    suffix  "weight", "bias" or ""; expert  its number, or that of what else is stacked; None for a tensor of its own
     """
 
     place: Place

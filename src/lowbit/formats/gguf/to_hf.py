@@ -20,7 +20,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.keys import config_of, positive
-from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup
+from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup, heads_of
 from lowbit.formats.gguf.row import GGUFArchitecture, Place
 from lowbit.formats.gguf.table import DERIVED, look_up, row_of_file
 
@@ -149,10 +149,12 @@ def _undo_conversion(
                 raise ValueError(f"{list(arranged.stored)} is needed")
             pieces.append((part.tensor, arranged))
         return [MappedTensor(name, shape, tuple(pieces))]
-    count = positive(metadata, f"{row.arch}.expert_count", where)
+    counted = parts[0].place.count
+    count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
         raise CheckpointError(
-            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where expert_count is {count}"
+            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where {counted or 'expert_count'} is "
+            f"{count}"
         )
     arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [
