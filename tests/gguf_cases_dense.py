@@ -10,6 +10,9 @@ _SMALL = {
     "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 384,
     "max_position_embeddings": 256, "num_hidden_layers": 64, "pad_token_id": 0,
 }  # fmt: skip
+_MLA = _NO_HEAD_DIM | {
+    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+}  # fmt: skip
 _FALCON = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384,
            "max_position_embeddings": 256}  # fmt: skip
 _EYE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -51,6 +54,16 @@ CASES: dict[str, tuple] = {
     "hunyuan_v1_dense_alpha": (("hunyuan_v1_dense", _SIZES), {
         "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0, "factor": 1.0},
     }, "hunyuan-dense", None),
+    "apertus": (("apertus", _SIZES), {"rope_parameters": _LLAMA3}, "apertus", "apertus"),
+    "apertus_biased": (("apertus", _SIZES), {"attention_bias": True, "tie_word_embeddings": True}, "apertus",
+                       "apertus"),
+    "minicpm3": (("minicpm3", _MLA), {}, "minicpm3", "minicpm3"),
+    "minicpm3_longrope": (("minicpm3", _MLA), {
+        "tie_word_embeddings": False, "max_position_embeddings": 1024, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + 0.5 * i for i in range(8)],
+        },
+    }, "minicpm3", "minicpm3"),
     "olmo3": (("olmo3", _NO_HEAD_DIM), _OLMO3 | {"num_hidden_layers": 4, "sliding_window": 8}, "olmo2", "olmo3"),
     "olmo3_types": (("olmo3", _NO_HEAD_DIM), {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "tie_word_embeddings": True,

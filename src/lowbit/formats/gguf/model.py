@@ -171,6 +171,8 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     rope, computed, rope_notes = rope_key_values(row, get, where)
     values |= rope
     names, beside = _names(checkpoint, architecture, row)
+    values |= _scalars(checkpoint, row, len(architecture.blocks))
+    names = [name for name in names if not row.is_scalar(name)]
     tensors = _tensors(checkpoint, architecture, row, get, names)
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
@@ -219,6 +221,17 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
             targets_of(row, name, where)
             raise ArchitectureError(f"{where}: {name!r} is no tensor of {architecture.class_name}")
     return names, [f"left out ({count} tensors): {what}" for what, count in beside.items()]
+
+
+def _scalars(checkpoint: Checkpoint, row: GGUFArchitecture, blocks: int) -> KeyValues:
+    """Key-values that hold a number of each block: the tensors of one element that are there."""
+    return {
+        key: (
+            [float(checkpoint.read(f"{row.blocks}.{block}.{path}").float()) for block in range(blocks)],
+            GGUFValueType.ARRAY, GGUFValueType.FLOAT32,
+        )
+        for path, (key, _) in row.scalars.items()
+    }  # fmt: skip
 
 
 def _tensors(

@@ -120,6 +120,7 @@ class GGUFArchitecture:
     blocks         path of the decoder blocks
     outside        module → place (or places, for a tensor that is split), of what is not in a block
     inside         path in a block → the same, in the order of the file; "*" stands for a number (`Place.count`)
+    scalars        path in a block of a tensor of one number → (full key of the numbers of all blocks, its shape)
     keys           key-values ↔ config.json
     biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
@@ -159,6 +160,7 @@ class GGUFArchitecture:
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
     of_tensor: str = ""
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
+    scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
@@ -218,6 +220,11 @@ class GGUFArchitecture:
     @cached_property
     def _inside_places(self) -> list[tuple[str, Place]]:
         return [(path, place) for path, places in self.inside.items() for place in each_place(places)]
+
+    def is_scalar(self, parameter: str) -> bool:
+        """True for a tensor that becomes one number of a key-value."""
+        block, path = self._path(parameter)
+        return block is not None and path in self.scalars
 
     def leaves_out(self, parameter: str) -> bool:
         return parameter.startswith(self.left_out) if self.left_out else False

@@ -102,14 +102,15 @@ def row_of_file(metadata: dict[str, Any], names: Container[str], where: str) -> 
 def gguf_names(config: dict[str, Any], parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Hugging Face tensor name → GGUF tensor names: one, or several that share its rows. The experts of a block share.
 
-    Names are those of lowbit's `Architecture`: experts one by one. Parts that GGUF keeps in other files (vision) are
-    left out. ArchitectureError for a model type without a row, and for a name that has no place in it.
+    Names are those of lowbit's `Architecture`: experts one by one. Left out are parts that GGUF keeps in other files
+    (vision) and tensors that become a number of a key-value. ArchitectureError for a model type without a row, and for
+    a name that has no place in it.
     """
     row = row_of_model(config, "config.json")
     return {
         name: tuple(target.name for target in targets_of(row, name, "config.json"))
         for name in parameters
-        if not row.leaves_out(name)
+        if not row.leaves_out(name) and not row.is_scalar(name)
     }
 
 

@@ -15,7 +15,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
+from torch import Tensor
 
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFTensor
@@ -36,7 +39,8 @@ class MappedTensor:
     """A tensor under its Hugging Face name, and the stored one that holds it; several, where its rows were split.
 
     shape   of the Hugging Face tensor
-    pieces  (stored tensor, how its rows follow from this one's)
+    pieces  (stored tensor, how its rows follow from this one's); none where a key-value holds it
+    values  float32, of a tensor that a key-value holds
     expert  which of the stacked experts; None for a tensor of its own
     """
 
@@ -44,6 +48,7 @@ class MappedTensor:
     shape: tuple[int, ...]
     pieces: tuple[tuple[GGUFTensor, Arranged], ...]
     expert: int | None = None
+    values: Tensor | None = None
 
     @property
     def stored(self) -> GGUFTensor:
@@ -103,6 +108,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{where}: tensor {parts[0].tensor.name!r} {list(parts[0].tensor.shape)} does not fit the key-values: "
                 f"{error}"
             ) from error
+    mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
     return MappedModel(row, mapped, derived, config)
 
 
@@ -133,6 +139,21 @@ def _found(
                 "use the safetensors checkpoint of the model",
             )
     return derived, found
+
+
+def _scalars(row: GGUFArchitecture, metadata: dict[str, Any], blocks: int, where: str) -> list[MappedTensor]:
+    """Tensors of one number; llama.cpp takes one key-value for all blocks too."""
+    mapped = []
+    for path, (key, shape) in row.scalars.items():
+        numbers = np.asarray(metadata.get(key))
+        if numbers.dtype.kind != "f" or numbers.shape not in ((), (blocks,)) or not np.isfinite(numbers).all():
+            raise ArchitectureError(
+                f"{where}: {key} is {str(numbers)[:80]}; one number for each of {blocks} blocks is needed"
+            )
+        for block, number in enumerate(np.broadcast_to(numbers, (blocks,)).tolist()):
+            name = f"{row.blocks}.{block}.{path}"
+            mapped.append(MappedTensor(name, shape, (), values=torch.tensor(number).reshape(shape)))
+    return mapped
 
 
 def _undo_conversion(

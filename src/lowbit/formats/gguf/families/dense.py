@@ -12,6 +12,7 @@ from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families import layernorm
 from lowbit.formats.gguf.families.common import (
+    ATTENTION_KINDS,
     FLOAT,
     KEYS,
     LLAMA_BIASES,
@@ -29,6 +30,8 @@ from lowbit.formats.gguf.families.common import (
     QKV_PLACES,
     SILU,
     head_dim_is_width_over_heads,
+    number,
+    width_over_heads,
 )
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
@@ -149,6 +152,59 @@ _HUNYUAN = GGUFArchitecture(
 )  # fmt: skip
 
 
+_APERTUS = GGUFArchitecture(
+    "apertus", "ApertusForCausalLM", "apertus", "model.layers", OUTSIDE,
+    {
+        "attention_layernorm": Place(T.ATTN_NORM),
+        **QKV_PLACES, **QK_NORM, **O_PROJ,
+        "feedforward_layernorm": Place(T.FFN_NORM),
+        "mlp.up_proj": Place(T.FFN_UP), "mlp.down_proj": Place(T.FFN_DOWN),
+    },
+    KEYS, biases={frozenset(): {"attention_bias": False}, ATTENTION_KINDS: {"attention_bias": True}},
+    fixed={"hidden_act": ("xielu",)}, rope=LLAMA_ROPE, needs_output=True,
+    scalars={  # of its activation, xIELU
+        "mlp.act_fn.alpha_n": ("xielu.alpha_n", (1,)), "mlp.act_fn.alpha_p": ("xielu.alpha_p", (1,)),
+        "mlp.act_fn.beta": ("xielu.beta", ()), "mlp.act_fn.eps": ("xielu.eps", ()),
+    },
+)  # fmt: skip
+
+
+# --- latent attention -------------------------------------------------------------------------------------------------
+
+
+def _minicpm3_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    rope = number(metadata, "minicpm3.rope.dimension_count")
+    return {"qk_rope_head_dim": rope, "qk_nope_head_dim": number(metadata, "minicpm3.attention.key_length") - rope}
+
+
+_MINICPM3 = GGUFArchitecture(
+    "minicpm3", "MiniCPM3ForCausalLM", "minicpm3", "model.layers", OUTSIDE,
+    {
+        **PRE_NORM,
+        "self_attn.q_a_proj": Place(T.ATTN_Q_A),
+        "self_attn.q_a_layernorm": Place(T.ATTN_Q_A_NORM),
+        "self_attn.q_b_proj": Place(T.ATTN_Q_B),
+        "self_attn.kv_a_proj_with_mqa": Place(T.ATTN_KV_A_MQA),
+        "self_attn.kv_a_layernorm": Place(T.ATTN_KV_A_NORM),
+        "self_attn.kv_b_proj": Place(T.ATTN_KV_B),
+        **O_PROJ, **MLP_NORM, **MLP,
+    },
+    (
+        *KEYS[:-2],
+        Key("attention.q_lora_rank", "q_lora_rank"),
+        Key("attention.kv_lora_rank", "kv_lora_rank"),
+        Key("attention.key_length", value=lambda get: get("qk_nope_head_dim") + get("qk_rope_head_dim")),
+        Key("attention.value_length", "v_head_dim", otherwise=width_over_heads),
+    ),
+    biases={frozenset(): {"attention_bias": False, "mlp_bias": False}},
+    # the graph has these numbers
+    fixed=SILU | {"scale_emb": (12,), "scale_depth": (1.4,), "dim_model_base": (256,)},
+    implied=lambda get: {"num_key_value_heads": get("num_attention_heads")},
+    rope=Rope(("default", "linear", "longrope"), dim=lambda get: get("qk_rope_head_dim")),
+    from_file=_minicpm3_of_file,
+)  # fmt: skip
+
+
 # --- norms behind attention and MLP -----------------------------------------------------------------------------------
 
 _POST_NORM_BLOCK = {
@@ -161,7 +217,7 @@ _OLMO3 = GGUFArchitecture(
     "olmo3", "Olmo3ForCausalLM", "olmo2", "model.layers", OUTSIDE, _POST_NORM_BLOCK, KEYS[:-2],
     biases=NO_ATTENTION_BIAS, fixed=SILU, implied=head_dim_is_width_over_heads, needs_output=True,
     rope=Rope(local=True, local_base=None), window_period=4,
-    of_file=lambda metadata: bool(metadata.get("olmo2.attention.sliding_window")),
+    of_file=lambda metadata: number(metadata, "olmo2.attention.sliding_window") > 0,
 )  # fmt: skip
 
 
@@ -177,7 +233,7 @@ def _no_windows(get: Lookup) -> dict[str, Any]:
 _EXAONE4 = GGUFArchitecture(
     "exaone4", "Exaone4ForCausalLM", "exaone4", "model.layers", OUTSIDE, _POST_NORM_BLOCK, KEYS,
     fixed=SILU, implied=head_dim_is_width_over_heads, rope=LLAMA_ROPE, window_period=4, window_default=4096,
-    when=_exaone4_has_windows, of_file=lambda metadata: metadata.get("exaone4.block_count") == 64,
+    when=_exaone4_has_windows, of_file=lambda metadata: number(metadata, "exaone4.block_count") == 64,
 )  # fmt: skip
 _EXAONE4_SMALL = replace(
     _EXAONE4, implied=lambda get: head_dim_is_width_over_heads(get) | _no_windows(get), window_period=None,
@@ -186,6 +242,6 @@ _EXAONE4_SMALL = replace(
 
 ROWS = (
     _MINISTRAL3, _MISTRAL3_OF_MINISTRAL3, _MISTRAL3, _MISTRAL_OF_FILE, _MINISTRAL, _INTERNLM3, _IQUESTCODER, _ARCEE,
-    _GLM, _GLM4, _SEED_OSS, _ERNIE4_5, _HUNYUAN, _OLMO3, _EXAONE4, _EXAONE4_SMALL,
+    _GLM, _GLM4, _SEED_OSS, _ERNIE4_5, _HUNYUAN, _APERTUS, _MINICPM3, _OLMO3, _EXAONE4, _EXAONE4_SMALL,
     *layernorm.ROWS,
 )  # fmt: skip

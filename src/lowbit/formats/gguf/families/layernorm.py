@@ -28,6 +28,7 @@ from lowbit.formats.gguf.families.common import (
     QKV_PLACES,
     SILU,
     head_dim_is_width_over_heads,
+    number,
 )
 from lowbit.formats.gguf.layout import PER_HEAD, PLUS_ONE, QKV, Lookup, RowLayout
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
@@ -56,8 +57,8 @@ _COHERE = GGUFArchitecture(
     ),
     biases=NO_ATTENTION_BIAS, fixed=SILU | {"use_qk_norm": (False,)}, implied=head_dim_is_width_over_heads,
     when=lambda get: get("num_hidden_layers") < 64,
-    of_file=lambda metadata: not metadata.get("command-r.block_count", 0) >= 64,
-    from_file=lambda metadata: {"max_position_embeddings": metadata.get("command-r.context_length")},
+    of_file=lambda metadata: number(metadata, "command-r.block_count") < 64,
+    from_file=lambda metadata: {"max_position_embeddings": number(metadata, "command-r.context_length")},
 )  # fmt: skip
 # Command R+, which llama.cpp knows by its 64 blocks, has a norm for each head of q and k.
 _COHERE_PLUS = replace(
@@ -288,8 +289,8 @@ def _falcon_rows(get: Lookup, count: int) -> np.ndarray:
 
 
 def _falcon_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
-    heads, groups = (metadata.get(f"falcon.{key}") for key in ("attention.head_count", KV_HEADS))
-    groups = heads if groups is None else groups
+    heads = number(metadata, "falcon.attention.head_count")
+    groups = number(metadata, f"falcon.{KV_HEADS}", otherwise=heads)
     if groups == 1:
         return {"multi_query": True, "new_decoder_architecture": False}
     return {"multi_query": False, "new_decoder_architecture": groups != heads, "num_kv_heads": groups}
@@ -332,9 +333,7 @@ _FALCON_TWO_NORMS = replace(  # Falcon 40B and 180B
     fixed=_FALCON.fixed | {"num_ln_in_parallel_attn": (2,), "new_decoder_architecture": (True,)},
     when=lambda get: get("new_decoder_architecture") and get("num_ln_in_parallel_attn") in (None, 2),
     of_tensor="blk.0.attn_norm_2.weight",
-    from_file=lambda metadata: _falcon_of_file(metadata) | {
-        "new_decoder_architecture": True, "num_kv_heads": metadata.get(f"falcon.{KV_HEADS}"),
-    },
+    from_file=lambda metadata: {"num_kv_heads": number(metadata, f"falcon.{KV_HEADS}", otherwise=1)},
 )  # fmt: skip
 
 REFUSED: dict[str, str] = {}
