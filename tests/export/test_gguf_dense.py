@@ -12,6 +12,7 @@ from gguf_models import describe_folder, make_case, write_plain
 from lowbit.checkpoint import open_gguf
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.table import row_of_model
+from lowbit.formats.gguf.write_pre_tokenizers import identify
 from models import make_model
 
 # what the message names → (case, changes)
@@ -85,3 +86,11 @@ def test_a_norm_of_w_plus_one_keeps_its_bias(tmp_path):
     assert torch.equal(sources["output_norm.bias"].read(checkpoint, 0, 1)[0].float(), bias)
     weight = checkpoint.read("model.norm.weight").float()
     assert torch.equal(sources["output_norm.weight"].read(checkpoint, 0, 1)[0], weight + 1)
+
+
+def test_the_pre_tokenizer_of_bloom_is_known_in_the_spelling_of_its_tokenizer_json():
+    split = {"type": "Split", "pattern": {"Regex": r" ?[^(\s|[.,!?…。，、।۔،])]+"}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    tokenizer = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
+    row, notes = identify(tokenizer, "here")
+    assert (row.name, notes) == ("bloom", [])
