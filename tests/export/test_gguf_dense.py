@@ -90,7 +90,10 @@ def test_a_norm_of_w_plus_one_keeps_its_bias(tmp_path):
 
 def test_the_pre_tokenizer_of_bloom_is_known_in_the_spelling_of_its_tokenizer_json():
     split = {"type": "Split", "pattern": {"Regex": r" ?[^(\s|[.,!?…。，、।۔،])]+"}, "behavior": "Isolated"}
-    steps = [split | {"invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    steps = [
+        split | {"invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
     tokenizer = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
     row, notes = identify(tokenizer, "here")
     assert (row.name, notes) == ("bloom", [])
