@@ -43,6 +43,14 @@ CASES: dict[str, tuple] = {
     "internlm3": (("internlm3", _SIZES), {"attention_bias": True, "mlp_bias": True}, "llama", None),
     "iquestcoder": (("iquestcoder", _SIZES), {}, "llama", None),
     "arcee": (("arcee", _SIZES), {"rope_parameters": _YARN}, "arcee", "arcee"),
+    "granite_swa": (("granite_swa", _SIZES), {
+        "num_hidden_layers": 4, "sliding_window": 8, "layer_rope_theta": [0.0, 10000.0, 10000.0, 10000.0],
+        "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+    }, "granite_swa", "granite_swa"),
+    "granite_swa_biased": (("granite_swa", _NO_HEAD_DIM), {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "attention_multiplier": 0.2,
+        "attention_bias": True, "mlp_bias": True,
+    }, "granite_swa", "granite_swa"),
     "glm": (("glm", _SIZES), {}, "chatglm", "glm"),
     "glm_plain": (("glm", _SIZES), {"attention_bias": False, "tie_word_embeddings": True}, "chatglm", "glm"),
     "glm4": (("glm4", _SIZES | {"head_dim": 48}), {}, "glm4", "glm4"),
@@ -68,6 +76,7 @@ CASES: dict[str, tuple] = {
     "olmo3_types": (("olmo3", _NO_HEAD_DIM), {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8, "tie_word_embeddings": True,
     }, "olmo2", "olmo3"),
+    "olmo3_full": (("olmo3", _NO_HEAD_DIM), {"layer_types": ["full_attention"] * 2}, "olmo2", "olmo2"),
     "exaone4": (("exaone4", _NO_HEAD_DIM), {
         "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": _LLAMA3,
     }, "exaone4", "exaone4"),

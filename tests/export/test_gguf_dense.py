@@ -25,6 +25,11 @@ REFUSED = {
     "qk_layernorm": ("phi", {"qk_layernorm": True}),
     "scale_depth": ("minicpm3", {"scale_depth": 1.0}),
     "multi_query": ("gpt_bigcode", {"multi_query": False}),
+    "layer_rope_theta": ("granite_swa", {"layer_rope_theta": [0.0, 5000.0, 10000.0, 10000.0]}),
+    "layer_types has 2 of full attention": ("cohere2", {
+        "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2,
+    }),
+    "with a sliding_window of 0": ("exaone4_windows", {"sliding_window": None, "layer_types": ["full_attention"] * 64}),
     "alibi": ("falcon", {"alibi": True}),
     "parallel_attn": ("falcon", {"parallel_attn": False}),
     r"attn_config\.softmax_scale": ("mpt", {"attn_config": {"softmax_scale": 0.5}}),
@@ -97,3 +102,10 @@ def test_the_pre_tokenizer_of_bloom_is_known_in_the_spelling_of_its_tokenizer_js
     tokenizer = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {}}
     row, notes = identify(tokenizer, "here")
     assert (row.name, notes) == ("bloom", [])
+
+
+def test_a_window_that_is_a_list_is_refused(tmp_path):
+    model, checkpoint = describe_folder(make_case(tmp_path / "hf", "cohere2"))
+    model.key_values["cohere2.attention.sliding_window"] = ([1, 2], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+    with pytest.raises(ArchitectureError, match=r"cohere2\.attention\.sliding_window is .* one positive number"):
+        open_gguf(write_plain(model, checkpoint, tmp_path / "model.gguf"))

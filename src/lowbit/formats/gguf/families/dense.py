@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families import layernorm
 from lowbit.formats.gguf.families.common import (
     ATTENTION_KINDS,
+    BOOL,
     FLOAT,
+    GRANITE_SCALES,
     KEYS,
     LLAMA_BIASES,
     LLAMA_BLOCK,
@@ -33,6 +36,7 @@ from lowbit.formats.gguf.families.common import (
     number,
     width_over_heads,
 )
+from lowbit.formats.gguf.keys import shortest
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
 
@@ -94,6 +98,36 @@ _MISTRAL3 = replace(
     read_back=False, left_out=("vision_tower.", "multi_modal_projector."),
 )  # fmt: skip
 _MISTRAL3_OF_MINISTRAL3 = replace(_MISTRAL3, keys=_MINISTRAL3.keys, rope=_MINISTRAL3.rope, when=_is_ministral3)
+
+
+# --- Granite with windows ---------------------------------------------------------------------------------------------
+
+
+def _one_base(get: Lookup) -> dict[str, Any]:
+    """Blocks without rotary embeddings have the base 0; the others share one."""
+    parameters, bases = get("rope_parameters"), get("layer_rope_theta")
+    return {"layer_rope_theta": [parameters["rope_theta"] if each else 0 for each in bases]} if parameters else {}
+
+
+def _granite_swa_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    base, rotated = metadata.get("granite_swa.rope.freq_base"), metadata.get("granite_swa.attention.rope_pattern")
+    if type(base) is not float or not isinstance(rotated, np.ndarray) or rotated.dtype != bool:
+        return {}
+    return {"layer_rope_theta": [shortest(base) if each else 0.0 for each in rotated]}
+
+
+_GRANITE_SWA = GGUFArchitecture(
+    "granite_swa", "GraniteSWAForCausalLM", "granite_swa", "model.layers", OUTSIDE,
+    {**PRE_NORM, **PAIRED_QKV, **O_PROJ, "self_attn.sinks": Place(T.ATTN_SINKS, bare=True), **MLP_NORM, **MLP},
+    (
+        *KEYS, *GRANITE_SCALES,
+        # the loader has no pattern of its own
+        Key("attention.sliding_window_pattern", kind=BOOL,
+            value=lambda get: [kind == "sliding_attention" for kind in get("layer_types")]),
+        Key("attention.rope_pattern", kind=BOOL, value=lambda get: [base != 0 for base in get("layer_rope_theta")]),
+    ),
+    biases=LLAMA_BIASES, fixed=SILU, implied=_one_base, window_period=1, from_file=_granite_swa_of_file,
+)  # fmt: skip
 
 
 # --- GLM --------------------------------------------------------------------------------------------------------------
@@ -216,7 +250,7 @@ _POST_NORM_BLOCK = {
 _OLMO3 = GGUFArchitecture(
     "olmo3", "Olmo3ForCausalLM", "olmo2", "model.layers", OUTSIDE, _POST_NORM_BLOCK, KEYS[:-2],
     biases=NO_ATTENTION_BIAS, fixed=SILU, implied=head_dim_is_width_over_heads, needs_output=True,
-    rope=Rope(local=True, local_base=None), window_period=4,
+    rope=Rope(local=True, local_base=None), window_period=4, windowless=True,
     of_file=lambda metadata: number(metadata, "olmo2.attention.sliding_window") > 0,
 )  # fmt: skip
 
@@ -242,6 +276,6 @@ _EXAONE4_SMALL = replace(
 
 ROWS = (
     _MINISTRAL3, _MISTRAL3_OF_MINISTRAL3, _MISTRAL3, _MISTRAL_OF_FILE, _MINISTRAL, _INTERNLM3, _IQUESTCODER, _ARCEE,
-    _GLM, _GLM4, _SEED_OSS, _ERNIE4_5, _HUNYUAN, _APERTUS, _MINICPM3, _OLMO3, _EXAONE4, _EXAONE4_SMALL,
+    _GRANITE_SWA, _GLM, _GLM4, _SEED_OSS, _ERNIE4_5, _HUNYUAN, _APERTUS, _MINICPM3, _OLMO3, _EXAONE4, _EXAONE4_SMALL,
     *layernorm.ROWS,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families.common import (
-    FLOAT,
+    GRANITE_SCALES,
     KEYS,
     LLAMA_BIASES,
     LLAMA_BLOCK,
@@ -59,13 +59,7 @@ _SMOLLM3 = GGUFArchitecture(
 )  # fmt: skip
 _GRANITE = replace(
     _LLAMA, model_type="granite", model_class="GraniteForCausalLM", arch="granite",
-    keys=(
-        *KEYS,
-        Key("attention.scale", "attention_multiplier", FLOAT),
-        Key("embedding_scale", "embedding_multiplier", FLOAT, default=1.0),
-        Key("residual_scale", "residual_multiplier", FLOAT, default=1.0),
-        Key("logit_scale", "logits_scaling", FLOAT),
-    ),
+    keys=(*KEYS, *GRANITE_SCALES),
 )  # fmt: skip
 _OLMO2 = GGUFArchitecture(
     "olmo2", "Olmo2ForCausalLM", "olmo2", "model.layers", OUTSIDE,
