@@ -42,6 +42,7 @@ CASES: dict[str, tuple] = {
     "ministral": (("ministral", _SIZES), {"sliding_window": 100}, "llama", None),
     "internlm3": (("internlm3", _SIZES), {"attention_bias": True, "mlp_bias": True}, "llama", None),
     "iquestcoder": (("iquestcoder", _SIZES), {}, "llama", None),
+    "helium": (("helium", _SIZES), {}, "llama", None),
     "arcee": (("arcee", _SIZES), {"rope_parameters": _YARN}, "arcee", "arcee"),
     "granite_swa": (("granite_swa", _SIZES), {
         "num_hidden_layers": 4, "sliding_window": 8, "layer_rope_theta": [0.0, 10000.0, 10000.0, 10000.0],

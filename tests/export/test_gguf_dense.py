@@ -56,7 +56,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, found):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("model_type", ["bitnet", "gptj", "hyperclovax", "vaultgemma"])
+@pytest.mark.parametrize("model_type", ["bitnet", "cwm", "gptj", "hyperclovax", "vaultgemma"])
 def test_a_model_type_without_a_row_is_refused_with_the_reason(model_type):
     with pytest.raises(ArchitectureError, match=rf"'{model_type}' has no place in GGUF that lowbit knows: llama\.cpp"):
         row_of_model({"model_type": model_type}, "here")
@@ -109,3 +109,13 @@ def test_a_window_that_is_a_list_is_refused(tmp_path):
     model.key_values["cohere2.attention.sliding_window"] = ([1, 2], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
     with pytest.raises(ArchitectureError, match=r"cohere2\.attention\.sliding_window is .* one positive number"):
         open_gguf(write_plain(model, checkpoint, tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("case", ["stablelm", "stablelm_parallel", "stablelm_norms"])
+def test_blocks_of_stablelm_are_known_by_their_tensors(tmp_path, case):
+    """The converter writes use_parallel_residual for models whose config.json does not have it."""
+    model, checkpoint = describe_folder(make_case(tmp_path / "hf", case))
+    model.key_values["stablelm.use_parallel_residual"] = (True, gguf.GGUFValueType.BOOL)
+    config = open_gguf(write_plain(model, checkpoint, tmp_path / "model.gguf")).config()
+    assert config["use_parallel_residual"] is (case == "stablelm_parallel")
+    assert config["qk_layernorm"] is (case != "stablelm")

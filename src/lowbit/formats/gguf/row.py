@@ -136,7 +136,7 @@ class GGUFArchitecture:
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
-    of_tensor      and whose files have this tensor
+    of_tensors     and whose files have these tensors
     from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
     """
 
@@ -160,7 +160,7 @@ class GGUFArchitecture:
     left_out: tuple[str, ...] = ()
     when: Callable[[Lookup], bool] = lambda get: True
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
-    of_tensor: str = ""
+    of_tensors: tuple[str, ...] = ()
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
     scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 

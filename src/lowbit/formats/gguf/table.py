@@ -90,7 +90,7 @@ def row_of_file(metadata: dict[str, Any], names: Container[str], where: str) -> 
             f"readable are {', '.join(known)}; for others use the safetensors checkpoint of the model",
         )
     for row in readable:
-        fits = not row.of_tensor or row.of_tensor in names
+        fits = all(name in names for name in row.of_tensors)
         if fits and row.stacks_experts is (type(experts) is int and experts > 0) and row.of_file(metadata):
             return row
     raise ArchitectureError(

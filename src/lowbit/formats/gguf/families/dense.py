@@ -42,6 +42,7 @@ from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
 
 REFUSED = {
     "bitnet": "llama.cpp computes SiLU where BitNet has squared ReLU",
+    "cwm": "llama.cpp has no architecture like Llama with sliding windows in three of four blocks",
     "gptj": "llama.cpp names the architecture and does not compute it",
     "hyperclovax": "llama.cpp has no architecture with its norms behind attention and MLP and its multipliers",
     "vaultgemma": "llama.cpp has no Gemma without norms behind attention and MLP",
@@ -54,6 +55,11 @@ REFUSED = {
 _MINISTRAL = GGUFArchitecture(
     "ministral", "MinistralForCausalLM", "llama", "model.layers", OUTSIDE, LLAMA_BLOCK, KEYS,
     fixed=SILU, rope=LLAMA_ROPE, read_back=False,
+)  # fmt: skip
+_HELIUM = replace(  # neighbours are paired in transformers too
+    _MINISTRAL, model_type="helium", model_class="HeliumForCausalLM",
+    inside={**PRE_NORM, **QKV_PLACES, **O_PROJ, **MLP_NORM, **MLP},
+    biases={frozenset(): {"attention_bias": False, "mlp_bias": False}}, rope=Rope(),
 )  # fmt: skip
 _INTERNLM3 = replace(_MINISTRAL, model_type="internlm3", model_class="InternLM3ForCausalLM", biases=LLAMA_BIASES)
 _IQUESTCODER = replace(_INTERNLM3, model_type="iquestcoder", model_class="IQuestCoderForCausalLM")
@@ -275,7 +281,8 @@ _EXAONE4_SMALL = replace(
 )  # fmt: skip
 
 ROWS = (
-    _MINISTRAL3, _MISTRAL3_OF_MINISTRAL3, _MISTRAL3, _MISTRAL_OF_FILE, _MINISTRAL, _INTERNLM3, _IQUESTCODER, _ARCEE,
+    _MINISTRAL3, _MISTRAL3_OF_MINISTRAL3, _MISTRAL3, _MISTRAL_OF_FILE, _MINISTRAL, _INTERNLM3, _IQUESTCODER, _HELIUM,
+    _ARCEE,
     _GRANITE_SWA, _GLM, _GLM4, _SEED_OSS, _ERNIE4_5, _HUNYUAN, _APERTUS, _MINICPM3, _OLMO3, _EXAONE4, _EXAONE4_SMALL,
     *layernorm.ROWS,
 )  # fmt: skip

@@ -95,6 +95,9 @@ _STABLELM_QK_NORMS = {
 }
 
 
+_FFN_NORM, _Q_NORM = "blk.0.ffn_norm.weight", "blk.0.attn_q_norm.weight"
+
+
 def _stablelm(parallel: bool, qk_norms: bool) -> GGUFArchitecture:
     """parallel: attention and MLP side by side, behind one norm."""
     norms = _NORMS - {T.FFN_NORM} if parallel else _NORMS
@@ -102,13 +105,13 @@ def _stablelm(parallel: bool, qk_norms: bool) -> GGUFArchitecture:
     return GGUFArchitecture(
         "stablelm", "StableLmForCausalLM", "stablelm", "model.layers", OUTSIDE,
         block | (_STABLELM_QK_NORMS if qk_norms else {}),
-        (*_KEYS, Key("use_parallel_residual", "use_parallel_residual", BOOL)),
+        (*_KEYS, Key("use_parallel_residual", "use_parallel_residual", BOOL, default=parallel)),
         biases={norms: {"use_qkv_bias": False}, norms | QKV_KINDS: {"use_qkv_bias": True}},
         fixed=SILU | {"use_parallel_residual": (parallel,), "qk_layernorm": (qk_norms,)},
         implied=head_dim_is_width_over_heads, rope=Rope(partial=True), needs_output=True,
         when=lambda get: (get("use_parallel_residual"), get("qk_layernorm")) == (parallel, qk_norms),
-        of_file=lambda metadata: metadata.get("stablelm.use_parallel_residual", True) is parallel,
-        of_tensor="blk.0.attn_q_norm.weight" if qk_norms else "",
+        # llama.cpp goes by the tensors too, not by use_parallel_residual
+        of_tensors=(*(() if parallel else (_FFN_NORM,)), *((_Q_NORM,) if qk_norms else ())),
     )  # fmt: skip
 
 
@@ -332,7 +335,7 @@ _FALCON_TWO_NORMS = replace(  # Falcon 40B and 180B
     biases={frozenset({T.ATTN_NORM, T.ATTN_NORM_2, T.OUTPUT_NORM}): {"bias": False}},
     fixed=_FALCON.fixed | {"num_ln_in_parallel_attn": (2,), "new_decoder_architecture": (True,)},
     when=lambda get: get("new_decoder_architecture") and get("num_ln_in_parallel_attn") in (None, 2),
-    of_tensor="blk.0.attn_norm_2.weight",
+    of_tensors=("blk.0.attn_norm_2.weight",),
     from_file=lambda metadata: {"num_kv_heads": number(metadata, f"falcon.{KV_HEADS}", otherwise=1)},
 )  # fmt: skip
 
