@@ -54,7 +54,7 @@ def key_values(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValue
             else:
                 entry = (convert(value), key.kind)
             values[f"{row.arch}.{key.name}"] = entry
-    windows, notes = _windows(row, get)
+    windows, notes = _windows(row, get, where)
     near = [note for (key, value), note in row.near.items() if get(key) == value]
     return values | windows, notes + near
 
@@ -80,7 +80,7 @@ def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> di
             )
     config |= {key: spellings[0] for key, spellings in row.fixed.items() if spellings[0] is not None}
     config |= row.from_file(metadata)
-    return config | row.implied(config.get) | _windows_of_file(row, metadata, config, where)
+    return _in_parts(config | row.implied(config.get) | _windows_of_file(row, metadata, config, where))
 
 
 def positive(metadata: dict[str, Any], key: str, where: str) -> int:
@@ -94,6 +94,18 @@ def positive(metadata: dict[str, Any], key: str, where: str) -> int:
 def shortest(value: float) -> float:
     """The shortest decimal that is this float32."""
     return float(str(np.float32(value)))
+
+
+def _in_parts(config: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    parts: dict[str, Any] = {}
+    for key, value in config.items():
+        part, _, rest = key.partition(".")
+        if rest:
+            parts.setdefault(part, {})[rest] = value
+        else:
+            parts[key] = value
+    return parts
 
 
 def _checked(row: GGUFArchitecture, key: Key, metadata: dict[str, Any], where: str) -> Any:
@@ -131,8 +143,11 @@ def _refuse(row: GGUFArchitecture, key: str, value: Any, needed: Any, where: str
     )
 
 
-def _windows(row: GGUFArchitecture, get: Lookup) -> tuple[KeyValues, list[str]]:
-    """Sliding windows: written where llama.cpp has them, noted where it attends to everything instead."""
+def _windows(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValues, list[str]]:
+    """Sliding windows: written where llama.cpp has them, noted where it attends to everything instead.
+
+    Refused where no block has one and llama.cpp takes one for granted: it ends the process when it loads such a file.
+    """
     blocks, window = get("num_hidden_layers"), get("sliding_window") or 0
     types = get("layer_types") or [SLIDING if window else FULL] * (blocks or 0)
     slides = window and SLIDING in types
@@ -146,8 +161,15 @@ def _windows(row: GGUFArchitecture, get: Lookup) -> tuple[KeyValues, list[str]]:
             f"attends to everything, which differs beyond that many tokens"
         )
         return values, [note] if ignored else []
+    if not slides and row.windowless:
+        return {}, []
     if not slides:
-        window, types = get("max_position_embeddings"), [FULL] * blocks
+        found = f"{len(types)} of full attention" if window else f"with a sliding_window of {window}"
+        raise ArchitectureError(
+            f"{where}: layer_types has {found} in config.json; llama.cpp loads {row.arch} models only where a block "
+            f"attends within a sliding window",
+            "llama.cpp cannot run this variant of the model",
+        )
     values = {f"{row.arch}.{WINDOW}": (int(window), GGUFValueType.UINT32)}
     if types != _default_types(row, blocks):
         values[f"{row.arch}.{PATTERN}"] = ([kind == SLIDING for kind in types], GGUFValueType.ARRAY, GGUFValueType.BOOL)
@@ -161,7 +183,8 @@ def _windows_of_file(
     if row.window_period is None:
         return {}
     key, pattern = f"{row.arch}.{WINDOW}", metadata.get(f"{row.arch}.{PATTERN}")
-    window = positive(metadata, key, where) if metadata.get(key) else row.window_default
+    none = metadata.get(key) is None or (type(metadata[key]) is int and metadata[key] == 0)
+    window = row.window_default if none else positive(metadata, key, where)
     blocks = config["num_hidden_layers"]
     if not window:
         return {"layer_types": [FULL] * blocks} if row.window_period else {"sliding_window": None}

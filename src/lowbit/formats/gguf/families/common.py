@@ -42,6 +42,13 @@ KEYS = (
     *HEAD_DIM,
 )
 
+GRANITE_SCALES = (
+    Key("attention.scale", "attention_multiplier", FLOAT),
+    Key("embedding_scale", "embedding_multiplier", FLOAT, default=1.0),
+    Key("residual_scale", "residual_multiplier", FLOAT, default=1.0),
+    Key("logit_scale", "logits_scaling", FLOAT),
+)
+
 
 def expert_keys(count: str, width: str | None = "moe_intermediate_size") -> tuple[Key, ...]:
     keys = (Key("expert_count", count), Key("expert_used_count", "num_experts_per_tok"))
@@ -114,6 +121,12 @@ LLAMA_ROPE = Rope(("default", "linear", "yarn", "llama3"))
 
 
 # --- what llama.cpp derives -----------------------------------------------------------------------------------------
+
+
+def number(metadata: dict[str, Any], key: str, otherwise: int = 0) -> int:
+    """An integer key-value of a file; `otherwise` where it has none, or something else."""
+    value = metadata.get(key)
+    return value if type(value) is int else otherwise
 
 
 def head_dim_is_width_over_heads(get: Lookup) -> dict[str, Any]:

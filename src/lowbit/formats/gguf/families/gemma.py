@@ -73,7 +73,7 @@ _GEMMA3_TEXT = replace(
     },
     keys=(*KEYS, Key("final_logit_softcapping", "final_logit_softcapping", FLOAT, optional=True)),
     fixed=_GEMMA_FIXED | {"attn_logit_softcapping": (None,)}, implied=_gemma_scale(62),
-    rope=Rope(("default", "linear"), local=True), window_period=6, window_default=0,
+    rope=Rope(("default", "linear"), local=True), window_period=6, window_default=0, windowless=True,
 )  # fmt: skip
 _GEMMA3 = replace(
     _GEMMA3_TEXT, model_type="gemma3", model_class="Gemma3ForConditionalGeneration",

@@ -8,7 +8,7 @@ from typing import Any
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families.common import (
-    FLOAT,
+    GRANITE_SCALES,
     KEYS,
     LLAMA_BIASES,
     LLAMA_BLOCK,
@@ -27,6 +27,7 @@ from lowbit.formats.gguf.families.common import (
     expert_keys,
     expert_places,
     head_dim_is_width_over_heads,
+    number,
 )
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
@@ -58,13 +59,7 @@ _SMOLLM3 = GGUFArchitecture(
 )  # fmt: skip
 _GRANITE = replace(
     _LLAMA, model_type="granite", model_class="GraniteForCausalLM", arch="granite",
-    keys=(
-        *KEYS,
-        Key("attention.scale", "attention_multiplier", FLOAT),
-        Key("embedding_scale", "embedding_multiplier", FLOAT, default=1.0),
-        Key("residual_scale", "residual_multiplier", FLOAT, default=1.0),
-        Key("logit_scale", "logits_scaling", FLOAT),
-    ),
+    keys=(*KEYS, *GRANITE_SCALES),
 )  # fmt: skip
 _OLMO2 = GGUFArchitecture(
     "olmo2", "Olmo2ForCausalLM", "olmo2", "model.layers", OUTSIDE,
@@ -75,6 +70,7 @@ _OLMO2 = GGUFArchitecture(
         "post_feedforward_layernorm": Place(T.FFN_POST_NORM),
     },
     KEYS[:-2], biases=NO_ATTENTION_BIAS, fixed=SILU, implied=head_dim_is_width_over_heads, needs_output=True,
+    of_file=lambda metadata: number(metadata, "olmo2.attention.sliding_window") == 0,
 )  # fmt: skip
 _PHI3 = GGUFArchitecture(
     "phi3", "Phi3ForCausalLM", "phi3", "model.layers", OUTSIDE,
