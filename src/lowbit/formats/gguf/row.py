@@ -28,6 +28,7 @@ class Place:
     ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
+    flag      key of config.json that is true where the model has the tensor
     """
 
     tensor: MODEL_TENSOR
@@ -36,6 +37,7 @@ class Place:
     ending: str = "weight"
     group: str = ""
     optional: bool = False
+    flag: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
@@ -67,6 +69,7 @@ class Key:
     otherwise  value where config.json or the file has none
     default    what llama.cpp takes where the file has none; config.json always says it
     optional   neither side needs it; a key without any of the four must be there
+    zero       0 is a value; other counts are positive
     """
 
     name: str
@@ -76,6 +79,7 @@ class Key:
     default: Any = None
     optional: bool = False
     value: Callable[[Lookup], Any] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Rope:
     local      sliding-window blocks have a base of their own (Gemma 3)
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
     dim        rotated dimensions of a head, where they are not a share of head_dim
+    latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
+               computes it for these values of mscale_all_dim; () for any
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
@@ -94,6 +100,7 @@ class Rope:
     local: bool = False
     truncates: bool = True
     dim: Callable[[Lookup], int] | None = None
+    latent: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
         raise ArchitectureError(f"{where}: biases on {names}, which is not how {row.model_class} is built")
     _require_all_blocks(row, biased, metadata, found, where)
     config = config_of(row, metadata, where) | row.biases[biased]
+    kinds = {each.place.tensor for each in found}
+    config |= {place.flag: place.tensor in kinds for _, place in row.places.values() if place.flag}
     names = {each.tensor.name for each in found}
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
