@@ -73,6 +73,8 @@ def rope_key_values(
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
+        if local.get("partial_rotary_factor", 1.0) != share:
+            raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
     if kind == "dynamic":
@@ -118,6 +120,8 @@ def rope_parameters(
     parameters |= scaling
     if row.rope.local:
         local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), 10000.0), "rope_type": "default"}
+        if row.rope.partial:
+            local["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         parameters = {"full_attention": parameters, "sliding_attention": local}
     return {"rope_parameters": parameters}, notes
 

@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,13 @@ class GGUFArchitecture:
         stem, _, suffix = parameter.rpartition(".")
         for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
-            expert = _EXPERT.search(path)
-            path = _EXPERT.sub(r"\1experts.*.", path)
-            places = (self.outside if block is None else self.inside).get(path)
+            known = self.outside if block is None else self.inside
+            expert = None if path in known else _NUMBER.search(path)
+            places = known.get(path if expert is None else _NUMBER.sub("*", path, count=1))
             if places is None or any(place.bare is not bare for place in each_place(places)):
                 continue
             if bare or suffix in ("weight", "bias"):
-                number = int(expert[2]) if expert else None
+                number = int(expert[0]) if expert else None
                 return tuple(
                     RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
                 )

@@ -13,12 +13,9 @@ import numpy as np
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families.common import (
-    BOOL,
     FLOAT,
-    GATE_UP_DOWN,
     KV_HEADS,
     LENGTHS,
-    MLP,
     MLP_NORM,
     NO_ATTENTION_BIAS,
     O_PROJ,
@@ -26,7 +23,21 @@ from lowbit.formats.gguf.families.common import (
     PRE_NORM,
     SILU,
     expert_keys,
-    expert_places,
+)
+from lowbit.formats.gguf.families.routing import (
+    CORRECTED_BLOCKS,
+    DENSE_BLOCKS,
+    EXPERT_BLOCKS,
+    GROUPS,
+    LEADING_DENSE,
+    LEADING_DENSE_TYPES,
+    SHARED_COUNT,
+    SIGMOID,
+    SOFTMAX,
+    WEIGHTS,
+    dense_blocks_first,
+    gating,
+    is_gated,
 )
 from lowbit.formats.gguf.layout import Lookup, RowLayout, Shape
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Places, Rope, grouped
@@ -61,12 +72,6 @@ ABSORBED_VALUES = RowLayout(
     "values of each head", rows=_rows_of_values, shape=_values_by_head,
     unshape=lambda get, shape: (shape[0] * shape[1], shape[2]),
 )  # fmt: skip
-SHARED_EXPERT = {
-    "mlp.shared_experts.gate_proj": Place(T.FFN_GATE_SHEXP),
-    "mlp.shared_experts.up_proj": Place(T.FFN_UP_SHEXP),
-    "mlp.shared_experts.down_proj": Place(T.FFN_DOWN_SHEXP),
-}
-CORRECTION = {"mlp.gate.e_score_correction_bias": Place(T.FFN_EXP_PROBS_B, bare=True, ending="bias")}
 _QUERIES = {
     **grouped("queries", {"self_attn.q_proj": Place(T.ATTN_Q)}),
     **grouped("queries by way of a latent", {
@@ -82,32 +87,7 @@ LATENT: Places = {
     "self_attn.kv_b_proj": (Place(T.ATTN_K_B, ABSORBED_KEYS), Place(T.ATTN_V_B, ABSORBED_VALUES)),
     **O_PROJ, **MLP_NORM,
 }  # fmt: skip
-DENSE_BLOCKS = grouped("dense", MLP)
-EXPERT_BLOCKS = {**expert_places("mlp", "gate", GATE_UP_DOWN), **SHARED_EXPERT}
-
 # --- key-values -----------------------------------------------------------------------------------------------------
-
-SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
-ROUTING = (
-    Key("expert_shared_count", "n_shared_experts"),
-    Key("expert_weights_scale", "routed_scaling_factor", FLOAT, default=1.0),
-    Key("expert_weights_norm", "norm_topk_prob", BOOL, default=False),
-)
-GROUPS = (
-    Key("expert_group_count", "n_group", default=1),
-    Key("expert_group_used_count", "topk_group", default=1),
-)
-LEADING_DENSE = Key("leading_dense_block_count", "first_k_dense_replace", default=0, zero=True)
-
-
-def gating(function: int) -> Key:
-    return Key("expert_gating_func", value=lambda get: function)
-
-
-def is_gated(arch: str, function: int, otherwise: int):
-    """Whether a file's experts are gated by this function; the other is what llama.cpp takes without a key-value."""
-    return lambda metadata: metadata.get(f"{arch}.expert_gating_func", otherwise) == function
-
 
 LATENT_KEYS = (
     *LENGTHS,
@@ -164,7 +144,7 @@ _LATENT_ROPE = Rope(("default", "linear", "yarn"), dim=lambda get: get("qk_rope_
 _DEEPSEEK_V2 = GGUFArchitecture(
     "deepseek_v2", "DeepseekV2ForCausalLM", "deepseek2", "model.layers", OUTSIDE,
     {**LATENT, **DENSE_BLOCKS, **grouped("experts", EXPERT_BLOCKS)},
-    (*DEEPSEEK2_KEYS, *expert_keys("n_routed_experts"), *ROUTING[:2], LEADING_DENSE, gating(SOFTMAX)),
+    (*DEEPSEEK2_KEYS, *expert_keys("n_routed_experts"), SHARED_COUNT, WEIGHTS[0], LEADING_DENSE, gating(SOFTMAX)),
     biases=NO_ATTENTION_BIAS, rope=_LATENT_ROPE,
     fixed=SILU | {"topk_method": ("greedy",), "norm_topk_prob": (False,), "mlp_bias": (False,)},
     implied=a_key_for_each_query,
@@ -172,10 +152,22 @@ _DEEPSEEK_V2 = GGUFArchitecture(
 )  # fmt: skip
 _DEEPSEEK_V3 = replace(
     _DEEPSEEK_V2, model_type="deepseek_v3", model_class="DeepseekV3ForCausalLM",
-    inside={**LATENT, **DENSE_BLOCKS, **grouped("experts", {**EXPERT_BLOCKS, **CORRECTION})},
-    keys=(*DEEPSEEK2_KEYS, *expert_keys("n_routed_experts"), *ROUTING, *GROUPS, LEADING_DENSE, gating(SIGMOID)),
+    inside={**LATENT, **DENSE_BLOCKS, **grouped("experts", CORRECTED_BLOCKS)},
+    keys=(*DEEPSEEK2_KEYS, *expert_keys("n_routed_experts"), SHARED_COUNT, *WEIGHTS, *GROUPS, LEADING_DENSE,
+          gating(SIGMOID)),
     fixed=SILU | {"rope_interleave": (True,)},
     of_file=is_gated("deepseek2", SIGMOID, SOFTMAX), from_file=_deepseek3_of_file,
 )  # fmt: skip
+_EPSILON_OF_LATENTS = (
+    "the norms of the latents have an epsilon of their own in transformers, 1e-6, and that of the other norms in "
+    "llama.cpp: logits differ by some 1e-5"
+)
+_GLM4_MOE_LITE = replace(
+    _DEEPSEEK_V3, model_type="glm4_moe_lite", model_class="Glm4MoeLiteForCausalLM",
+    keys=(*DEEPSEEK2_KEYS, *expert_keys("n_routed_experts"), SHARED_COUNT, *WEIGHTS, *GROUPS, LEADING_DENSE_TYPES,
+          gating(SIGMOID)),
+    near={("rms_norm_eps", 1e-5): _EPSILON_OF_LATENTS},
+    implied=lambda get: a_key_for_each_query(get) | dense_blocks_first(get), read_back=False,
+)  # fmt: skip
 
-ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3)
+ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3, _GLM4_MOE_LITE)
