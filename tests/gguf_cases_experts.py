@@ -27,6 +27,20 @@ _LLAMA4 = _SIZES | _LOCAL | {
     "num_hidden_layers": 4, "head_dim": 32, "intermediate_size": 64, "intermediate_size_mlp": 192, "pad_token_id": 0,
 }  # fmt: skip
 
+# With few heads many scores are 0, and which of equal ones are chosen differs.
+_SPARSE = _LATENT | {"index_topk": 8, "index_n_heads": 32, "index_head_dim": 64, "rms_norm_eps": 1e-6}
+_LAGUNA = ("laguna", _SIZES | _EXPERTS | {
+    "head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4, "shared_expert_intermediate_size": 96,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "num_attention_heads_per_layer": [4, 6, 6, 4], "moe_routed_scaling_factor": 2.5,
+})  # fmt: skip
+_COHERE = ("cohere2_moe", _SIZES | {
+    "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4,
+    "prefix_dense_intermediate_size": 96,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+})  # fmt: skip
+
 # name → (model_type and sizes, changes to the config, general.architecture, model_type read back or None)
 CASES: dict[str, tuple] = {
     "deepseek_v2": (_V2, {}, "deepseek2", "deepseek_v2"),
@@ -66,6 +80,24 @@ CASES: dict[str, tuple] = {
         "head_dim": 48, "v_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4, "num_key_value_heads": 1,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     }), {}, "mimo2", "mimo_v2_flash"),
+    "youtu": (("youtu", {key: _LATENT[key] for key in _LATENT if key not in {*_ROUTED, "first_k_dense_replace"}}), {},
+              "deepseek2", "youtu"),
+    "deepseek_v32": (("deepseek_v32", _SPARSE), {"n_group": 4, "topk_group": 2}, "deepseek32", "deepseek_v32"),
+    "deepseek_v32_yarn": (("deepseek_v32", _SPARSE), {
+        "rope_parameters": _DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "n_group": 1, "topk_group": 1,
+    }, "deepseek32", "deepseek_v32"),
+    "glm_moe_dsa": (("glm_moe_dsa", _SPARSE), {"indexer_types": ["full", "shared", "full"]}, "glm-dsa",
+                    "glm_moe_dsa"),
+    "hy_v3": (("hy_v3", _SIZES | _EXPERTS | {"head_dim": 32, "num_shared_experts": 2}), {}, "hy_v3", "hy_v3"),
+    "laguna": (_LAGUNA, {}, "laguna", "laguna"),
+    "laguna_yarn": (_LAGUNA, {"rope_parameters": {
+        "full_attention": _YARN | {"partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 1.0},
+    }}, "laguna", "laguna"),
+    "cohere2_moe": (_COHERE, {"num_shared_experts": 2}, "cohere2moe", "cohere2_moe"),
+    "cohere2_moe_sigmoid": (_COHERE, {
+        "expert_selection_fn": "sigmoid", "norm_topk_prob": False, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    }, "cohere2moe", "cohere2_moe"),
     "llama4_text": (("llama4_text", _LLAMA4), {"interleave_moe_layer_step": 2}, "llama4", "llama4_text"),
 }  # fmt: skip
 # case → nats, with the reason

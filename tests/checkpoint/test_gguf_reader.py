@@ -70,7 +70,9 @@ def test_the_rebuilt_config_makes_a_model_that_takes_every_tensor(tmp_path, arch
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model_type}-{row.arch}")
 def test_the_names_agree_with_the_gguf_package(row):
     """Where the package knows a Hugging Face name; and no tensor that it does not list for the architecture."""
-    kind = next(kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == row.arch)
+    kind = next((kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == row.arch), None)
+    if kind is None:
+        pytest.skip("the gguf package is older than this architecture")
     names = gguf.get_tensor_name_map(kind, 4)
     known = 0
     modules = Counter(module for module, _ in row.places.values())

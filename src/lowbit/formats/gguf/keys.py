@@ -149,7 +149,7 @@ def _windows(row: GGUFArchitecture, get: Lookup) -> tuple[KeyValues, list[str]]:
     if not slides:
         window, types = get("max_position_embeddings"), [FULL] * blocks
     values = {f"{row.arch}.{WINDOW}": (int(window), GGUFValueType.UINT32)}
-    if types != _default_types(row, blocks):
+    if types != _default_types(row, blocks) or row.window_period == 1:
         values[f"{row.arch}.{PATTERN}"] = ([kind == SLIDING for kind in types], GGUFValueType.ARRAY, GGUFValueType.BOOL)
     return values, []
 

@@ -73,7 +73,10 @@ def rope_key_values(
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
-        if local.get("partial_rotary_factor", 1.0) != share:
+        local_share = local.get("partial_rotary_factor", 1.0)
+        if rope.local_partial:
+            values[f"{prefix}dimension_count_swa"] = (int(dim / share * local_share), GGUFValueType.UINT32)
+        elif local_share != share:
             raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
@@ -121,7 +124,9 @@ def rope_parameters(
     if row.rope.local:
         local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), 10000.0), "rope_type": "default"}
         if row.rope.partial:
-            local["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+            rotated = metadata.get(f"{prefix}dimension_count_swa", rotated)
+            whole = type(rotated) is not int or not 0 < rotated <= head_dim
+            local["partial_rotary_factor"] = 1.0 if whole else rotated / head_dim
         parameters = {"full_attention": parameters, "sliding_attention": local}
     return {"rope_parameters": parameters}, notes
 

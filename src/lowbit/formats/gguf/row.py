@@ -89,6 +89,7 @@ class Rope:
     scalings   transformers' rope types that it computes
     partial    it rotates the first rope.dimension_count of a head, which may be fewer than all
     local      sliding-window blocks have a base of their own (Gemma 3)
+    local_partial  and a number of rotated dimensions of their own
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
     dim        rotated dimensions of a head, where they are not a share of head_dim
     latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
@@ -98,6 +99,7 @@ class Rope:
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     partial: bool = False
     local: bool = False
+    local_partial: bool = False
     truncates: bool = True
     dim: Callable[[Lookup], int] | None = None
     latent: tuple[float, ...] | None = None
@@ -120,7 +122,8 @@ class GGUFArchitecture:
     implied        what llama.cpp derives from other values and config.json has to agree with
     rope           None without rotary embeddings
     window_period  every so many blocks one attends to everything and the others within attention.sliding_window;
-                   0: llama.cpp keeps the key and ignores it; None: it does not know the key
+                   1: the file always says which blocks slide; 0: llama.cpp keeps the key and ignores it; None: it does
+                   not know the key
     window_default what it takes for attention.sliding_window where the file has none; 0: no window
     needs_output   llama.cpp loads no model without output.weight, tied or not
     read_back      this row is what a GGUF file of its `arch` becomes (others share the arch: Mistral becomes Llama)

@@ -41,6 +41,7 @@ from lowbit.formats.gguf.families.routing import (
     LEADING_DENSE_TYPES,
     SHARED_COUNT,
     SIGMOID,
+    SOFTMAX,
     WEIGHTS,
     dense_blocks_first,
     gating,
@@ -273,6 +274,104 @@ _MIMO_V2_FLASH = GGUFArchitecture(
     needs_output=True, from_file=_mimo_of_file,
 )  # fmt: skip
 
+# --- Hunyuan --------------------------------------------------------------------------------------------------------
+
+
+def _hunyuan_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    return mlp_types_of_file("hy_v3", metadata) | PREDICTS_NOTHING
+
+
+_HY_V3 = GGUFArchitecture(
+    "hy_v3", "HYV3ForCausalLM", "hy_v3", "model.layers", OUTSIDE,
+    {
+        **ATTENTION, **QK_NORM, **MLP_NORM, **DENSE_BLOCKS,
+        **grouped("experts", {
+            **expert_places("mlp", "router.gate", GATE_UP_DOWN), **shared_places("mlp.shared_mlp"),
+            "mlp.expert_bias": replace(CORRECTION, ending=""),
+        }),
+    },
+    (*KEYS, *expert_keys("num_experts"), Key("expert_shared_count", "num_shared_experts", default=1),
+     Key("expert_shared_feed_forward_length",
+         value=lambda get: get("num_shared_experts") * get("moe_intermediate_size")),
+     Key("expert_weights_scale", "router_scaling_factor", FLOAT, default=1.0),
+     Key("expert_weights_norm", kind=BOOL, value=lambda get: True), LEADING_DENSE_TYPES, gating(SIGMOID)),
+    biases=NO_ATTENTION_BIAS, fixed=SILU | {"mlp_bias": (False,)}, implied=dense_blocks_first,
+    from_file=_hunyuan_of_file,
+)  # fmt: skip
+
+# --- Laguna, Command A ----------------------------------------------------------------------------------------------
+
+
+def _laguna_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    heads = metadata.get("laguna.attention.head_count")
+    found = mlp_types_of_file("laguna", metadata)
+    if isinstance(heads, np.ndarray) and len(heads):
+        found |= {"num_attention_heads": int(heads[0]), "num_attention_heads_per_layer": [int(each) for each in heads]}
+    return found
+
+
+_LAGUNA = GGUFArchitecture(
+    "laguna", "LagunaForCausalLM", "laguna", "model.layers", OUTSIDE,
+    {
+        **ATTENTION, **QK_NORM, "self_attn.g_proj": Place(T.ATTN_GATE), **MLP_NORM, **DENSE_BLOCKS,
+        **grouped("experts", {
+            **expert_places("mlp", "gate", GATE_UP_DOWN), **shared_places("mlp.shared_expert"),
+            "mlp.experts.e_score_correction_bias": CORRECTION,
+        }),
+    },
+    (*LENGTHS[:-1], Key("attention.head_count", value=lambda get: get("num_attention_heads_per_layer")), *KEYS[5:],
+     *expert_keys("num_experts"), Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+     Key("expert_weights_scale", "moe_routed_scaling_factor", FLOAT, default=1.0),
+     Key("expert_weights_norm", kind=BOOL, value=lambda get: True), LEADING_DENSE_TYPES, gating(SIGMOID)),
+    biases=NO_ATTENTION_BIAS,
+    fixed=SILU | {"gating": (True, "per-head"), "moe_router_logit_softcapping": (0.0,)},
+    implied=dense_blocks_first, rope=Rope(("default", "yarn"), partial=True, local=True, local_partial=True),
+    window_period=1, from_file=_laguna_of_file,
+)  # fmt: skip
+
+
+def _rotates_dense_blocks(get: Lookup) -> dict[str, Any]:
+    dense = "dense" in (get("mlp_layer_types") or [])
+    return dense_blocks_first(get) | ({"prefix_dense_sliding_window_pattern": 1} if dense else {})
+
+
+def _cohere_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    softmax = metadata.get("cohere2moe.expert_gating_func", SIGMOID) == SOFTMAX
+    return mlp_types_of_file("cohere2moe", metadata) | {
+        "expert_selection_fn": "softmax" if softmax else "sigmoid",
+        "norm_topk_prob": metadata.get("cohere2moe.expert_weights_norm", False),
+    }
+
+
+_COHERE2_MOE = GGUFArchitecture(
+    "cohere2_moe", "Cohere2MoeForCausalLM", "cohere2moe", "model.layers", OUTSIDE,
+    {
+        # rotary pairs are neighbours in Hugging Face too
+        **ATTENTION, **DENSE_BLOCKS,
+        **grouped("experts", {
+            **expert_places("mlp", "gate", GATE_UP_DOWN),
+            **{path: replace(place, optional=True) for path, place in shared_places("mlp.shared_experts").items()},
+        }),
+    },
+    (*(key for key in KEYS if key.name not in ("feed_forward_length", "attention.layer_norm_rms_epsilon")),
+     Key("feed_forward_length", "prefix_dense_intermediate_size", otherwise=lambda get: get("intermediate_size")),
+     Key("attention.layer_norm_epsilon", "layer_norm_eps", FLOAT, optional=True),
+     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", FLOAT, optional=True),
+     Key("logit_scale", "logit_scale", FLOAT),
+     Key("expert_count", "num_experts"), Key("expert_used_count", "num_experts_per_tok"),
+     Key("expert_feed_forward_length", "intermediate_size"),
+     Key("expert_shared_count", "num_shared_experts", default=0, zero=True),
+     Key("expert_shared_feed_forward_length",
+         value=lambda get: get("num_shared_experts") * get("intermediate_size")),
+     Key("expert_gating_func", value=lambda get: SOFTMAX if get("expert_selection_fn") == "softmax" else SIGMOID),
+     # softmax is over the chosen experts, which normalises
+     Key("expert_weights_norm", kind=BOOL,
+         value=lambda get: get("expert_selection_fn") == "softmax" or bool(get("norm_topk_prob"))),
+     LEADING_DENSE_TYPES),
+    biases=NO_ATTENTION_BIAS, fixed=SILU | {"shared_expert_combination_strategy": ("average",)},
+    implied=_rotates_dense_blocks, rope=Rope(("default",)), window_period=1, from_file=_cohere_of_file,
+)  # fmt: skip
+
 # --- Llama 4 --------------------------------------------------------------------------------------------------------
 
 
@@ -320,5 +419,5 @@ _LLAMA4 = replace(
 
 ROWS: tuple[GGUFArchitecture, ...] = (
     *latent.ROWS, _GLM4_MOE, _SOLAR_OPEN, _DOTS1, _MINIMAX_M2, _OLMOE, _ERNIE4_5_MOE, _GRANITEMOESHARED, _GRANITEMOE,
-    _EXAONE_MOE, _AFMOE, _MIMO_V2_FLASH, _LLAMA4_TEXT, _LLAMA4,
+    _EXAONE_MOE, _AFMOE, _MIMO_V2_FLASH, _HY_V3, _LAGUNA, _COHERE2_MOE, _LLAMA4_TEXT, _LLAMA4,
 )  # fmt: skip

@@ -13,9 +13,11 @@ import numpy as np
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.formats.gguf.families.common import (
+    BOOL,
     FLOAT,
     KV_HEADS,
     LENGTHS,
+    MLP,
     MLP_NORM,
     NO_ATTENTION_BIAS,
     O_PROJ,
@@ -38,6 +40,7 @@ from lowbit.formats.gguf.families.routing import (
     dense_blocks_first,
     gating,
     is_gated,
+    mlp_types_of_file,
 )
 from lowbit.formats.gguf.layout import Lookup, RowLayout, Shape
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Places, Rope, grouped
@@ -170,4 +173,62 @@ _GLM4_MOE_LITE = replace(
     implied=lambda get: a_key_for_each_query(get) | dense_blocks_first(get), read_back=False,
 )  # fmt: skip
 
-ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3, _GLM4_MOE_LITE)
+_YOUTU = replace(
+    _DEEPSEEK_V3, model_type="youtu", model_class="YoutuForCausalLM",
+    inside={**LATENT, **MLP},
+    keys=(*DEEPSEEK2_KEYS, Key("expert_feed_forward_length", value=lambda get: get("intermediate_size")),
+          Key("expert_shared_count", value=lambda get: 0),
+          Key("leading_dense_block_count", value=lambda get: get("num_hidden_layers"))),
+    of_file=lambda metadata: True, from_file=lambda metadata: heads_of_latent("deepseek2", metadata),
+)  # fmt: skip
+
+# --- sparse attention -----------------------------------------------------------------------------------------------
+
+_INDEXER = grouped("indexer", {
+    "self_attn.indexer.k_norm": Place(T.INDEXER_K_NORM),
+    "self_attn.indexer.weights_proj": Place(T.INDEXER_PROJ),
+    "self_attn.indexer.wk": Place(T.INDEXER_ATTN_K),
+    "self_attn.indexer.wq_b": Place(T.INDEXER_ATTN_Q_B),
+})  # fmt: skip
+_SPARSE_KEYS = (
+    *LATENT_KEYS, Key("attention.q_lora_rank", "q_lora_rank"),
+    *expert_keys("n_routed_experts"), SHARED_COUNT, *WEIGHTS, *GROUPS, LEADING_DENSE_TYPES, gating(SIGMOID),
+    Key("attention.indexer.head_count", "index_n_heads"),
+    Key("attention.indexer.key_length", "index_head_dim"),
+    Key("attention.indexer.top_k", "index_topk"),
+)  # fmt: skip
+
+
+def _sparse_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
+    arch = metadata["general.architecture"]
+    types = mlp_types_of_file(arch, metadata)
+    dense = types["mlp_layer_types"].count("dense")
+    found = heads_of_latent(arch, metadata) | types | {"first_k_dense_replace": dense}
+    full = metadata.get(f"{arch}.attention.indexer.types")
+    if isinstance(full, np.ndarray):
+        found["indexer_types"] = ["full" if each else "shared" for each in full]
+    return found
+
+
+def _indexed_everywhere(get: Lookup) -> dict[str, Any]:
+    indexed = {"layer_types": ["indexed_attention"] * get("num_hidden_layers")}
+    return indexed | dense_blocks_first(get) | {"num_key_value_heads": get("num_attention_heads")}
+
+
+_DEEPSEEK_V32 = GGUFArchitecture(
+    "deepseek_v32", "DeepseekV32ForCausalLM", "deepseek32", "model.layers", OUTSIDE,
+    {**LATENT, **_INDEXER, **DENSE_BLOCKS, **grouped("experts", CORRECTED_BLOCKS)}, _SPARSE_KEYS,
+    biases={frozenset({T.INDEXER_K_NORM}): {"attention_bias": False}},
+    fixed=SILU | {"mlp_bias": (False,)}, implied=_indexed_everywhere,
+    rope=Rope(("default", "linear", "yarn"), dim=lambda get: get("qk_rope_head_dim"), latent=(1.0,)),
+    from_file=_sparse_of_file,
+)  # fmt: skip
+_GLM_MOE_DSA = replace(
+    _DEEPSEEK_V32, model_type="glm_moe_dsa", model_class="GlmMoeDsaForCausalLM", arch="glm-dsa",
+    keys=(*_SPARSE_KEYS, Key("attention.indexer.types", kind=BOOL,
+                             value=lambda get: [kind == "full" for kind in get("indexer_types")])),
+    near={("rms_norm_eps", 1e-5): _EPSILON_OF_LATENTS},
+    rope=Rope(("default", "linear"), dim=lambda get: get("qk_rope_head_dim")),
+)  # fmt: skip
+
+ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3, _GLM4_MOE_LITE, _YOUTU, _DEEPSEEK_V32, _GLM_MOE_DSA)
