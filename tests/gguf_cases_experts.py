@@ -88,6 +88,10 @@ CASES: dict[str, tuple] = {
     }, "deepseek32", "deepseek_v32"),
     "glm_moe_dsa": (("glm_moe_dsa", _SPARSE), {"indexer_types": ["full", "shared", "full"]}, "glm-dsa",
                     "glm_moe_dsa"),
+    "hunyuan_v1_moe": (("hunyuan_v1_moe", _SIZES | {
+        "num_experts": 8, "moe_topk": [2, 2, 2], "head_dim": 32, "intermediate_size": 64, "pad_token_id": 0,
+    }), {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}},
+        "hunyuan-moe", "hunyuan_v1_moe"),
     "hy_v3": (("hy_v3", _SIZES | _EXPERTS | {"head_dim": 32, "num_shared_experts": 2}), {}, "hy_v3", "hy_v3"),
     "laguna": (_LAGUNA, {}, "laguna", "laguna"),
     "laguna_yarn": (_LAGUNA, {"rope_parameters": {

@@ -22,7 +22,7 @@ TEXTS = [
 ]
 # Names of pre-tokenizers.
 BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "qwen35", "gpt-4o", "tekken",
-              "deepseek-v3", "deepseek-coder", "falcon")  # fmt: skip
+              "deepseek-v3", "deepseek-coder", "falcon", "bloom", "jais-2", "seed-coder")  # fmt: skip
 SENTENCEPIECE = ("llama2", "metaspace", "gemma")
 
 _CONTROL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")

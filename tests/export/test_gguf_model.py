@@ -53,6 +53,8 @@ def test_every_tensor_comes_back_bit_for_bit(cases, case):
             assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6), name
         else:
             assert torch.equal(found, expected), name
+        if expected.dim() == 0:
+            continue
         rows = expected.shape[0]
         for start, stop in ((rows // 3, rows - 1), (0, 1), (rows, rows)):
             assert torch.equal(back.read(name, start, stop), found[start:stop]), (name, start, stop)

@@ -80,7 +80,7 @@ def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> di
             )
     config |= {key: spellings[0] for key, spellings in row.fixed.items() if spellings[0] is not None}
     config |= row.from_file(metadata)
-    return config | row.implied(config.get) | _windows_of_file(row, metadata, config, where)
+    return _in_parts(config | row.implied(config.get) | _windows_of_file(row, metadata, config, where))
 
 
 def positive(metadata: dict[str, Any], key: str, where: str) -> int:
@@ -94,6 +94,18 @@ def positive(metadata: dict[str, Any], key: str, where: str) -> int:
 def shortest(value: float) -> float:
     """The shortest decimal that is this float32."""
     return float(str(np.float32(value)))
+
+
+def _in_parts(config: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    parts: dict[str, Any] = {}
+    for key, value in config.items():
+        part, _, rest = key.partition(".")
+        if rest:
+            parts.setdefault(part, {})[rest] = value
+        else:
+            parts[key] = value
+    return parts
 
 
 def _checked(row: GGUFArchitecture, key: Key, metadata: dict[str, Any], where: str) -> Any:

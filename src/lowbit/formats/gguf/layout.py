@@ -12,6 +12,7 @@ source each stored row holds; reading a file back inverts that array.
     PLUS_ONE    norms of Gemma: w in Hugging Face, w + 1 in GGUF
     NEG_EXP     decay of state spaces: log a in Hugging Face, -a in GGUF
     ONE_ROW     one row of weights: [1, K] in Hugging Face, [1, K] or [K] in GGUF
+    PER_HEAD    a norm for each head: [heads, d] in both
 
 A memory of one slab is enough: the source rows of a slab are read as few contiguous runs, then put in order.
 """
@@ -223,3 +224,4 @@ TRANSPOSED = RowLayout("transposed", transposed=True)
 PLUS_ONE = RowLayout("plus one", values=lambda w: w + 1, undo=lambda w: w - 1)
 NEG_EXP = RowLayout("minus exp", values=lambda w: -torch.exp(w), undo=lambda w: torch.log(-w))
 ONE_ROW = RowLayout("one row")
+PER_HEAD = RowLayout("a norm for each head", shape=lambda get, shape: shape)

@@ -171,6 +171,8 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     rope, computed, rope_notes = rope_key_values(row, get, where)
     values |= rope
     names, beside = _names(checkpoint, architecture, row)
+    values |= _scalars(checkpoint, row, len(architecture.blocks))
+    names = [name for name in names if not row.is_scalar(name)]
     tensors = _tensors(checkpoint, architecture, row, get, names)
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
@@ -221,6 +223,17 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
     return names, [f"left out ({count} tensors): {what}" for what, count in beside.items()]
 
 
+def _scalars(checkpoint: Checkpoint, row: GGUFArchitecture, blocks: int) -> KeyValues:
+    """Key-values that hold a number of each block: the tensors of one element that are there."""
+    return {
+        key: (
+            [float(checkpoint.read(f"{row.blocks}.{block}.{path}").float()) for block in range(blocks)],
+            GGUFValueType.ARRAY, GGUFValueType.FLOAT32,
+        )
+        for path, (key, _) in row.scalars.items()
+    }  # fmt: skip
+
+
 def _tensors(
     checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture, get: Lookup, names: list[str]
 ) -> list[GGUFTensorSource]:
@@ -247,7 +260,7 @@ def _tensor(
     target, name = members[0]
     linear = architecture.linears.get(name.removesuffix(".weight"))
     try:
-        arranged = target.place.layout.arranged(get, architecture.parameters[name])
+        arranged = target.place.layout_of(target.suffix).arranged(get, architecture.parameters[name])
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.source}: {name} {list(architecture.parameters[name])} does not fit config.json: {error}",
@@ -255,10 +268,11 @@ def _tensor(
         ) from error
     stacked = target.expert is not None
     if stacked:
-        experts = next(count for key in EXPERT_COUNTS if (count := get(key)) is not None)
-        if [member.expert for member, _ in members] != list(range(experts)):
+        keys = (target.place.count,) if target.place.count else EXPERT_COUNTS
+        needed = next((count for key in keys if (count := get(key)) is not None), None)
+        if [member.expert for member, _ in members] != list(range(needed or 0)):
             raise CheckpointError(
-                f"{checkpoint.source}: there are {len(members)} experts for {target.name}, config.json has {experts}",
+                f"{checkpoint.source}: there are {len(members)} tensors for {target.name}, config.json has {needed}",
                 "config.json and the weights belong to different models",
             )
     stored = {name: alias for alias, name in reversed(architecture.tied.items()) if alias in checkpoint.tensors}
@@ -299,7 +313,8 @@ def _order(row: GGUFArchitecture):
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:
         if tensor.block is None:
             behind = tensor.name in last
-            return (math.inf if behind else -1, int(tensor.name.startswith("output.")), tensor.name[::-1])
+            first = tensor.name != "token_embd.weight"
+            return (math.inf if behind else -1, first + tensor.name.startswith("output."), tensor.name[::-1])
         name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
         stem, _, suffix = (name, "", "") if name in inside else name.rpartition(".")
         return (tensor.block, inside.index(stem), suffix[::-1])

@@ -47,6 +47,7 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_ENDS}"
 )
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _HAN_TO_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _CASED_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
@@ -125,6 +126,8 @@ PRE_TOKENIZERS = (
         r"\s+$", _HAN_TO_HANGUL, r"\p{N}+",
     )),
     PreTokenizer("falcon", (PUNCTUATION + "+", GPT2, "[0-9][0-9][0-9]")),
+    PreTokenizer("bloom", (_BLOOM,), also=("poro-chat", "gpt3-finnish")),
+    PreTokenizer("viking", (_BLOOM, DIGIT)),
     PreTokenizer("jais-2", (_JAIS2,)),
     PreTokenizer("minicpm5", (
         _THREE_DIGITS, rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}+|{_SIGNS}|{_ENDS}",
@@ -151,6 +154,7 @@ _SPELLINGS = (
     (r"'(?i:[sdmt]|ll|ve|re)", _CONTRACTIONS),
     (r"(?i:'s|'t|'re|'ve|'m|'d|'ll)", _CONTRACTIONS),
     (r"\p{N}{1}|", r"\p{N}|"),
+    ("|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+", "|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"),
     # possessive, where what follows cannot match what was taken
     (r"?+\p{L}", r"?\p{L}"),
     (r"\p{L}\p{N}]++[", r"\p{L}\p{N}]+["),

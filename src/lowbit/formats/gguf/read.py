@@ -55,7 +55,9 @@ class GGUFCheckpoint:
         if "head_dim" not in config and "hidden_size" in config:
             head_dim = config["hidden_size"] // config["num_attention_heads"]
         rope, rope_notes = rope_parameters(self._model.row, self.metadata, self._rope_factors(), head_dim)
-        self._config = config | rope | {"dtype": _float_dtype(self.raw.tensors)}
+        for part, values in rope.items():
+            config = config | {part: config.get(part, {}) | values}
+        self._config = config | {"dtype": _float_dtype(self.raw.tensors)}
         self.notes: list[str] = stored_types_note(self.raw.tensors)
         derived = ", ".join(tensor.name for tensor in self._model.derived.values())
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
@@ -93,6 +95,8 @@ class GGUFCheckpoint:
 
     def _rows(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:
         """Rows of a Hugging Face tensor."""
+        if mapped.values is not None:
+            return mapped.values.reshape(-1)[start:stop]
         raw, (stored, arranged) = self.raw, mapped.pieces[0]
         if arranged.layout.transposed and len(mapped.shape) == 2:
             return raw.decode(stored)[:, start:stop].t().contiguous()
@@ -130,6 +134,9 @@ class GGUFCheckpoint:
         return factors
 
     def _describe(self, mapped: MappedTensor) -> TensorInfo:
+        if mapped.values is not None:
+            file = self.raw.files[0].path
+            return TensorInfo(mapped.name, mapped.shape, torch.float32, stored="F32", nbytes=4, file=file)
         stored = mapped.stored
         # w + 1 is undone in float32: rounding w to 16 bits again would add an error that the file does not have
         undone = mapped.is_changed or len({stored.type_name for stored, _ in mapped.pieces}) > 1

@@ -16,7 +16,8 @@ A file keeps the divisors only. Every published model has low 1, high 4, origina
 they go into config.json, else there is a note.
 
 YaRN scales cos and sin by m(f) = 1 + 0.1 ln f; llama.cpp multiplies that by attn_factor, transformers takes
-attention_factor instead: attention_factor = m(f) · attn_factor.
+attention_factor instead: attention_factor = m(f) · attn_factor. With yarn_log_multiplier a in the file it is
+m(f) / (1 + 0.1 a ln f) · attn_factor.
 
 YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln f)² with a = mscale_all_dim:
 
@@ -75,11 +76,15 @@ def rope_key_values(
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
         local_share = local.get("partial_rotary_factor", 1.0)
         if rope.local_partial:
-            values[f"{prefix}dimension_count_swa"] = (int(dim / share * local_share), GGUFValueType.UINT32)
+            values[f"{prefix}dimension_count_swa"] = (int(get("head_dim") * local_share), GGUFValueType.UINT32)
         elif local_share != share:
             raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
+    if kind == "dynamic" and rope.alpha and parameters.get("alpha"):
+        scale = float(parameters["alpha"]) ** (dim / (dim - 2))
+        values[f"{prefix}freq_base"] = (float(parameters.get("rope_theta", 10000.0)) * scale, FLOAT)
+        return values, {}, []
     if kind == "dynamic":
         return values, {}, ["dynamic rope scaling has no place in GGUF: the context is not extended"]
     if kind not in rope.scalings:
@@ -122,7 +127,8 @@ def rope_parameters(
         scaling, notes = _from_key_values(row, metadata)
     parameters |= scaling
     if row.rope.local:
-        local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), 10000.0), "rope_type": "default"}
+        base = theta if row.rope.local_base is None else row.rope.local_base
+        local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), base), "rope_type": "default"}
         if row.rope.partial:
             rotated = metadata.get(f"{prefix}dimension_count_swa", rotated)
             whole = type(rotated) is not int or not 0 < rotated <= head_dim
@@ -158,12 +164,17 @@ def _yarn(
     attention, scale, all_dims = (parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None and scale and all_dims:
         attention = _magnitude(factor, scale) / _magnitude(factor, all_dims)
+    usual = _magnitude(factor)
+    if row.rope is not None and row.rope.log and all_dims:
+        scaling["yarn_log_multiplier"] = (float(all_dims), FLOAT)
+        usual /= _magnitude(factor, all_dims)
+    attention = _magnitude(factor) if attention is None else attention
     if row.rope is not None and row.rope.latent is not None:
         if factor > 1 and (attention != 1.0 or not all_dims or (row.rope.latent and all_dims not in row.rope.latent)):
             raise _refused(row, f"yarn with mscale {scale} and mscale_all_dim {all_dims}", where)
         scaling["yarn_log_multiplier"] = (0.1 * float(all_dims or 0.0), FLOAT)
-    elif attention is not None:  # it is not the usual m(factor)
-        scaling["attn_factor"] = (float(attention) / _magnitude(factor), FLOAT)
+    elif attention != usual:
+        scaling["attn_factor"] = (float(attention) / usual, FLOAT)
     truncates = parameters.get("truncate", True)
     notes = [] if truncates else [
         "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, transformers does not for this model: logits "
@@ -247,8 +258,12 @@ def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[d
         tenth = _finite(metadata.get(f"{prefix}.yarn_log_multiplier"), 0.0)
         return parameters | dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * tenth)), []
     attention = metadata.get(f"{prefix}.attn_factor", 1.0)
+    log = metadata.get(f"{prefix}.yarn_log_multiplier")
+    if kind == "yarn" and row.rope is not None and row.rope.log and isinstance(log, float) and math.isfinite(log):
+        parameters |= {"mscale": 1.0, "mscale_all_dim": shortest(log)}
     if kind == "yarn" and isinstance(attention, float) and math.isfinite(attention) and attention != 1.0:
-        parameters["attention_factor"] = shortest(attention * _magnitude(factor))
+        divisor = _magnitude(factor, parameters.get("mscale_all_dim", 0.0))
+        parameters["attention_factor"] = shortest(attention * _magnitude(factor) / divisor)
     if kind == "yarn" and row.rope is not None and not row.rope.truncates:
         parameters["truncate"] = False
     return parameters, []

@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Place:
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
     flag      key of config.json that is true where the model has the tensor
+    count     key of config.json that counts what "*" in the path stands for; "": it stands for the experts of a block
     """
 
     tensor: MODEL_TENSOR
@@ -38,10 +39,17 @@ class Place:
     group: str = ""
     optional: bool = False
     flag: str = ""
+    count: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
         return f"{stem}.{suffix}" if suffix else stem
+
+    def layout_of(self, suffix: str) -> RowLayout:
+        """Of the weight or of the bias: a norm of w + 1 has the bias as it is."""
+        if suffix == "bias" and not self.bare and self.layout.values is not None:
+            return replace(self.layout, values=None, undo=None)
+        return self.layout
 
 
 Places = Mapping[str, Place | tuple[Place, ...]]
@@ -63,7 +71,7 @@ class Key:
     """One key-value of GGUF and one key of config.json with the same meaning.
 
     name       below the architecture's name: "attention.head_count"
-    config     the key of config.json; "" for a value that is computed from others
+    config     the key of config.json, "attn_config.clip_qkv" for one in a part; "" for a value that is computed
     kind       of the value, or of the items of a list
     value      computes it, None for no key-value; reading a file passes it by (`GGUFArchitecture.from_file`)
     otherwise  value where config.json or the file has none
@@ -89,8 +97,11 @@ class Rope:
     scalings   transformers' rope types that it computes
     partial    it rotates the first rope.dimension_count of a head, which may be fewer than all
     local      sliding-window blocks have a base of their own (Gemma 3)
+    local_base what that is where the file has none; None: the base of the other blocks
     local_partial  and a number of rotated dimensions of their own
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
+    log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
+    alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
     latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
                computes it for these values of mscale_all_dim; () for any
@@ -99,8 +110,11 @@ class Rope:
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     partial: bool = False
     local: bool = False
+    local_base: float | None = 10000.0
     local_partial: bool = False
     truncates: bool = True
+    log: bool = False
+    alpha: bool = False
     dim: Callable[[Lookup], int] | None = None
     latent: tuple[float, ...] | None = None
 
@@ -114,7 +128,8 @@ class GGUFArchitecture:
     arch           general.architecture of the file
     blocks         path of the decoder blocks
     outside        module → place (or places, for a tensor that is split), of what is not in a block
-    inside         path in a block → the same, in the order of the file; "*" stands for the number of an expert
+    inside         path in a block → the same, in the order of the file; "*" stands for a number (`Place.count`)
+    scalars        path in a block of a tensor of one number → (full key of the numbers of all blocks, its shape)
     keys           key-values ↔ config.json
     biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
@@ -130,6 +145,7 @@ class GGUFArchitecture:
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
+    of_tensor      and whose files have this tensor
     from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
     """
 
@@ -152,7 +168,9 @@ class GGUFArchitecture:
     left_out: tuple[str, ...] = ()
     when: Callable[[Lookup], bool] = lambda get: True
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
+    of_tensor: str = ""
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
+    scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
@@ -167,7 +185,7 @@ class GGUFArchitecture:
 
     @property
     def stacks_experts(self) -> bool:
-        return any("*" in path for path in self.inside)
+        return any("*" in path and not place.count for path, place in self._inside_places)
 
     def find(self, parameter: str) -> tuple[RowTarget, ...]:
         """Where a Hugging Face parameter goes: one tensor, several that share its rows, or none that is known."""
@@ -213,6 +231,11 @@ class GGUFArchitecture:
     def _inside_places(self) -> list[tuple[str, Place]]:
         return [(path, place) for path, places in self.inside.items() for place in each_place(places)]
 
+    def is_scalar(self, parameter: str) -> bool:
+        """True for a tensor that becomes one number of a key-value."""
+        block, path = self._path(parameter)
+        return block is not None and path in self.scalars
+
     def leaves_out(self, parameter: str) -> bool:
         return parameter.startswith(self.left_out) if self.left_out else False
 
@@ -234,7 +257,7 @@ def each_place(places: Place | tuple[Place, ...]) -> Iterator[Place]:
 class RowTarget:
     """Where one Hugging Face parameter goes.
 
-    suffix  "weight", "bias" or ""; expert  its number, None for no expert
+    suffix  "weight", "bias" or ""; expert  its number, or that of what else is stacked; None for a tensor of its own
     """
 
     place: Place

@@ -9,7 +9,7 @@ Refused: a model type without a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from gguf.constants import MODEL_TENSOR as T
@@ -30,6 +30,8 @@ ROWS: tuple[GGUFArchitecture, ...] = (
     *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *dense.ROWS, *experts.ROWS, *hybrid.ROWS, *seeing.ROWS,
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys(row.model_type for row in ROWS))
+# Model type → why there is no row.
+REFUSED: dict[str, str] = {**dense.REFUSED, **experts.REFUSED}
 
 
 def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:
@@ -38,7 +40,8 @@ def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:
     rows = [row for row in ROWS if row.model_type == model_type]
     if not rows:
         raise ArchitectureError(
-            f"{where}: model type {str(model_type)[:80]!r} has no place in GGUF that lowbit knows",
+            f"{where}: model type {str(model_type)[:80]!r} has no place in GGUF that lowbit knows"
+            + (f": {REFUSED[model_type]}" if model_type in REFUSED else ""),
             f"it writes {', '.join(MODEL_TYPES)}",
         )
     if len(rows) == 1:
@@ -54,7 +57,10 @@ CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 
 
 def look_up(config: dict[str, Any], where: str) -> Lookup:
-    """A look-up in config.json, completed with the defaults and the spellings of transformers' class."""
+    """A look-up in config.json, completed with the defaults and the spellings of transformers' class.
+
+    "rope_parameters.factor" is a key in a part of it.
+    """
     from transformers import AutoConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -62,11 +68,18 @@ def look_up(config: dict[str, Any], where: str) -> Lookup:
         parsed = AutoConfig.for_model(**config).get_text_config()
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
-    return lambda key: getattr(parsed, key, None)
+
+    def get(key: str) -> Any:
+        value: Any = parsed
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        return value
+
+    return get
 
 
-def row_of_file(metadata: dict[str, Any], where: str) -> GGUFArchitecture:
-    """The row for reading a GGUF file with these key-values; ArchitectureError lists the readable architectures."""
+def row_of_file(metadata: dict[str, Any], names: Container[str], where: str) -> GGUFArchitecture:
+    """The row for reading a GGUF file of these key-values and tensors; ArchitectureError lists the readable ones."""
     arch = metadata.get("general.architecture")
     experts = metadata.get(f"{arch}.expert_count", 0) if isinstance(arch, str) else 0
     readable = [row for row in ROWS if row.read_back and row.arch == arch]
@@ -77,7 +90,8 @@ def row_of_file(metadata: dict[str, Any], where: str) -> GGUFArchitecture:
             f"readable are {', '.join(known)}; for others use the safetensors checkpoint of the model",
         )
     for row in readable:
-        if row.stacks_experts is (type(experts) is int and experts > 0) and row.of_file(metadata):
+        fits = not row.of_tensor or row.of_tensor in names
+        if fits and row.stacks_experts is (type(experts) is int and experts > 0) and row.of_file(metadata):
             return row
     raise ArchitectureError(
         f"{where}: {arch} with {str(experts)[:80]} experts cannot be read from GGUF",
@@ -88,14 +102,15 @@ def row_of_file(metadata: dict[str, Any], where: str) -> GGUFArchitecture:
 def gguf_names(config: dict[str, Any], parameters: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Hugging Face tensor name → GGUF tensor names: one, or several that share its rows. The experts of a block share.
 
-    Names are those of lowbit's `Architecture`: experts one by one. Parts that GGUF keeps in other files (vision) are
-    left out. ArchitectureError for a model type without a row, and for a name that has no place in it.
+    Names are those of lowbit's `Architecture`: experts one by one. Left out are parts that GGUF keeps in other files
+    (vision) and tensors that become a number of a key-value. ArchitectureError for a model type without a row, and for
+    a name that has no place in it.
     """
     row = row_of_model(config, "config.json")
     return {
         name: tuple(target.name for target in targets_of(row, name, "config.json"))
         for name in parameters
-        if not row.leaves_out(name)
+        if not row.leaves_out(name) and not row.is_scalar(name)
     }
 
 

@@ -15,12 +15,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
+from torch import Tensor
 
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.keys import config_of, positive
-from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup
+from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup, heads_of
 from lowbit.formats.gguf.row import GGUFArchitecture, Place
 from lowbit.formats.gguf.table import DERIVED, look_up, row_of_file
 
@@ -36,7 +39,8 @@ class MappedTensor:
     """A tensor under its Hugging Face name, and the stored one that holds it; several, where its rows were split.
 
     shape   of the Hugging Face tensor
-    pieces  (stored tensor, how its rows follow from this one's)
+    pieces  (stored tensor, how its rows follow from this one's); none where a key-value holds it
+    values  float32, of a tensor that a key-value holds
     expert  which of the stacked experts; None for a tensor of its own
     """
 
@@ -44,6 +48,7 @@ class MappedTensor:
     shape: tuple[int, ...]
     pieces: tuple[tuple[GGUFTensor, Arranged], ...]
     expert: int | None = None
+    values: Tensor | None = None
 
     @property
     def stored(self) -> GGUFTensor:
@@ -78,7 +83,7 @@ class _Found:
 
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
-    row = row_of_file(metadata, where)
+    row = row_of_file(metadata, {tensor.name for tensor in tensors}, where)
     derived, found = _found(row, tensors, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
     if biased not in row.biases:
@@ -105,6 +110,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{where}: tensor {parts[0].tensor.name!r} {list(parts[0].tensor.shape)} does not fit the key-values: "
                 f"{error}"
             ) from error
+    mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
     return MappedModel(row, mapped, derived, config)
 
 
@@ -137,6 +143,21 @@ def _found(
     return derived, found
 
 
+def _scalars(row: GGUFArchitecture, metadata: dict[str, Any], blocks: int, where: str) -> list[MappedTensor]:
+    """Tensors of one number; llama.cpp takes one key-value for all blocks too."""
+    mapped = []
+    for path, (key, shape) in row.scalars.items():
+        numbers = np.asarray(metadata.get(key))
+        if numbers.dtype.kind != "f" or numbers.shape not in ((), (blocks,)) or not np.isfinite(numbers).all():
+            raise ArchitectureError(
+                f"{where}: {key} is {str(numbers)[:80]}; one number for each of {blocks} blocks is needed"
+            )
+        for block, number in enumerate(np.broadcast_to(numbers, (blocks,)).tolist()):
+            name = f"{row.blocks}.{block}.{path}"
+            mapped.append(MappedTensor(name, shape, (), values=torch.tensor(number).reshape(shape)))
+    return mapped
+
+
 def _undo_conversion(
     name: str, parts: list[_Found], get: Lookup, metadata: dict[str, Any], row: GGUFArchitecture, where: str
 ) -> list[MappedTensor]:
@@ -146,15 +167,17 @@ def _undo_conversion(
         shape = _source_shape(parts, get)
         pieces = []
         for part in parts:
-            arranged = part.place.layout.arranged(get, shape)
+            arranged = part.place.layout_of(part.suffix).arranged(get, shape)
             if math.prod(arranged.stored) != math.prod(part.tensor.shape):
                 raise ValueError(f"{list(arranged.stored)} is needed")
             pieces.append((part.tensor, arranged))
         return [MappedTensor(name, shape, tuple(pieces))]
-    count = positive(metadata, f"{row.arch}.expert_count", where)
+    counted = parts[0].place.count
+    count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
         raise CheckpointError(
-            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where expert_count is {count}"
+            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where {counted or 'expert_count'} is "
+            f"{count}"
         )
     arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [

@@ -116,6 +116,12 @@ LLAMA_ROPE = Rope(("default", "linear", "yarn", "llama3"))
 # --- what llama.cpp derives -----------------------------------------------------------------------------------------
 
 
+def number(metadata: dict[str, Any], key: str, otherwise: int = 0) -> int:
+    """An integer key-value of a file; `otherwise` where it has none, or something else."""
+    value = metadata.get(key)
+    return value if type(value) is int else otherwise
+
+
 def head_dim_is_width_over_heads(get: Lookup) -> dict[str, Any]:
     """The loader expects q of [hidden, hidden]."""
     return {"head_dim": width_over_heads(get)}

@@ -274,6 +274,18 @@ _MIMO_V2_FLASH = GGUFArchitecture(
     needs_output=True, from_file=_mimo_of_file,
 )  # fmt: skip
 
+# What llama.cpp computes otherwise than transformers, or what lowbit cannot take apart.
+REFUSED = {
+    "phimoe": "llama.cpp weighs experts by softmax where transformers has SparseMixer",
+    "dbrx": "lowbit does not take its fused experts apart",
+    "flex_olmo": "llama.cpp has no architecture with experts and norms behind attention and MLP",
+    "jetmoe": "llama.cpp has no architecture with experts of attention",
+    "kimi_k2": "its YaRN has beta_fast 1, where llama.cpp computes with 32 for DeepSeek's architecture",
+    "aria_text": "llama.cpp has no architecture for it",
+    "longcat_flash": "llama.cpp has no architecture for it",
+    "doge": "llama.cpp has no architecture for it",
+}
+
 # --- Hunyuan --------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +293,31 @@ def _hunyuan_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
     return mlp_types_of_file("hy_v3", metadata) | PREDICTS_NOTHING
 
 
+def _one_choice(get: Lookup) -> int:
+    """Of config.json's moe_topk: a number, or one for each block."""
+    choices = get("moe_topk")
+    return choices if type(choices) is int else choices[0]
+
+
+def _the_same_choice_everywhere(get: Lookup) -> dict[str, Any]:
+    choices = get("moe_topk")
+    return {} if type(choices) is int else {"moe_topk": [choices[0]] * get("num_hidden_layers")}
+
+
+_HUNYUAN_V1_MOE = GGUFArchitecture(
+    "hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "hunyuan-moe", "model.layers", OUTSIDE,
+    {
+        **ATTENTION,
+        "self_attn.query_layernorm": Place(T.ATTN_Q_NORM),
+        "self_attn.key_layernorm": Place(T.ATTN_K_NORM),
+        **MLP_NORM, **expert_places("mlp", "gate.wg", GATE_UP_DOWN), **shared_places("mlp.shared_mlp"),
+    },
+    (*KEYS, Key("expert_count", "num_experts"), Key("expert_used_count", value=_one_choice),
+     Key("expert_shared_count", value=lambda get: 1), Key("expert_feed_forward_length", "intermediate_size"),
+     Key("expert_shared_feed_forward_length", "intermediate_size")),
+    biases=NO_ATTENTION_BIAS, fixed=SILU, implied=_the_same_choice_everywhere, rope=Rope(alpha=True),
+    from_file=lambda metadata: {"moe_topk": metadata.get("hunyuan-moe.expert_used_count")},
+)  # fmt: skip
 _HY_V3 = GGUFArchitecture(
     "hy_v3", "HYV3ForCausalLM", "hy_v3", "model.layers", OUTSIDE,
     {
@@ -299,7 +336,7 @@ _HY_V3 = GGUFArchitecture(
     from_file=_hunyuan_of_file,
 )  # fmt: skip
 
-# --- Laguna, Command A ----------------------------------------------------------------------------------------------
+# --- Laguna, Cohere -------------------------------------------------------------------------------------------------
 
 
 def _laguna_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -419,5 +456,5 @@ _LLAMA4 = replace(
 
 ROWS: tuple[GGUFArchitecture, ...] = (
     *latent.ROWS, _GLM4_MOE, _SOLAR_OPEN, _DOTS1, _MINIMAX_M2, _OLMOE, _ERNIE4_5_MOE, _GRANITEMOESHARED, _GRANITEMOE,
-    _EXAONE_MOE, _AFMOE, _MIMO_V2_FLASH, _HY_V3, _LAGUNA, _COHERE2_MOE, _LLAMA4_TEXT, _LLAMA4,
+    _EXAONE_MOE, _AFMOE, _MIMO_V2_FLASH, _HUNYUAN_V1_MOE, _HY_V3, _LAGUNA, _COHERE2_MOE, _LLAMA4_TEXT, _LLAMA4,
 )  # fmt: skip

@@ -27,6 +27,7 @@ from lowbit.formats.gguf.families.common import (
     expert_keys,
     expert_places,
     head_dim_is_width_over_heads,
+    number,
 )
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
@@ -75,6 +76,7 @@ _OLMO2 = GGUFArchitecture(
         "post_feedforward_layernorm": Place(T.FFN_POST_NORM),
     },
     KEYS[:-2], biases=NO_ATTENTION_BIAS, fixed=SILU, implied=head_dim_is_width_over_heads, needs_output=True,
+    of_file=lambda metadata: number(metadata, "olmo2.attention.sliding_window") == 0,
 )  # fmt: skip
 _PHI3 = GGUFArchitecture(
     "phi3", "Phi3ForCausalLM", "phi3", "model.layers", OUTSIDE,
