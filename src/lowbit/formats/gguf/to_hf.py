@@ -62,12 +62,15 @@ class MappedTensor:
 
 @dataclass(frozen=True)
 class MappedModel:
-    """config  config.json, but for rotary embeddings and tokens"""
+    """config     config.json, but for rotary embeddings and tokens
+    predicts   tensors of blocks for multi-token prediction, which transformers does not build
+    """
 
     row: GGUFArchitecture
     tensors: list[MappedTensor]
     derived: dict[MODEL_TENSOR, GGUFTensor]
     config: dict[str, Any]
+    predicts: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class _Found:
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
     row = row_of_file(metadata, {tensor.name for tensor in tensors}, where)
+    metadata, model = _without_prediction(row, metadata, tensors)
+    predicts = len(tensors) - len(model)
+    tensors = model
     derived, found = _found(row, tensors, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
     if biased not in row.biases:
@@ -111,7 +117,19 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{error}"
             ) from error
     mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
-    return MappedModel(row, mapped, derived, config)
+    return MappedModel(row, mapped, derived, config, predicts)
+
+
+def _without_prediction(
+    row: GGUFArchitecture, metadata: dict[str, Any], tensors: list[GGUFTensor]
+) -> tuple[dict[str, Any], list[GGUFTensor]]:
+    """Key-values and tensors without the last blocks, those that nextn_predict_layers counts."""
+    count, key = metadata.get(f"{row.arch}.nextn_predict_layers"), f"{row.arch}.block_count"
+    blocks = metadata.get(key)
+    if type(count) is not int or type(blocks) is not int or not 0 < count < blocks:
+        return metadata, tensors
+    predicting = tuple(f"blk.{block}." for block in range(blocks - count, blocks))
+    return metadata | {key: blocks - count}, [each for each in tensors if not each.name.startswith(predicting)]
 
 
 def _found(

@@ -7,11 +7,26 @@ from typing import Any
 
 from gguf.constants import MODEL_TENSOR as T
 
-from lowbit.formats.gguf.families.common import BOOL, FLOAT, GATE_UP_DOWN, MLP, expert_places
+from lowbit.formats.gguf.families.common import (
+    BOOL,
+    FLOAT,
+    GATE_UP_DOWN,
+    MLP,
+    O_PROJ,
+    PRE_NORM,
+    QKV_KINDS,
+    QKV_PLACES,
+    expert_places,
+)
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import Key, Place, grouped
 
 # --- tensors --------------------------------------------------------------------------------------------------------
+
+ATTENTION = {**PRE_NORM, **QKV_PLACES, **O_PROJ}
+QKV_BIASES: dict[frozenset[T], dict[str, Any]] = {
+    frozenset(): {"attention_bias": False}, QKV_KINDS: {"attention_bias": True},
+}  # fmt: skip
 
 
 def shared_places(path: str) -> dict[str, Place]:
@@ -61,10 +76,5 @@ def dense_blocks_first(get: Lookup) -> dict[str, Any]:
 
 
 def mlp_types_of_file(arch: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    dense, blocks = metadata.get(f"{arch}.leading_dense_block_count", 0), main_blocks(arch, metadata)
+    dense, blocks = metadata.get(f"{arch}.leading_dense_block_count", 0), metadata[f"{arch}.block_count"]
     return {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (blocks - dense)}
-
-
-def main_blocks(arch: str, metadata: dict[str, Any]) -> int:
-    """Without those for multi-token prediction."""
-    return metadata[f"{arch}.block_count"] - metadata.get(f"{arch}.nextn_predict_layers", 0)
