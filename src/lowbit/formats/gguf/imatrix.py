@@ -165,7 +165,10 @@ def _entries(
         if layout.columns is not None:
             order = torch.from_numpy(layout.columns(get, width))
             sums = [each[order] for each in sums]
-        entries[gguf_name] = _entry(sums, [visitor.counts.get(name, 0) for name in inputs])
+        counts = [visitor.counts.get(name, 0) for name in inputs]
+        stored = layout.arranged(get, group[0].shape).stored
+        matrices = stored[0] if len(stored) == 3 else 1  # one for each head, which all read the same input
+        entries[gguf_name] = _entry(sums * matrices, counts * matrices)
     return entries
 
 

@@ -116,7 +116,7 @@ def _checked(row: GGUFArchitecture, key: Key, metadata: dict[str, Any], where: s
     if value is None and not needed:
         return None
     if key.kind is GGUFValueType.UINT32:
-        return positive(metadata, name, where)
+        return 0 if key.zero and type(value) is int and value == 0 else positive(metadata, name, where)
     if key.kind is GGUFValueType.BOOL and type(value) is bool:
         return value
     if key.kind is GGUFValueType.FLOAT32 and type(value) is float and math.isfinite(value):
@@ -171,7 +171,7 @@ def _windows(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValues,
             "llama.cpp cannot run this variant of the model",
         )
     values = {f"{row.arch}.{WINDOW}": (int(window), GGUFValueType.UINT32)}
-    if types != _default_types(row, blocks):
+    if types != _default_types(row, blocks) or row.window_period == 1:
         values[f"{row.arch}.{PATTERN}"] = ([kind == SLIDING for kind in types], GGUFValueType.ARRAY, GGUFValueType.BOOL)
     return values, []
 

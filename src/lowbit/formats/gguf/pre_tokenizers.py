@@ -138,6 +138,17 @@ PRE_TOKENIZERS = (
     PreTokenizer("bailingmoe", (
         rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+",
     ), also=("bailingmoe2", "llada-moe")),
+    PreTokenizer("youtu", (
+        "[\uac00-\ud7a3\u3131-\u318e]+"
+        "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+        "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        _O200K.replace("{1,3}", ""),
+    ), ignore_merges=True),
+    PreTokenizer("exaone-moe", (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+    )),
+    PreTokenizer("laguna", (r"[^\n]+|[\n]+", _QWEN2)),
     PreTokenizer("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _O200K), also=("cohere2moe",)),
     PreTokenizer("ufakzeka", (rf"{_WORDS}|\p{{N}}|{_SIGNS}|{_ENDS}",)),
     PreTokenizer("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),

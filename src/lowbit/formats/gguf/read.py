@@ -66,6 +66,8 @@ class GGUFCheckpoint:
         self.notes: list[str] = stored_types_note(self.raw.tensors)
         derived = ", ".join(tensor.name for tensor in self._model.derived.values())
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
+        if self._model.predicts:
+            self.notes.append(f"left out ({self._model.predicts} tensors): blocks for multi-token prediction")
         self.notes += rope_notes
         if self._model.left_out:
             count = len(self._model.left_out)

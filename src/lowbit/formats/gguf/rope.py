@@ -19,6 +19,12 @@ YaRN scales cos and sin by m(f) = 1 + 0.1 ln f; llama.cpp multiplies that by att
 attention_factor instead: attention_factor = m(f) · attn_factor. With yarn_log_multiplier a in the file it is
 m(f) / (1 + 0.1 a ln f) · attn_factor.
 
+YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln f)² with a = mscale_all_dim:
+
+    key-value  {arch}.rope.scaling.yarn_log_multiplier = 0.1 a
+
+llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
+
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
 
@@ -68,6 +74,11 @@ def rope_key_values(
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
+        local_share = local.get("partial_rotary_factor", 1.0)
+        if rope.local_partial:
+            values[f"{prefix}dimension_count_swa"] = (int(get("head_dim") * local_share), GGUFValueType.UINT32)
+        elif local_share != share:
+            raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
     if kind == "dynamic" and rope.alpha and parameters.get("alpha"):
@@ -118,6 +129,10 @@ def rope_parameters(
     if row.rope.local:
         base = theta if row.rope.local_base is None else row.rope.local_base
         local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), base), "rope_type": "default"}
+        if row.rope.partial:
+            rotated = metadata.get(f"{prefix}dimension_count_swa", rotated)
+            whole = type(rotated) is not int or not 0 < rotated <= head_dim
+            local["partial_rotary_factor"] = 1.0 if whole else rotated / head_dim
         parameters = {"full_attention": parameters, "sliding_attention": local}
     return {"rope_parameters": parameters}, notes
 
@@ -154,7 +169,11 @@ def _yarn(
         scaling["yarn_log_multiplier"] = (float(all_dims), FLOAT)
         usual /= _magnitude(factor, all_dims)
     attention = _magnitude(factor) if attention is None else attention
-    if attention != usual:
+    if row.rope is not None and row.rope.latent is not None:
+        if factor > 1 and (attention != 1.0 or not all_dims or (row.rope.latent and all_dims not in row.rope.latent)):
+            raise _refused(row, f"yarn with mscale {scale} and mscale_all_dim {all_dims}", where)
+        scaling["yarn_log_multiplier"] = (0.1 * float(all_dims or 0.0), FLOAT)
+    elif attention != usual:
         scaling["attn_factor"] = (float(attention) / usual, FLOAT)
     truncates = parameters.get("truncate", True)
     notes = [] if truncates else [
@@ -235,6 +254,9 @@ def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[d
     original = metadata.get(f"{prefix}.original_context_length")
     if type(original) is int:
         parameters["original_max_position_embeddings"] = original
+    if kind == "yarn" and row.rope is not None and row.rope.latent is not None:
+        tenth = _finite(metadata.get(f"{prefix}.yarn_log_multiplier"), 0.0)
+        return parameters | dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * tenth)), []
     attention = metadata.get(f"{prefix}.attn_factor", 1.0)
     log = metadata.get(f"{prefix}.yarn_log_multiplier")
     if kind == "yarn" and row.rope is not None and row.rope.log and isinstance(log, float) and math.isfinite(log):

@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_NUMBERED = re.compile(r"(^|\.)(experts|norms)\.(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Place:
     ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
+    flag      key of config.json that is true where the model has the tensor
     count     key of config.json that counts what "*" in the path stands for; "": it stands for the experts of a block
     """
 
@@ -37,6 +38,7 @@ class Place:
     ending: str = "weight"
     group: str = ""
     optional: bool = False
+    flag: str = ""
     count: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
@@ -75,6 +77,7 @@ class Key:
     otherwise  value where config.json or the file has none
     default    what llama.cpp takes where the file has none; config.json always says it
     optional   neither side needs it; a key without any of the four must be there
+    zero       0 is a value; other counts are positive
     """
 
     name: str
@@ -84,6 +87,7 @@ class Key:
     default: Any = None
     optional: bool = False
     value: Callable[[Lookup], Any] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,25 @@ class Rope:
     partial    it rotates the first rope.dimension_count of a head, which may be fewer than all
     local      sliding-window blocks have a base of their own (Gemma 3)
     local_base what that is where the file has none; None: the base of the other blocks
+    local_partial  and a number of rotated dimensions of their own
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
     log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
     alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
+    latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
+               computes it for these values of mscale_all_dim; () for any
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
     partial: bool = False
     local: bool = False
     local_base: float | None = 10000.0
+    local_partial: bool = False
     truncates: bool = True
     log: bool = False
     alpha: bool = False
     dim: Callable[[Lookup], int] | None = None
+    latent: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ class GGUFArchitecture:
     implied        what llama.cpp derives from other values and config.json has to agree with
     rope           None without rotary embeddings
     window_period  every so many blocks one attends to everything and the others within attention.sliding_window;
-                   0: llama.cpp keeps the key and ignores it; None: it does not know the key
+                   1: the file always says which blocks slide; 0: llama.cpp keeps the key and ignores it; None: it does
+                   not know the key
     window_default what it takes for attention.sliding_window where the file has none; 0: no window
     windowless     a file without attention.sliding_window is a model that attends to everything
     needs_output   llama.cpp loads no model without output.weight, tied or not
@@ -184,13 +194,13 @@ class GGUFArchitecture:
         stem, _, suffix = parameter.rpartition(".")
         for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
-            numbered = _NUMBERED.search(path)
-            path = _NUMBERED.sub(r"\1\2.*", path)
-            places = (self.outside if block is None else self.inside).get(path)
+            known = self.outside if block is None else self.inside
+            expert = None if path in known else _NUMBER.search(path)
+            places = known.get(path if expert is None else _NUMBER.sub("*", path, count=1))
             if places is None or any(place.bare is not bare for place in each_place(places)):
                 continue
             if bare or suffix in ("weight", "bias"):
-                number = int(numbered[3]) if numbered else None
+                number = int(expert[0]) if expert else None
                 return tuple(
                     RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
                 )

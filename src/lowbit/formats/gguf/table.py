@@ -31,7 +31,7 @@ ROWS: tuple[GGUFArchitecture, ...] = (
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys(row.model_type for row in ROWS))
 # Model type → why there is no row.
-REFUSED: dict[str, str] = {**dense.REFUSED}
+REFUSED: dict[str, str] = {**dense.REFUSED, **experts.REFUSED}
 
 
 def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:

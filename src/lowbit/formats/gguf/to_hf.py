@@ -69,8 +69,9 @@ class MappedTensor:
 @dataclass(frozen=True)
 class MappedModel:
     """
-    config   config.json, but for rotary embeddings and tokens
+    config    config.json, but for rotary embeddings and tokens
     left_out  names of stored tensors that no Hugging Face tensor has a place for and that llama.cpp does not use
+    predicts  tensors of blocks for multi-token prediction, which transformers does not build
     """
 
     row: GGUFArchitecture
@@ -78,6 +79,7 @@ class MappedModel:
     derived: dict[MODEL_TENSOR, GGUFTensor]
     config: dict[str, Any]
     left_out: tuple[str, ...] = ()
+    predicts: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,22 @@ class _Found:
 
 def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -> MappedModel:
     """Hugging Face names and layouts of every tensor; see the module's docstring for what is refused."""
-    stored = {tensor.name for tensor in tensors}
-    row = row_of_file(metadata, stored, where)
-    scales = {name: t for t in tensors if t.name.endswith(SCALE) and (name := weight_of(t.name)) in stored}
-    unused = [t.name for t in tensors if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in stored]
+    row = row_of_file(metadata, {tensor.name for tensor in tensors}, where)
+    metadata, model = _without_prediction(row, metadata, tensors)
+    predicts = len(tensors) - len(model)
+    stored = {tensor.name for tensor in model}
+    scales = {name: t for t in model if t.name.endswith(SCALE) and (name := weight_of(t.name)) in stored}
+    unused = [t.name for t in model if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in stored]
     beside = {scale.name for scale in scales.values()} | set(unused)
-    derived, found = _found(row, [tensor for tensor in tensors if tensor.name not in beside], scales, where)
+    derived, found = _found(row, [tensor for tensor in model if tensor.name not in beside], scales, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)
     if biased not in row.biases:
         names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
         raise ArchitectureError(f"{where}: biases on {names}, which is not how {row.model_class} is built")
     _require_all_blocks(row, biased, metadata, found, where)
     config = config_of(row, metadata, where) | row.biases[biased]
+    kinds = {each.place.tensor for each in found}
+    config |= {place.flag: place.tensor in kinds for _, place in row.places.values() if place.flag}
     names = {each.tensor.name for each in found}
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
@@ -128,7 +134,19 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{error}"
             ) from error
     mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
-    return MappedModel(row, mapped, derived, config, tuple(unused))
+    return MappedModel(row, mapped, derived, config, tuple(unused), predicts)
+
+
+def _without_prediction(
+    row: GGUFArchitecture, metadata: dict[str, Any], tensors: list[GGUFTensor]
+) -> tuple[dict[str, Any], list[GGUFTensor]]:
+    """Key-values and tensors without the last blocks, those that nextn_predict_layers counts."""
+    count, key = metadata.get(f"{row.arch}.nextn_predict_layers"), f"{row.arch}.block_count"
+    blocks = metadata.get(key)
+    if type(count) is not int or type(blocks) is not int or not 0 < count < blocks:
+        return metadata, tensors
+    predicting = tuple(f"blk.{block}." for block in range(blocks - count, blocks))
+    return metadata | {key: blocks - count}, [each for each in tensors if not each.name.startswith(predicting)]
 
 
 def _found(
