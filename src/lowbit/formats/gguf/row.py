@@ -8,7 +8,7 @@ keys. `layout.py` has the layouts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ class Place:
     ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
+    flag      key of config.json that is true where the model has the tensor
     """
 
     tensor: MODEL_TENSOR
@@ -36,6 +37,7 @@ class Place:
     ending: str = "weight"
     group: str = ""
     optional: bool = False
+    flag: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
@@ -120,7 +122,9 @@ class GGUFArchitecture:
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
-    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
+    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around;
+                   ValueError where they say nothing sensible
+    from_names     the same of the names of the file's tensors
     """
 
     model_type: str
@@ -143,6 +147,7 @@ class GGUFArchitecture:
     when: Callable[[Lookup], bool] = lambda get: True
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
+    from_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:

@@ -55,11 +55,12 @@ CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 
 def look_up(config: dict[str, Any], where: str) -> Lookup:
     """A look-up in config.json, completed with the defaults and the spellings of transformers' class."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        parsed = AutoConfig.for_model(**config).get_text_config()
+        # infinity is written {"__float__": "Infinity"}
+        parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config)).get_text_config()
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
     return lambda key: getattr(parsed, key, None)
