@@ -22,6 +22,14 @@ def _seeing(model_type: str, text_type: str, text: dict, **more: object) -> tupl
     return model_type, {"text_config": {"model_type": text_type, **text}, "vision_config": _EYE, **more}
 
 
+def _hearing(model_type: str, text_type: str, text: dict) -> tuple[str, dict]:
+    """The same with a small audio tower."""
+    ear = {"hidden_size": 64, "d_model": 64, "intermediate_size": 128, "num_hidden_layers": 1, "encoder_layers": 1,
+           "num_attention_heads": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128, "num_mel_bins": 32,
+           "max_source_positions": 32}  # fmt: skip
+    return model_type, {"text_config": {"model_type": text_type, **text}, "audio_config": ear}
+
+
 # name → (model_type and sizes, changes to the config, general.architecture, model_type read back or None)
 CASES: dict[str, tuple] = {
     "qwen2_vl": (("qwen2_vl", {
@@ -54,6 +62,16 @@ CASES: dict[str, tuple] = {
         "patch_size": 16, "mlp_dim": 128, "window_size": 2, "global_attn_indexes": [0],
     }}), {}, "qwen2", None),
     "lighton_ocr": (_seeing("lighton_ocr", "qwen3", SIZES), {}, "qwen3", None),
+    "voxtral": (_hearing("voxtral", "llama", SIZES), {}, "llama", None),
+    "qwen2_audio": (_hearing("qwen2_audio", "qwen2", _TEXT), {}, "qwen2", None),
+    "granite_speech": (("granite_speech", {
+        "text_config": {"model_type": "granite", **_TEXT}, "encoder_config": {
+            "hidden_dim": 64, "num_layers": 1, "num_heads": 2, "dim_head": 32, "input_dim": 32, "output_dim": 32,
+        }, "projector_config": {
+            "model_type": "blip_2_qformer", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "encoder_hidden_size": 64,
+        },
+    }), {}, "granite", None),
     "deepseek_vl": (_seeing("deepseek_vl", "llama", SIZES), {}, "llama", None),
 }  # fmt: skip
 # case → nats, with the reason

@@ -31,6 +31,7 @@ class Around:
 
 
 _TOWER = ("vision_tower.", "multi_modal_projector.")
+_EAR = ("audio_tower.", "multi_modal_projector.")
 _INNER_TOWER = ("model.vision_tower.", "model.multi_modal_projector.")
 _INNER = ("model.language_model.", "lm_head")
 _IDEFICS = (("model.vision_model.", "model.connector."), "model.text_model.", "lm_head")
@@ -57,6 +58,13 @@ AROUND: dict[str, Around] = {
     "janus": Around(
         "JanusForConditionalGeneration",
         ("model.vision_model.", "model.aligner.", "model.vqmodel.", "model.generation_"), *_INNER,
+    ),
+    "voxtral": Around("VoxtralForConditionalGeneration", _EAR),
+    "qwen2_audio": Around("Qwen2AudioForConditionalGeneration", _EAR),
+    "glmasr": Around("GlmAsrForConditionalGeneration", _EAR),
+    "granite_speech": Around("GraniteSpeechForConditionalGeneration", ("encoder.", "projector.")),
+    "qwen3_asr": Around(
+        "Qwen3ASRForConditionalGeneration", ("model.audio_tower.", "model.multi_modal_projector."), *_INNER
     ),
 }  # fmt: skip
 
