@@ -208,7 +208,7 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
     known = architecture.parameters.keys() | architecture.tied.keys()
     for name in checkpoint.tensors:
         if row.leaves_out(name):
-            beside["vision: llama.cpp keeps it in a file of its own (mmproj)"] += 1
+            beside["what sees or hears: llama.cpp keeps it in a file of its own (mmproj)"] += 1
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):

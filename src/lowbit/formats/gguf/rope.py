@@ -1,6 +1,7 @@
 """Rotary embeddings: key-values and tensors of a GGUF file ↔ transformers' `rope_parameters`.
 
     key-values {arch}.rope.freq_base, rope.freq_base_swa, rope.dimension_count
+               {arch}.rope.dimension_sections [4]     rotary pairs of time, height, width: positions with several axes
                {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
     tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
                rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
@@ -33,7 +34,7 @@ from torch import Tensor
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.keys import KeyValues, shortest
 from lowbit.formats.gguf.layout import Lookup
-from lowbit.formats.gguf.row import GGUFArchitecture
+from lowbit.formats.gguf.row import GGUFArchitecture, Rope
 
 T = MODEL_TENSOR
 FLOAT = GGUFValueType.FLOAT32
@@ -64,26 +65,29 @@ def rope_key_values(
         f"{prefix}dimension_count": (dim, GGUFValueType.UINT32),
         f"{prefix}freq_base": (float(parameters.get("rope_theta", 10000.0)), FLOAT),
     }
+    sections, notes = _sections(rope, parameters, dim // 2, where)
+    if sections:
+        values[f"{prefix}dimension_sections"] = (sections, GGUFValueType.ARRAY, GGUFValueType.INT32)
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
     if kind == "dynamic":
-        return values, {}, ["dynamic rope scaling has no place in GGUF: the context is not extended"]
+        return values, {}, [*notes, "dynamic rope scaling has no place in GGUF: the context is not extended"]
     if kind not in rope.scalings:
         raise _refused(row, f"{str(kind)[:40]!r}", where)
-    scaling, tensors, notes = {}, {}, []
+    scaling, tensors, more = {}, {}, []
     if kind == "linear":
         scaling = {"type": ("linear", GGUFValueType.STRING), "factor": (float(parameters["factor"]), FLOAT)}
     elif kind == "yarn":
-        scaling, notes = _yarn(row, parameters, get, where)
+        scaling, more = _yarn(row, parameters, get, where)
     elif kind == "llama3":
         theta = float(parameters.get("rope_theta", 10000.0))
         tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
     elif kind == "longrope":
-        scaling, tensors, notes = _longrope(parameters, dim, get, where)
-    return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, notes
+        scaling, tensors, more = _longrope(parameters, dim, get, where)
+    return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, [*notes, *more]
 
 
 def rope_parameters(
@@ -125,6 +129,23 @@ def llama3_divisors(theta: float, dim: int, factor: float, numbers: dict[str, An
     between = 1 / ((1 - smooth) / factor + smooth)
     divisors = torch.where(wavelength > original / low, torch.full_like(between, factor), between)
     return torch.where(wavelength < original / high, torch.ones_like(between), divisors).float()
+
+
+def _sections(rope: Rope, parameters: dict[str, Any], pairs: int, where: str) -> tuple[list[int], list[str]]:
+    """(rotary pairs of each of four axes, notes); nothing where positions have one axis."""
+    if not rope.sections:
+        return [], []
+    sections = parameters.get("mrope_section") or []
+    if not 0 < len(sections) <= 4 or any(type(count) is not int or count < 0 for count in sections):
+        raise ArchitectureError(
+            f"{where}: mrope_section is {str(sections)[:80]} in config.json; a number of rotary pairs for each axis of "
+            f"the positions is needed",
+            "complete config.json; the one that the model was published with has them",
+        )
+    sections = [*sections, 0, 0, 0][:4]
+    still = [pair for pair in range(pairs) if pair >= 3 * sections[pair % 3]] if rope.sections == "interleaved" else []
+    note = f"llama.cpp does not turn {len(still)} of {pairs} rotary pairs, the slowest: long contexts differ a little"
+    return sections, [note] if still else []
 
 
 def _yarn(

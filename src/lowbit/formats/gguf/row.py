@@ -89,6 +89,8 @@ class Rope:
     local      sliding-window blocks have a base of their own (Gemma 3)
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
     dim        rotated dimensions of a head, where they are not a share of head_dim
+    sections   positions have several axes, which share the rotary pairs (`mrope_section`): "runs" of them, or
+               "interleaved"; "" for the usual positions
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
@@ -96,6 +98,7 @@ class Rope:
     local: bool = False
     truncates: bool = True
     dim: Callable[[Lookup], int] | None = None
+    sections: str = ""
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,20 @@ class GGUFArchitecture:
 
     def leaves_out(self, parameter: str) -> bool:
         return parameter.startswith(self.left_out) if self.left_out else False
+
+    def around(
+        self, model_type: str, model_class: str, stem: str, head: str, left_out: tuple[str, ...]
+    ) -> GGUFArchitecture:
+        """This decoder as a part of another model: `stem` stands for its "model.", `head` for its "lm_head"."""
+
+        def renamed(path: str) -> str:
+            return re.sub(r"^lm_head$", head, re.sub(r"^model\.", stem, path))
+
+        return replace(
+            self, model_type=model_type, model_class=model_class, blocks=renamed(self.blocks),
+            outside={renamed(path): place for path, place in self.outside.items()},
+            left_out=(*self.left_out, *left_out), read_back=False,
+        )  # fmt: skip
 
     def _path(self, module: str) -> tuple[int | None, str]:
         """(block, path in it), or (None, the module's own name)."""
