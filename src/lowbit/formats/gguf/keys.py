@@ -120,7 +120,7 @@ def _checked(row: GGUFArchitecture, key: Key, metadata: dict[str, Any], where: s
     if value is None and not needed:
         return None
     if key.kind is GGUFValueType.UINT32:
-        return positive(metadata, name, where)
+        return 0 if key.zero and type(value) is int and value == 0 else positive(metadata, name, where)
     if key.kind is GGUFValueType.BOOL and type(value) is bool:
         return value
     if key.kind is GGUFValueType.FLOAT32 and type(value) is float and math.isfinite(value):

@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Key:
     otherwise  value where config.json or the file has none
     default    what llama.cpp takes where the file has none; config.json always says it
     optional   neither side needs it; a key without any of the four must be there
+    zero       0 is a value; other counts are positive
     """
 
     name: str
@@ -78,6 +79,7 @@ class Key:
     default: Any = None
     optional: bool = False
     value: Callable[[Lookup], Any] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Rope:
     dim        rotated dimensions of a head, where they are not a share of head_dim
     sections   positions have several axes, which share the rotary pairs (`mrope_section`): "runs" of them, or
                "interleaved"; "" for the usual positions
+    latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
+               computes it for these values of mscale_all_dim; () for any
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
@@ -99,6 +103,7 @@ class Rope:
     truncates: bool = True
     dim: Callable[[Lookup], int] | None = None
     sections: str = ""
+    latent: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,13 +177,13 @@ class GGUFArchitecture:
         stem, _, suffix = parameter.rpartition(".")
         for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
-            expert = _EXPERT.search(path)
-            path = _EXPERT.sub(r"\1experts.*.", path)
-            places = (self.outside if block is None else self.inside).get(path)
+            known = self.outside if block is None else self.inside
+            expert = None if path in known else _NUMBER.search(path)
+            places = known.get(path if expert is None else _NUMBER.sub("*", path, count=1))
             if places is None or any(place.bare is not bare for place in each_place(places)):
                 continue
             if bare or suffix in ("weight", "bias"):
-                number = int(expert[2]) if expert else None
+                number = int(expert[0]) if expert else None
                 return tuple(
                     RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
                 )
