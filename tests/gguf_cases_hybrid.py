@@ -32,9 +32,32 @@ _MULTIPLIED = {
     "attention_out_multiplier": 0.9, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8,
     "mlp_multipliers": [0.9, 0.6], "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7],
 }  # fmt: skip
+_DELTA = {
+    **SIZES, "num_hidden_layers": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 64,
+}  # fmt: skip
+_DELTA_EXPERTS = {**_DELTA, **_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
+_SECTIONS = {"rope_parameters": {
+    "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2],
+    "mrope_interleaved": True,
+}}  # fmt: skip
+_EYE = {"vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+                          "out_hidden_size": 128, "num_position_embeddings": 16}}  # fmt: skip
+_CONV = {**_NO_HEAD_DIM, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
 
 # name → (model_type and sizes, changes to the config, general.architecture, model_type read back or None)
 CASES: dict[str, tuple] = {
+    "qwen3_next": (("qwen3_next", _DELTA_EXPERTS), {}, "qwen3next", "qwen3_next"),
+    "qwen3_next_odd": (("qwen3_next", _DELTA_EXPERTS), {
+        "num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+    }, "qwen3next", "qwen3_next"),
+    "qwen3_5_text": (("qwen3_5_text", _DELTA), _SECTIONS | {"tie_word_embeddings": True}, "qwen35", "qwen3_5_text"),
+    "qwen3_5_moe_text": (("qwen3_5_moe_text", _DELTA_EXPERTS), _SECTIONS, "qwen35moe", "qwen3_5_moe_text"),
+    "qwen3_5": (("qwen3_5", {"text_config": _DELTA | _SECTIONS, **_EYE}), {}, "qwen35", None),
+    "qwen3_5_moe": (("qwen3_5_moe", {"text_config": _DELTA_EXPERTS | _SECTIONS, **_EYE}), {}, "qwen35moe", None),
+    "lfm2": (("lfm2", _CONV), {}, "lfm2", "lfm2"),
+    "lfm2_moe": (("lfm2_moe", {**_CONV, **_EXPERTS, "moe_intermediate_size": 64, "num_dense_layers": 1}), {}, "lfm2moe",
+                 "lfm2_moe"),
     "mamba": (("mamba", _BARE), {}, "mamba", "mamba"),
     "mamba_untied": (("mamba", _BARE), {"tie_word_embeddings": False}, "mamba", "mamba"),
     "falcon_mamba": (("falcon_mamba", _BARE), {"mixer_rms_eps": 1e-5}, "mamba", "falcon_mamba"),
