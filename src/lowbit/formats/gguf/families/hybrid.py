@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lowbit.formats.gguf.families import falcon_h1, gated_delta, granite_hybrid, lfm2, mamba, nemotron_h
+from lowbit.formats.gguf.families import falcon_h1, gated_delta, gemma4, granite_hybrid, lfm2, mamba, nemotron_h
 from lowbit.formats.gguf.row import GGUFArchitecture
 
 ROWS: tuple[GGUFArchitecture, ...] = (
     *gated_delta.ROWS, *lfm2.ROWS, *mamba.ROWS, *granite_hybrid.ROWS, *nemotron_h.ROWS, *falcon_h1.ROWS,
+    *gemma4.ROWS,
 )  # fmt: skip
