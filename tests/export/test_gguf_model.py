@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from lowbit.architecture import describe_checkpoint
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_gguf, open_safetensors
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.formats.gguf.families.seeing import AROUND
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, choose_types
 from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.raw import rows_and_columns
@@ -92,13 +94,15 @@ def test_names_and_order_are_those_of_the_gguf_package(cases, case):
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == model.arch), None)
     # the package is older than some architectures, but knows the names of their tensors
     known = {gguf.TENSOR_NAMES[tensor] for tensor in (gguf.MODEL_TENSORS[kind] if kind else gguf.MODEL_TENSOR)}
+    if "blk.{bid}.ffn_gate_up_exps" in known:  # llama.cpp's loader takes its halves as well
+        known |= {"blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"}
     for tensor in model.tensors:
         name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
         assert {name, name.rpartition(".")[0]} & (known | {"output"})
     blocks = [tensor.block for tensor in model.tensors if tensor.block is not None]
     assert blocks == sorted(blocks)
     assert model.tensors[0].name == "token_embd.weight"
-    assert model.tensors[-1].name in ("output.weight", "output_norm.weight")
+    assert model.tensors[-1].name in ("output.weight", "output_norm.weight", "token_embd_norm.weight")
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_moe", "gpt_oss", "gemma2", "gpt2"])
@@ -242,6 +246,13 @@ REFUSED = {
     }}),
     "has no place": ("gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": False}),
     "'opt' has no place": ("opt", {}),
+    "linear_value_head_dim": (CASES["qwen3_5_text"][0], {"linear_value_head_dim": 64}),
+    "expand is 4": (CASES["mamba"][0], {"expand": 4}),
+    "time_step_limit": (CASES["mamba2"][0], {"time_step_limit": (0.0, 0.1)}),
+    "num_kv_shared_layers": (CASES["gemma4_text"][0], {
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"], "num_hidden_layers": 5,
+        "num_kv_shared_layers": 1}),
+    "routed_scaling_factor": (CASES["lfm2_moe"][0], {"routed_scaling_factor": 2.0}),
     r"mlp\.gate_proj\.weight' has no place": ("qwen2_moe", {"mlp_only_layers": [0]}),
 }  # fmt: skip
 
@@ -287,3 +298,36 @@ def test_the_document_lists_every_row():
     text = (Path(__file__).parents[2] / "docs" / "gguf-architectures.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| `([\w-]+)` \| (\w+) \|", text, flags=re.M)
     assert listed == list(dict.fromkeys((row.model_type, row.arch, row.model_class) for row in ROWS))
+
+
+def test_the_document_lists_every_model_around_a_decoder():
+    text = (Path(__file__).parents[2] / "docs" / "gguf-architectures.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| (\w+) \|", text, flags=re.M)
+    assert listed == [(model_type, around.model_class) for model_type, around in AROUND.items()]
+
+
+@pytest.mark.parametrize("case", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "internvl", "smolvlm"])
+def test_a_model_that_sees_comes_back_as_its_language_model(cases, case):
+    folder, _, _, path = cases(case)
+    back = open_gguf(path)
+    ids = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = load_model(open_safetensors(folder))(ids).logits
+        found = load_model(back)(ids).logits
+    assert back.config()["architectures"][0].endswith("ForCausalLM")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("model_type", "found"), [("paligemma", "both directions"), ("mllama", "attend to the image")])
+def test_why_a_model_type_has_no_row_is_said(model_type, found):
+    with pytest.raises(ArchitectureError, match=found):
+        gguf_names({"model_type": model_type}, [])
+
+
+def test_positions_with_axes_need_their_sections(tmp_path):
+    folder = make_case(tmp_path / "hf", "qwen3_vl")
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]["mrope_section"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError, match="mrope_section"):
+        describe_folder(folder)

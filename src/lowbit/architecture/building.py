@@ -81,6 +81,7 @@ def auto_class(config: Any, named: Any = None) -> Any:
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -95,6 +96,8 @@ def auto_class(config: Any, named: Any = None) -> Any:
     if sees and getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", "") == name:
         return AutoModelForImageTextToText
     text = type(config) in AutoModelForCausalLM._model_mapping
+    if not (sees or text) and type(config) in AutoModelForMultimodalLM._model_mapping:  # it hears
+        return AutoModelForMultimodalLM
     return AutoModelForImageTextToText if sees and not text else AutoModelForCausalLM
 
 

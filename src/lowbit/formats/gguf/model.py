@@ -355,7 +355,10 @@ def _require_complete(row: GGUFArchitecture, blocks: int, found: Container[str],
 
 def _order(row: GGUFArchitecture):
     """Sort key: what stands before the blocks, the blocks in the row's order, what stands behind them."""
-    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in (T.OUTPUT_NORM, T.OUTPUT) for suffix in ("weight", "bias")}
+    norm = (
+        T.OUTPUT_NORM if (T.OUTPUT_NORM, "weight") in row.places else T.TOKEN_EMBD_NORM
+    )  # LFM2's, named after another
+    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in (norm, T.OUTPUT) for suffix in ("weight", "bias")}
     inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:

@@ -57,7 +57,7 @@ class GGUFCheckpoint:
         self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
         config = self._model.config
         head_dim = config.get("head_dim", 0)
-        if "head_dim" not in config and "hidden_size" in config:
+        if "head_dim" not in config and "hidden_size" in config and "num_attention_heads" in config:
             head_dim = config["hidden_size"] // config["num_attention_heads"]
         rope, rope_notes = rope_parameters(self._model.row, self.metadata, self._rope_factors(), head_dim)
         for part, values in rope.items():
@@ -111,13 +111,17 @@ class GGUFCheckpoint:
         scales = self.scales.get(mapped.name)
         if arranged.layout.transposed and len(mapped.shape) == 2:
             values = raw.decode(stored)[:, start:stop].t().contiguous()
-        elif len(mapped.pieces) == 1 and arranged.is_plain and len(mapped.shape) < 2:  # one stored row
+        elif (
+            len(mapped.pieces) > 1
+            or not arranged.is_plain
+            or (len(mapped.shape) < 2 and mapped.expert is None and len(stored.shape) > 1)
+        ):
+            return self._gathered(mapped, start, stop)
+        elif len(mapped.shape) < 2:  # one stored row
             values = raw.decode(stored, first := mapped.expert or 0, first + 1)[0][start:stop]
-        elif len(mapped.pieces) == 1 and arranged.is_plain:
+        else:
             offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
             values = raw.decode(stored, offset + start, offset + stop)
-        else:
-            return self._gathered(mapped, start, stop)
         return values if scales is None else values.float() * scales[0]
 
     def _gathered(self, mapped: MappedTensor, start: int, stop: int) -> Tensor:

@@ -1,8 +1,10 @@
 """Rotary embeddings: key-values and tensors of a GGUF file ↔ transformers' `rope_parameters`.
 
     key-values {arch}.rope.freq_base, rope.freq_base_swa, rope.dimension_count
+               {arch}.rope.dimension_sections [4]     rotary pairs of time, height, width: positions with several axes
                {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
     tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
+                                                                                 Gemma 4: 1e30 for pairs at rest
                rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
 
 The divisors of Llama 3 are a function of four numbers (Llama 3.1 model card; transformers' `llama3`):
@@ -40,11 +42,13 @@ from torch import Tensor
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.keys import KeyValues, shortest
 from lowbit.formats.gguf.layout import Lookup
-from lowbit.formats.gguf.row import GGUFArchitecture
+from lowbit.formats.gguf.row import GGUFArchitecture, Rope
 
 T = MODEL_TENSOR
 FLOAT = GGUFValueType.FLOAT32
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Divides the frequencies of pairs that do not rotate (Gemma 4).
+_AT_REST = 1e30
 # llama.cpp's, whatever the file says.
 _YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 
@@ -61,6 +65,12 @@ def rope_key_values(
     parameters = parameters.get("full_attention", parameters)
     prefix = f"{row.arch}.rope."
     share = parameters.get("partial_rotary_factor", 1.0)
+    kind = parameters.get("rope_type", "default")
+    moving = share
+    if kind == "proportional":  # frequencies are of the whole head, of whose pairs a share moves
+        share = 1.0
+        if parameters.get("factor", 1.0) != 1.0:
+            raise _refused(row, f"slower by a factor of {parameters['factor']}", where)
     if share != 1.0 and not rope.partial:
         raise _refused(row, f"on {share} of every head", where)
     if rope.dim is not None:
@@ -71,6 +81,9 @@ def rope_key_values(
         f"{prefix}dimension_count": (dim, GGUFValueType.UINT32),
         f"{prefix}freq_base": (float(parameters.get("rope_theta", 10000.0)), FLOAT),
     }
+    sections, notes = _sections(rope, parameters, dim // 2, where)
+    if sections:
+        values[f"{prefix}dimension_sections"] = (sections, GGUFValueType.ARRAY, GGUFValueType.INT32)
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
@@ -80,26 +93,28 @@ def rope_key_values(
         elif local_share != share:
             raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
-    kind = parameters.get("rope_type", "default")
     if kind == "dynamic" and rope.alpha and parameters.get("alpha"):
         scale = float(parameters["alpha"]) ** (dim / (dim - 2))
         values[f"{prefix}freq_base"] = (float(parameters.get("rope_theta", 10000.0)) * scale, FLOAT)
-        return values, {}, []
+        return values, {}, notes
     if kind == "dynamic":
-        return values, {}, ["dynamic rope scaling has no place in GGUF: the context is not extended"]
+        return values, {}, [*notes, "dynamic rope scaling has no place in GGUF: the context is not extended"]
     if kind not in rope.scalings:
         raise _refused(row, f"{str(kind)[:40]!r}", where)
-    scaling, tensors, notes = {}, {}, []
+    scaling, tensors, more = {}, {}, []
     if kind == "linear":
         scaling = {"type": ("linear", GGUFValueType.STRING), "factor": (float(parameters["factor"]), FLOAT)}
     elif kind == "yarn":
-        scaling, notes = _yarn(row, parameters, get, where)
+        scaling, more = _yarn(row, parameters, get, where)
     elif kind == "llama3":
         theta = float(parameters.get("rope_theta", 10000.0))
         tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
+    elif kind == "proportional":
+        rotated = torch.arange(dim // 2) < int(moving * dim // 2)
+        tensors = {T.ROPE_FREQS: torch.where(rotated, 1.0, _AT_REST)}
     elif kind == "longrope":
-        scaling, tensors, notes = _longrope(parameters, dim, get, where)
-    return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, notes
+        scaling, tensors, more = _longrope(parameters, dim, get, where)
+    return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, [*notes, *more]
 
 
 def rope_parameters(
@@ -146,6 +161,23 @@ def llama3_divisors(theta: float, dim: int, factor: float, numbers: dict[str, An
     between = 1 / ((1 - smooth) / factor + smooth)
     divisors = torch.where(wavelength > original / low, torch.full_like(between, factor), between)
     return torch.where(wavelength < original / high, torch.ones_like(between), divisors).float()
+
+
+def _sections(rope: Rope, parameters: dict[str, Any], pairs: int, where: str) -> tuple[list[int], list[str]]:
+    """(rotary pairs of each of four axes, notes); nothing where positions have one axis."""
+    if not rope.sections:
+        return [], []
+    sections = parameters.get("mrope_section") or []
+    if not 0 < len(sections) <= 4 or any(type(count) is not int or count < 0 for count in sections):
+        raise ArchitectureError(
+            f"{where}: mrope_section is {str(sections)[:80]} in config.json; a number of rotary pairs for each axis of "
+            f"the positions is needed",
+            "complete config.json; the one that the model was published with has them",
+        )
+    sections = [*sections, 0, 0, 0][:4]
+    still = [pair for pair in range(pairs) if pair >= 3 * sections[pair % 3]] if rope.sections == "interleaved" else []
+    note = f"llama.cpp does not turn {len(still)} of {pairs} rotary pairs, the slowest: long contexts differ a little"
+    return sections, [note] if still else []
 
 
 def _yarn(
@@ -273,6 +305,9 @@ def _from_divisors(divisors: Tensor, theta: float) -> tuple[dict[str, Any], list
     factor = divisors.max().item() if divisors.numel() else 1.0
     if divisors.eq(1).all():
         return {}, []
+    rotated = int(divisors.lt(0.1 * _AT_REST).sum())
+    if divisors[:rotated].eq(1).all() and divisors[rotated:].ge(0.1 * _AT_REST).all():
+        return {"rope_type": "proportional", "partial_rotary_factor": rotated / divisors.numel()}, []
     if torch.allclose(llama3_divisors(theta, 2 * divisors.numel(), factor), divisors, rtol=1e-4):
         return {"rope_type": "llama3", "factor": shortest(factor)} | LLAMA3, []
     return {}, ["rope_freqs.weight is no Llama 3 scaling, so config.json cannot express it: long contexts will differ"]

@@ -8,7 +8,7 @@ keys. `layout.py` has the layouts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -103,6 +103,8 @@ class Rope:
     log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
     alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
+    sections   positions have several axes, which share the rotary pairs (`mrope_section`): "runs" of them, or
+               "interleaved"; "" for the usual positions
     latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
                computes it for these values of mscale_all_dim; () for any
     """
@@ -116,6 +118,7 @@ class Rope:
     log: bool = False
     alpha: bool = False
     dim: Callable[[Lookup], int] | None = None
+    sections: str = ""
     latent: tuple[float, ...] | None = None
 
 
@@ -147,7 +150,9 @@ class GGUFArchitecture:
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
     of_tensors     and whose files have these tensors
-    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
+    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around;
+                   ValueError where they say nothing sensible
+    from_names     the same of the names of the file's tensors
     """
 
     model_type: str
@@ -173,6 +178,7 @@ class GGUFArchitecture:
     of_tensors: tuple[str, ...] = ()
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
     scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    from_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
@@ -240,6 +246,20 @@ class GGUFArchitecture:
 
     def leaves_out(self, parameter: str) -> bool:
         return parameter.startswith(self.left_out) if self.left_out else False
+
+    def around(
+        self, model_type: str, model_class: str, stem: str, head: str, left_out: tuple[str, ...]
+    ) -> GGUFArchitecture:
+        """This decoder as a part of another model: `stem` stands for its "model.", `head` for its "lm_head"."""
+
+        def renamed(path: str) -> str:
+            return re.sub(r"^lm_head$", head, re.sub(r"^model\.", stem, path))
+
+        return replace(
+            self, model_type=model_type, model_class=model_class, blocks=renamed(self.blocks),
+            outside={renamed(path): place for path, place in self.outside.items()},
+            left_out=(*self.left_out, *left_out), read_back=False,
+        )  # fmt: skip
 
     def _path(self, module: str) -> tuple[int | None, str]:
         """(block, path in it), or (None, the module's own name)."""

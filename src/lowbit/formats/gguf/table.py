@@ -9,7 +9,8 @@ Refused: a model type without a row.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
+from functools import partial
 from typing import Any
 
 from gguf.constants import MODEL_TENSOR as T
@@ -29,24 +30,37 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 ROWS: tuple[GGUFArchitecture, ...] = (
     *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *dense.ROWS, *experts.ROWS, *hybrid.ROWS, *seeing.ROWS,
 )  # fmt: skip
-MODEL_TYPES = tuple(dict.fromkeys(row.model_type for row in ROWS))
-# Model type → why there is no row.
-REFUSED: dict[str, str] = {**dense.REFUSED, **experts.REFUSED}
+MODEL_TYPES = tuple(dict.fromkeys([*(row.model_type for row in ROWS), *seeing.AROUND]))
+# Model type → why it has no row, where that is more than that nobody made one.
+REFUSED: dict[str, str] = {**dense.REFUSED, **experts.REFUSED, **hybrid.REFUSED, **seeing.REFUSED}
 
 
 def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:
-    """The row of a config.json; ArchitectureError names the model types that there are."""
+    """The row of a config.json; ArchitectureError names the model types that there are.
+
+    A model that sees or hears gets that of its text decoder, under the names that it has in this model.
+    """
     model_type = config.get("model_type")
+    around = seeing.AROUND.get(str(model_type))
+    if around is None:
+        return _row_of_decoder(model_type, partial(look_up, config, where), where)
+    get = look_up(config, where)
+    decoder = _row_of_decoder(get("model_type"), lambda: get, where)
+    return decoder.around(str(model_type), around.model_class, around.stem, around.head, around.left_out)
+
+
+def _row_of_decoder(model_type: Any, looked_up: Callable[[], Lookup], where: str) -> GGUFArchitecture:
     rows = [row for row in ROWS if row.model_type == model_type]
+    if not rows and model_type in REFUSED:
+        raise ArchitectureError(f"{where}: {model_type} models do not become GGUF files: {REFUSED[model_type]}")
     if not rows:
         raise ArchitectureError(
-            f"{where}: model type {str(model_type)[:80]!r} has no place in GGUF that lowbit knows"
-            + (f": {REFUSED[model_type]}" if model_type in REFUSED else ""),
+            f"{where}: model type {str(model_type)[:80]!r} has no place in GGUF that lowbit knows",
             f"it writes {', '.join(MODEL_TYPES)}",
         )
     if len(rows) == 1:
         return rows[0]
-    get = look_up(config, where)
+    get = looked_up()
     row = next((row for row in rows if row.when(get)), None)
     if row is None:
         raise ArchitectureError(f"{where}: llama.cpp computes no {model_type} model of this kind", CANNOT_RUN)
@@ -57,21 +71,23 @@ CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 
 
 def look_up(config: dict[str, Any], where: str) -> Lookup:
-    """A look-up in config.json, completed with the defaults and the spellings of transformers' class.
-
-    "rope_parameters.factor" is a key in a part of it.
+    """A look-up in config.json, completed with the defaults and the spellings of transformers' class: in the part that
+    describes the text decoder, and what that does not have, in the whole. "rope_parameters.factor" is a key in a part.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        parsed = AutoConfig.for_model(**config).get_text_config()
+        # infinity is written {"__float__": "Infinity"}
+        parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config))
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
+    text = parsed.get_text_config()
 
     def get(key: str) -> Any:
-        value: Any = parsed
-        for part in key.split("."):
+        first, *others = key.split(".")
+        value = getattr(text, first, getattr(parsed, first, None))
+        for part in others:
             value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
         return value
 
