@@ -22,3 +22,20 @@ def top_logprobs(path: Path, ids: list[int], count: int = 10) -> dict[int, float
     answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count})
     first = answer["choices"][0]["logprobs"]["content"][0]
     return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+
+def embedding(path: Path, ids: list[int]) -> list[float]:
+    """The embedding of a text by llama.cpp, pooled as the file says and of length 1."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 128
+    params.embedding = True
+    params.warmup = False
+    params.verbosity = 0
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params).handle_embeddings({"input": ids})["data"][0]["embedding"]

@@ -148,7 +148,7 @@ def _windows(row: GGUFArchitecture, get: Lookup) -> tuple[KeyValues, list[str]]:
         return values, [note] if ignored else []
     if not slides:
         window, types = get("max_position_embeddings"), [FULL] * blocks
-    values = {f"{row.arch}.{WINDOW}": (int(window), GGUFValueType.UINT32)}
+    values = {f"{row.arch}.{WINDOW}": (row.window_of(int(window)), GGUFValueType.UINT32)}
     if types != _default_types(row, blocks):
         values[f"{row.arch}.{PATTERN}"] = ([kind == SLIDING for kind in types], GGUFValueType.ARRAY, GGUFValueType.BOOL)
     return values, []

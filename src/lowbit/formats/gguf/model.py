@@ -34,6 +34,7 @@ from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
+from lowbit.formats.gguf.pooling import pooling_of_folder
 from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lowbit.rounding.target import Target
 
 T = MODEL_TENSOR
+_BEHIND = (T.DENSE_2_OUT, T.DENSE_3_OUT, T.OUTPUT_NORM, T.OUTPUT)  # the blocks
 
 # Causal masks that old GPT-2 and GPT-NeoX files store.
 
@@ -169,12 +171,13 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     get = look_up(checkpoint.config(), where)
     values, notes = key_values(row, get, where)
     rope, computed, rope_notes = rope_key_values(row, get, where)
-    values |= rope
+    pooling, dense = pooling_of_folder(checkpoint.folder, row.arch, get("hidden_size"))
+    values |= rope | pooling
     names, beside = _names(checkpoint, architecture, row)
     tensors = _tensors(checkpoint, architecture, row, get, names)
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
-        for kind, factors in computed.items()
+        for kind, factors in (computed | dense).items()
     ]
     tensors.sort(key=_order(row))
     vocabulary = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
@@ -293,7 +296,7 @@ def _require_complete(row: GGUFArchitecture, blocks: int, found: Container[str],
 
 def _order(row: GGUFArchitecture):
     """Sort key: what stands before the blocks, the blocks in the row's order, what stands behind them."""
-    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in (T.OUTPUT_NORM, T.OUTPUT) for suffix in ("weight", "bias")}
+    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in _BEHIND for suffix in ("weight", "bias")}
     inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:
