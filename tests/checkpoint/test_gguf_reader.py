@@ -1,5 +1,7 @@
 """Reading GGUF files: values against transformers' own loader, layouts, slices, every type that can be decoded."""
 
+from collections import Counter
+
 import gguf
 import numpy as np
 import pytest
@@ -71,7 +73,10 @@ def test_the_names_agree_with_the_gguf_package(row):
     kind = next(kind for kind, spelling in gguf.MODEL_ARCH_NAMES.items() if spelling == row.arch)
     names = gguf.get_tensor_name_map(kind, 4)
     known = 0
+    modules = Counter(module for module, _ in row.places.values())
     for (tensor, _), (module, _) in row.places.items():
+        if modules[module] > 1:  # split; the package has names for the parts only, or for a tensor of older files
+            continue
         stacked = module.replace(".{expert}", "").format(bid=3)
         theirs = names.get_name(stacked) or names.get_name(stacked.replace("language_model.", ""))
         assert theirs in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)), module

@@ -97,7 +97,7 @@ def test_names_and_order_are_those_of_the_gguf_package(cases, case):
     blocks = [tensor.block for tensor in model.tensors if tensor.block is not None]
     assert blocks == sorted(blocks)
     assert model.tensors[0].name == "token_embd.weight"
-    assert model.tensors[-1].name in ("output.weight", "output_norm.weight")
+    assert model.tensors[-1].name in ("output.weight", "output_norm.weight", "token_embd_norm.weight")
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_moe", "gpt_oss", "gemma2", "gpt2"])

@@ -25,6 +25,7 @@ spellings.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,9 +80,13 @@ def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: 
     return kind(checkpoint, sources, changes)
 
 
+# Granite names them by a number alone: block_sparse_moe.0.gate_proj.
+_FIRST_EXPERT = re.compile(r"\.experts\.0\.|(?<!\.layers)\.0\.gate_proj\.")
+
+
 def holds_single_experts(checkpoint: Checkpoint) -> bool:
     """True if every expert has its own tensors: the value of `split_experts` for these files."""
-    return any(".experts.0." in name for name in checkpoint.tensors)
+    return any(_FIRST_EXPERT.search(name) for name in checkpoint.tensors)
 
 
 @dataclass(frozen=True)

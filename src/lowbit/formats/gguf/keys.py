@@ -10,7 +10,7 @@ number that rounds to it: 1e-05, not 9.999999747378752e-06.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,8 @@ def key_values(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValue
     return values | windows, notes + near
 
 
-def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> dict[str, Any]:
-    """config.json without rotary embeddings, tokens and facts about tensors.
+def config_of(row: GGUFArchitecture, metadata: dict[str, Any], names: Collection[str], where: str) -> dict[str, Any]:
+    """config.json without rotary embeddings, tokens and facts about tensors, of whose names a row may read some.
 
     The number of blocks must be checked against the tensors before: lists of that length are made.
     """
@@ -79,7 +79,10 @@ def config_of(row: GGUFArchitecture, metadata: dict[str, Any], where: str) -> di
                 "use the safetensors checkpoint of the model",
             )
     config |= {key: spellings[0] for key, spellings in row.fixed.items() if spellings[0] is not None}
-    config |= row.from_file(metadata)
+    try:
+        config |= row.from_file(metadata) | row.from_names(names)
+    except ValueError as error:
+        raise ArchitectureError(f"{where}: {error}", "use the safetensors checkpoint of the model") from error
     return config | row.implied(config.get) | _windows_of_file(row, metadata, config, where)
 
 
@@ -89,6 +92,19 @@ def positive(metadata: dict[str, Any], key: str, where: str) -> int:
     if type(value) is not int or value < 1:
         raise ArchitectureError(f"{where}: {key} is {str(value)[:80]}; one positive number is needed")
     return value
+
+
+def per_block(metadata: dict[str, Any], name: str) -> list[int]:
+    """One count per block, where the file has a list or one for all of them; ValueError where it has neither.
+
+    name  of the key-value, below the architecture's name
+    """
+    arch = metadata["general.architecture"]
+    blocks, value = metadata[f"{arch}.block_count"], metadata.get(f"{arch}.{name}")
+    values = value.tolist() if isinstance(value, np.ndarray) else [value] * blocks
+    if len(values) < blocks or any(type(count) not in (int, bool) or count < 0 for count in values):
+        raise ValueError(f"{arch}.{name} is {str(value)[:80]}; one number per block is needed")
+    return values[:blocks]
 
 
 def shortest(value: float) -> float:
@@ -104,7 +120,7 @@ def _checked(row: GGUFArchitecture, key: Key, metadata: dict[str, Any], where: s
     if value is None and not needed:
         return None
     if key.kind is GGUFValueType.UINT32:
-        return positive(metadata, name, where)
+        return 0 if key.zero and type(value) is int and value == 0 else positive(metadata, name, where)
     if key.kind is GGUFValueType.BOOL and type(value) is bool:
         return value
     if key.kind is GGUFValueType.FLOAT32 and type(value) is float and math.isfinite(value):

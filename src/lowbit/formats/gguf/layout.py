@@ -31,6 +31,8 @@ Lookup = Callable[[str], Any]
 Shape = tuple[int, ...]
 # (look-up, rows of the source) → the source row of each stored row, int64 [stored rows]. ValueError says what is wrong.
 Rows = Callable[[Lookup, int], np.ndarray]
+# (look-up, rows of the stored tensor) → what multiplies them, one number or float32 [stored rows].
+Factors = Callable[[Lookup, int], float | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RowLayout:
     heads       look-up → (heads, rows of a head, first, last): rows first..last of every head, transposed: from
                 [heads · rows, K] to [heads, K, last - first] (the absorbed keys of latent attention)
     values      float32 → float32, elementwise, and its inverse `undo`
+    factors     multipliers of config.json that the stored rows have in them (Falcon-H1)
     shape       (look-up, shape so far) → the stored shape, the numbers in the same order; `unshape` is its inverse
     """
 
@@ -54,6 +57,7 @@ class RowLayout:
     heads: Callable[[Lookup], tuple[int, int, int, int]] | None = None
     values: Callable[[Tensor], Tensor] | None = None
     undo: Callable[[Tensor], Tensor] | None = None
+    factors: Factors | None = None
     shape: Callable[[Lookup, Shape], Shape] | None = None
     unshape: Callable[[Lookup, Shape], Shape] | None = None
 
@@ -69,8 +73,14 @@ class RowLayout:
             if len(stored) != 2 or stored[0] != count * size:
                 raise ValueError(f"{list(shape)} is not {count} heads of {size} rows")
             stored = (count, stored[1], last - first)
+        factors = None if self.factors is None else self._multipliers(self.factors, get, stored)
         stored = stored if self.shape is None else self.shape(get, stored)
-        return Arranged(self, source, stored, rows, columns, heads)
+        return Arranged(self, source, stored, rows, columns, heads, factors)
+
+    @staticmethod
+    def _multipliers(factors: Factors, get: Lookup, stored: Shape) -> np.ndarray | None:
+        found = np.broadcast_to(np.asarray(factors(get, stored[0]), np.float32), stored[:1])
+        return None if (found == 1).all() else found
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Arranged:
 
     source, stored  shapes; of a transposed source, the shape after that
     rows, columns   int64, the source row of each stored row; None: the same
+    factors         float32 [stored rows], of a matrix; None: all are 1
     """
 
     layout: RowLayout
@@ -87,18 +98,23 @@ class Arranged:
     rows: np.ndarray | None
     columns: np.ndarray | None
     heads: tuple[int, int, int, int] | None
+    factors: np.ndarray | None = None
+
+    @property
+    def is_changed(self) -> bool:
+        """True where the stored values are a function of the source's."""
+        return self.layout.values is not None or self.factors is not None
 
     @property
     def is_plain(self) -> bool:
         """True where row n of one is row n of the other."""
-        layout = self.layout
-        return self.rows is None and self.columns is None and self.heads is None and layout.values is None
+        return self.rows is None and self.columns is None and self.heads is None and not self.is_changed
 
     @property
     def keeps_rows(self) -> bool:
         """True where the stored rows are the source's, all of them, as a linear applies them: packed rows can move."""
         whole = self.rows is None or len(self.rows) == self.source[0]
-        return whole and self.columns is None and self.heads is None and self.layout.values is None
+        return whole and self.columns is None and self.heads is None and not self.is_changed
 
     def stored_rows(self, read: Callable[[int, int], Tensor], first: int, last: int) -> Tensor:
         """Rows first..last of the stored tensor seen as [rows, K]; `read` gives source rows, [n, …] or [n]."""
@@ -115,6 +131,8 @@ class Arranged:
             values = gather(read, self.rows[first:last])
         values = values.reshape(last - first, -1)
         values = values if self.columns is None else values[:, torch.from_numpy(self.columns)]
+        if self.factors is not None:
+            values = values.float() * torch.tensor(self.factors[first:last])[:, None]
         return self._valued(values)
 
     def _valued(self, values: Tensor) -> Tensor:
@@ -149,6 +167,8 @@ class Arranged:
             places = np.flatnonzero((self.rows >= start) & (self.rows < stop))
             rows = self.rows[places]
         values = self._undone(decode(places))
+        if self.factors is not None:
+            values = values / torch.tensor(self.factors[places])[:, None]
         if self.columns is not None:
             values = values[:, torch.from_numpy(np.argsort(self.columns))]
         return rows, values.reshape(len(rows), *self.source[1:])

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from lowbit.rounding.target import Target
 
 T = MODEL_TENSOR
-_BEHIND = (T.DENSE_2_OUT, T.DENSE_3_OUT, T.OUTPUT_NORM, T.OUTPUT)  # the blocks
 
 # Causal masks that old GPT-2 and GPT-NeoX files store.
 
@@ -296,7 +295,11 @@ def _require_complete(row: GGUFArchitecture, blocks: int, found: Container[str],
 
 def _order(row: GGUFArchitecture):
     """Sort key: what stands before the blocks, the blocks in the row's order, what stands behind them."""
-    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in _BEHIND for suffix in ("weight", "bias")}
+    norm = (
+        T.OUTPUT_NORM if (T.OUTPUT_NORM, "weight") in row.places else T.TOKEN_EMBD_NORM
+    )  # LFM2's, named after another
+    behind = (norm, T.OUTPUT, T.DENSE_2_OUT, T.DENSE_3_OUT)
+    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in behind for suffix in ("weight", "bias")}
     inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:

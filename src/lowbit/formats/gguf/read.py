@@ -52,7 +52,7 @@ class GGUFCheckpoint:
         self.tensors: dict[str, TensorInfo] = {mapped.name: self._describe(mapped) for mapped in self._model.tensors}
         config = self._model.config
         head_dim = config.get("head_dim", 0)
-        if "head_dim" not in config and "hidden_size" in config:
+        if "head_dim" not in config and "hidden_size" in config and "num_attention_heads" in config:
             head_dim = config["hidden_size"] // config["num_attention_heads"]
         rope, rope_notes = rope_parameters(self._model.row, self.metadata, self._rope_factors(), head_dim)
         self._config = config | rope | {"dtype": _float_dtype(self.raw.tensors)}
@@ -96,8 +96,10 @@ class GGUFCheckpoint:
         raw, (stored, arranged) = self.raw, mapped.pieces[0]
         if arranged.layout.transposed and len(mapped.shape) == 2:
             return raw.decode(stored)[:, start:stop].t().contiguous()
-        if len(mapped.pieces) == 1 and arranged.is_plain:
-            if len(mapped.shape) < 2:  # one stored row
+        vector = len(mapped.shape) < 2
+        one_row = mapped.expert is not None or len(stored.shape) < 2
+        if len(mapped.pieces) == 1 and arranged.is_plain and (one_row or not vector):
+            if vector:
                 return raw.decode(stored, first := mapped.expert or 0, first + 1)[0][start:stop]
             offset = 0 if mapped.expert is None else _rows_of_expert(mapped)[0]
             return raw.decode(stored, offset + start, offset + stop)

@@ -19,6 +19,12 @@ they go into config.json, else there is a note.
 YaRN scales cos and sin by m(f) = 1 + 0.1 ln f; llama.cpp multiplies that by attn_factor, transformers takes
 attention_factor instead: attention_factor = m(f) · attn_factor.
 
+YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln f)² with a = mscale_all_dim:
+
+    key-value  {arch}.rope.scaling.yarn_log_multiplier = 0.1 a
+
+llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
+
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
 
@@ -71,6 +77,8 @@ def rope_key_values(
     if rope.local and local:
         if local.get("rope_type", "default") != "default":
             raise _refused(row, f"{local['rope_type']} in its sliding-window blocks", where)
+        if local.get("partial_rotary_factor", 1.0) != share:
+            raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
     kind = parameters.get("rope_type", "default")
     if kind == "dynamic":
@@ -116,6 +124,8 @@ def rope_parameters(
     parameters |= scaling
     if row.rope.local:
         local = {"rope_theta": _finite(metadata.get(f"{prefix}freq_base_swa"), 10000.0), "rope_type": "default"}
+        if row.rope.partial:
+            local["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         parameters = {"full_attention": parameters, "sliding_attention": local}
     return {"rope_parameters": parameters}, notes
 
@@ -164,7 +174,11 @@ def _yarn(
     attention, scale, all_dims = (parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None and scale and all_dims:
         attention = _magnitude(factor, scale) / _magnitude(factor, all_dims)
-    if attention is not None:  # it is not the usual m(factor)
+    if row.rope is not None and row.rope.latent is not None:
+        if factor > 1 and (attention != 1.0 or not all_dims or (row.rope.latent and all_dims not in row.rope.latent)):
+            raise _refused(row, f"yarn with mscale {scale} and mscale_all_dim {all_dims}", where)
+        scaling["yarn_log_multiplier"] = (0.1 * float(all_dims or 0.0), FLOAT)
+    elif attention is not None:  # it is not the usual m(factor)
         scaling["attn_factor"] = (float(attention) / _magnitude(factor), FLOAT)
     truncates = parameters.get("truncate", True)
     notes = [] if truncates else [
@@ -245,6 +259,9 @@ def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[d
     original = metadata.get(f"{prefix}.original_context_length")
     if type(original) is int:
         parameters["original_max_position_embeddings"] = original
+    if kind == "yarn" and row.rope is not None and row.rope.latent is not None:
+        tenth = _finite(metadata.get(f"{prefix}.yarn_log_multiplier"), 0.0)
+        return parameters | dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * tenth)), []
     attention = metadata.get(f"{prefix}.attn_factor", 1.0)
     if kind == "yarn" and isinstance(attention, float) and math.isfinite(attention) and attention != 1.0:
         parameters["attention_factor"] = shortest(attention * _magnitude(factor))

@@ -8,7 +8,7 @@ keys. `layout.py` has the layouts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from gguf.constants import MODEL_TENSOR, TENSOR_NAMES, GGUFValueType
 
 from lowbit.formats.gguf.layout import SAME, Lookup, RowLayout
 
-_EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Place:
     ending    of a bare parameter's GGUF name: "weight", "bias", or "" for none ("blk.0.ssm_a")
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
+    flag      key of config.json that is true where the model has the tensor
     """
 
     tensor: MODEL_TENSOR
@@ -36,6 +37,7 @@ class Place:
     ending: str = "weight"
     group: str = ""
     optional: bool = False
+    flag: str = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
@@ -67,6 +69,7 @@ class Key:
     otherwise  value where config.json or the file has none
     default    what llama.cpp takes where the file has none; config.json always says it
     optional   neither side needs it; a key without any of the four must be there
+    zero       0 is a value; other counts are positive
     """
 
     name: str
@@ -76,6 +79,7 @@ class Key:
     default: Any = None
     optional: bool = False
     value: Callable[[Lookup], Any] | None = None
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Rope:
     dim        rotated dimensions of a head, where they are not a share of head_dim
     sections   positions have several axes, which share the rotary pairs (`mrope_section`): "runs" of them, or
                "interleaved"; "" for the usual positions
+    latent     YaRN scales the scores of latent attention by m(mscale_all_dim)², and cos and sin by nothing; llama.cpp
+               computes it for these values of mscale_all_dim; () for any
     """
 
     scalings: tuple[str, ...] = ("default", "linear", "yarn")
@@ -97,6 +103,7 @@ class Rope:
     truncates: bool = True
     dim: Callable[[Lookup], int] | None = None
     sections: str = ""
+    latent: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,9 @@ class GGUFArchitecture:
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
     when           of several rows of a model type, the first whose condition on config.json holds is taken
     of_file        of several readable rows of an arch, the first whose condition on the key-values holds
-    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around
+    from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around;
+                   ValueError where they say nothing sensible
+    from_names     the same of the names of the file's tensors
     """
 
     model_type: str
@@ -148,6 +157,7 @@ class GGUFArchitecture:
     when: Callable[[Lookup], bool] = lambda get: True
     of_file: Callable[[dict[str, Any]], bool] = lambda metadata: True
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
+    from_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
@@ -169,13 +179,13 @@ class GGUFArchitecture:
         stem, _, suffix = parameter.rpartition(".")
         for module, bare in ((parameter, True), (stem, False)):
             block, path = self._path(module)
-            expert = _EXPERT.search(path)
-            path = _EXPERT.sub(r"\1experts.*.", path)
-            places = (self.outside if block is None else self.inside).get(path)
+            known = self.outside if block is None else self.inside
+            expert = None if path in known else _NUMBER.search(path)
+            places = known.get(path if expert is None else _NUMBER.sub("*", path, count=1))
             if places is None or any(place.bare is not bare for place in each_place(places)):
                 continue
             if bare or suffix in ("weight", "bias"):
-                number = int(expert[2]) if expert else None
+                number = int(expert[0]) if expert else None
                 return tuple(
                     RowTarget(place, block, number, place.ending if bare else suffix) for place in each_place(places)
                 )

@@ -81,11 +81,12 @@ CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 def look_up(config: dict[str, Any], where: str) -> Lookup:
     """A look-up in config.json, completed with the defaults and the spellings of transformers' class: in the part that
     describes the text decoder, and what that does not have, in the whole."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        parsed = AutoConfig.for_model(**config)
+        # infinity is written {"__float__": "Infinity"}
+        parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config))
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
     text = parsed.get_text_config()

@@ -52,7 +52,7 @@ class MappedTensor:
     @property
     def is_changed(self) -> bool:
         """True if the values in the file are a function of the tensor's."""
-        return any(arranged.layout.values is not None for _, arranged in self.pieces)
+        return any(arranged.is_changed for _, arranged in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
         names = ", ".join(sorted(kind.name for kind in biased)) or "nothing"
         raise ArchitectureError(f"{where}: biases on {names}, which is not how {row.model_class} is built")
     _require_all_blocks(row, biased, metadata, found, where)
-    config = config_of(row, metadata, where) | row.biases[biased]
     names = {each.tensor.name for each in found}
+    config = config_of(row, metadata, names, where) | row.biases[biased]
+    kinds = {each.place.tensor for each in found}
+    config |= {place.flag: place.tensor in kinds for _, place in row.places.values() if place.flag}
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
     get = look_up(config, where)
@@ -183,7 +185,7 @@ def _check_rank(found: _Found, where: str) -> None:
         return  # the size is compared with what the layout makes
     is_vector = found.suffix == "bias" or "norm" in TENSOR_NAMES[kind] or (found.place.bare and kind in _VECTORS)
     ranks = ((1 if is_vector else 2) + ("{expert}" in found.module),)
-    if layout is ONE_ROW:
+    if layout is ONE_ROW or kind is T.SSM_A:  # one number per head, or a row of them per channel
         ranks = (1, 2)
     if len(found.tensor.shape) not in ranks:
         needed = " or ".join(f"{rank}-d" for rank in ranks)
