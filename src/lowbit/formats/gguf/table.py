@@ -30,8 +30,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # Several rows of a model type, or of an arch, stand in the order in which their conditions are asked.
 ROWS: tuple[GGUFArchitecture, ...] = (
-    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *dense.ROWS, *experts.ROWS, *hybrid.ROWS, *seeing.ROWS,
-    *embedding.ROWS,
+    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *seeing.ROWS, *embedding.ROWS, *dense.ROWS, *experts.ROWS,
+    *hybrid.ROWS,
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys([*(row.model_type for row in ROWS), *seeing.AROUND]))
 # Model type → why it has no row, where that is more than that nobody made one.
