@@ -64,6 +64,12 @@ CASES: dict[str, tuple] = {
     "paddleocr_vl": (("paddleocr_vl", {
         "text_config": SIZES | _QWEN2 | {"pad_token_id": 0}, "vision_config": _EYE,
     }), {}, "paddleocr", None),
+    "phi4_multimodal": (("phi4_multimodal", _TEXT | {
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vision_config": _EYE | {"image_size": 448},
+        "audio_config": {"hidden_size": 64, "intermediate_size": 128, "num_blocks": 1, "num_attention_heads": 2,
+                         "ext_pw_out_channel": 64, "nemo_conv_channels": 64, "input_size": 32,
+                         "depthwise_separable_out_channel": 64},
+    }), {}, "phi3", None),
     "lfm2_vl": (_seeing("lfm2_vl", "lfm2", _TEXT | {
         "layer_types": ["conv", "full_attention"], "block_ff_dim": 192, "block_auto_adjust_ff_dim": False,
     }), {}, "lfm2", None),

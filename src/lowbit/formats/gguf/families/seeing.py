@@ -12,7 +12,7 @@ from typing import Any
 
 from gguf.constants import MODEL_TENSOR as T
 
-from lowbit.formats.gguf.families import experts, qwen
+from lowbit.formats.gguf.families import experts, llama, qwen
 from lowbit.formats.gguf.families.common import (
     KEYS,
     MLP_NORM,
@@ -167,6 +167,10 @@ _PADDLEOCR_VL = GGUFArchitecture(
     "paddleocr_vl", "PaddleOCRVLForConditionalGeneration", "paddleocr", "model.layers", OUTSIDE, QWEN_BLOCK, KEYS,
     fixed=SILU | {"use_bias": (False,)}, rope=_RUNS, left_out=("visual.", "mlp_AR."), read_back=False,
 )  # fmt: skip
+_PHI4_MULTIMODAL = replace(
+    next(row for row in llama.ROWS if row.model_type == "phi3"), model_type="phi4_multimodal",
+    model_class="Phi4MultimodalForCausalLM", left_out=("model.embed_tokens_extend.",), read_back=False,
+)  # fmt: skip
 # The same on a text, rotary halves and all.
 _LLAMA_OF_PADDLEOCR = replace(
     _PADDLEOCR_VL, model_type="llama", model_class="LlamaForCausalLM", when=lambda get: False, read_back=True,
@@ -175,6 +179,6 @@ _LLAMA_OF_PADDLEOCR = replace(
 
 ROWS: tuple[GGUFArchitecture, ...] = (
     _QWEN2_VL, _QWEN2_5_VL, _QWEN3_VL, _QWEN3_VL_MOE, _GLM4V, _GLM_OCR, _GLM4V_MOE, _PADDLEOCR_VL,
-    _GLM4, _LLAMA_OF_PADDLEOCR,
+    _PHI4_MULTIMODAL, _GLM4, _LLAMA_OF_PADDLEOCR,
     _read_as_text(_QWEN2_VL, _QWEN2), _read_as_text(_QWEN3_VL, _QWEN3), _read_as_text(_QWEN3_VL_MOE, _QWEN3_MOE),
 )  # fmt: skip
