@@ -36,6 +36,7 @@ from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
 from lowbit.formats.gguf.pooling import pooling_of_folder
 from lowbit.formats.gguf.raw import rows_and_columns
+from lowbit.formats.gguf.reranking import ranking_of_folder
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
 from lowbit.formats.gguf.table import CANNOT_RUN, EXPERT_COUNTS, look_up, row_of_model, targets_of
@@ -174,9 +175,16 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     values |= rope | pooling
     names, beside = _names(checkpoint, architecture, row)
     tensors = _tensors(checkpoint, architecture, row, get, names)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    output = by_name.get("output.weight", by_name["token_embd.weight"])
+    ranking, answers, rank_notes = ranking_of_folder(
+        checkpoint.folder, checkpoint.config(), row.arch, output.shape[0],
+        lambda token: output.read(checkpoint, token, token + 1),
+    )  # fmt: skip
+    values |= ranking
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
-        for kind, factors in (computed | dense).items()
+        for kind, factors in (computed | dense | answers).items()
     ]
     tensors.sort(key=_order(row))
     vocabulary = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
@@ -191,7 +199,7 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     path = checkpoint.folder / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
     general |= general_key_values(checkpoint.folder, generation, ((tensor.name, tensor.shape) for tensor in tensors))
-    return GGUFModel(row.arch, tuple(tensors), general | values, (*beside, *notes, *rope_notes))
+    return GGUFModel(row.arch, tuple(tensors), general | values, (*beside, *notes, *rope_notes, *rank_notes))
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture) -> tuple[list[str], list[str]]:
@@ -298,7 +306,7 @@ def _order(row: GGUFArchitecture):
     norm = (
         T.OUTPUT_NORM if (T.OUTPUT_NORM, "weight") in row.places else T.TOKEN_EMBD_NORM
     )  # LFM2's, named after another
-    behind = (norm, T.OUTPUT, T.DENSE_2_OUT, T.DENSE_3_OUT)
+    behind = (norm, T.OUTPUT, T.DENSE_2_OUT, T.DENSE_3_OUT, T.CLS_OUT)
     last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in behind for suffix in ("weight", "bias")}
     inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 

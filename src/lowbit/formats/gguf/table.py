@@ -23,6 +23,7 @@ from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget
 # Computed from the config, or of the modules behind the model: it has no such tensor itself.
 DERIVED = frozenset({
     T.ROPE_FREQS, T.ATTN_ROT_EMBD, T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.DENSE_2_OUT, T.DENSE_3_OUT,
+    T.CLS_OUT,
 })  # fmt: skip
 
 # Keys of config.json that count the experts of a block.
