@@ -44,6 +44,14 @@ _SECTIONS = {"rope_parameters": {
 _EYE = {"vision_config": {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
                           "out_hidden_size": 128, "num_position_embeddings": 16}}  # fmt: skip
 _CONV = {**_NO_HEAD_DIM, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+_GEMMA = ("gemma4_text", {
+    **SIZES, "num_hidden_layers": 4, "global_head_dim": 64, "vocab_size_per_layer_input": 384, "sliding_window": 8,
+    "hidden_size_per_layer_input": 32, "layer_types": ["sliding_attention", "full_attention"] * 2,
+})  # fmt: skip
+_GEMMA_EXPERTS = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64,
+    "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+}  # fmt: skip
 
 # name → (model_type and sizes, changes to the config, general.architecture, model_type read back or None)
 CASES: dict[str, tuple] = {
@@ -82,6 +90,10 @@ CASES: dict[str, tuple] = {
     "falcon_h1": (_FALCON, {"mamba_rms_norm": True, "mamba_norm_before_gate": False}, "falcon-h1", "falcon_h1"),
     "falcon_h1_multiplied": (_FALCON, _MULTIPLIED, "falcon-h1", None),
     "falcon_h1_tied": (_FALCON, _MULTIPLIED | {"tie_word_embeddings": True}, "falcon-h1", None),
+    "gemma4_text": (_GEMMA, {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0},
+                    "gemma4", "gemma4_text"),
+    "gemma4_plain": (_GEMMA, {"hidden_size_per_layer_input": 0}, "gemma4", "gemma4_text"),
+    "gemma4_experts": (_GEMMA, _GEMMA_EXPERTS, "gemma4", "gemma4_text"),
 }  # fmt: skip
 # case → nats, with the reason
 LOOSER: dict[str, float] = {}

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from gguf_models import make_case
 from lowbit.api import dry_convert
-from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint import open_checkpoint, open_gguf, open_safetensors
 from lowbit.checkpoint.base import OpenOptions, report_path
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from lowbit.formats.gguf import write as gguf_writer
@@ -318,3 +319,13 @@ def test_a_scheme_of_folders_is_told_from_a_typing_mistake(model):
 def test_a_revision_of_a_local_model_is_refused(model):
     with pytest.raises(UsageError, match="read only for a Hugging Face id"):
         lowbit.dry_run(model, options=OpenOptions(revision="main"))
+
+
+def test_multipliers_of_the_config_are_in_the_weights(tmp_path):
+    """Falcon-H1: what is verified against the source is the product."""
+    folder = make_case(tmp_path / "hf", "falcon_h1_multiplied")
+    lowbit.quantize(str(folder), tmp_path / "model.gguf", scheme="Q8_0")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expected = open_safetensors(folder).read(name).float() * 1.1 * 0.7
+    found = open_gguf(tmp_path / "model.gguf").read(name)
+    assert ((found - expected).norm() / expected.norm()).item() < 0.01

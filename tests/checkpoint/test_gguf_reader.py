@@ -67,6 +67,15 @@ def test_the_rebuilt_config_makes_a_model_that_takes_every_tensor(tmp_path, arch
     assert config.vocab_size == TINY["vocab"]
 
 
+# What llama.cpp's loader takes though the package does not list it.
+_UNLISTED = {
+    "lfm2moe": {gguf.MODEL_TENSOR.OUTPUT},
+    "gemma4": {gguf.MODEL_TENSOR.FFN_GATE_EXP, gguf.MODEL_TENSOR.FFN_UP_EXP},
+}
+# Names that the converter changes before it asks the package: without experts, the shared MLP is the MLP.
+_RENAMED = {"model.layers.{bid}.shared_mlp.output_linear"}
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model_type}-{row.arch}")
 def test_the_names_agree_with_the_gguf_package(row):
     """Where the package knows a Hugging Face name; and no tensor that it does not list for the architecture."""
@@ -79,9 +88,9 @@ def test_the_names_agree_with_the_gguf_package(row):
             continue
         stacked = module.replace(".{expert}", "").format(bid=3)
         theirs = names.get_name(stacked) or names.get_name(stacked.replace("language_model.", ""))
-        assert theirs in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)), module
+        assert theirs in (None, gguf.TENSOR_NAMES[tensor].format(bid=3)) or module in _RENAMED, module
         known += theirs is not None
-        assert tensor in gguf.MODEL_TENSORS[kind], tensor
+        assert tensor in {*gguf.MODEL_TENSORS[kind], *_UNLISTED.get(row.arch, ())}, tensor
     assert known > len(row.places) / 2
 
 
@@ -184,8 +193,8 @@ def test_a_type_that_cannot_be_decoded_is_refused_only_when_it_is_read(tmp_path,
 
 def test_other_architectures_are_named(tmp_path):
     path = tmp_path / "tiny.gguf"
-    write_tiny_gguf(path, "mamba", tensors={})
-    with pytest.raises(ArchitectureError, match="'mamba'"):
+    write_tiny_gguf(path, "rwkv7", tensors={})
+    with pytest.raises(ArchitectureError, match="'rwkv7'"):
         open_gguf(path)
 
 

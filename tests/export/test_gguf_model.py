@@ -91,6 +91,8 @@ def test_names_and_order_are_those_of_the_gguf_package(cases, case):
     _, model, _, _ = cases(case)
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == model.arch)
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[kind]}
+    if "blk.{bid}.ffn_gate_up_exps" in known:  # llama.cpp's loader takes its halves as well
+        known |= {"blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"}
     for tensor in model.tensors:
         name = tensor.name.replace(f"blk.{tensor.block}.", "blk.{bid}.")
         assert {name, name.rpartition(".")[0]} & (known | {"output"})
@@ -241,6 +243,13 @@ REFUSED = {
     }}),
     "has no place": ("gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": False}),
     "'opt' has no place": ("opt", {}),
+    "linear_value_head_dim": (CASES["qwen3_5_text"][0], {"linear_value_head_dim": 64}),
+    "expand is 4": (CASES["mamba"][0], {"expand": 4}),
+    "time_step_limit": (CASES["mamba2"][0], {"time_step_limit": (0.0, 0.1)}),
+    "num_kv_shared_layers": (CASES["gemma4_text"][0], {
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"], "num_hidden_layers": 5,
+        "num_kv_shared_layers": 1}),
+    "routed_scaling_factor": (CASES["lfm2_moe"][0], {"routed_scaling_factor": 2.0}),
     r"mlp\.gate_proj\.weight' has no place": ("qwen2_moe", {"mlp_only_layers": [0]}),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@
                {arch}.rope.dimension_sections [4]     rotary pairs of time, height, width: positions with several axes
                {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
     tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
+                                                                                 Gemma 4: 1e30 for pairs at rest
                rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
 
 The divisors of Llama 3 are a function of four numbers (Llama 3.1 model card; transformers' `llama3`):
@@ -45,6 +46,8 @@ from lowbit.formats.gguf.row import GGUFArchitecture, Rope
 T = MODEL_TENSOR
 FLOAT = GGUFValueType.FLOAT32
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Divides the frequencies of pairs that do not rotate (Gemma 4).
+_AT_REST = 1e30
 # llama.cpp's, whatever the file says.
 _YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 
@@ -61,6 +64,12 @@ def rope_key_values(
     parameters = parameters.get("full_attention", parameters)
     prefix = f"{row.arch}.rope."
     share = parameters.get("partial_rotary_factor", 1.0)
+    kind = parameters.get("rope_type", "default")
+    moving = share
+    if kind == "proportional":  # frequencies are of the whole head, of whose pairs a share moves
+        share = 1.0
+        if parameters.get("factor", 1.0) != 1.0:
+            raise _refused(row, f"slower by a factor of {parameters['factor']}", where)
     if share != 1.0 and not rope.partial:
         raise _refused(row, f"on {share} of every head", where)
     if rope.dim is not None:
@@ -80,7 +89,6 @@ def rope_key_values(
         if local.get("partial_rotary_factor", 1.0) != share:
             raise _refused(row, "on another part of a head in its sliding-window blocks", where)
         values[f"{prefix}freq_base_swa"] = (float(local.get("rope_theta", 10000.0)), FLOAT)
-    kind = parameters.get("rope_type", "default")
     if kind == "dynamic":
         return values, {}, [*notes, "dynamic rope scaling has no place in GGUF: the context is not extended"]
     if kind not in rope.scalings:
@@ -93,6 +101,9 @@ def rope_key_values(
     elif kind == "llama3":
         theta = float(parameters.get("rope_theta", 10000.0))
         tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
+    elif kind == "proportional":
+        rotated = torch.arange(dim // 2) < int(moving * dim // 2)
+        tensors = {T.ROPE_FREQS: torch.where(rotated, 1.0, _AT_REST)}
     elif kind == "longrope":
         scaling, tensors, more = _longrope(parameters, dim, get, where)
     return values | {f"{prefix}scaling.{key}": value for key, value in scaling.items()}, tensors, [*notes, *more]
@@ -274,6 +285,9 @@ def _from_divisors(divisors: Tensor, theta: float) -> tuple[dict[str, Any], list
     factor = divisors.max().item() if divisors.numel() else 1.0
     if divisors.eq(1).all():
         return {}, []
+    rotated = int(divisors.lt(0.1 * _AT_REST).sum())
+    if divisors[:rotated].eq(1).all() and divisors[rotated:].ge(0.1 * _AT_REST).all():
+        return {"rope_type": "proportional", "partial_rotary_factor": rotated / divisors.numel()}, []
     if torch.allclose(llama3_divisors(theta, 2 * divisors.numel(), factor), divisors, rtol=1e-4):
         return {"rope_type": "llama3", "factor": shortest(factor)} | LLAMA3, []
     return {}, ["rope_freqs.weight is no Llama 3 scaling, so config.json cannot express it: long contexts will differ"]

@@ -23,7 +23,7 @@ from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import open_gguf
-from lowbit.formats.gguf.table import row_of_model
+from lowbit.formats.gguf.table import look_up, row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
@@ -164,7 +164,7 @@ class _Pass:
 
     def _under_hub_names(self) -> list[_Job]:
         ours, source = self.subject.as_checkpoint, self.subject.original
-        origins = self._origins(source)
+        origins, multipliers = self._origins(source), self._multipliers(source)
         jobs: list[_Job] = []
         for name, info in ours.tensors.items():
             origin = origins(name)
@@ -179,8 +179,11 @@ class _Pass:
                 if known:
                     source.release(origin)
 
-            def theirs(first: int, last: int, origin: str = origin) -> Tensor:
-                return source.read(origin, first, last)
+            factors = multipliers(name, info.shape) if known else None
+
+            def theirs(first: int, last: int, origin: str = origin, factors: Tensor | None = factors) -> Tensor:
+                values = source.read(origin, first, last)
+                return values if factors is None else values.float() * factors[first:last, None]
 
             def mine(first: int, last: int, name: str = name) -> Tensor:
                 return ours.read(name, first, last)
@@ -203,6 +206,20 @@ class _Pass:
             return by_place.get((place.name, place.expert), embedding)
 
         return origin
+
+    def _multipliers(self, source: Checkpoint) -> Callable[[str, tuple[int, ...]], Tensor | None]:
+        """(our name, shape) → what config.json multiplies the source's rows by, where the file holds products."""
+        row = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
+        get = look_up(source.config(), source.source)
+
+        def multipliers(name: str, shape: tuple[int, ...]) -> Tensor | None:
+            targets = row.find(name)
+            if not targets or targets[0].place.layout.factors is None:
+                return None
+            factors = targets[0].place.layout.arranged(get, shape).factors
+            return None if factors is None else torch.tensor(factors)
+
+        return multipliers
 
     def _slab(self, job: _Job, first: int, last: int, total: int) -> None:
         name, rows, _, ours, theirs, nbytes, release = job

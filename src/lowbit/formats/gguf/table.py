@@ -36,7 +36,7 @@ ROWS: tuple[GGUFArchitecture, ...] = (
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys([*(row.model_type for row in ROWS), *seeing.AROUND]))
 # Model type → why it has no row, where that is more than that nobody made one.
-REFUSED: dict[str, str] = {**seeing.REFUSED, **embedding.REFUSED}
+REFUSED: dict[str, str] = {**hybrid.REFUSED, **seeing.REFUSED, **embedding.REFUSED}
 
 
 def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:

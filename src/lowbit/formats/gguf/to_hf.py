@@ -28,7 +28,7 @@ T = MODEL_TENSOR
 MAX_EXPERTS = 65536
 
 # Beginnings of GGUF names whose weights are vectors, whatever the layout makes of them.
-_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B})
+_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE})
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,9 @@ def _check_rank(found: _Found, where: str) -> None:
     kind, layout = found.place.tensor, found.place.layout
     if layout.shape is not None or layout.heads is not None:
         return  # the size is compared with what the layout makes
-    is_vector = found.suffix == "bias" or "norm" in TENSOR_NAMES[kind] or (found.place.bare and kind in _VECTORS)
+    is_vector = (
+        found.suffix in ("bias", "scale") or "norm" in TENSOR_NAMES[kind] or (found.place.bare and kind in _VECTORS)
+    )
     ranks = ((1 if is_vector else 2) + ("{expert}" in found.module),)
     if layout is ONE_ROW or kind is T.SSM_A:  # one number per head, or a row of them per channel
         ranks = (1, 2)

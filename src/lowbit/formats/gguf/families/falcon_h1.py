@@ -76,7 +76,7 @@ _FALCON_H1 = GGUFArchitecture(
         "self_attn.k_proj": Place(T.ATTN_K, _times("attention_in_multiplier", "key_multiplier")),
         "self_attn.v_proj": Place(T.ATTN_V, _times("attention_in_multiplier")),
         "self_attn.o_proj": Place(T.ATTN_OUT, _times("attention_out_multiplier")),
-        "pre_ff_layernorm.weight": Place(T.FFN_NORM, bare=True, ending=""),  # llama.cpp wants it without ".weight"
+        "pre_ff_layernorm.weight": Place(T.FFN_PRE_NORM, bare=True, ending=""),  # llama.cpp wants it without ".weight"
         "feed_forward.gate_proj": Place(T.FFN_GATE, _times("mlp_multipliers.0")),
         "feed_forward.up_proj": Place(T.FFN_UP),
         "feed_forward.down_proj": Place(T.FFN_DOWN, _times("mlp_multipliers.1")),
