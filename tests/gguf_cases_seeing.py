@@ -14,6 +14,8 @@ _MROPE = {"rope_type": "default", "rope_theta": 50000.0, "mrope_section": [4, 6,
 _QWEN2 = {"rope_parameters": _MROPE, "rms_norm_eps": 1e-12}
 _QWEN3 = {"rope_parameters": _MROPE | {"mrope_section": [6, 5, 5]}, "num_hidden_layers": 3}
 _DEEPSTACK = _QWEN_EYE | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+_GLM_EYE = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 128, "depth": 1, "num_heads": 2,
+            "patch_size": 14, "image_size": 56, "attention_bias": False}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 
@@ -45,6 +47,32 @@ CASES: dict[str, tuple] = {
     "qwen3_vl_moe": (("qwen3_vl_moe", {
         "text_config": SIZES | _EXPERTS | _QWEN3, "vision_config": _DEEPSTACK,
     }), {}, "qwen3vlmoe", None),
+    "glm4v": (("glm4v", {
+        "text_config": SIZES | {"rope_parameters": _MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+                                "pad_token_id": 0}, "vision_config": _GLM_EYE,
+    }), {}, "glm4", None),
+    "glm_ocr": (("glm_ocr", {
+        "text_config": SIZES | {"rope_parameters": _MROPE, "pad_token_id": 0}, "vision_config": _GLM_EYE,
+    }), {}, "glm4", None),
+    "glm4v_moe": (("glm4v_moe", {
+        "text_config": SIZES | {
+            "rope_parameters": _MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}, "pad_token_id": 0,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        }, "vision_config": _GLM_EYE,
+    }), {}, "glm4moe", None),
+    "paddleocr_vl": (("paddleocr_vl", {
+        "text_config": SIZES | _QWEN2 | {"pad_token_id": 0}, "vision_config": _EYE,
+    }), {}, "paddleocr", None),
+    "phi4_multimodal": (("phi4_multimodal", _TEXT | {
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vision_config": _EYE | {"image_size": 448},
+        "audio_config": {"hidden_size": 64, "intermediate_size": 128, "num_blocks": 1, "num_attention_heads": 2,
+                         "ext_pw_out_channel": 64, "nemo_conv_channels": 64, "input_size": 32,
+                         "depthwise_separable_out_channel": 64},
+    }), {}, "phi3", None),
+    "lfm2_vl": (_seeing("lfm2_vl", "lfm2", _TEXT | {
+        "layer_types": ["conv", "full_attention"], "block_ff_dim": 192, "block_auto_adjust_ff_dim": False,
+    }), {}, "lfm2", None),
     "llava": (_seeing("llava", "llama", SIZES), {}, "llama", None),
     "llava_next": (_seeing("llava_next", "mistral", SIZES), {}, "llama", None),
     "llava_next_video": (_seeing("llava_next_video", "llama", SIZES), {}, "llama", None),
@@ -53,7 +81,6 @@ CASES: dict[str, tuple] = {
     "vipllava": (_seeing("vipllava", "llama", SIZES), {}, "llama", None),
     "internvl": (_seeing("internvl", "qwen2", _TEXT), {}, "qwen2", None),
     "internvl_moe": (_seeing("internvl", "qwen3_moe", SIZES | _EXPERTS), {}, "qwen3moe", None),
-    "mistral3": (_seeing("mistral3", "mistral", SIZES), {}, "llama", None),
     "pixtral": (_seeing("llava", "mistral", SIZES), {}, "llama", None),
     "idefics3": (_seeing("idefics3", "llama", SIZES), {}, "llama", None),
     "smolvlm": (_seeing("smolvlm", "llama", SIZES), {"tie_word_embeddings": True}, "llama", None),

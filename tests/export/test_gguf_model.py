@@ -306,7 +306,10 @@ def test_the_document_lists_every_model_around_a_decoder():
     assert listed == [(model_type, around.model_class) for model_type, around in AROUND.items()]
 
 
-@pytest.mark.parametrize("case", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "internvl", "smolvlm"])
+@pytest.mark.parametrize("case", [
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm_ocr", "glm4v_moe", "paddleocr_vl", "llava", "internvl",
+    "smolvlm", "voxtral",
+])  # fmt: skip
 def test_a_model_that_sees_comes_back_as_its_language_model(cases, case):
     folder, _, _, path = cases(case)
     back = open_gguf(path)

@@ -66,7 +66,8 @@ def choose_files(repo: str, files: list[str], file: str | None, options: OpenOpt
         offered = ", ".join(sorted(name for name in files if name.endswith(".gguf"))) or "none"
         raise CheckpointError(f"{repo}: there is no file {file}", f"its GGUF files: {offered}")
     top = [name for name in files if "/" not in name or name.startswith("additional_chat_templates/")]
-    side = _matching(top, _SIDE_FILES + (("*.py",) if options.trust_remote_code else ()))
+    modules = _matching(files, ("[0-9]_*/config.json", "[0-9]_Dense/model.safetensors"))  # of sentence-transformers
+    side = modules + _matching(top, _SIDE_FILES + (("*.py",) if options.trust_remote_code else ()))
     weights = _matching(top, ("*.safetensors",))
     if file is None and weights:
         model = _matching(weights, ("model*.safetensors",))

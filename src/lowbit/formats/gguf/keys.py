@@ -186,7 +186,7 @@ def _windows(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValues,
             f"attends within a sliding window",
             "llama.cpp cannot run this variant of the model",
         )
-    values = {f"{row.arch}.{WINDOW}": (int(window), GGUFValueType.UINT32)}
+    values = {f"{row.arch}.{WINDOW}": (row.window_of(int(window)), GGUFValueType.UINT32)}
     if types != _default_types(row, blocks) or row.window_period == 1:
         values[f"{row.arch}.{PATTERN}"] = ([kind == SLIDING for kind in types], GGUFValueType.ARRAY, GGUFValueType.BOOL)
     return values, []

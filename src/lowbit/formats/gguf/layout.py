@@ -6,6 +6,7 @@ source each stored row holds; reading a file back inverts that array.
     SAME        nothing changes
     rotary      the two halves of a rotary pair become neighbours, within a head of d rows; h and p count halves, pairs
                 source  head·d + h·d/2 + p              stored  head·d + 2p + h
+    halves      the other way around, where a model pairs neighbours and llama.cpp only halves
     QKV         q, k and v, interleaved head by head, become three matrices of d rows a head; part counts q, k, v
                 source  head·3d + part·d + i            stored  part·heads·d + head·d + i
     TRANSPOSED  Conv1D of GPT-2: [K, N] in Hugging Face, [N, K] in GGUF
@@ -234,6 +235,21 @@ def rotary(key: str) -> RowLayout:
     return RowLayout("rotary pairs", rows=rows)
 
 
+def pairs_to_halves(key: str) -> RowLayout:
+    """Neighbours of a rotary pair become halves, within the part of a head that rotates."""
+
+    def rows(get: Lookup, count: int) -> np.ndarray:
+        heads = heads_of(get, key)
+        if count % (2 * heads):
+            raise ValueError(f"{count} rows are not {heads} heads of rotary pairs")
+        head = np.arange(count // heads)
+        rotated = int(len(head) * (get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)) // 2 * 2
+        head[:rotated] = head[:rotated].reshape(-1, 2).T.reshape(-1)
+        return (np.arange(heads)[:, None] * len(head) + head).reshape(-1)
+
+    return RowLayout("rotary halves", rows=rows)
+
+
 def _qkv_rows(get: Lookup, count: int) -> np.ndarray:
     heads = heads_of(get, "num_attention_heads")
     if count % (3 * heads):
@@ -243,6 +259,7 @@ def _qkv_rows(get: Lookup, count: int) -> np.ndarray:
 
 SAME = RowLayout()
 ROTARY_Q, ROTARY_K = rotary("num_attention_heads"), rotary("num_key_value_heads")
+HALVES_Q, HALVES_K = pairs_to_halves("num_attention_heads"), pairs_to_halves("num_key_value_heads")
 QKV = RowLayout("q, k and v by head", rows=_qkv_rows)
 TRANSPOSED = RowLayout("transposed", transposed=True)
 PLUS_ONE = RowLayout("plus one", values=lambda w: w + 1, undo=lambda w: w - 1)

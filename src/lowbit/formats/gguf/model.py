@@ -35,7 +35,9 @@ from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
 from lowbit.formats.gguf.mmproj.table import tower_of
+from lowbit.formats.gguf.pooling import pooling_of_folder
 from lowbit.formats.gguf.raw import rows_and_columns
+from lowbit.formats.gguf.reranking import ranking_of_folder
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
 from lowbit.formats.gguf.table import CANNOT_RUN, EXPERT_COUNTS, look_up, row_of_model, targets_of
@@ -208,14 +210,22 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     get = look_up(checkpoint.config(), where)
     values, notes = key_values(row, get, where)
     rope, computed, rope_notes = rope_key_values(row, get, where)
-    values |= rope
+    pooling, dense = pooling_of_folder(checkpoint.folder, row.arch, get("hidden_size"))
+    values |= rope | pooling
     names, beside = _names(checkpoint, architecture, row)
     values |= _scalars(checkpoint, row, len(architecture.blocks))
     names = [name for name in names if not row.is_scalar(name)]
     tensors = _tensors(checkpoint, architecture, row, get, names)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    output = by_name.get("output.weight", by_name["token_embd.weight"])
+    ranking, answers, rank_notes = ranking_of_folder(
+        checkpoint.folder, checkpoint.config(), row.arch, output.shape[0],
+        lambda token: output.read(checkpoint, token, token + 1),
+    )  # fmt: skip
+    values |= ranking
     tensors += [
         GGUFTensorSource(f"{TENSOR_NAMES[kind]}.weight", tuple(factors.shape), (), None, "other", values=factors)
-        for kind, factors in computed.items()
+        for kind, factors in (computed | dense | answers).items()
     ]
     tensors.sort(key=_order(row))
     vocabulary = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
@@ -230,7 +240,8 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     said, left = general_key_values(checkpoint.folder, where, checkpoint.config(), generation, shapes)
     if checkpoint.kind == "gguf":  # keeps what it says of itself
         said, left = said | kept_key_values(checkpoint.metadata), []
-    return GGUFModel(row.arch, tuple(tensors), general | said | values, (*beside, *notes, *rope_notes, *left))
+    notes = (*beside, *notes, *rope_notes, *rank_notes, *left)
+    return GGUFModel(row.arch, tuple(tensors), general | said | values, notes)
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture) -> tuple[list[str], list[str]]:
@@ -358,7 +369,8 @@ def _order(row: GGUFArchitecture):
     norm = (
         T.OUTPUT_NORM if (T.OUTPUT_NORM, "weight") in row.places else T.TOKEN_EMBD_NORM
     )  # LFM2's, named after another
-    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in (norm, T.OUTPUT) for suffix in ("weight", "bias")}
+    behind = (norm, T.OUTPUT, T.DENSE_2_OUT, T.DENSE_3_OUT, T.CLS_OUT)
+    last = {f"{TENSOR_NAMES[kind]}.{suffix}" for kind in behind for suffix in ("weight", "bias")}
     inside = [TENSOR_NAMES[place.tensor] for places in row.inside.values() for place in each_place(places)]
 
     def key(tensor: GGUFTensorSource) -> tuple[float, int, str]:

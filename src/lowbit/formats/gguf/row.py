@@ -144,6 +144,7 @@ class GGUFArchitecture:
                    not know the key
     window_default what it takes for attention.sliding_window where the file has none; 0: no window
     windowless     a file without attention.sliding_window is a model that attends to everything
+    window_of      sliding_window of transformers' config object → the number in the file
     needs_output   llama.cpp loads no model without output.weight, tied or not
     read_back      this row is what a GGUF file of its `arch` becomes (others share the arch: Mistral becomes Llama)
     left_out       beginnings of names that belong to parts llama.cpp keeps in files of their own (vision)
@@ -170,6 +171,7 @@ class GGUFArchitecture:
     window_period: int | None = None
     window_default: int = 0
     windowless: bool = False
+    window_of: Callable[[int], int] = lambda window: window
     needs_output: bool = False
     read_back: bool = True
     left_out: tuple[str, ...] = ()

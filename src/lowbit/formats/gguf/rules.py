@@ -10,7 +10,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+from gguf.constants import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    MODEL_TENSOR,
+    MODEL_TENSORS,
+    TENSOR_NAMES,
+)
 
 from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
@@ -22,6 +29,8 @@ from lowbit.verification.result import GGUF, GGUF_FILES, Finding, Rule
 if TYPE_CHECKING:
     from lowbit.formats.gguf.subject import GGUFSubject
 
+# What the loader takes and the package's table lacks: the output of rerankers.
+_LOADED_TOO = {"qwen3": (MODEL_TENSOR.CLS_OUT,)}
 _ARCHITECTURES: dict[str, MODEL_ARCH] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 _NEEDED_KEYS = ("context_length", "embedding_length", "block_count")
 _TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "none")
@@ -58,7 +67,8 @@ def check_tensors(subject: GGUFSubject) -> Finding:
     """Every tensor has a name of this architecture, every block has the same ones, none is missing outside."""
     if subject.arch not in _ARCHITECTURES:
         return Finding([], "nothing to compare with: the architecture is not known")
-    known = {TENSOR_NAMES[kind] for kind in MODEL_TENSORS[_ARCHITECTURES[subject.arch]]}
+    kinds = (*MODEL_TENSORS[_ARCHITECTURES[subject.arch]], *_LOADED_TOO.get(subject.arch, ()))
+    known = {TENSOR_NAMES[kind] for kind in kinds}
     problems, blocks = [], {}
     for tensor in subject.raw.tensors:
         pattern, block = _pattern(tensor.name)

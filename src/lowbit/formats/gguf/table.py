@@ -16,34 +16,45 @@ from typing import Any
 from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.errors import ArchitectureError
-from lowbit.formats.gguf.families import dense, experts, gemma, gpt, hybrid, llama, qwen, seeing
+from lowbit.formats.gguf.families import dense, embedding, experts, gemma, gpt, hybrid, llama, qwen, seeing
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget
 
-# Computed from the config, so the Hugging Face model has no such tensor.
-DERIVED = frozenset({T.ROPE_FREQS, T.ATTN_ROT_EMBD, T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT})
+# Computed from the config, or of the modules behind the model: it has no such tensor itself.
+DERIVED = frozenset({
+    T.ROPE_FREQS, T.ATTN_ROT_EMBD, T.ROPE_FACTORS_LONG, T.ROPE_FACTORS_SHORT, T.DENSE_2_OUT, T.DENSE_3_OUT,
+    T.CLS_OUT,
+})  # fmt: skip
 
 # Keys of config.json that count the experts of a block.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # Several rows of a model type, or of an arch, stand in the order in which their conditions are asked.
 ROWS: tuple[GGUFArchitecture, ...] = (
-    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *dense.ROWS, *experts.ROWS, *hybrid.ROWS, *seeing.ROWS,
+    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *seeing.ROWS, *embedding.ROWS, *dense.ROWS, *experts.ROWS,
+    *hybrid.ROWS,
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys([*(row.model_type for row in ROWS), *seeing.AROUND]))
 # Model type → why it has no row, where that is more than that nobody made one.
-REFUSED: dict[str, str] = {**dense.REFUSED, **experts.REFUSED, **hybrid.REFUSED, **seeing.REFUSED}
+REFUSED: dict[str, str] = {
+    **dense.REFUSED, **experts.REFUSED, **hybrid.REFUSED, **seeing.REFUSED, **embedding.REFUSED,
+}  # fmt: skip
 
 
 def row_of_model(config: dict[str, Any], where: str) -> GGUFArchitecture:
     """The row of a config.json; ArchitectureError names the model types that there are.
 
-    A model that sees or hears gets that of its text decoder, under the names that it has in this model.
+    A model that sees or hears gets that of its text decoder, under the names that it has in this model; so does a
+    decoder that is saved without an output (embedding models).
     """
     model_type = config.get("model_type")
     around = seeing.AROUND.get(str(model_type))
     if around is None:
-        return _row_of_decoder(model_type, partial(look_up, config, where), where)
+        row = _row_of_decoder(model_type, partial(look_up, config, where), where)
+        named = config.get("architectures")
+        name = str(named[0]) if isinstance(named, list) and named else ""
+        bare = name.endswith("Model") and not name.endswith("LMHeadModel")
+        return row.around(row.model_type, name, "", "lm_head", ()) if bare else row
     get = look_up(config, where)
     decoder = _row_of_decoder(get("model_type"), lambda: get, where)
     return decoder.around(str(model_type), around.model_class, around.stem, around.head, around.left_out)

@@ -31,6 +31,10 @@ def _gemma_scale(blocks_of_27b: int):
     return implied
 
 
+def is_causal(get: Lookup) -> bool:
+    return not get("use_bidirectional_attention")
+
+
 _GEMMA_OUTSIDE = {"model.embed_tokens": Place(T.TOKEN_EMBD), "model.norm": Place(T.OUTPUT_NORM, PLUS_ONE)}
 _GEMMA_BLOCK = {
     "input_layernorm": Place(T.ATTN_NORM, PLUS_ONE),
@@ -73,7 +77,7 @@ _GEMMA3_TEXT = replace(
     },
     keys=(*KEYS, Key("final_logit_softcapping", "final_logit_softcapping", FLOAT, optional=True)),
     fixed=_GEMMA_FIXED | {"attn_logit_softcapping": (None,)}, implied=_gemma_scale(62),
-    rope=Rope(("default", "linear"), local=True), window_period=6, window_default=0, windowless=True,
+    rope=Rope(("default", "linear"), local=True), window_period=6, window_default=0, windowless=True, when=is_causal,
 )  # fmt: skip
 _GEMMA3 = replace(
     _GEMMA3_TEXT, model_type="gemma3", model_class="Gemma3ForConditionalGeneration",

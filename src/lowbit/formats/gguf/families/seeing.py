@@ -10,9 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowbit.formats.gguf.families import qwen
-from lowbit.formats.gguf.layout import Lookup
-from lowbit.formats.gguf.row import GGUFArchitecture, Key, Rope
+from gguf.constants import MODEL_TENSOR as T
+
+from lowbit.formats.gguf.families import experts, llama, qwen
+from lowbit.formats.gguf.families.common import (
+    KEYS,
+    MLP_NORM,
+    O_PROJ,
+    OUTSIDE,
+    PRE_NORM,
+    QKV_KINDS,
+    QWEN_BLOCK,
+    SILU,
+)
+from lowbit.formats.gguf.layout import HALVES_K, HALVES_Q, Lookup
+from lowbit.formats.gguf.row import GGUFArchitecture, Key, Place, Rope
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,6 @@ AROUND: dict[str, Around] = {
     "video_llava": Around("VideoLlavaForConditionalGeneration", ("video_tower.", "image_tower.", _TOWER[1])),
     "vipllava": Around("VipLlavaForConditionalGeneration", _TOWER),
     "internvl": Around("InternVLForConditionalGeneration", _TOWER),
-    "mistral3": Around("Mistral3ForConditionalGeneration", _TOWER),
     "aya_vision": Around("AyaVisionForConditionalGeneration", _TOWER),
     "got_ocr2": Around("GotOcr2ForConditionalGeneration", _TOWER),
     "cohere2_vision": Around("Cohere2VisionForConditionalGeneration", _INNER_TOWER, *_INNER),
@@ -112,7 +123,62 @@ _QWEN3_VL_MOE = replace(
     implied=_blocks_behind_the_deepstack,
 )  # fmt: skip
 
+
+# --- GLM-V, PaddleOCR -----------------------------------------------------------------------------------------------
+
+
+def _rotating_share(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The part of a head that rotates, on which the order of rows depends."""
+    rotates, length = metadata.get("glm4.rope.dimension_count"), metadata.get("glm4.attention.key_length")
+    if type(rotates) is not int or type(length) is not int or not 0 < rotates <= length:
+        raise ValueError(f"{str(rotates)[:40]} of {str(length)[:40]} dimensions of a head rotate")
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": rotates / length}}
+
+
+_NAMES = ("model.language_model.", "lm_head", ("model.visual.",))
+_PARTIAL_RUNS = Rope(partial=True, sections="runs")
+# What a file with sections becomes: the text model, whose rotary pairs are neighbours.
+_GLM4 = GGUFArchitecture(
+    "glm4", "Glm4ForCausalLM", "glm4", "model.layers", OUTSIDE,
+    {
+        **PRE_NORM,
+        "self_attn.q_proj": Place(T.ATTN_Q, HALVES_Q), "self_attn.k_proj": Place(T.ATTN_K, HALVES_K),
+        "self_attn.v_proj": Place(T.ATTN_V), **O_PROJ,
+        "post_self_attn_layernorm": Place(T.ATTN_POST_NORM),
+        **MLP_NORM,
+        "mlp.gate_up_proj": Place(T.FFN_UP),  # gate first, then up
+        "mlp.down_proj": Place(T.FFN_DOWN),
+        "post_mlp_layernorm": Place(T.FFN_POST_NORM),
+    },
+    KEYS, biases={QKV_KINDS: {"attention_bias": True}, frozenset(): {"attention_bias": False}}, fixed=SILU,
+    rope=Rope(partial=True), when=lambda get: False,
+    of_file=lambda metadata: "glm4.rope.dimension_sections" in metadata, from_file=_rotating_share,
+)  # fmt: skip
+_GLM4V = replace(
+    _GLM4.around("glm4v", "Glm4vForConditionalGeneration", *_NAMES), rope=_PARTIAL_RUNS,
+    biases={QKV_KINDS: {}, frozenset(): {}}, when=lambda get: True,
+)  # fmt: skip
+_GLM_OCR = replace(_GLM4V, model_type="glm_ocr", model_class="GlmOcrForConditionalGeneration")
+_GLM4_MOE = next(row for row in experts.ROWS if row.model_type == "glm4_moe")
+_GLM4V_MOE = replace(
+    _GLM4_MOE.around("glm4v_moe", "Glm4vMoeForConditionalGeneration", *_NAMES), rope=_PARTIAL_RUNS,
+)  # fmt: skip
+_PADDLEOCR_VL = GGUFArchitecture(
+    "paddleocr_vl", "PaddleOCRVLForConditionalGeneration", "paddleocr", "model.layers", OUTSIDE, QWEN_BLOCK, KEYS,
+    fixed=SILU | {"use_bias": (False,)}, rope=_RUNS, left_out=("visual.", "mlp_AR."), read_back=False,
+)  # fmt: skip
+_PHI4_MULTIMODAL = replace(
+    next(row for row in llama.ROWS if row.model_type == "phi3"), model_type="phi4_multimodal",
+    model_class="Phi4MultimodalForCausalLM", left_out=("model.embed_tokens_extend.",), read_back=False,
+)  # fmt: skip
+# The same on a text, rotary halves and all.
+_LLAMA_OF_PADDLEOCR = replace(
+    _PADDLEOCR_VL, model_type="llama", model_class="LlamaForCausalLM", when=lambda get: False, read_back=True,
+    fixed=SILU, rope=Rope(), left_out=(),
+)  # fmt: skip
+
 ROWS: tuple[GGUFArchitecture, ...] = (
-    _QWEN2_VL, _QWEN2_5_VL, _QWEN3_VL, _QWEN3_VL_MOE,
+    _QWEN2_VL, _QWEN2_5_VL, _QWEN3_VL, _QWEN3_VL_MOE, _GLM4V, _GLM_OCR, _GLM4V_MOE, _PADDLEOCR_VL,
+    _PHI4_MULTIMODAL, _GLM4, _LLAMA_OF_PADDLEOCR,
     _read_as_text(_QWEN2_VL, _QWEN2), _read_as_text(_QWEN3_VL, _QWEN3), _read_as_text(_QWEN3_VL_MOE, _QWEN3_MOE),
 )  # fmt: skip
