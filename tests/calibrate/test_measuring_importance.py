@@ -15,7 +15,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import ArchitectureError, CheckpointError, NonFiniteError, OutputError
 from lowbit.formats.gguf.imatrix import measure_importance
 from lowbit.formats.gguf.imatrix_file import read_imatrix
-from lowbit.formats.gguf.table import ROWS
+from lowbit.formats.gguf.table import MODEL_TYPES, row_of_model
 from lowbit.text import Text
 from models import ARCHITECTURES, make_model
 
@@ -61,7 +61,7 @@ def test_a_tied_head_is_given_under_the_name_of_the_embeddings_too(tmp_path):
     assert torch.equal(entries["output.weight"].values, entries["token_embd.weight"].values)
 
 
-@pytest.mark.parametrize("architecture", [name for name, (kind, _) in ARCHITECTURES.items() if kind in ROWS])
+@pytest.mark.parametrize("architecture", [name for name, (kind, _) in ARCHITECTURES.items() if kind in MODEL_TYPES])
 def test_every_family_that_gguf_has_gets_an_entry_for_each_matrix_of_its_blocks(tmp_path, architecture):
     model = make_model(tmp_path / architecture, architecture, dtype=torch.float32)
     checkpoint = open_checkpoint(model)
@@ -71,8 +71,8 @@ def test_every_family_that_gguf_has_gets_an_entry_for_each_matrix_of_its_blocks(
         columns[2 if len(entry.counts) == 1 else 3].append(name)
         assert entry.values.isfinite().all(), name
         assert entry.values.any(), name
-    row = ROWS[checkpoint.config()["model_type"]]
-    assert bool(columns[3]) is any("*" in path for path in row.inside)
+    row = row_of_model(checkpoint.config(), checkpoint.source)
+    assert bool(columns[3]) is row.stacks_experts
     assert all("exps" in name for name in columns[3])
     for name in columns[3]:
         assert entries[name].counts.sum() == 96 * 2  # two experts a token
