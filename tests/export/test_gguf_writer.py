@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf.constants import GGUFValueType as V
 
-from lowbit.errors import OutputError
+from lowbit.errors import CheckpointError, OutputError
 from lowbit.export import Piece
 from lowbit.formats.gguf.raw import open_raw_gguf
 from lowbit.formats.gguf.write import ALIGNMENT, GGUFWriter, StoredBlocks, packed_key_values, part_sizes
@@ -97,3 +97,17 @@ def test_bytes_beyond_a_tensor_are_refused(tmp_path):
             writer.write(Piece("a.weight", values, 1))
     finally:
         writer.abandon()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (1e308, V.FLOAT32), (float("inf"), V.FLOAT32), (-1, V.UINT32),
+        (10**30, V.UINT32), ("x", V.UINT32), ([1, 2**40], V.ARRAY, V.UINT32),
+        ([1.0, float("nan")], V.ARRAY, V.FLOAT32),
+        ([10**30], V.ARRAY, V.INT32),
+    ],
+)  # fmt: skip
+def test_a_number_that_its_type_cannot_hold_is_refused_by_its_key(entry):
+    with pytest.raises(CheckpointError, match=r"llama\.some_key"):
+        packed_key_values({"llama.block_count": (2, V.UINT32), "llama.some_key": entry})

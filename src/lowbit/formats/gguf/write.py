@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from gguf.constants import GGUFValueType
 
-from lowbit.errors import OutputError
+from lowbit.errors import CheckpointError, OutputError
 from lowbit.export import Piece
 from lowbit.export.atomic import reserve, write_all
 from lowbit.files.hashes import FileHashes
@@ -72,8 +72,26 @@ def _packed_value(value: Any, kind: GGUFValueType, items: GGUFValueType | None =
 
 
 def packed_key_values(values: dict[str, tuple[Any, ...]]) -> KeyValues:
-    """(value, type) or (value, type, type of items) of each key."""
-    return {key: packed(*value) for key, value in values.items()}
+    """(value, type) or (value, type, type of items) of each key; CheckpointError for a number that its type cannot hold."""
+    done: KeyValues = {}
+    for key, (value, kind, *items) in values.items():
+        numbers = np.asarray(value) if kind is not GGUFValueType.STRING and items != [GGUFValueType.STRING] else None
+        try:
+            done[key] = packed(value, kind, *items)
+            fits = True
+            if numbers is not None and numbers.dtype.kind == "f" and not key.startswith("tokenizer."):
+                fits = bool(np.isfinite(numbers.astype(np.float32)).all())
+        except (struct.error, OverflowError, TypeError, ValueError):
+            fits = False
+        if fits and numbers is not None and numbers.dtype.kind in "iu" and items:
+            fits = np.array_equal(numbers, numbers.astype(np.dtype(_SCALARS[items[0]].replace("?", "u1"))))
+        if not fits:
+            wanted = (items[0] if items else kind).name.lower()
+            raise CheckpointError(
+                f"config.json or the tokenizer makes {key} {str(value)[:60]}, which {wanted} cannot hold",
+                "config.json is damaged, or of another model",
+            )
+    return done
 
 
 @dataclass
