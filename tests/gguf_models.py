@@ -73,6 +73,8 @@ CASES: dict[str, Case] = {
     "gpt_oss_yarn": ("gpt_oss", {"head_dim": 64}, "gpt-oss", "gpt_oss"),
     **gguf_cases_dense.CASES, **gguf_cases_experts.CASES, **gguf_cases_hybrid.CASES, **gguf_cases_seeing.CASES,
 }  # fmt: skip
+# The first case of each architecture.
+ONE_OF_EACH = list({arch: case for case, (_, _, arch, _) in reversed(CASES.items())}.values())
 READABLE = [case for case, (_, _, _, back) in CASES.items() if back is not None]
 # Nats to transformers' log-probabilities. Everything is float32, but GELU, which llama.cpp looks up in a float16 table
 # (and has no exact form of).

@@ -300,6 +300,15 @@ def test_the_document_lists_every_row():
     assert listed == list(dict.fromkeys((row.model_type, row.arch, row.model_class) for row in ROWS))
 
 
+def test_the_documents_count_the_model_types_and_measured_every_case():
+    root = Path(__file__).parents[2]
+    assert f"from {len(MODEL_TYPES)} model types" in (root / "README.md").read_text(encoding="utf-8")
+    assert f"{len(MODEL_TYPES)} 种模型类型" in (root / "README.zh-CN.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "gguf-architectures.md").read_text(encoding="utf-8")
+    measured = text.partition("<!-- families -->")[2].partition("<!-- end -->")[0]
+    assert re.findall(r"^\| ([\w.]+) \| `", measured, flags=re.M) == list(CASES)
+
+
 def test_the_document_lists_every_model_around_a_decoder():
     text = (Path(__file__).parents[2] / "docs" / "gguf-architectures.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| (\w+) \|", text, flags=re.M)

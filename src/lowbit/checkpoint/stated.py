@@ -22,7 +22,7 @@ from lowbit.errors import CheckpointError
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 # Counts of parts of a model, each of which holds tensors or rows of one.
-_COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts?|heads?|depth)(_|$)")
+_COUNTS = re.compile(r"^(?!.*(size|dim|width|rank)$).*(^|_)(layers?|blocks?|experts?|heads?|depth)(_|$)")
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 # No model has so many; attention heads and experts share a tensor, so that the files bound them loosely.
 _MOST = 4096

@@ -90,6 +90,10 @@ class GGUFCheckpoint:
         start, stop, shape = row_range(info, start, stop)
         return self._rows(self._mapped[name], start, stop).reshape(shape)
 
+    def stored_names(self, name: str) -> list[str]:
+        """The tensors of the file that hold a tensor."""
+        return [stored.name for stored, *_ in self._mapped[name].pieces]
+
     def release(self, name: str) -> None:
         """Drop the tensor's pages from resident memory."""
         find_tensor(self.tensors, name, self.source)

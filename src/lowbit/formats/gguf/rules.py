@@ -21,6 +21,7 @@ from gguf.constants import (
 
 from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
+from lowbit.formats.gguf.table import DERIVED, ROWS
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.checksums import check_checksums
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 # What the loader takes and the package's table lacks: the output of rerankers.
 _LOADED_TOO = {"qwen3": (MODEL_TENSOR.CLS_OUT,)}
 _ARCHITECTURES: dict[str, MODEL_ARCH] = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+# The package is older than some architectures, and lacks tensors of others that the loader takes.
+_ROWS: dict[str, set[MODEL_TENSOR]] = {}
+for _row in ROWS:
+    _ROWS.setdefault(_row.arch, set()).update(kind for kind, _ in _row.places)
 _NEEDED_KEYS = ("context_length", "embedding_length", "block_count")
 _TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "none")
 _MERGING = ("gpt2",)
@@ -57,7 +62,7 @@ def check_written_bytes(subject: GGUFSubject) -> Finding:
 def check_architecture(subject: GGUFSubject) -> Finding:
     """general.architecture is one that llama.cpp knows, and the numbers it always needs are there."""
     arch, metadata = subject.arch, subject.raw.metadata
-    if arch not in _ARCHITECTURES:
+    if arch not in _ARCHITECTURES and arch not in _ROWS:
         return Finding([f"general.architecture is {arch!r}, which llama.cpp does not know"], "")
     missing = [f"{arch}.{key}" for key in _NEEDED_KEYS if not isinstance(metadata.get(f"{arch}.{key}"), int)]
     return Finding([f"{key} is missing, or no number" for key in missing], f"{arch}, {subject.block_count} blocks")
@@ -65,9 +70,10 @@ def check_architecture(subject: GGUFSubject) -> Finding:
 
 def check_tensors(subject: GGUFSubject) -> Finding:
     """Every tensor has a name of this architecture, every block has the same ones, none is missing outside."""
-    if subject.arch not in _ARCHITECTURES:
+    if subject.arch not in _ARCHITECTURES and subject.arch not in _ROWS:
         return Finding([], "nothing to compare with: the architecture is not known")
-    kinds = (*MODEL_TENSORS[_ARCHITECTURES[subject.arch]], *_LOADED_TOO.get(subject.arch, ()))
+    kinds = set(_LOADED_TOO.get(subject.arch, ())) | _ROWS.get(subject.arch, set())
+    kinds |= set(MODEL_TENSORS[_ARCHITECTURES[subject.arch]]) if subject.arch in _ARCHITECTURES else DERIVED
     known = {TENSOR_NAMES[kind] for kind in kinds}
     problems, blocks = [], {}
     for tensor in subject.raw.tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.mmproj.read import TowerFile
 from lowbit.formats.gguf.mmproj.row import CLIP
+from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import GGUFCheckpoint, open_gguf
 from lowbit.formats.gguf.table import look_up, row_of_model
@@ -213,10 +214,14 @@ class _Pass:
 
     def _under_hub_names(self) -> list[_Job]:
         ours, source = self.subject.as_checkpoint, self.subject.original
-        origins, multipliers = self._origins(source), self._multipliers(source)
+        origins, multipliers, alike = self._origins(source), self._multipliers(source), self._are_alike(source)
         jobs: list[_Job] = []
+        stored: dict[str, None] = {}  # what has other rows in the model that the file is read as
         for name, info in ours.tensors.items():
             origin = origins(name)
+            if not alike(name, origin):
+                stored |= dict.fromkeys(ours.stored_names(name))
+                continue
             known = origin in source.tensors and source.tensors[origin].shape == info.shape
             if not known:
                 self.found.without_source.append(name)
@@ -238,7 +243,39 @@ class _Pass:
                 return ours.read(name, first, last)
 
             jobs.append((name, rows, columns, mine, theirs if known else None, info.nbytes, release))
+        return jobs + self._as_written(stored)
+
+    def _as_written(self, names: Iterable[str]) -> list[_Job]:
+        """Tensors of the file against what the source would be written as."""
+        names = list(names)
+        if not names:
+            return []
+        architecture, source = describe_checkpoint(self.subject.source, split_experts=True)  # type: ignore[arg-type]
+        written = {tensor.name: tensor for tensor in describe_gguf(source, architecture).tensors}
+        ours = RawCheckpoint(self.subject.raw, "")
+        jobs: list[_Job] = []
+        for name in names:
+            tensor, info = written.get(name), ours.tensors[name]
+            known = tensor is not None and tensor.shape == info.shape
+            if not known:
+                self.found.without_source.append(name)
+            theirs = partial(tensor.read, source) if known and tensor is not None else None
+            release = partial(ours.release, name)
+            jobs.append((name, *rows_and_columns(info.shape), partial(ours.read, name), theirs, info.nbytes, release))
         return jobs
+
+    def _are_alike(self, source: Checkpoint) -> Callable[[str, str], bool]:
+        """(our name, the source's) → True if both rows arrange them alike. A file of Helium is read as Llama, whose
+        rotary pairs lie otherwise; one of Granite 4 as Granite, whose gate and up are apart."""
+        ours = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
+        theirs = row_of_model(source.config(), source.source)
+
+        def alike(name: str, origin: str) -> bool:
+            mine, other = ours.find(name), theirs.find(origin)
+            layouts = [[target.place.layout for target in each] for each in (mine, other)]
+            return not mine or not other or layouts[0] == layouts[1]
+
+        return alike
 
     def _origins(self, source: Checkpoint) -> Callable[[str], str]:
         """Our name → the source's: both have a name of the file in common (a model that sees has other names than its

@@ -103,9 +103,9 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     row = row_of_file(metadata, {tensor.name for tensor in tensors}, where)
     metadata, model = _without_prediction(row, metadata, tensors)
     predicts = len(tensors) - len(model)
-    stored = {tensor.name for tensor in model}
-    scales = {name: t for t in model if t.name.endswith(SCALE) and (name := weight_of(t.name)) in stored}
-    unused = [t.name for t in model if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in stored]
+    nvfp4 = {tensor.name for tensor in model if tensor.type_name == "NVFP4"}  # others' are the model's own
+    scales = {name: t for t in model if t.name.endswith(SCALE) and (name := weight_of(t.name)) in nvfp4}
+    unused = [t.name for t in model if t.name.endswith(INPUT_SCALE) and weight_of(t.name) in nvfp4]
     beside = {scale.name for scale in scales.values()} | set(unused)
     derived, found = _found(row, [tensor for tensor in model if tensor.name not in beside], scales, where)
     biased = frozenset(each.place.tensor for each in found if each.suffix == "bias" and not each.place.bare)

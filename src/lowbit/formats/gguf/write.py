@@ -72,9 +72,10 @@ def _packed_value(value: Any, kind: GGUFValueType, items: GGUFValueType | None =
 
 
 def packed_key_values(values: dict[str, tuple[Any, ...]]) -> KeyValues:
-    """(value, type) or (value, type, type of items) of each key; CheckpointError for a number that its type cannot hold."""
+    """(value, type) or (value, type, type of items) of each key; CheckpointError where a number does not fit."""
     done: KeyValues = {}
-    for key, (value, kind, *items) in values.items():
+    for key, (value, kind, *rest) in values.items():
+        items = [each for each in rest if each is not None]
         numbers = np.asarray(value) if kind is not GGUFValueType.STRING and items != [GGUFValueType.STRING] else None
         try:
             done[key] = packed(value, kind, *items)
