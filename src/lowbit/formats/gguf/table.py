@@ -105,6 +105,20 @@ def look_up(config: dict[str, Any], where: str) -> Lookup:
     return get
 
 
+def look_up_first(config: dict[str, Any], where: str) -> Lookup:
+    """`look_up` of what config.json itself does not say: importing transformers takes 110 MB and a second."""
+    completed: list[Lookup] = []
+
+    def get(key: str) -> Any:
+        if key in config:
+            return config[key]
+        if not completed:
+            completed.append(look_up(config, where))
+        return completed[0](key)
+
+    return get
+
+
 def row_of_file(metadata: dict[str, Any], names: Container[str], where: str) -> GGUFArchitecture:
     """The row for reading a GGUF file of these key-values and tensors; ArchitectureError lists the readable ones."""
     arch = metadata.get("general.architecture")

@@ -25,7 +25,7 @@ from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.keys import config_of, positive
 from lowbit.formats.gguf.layout import ONE_ROW, Arranged, Lookup, heads_of
 from lowbit.formats.gguf.row import GGUFArchitecture, Place
-from lowbit.formats.gguf.table import DERIVED, look_up, row_of_file
+from lowbit.formats.gguf.table import DERIVED, look_up_first, row_of_file
 from lowbit.formats.gguf.weight_scales import INPUT_SCALE, SCALE, weight_of
 
 T = MODEL_TENSOR
@@ -119,7 +119,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     config |= {place.flag: place.tensor in kinds for _, place in row.places.values() if place.flag}
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
-    get = look_up(config, where)
+    get = look_up_first(config, where)
     sources: dict[str, list[_Found]] = {}
     for each in found:
         _check_rank(each, where)
