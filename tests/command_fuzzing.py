@@ -224,7 +224,7 @@ def _places(value: Any, most: int = 3000) -> Iterator[tuple[Any, Any]]:
 
 
 def _change_text(path: Path, rng: random.Random) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     index = rng.randrange(len(lines))
     key = lines[index].partition(":")[0]
     odd = rng.choice(ODD)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.checkpoint.base import read_config
 from lowbit.checkpoint.companions import check_companions
 from lowbit.errors import CheckpointError
 
@@ -45,3 +46,11 @@ def test_values_that_no_loader_computes_with(tmp_path, file, key, value, wanted)
         check_companions(tmp_path, "model")
     (tmp_path / file).write_text(json.dumps({key: None}))
     check_companions(tmp_path, "model")
+
+
+def test_half_of_a_surrogate_pair_in_the_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["\\ud800"]}')
+    with pytest.raises(CheckpointError, match="surrogate"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "name": "\\ud83d\\ude00"}')
+    assert read_config(tmp_path)["name"] == "\U0001f600"

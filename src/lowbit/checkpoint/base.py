@@ -233,7 +233,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: there is no config.json", "copy config.json and the tokenizer files of the model beside it"
         )
-    return read_json_object(path)
+    config = read_json_object(path)
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: half of a surrogate pair stands in a text, which no file can hold", "download the file again"
+        ) from error
+    return config
 
 
 def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
