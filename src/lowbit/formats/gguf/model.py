@@ -228,11 +228,10 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
         for kind, factors in (computed | dense | answers).items()
     ]
     tensors.sort(key=_order(row))
-    vocabulary = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     general: KeyValues = {
         "general.architecture": (row.arch, GGUFValueType.STRING),
         "general.type": ("model", GGUFValueType.STRING),
-        f"{row.arch}.vocab_size": (vocabulary, GGUFValueType.UINT32),
+        f"{row.arch}.vocab_size": (by_name["token_embd.weight"].shape[0], GGUFValueType.UINT32),
     }
     path = checkpoint.folder / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
@@ -257,10 +256,11 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
             raise CheckpointError(f"{where}: there is no tensor {name!r}", "a download may be incomplete")
         names.append(name)
     beside = Counter()
+    elsewhere = _where_vision_goes(checkpoint)
     known = architecture.parameters.keys() | architecture.tied.keys()
     for name in checkpoint.tensors:
         if row.leaves_out(name):
-            beside[_where_vision_goes(checkpoint)] += 1
+            beside[elsewhere] += 1
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.architecture import describe_checkpoint
+from lowbit.architecture import Architecture, describe_checkpoint
 from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.mmproj.read import TowerFile
@@ -26,7 +26,8 @@ from lowbit.formats.gguf.mmproj.row import CLIP
 from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.raw import RawCheckpoint, RawGGUF, open_raw_gguf, rows_and_columns
 from lowbit.formats.gguf.read import GGUFCheckpoint, open_gguf
-from lowbit.formats.gguf.table import look_up, row_of_model
+from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget
+from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
@@ -88,10 +89,10 @@ class GGUFSubject:
         return _Pass(self).run()
 
     @cached_property
-    def original(self) -> Checkpoint:
-        """The source, a Hugging Face model, under the names of its architecture, experts one by one."""
+    def described(self) -> tuple[Architecture, Checkpoint]:
+        """The source, a Hugging Face model: its architecture, and itself under that one's names, experts one by one."""
         assert self.source is not None
-        return describe_checkpoint(self.source, split_experts=True)[1]
+        return describe_checkpoint(self.source, split_experts=True)
 
     def type_of(self, name: str) -> str:
         return self._types.get(name, "F32")
@@ -213,13 +214,15 @@ class _Pass:
         return jobs
 
     def _under_hub_names(self) -> list[_Job]:
-        ours, source = self.subject.as_checkpoint, self.subject.original
-        origins, multipliers, alike = self._origins(source), self._multipliers(source), self._are_alike(source)
+        ours, (_, source) = self.subject.as_checkpoint, self.subject.described
+        our_row = row_of_model(ours.config(), str(self.subject.folder))
+        their_row = row_of_model(source.config(), source.source)
+        origins = self._origins(source, our_row, their_row)
         jobs: list[_Job] = []
         stored: dict[str, None] = {}  # what has other rows in the model that the file is read as
         for name, info in ours.tensors.items():
             origin = origins(name)
-            if not alike(name, origin):
+            if not _are_alike(our_row.find(name), their_row.find(origin)):
                 stored |= dict.fromkeys(ours.stored_names(name))
                 continue
             known = origin in source.tensors and source.tensors[origin].shape == info.shape
@@ -233,11 +236,8 @@ class _Pass:
                 if known:
                     source.release(origin)
 
-            factors = multipliers(name, info.shape) if known else None
-
-            def theirs(first: int, last: int, origin: str = origin, factors: Tensor | None = factors) -> Tensor:
-                values = source.read(origin, first, last)
-                return values if factors is None else values.float() * factors[first:last, None]
+            def theirs(first: int, last: int, origin: str = origin) -> Tensor:
+                return source.read(origin, first, last)
 
             def mine(first: int, last: int, name: str = name) -> Tensor:
                 return ours.read(name, first, last)
@@ -250,7 +250,7 @@ class _Pass:
         names = list(names)
         if not names:
             return []
-        architecture, source = describe_checkpoint(self.subject.source, split_experts=True)  # type: ignore[arg-type]
+        architecture, source = self.subject.described
         written = {tensor.name: tensor for tensor in describe_gguf(source, architecture).tensors}
         ours = RawCheckpoint(self.subject.raw, "")
         jobs: list[_Job] = []
@@ -264,24 +264,9 @@ class _Pass:
             jobs.append((name, *rows_and_columns(info.shape), partial(ours.read, name), theirs, info.nbytes, release))
         return jobs
 
-    def _are_alike(self, source: Checkpoint) -> Callable[[str, str], bool]:
-        """(our name, the source's) → True if both rows arrange them alike. A file of Helium is read as Llama, whose
-        rotary pairs lie otherwise; one of Granite 4 as Granite, whose gate and up are apart."""
-        ours = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
-        theirs = row_of_model(source.config(), source.source)
-
-        def alike(name: str, origin: str) -> bool:
-            mine, other = ours.find(name), theirs.find(origin)
-            layouts = [[target.place.layout for target in each] for each in (mine, other)]
-            return not mine or not other or layouts[0] == layouts[1]
-
-        return alike
-
-    def _origins(self, source: Checkpoint) -> Callable[[str], str]:
+    def _origins(self, source: Checkpoint, ours: GGUFArchitecture, theirs: GGUFArchitecture) -> Callable[[str], str]:
         """Our name → the source's: both have a name of the file in common (a model that sees has other names than its
         language model); a tied output matrix that has a copy of its own comes from the embedding."""
-        ours = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
-        theirs = row_of_model(source.config(), source.source)
         by_place = {(target.name, target.expert): name for name in source.tensors for target in theirs.find(name)}
 
         def origin(name: str) -> str:
@@ -292,20 +277,6 @@ class _Pass:
             return by_place.get((place.name, place.expert), embedding)
 
         return origin
-
-    def _multipliers(self, source: Checkpoint) -> Callable[[str, tuple[int, ...]], Tensor | None]:
-        """(our name, shape) → what config.json multiplies the source's rows by, where the file holds products."""
-        row = row_of_model(self.subject.as_checkpoint.config(), str(self.subject.folder))
-        get = look_up(source.config(), source.source)
-
-        def multipliers(name: str, shape: tuple[int, ...]) -> Tensor | None:
-            targets = row.find(name)
-            if not targets or targets[0].place.layout.factors is None:
-                return None
-            factors = targets[0].place.layout.arranged(get, shape).factors
-            return None if factors is None else torch.tensor(factors)
-
-        return multipliers
 
     def _slab(self, job: _Job, first: int, last: int, total: int) -> None:
         name, rows, _, ours, theirs, nbytes, release = job
@@ -335,3 +306,14 @@ class _Pass:
             self.done += nbytes * (last - first) // max(1, rows)
             if self.subject.progress is not None:
                 self.subject.progress(f"verify {name}", self.done, total)
+
+
+def _are_alike(ours: tuple[RowTarget, ...], theirs: tuple[RowTarget, ...]) -> bool:
+    """True if the row that the file is read by arranges a tensor as the source's does, without multipliers of a config.
+
+    A file of Helium is read as Llama, whose rotary pairs lie otherwise; one of Granite 4 as Granite, whose gate and up
+    are apart; one of Falcon-H1 holds products.
+    """
+    layouts = [[target.place.layout for target in each] for each in (ours, theirs)]
+    multiplied = any(layout.factors is not None for layout in layouts[1])
+    return not ours or not theirs or (layouts[0] == layouts[1] and not multiplied)

@@ -81,19 +81,24 @@ def _row_of_decoder(model_type: Any, looked_up: Callable[[], Lookup], where: str
 CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 
 
-def look_up(config: dict[str, Any], where: str) -> Lookup:
-    """A look-up in config.json, completed with the defaults and the spellings of transformers' class: in the part that
-    describes the text decoder, and what that does not have, in the whole. "rope_parameters.factor" is a key in a part.
-    """
+def parse_config(config: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """config.json as transformers' class has it, and its text decoder's; ArchitectureError where that refuses it."""
     from transformers import AutoConfig, PretrainedConfig
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         # infinity is written {"__float__": "Infinity"}
         parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config))
+        return parsed, parsed.get_text_config()
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
-    text = parsed.get_text_config()
+
+
+def look_up(config: dict[str, Any], where: str) -> Lookup:
+    """A look-up in config.json, completed with the defaults and the spellings of transformers' class: in the part that
+    describes the text decoder, and what that does not have, in the whole. "rope_parameters.factor" is a key in a part.
+    """
+    parsed, text = parse_config(config, where)
 
     def get(key: str) -> Any:
         first, *others = key.split(".")

@@ -44,7 +44,7 @@ from lowbit.formats.gguf.mmproj.row import (
 )
 from lowbit.formats.gguf.mmproj.table import SWAPPED_IF_SQUARE, require_tower
 from lowbit.formats.gguf.raw import rows_and_columns
-from lowbit.formats.gguf.table import MODEL_TYPES
+from lowbit.formats.gguf.table import MODEL_TYPES, parse_config
 
 if TYPE_CHECKING:
     from lowbit.calibrate.store import BlockStore
@@ -151,14 +151,10 @@ def describe_mmproj(checkpoint: Checkpoint, architecture: Architecture) -> Mmpro
 
 def tower_config(config: dict[str, Any], folder: Path, where: str) -> TowerConfig:
     """The look-ups of a row, over config.json as transformers' class completes it, and the files beside it."""
-    from transformers import AutoConfig
-
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        parsed = AutoConfig.for_model(**plain)
-        vision, text = parsed.vision_config, parsed.get_text_config()
-    except Exception as error:  # transformers' validators can raise anything
-        raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error
+    parsed, text = parse_config(config, where)
+    vision = getattr(parsed, "vision_config", None)
+    if vision is None:
+        raise ArchitectureError(f"{where}: config.json has no vision_config")
     return TowerConfig(_getter(vision), _getter(parsed), _getter(text), _processor(folder, where),
                        lambda token: _token_id(folder, token, where))  # fmt: skip
 
