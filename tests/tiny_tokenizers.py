@@ -68,23 +68,26 @@ def _sentencepiece(kind: str) -> str:
     tokenizer.train_from_iterator([_corpus()[0]], trainer)
     parsed = json.loads(tokenizer.to_str())
     vocabulary = parsed["model"]["vocab"]
-    made = dict.fromkeys("".join(merge) for merge in parsed["model"]["merges"])
-    splits = [(text[:cut], text[cut:]) for text in made for cut in range(1, len(text))]
-    parsed["model"]["merges"] = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+    if kind != "gemma4":  # which keeps the merges it was trained to, by rank
+        made = dict.fromkeys("".join(merge) for merge in parsed["model"]["merges"])
+        splits = [(text[:cut], text[cut:]) for text in made for cut in range(1, len(text))]
+        parsed["model"]["merges"] = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
     parsed["added_tokens"] = []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = {"type": "Prepend", "prepend": "▁"}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     parsed["normalizer"] = {"llama2": {"type": "Sequence", "normalizers": [prepend, replace]}, "metaspace": None,
-                            "gemma": replace}[kind]  # fmt: skip
+                            "gemma": replace, "gemma4": replace}[kind]  # fmt: skip
+    merged = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     parsed["pre_tokenizer"] = {
         "llama2": None,
         "metaspace": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
-        "gemma": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "gemma": merged,
+        "gemma4": merged,
     }[kind]
     steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
              {"type": "Fuse"}]  # fmt: skip
-    parsed["decoder"] = {"type": "Sequence", "decoders": steps + ([] if kind == "gemma" else [strip])}
+    parsed["decoder"] = {"type": "Sequence", "decoders": steps + ([strip] if kind in ("llama2", "metaspace") else [])}
     return json.dumps(parsed)
 
 

@@ -402,3 +402,28 @@ def test_no_sentencepiece_bytes_raise_anything_else(tmp_path_factory, data):
     except CheckpointError:
         return
     assert len(model.pieces) == len(model.scores) == len(model.types)
+
+
+def test_gemma4_keeps_its_merges_and_shows_what_the_chat_parser_reads(tmp_path):
+    parsed = parsed_tokenizer("gemma4", bos=True)
+    token = {"id": len(parsed["model"]["vocab"]), "content": "<|channel>", "special": True}
+    parsed["model"]["vocab"]["<|channel>"] = token["id"]
+    parsed["added_tokens"].append(parsed["added_tokens"][0] | token)
+    made = tokenizer_key_values(write_tokenizer_folder(tmp_path, parsed), ROWS, spaced="gemma4")
+    values = {key: value for key, (value, *_) in made.key_values.items()}
+    assert values["tokenizer.ggml.model"] == values["tokenizer.ggml.pre"] == "gemma4"
+    assert values["tokenizer.ggml.merges"] == [" ".join(pair) for pair in parsed["model"]["merges"]]
+    assert "tokenizer.ggml.scores" not in values
+    assert values["tokenizer.ggml.add_bos_token"] is True
+    assert values["tokenizer.ggml.token_type"][token["id"]] == TokenType.USER_DEFINED
+    assert made.notes == ()
+
+
+def test_gemma4_without_bos_or_with_merges_over_newlines_is_noted(tmp_path):
+    parsed = parsed_tokenizer("gemma4")
+    for text in ("\n", "\ne"):
+        parsed["model"]["vocab"].setdefault(text, len(parsed["model"]["vocab"]))
+    parsed["model"]["merges"].insert(0, ("\n", "e"))
+    made = tokenizer_key_values(write_tokenizer_folder(tmp_path, parsed), ROWS, spaced="gemma4")
+    assert any("begins every text of this vocabulary with BOS" in note for note in made.notes)
+    assert any("joins no newline" in note for note in made.notes)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
+from lowbit.formats.gguf.tokenizer import write_tokenizer
 from lowbit.formats.gguf.write import packed_key_values
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from models import make_model
@@ -90,6 +91,22 @@ def test_llama_cpp_finds_the_same_tokens(tmp_path, kind, bos):
         texts = [text for text in texts if not (text.startswith(" ") or "> " in text)]
     assert len(texts) > 12
     assert differences(server, Tokenizer.from_file(str(folder / "tokenizer.json")), texts) == {}
+
+
+def test_gemma4_merges_by_rank_in_llama_cpp_too(tmp_path):
+    folder = write_kind(tmp_path / "hf", "gemma4", bos=True)
+    made = tokenizer_key_values(folder, ROWS, spaced="gemma4")
+    assert made.key_values["tokenizer.ggml.model"][0] == "gemma4"
+    assert made.notes == ()
+    server = Server(write_model(tmp_path / "model.gguf", made.key_values))
+    texts = [text for text in TEXTS if "\x00" not in text]
+    assert differences(server, Tokenizer.from_file(str(folder / "tokenizer.json")), texts) == {}
+    (tmp_path / "back").mkdir()
+    write_tokenizer(tmp_path / "back", as_metadata(made.key_values), "x.gguf")
+    assert differences(server, Tokenizer.from_file(str(tmp_path / "back" / "tokenizer.json")), texts) == {}
+    again = tokenizer_key_values(tmp_path / "back", ROWS, spaced="gemma4")
+    assert as_metadata(again.key_values).keys() == as_metadata(made.key_values).keys()
+    assert again.key_values["tokenizer.ggml.merges"] == made.key_values["tokenizer.ggml.merges"]
 
 
 def phi3_like(folder: Path, rstrip: bool) -> Path:

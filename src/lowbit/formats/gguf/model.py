@@ -194,12 +194,14 @@ class GGUFModel:
     key_values  key → (value, type), of a list (value, ARRAY, type of items): everything but tokenizer.*,
                 general.file_type, general.quantization_version
     notes       for the user
+    vocabulary  tokenizer.ggml.model of a vocabulary that has "▁" for spaces
     """
 
     arch: str
     tensors: tuple[GGUFTensorSource, ...]
     key_values: KeyValues
     notes: tuple[str, ...]
+    vocabulary: str = "llama"
 
 
 def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFModel:
@@ -240,7 +242,7 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     if checkpoint.kind == "gguf":  # keeps what it says of itself
         said, left = said | kept_key_values(checkpoint.metadata), []
     notes = (*beside, *notes, *rope_notes, *rank_notes, *left)
-    return GGUFModel(row.arch, tuple(tensors), general | said | values, notes)
+    return GGUFModel(row.arch, tuple(tensors), general | said | values, notes, row.vocabulary)
 
 
 def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitecture) -> tuple[list[str], list[str]]:

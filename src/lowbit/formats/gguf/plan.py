@@ -333,7 +333,9 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     values, notes = mapped.key_values, mapped.notes
     if not request.lacks_tokenizer:
         embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
-        tokenizer = tokenizer_key_values(checkpoint.folder, embedding.shape[0], settings.pre_tokenizer)
+        tokenizer = tokenizer_key_values(
+            checkpoint.folder, embedding.shape[0], settings.pre_tokenizer, mapped.vocabulary
+        )
         values, notes = values | tokenizer.key_values, (*notes, *tokenizer.notes)
         if checkpoint.kind == "gguf":
             name, note = loadable_name(values[NAME][0], tokenizer.key_values[TOKENS][0])

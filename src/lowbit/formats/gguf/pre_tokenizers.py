@@ -98,6 +98,9 @@ def _step(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
+# How the vocabularies of "gemma4" are cut: newlines apart from everything else.
+LINES = _step(r"[^\n]+|[\n]+")
+
 # Where rows cut alike, the first is the one that gets written.
 PRE_TOKENIZERS = (
     PreTokenizer("gpt-2", (GPT2,), also=(

@@ -134,6 +134,8 @@ class GGUFArchitecture:
     inside         path in a block → the same, in the order of the file; "*" stands for a number (`Place.count`)
     scalars        path in a block of a tensor of one number → (full key of the numbers of all blocks, its shape)
     keys           key-values ↔ config.json
+    vocabulary     tokenizer.ggml.model of a vocabulary that has "▁" for spaces: "llama", whose tokens join by score, or
+                   "gemma4", which has merges
     biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
     near           (config.json key, value) that is accepted though llama.cpp computes something close to it → the note
@@ -180,6 +182,7 @@ class GGUFArchitecture:
     of_tensors: tuple[str, ...] = ()
     from_file: Callable[[dict[str, Any]], dict[str, Any]] = lambda metadata: {}
     scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    vocabulary: str = "llama"
     from_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
 
     @cached_property

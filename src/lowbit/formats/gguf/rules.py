@@ -39,7 +39,7 @@ for _row in ROWS:
     _ROWS.setdefault(_row.arch, set()).update(kind for kind, _ in _row.places)
 _NEEDED_KEYS = ("context_length", "embedding_length", "block_count")
 _TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "none")
-_MERGING = ("gpt2",)
+_MERGING = ("gpt2", "gemma4")
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\.[a-z_]+_token_id")
 # ‖W − Ŵ‖ / ‖W‖ by bits per weight: far above what encoding costs, far below what foreign weights do (√2)
 _LARGEST_ERROR = ((2.2, 1.0), (3.2, 0.85), (4.6, 0.7), (5.6, 0.5), (6.6, 0.35), (8.6, 0.15), (16.0, 0.02), (33.0, 1e-6))

@@ -3,6 +3,7 @@
     tokenizer.ggml.model "gpt2"   byte-level BPE: merges as they are, words cut as tokenizer.ggml.pre says
     tokenizer.ggml.model "llama"  SentencePiece: "▁" for spaces, byte fallback; every way to split a token into two
                                   tokens is a merge, and the token with the highest score merges first
+    tokenizer.ggml.model "gemma4" "▁" for spaces and byte fallback, with merges; text is cut at newlines, BOS before it
     token_type                    control and unknown → special added tokens, user-defined → added tokens;
                                   unused "[PADn]" are left out
     add_bos_token, add_eos_token  the post-processor
@@ -25,7 +26,7 @@ import numpy as np
 from gguf.constants import Keys, TokenType
 
 from lowbit.errors import CheckpointError
-from lowbit.formats.gguf.pre_tokenizers import BY_NAME, PreTokenizer
+from lowbit.formats.gguf.pre_tokenizers import BY_NAME, LINES, PreTokenizer
 
 K = Keys.Tokenizer
 MAX_TOKENS = 1 << 22
@@ -67,9 +68,12 @@ def write_tokenizer(folder: Path, metadata: dict[str, Any], where: str) -> None:
         parsed = _byte_level(vocabulary, row, where)
     elif model == "llama":
         vocabulary = _read(metadata, where, True)
-        parsed = _sentencepiece(vocabulary, where)
+        parsed = _spaced(vocabulary, _merges_by_score(vocabulary, where))
+    elif model == "gemma4":
+        vocabulary = _read(metadata | {K.ADD_BOS: True}, where, True)
+        parsed = _spaced(vocabulary, _merges(vocabulary, where), LINES)
     else:
-        raise _error(where, f"{K.MODEL} is {str(model)[:80]!r}, not 'gpt2' or 'llama'")
+        raise _error(where, f"{K.MODEL} is {str(model)[:80]!r}, not 'gpt2', 'llama' or 'gemma4'")
     parsed |= {"version": "1.0", "truncation": None, "padding": None}
     parsed["added_tokens"] = _added_tokens(vocabulary)
     parsed["post_processor"] = _post_processor(vocabulary, byte_level=model == "gpt2")
@@ -202,16 +206,10 @@ def _ids(vocabulary: _Vocabulary) -> dict[str, int]:
 
 def _byte_level(vocabulary: _Vocabulary, row: PreTokenizer, where: str) -> dict[str, Any]:
     """What a byte-level BPE has of its own in tokenizer.json."""
-    ids = _ids(vocabulary)
-    pairs: dict[tuple[str, str], None] = {}  # of equal merges the first counts
-    for index, merge in enumerate(vocabulary.merges):
-        left, _, right = merge[1:].partition(" ")  # the first letter may be a space
-        left = merge[:1] + left
-        if not right or left not in ids or right not in ids or left + right not in ids:
-            raise _error(where, f"merge {index} is {merge[:60]!r}, of which the vocabulary lacks a part or the result")
-        pairs[left, right] = None
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    model = _bpe(ids, list(pairs), None, byte_fallback=False, ignore_merges=row.ignore_merges)
+    model = _bpe(
+        _ids(vocabulary), _merges(vocabulary, where), None, byte_fallback=False, ignore_merges=row.ignore_merges
+    )
     return {
         "normalizer": {"type": "NFC"} if row.nfc else None,
         "pre_tokenizer": row.to_json(),
@@ -220,8 +218,23 @@ def _byte_level(vocabulary: _Vocabulary, row: PreTokenizer, where: str) -> dict[
     }
 
 
-def _sentencepiece(vocabulary: _Vocabulary, where: str) -> dict[str, Any]:
-    """What a SentencePiece model has of its own in tokenizer.json."""
+def _merges(vocabulary: _Vocabulary, where: str) -> list[tuple[str, str]]:
+    """The merges of a file, checked."""
+    ids = _ids(vocabulary)
+    pairs: dict[tuple[str, str], None] = {}  # of equal merges the first counts
+    for index, merge in enumerate(vocabulary.merges):
+        left, _, right = merge[1:].partition(" ")  # the first letter may be a space
+        left = merge[:1] + left
+        if not right or left not in ids or right not in ids or left + right not in ids:
+            raise _error(where, f"merge {index} is {merge[:60]!r}, of which the vocabulary lacks a part or the result")
+        pairs[left, right] = None
+    return list(pairs)
+
+
+def _spaced(
+    vocabulary: _Vocabulary, merges: list[tuple[str, str]], pre_tokenizer: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a vocabulary with "▁" for spaces has of its own in tokenizer.json."""
     space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}, space] if vocabulary.space_prefix else [space]
     decoders: list[dict[str, Any]] = [
@@ -234,14 +247,14 @@ def _sentencepiece(vocabulary: _Vocabulary, where: str) -> dict[str, Any]:
     unknown = vocabulary.roles.get("unk")
     model = _bpe(
         _ids(vocabulary),
-        _merges_by_score(vocabulary, where),
+        merges,
         None if unknown is None else vocabulary.texts[unknown],
         byte_fallback=True,
         ignore_merges=False,
     )
     return {
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
+        "pre_tokenizer": pre_tokenizer,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,
     }

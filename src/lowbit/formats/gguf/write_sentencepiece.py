@@ -11,6 +11,8 @@ Scores come from tokenizer.model where it lists the same tokens, else from the m
 which joins in the same order as long as every way to split a token is a merge, as it is in files converted from
 SentencePiece. A test text is tokenized by both rules; where they differ, a note says so. Refused: unigram models, and
 pre-tokenizers or normalizers that do more than write "▁".
+
+"gemma4" is the same kind of vocabulary with merges by rank, within lines: llama.cpp joins no newline with other text.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from gguf.constants import TokenType
 
 from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.formats.gguf.pre_tokenizers import LINES
 from lowbit.formats.gguf.sentencepiece import BPE, SentencePieceModel
 from lowbit.formats.gguf.tokenizer_files import TokenizerFiles, calling_tokenizers, flat_steps, merge_pairs, texts_by_id
 from lowbit.formats.gguf.write_pre_tokenizers import HARD_TEXT
@@ -51,13 +54,47 @@ def sentencepiece_vocabulary(
         prefix, notes = _space_prefix(parsed, where)
         scores = _scores(texts, pairs, model, notes)
         notes += _compare(files, texts, scores, prefix)
+    _refuse_missing_bytes(files, texts)
+    return texts, types, scores, prefix, notes
+
+
+def spaced_vocabulary(
+    files: TokenizerFiles, vocab_size: int
+) -> tuple[list[str | None], list[int], list[str], list[str]]:
+    """(texts, types, merges "a b", notes) of a vocabulary with "▁" for spaces, its merges by rank."""
+    where, parsed = str(files.folder / "tokenizer.json"), files.tokenizer
+    if parsed is None:
+        raise CheckpointError(f"{where} is missing, which has the merges",
+                              "load the tokenizer with transformers and save it again")  # fmt: skip
+    texts = texts_by_id(parsed["model"].get("vocab"), vocab_size, where)
+    pairs = merge_pairs(parsed["model"], where)
+    prefix, notes = _space_prefix(parsed, where)
+    if prefix:
+        notes.append("the tokenizer puts a space before the text; llama.cpp does not")
+    _refuse_missing_bytes(files, texts)
+    if not _same_by_lines(files, parsed):
+        notes.append("llama.cpp will tokenize some text otherwise than tokenizer.json: it joins no newline with other "
+                     "text")  # fmt: skip
+    return texts, _types(texts, parsed["model"].get("unk_token")), [f"{left} {right}" for left, right in pairs], notes
+
+
+def _same_by_lines(files: TokenizerFiles, parsed: dict[str, Any]) -> bool:
+    """True if the test text has the same tokens where it is cut at newlines first, as llama.cpp does."""
+    from tokenizers import Tokenizer
+
+    with calling_tokenizers(str(files.folder / "tokenizer.json")):
+        cut = Tokenizer.from_str(json.dumps(parsed | {"pre_tokenizer": LINES, "post_processor": None}))
+        found, expected = (one.encode(HARD_TEXT, add_special_tokens=False).ids for one in (cut, files.loaded))
+    return found == expected
+
+
+def _refuse_missing_bytes(files: TokenizerFiles, texts: list[str | None]) -> None:
     missing = {f"<0x{byte:02X}>" for byte in range(256)} - {text for text in texts if text is not None}
     if missing:
         raise ArchitectureError(
             f"{files.folder}: the vocabulary has no byte token {min(missing)}, and llama.cpp stops at a character "
             f"that is no token"
         )
-    return texts, types, scores, prefix, notes
 
 
 def _of_model(
@@ -123,7 +160,8 @@ def _space_prefix(parsed: dict[str, Any], where: str) -> tuple[bool, list[str]]:
                 notes.append("the tokenizer puts a space before the text only; llama.cpp also after special tokens")
             if scheme != "never":
                 notes.append("where the text begins with a space already, llama.cpp puts another one before it")
-        elif not (kind == "Split" and step.get("pattern") == {"String": " "}):  # there are no spaces left (Gemma)
+        elif step != LINES and not (kind == "Split" and step.get("pattern") == {"String": " "}):
+            # there are no spaces left for the latter (Gemma)
             raise _unknown("pre-tokenizer", step, where)
     return prefix, notes
 

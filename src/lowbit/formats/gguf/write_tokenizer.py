@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF key-values.
 
     tokenizer.ggml.model       "gpt2": byte-level BPE, tokens in byte letters, merges by rank
+                               "gemma4": BPE with "▁" for spaces, byte tokens, merges by rank (the row says so)
                                "llama": SentencePiece-like BPE, "▁" for spaces, byte tokens, a score per token
     tokenizer.ggml.pre         how text is cut into words: `gguf_pre_tokenizers`; "default" for "llama"
     tokenizer.ggml.tokens, .token_type, .merges ("a b") or .scores
@@ -29,7 +30,7 @@ from lowbit.formats.gguf.names import PHI3, PHI3_KEEPS, missing_tokens
 from lowbit.formats.gguf.pre_tokenizers import PreTokenizer
 from lowbit.formats.gguf.tokenizer_files import AddedToken, TokenizerFiles, calling_tokenizers, merge_pairs, texts_by_id
 from lowbit.formats.gguf.write_pre_tokenizers import identify, what_llama_cpp_leaves_out
-from lowbit.formats.gguf.write_sentencepiece import sentencepiece_vocabulary
+from lowbit.formats.gguf.write_sentencepiece import sentencepiece_vocabulary, spaced_vocabulary
 
 K = Keys.Tokenizer
 
@@ -52,6 +53,10 @@ _KNOWN_TEXTS = {
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>",
                  "[EOT]")  # fmt: skip
 _WRAPPINGS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+# Llama.cpp's chat parser of Gemma 4 has to see these, so they are no control tokens.
+_GEMMA4_VISIBLE = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+}  # fmt: skip
 # gpt-oss ends every message with <|end|>, and its turns with these
 _HARMONY = {"<|return|>", "<|call|>"}
 
@@ -86,14 +91,19 @@ class Vocabulary:
     strips_as_phi3: bool = False
 
 
-def tokenizer_key_values(folder: Path, vocab_size: int, pre: str | None = None) -> TokenizerKeyValues:
-    """The tokenizer of a folder, for an embedding of `vocab_size` rows. `pre` overrides tokenizer.ggml.pre.
+def tokenizer_key_values(
+    folder: Path, vocab_size: int, pre: str | None = None, spaced: str = "llama"
+) -> TokenizerKeyValues:
+    """The tokenizer of a folder, for an embedding of `vocab_size` rows.
+
+    pre     overrides tokenizer.ggml.pre
+    spaced  tokenizer.ggml.model of a vocabulary with "▁" for spaces: "llama" or "gemma4"
 
     Raises CheckpointError (no tokenizer, damaged files), ArchitectureError (one that llama.cpp does not have),
     UsageError (a `pre` that is not known).
     """
     files = TokenizerFiles(folder)
-    vocabulary = _vocabulary(files, vocab_size, pre)
+    vocabulary = _vocabulary(files, vocab_size, pre, spaced)
     notes = vocabulary.notes
     _fill_up(vocabulary)
     ids = {text: index for index, text in enumerate(vocabulary.texts) if text is not None}
@@ -109,6 +119,8 @@ def tokenizer_key_values(folder: Path, vocab_size: int, pre: str | None = None) 
     if vocabulary.merges is not None:
         values[K.MERGES] = (vocabulary.merges, GGUFValueType.ARRAY, GGUFValueType.STRING)
     add_bos, add_eos = _added_around(files, roles, vocab_size, notes)
+    if vocabulary.model == "gemma4" and not add_bos:
+        notes.append("llama.cpp begins every text of this vocabulary with BOS; the tokenizer does not")
     values |= {_ROLE_KEYS[role]: _id(token) for role, token in roles.items()}
     values |= {key: _id(token) for key, token in _known_by_text(files, ids, vocabulary.types).items()}
     values |= {K.ADD_BOS: _flag(add_bos), K.ADD_EOS: _flag(add_eos)}
@@ -117,7 +129,7 @@ def tokenizer_key_values(folder: Path, vocab_size: int, pre: str | None = None) 
     return TokenizerKeyValues(values | _templates(files), tuple(notes), vocabulary.strips_as_phi3)
 
 
-def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) -> Vocabulary:
+def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None, spaced: str) -> Vocabulary:
     parsed = files.tokenizer
     if parsed is None and files.sentencepiece is None:
         raise CheckpointError(
@@ -134,8 +146,12 @@ def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) -> Voca
     if parsed is not None and '"ByteLevel"' in steps and not parsed["model"].get("byte_fallback"):
         vocabulary = _byte_level(files.folder, parsed, vocab_size, pre)
     else:
-        texts, types, scores, prefix, found = sentencepiece_vocabulary(files, vocab_size)
-        vocabulary = Vocabulary("llama", "default", texts, types, scores, space_prefix=prefix, notes=found)
+        if spaced == "gemma4":
+            texts, types, merges, found = spaced_vocabulary(files, vocab_size)
+            vocabulary = Vocabulary(spaced, spaced, texts, types, merges=merges, space_prefix=False, notes=found)
+        else:
+            texts, types, scores, prefix, found = sentencepiece_vocabulary(files, vocab_size)
+            vocabulary = Vocabulary("llama", "default", texts, types, scores, space_prefix=prefix, notes=found)
         if pre not in (None, "default"):
             notes.append(f"--pre-tokenizer {pre} has no effect: SentencePiece models have no pre-tokenizer")
     vocabulary.notes += notes
@@ -191,7 +207,8 @@ def _place_added(vocabulary: Vocabulary, added: list[AddedToken]) -> None:
         # Models forgot to mark some tokens as special (DeepSeek Coder, Command R, Gemma).
         wrapped = any(text.startswith(a) and text.endswith(b) for a, b in _WRAPPINGS)
         control = token.special or wrapped or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-        if not control and vocabulary.model == "llama" and text.replace("▁", " ") not in taken:
+        control &= vocabulary.model != "gemma4" or text not in _GEMMA4_VISIBLE
+        if not control and vocabulary.model != "gpt2" and text.replace("▁", " ") not in taken:
             text = text.replace("▁", " ")  # llama.cpp looks for these in the text as it is
         if vocabulary.texts[token.id] != text and text in taken:
             raise CheckpointError(f"added token {token.id} is {text[:40]!r}, as another token is already")

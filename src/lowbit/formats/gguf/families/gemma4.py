@@ -135,7 +135,7 @@ _GEMMA4_TEXT = GGUFArchitecture(
            "enable_moe_block": (False,)},
     implied=_sharing, rope=Rope(("proportional",), local=True, dim=lambda get: _block(get, FULL).head_dim),
     window_period=6, window_default=512, when=lambda get: not get("enable_moe_block"), from_file=_of_file,
-    from_names=_of_names,
+    from_names=_of_names, vocabulary="gemma4",
 )  # fmt: skip
 _GEMMA4_TEXT_EXPERTS = replace(
     _GEMMA4_TEXT,
