@@ -25,6 +25,7 @@ class Transform:
     paper     arXiv
     outside   (checkpoint, facts) → embedding, final norm and head, rewritten; for transforms of the residual stream,
               which use no statistics and run before any measurement
+    refuses   (facts) → None; UsageError names why a model does not allow it, before any work
     """
 
     name: str
@@ -33,6 +34,7 @@ class Transform:
     paper: str
     aliases: tuple[str, ...] = ()
     outside: str | None = None
+    refuses: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -83,7 +85,7 @@ TRANSFORMS = {row.name: row for row in (
               "a Hadamard rotation of each value head (QuaRot)", "2404.00456"),
     Transform("hadamard", "lowbit.transform.rotate:apply_residual",
               "a Hadamard rotation of the residual stream (QuaRot)", "2404.00456", ("quarot",),
-              outside="lowbit.transform.rotate:rotated_outside"),
+              outside="lowbit.transform.rotate:rotated_outside", refuses="lowbit.transform.rotate:refuse_residual"),
 )}  # fmt: skip
 ROUNDINGS = {row.name: row for row in (
     Rounding("rtn", "lowbit.rounding.target:nearest", "round to nearest, no data"),

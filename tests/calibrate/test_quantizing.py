@@ -250,3 +250,10 @@ def test_nothing_of_a_finished_block_stays(tiny_llama):
         assert [each() for each in kept] == [None] * 4
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
+def test_a_dry_run_refuses_a_rotation_that_the_model_does_not_allow(tmp_path, architecture):
+    model = make_model(tmp_path / "m", architecture)
+    with pytest.raises(UsageError, match=r"residual stream of .* cannot be rotated: its|cannot be rotated: .* follows"):
+        lowbit.dry_run(str(model), scheme="W4A16", group_size=32, method="hadamard+gptq")

@@ -293,3 +293,13 @@ def test_a_gguf_file_is_no_source_of_a_tower(folders, tmp_path):
     text = lowbit.quantize(folders["gemma3"], tmp_path / "text.gguf", scheme="Q8_0").path
     with pytest.raises(UsageError, match="holds no vision tower"):
         lowbit.dry_run(text, mmproj=True)
+
+
+def test_a_tower_is_rounded_again_and_is_no_language_model(folders, tmp_path):
+    whole = lowbit.quantize(str(folders["qwen3_vl"]), tmp_path / "whole.gguf", scheme="F16", mmproj=True)
+    smaller = lowbit.quantize(str(whole.path), tmp_path / "smaller.gguf", scheme="Q8_0")
+    assert {line.engine for line in smaller.report.serve} == {"llama.cpp"}
+    assert any(tensor.scheme == "Q8_0" for tensor in smaller.report.tensors)
+    with pytest.raises(ArchitectureError, match="no language model by itself") as caught:
+        lowbit.evaluate(str(whole.path))
+    assert "language model that it belongs to" in caught.value.hint

@@ -64,7 +64,7 @@ def quantize(
         return
     print_table(_summary(done.report, done.path))
     say(f"\nserve it:     {done.report.serve[0].command}")
-    if not done.report.settings.given.get("mmproj"):
+    if any(line.engine == "lowbit" for line in done.report.serve):  # not a vision tower by itself
         say(f"what it cost: lowbit evaluate {done.path}")
 
 

@@ -30,12 +30,13 @@ from lowbit.errors import UsageError
 from lowbit.export import Piece, default_format
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
-from lowbit.methods import RTN, Rounding
+from lowbit.methods import RTN, Rounding, parse_method
 from lowbit.registry import FORMATS, Format, load
 from lowbit.rounding.target import Stored, Sums, Target
 from lowbit.schemes import ActivationSpec, Scheme
 from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows
+from lowbit.transform.facts import model_facts
 
 if TYPE_CHECKING:
     from lowbit.calibrate.input_ranges import Ranges
@@ -416,8 +417,16 @@ def output_format(settings: Settings, output: Path | None = None) -> Format:
 
 
 def prepare(request: Request, output: Path | None = None) -> Prepared:
-    """Open a model and plan its output; reads headers only, unless an importance matrix is to be measured.
+    """Open a model and plan its output; reads headers only, unless an importance matrix is to be measured. UsageError
+    if the method has a transform that the model does not allow.
 
     output  its name tells a GGUF file from a folder where the settings do not
     """
-    return load(output_format(request.settings, output).plan)(request)
+    prepared: Prepared = load(output_format(request.settings, output).plan)(request)
+    transforms = parse_method(request.settings.method).transforms
+    if transforms and prepared.plan.architecture is not None:
+        facts = model_facts(prepared.plan.architecture)
+        for transform in transforms:
+            if transform.refuses is not None:
+                load(transform.refuses)(facts)
+    return prepared

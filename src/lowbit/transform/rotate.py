@@ -102,13 +102,18 @@ def apply_residual(
 
 def residual_rotation(facts: ModelFacts, seed: int = 0) -> Rotation:
     """The rotation of a model's residual stream; UsageError if there can be none."""
+    refuse_residual(facts)
+    return make_rotation(facts.hidden, seed)
+
+
+def refuse_residual(facts: ModelFacts) -> None:
+    """UsageError if the residual stream of a model cannot be rotated."""
     why = residual_refusal(facts)
     if why is not None:
         raise UsageError(
             f"the residual stream of {facts.architecture.class_name} cannot be rotated: {why}",
             "omit `hadamard`; `rotate` rotates the values of attention, which every model allows",
         )
-    return make_rotation(facts.hidden, seed)
 
 
 def rotate_values(block: BlockTensors, point: ScalingPoint, rotation: Rotation) -> None:

@@ -9,6 +9,7 @@ Refused: a model type without a row.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 from typing import Any
@@ -125,15 +126,21 @@ def look_up_first(config: dict[str, Any], where: str) -> Lookup:
 
 
 def row_of_file(metadata: dict[str, Any], names: Container[str], where: str) -> GGUFArchitecture:
-    """The row for reading a GGUF file of these key-values and tensors; ArchitectureError lists the readable ones."""
+    """The row for reading a GGUF file of these key-values and tensors; ArchitectureError if there is none."""
     arch = metadata.get("general.architecture")
     experts = metadata.get(f"{arch}.expert_count", 0) if isinstance(arch, str) else 0
     readable = [row for row in ROWS if row.read_back and row.arch == arch]
     if not readable:
-        known = dict.fromkeys(row.arch for row in ROWS if row.read_back)
+        if arch == "clip":
+            raise ArchitectureError(f"{where}: a vision tower (mmproj), which is no language model by itself",
+                                    "name the GGUF file of the language model that it belongs to")  # fmt: skip
+        known = sorted({row.arch for row in ROWS if row.read_back})
+        near = difflib.get_close_matches(str(arch)[:80], known, n=3)
         raise ArchitectureError(
             f"{where}: GGUF architecture {str(arch)[:80]!r} cannot be read",
-            f"readable are {', '.join(known)}; for others use the safetensors checkpoint of the model",
+            f"use the safetensors checkpoint of the model; {len(known)} architectures can be read"
+            + (f", the nearest are {', '.join(near)}" if near else "")
+            + " (docs/gguf-architectures.md has the list)",
         )
     for row in readable:
         fits = all(name in names for name in row.of_tensors)
