@@ -46,6 +46,14 @@ def test_group_size_minus_one_is_one_scale_per_row():
     assert find_scheme("W4A16").with_group_size(-1).weight.granularity is Granularity.CHANNEL
 
 
+def test_groups_of_integer_activations_follow_those_of_the_weights():
+    scheme = find_scheme("W4A4_GROUP").with_group_size(64)
+    assert scheme.activation is not None
+    assert (scheme.weight.group_size, scheme.activation.group_size) == (64, 64)
+    whole = find_scheme("W4A4_GROUP").with_group_size(-1)
+    assert whole.activation == SCHEMES["W4A4"].activation
+
+
 def test_channel_int8_can_be_grouped():
     assert find_scheme("W8A8").with_group_size(128).weight.granularity is Granularity.GROUP
 

@@ -227,9 +227,8 @@ class _Run:
         run_all(((measure, *pair, *bounds) for pair in needed.values() for bounds in pair[0].slabs(SLAB_WEIGHTS)),
                 self.threads)  # fmt: skip
         ranges = {name: _ranges_by_expert(needed[name][0], extents) for name, extents in slabs.items()}
-        # Nested scales have a second level per tensor, in fused sets too; so has NVFP4 in GGUF files.
         fused = {t.linear.name: t.name for t, target in needed.values()
-                 if t.linear is not None and not target.is_nested and not target.is_ggml}  # fmt: skip
+                 if t.linear is not None and target.fused_sets_share}  # fmt: skip
         for members in self.plan.architecture.fused_sets.values() if self.plan.architecture and fused else ():
             names = [fused[member] for member in members if member in fused]
             if names:

@@ -101,7 +101,7 @@ class Scheme:
     summary: str
 
     def with_group_size(self, group_size: int) -> Scheme:
-        """The same scheme with g columns per scale, or one scale per row for -1.
+        """The same scheme with g columns per scale, or one scale per row for -1; groups of integer activations follow.
 
         Raises UsageError where the scheme fixes its group size.
         """
@@ -114,9 +114,15 @@ class Scheme:
             fixed = "one scale per row" if weight.group_size is None else f"group size {weight.group_size}"
             raise UsageError(f"scheme {self.name} has {fixed} by definition; {group_size} was asked for",
                              "leave --group-size out, or choose an integer scheme such as W4A16")  # fmt: skip
+        activation = self.activation
+        if activation is not None and activation.number == "int" and activation.per == "group":
+            per, size = ("token", None) if group_size == -1 else ("group", group_size)
+            activation = replace(activation, per=per, group_size=size)
         if group_size == -1:
-            return replace(self, weight=replace(weight, granularity=Granularity.CHANNEL, group_size=None))
-        return replace(self, weight=replace(weight, granularity=Granularity.GROUP, group_size=group_size))
+            weight = replace(weight, granularity=Granularity.CHANNEL, group_size=None)
+        else:
+            weight = replace(weight, granularity=Granularity.GROUP, group_size=group_size)
+        return replace(self, weight=weight, activation=activation)
 
 
 def _int_group(bits: int, symmetric: bool = True) -> WeightSpec:
@@ -124,6 +130,7 @@ def _int_group(bits: int, symmetric: bool = True) -> WeightSpec:
 
 
 _INT8_CHANNEL = WeightSpec("int", 8, Granularity.CHANNEL)
+_INT8_TENSOR = WeightSpec("int", 8, Granularity.TENSOR)
 _FP8_TENSOR = WeightSpec("e4m3", 8, Granularity.TENSOR)
 _FP8_CHANNEL = WeightSpec("e4m3", 8, Granularity.CHANNEL)
 _FP8_BLOCK = WeightSpec("e4m3", 8, Granularity.BLOCK, group_size=128)
@@ -135,7 +142,10 @@ _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
 _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
+_INT8_TOKEN_ASYM = ActivationSpec("int", 8, "token", symmetric=False)
 _INT8_STATIC = ActivationSpec("int", 8, "tensor", dynamic=False)
+_INT4_TOKEN = ActivationSpec("int", 4, "token")
+_INT4_GROUP = ActivationSpec("int", 4, "group", group_size=128)
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
 _FP8_STATIC = ActivationSpec("e4m3", 8, "tensor", dynamic=False)
 _FP8_GROUP = ActivationSpec("e4m3", 8, "group", group_size=128)
@@ -147,14 +157,24 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("W8A16", _int_group(8), None, "8-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W7A16", _int_group(7), None, "7-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W6A16", _int_group(6), None, "6-bit integers, symmetric, group 128; weight-only"),
+        Scheme("W5A16", _int_group(5), None, "5-bit integers, symmetric, group 128; weight-only"),
         Scheme("W4A16", _int_group(4), None, "4-bit integers, symmetric, group 128; weight-only"),
         Scheme("W4A16_ASYM", _int_group(4, symmetric=False), None, "4-bit integers with zero points, group 128"),
         Scheme("W3A16", _int_group(3), None, "3-bit integers, symmetric, group 128; weight-only"),
         Scheme("W2A16", _int_group(2), None, "2-bit integers, symmetric, group 128; weight-only"),
         Scheme("W8A8", _INT8_CHANNEL, _INT8_TOKEN, "8-bit integers per row; activations 8-bit per token, dynamic"),
+        Scheme("W8A8_ASYM", _INT8_CHANNEL, _INT8_TOKEN_ASYM,
+               "8-bit integers per row; activations 8-bit with a zero point per token, dynamic"),
+        Scheme("W8A8_TENSOR", _INT8_TENSOR, _INT8_TOKEN,
+               "8-bit integers per tensor; activations 8-bit per token, dynamic"),
         Scheme("W8A8_STATIC", _INT8_CHANNEL, _INT8_STATIC,
                "8-bit integers per row; activations 8-bit per tensor, static"),
         Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
+        Scheme("W4A4", _int_group(4), _INT4_TOKEN, "4-bit integers, group 128; activations 4-bit per token, dynamic"),
+        Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,
+               "4-bit integers, group 128; activations 4-bit per 128 of a token, dynamic"),
         Scheme("W4AFP8", _int_group(4), _FP8_TOKEN, "4-bit integers, group 128; activations FP8 per token, dynamic"),
         Scheme("FP8", _FP8_TENSOR, _FP8_STATIC, "FP8 E4M3 per tensor; activations FP8 per tensor, static"),
         Scheme("FP8_DYNAMIC", _FP8_CHANNEL, _FP8_TOKEN, "FP8 E4M3 per row; activations FP8 per token, dynamic"),

@@ -49,6 +49,24 @@ def test_int8_per_token():
     assert torch.equal(quantize_activation(x, spec_of("W8A8")), expected)
 
 
+@pytest.mark.parametrize("name", ["W4A4", "W4A4_GROUP"])
+def test_int4_uses_all_sixteen_codes(name):
+    x = activations()
+    parts = x if name == "W4A4" else in_groups(x, 128)
+    scale = parts.abs().amax(-1, keepdim=True) / 7
+    expected = torch.nan_to_num((parts / scale).round().clamp(-8, 7) * scale).reshape(x.shape)
+    assert torch.equal(quantize_activation(x, spec_of(name)), expected)
+
+
+def test_int8_with_zero_points_covers_a_range_that_is_off_centre():
+    x = activations().abs() + 3
+    found = quantize_activation(x, spec_of("W8A8_ASYM"))
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+    assert ((found - x).abs() <= 0.51 * step).all()
+    symmetric = quantize_activation(x, spec_of("W8A8"))
+    assert (found - x).square().sum() < 0.5 * (symmetric - x).square().sum()
+
+
 def test_int8_static_saturates_at_both_ends_of_the_codes():
     x = torch.tensor([[1.0, -1.26, 100.0, -100.0, 0.24]])
     assert quantize_activation(x, spec_of("W8A8_STATIC"), 0.5).tolist() == [[1.0, -1.5, 63.5, -64.0, 0.0]]

@@ -13,7 +13,8 @@ from lowbit.registry import ENGINES
 from lowbit.verification import rules, verify
 
 SCHEMES = [
-    "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16", "W8A8", "W4A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16",
+    "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16", "W5A16", "W8A8", "W8A8_ASYM", "W8A8_TENSOR", "W4A8",
+    "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16",
     "MXFP4", "MXFP4A16", "MXFP8",
 ]  # fmt: skip
 
@@ -21,6 +22,12 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_of_a_good_checkpoint_passes(scheme, good, source):
     assert failures(good(scheme), source=source, nearest=True) == {}
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A4_GROUP"])
+def test_four_bit_integer_activations_are_sound_files_that_no_kernel_runs(scheme, good, source):
+    found = failures(good(scheme), source=source, nearest=True)
+    assert found == {"engine-limits": "config_groups.group_0: no kernel has 4-bit integer activations"}
 
 
 def test_without_a_source_comparisons_are_named_as_unchecked(good):

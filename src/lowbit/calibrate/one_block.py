@@ -220,7 +220,7 @@ class CalibratedBlock:
         target = self.job.targets[linear.name]
         if not target.needs_range:
             return target
-        alone = linear.fused is None or target.is_nested
+        alone = linear.fused is None or not target.fused_sets_share
         members = [each for each in self.linears if each is linear or (not alone and each.fused == linear.fused)]
         return target.with_range([self.tensors.read(f"{each.name}.weight") for each in members])
 

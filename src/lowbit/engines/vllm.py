@@ -95,6 +95,8 @@ def _packed_problem(group: Group) -> str | None:
     if weight.granularity not in (Granularity.GROUP, Granularity.CHANNEL):
         return f"pack-quantized takes scales per group or row, not per {weight.granularity.value}"
     if activation is not None:
+        if activation.number == "int" and activation.bits < 8:
+            return f"no kernel has {activation.bits}-bit integer activations"
         fp8 = activation.number == "e4m3" and activation.per == "token" and activation.dynamic is True
         if not (fp8 and weight.bits == 4 and weight.group_size == 128 and weight.symmetric):
             return "of packed codes only 4-bit symmetric ones in groups of 128 take activations (FP8 per token)"

@@ -1,6 +1,7 @@
 """Simulates the activation quantization of an engine at run time: x̂ = decode(encode(x)) before each linear.
 
-    int, per token    s = max|x| / 127             codes = clamp(rint(x / s), −128, 127)
+    int, per token    s = max|x| / (2^(b−1) − 1)   codes = clamp(rint(x / s), −2^(b−1), 2^(b−1) − 1); 127 of 8 bits
+    int, per group    the same over g channels of a token
     int, asymmetric   s = (max x − min x) / 255    codes = clamp(rint(x / s) + z, −128, 127), z = rint(−128 − min x / s)
     e4m3, per token   s = max(max|x| / 448, 1/(448·512))    codes = e4m3(x / s), saturating
     e4m3, per group   the same over g channels of a token
@@ -37,7 +38,7 @@ from lowbit.architecture.disk_layout import disk_layout
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 from lowbit.schemes import ActivationSpec, Scheme
 
-_MAX = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0}
+_MAX = {"e4m3": 448.0, "e2m1": 6.0}
 _MX_EMAX = {"e4m3": 8, "e2m1": 2}
 _FP8_SMALLEST_SCALE = 1.0 / (448.0 * 512.0)
 _E8M0_MIN, _E8M0_MAX = -127, 127
@@ -89,13 +90,18 @@ def _scale(absmax: Tensor, spec: ActivationSpec, input_scale: float | None) -> T
         power = (exponent - 1 - _MX_EMAX[spec.number]).clamp(_E8M0_MIN, _E8M0_MAX)
         return torch.where(absmax > 0, torch.exp2(power.to(torch.float32)), absmax)
     if not spec.needs_calibration:
-        scale = absmax / _MAX[spec.number]
+        scale = absmax / _largest(spec)
         return scale.clamp(min=_FP8_SMALLEST_SCALE) if spec.number == "e4m3" else scale
     assert input_scale is not None, "checked by the caller"
     if spec.scale_format == "e4m3":
-        relative = (absmax / (_MAX[spec.number] * input_scale)).clamp(max=_MAX["e4m3"])
+        relative = (absmax / (_largest(spec) * input_scale)).clamp(max=_MAX["e4m3"])
         return relative.to(torch.float8_e4m3fn).to(torch.float32) * input_scale
     return torch.full_like(absmax, input_scale)
+
+
+def _largest(spec: ActivationSpec) -> float:
+    """The largest code."""
+    return float(2 ** (spec.bits - 1) - 1) if spec.number == "int" else _MAX[spec.number]
 
 
 def _encode_decode(values: Tensor, scale: Tensor, spec: ActivationSpec) -> Tensor:
@@ -103,7 +109,7 @@ def _encode_decode(values: Tensor, scale: Tensor, spec: ActivationSpec) -> Tenso
     if spec.number == "int":
         low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
         return scaled.round().clamp(low, high) * scale
-    limit = _MAX[spec.number]
+    limit = _largest(spec)
     scaled = scaled.clamp(-limit, limit)
     codes = scaled.to(torch.float8_e4m3fn).to(torch.float32) if spec.number == "e4m3" else _round_e2m1(scaled)
     return codes * scale

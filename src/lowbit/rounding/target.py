@@ -111,12 +111,17 @@ class Target(ABC, Generic[Params]):
 
     @property
     def needs_range(self) -> bool:
-        """True if scales need the range of the whole tensor, or fused set."""
+        """True if scales need the range of the whole tensor."""
         return False
 
     @property
     def is_nested(self) -> bool:
         """True if scales are codes themselves (double quantization), which no fused set shares."""
+        return False
+
+    @property
+    def fused_sets_share(self) -> bool:
+        """True if scales need the range of the whole fused set, because engines have one for all its members."""
         return False
 
     @property
@@ -232,6 +237,11 @@ class GridTarget(Target[Fitted]):
     @property
     def is_nested(self) -> bool:
         return self.spec.scale_format == "nested"
+
+    @property
+    def fused_sets_share(self) -> bool:
+        # kernels for integers take one scale per member (vLLM's convert_to_channelwise)
+        return self.needs_range and not self.is_nested and self.spec.number != "int"
 
     @property
     def is_llm_int8(self) -> bool:

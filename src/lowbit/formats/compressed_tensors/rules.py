@@ -52,15 +52,17 @@ def check_activation_order(subject: Subject) -> Finding:
 
 
 def check_activations(subject: Subject) -> Finding:
-    """pack-quantized is a weight-only format; FP8 activations over 4-bit integers are its one exception."""
+    """Over packed codes no kernel has 8-bit integer activations; FP8 ones over 4 bits run, and narrower integers are
+    simulated."""
     problems = []
     for group in subject.parsed.groups:
         activation = group.scheme.activation
         if group.format != "pack-quantized" or activation is None:
             continue
-        if not (activation.number == "e4m3" and group.scheme.weight.bits == 4):
-            problems.append(f"config_groups.{group.name}: {group.format} is a weight-only format, but the group has "
-                            f"{activation.bits}-bit {activation.number} input_activations")  # fmt: skip
+        simulated = activation.number == "int" and activation.bits < 8
+        if not simulated and not (activation.number == "e4m3" and group.scheme.weight.bits == 4):
+            problems.append(f"config_groups.{group.name}: {group.format} has no kernel for {activation.bits}-bit "
+                            f"{activation.number} input_activations; 8-bit integers take int-quantized")  # fmt: skip
     quantized = sum(group.scheme.activation is not None for group in subject.parsed.groups)
     return Finding(problems, f"{quantized} of {len(subject.parsed.groups)} groups quantize activations")
 

@@ -42,9 +42,11 @@ def storage_format(scheme: Scheme) -> str:
     """The compressed-tensors format string of a scheme. FormatError if the format cannot hold it."""
     weight = scheme.weight
     if weight.number == "int" and not weight.narrow:
-        # FP8 activations over packed integers are what vLLM's W4AFP8 kernel reads; 8-bit integer ones want int8 weights
-        integers = scheme.activation is not None and scheme.activation.number == "int"
-        return "int-quantized" if integers else "pack-quantized"
+        # FP8 activations over packed integers are what the W4AFP8 kernel reads; 8-bit integer ones want a byte a code.
+        # No engine reads integer activations of fewer bits, so the files are small.
+        activation = scheme.activation
+        bytes_wanted = activation is not None and activation.number == "int" and activation.bits == 8
+        return "int-quantized" if bytes_wanted else "pack-quantized"
     if weight.number == "e2m1" and weight.two_level:
         return "nvfp4-pack-quantized"
     if weight.number == "e2m1" and weight.scale_format == "e8m0":
@@ -236,7 +238,7 @@ def _activation_args(activation: ActivationSpec) -> dict[str, Any]:
     args: dict[str, Any] = {
         "num_bits": activation.bits,
         "type": "int" if activation.number == "int" else "float",
-        "symmetric": True,
+        "symmetric": activation.symmetric,
         "strategy": "tensor_group" if activation.scale_format == "e4m3" else activation.per,
         "group_size": activation.group_size,
         "dynamic": activation.dynamic,
