@@ -45,7 +45,7 @@ from lowbit.methods import RTN, parse_method
 from lowbit.registry import load
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
-from lowbit.text import CalibrationWindows, calibration_windows, context_length
+from lowbit.text import CalibrationWindows, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
 
 KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
@@ -92,7 +92,7 @@ def read_windows(
             checkpoint, settings.samples, settings.seqlen, seed=settings.seed, options=options, device=run.device,
             max_memory=run.max_memory, progress=progress,
         )  # fmt: skip
-    return calibration_windows(
+    return mixed_windows(
         settings.calib, load_tokenizer(checkpoint, options), settings.samples, settings.seqlen, seed=settings.seed,
         longest=context_length(checkpoint.config()),
     )  # fmt: skip
