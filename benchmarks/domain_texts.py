@@ -188,7 +188,9 @@ def _run(command: list[str], folder: Path) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise SystemExit(f"error: this machine has no {command[0]}\n\nhint: leave that domain out (--domains)") from None
+        raise SystemExit(
+            f"error: this machine has no {command[0]}\n\nhint: leave that domain out (--domains)"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{error.stderr[-2000:]}\n\n"
                          f"hint: leave that domain out (--domains)") from None  # fmt: skip
