@@ -2,7 +2,7 @@
 
 usage: domain_texts.py [--prose FILE] [--cache build/domains]
 
-    --prose  a text of running prose, such as the raw test split of WikiText-2; the packaged evaluation text unless given
+    --prose  a text of prose, such as the raw test split of WikiText-2; the packaged evaluation text unless given
 
 Nothing of them is part of this project: PyPI wheels and sdists of one version and Debian's packages are downloaded by
 `pip download` and `apt-get download`, and Python's own library is read where it lies. The cache keeps the slices alone.
@@ -85,7 +85,7 @@ class DomainText:
 
 
 def domain_texts(prose: Path | None = None, cache: Path = CACHE, domains: tuple[str, ...] = ()) -> list[DomainText]:
-    """The texts of the given domains, of all unless given; collected on first use. SystemExit where one is out of reach."""
+    """The texts of the given domains, of all unless given; collected on first use. SystemExit where one is missing."""
     sources: dict[str, tuple[str, Callable[[], str]]] = {
         "prose": (str(prose or "packaged evaluation text"), lambda: _prose(prose)),
         "code": (f"the library of Python {sys.version_info.major}.{sys.version_info.minor}", _python),

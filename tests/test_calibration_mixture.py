@@ -106,7 +106,7 @@ def test_a_share_too_small_for_one_window_is_refused(texts):
 
 
 def test_a_text_of_a_mixture_that_is_not_there_is_named(texts):
-    with pytest.raises(UsageError, match="no calibration text 'nothing.txt'"):
+    with pytest.raises(UsageError, match=r"no calibration text 'nothing\.txt'"):
         mixed_windows(f"{texts[0]},nothing.txt", byte_tokenizer(), 4, 16)
     texts[1].write_text(" \n")
     with pytest.raises(CheckpointError, match=r"code\.txt' is empty"):

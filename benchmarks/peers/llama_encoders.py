@@ -2,9 +2,9 @@
 
 usage: llama_encoders.py MODEL OUT.gguf --type Q2_K [--imatrix FILE]      (models without experts)
 
-lowbit writes the file, which gives every tensor the type that llama-quantize would (held by tests/export/test_gguf_mix.py).
-Then each quantized tensor is encoded again by `ggml_quantize_chunk`, the function that llama-quantize calls, from float32
-weights and with the same importance, and put in place of ours. So sizes and types are equal to the byte.
+lowbit writes the file, with the types that llama-quantize gives every tensor (held by tests/export/test_gguf_mix.py).
+Then each quantized tensor is encoded again by `ggml_quantize_chunk`, the function that llama-quantize calls, from
+float32 weights and with the same importance, and put in place of ours. So sizes and types are equal to the byte.
 """
 
 from __future__ import annotations

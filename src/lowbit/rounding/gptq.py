@@ -84,7 +84,8 @@ class GPTQOptions:
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
-        given = {"damping": settings.damping, "shrinkage": settings.shrinkage, "correction": settings.correction, "refine": settings.refine,
+        given = {"damping": settings.damping, "shrinkage": settings.shrinkage,
+                 "correction": settings.correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
 

@@ -8,9 +8,9 @@
 No inverse is taken: with J the reversal of columns, J H J = L Lᵀ gives U = J L⁻¹ J. Codes that stand for v columns
 (lattices of i-quants) are rounded together, and D is then the block diagonal of U.
 
-Shrinkage ρ (Schäfer and Strimmer 2005, target D; Ledoit and Wolf 2004) keeps every diagonal and takes from what the text
-says of pairs of channels: those are what differs in another domain, and what error feedback believes. Unlike damping, it
-is in proportion to each channel, so that one massive activation does not set it for all.
+Shrinkage ρ (Schäfer and Strimmer 2005, target D; Ledoit and Wolf 2004) keeps every diagonal and takes from what the
+text says of pairs of channels: those are what differs in another domain, and what error feedback believes. Unlike
+damping, it is in proportion to each channel, so that one massive activation does not set it for all.
 
 If float32 finds no Cholesky factor, float64 is tried, then ten times the damping, up to 1; after that there is no
 factor, and the caller rounds to nearest. Columns that are 0 in every token ("dead") take no part: their rows and

@@ -1,11 +1,11 @@
 """Several calibration texts in stated shares: `--calib web.txt:3,code.txt:1`.
 
-    SOURCE[:SHARE],SOURCE[:SHARE]…      a source as `calibration_windows` takes it, or "packaged"; a share is 1 unless given
+    SOURCE[:SHARE],SOURCE[:SHARE]…    a source as of `calibration_windows`, or "packaged"; a share is 1 unless given
     windows of a source = samples · share / Σ shares, rounded so that they add up (largest remainders)
 
-The windows alternate, so that any first part of them (`--correction-samples`) is the same mixture. A name that exists as
-it is typed is one source, commas or not. Every window counts alike, so what a source lacks in windows it lacks in weight:
-a note says so.
+The windows alternate, so that any first part of them (`--correction-samples`) is the same mixture. A name that exists
+as it is typed is one source, commas or not. Every window counts alike, so what a source lacks in windows it lacks in
+weight: a note says so.
 
 Refused: shares that are not above 0, a source given twice, `self` in a mixture, and fewer windows than sources.
 """
