@@ -5,8 +5,8 @@ import torch
 
 from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.text import calibration_windows, mixed_windows, parse_mixture
-from lowbit.text.mixture import apportioned
+from lowbit.text import calibration_windows, cut_windows, mixed_windows, parse_mixture, read_text
+from lowbit.text.packaged import SHARES, apportioned, filled, packaged_domains, packaged_windows
 
 
 @pytest.fixture
@@ -111,3 +111,50 @@ def test_a_text_of_a_mixture_that_is_not_there_is_named(texts):
     texts[1].write_text(" \n")
     with pytest.raises(CheckpointError, match=r"code\.txt' is empty"):
         mixed_windows(f"{texts[0]},{texts[1]}", byte_tokenizer(), 4, 16)
+
+
+# The packaged text
+
+
+def test_what_one_domain_lacks_the_others_give_in_their_shares():
+    assert filled(10, [3, 2, 2, 2, 1], [9] * 5) == [3, 2, 2, 2, 1]
+    assert filled(12, [2, 1, 1], [9, 9, 1]) == [7, 4, 1]
+    assert filled(100, [3, 1], [5, 4]) == [5, 4]
+    assert filled(0, [3, 1], [5, 4]) == [0, 0]
+
+
+def test_the_domains_are_all_of_the_packaged_text():
+    domains = packaged_domains()
+    assert (
+        sum(len(text.content.encode()) + 1 for text in domains.values())
+        == len(read_text(None, "calibration").content.encode()) + 1
+    )
+    assert domains["code"].content.startswith("CREATE TABLE author (")
+    assert "Gestern Abend" in domains["languages"].content
+
+
+def test_the_packaged_text_is_a_mixture_in_its_stated_shares():
+    tokenizer = byte_tokenizer()
+    found = mixed_windows(None, tokenizer, 20, 64)
+    assert (found.name, found.notes, found.ids.shape) == ("packaged calibration text", (), (20, 64))
+    assert found.sha256 == read_text(None, "calibration").sha256
+    counts = []
+    for text in packaged_domains().values():
+        own = {tuple(window) for window in cut_windows(text, tokenizer, 10**6, 64).ids.tolist()}
+        counts.append(sum(tuple(window) in own for window in found.ids.tolist()))
+    assert counts == [20 * share // sum(SHARES.values()) for share in SHARES.values()]
+
+
+def test_windows_longer_than_a_domain_are_cut_from_the_whole_packaged_text():
+    tokenizer = byte_tokenizer()
+    whole = calibration_windows(None, tokenizer, 2, 150_000)
+    assert torch.equal(packaged_windows(tokenizer, 2, 150_000).ids, whole.ids)
+
+
+def test_one_domain_of_the_packaged_text_can_be_named():
+    tokenizer = byte_tokenizer()
+    found = mixed_windows("packaged/code:1,packaged/prose:3", tokenizer, 8, 64)
+    assert found.notes[0] == "windows of each text: 2 of packaged/code, 6 of packaged/prose"
+    with pytest.raises(UsageError, match="no domain 'cod'") as caught:
+        mixed_windows("packaged/cod", tokenizer, 8, 64)
+    assert "prose, technical, code, languages, dialogue" in caught.value.hint

@@ -1,6 +1,7 @@
 """Several calibration texts in stated shares: `--calib web.txt:3,code.txt:1`.
 
-    SOURCE[:SHARE],SOURCE[:SHARE]…    a source as of `calibration_windows`, or "packaged"; a share is 1 unless given
+    SOURCE[:SHARE],SOURCE[:SHARE]…    a source as of `calibration_windows`, "packaged", or packaged/DOMAIN for one of
+                                      its domains (`packaged.py`); a share is 1 unless given
     windows of a source = samples · share / Σ shares, rounded so that they add up (largest remainders)
 
 The windows alternate, so that any first part of them (`--correction-samples`) is the same mixture. A name that exists
@@ -18,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lowbit.errors import UsageError
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context
 from lowbit.text.hub import is_dataset
+from lowbit.text.packaged import alternating, apportioned, packaged_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,8 +78,15 @@ def mixed_windows(
 ) -> CalibrationWindows:  # fmt: skip
     """`windows` windows of one text, or of several in their shares; parameters as in `calibration_windows`."""
     parts = parse_mixture(calib)
+
+    def windows_of(source: str | None, count: int) -> CalibrationWindows:
+        if source is None or (source.startswith(f"{PACKAGED}/") and not Path(source).exists()):
+            check_context(count, window_tokens, longest)
+            return packaged_windows(tokenizer, count, window_tokens, source and source.removeprefix(f"{PACKAGED}/"))
+        return calibration_windows(source, tokenizer, count, window_tokens, seed=seed, longest=longest)
+
     if len(parts) == 1:
-        return calibration_windows(parts[0].source, tokenizer, windows, window_tokens, seed=seed, longest=longest)
+        return windows_of(parts[0].source, windows)
     check_context(windows, window_tokens, longest)
     counts = apportioned(windows, [part.share for part in parts])
     if 0 in counts:
@@ -87,13 +94,8 @@ def mixed_windows(
             f"{windows} windows leave none for {parts[counts.index(0)].name} with its share of --calib",
             "give more windows (--samples), or larger shares",
         )
-    cut = [
-        calibration_windows(part.source, tokenizer, count, window_tokens, seed=seed, longest=longest)
-        for part, count in zip(parts, counts, strict=True)
-    ]
-    # A text of n windows has its i-th at (i + ½) / n of the mixture.
-    places = torch.cat([(torch.arange(len(each.ids), dtype=torch.float64) + 0.5) / len(each.ids) for each in cut])
-    ids = torch.cat([each.ids for each in cut])[places.argsort(stable=True)]
+    cut = [windows_of(part.source, count) for part, count in zip(parts, counts, strict=True)]
+    ids = alternating([each.ids for each in cut])
     notes = tuple(note for each in cut for note in each.notes)
     mixed = ", ".join(f"{len(each.ids)} of {part.name}" for part, each in zip(parts, cut, strict=True))
     digests = "".join(each.sha256 for each in cut)
@@ -101,13 +103,3 @@ def mixed_windows(
         ids, str(calib), hashlib.sha256(digests.encode()).hexdigest(), sum(each.text_tokens for each in cut), windows,
         (f"windows of each text: {mixed}", *notes),
     )  # fmt: skip
-
-
-def apportioned(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers in proportion to the shares that add up to `total`: the largest remainders are rounded up."""
-    exact = [total * share / sum(shares) for share in shares]
-    counts = [int(each) for each in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
