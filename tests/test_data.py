@@ -4,6 +4,8 @@ from importlib import resources
 
 import pytest
 
+from lowbit.text.packaged import PASSAGES
+
 DATA = resources.files("lowbit") / "data"
 SIZES = {"evaluation.txt": (110_000, 140_000), "calibration.txt": (400_000, 480_000)}
 OVERLAP = 200
@@ -63,6 +65,23 @@ def test_table_accounts_for_every_byte_in_order(file):
     assert position == len(data) + 1
 
 
+def domain_of(row):
+    """The domain of calibration that a passage counts to; code and other languages first, whatever they are about."""
+    kinds = set(row["domain"].split(", "))
+    if kinds & {"code", "data"}:
+        return "code"
+    if row["language"] != "English":
+        return "languages"
+    if kinds & {"science", "mathematics", "technical documentation"}:
+        return "technical"
+    return "dialogue" if kinds & {"conversation", "dialogue"} else "prose"
+
+
+def test_the_domains_of_calibration_are_those_of_the_table():
+    rows = passages("calibration.txt")
+    assert [(domain_of(row), int(row["bytes"])) for row in rows] == list(PASSAGES)
+
+
 def test_evaluation_is_mainly_english_prose_and_several_domains():
     rows = passages("evaluation.txt")
     total = sum(int(row["bytes"]) for row in rows)
@@ -94,10 +113,10 @@ def test_no_passage_says_the_same_twice(file):
 def test_calibration_is_enough_for_128_windows_of_512_tokens():
     from lowbit.architecture.loading import load_tokenizer
     from lowbit.checkpoint import open_checkpoint
-    from lowbit.text import calibration_windows
+    from lowbit.text import mixed_windows
 
     checkpoint = open_checkpoint("demo:smollm2")
-    found = calibration_windows(None, load_tokenizer(checkpoint), 128, 512)
+    found = mixed_windows(None, load_tokenizer(checkpoint), 128, 512)
     checkpoint.close()
     assert found.ids.shape == (128, 512)
     assert found.notes == ()

@@ -25,6 +25,7 @@ from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.text import parse_mixture
 from lowbit.verification import verify
 
 _log = logging.getLogger("lowbit")
@@ -198,7 +199,8 @@ def dry_run(
 def _sources(prepared: Prepared) -> list[Path]:
     """Every file and folder that the run reads."""
     settings, checkpoint = prepared.plan.settings, prepared.checkpoint
-    named = [prepared.source, *(text for text in (settings.imatrix, settings.calib, settings.tensor_type_file) if text)]
+    texts = [each.source for each in parse_mixture(settings.calib)]
+    named = [prepared.source, *(name for name in (settings.imatrix, settings.tensor_type_file, *texts) if name)]
     files = {info.file for info in checkpoint.tensors.values()}
     return [*map(Path, named), *files, *adapter_files(prepared.options)]
 

@@ -7,7 +7,9 @@ import torch
 
 from lowbit.calibrate.summary import (
     InputSummary,
+    coverage_notes,
     distance,
+    effective_rank,
     is_kept,
     mismatch,
     pack_vocabulary,
@@ -52,6 +54,30 @@ def test_distance_is_in_doublings_and_leaves_dead_channels_out():
 def test_constant_and_dead_inputs_have_summaries():
     assert distance(summarize("x", 0, stats_of(torch.ones(4))), torch.ones(4)) == 0
     assert distance(summarize("x", 0, stats_of(torch.zeros(4))), torch.ones(4)) == 0
+
+
+def test_the_effective_rank_counts_directions_whatever_their_size():
+    assert effective_rank(torch.diag(torch.tensor([1.0, 100.0, 1e-4, 0.0]))) == pytest.approx(3)
+    one = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 6))
+    assert effective_rank(one) == pytest.approx(1)
+    assert effective_rank(torch.block_diag(one, one)) == pytest.approx(2)
+    assert effective_rank(torch.zeros(4, 4)) == 0
+    wide = torch.randn(4000, 600, generator=torch.Generator().manual_seed(0))  # more than one slab of rows
+    correlations = (wide.T @ wide) / wide.norm(dim=0) / wide.norm(dim=0)[:, None]
+    assert effective_rank(wide.T @ wide) == pytest.approx(600**2 / correlations.square().sum().item(), rel=1e-4)
+
+
+def test_the_effective_rank_is_in_the_summary_where_a_hessian_was_measured():
+    mean_sq = torch.ones(4)
+    assert summarize("x", 0, stats_of(mean_sq)).effective_rank is None
+    stats = LayerStats(100, mean_sq, mean_sq, mean_sq, 100 * torch.eye(4))
+    assert summarize("x", 0, stats).effective_rank == pytest.approx(4)
+
+
+def test_too_few_tokens_for_the_channels_are_said():
+    assert coverage_notes(4 * 1536, 1536) == []
+    (note,) = coverage_notes(4 * 1536 - 1, 1536)
+    assert note.startswith("6,143 tokens of calibration text for inputs of 1,536 channels: a Hessian takes 6,144")
 
 
 def test_statistics_of_another_model_are_refused():

@@ -232,6 +232,36 @@ def test_a_hessian_that_is_not_finite_is_refused(bad):
         prepared(hessian)
 
 
+# Shrinkage
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_shrinkage_takes_back_off_diagonals_and_keeps_every_diagonal(dead):
+    x = inputs(200, 24)
+    if dead:
+        x[:, 5] = 0
+    diagonal = x.square().sum(0)
+    hessian = prepare(LayerStats(200, diagonal.sqrt(), diagonal, diagonal, x.T @ x), 0.01, 0.25)
+    wanted = 0.75 * (x.T @ x) + 0.25 * diagonal.diag()
+    if dead:
+        wanted[5, 5] = 1.0
+    factor = factor_of(hessian)
+    wanted.diagonal().add_(0.01 * diagonal[diagonal > 0].mean())
+    wanted = wanted[factor.order][:, factor.order]
+    upper = torch.linalg.cholesky(wanted.double().inverse(), upper=True)
+    torch.testing.assert_close(factor.spread.double(), upper / upper.diagonal()[:, None], rtol=2e-3, atol=2e-4)
+    descent = (wanted / wanted.diagonal()).fill_diagonal_(0)
+    torch.testing.assert_close(hessian.descent(factor), descent, rtol=1e-4, atol=1e-6)
+
+
+def test_all_shrunk_leaves_nothing_to_correct():
+    x = inputs(200, 24)
+    hessian = prepare(summed([x]), shrinkage=1.0)
+    factor = factor_of(hessian)
+    torch.testing.assert_close(factor.spread, torch.eye(24))
+    assert not hessian.descent(factor).any()
+
+
 # The correction for what came before
 
 

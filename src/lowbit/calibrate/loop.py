@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
 from lowbit.calibrate.store import BlockStore, LinearResult
+from lowbit.calibrate.summary import coverage_notes
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
@@ -45,7 +46,7 @@ from lowbit.methods import RTN, parse_method
 from lowbit.registry import load
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
-from lowbit.text import CalibrationWindows, calibration_windows, context_length
+from lowbit.text import CalibrationWindows, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
 
 KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
@@ -92,7 +93,7 @@ def read_windows(
             checkpoint, settings.samples, settings.seqlen, seed=settings.seed, options=options, device=run.device,
             max_memory=run.max_memory, progress=progress,
         )  # fmt: skip
-    return calibration_windows(
+    return mixed_windows(
         settings.calib, load_tokenizer(checkpoint, options), settings.samples, settings.seqlen, seed=settings.seed,
         longest=context_length(checkpoint.config()),
     )  # fmt: skip
@@ -128,6 +129,9 @@ def calibrate(
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
     job = Job(source, targets, dtypes, windows.ids, settings, run.device)
+    if job.needs_hessian:
+        widest = max(architecture.linears[name].shape[1] for name in targets)
+        windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
     memory = states_memory(
         architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
     )

@@ -6,6 +6,9 @@
 
     distance = √ mean_k (log2 m[k] − log2 m'[k])²      over the channels that are nonzero in both
 
+    effective rank = K² / Σ_jk R_jk²                   R the correlations of H over the K channels that are not always 0
+
+The effective rank is K where channels are independent and 1 where all are one; so many directions does the text show.
 The distance counts doublings of the mean square: 0 for the same statistics, 1 if channels are typically twice or half
 as strong. A code step is about a tenth of a doubling, which adds an error of a thirtieth. The vocabulary of a text is
 one bit per token, least significant first, compressed.
@@ -33,7 +36,10 @@ from lowbit.tensors import LayerStats
 
 # Blocks whose inputs are kept, evenly spaced, the first and the last among them.
 BLOCKS = 8
+# The inverse of a Hessian from n tokens is too large by about n / (n − K): a third with 4 tokens per channel.
+TOKENS_PER_CHANNEL = 4
 _CODES = 254
+_ROWS = 512  # of a Hessian at a time
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -42,6 +48,7 @@ class InputSummary(Record):
 
     low, step   code c of a channel stands for a mean of x² of 2^(low + step · (c − 1)), 0 for a mean of 0
     codes       uint8 [K], base64
+    effective_rank  of the input's correlations; None if only the diagonal was measured
     """
 
     name: str
@@ -50,6 +57,7 @@ class InputSummary(Record):
     low: float
     step: NonNegative
     codes: str
+    effective_rank: NonNegative | None = None
 
     @property
     def log2_mean_sq(self) -> Tensor:
@@ -79,7 +87,33 @@ def summarize(name: str, block: int | None, stats: LayerStats) -> InputSummary:
     codes = torch.zeros(len(mean_sq), dtype=torch.uint8)
     codes[seen] = (1 + ((logs - low) / step if step else torch.zeros_like(logs)).round()).to(torch.uint8)
     encoded = base64.b64encode(codes.numpy().tobytes()).decode()
-    return InputSummary(name=name, block=block, tokens=stats.tokens, low=low, step=step, codes=encoded)
+    rank = None if stats.hessian is None else effective_rank(stats.hessian)
+    return InputSummary(
+        name=name, block=block, tokens=stats.tokens, low=low, step=step, codes=encoded, effective_rank=rank
+    )
+
+
+def effective_rank(hessian: Tensor) -> float:
+    """K² / Σ R², R_jk = H_jk / √(H_jj H_kk), over the K live channels of a Hessian [K, K]; 0 if there are none."""
+    diagonal = hessian.diagonal()
+    live = diagonal > 0
+    scale = torch.where(live, diagonal, 1).rsqrt() * live
+    squares = sum(
+        float((rows * scale * own[:, None]).square().sum())
+        for rows, own in zip(hessian.split(_ROWS), scale.split(_ROWS), strict=True)
+    )
+    return int(live.sum()) ** 2 / squares if squares else 0.0
+
+
+def coverage_notes(tokens: int, widest: int) -> list[str]:
+    """A note where a text has fewer tokens than Hessians of `widest` channels need."""
+    needed = TOKENS_PER_CHANNEL * widest
+    if tokens >= needed:
+        return []
+    return [
+        f"{tokens:,} tokens of calibration text for inputs of {widest:,} channels: a Hessian takes {needed:,}, give "
+        f"more or longer windows (--samples, --seqlen)"
+    ]
 
 
 def summaries_of(stats: Mapping[str, LayerStats], block: int, blocks: int) -> dict[str, dict[str, Any]]:

@@ -53,6 +53,7 @@ _ROWS_PER_THREAD = 64  # at least
 class GPTQOptions:
     """
     damping     λ as a fraction of mean(diag H); multiplied by ten, up to 1, while H has no Cholesky factor
+    shrinkage   ρ, the share by which every off-diagonal of H is taken back (`hessian`), 0 to 1
     act_order   columns by falling diag H; False: in storage order
     scales      "static" or "compensated", see above; "auto": compensated, unless scales are powers of two. The two are
                 usually close. After a massive activation other columns must grow to compensate its error, and static
@@ -66,6 +67,7 @@ class GPTQOptions:
     """
 
     damping: float = 0.01
+    shrinkage: float = 0.0
     act_order: bool = True
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
@@ -82,7 +84,8 @@ class GPTQOptions:
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
-        given = {"damping": settings.damping, "correction": settings.correction, "refine": settings.refine,
+        given = {"damping": settings.damping, "shrinkage": settings.shrinkage,
+                 "correction": settings.correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -91,7 +94,7 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     """Round a weight, float32 [N, K], to `target`; `data` holds the statistics of its input."""
     options = options or GPTQOptions()
     target = target if options.search is None else target.with_search(options.search)
-    hessian = data.hessian(options.damping)
+    hessian = data.hessian(options.damping, options.shrinkage)
     weight = weight.detach().to(torch.float32)
     if target.holds_floats:
         return replace(target.nearest(weight), fell_back=True)

@@ -1,12 +1,16 @@
 """The Hessian of a linear's output error, factored for error feedback (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
 
-    H = Σ x xᵀ + λ·1       λ = damping · mean(diag H)
+    H = (1 − ρ) Σ x xᵀ + ρ diag Σ x xᵀ + λ·1       λ = damping · mean(diag H)
     H⁻¹ = Uᵀ U             U upper triangular, in rounding order
     spread = D⁻¹ U         D = diag U: rounding column j with error e changes the columns k > j by −e · spread[j, k]
     cost_j = 1 / U_jj²     cost of a unit of squared error in column j after all later columns have compensated
 
 No inverse is taken: with J the reversal of columns, J H J = L Lᵀ gives U = J L⁻¹ J. Codes that stand for v columns
 (lattices of i-quants) are rounded together, and D is then the block diagonal of U.
+
+Shrinkage ρ (Schäfer and Strimmer 2005, target D; Ledoit and Wolf 2004) keeps every diagonal and takes from what the
+text says of pairs of channels: those are what differs in another domain, and what error feedback believes. Unlike
+damping, it is in proportion to each channel, so that one massive activation does not set it for all.
 
 If float32 finds no Cholesky factor, float64 is tried, then ten times the damping, up to 1; after that there is no
 factor, and the caller rounds to nearest. Columns that are 0 in every token ("dead") take no part: their rows and
@@ -50,7 +54,7 @@ class InputData:
     """The statistics of one input (None if no token reached it), with the Hessians that its readers share."""
 
     stats: LayerStats | None = None
-    _hessians: dict[float, PreparedHessian] = field(default_factory=dict)
+    _hessians: dict[tuple[float, float], PreparedHessian] = field(default_factory=dict)
     _factor: Tensor | None = None
 
     @property
@@ -67,12 +71,13 @@ class InputData:
     def has_hessian(self) -> bool:
         return self.stats is not None and self.stats.hessian is not None
 
-    def hessian(self, damping: float) -> PreparedHessian:
+    def hessian(self, damping: float, shrinkage: float = 0.0) -> PreparedHessian:
         """The Hessian, prepared; NonFiniteError if it is not finite."""
-        if damping not in self._hessians:
+        key = (damping, shrinkage)
+        if key not in self._hessians:
             assert self.stats is not None, "error feedback needs the statistics of the input"
-            self._hessians[damping] = prepare(self.stats, damping)
-        return self._hessians[damping]
+            self._hessians[key] = prepare(self.stats, damping, shrinkage)
+        return self._hessians[key]
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H Wᵀ); products in bfloat16 on hardware with fast bfloat16: good to a percent."""
@@ -105,12 +110,13 @@ class Factor:
 class PreparedHessian:
     """The Hessian that the readers of one input share (`prepare`); factors are computed on first use and kept.
 
-    hessian   float32 [K, K]   Σ x xᵀ with dead columns cleared, their diagonal 1; not damped
-    diagonal  float32 [K]      of Σ x xᵀ, 0 for dead columns
-    dead      bool [K]
-    mean      of the diagonal over live columns, 1 if there are none
-    damping   requested
-    drift     float32 [K, K] or None: D
+    hessian    float32 [K, K]   Σ x xᵀ with dead columns cleared, their diagonal 1; neither shrunk nor damped
+    diagonal   float32 [K]      of Σ x xᵀ, 0 for dead columns
+    dead       bool [K]
+    mean       of the diagonal over live columns, 1 if there are none
+    damping    requested
+    drift      float32 [K, K] or None: D
+    shrinkage  ρ, 0 to 1
     """
 
     hessian: Tensor
@@ -119,6 +125,7 @@ class PreparedHessian:
     mean: float
     damping: float
     drift: Tensor | None
+    shrinkage: float = 0.0
     _factors: dict[tuple[int, int, bool], Factor | None] = field(default_factory=dict, repr=False, compare=False)
     _descents: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -146,10 +153,18 @@ class PreparedHessian:
         """H_jk / H_kk, the change of column k per change of column j: float32 [K, K] in rounding order, diagonal 0."""
         key = id(factor)  # factors live as long as this
         if key not in self._descents:
-            hessian = self.hessian.index_select(0, factor.order).index_select(1, factor.order)
+            hessian = self._shrunk(factor.order, torch.float32)
             diagonal = hessian.diagonal() + factor.damping * self.mean
             self._descents[key] = hessian.div_(diagonal).fill_diagonal_(0.0)
         return self._descents[key]
+
+    def _shrunk(self, order: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of H in an order of columns, shrunk but not damped."""
+        hessian = self.hessian.index_select(0, order).index_select(1, order).to(dtype)
+        if self.shrinkage:
+            diagonal = hessian.diagonal().clone()
+            hessian.mul_(1 - self.shrinkage).diagonal().copy_(diagonal)
+        return hessian
 
     def _order(self, run: int, step: int) -> Tensor:
         """Columns by falling sums of the diagonal, dead ones last; ties keep the storage order."""
@@ -169,7 +184,7 @@ class PreparedHessian:
         damping, reversed_order = self.damping, order.flip(0)
         while True:
             for dtype in (torch.float32, torch.float64):
-                damped = self.hessian.index_select(0, reversed_order).index_select(1, reversed_order).to(dtype)
+                damped = self._shrunk(reversed_order, dtype)
                 damped.diagonal().add_(damping * self.mean)
                 root = inverse_root(damped)
                 del damped
@@ -181,7 +196,7 @@ class PreparedHessian:
             damping = min(max(damping, 1e-4) * _STEP, LARGEST_DAMPING)
 
 
-def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
+def prepare(stats: LayerStats, damping: float = 0.01, shrinkage: float = 0.0) -> PreparedHessian:
     """The prepared Hessian of `stats`; NonFiniteError if it is not finite."""
     if stats.hessian is None:
         raise AssertionError("error feedback needs the Hessian of the input")
@@ -199,7 +214,7 @@ def prepare(stats: LayerStats, damping: float = 0.01) -> PreparedHessian:
         hessian.diagonal()[dead] = 1.0
     live = diagonal[~dead]
     mean = live.double().mean().item() if live.numel() else 1.0
-    return PreparedHessian(hessian, diagonal, dead, mean, damping, stats.drift)
+    return PreparedHessian(hessian, diagonal, dead, mean, damping, stats.drift, shrinkage)
 
 
 def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor | None:

@@ -14,7 +14,7 @@ fewer windows than requested, everything skipped, and a split that is used for e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def calibration_windows(
     check_context(windows, window_tokens, longest)
     characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
     if source is None:
-        return _of_running_text(read_text(None, "calibration"), tokenizer, windows, window_tokens, [])
+        return windows_of_text(read_text(None, "calibration"), tokenizer, windows, window_tokens)
     name, path = str(source), Path(source)
     reading = _Reading(name, seed, characters)
     if is_dataset(name):
@@ -92,7 +92,7 @@ def calibration_windows(
         content = read_plain(path, characters)
         if len(content) == characters:
             reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
-        return _of_running_text(Text(name, content), tokenizer, windows, window_tokens, reading.notes)
+        return windows_of_text(Text(name, content), tokenizer, windows, window_tokens, reading.notes)
     return _packed(documents, reading, tokenizer, windows, window_tokens)
 
 
@@ -117,13 +117,14 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _of_running_text(
-    text: Text, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, notes: list[str]
+def windows_of_text(
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, notes: Sequence[str] = ()
 ) -> CalibrationWindows:
+    """The first windows of one running text. notes: on how it was read"""
     if not text.content.strip():
         raise CheckpointError(f"the text {text.name!r} is empty", "give another, or leave --calib out")
     cut = cut_windows(text, tokenizer, windows, window_tokens)
-    notes = notes + _too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)
+    notes = [*notes, *_too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)]
     notes += degenerate_notes(cut.ids, tokenizer, text.name)
     return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, tuple(notes))
 

@@ -1,0 +1,59 @@
+"""A GGUF as llama-quantize writes it, where no llama-quantize is at hand: the encoders of llama.cpp inside xllamacpp.
+
+usage: llama_encoders.py MODEL OUT.gguf --type Q2_K [--imatrix FILE]      (models without experts)
+
+lowbit writes the file, with the types that llama-quantize gives every tensor (held by tests/export/test_gguf_mix.py).
+Then each quantized tensor is encoded again by `ggml_quantize_chunk`, the function that llama-quantize calls, from
+float32 weights and with the same importance, and put in place of ours. So sizes and types are equal to the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import torch
+
+import lowbit
+from lowbit.formats.gguf.importance import read_imatrix
+from lowbit.numerics.ggml import TYPES
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from llama_cpp import quantized
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", required=True)
+    parser.add_argument("--imatrix", type=Path)
+    args = parser.parse_args()
+    weighed = {"imatrix": str(args.imatrix)} if args.imatrix else {}
+    matrix = read_imatrix(args.imatrix) if args.imatrix else None
+    lowbit.quantize(args.model, args.out, scheme=args.type, **weighed)
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
+        plain = Path(scratch) / "plain.gguf"
+        lowbit.quantize(args.model, plain, scheme="F32")
+        sources = {tensor.name: tensor for tensor in gguf.GGUFReader(plain).tensors}
+        replaced = 0
+        for tensor in gguf.GGUFReader(args.out, "r+").tensors:
+            kind = TYPES.get(tensor.tensor_type.name)
+            if kind is None or tensor.tensor_type.name in ("F32", "F16", "BF16"):
+                continue
+            weight = torch.from_numpy(sources[tensor.name].data.copy()).float()
+            weight = weight.reshape(-1, weight.shape[-1])
+            measured = None if matrix is None else matrix.entries.get(tensor.name)
+            importance = None if measured is None else measured.values[0]
+            blocks = quantized(kind.number, weight, kind.row_bytes(weight.shape[1]), importance)
+            tensor.data.reshape(blocks.shape)[:] = blocks.numpy()
+            replaced += 1
+    print(f"{args.out}: {replaced} tensors encoded by llama.cpp")
+
+
+if __name__ == "__main__":
+    main()

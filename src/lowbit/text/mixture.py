@@ -1,0 +1,105 @@
+"""Several calibration texts in stated shares: `--calib web.txt:3,code.txt:1`.
+
+    SOURCE[:SHARE],SOURCE[:SHARE]…    a source as of `calibration_windows`, "packaged", or packaged/DOMAIN for one of
+                                      its domains (`packaged.py`); a share is 1 unless given
+    windows of a source = samples · share / Σ shares, rounded so that they add up (largest remainders)
+
+The windows alternate, so that any first part of them (`--correction-samples`) is the same mixture. A name that exists
+as it is typed is one source, commas or not. Every window counts alike, so what a source lacks in windows it lacks in
+weight: a note says so.
+
+Refused: shares that are not above 0, a source given twice, `self` in a mixture, and fewer windows than sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.errors import UsageError
+from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context
+from lowbit.text.hub import is_dataset
+from lowbit.text.packaged import alternating, apportioned, packaged_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGED = "packaged"
+_SHARE = re.compile(r"(?P<source>.+):(?P<share>-?\d+(?:\.\d+)?)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class MixedText:
+    """One text of a mixture. source: None is the packaged text; share: > 0, of the sum of all shares."""
+
+    source: str | None
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.source or PACKAGED
+
+
+def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
+    """The texts that `--calib` names: one, unless it lists several. UsageError for what the module refuses."""
+    if calib is None:
+        return (MixedText(None),)
+    text = str(calib)
+    if Path(text).exists() or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
+        return (_named(text, 1.0),)
+    parts = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        found = None if Path(word).exists() else _SHARE.match(word)
+        share = float(found["share"]) if found else 1.0
+        if share <= 0:
+            raise UsageError(f"--calib {word}: a share is above 0", "leave the text out, or give it a share such as 1")
+        parts.append(_named(found["source"] if found else word, share))
+    names = [part.name for part in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--calib names {twice} twice", "give it once, with the sum of both shares")
+    if len(parts) > 1 and "self" in names:
+        raise UsageError("--calib self cannot be mixed with other texts", "save its text to a file, or leave it out")
+    if not parts:
+        raise UsageError(f"--calib {text!r} names no text", "give a file, or FILE:SHARE,FILE:SHARE")
+    return tuple(parts)
+
+
+def _named(source: str, share: float) -> MixedText:
+    return MixedText(None if source == PACKAGED and not Path(source).exists() else source, share)
+
+
+def mixed_windows(
+    calib: str | Path | None, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, *, seed: int = 0,
+    longest: int | None = None,
+) -> CalibrationWindows:  # fmt: skip
+    """`windows` windows of one text, or of several in their shares; parameters as in `calibration_windows`."""
+    parts = parse_mixture(calib)
+
+    def windows_of(source: str | None, count: int) -> CalibrationWindows:
+        if source is None or (source.startswith(f"{PACKAGED}/") and not Path(source).exists()):
+            check_context(count, window_tokens, longest)
+            return packaged_windows(tokenizer, count, window_tokens, source and source.removeprefix(f"{PACKAGED}/"))
+        return calibration_windows(source, tokenizer, count, window_tokens, seed=seed, longest=longest)
+
+    if len(parts) == 1:
+        return windows_of(parts[0].source, windows)
+    check_context(windows, window_tokens, longest)
+    counts = apportioned(windows, [part.share for part in parts])
+    if 0 in counts:
+        raise UsageError(
+            f"{windows} windows leave none for {parts[counts.index(0)].name} with its share of --calib",
+            "give more windows (--samples), or larger shares",
+        )
+    cut = [windows_of(part.source, count) for part, count in zip(parts, counts, strict=True)]
+    ids = alternating([each.ids for each in cut])
+    notes = tuple(note for each in cut for note in each.notes)
+    mixed = ", ".join(f"{len(each.ids)} of {part.name}" for part, each in zip(parts, cut, strict=True))
+    digests = "".join(each.sha256 for each in cut)
+    return CalibrationWindows(
+        ids, str(calib), hashlib.sha256(digests.encode()).hexdigest(), sum(each.text_tokens for each in cut), windows,
+        (f"windows of each text: {mixed}", *notes),
+    )  # fmt: skip
