@@ -55,3 +55,8 @@ def __getattr__(name: str) -> Any:
         module, attribute = _CALLS[name].split(":")
         return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public calls, which tab completion then lists before any is loaded."""
+    return sorted(__all__)

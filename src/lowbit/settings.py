@@ -424,7 +424,7 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
-        draws=learns or (reads_text and settings.calib is not None),
+        draws=learns or (reads_text and settings.calib is not None and not facts.in_order),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
         by_percentile=settings.range == "percentile",

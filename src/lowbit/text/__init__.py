@@ -2,12 +2,14 @@
 
 read_text + cut_windows   one running text in consecutive windows: evaluation, importance matrices
 calibration_windows       any source, conversations and documents packed: calibration
+GivenText                 the same from what is in memory: texts, datasets, token ids
 """
 
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, context_length
+from lowbit.text.given import GivenText
 from lowbit.text.windows import PROTOCOLS, PackagedText, Protocol, Text, Windows, cut_windows, read_text, wants_bos
 
 __all__ = [
-    "PROTOCOLS", "CalibrationWindows", "PackagedText", "Protocol", "Text", "Windows", "calibration_windows",
+    "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows", "calibration_windows",
     "check_context", "context_length", "cut_windows", "read_text", "wants_bos",
 ]  # fmt: skip
