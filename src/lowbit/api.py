@@ -75,7 +75,7 @@ def quantize(
     *,
     tokenizer: Any = None,
     in_place: bool | None = None,
-    recipe: str | Path | None = None,
+    recipe: Any = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,
@@ -90,6 +90,7 @@ def quantize(
     tokenizer  of a model in memory, or its processor; None: that of the folder or id which the model was loaded from
     in_place   copy the rounded weights, decoded, into the model in memory, which stays a plain transformers model;
                None: if there is no output
+    recipe     settings from a YAML file or a mapping; llm-compressor's recipes and modifiers are read too
     options    trust in the source, its revision, and an adapter to merge
     settings   the fields of `lowbit.settings.Settings`: scheme, method, group_size, ignore, overrides, range …
                `calib` may be data in memory too: texts, conversations, a dataset, a DataLoader, token ids
@@ -285,7 +286,7 @@ def dry_run(
     model: str | Path,
     *,
     output: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: Any = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,

@@ -58,7 +58,15 @@ def calibrate(
         assert plan.architecture is not None, "methods that work block by block need Hugging Face names"
         dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
         done = loop.calibrate(
-            checkpoint, plan.architecture, targets, dtypes, settings, prepared.options, run, output, progress,
+            checkpoint,
+            plan.architecture,
+            targets,
+            dtypes,
+            settings,
+            prepared.options,
+            run,
+            output,
+            progress,
             prepared.text,
         )
         windows = done.windows

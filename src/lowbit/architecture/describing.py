@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+
 import torch
 
 from lowbit.architecture.cache import discover_once

@@ -136,8 +136,8 @@ def put_back(model: Any, checkpoint: Checkpoint, options: OpenOptions | None = N
     """Copy a checkpoint's weights, decoded, into the parameters of the model that it was made of.
 
     Each keeps its identity, its dtype and its device, so that optimizers and hooks stay valid; rounding to the dtype of
-    the parameter comes on top. Where the checkpoint unties what the model ties, the output layer gets a parameter of its
-    own. Takes the memory of the largest parameter in float32.
+    the parameter comes on top. Where the checkpoint unties what the model ties, the output layer gets a parameter of
+    its own. Takes the memory of the largest parameter in float32.
     """
     model = _unwrapped(model)
     written: dict[int, str] = {}
@@ -210,14 +210,14 @@ def _refuse_replaced(model: PreTrainedModel, config: dict[str, Any], folder: Pat
     twin = build_without_weights(config, str(folder), options.trust_remote_code)
     if type(twin) is not type(model):
         raise CheckpointError(
-            f"{type(model).__name__}: transformers makes a {type(twin).__name__} of its config, so that an output would "
-            f"be another model",
+            f"{type(model).__name__}: transformers makes a {type(twin).__name__} of its config, so that an output "
+            f"would be another model",
             _SAVE_FIRST,
         )
     ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
     replaced = [name for name in ours if name in theirs and type(ours[name]) is not type(theirs[name])]
-    computing = [name for name in replaced if hasattr(theirs[name], "weight") and theirs[name].weight.dim() > 1]
+    computing = [name for name in replaced if getattr(getattr(theirs[name], "weight", None), "ndim", 0) > 1]
     for name in [*computing, *differ]:
         kind = type(ours[name]).__name__ if name in ours else "nothing"
         usual = type(theirs[name]).__name__ if name in theirs else "nothing"

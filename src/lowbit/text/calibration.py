@@ -189,9 +189,7 @@ def _of_dataset(dataset: HubDataset, reading: Reading) -> Iterator[Document]:
     return _of_rows(articles(rows, dataset.name), reading, dataset.name, dataset.buffer, "articles")
 
 
-def _of_rows(
-    rows: Iterable[Any], reading: Reading, source: str, buffer: int, what: str = "rows"
-) -> Iterator[Document]:
+def _of_rows(rows: Iterable[Any], reading: Reading, source: str, buffer: int, what: str = "rows") -> Iterator[Document]:
     reading.notes.append(f"{what} of {source} in an order drawn with seed {reading.seed}, {spaced(buffer)} at a time")
     for row in shuffled(rows, reading.seed, buffer):
         document = document_of(row, source)

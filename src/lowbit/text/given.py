@@ -20,7 +20,7 @@ of several tensors that do not say which is which, a mapping of splits, data wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -183,7 +183,7 @@ class _Rows:
         self._pad = pad if pad not in (None, bos, eos) else None
         self.rows = self.empty = self.masked = self.padded = self.tokens = 0
 
-    def read(self, items: Iterator[Any]) -> Iterator[Tensor]:
+    def read(self, items: Iterator[Any]) -> Generator[Tensor, None, None]:
         for item in items:
             found = _ids_of(item, self._name)
             if found is None:
@@ -221,7 +221,7 @@ class _Rows:
         if self.padded:
             notes.append(f"{spaced(self.padded)} of these are pad tokens at the ends of rows without a mask")
         if self.empty:
-            notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: all of their tokens are masked")
+            notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: all tokens are masked")
         return notes
 
 
@@ -238,13 +238,14 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
                 f"{name} yields {len(item)} tensors at once, and nothing says which one holds the token ids",
                 "let it yield {'input_ids': …, 'attention_mask': …}",
             )
-        item = item[0]
+        item = next(iter(item))
     if isinstance(item, str) or not isinstance(item, Tensor | list | tuple):
         if hasattr(item, "__array__"):
             return _as_rows(torch.as_tensor(item), None, name)
         return None
     if isinstance(item, list | tuple):
-        flat = item[0] if item and isinstance(item[0], list | tuple) else item
+        first = next(iter(item), None)
+        flat = first if isinstance(first, list | tuple) else item
         if flat and not all(type(each) is int for each in flat):
             return None
         item = _rectangular(item, name) if item else torch.zeros(0, dtype=torch.long)
