@@ -175,5 +175,3 @@ def test_unknown_columns_are_listed(tokenizer):
 def test_the_same_token_again_and_again_is_refused(tokenizer):
     with pytest.raises(CheckpointError, match="one token again and again"):
         cut(torch.full((4, 64), 7), tokenizer)
-
-

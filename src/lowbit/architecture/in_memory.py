@@ -57,7 +57,7 @@ _SAVE_FIRST = "save it with save_pretrained, and give the folder"
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StatePlace:
     """Where a stored tensor lies: a tensor of the model, the part of it, the expert."""
 
     tensor: Tensor
@@ -76,7 +76,7 @@ class ModelInMemory(StatedConfig):
 
     kind = IN_MEMORY
 
-    def __init__(self, model: PreTrainedModel, folder: Path, places: dict[str, _Place], notes: list[str]):
+    def __init__(self, model: PreTrainedModel, folder: Path, places: dict[str, _StatePlace], notes: list[str]):
         self.model, self.folder, self.notes = model, folder, notes
         self.source = f"{type(model).__name__} in memory"
         self.metadata: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class ModelInMemory(StatedConfig):
         """Delete the temporary folder."""
         self._remove()
 
-    def _info(self, name: str, place: _Place) -> TensorInfo:
+    def _info(self, name: str, place: _StatePlace) -> TensorInfo:
         values = place.values()
         stored = _STORED_NAME.get(values.dtype, str(values.dtype).removeprefix("torch."))
         return TensorInfo(name, tuple(values.shape), values.dtype, stored, values.nbytes, Path(self.source))
@@ -230,7 +230,7 @@ def _refuse_replaced(model: PreTrainedModel, config: dict[str, Any], folder: Pat
     return [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
 
 
-def _places(model: PreTrainedModel) -> Iterator[tuple[str, _Place]]:
+def _places(model: PreTrainedModel) -> Iterator[tuple[str, _StatePlace]]:
     """(stored name, place) of everything that `save_pretrained` would write."""
     state = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -246,7 +246,7 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[str, _Place]]:
                 _SAVE_FIRST,
             )
         for stored, part, expert in placement.pieces():
-            yield stored, _Place(tensor, part, expert)
+            yield stored, _StatePlace(tensor, part, expert)
 
 
 def _folder_name(model: PreTrainedModel) -> str:

@@ -122,7 +122,7 @@ class GivenText:
         self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, asked: int | None,
         default: int,
     ) -> CalibrationWindows:  # fmt: skip
-        rows = _Rows(self.name, tokenizer)
+        rows = _IdRows(self.name, tokenizer)
         read = rows.read(items)
         taken: list[Tensor] = []
         for row in read:
@@ -174,7 +174,7 @@ class _Stream:
         return [self.stream[index * self.step : (index + 1) * self.step] for index in range(whole)]
 
 
-class _Rows:
+class _IdRows:
     """Rows of token ids, int64 [T], masked tokens left out; counts what was left out."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase | None):
