@@ -139,7 +139,7 @@ def test_a_mapping_of_lowbits_own_settings():
         (one("QuantizationModifier", config_groups={
             "a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64}},
             "b": {"targets": ["re:.*o_proj"], "weights": {"num_bits": 8, "group_size": 32}}}), "groups of 32 and 64"),
-        ("a_stage:\n  GPTQModifier: {scheme: W4A16}\n  QuantizationModifier: {scheme: W8A16}\n", "disagree about scheme"),
+        ("a_stage:\n  GPTQModifier: {scheme: W4A16}\n  QuantizationModifier: {scheme: W8A16}\n", "disagree"),
         ("a_stage:\n  GPTQModifier: 7\n", "a mapping is needed"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 
 import pytest
@@ -13,6 +14,7 @@ from lowbit.text import GivenText
 from lowbit.text.calibration import calibration_windows
 from models import make_tokenizer
 
+ONES = torch.ones(2, 8, dtype=torch.long)
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs.", ""] * 4
 
 
@@ -31,7 +33,7 @@ def cut(data, tokenizer=None, windows=4, tokens=None, **more):
 
 def test_texts_are_packed_as_the_documents_of_a_file_are(tokenizer, tmp_path):
     path = tmp_path / "one.jsonl"
-    path.write_text('{"text": "%s"}\n' % TEXTS[0])
+    path.write_text(json.dumps({"text": TEXTS[0]}))
     from_file = calibration_windows(str(path), tokenizer, 1, 16)
     given = cut([TEXTS[0]], tokenizer, 1, 16)
     assert torch.equal(given.ids, from_file.ids)
@@ -136,8 +138,8 @@ def test_a_generator_is_read_once_however_often_windows_are_asked():
         ([], "empty"),
         (iter(()), "empty"),
         ([padded([1])["input_ids"][:, :0]], "empty|every token is masked"),
-        ([{"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8)}], "every token is masked"),
-        ([torch.ones(2, 3, dtype=torch.long)], "one window needs"),
+        ([{"input_ids": ONES, "attention_mask": torch.zeros(2, 8)}], "every token is masked"),
+        ([ONES[:, :3]], "one window needs"),
     ],
 )  # fmt: skip
 def test_data_with_nothing_to_learn_from_is_refused(data, said):
@@ -151,10 +153,10 @@ def test_data_with_nothing_to_learn_from_is_refused(data, said):
         (7, "which cannot be read"),
         ({"train": [], "test": []}, "keys train, test"),
         ([torch.rand(2, 8)], "float32 tensor"),
-        ([torch.ones(2, 8, 2, dtype=torch.long)], r"\[2, 8, 2\]"),
-        ([{"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 1, 8, 8)}], "attention_mask"),
-        ([[torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8)]], "2 tensors at once"),
-        ([torch.ones(8, dtype=torch.long), "a text"], "mixes token ids with a str"),
+        ([ONES[..., None]], r"\[2, 8, 1\]"),
+        ([{"input_ids": ONES, "attention_mask": torch.ones(2, 1, 8, 8)}], "attention_mask"),
+        ([[ONES, torch.ones(2, 8)]], "2 tensors at once"),
+        ([ONES, "a text"], "mixes token ids with a str"),
         ([[[1, 2], [3]]], "several lengths"),
         ([[5, -1, 3, 4]], "token -1"),
         ([[1, 2, 3, 400]], "token 400; the model's embedding has 384 rows"),

@@ -1,10 +1,11 @@
-"""`lowbit.quantize(model=…)` with a transformers model in memory: the same bytes as from its folder, in place, refusals."""
+"""`lowbit.quantize` of a transformers model in memory: the same bytes as from its folder, in place, what is refused."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,24 @@ def test_the_result_shows_itself_in_one_line(tiny, tmp_path):
     assert "\n" not in shown
     assert len(shown) - len(str(tmp_path)) < 160
     assert all(part in shown for part in ("W4A16 by rtn", "bits per weight", "loads in vllm"))
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "bitsandbytes"])
+def test_loading_needs_no_other_package(tiny_llama, tmp_path, monkeypatch, format):
+    scheme = "NF4" if format == "bitsandbytes" else "W4A16"
+    done = lowbit.quantize(tiny_llama, tmp_path / "out", scheme=scheme, format=format)
+    for package in ("compressed_tensors", "bitsandbytes", "accelerate", "gptqmodel", "optimum"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert lowbit.load(done.path)[0](torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.interop
+def test_plain_transformers_loads_what_the_model_in_hand_became(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    done = lowbit.quantize(tiny[0], tmp_path / "out", tokenizer=tiny[1], scheme="W4A16", in_place=True)
+    theirs = AutoModelForCausalLM.from_pretrained(done.path)
+    assert torch.equal(theirs(torch.arange(8)[None]).logits, tiny[0](torch.arange(8)[None]).logits)
 
 
 def test_the_calls_are_listed():
