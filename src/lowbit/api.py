@@ -162,7 +162,7 @@ def _quantize(request: Request, output: Path, overwrite: bool, run: RunOptions |
         beside = [report_path(output), report_path(output, HTML_NAME)]
         beside += [output.with_name("Modelfile")] if chosen.modelfile else []
         refuse_existing_files(output, [output, *beside], overwrite)
-    return _write(prepare(request, output), output, overwrite, request.progress, meter, run)
+    return write_prepared(prepare(request, output), output, overwrite, request.progress, meter, run)
 
 
 def _text_in_memory(settings: dict[str, Any]) -> tuple[dict[str, Any], GivenText | None]:
@@ -203,7 +203,7 @@ def convert(
     meter, output = Meter(), Path(output)
     prepared = dry_convert(model, format=format, scheme=scheme, options=options, threads=threads, preview=False,
                            output=output, **settings)  # fmt: skip
-    return _write(prepared, output, overwrite, progress, meter)
+    return write_prepared(prepared, output, overwrite, progress, meter)
 
 
 def dry_convert(
@@ -230,7 +230,7 @@ def dry_convert(
     return prepare(request)
 
 
-def _write(
+def write_prepared(
     prepared: Prepared,
     output: Path,
     overwrite: bool,
@@ -251,7 +251,8 @@ def _write(
             source=None if rewritten else prepared.checkpoint,
             engine=plan.format.engine,
             options=prepared.options,
-            nearest=not plan.settings.is_blockwise and plan.settings.method == "rtn" and plan.format.name != "float",
+            nearest=not (plan.settings.is_blockwise or plan.settings.method != "rtn" or prepared.made_by)
+            and plan.format.name != "float",
         )
         # Limits of the engine are reported and the output stays; broken files are an error.
         inherited = plan.inherited_rules(prepared.checkpoint)

@@ -74,6 +74,8 @@ def calibrate(
             prepared, checkpoint=done.checkpoint, calibrated=done, calibration=CalibrationText.of(windows)
         )
         checkpoint = done.decoded(targets, plan.architecture, plan.dtype)
+    elif prepared.calibrated is not None and plan.architecture is not None:  # codes of a training
+        checkpoint = prepared.calibrated.decoded(targets, plan.architecture, plan.dtype)
     if not plan.static_inputs and not plan.needs_kv_ranges:
         return prepared
     if windows is None:

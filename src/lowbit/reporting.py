@@ -72,7 +72,7 @@ def build_report(
         ),
         settings=schema.ReportSettings(
             scheme=plan.scheme_name,
-            method=plan.settings.method,
+            method=prepared.made_by or plan.settings.method,
             range=plan.range_method,
             given=plan.settings.given,
             calibration=_calibration(prepared),

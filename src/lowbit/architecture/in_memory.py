@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.disk_layout import disk_layout
@@ -107,25 +108,35 @@ class ModelInMemory(StatedConfig):
         return TensorInfo(name, tuple(values.shape), values.dtype, stored, values.nbytes, Path(self.source))
 
 
-def model_in_memory(model: Any, tokenizer: Any = None, options: OpenOptions | None = None) -> ModelInMemory:
+def model_in_memory(
+    model: Any, tokenizer: Any = None, options: OpenOptions | None = None, trained: bool = False
+) -> ModelInMemory:
     """A transformers model, with what its output needs beside the weights.
 
     tokenizer  a tokenizer or processor; None: that of the folder or the hub id which the model was loaded from, with a
                note, where there is one
+    trained    the weights below the fake quantization of `lowbit.train` are meant; refused otherwise
 
     UsageError and CheckpointError for what the module refuses.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _refuse_quantized(model)
-    _refuse_unreadable(model)
+    if not trained and any(map(_is_fake_quantized, model.modules())):
+        raise UsageError(
+            "the model is prepared for training, with fake quantization on its linears",
+            "lowbit.train.export writes the codes it computes with, lowbit.train.remove takes it off",
+        )
+    state = _plain_state(model)
+    _refuse_unreadable(state)
     folder = Path(tempfile.mkdtemp(prefix="lowbit-model-")) / _folder_name(model)
     try:
         folder.mkdir()
         notes = _write_companions(model, tokenizer, folder)
         config = read_config(folder)
         refuse_remote_code(config, f"{type(model).__name__} in memory", options or OpenOptions())
-        notes += _refuse_replaced(model, config, folder, options or OpenOptions())
-        return ModelInMemory(model, folder, dict(_places(model)), notes)
+        twin = build_without_weights(config, str(folder), (options or OpenOptions()).trust_remote_code)
+        notes += _refuse_replaced(model, twin)
+        return ModelInMemory(model, folder, dict(_places(model, twin, state)), notes)
     except BaseException:
         shutil.rmtree(folder.parent, ignore_errors=True)
         raise
@@ -139,7 +150,7 @@ def put_back(model: Any, checkpoint: Checkpoint, options: OpenOptions | None = N
     the parameter comes on top. Where the checkpoint unties what the model ties, the output layer gets a parameter of
     its own. Takes the memory of the largest parameter in float32.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     written: dict[int, str] = {}
     for names, value in Loader(checkpoint, torch.float32, "cpu", options).values():
         for name in names:
@@ -153,7 +164,7 @@ def put_back(model: Any, checkpoint: Checkpoint, options: OpenOptions | None = N
             tensor.detach().copy_(value)
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
+def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside of DistributedDataParallel, DataParallel and torch.compile."""
     from transformers import PreTrainedModel
 
@@ -188,9 +199,31 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
                          "options=OpenOptions(adapter=FOLDER)) and the base model")  # fmt: skip
 
 
-def _refuse_unreadable(model: PreTrainedModel) -> None:
-    """Every tensor of the state is there, whole, and an ordinary one."""
+def _is_fake_quantized(module: nn.Module) -> bool:
+    """True for a module all of whose parametrizations are those of `lowbit.train`."""
+    if not parametrize.is_parametrized(module):
+        return False
+    steps = [step for steps in module.parametrizations.values() for step in steps]  # type: ignore[union-attr,operator]
+    return all(getattr(step, "lowbit_fake_quantization", False) for step in steps)
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of the model without its fake quantization: its parameters under the names that they had before."""
+    found = {}
     for name, tensor in model.state_dict().items():
+        owner, parametrized, rest = name.partition(".parametrizations.")
+        if parametrized:
+            leaf, _, which = rest.partition(".")
+            if which != "original":
+                continue
+            name = f"{owner}.{leaf}"
+        found[name] = tensor
+    return found
+
+
+def _refuse_unreadable(state: dict[str, Tensor]) -> None:
+    """Every tensor of the state is there, whole, and an ordinary one."""
+    for name, tensor in state.items():
         if tensor.device.type == "meta":
             raise CheckpointError(
                 f"{name} is on the meta device: it has a shape and no values",
@@ -204,19 +237,22 @@ def _refuse_unreadable(model: PreTrainedModel) -> None:
             )
 
 
-def _refuse_replaced(model: PreTrainedModel, config: dict[str, Any], folder: Path, options: OpenOptions) -> list[str]:
-    """Notes on modules of other classes than transformers makes of the config; CheckpointError for linears among them,
-    and where the modules are other ones."""
-    twin = build_without_weights(config, str(folder), options.trust_remote_code)
+def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]:
+    """Notes on modules of other classes than transformers makes of the config (the twin); CheckpointError for linears
+    among them, and where the modules are other ones."""
     if type(twin) is not type(model):
         raise CheckpointError(
             f"{type(model).__name__}: transformers makes a {type(twin).__name__} of its config, so that an output "
             f"would be another model",
             _SAVE_FIRST,
         )
-    ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
+    fake = [name for name, module in model.named_modules() if _is_fake_quantized(module)]
+    under = tuple(f"{name}.parametrizations" for name in fake)
+    ours = {name: module for name, module in model.named_modules() if not (under and name.startswith(under))}
+    theirs = dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
-    replaced = [name for name in ours if name in theirs and type(ours[name]) is not type(theirs[name])]
+    kind_of = {name: type(module).__bases__[0] if name in fake else type(module) for name, module in ours.items()}
+    replaced = [name for name in ours if name in theirs and kind_of[name] is not type(theirs[name])]
     computing = [name for name in replaced if getattr(getattr(theirs[name], "weight", None), "ndim", 0) > 1]
     for name in [*computing, *differ]:
         kind = type(ours[name]).__name__ if name in ours else "nothing"
@@ -230,12 +266,13 @@ def _refuse_replaced(model: PreTrainedModel, config: dict[str, Any], folder: Pat
     return [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
 
 
-def _places(model: PreTrainedModel) -> Iterator[tuple[str, _StatePlace]]:
-    """(stored name, place) of everything that `save_pretrained` would write."""
-    state = model.state_dict()
+def _places(
+    model: PreTrainedModel, twin: PreTrainedModel, state: dict[str, Tensor]
+) -> Iterator[tuple[str, _StatePlace]]:
+    """(stored name, place) of everything that `save_pretrained` would write; the twin says under which names."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    for name, placement in disk_layout(model).items():
+    for name, placement in disk_layout(twin).items():
         tensor, other = state[name], state.get(tied.get(name, ""))
         if name in ignored or (other is not None and other.data_ptr() == tensor.data_ptr()):
             continue

@@ -400,6 +400,7 @@ class Prepared:
     calibration  the text, after one was run
     calibrated   the codes of blockwise methods, after calibration
     text         the calibration text, where it is in memory
+    made_by      what chose the codes of `calibrated`, where that is no method of the settings: training
     """
 
     checkpoint: Checkpoint
@@ -411,6 +412,7 @@ class Prepared:
     calibration: CalibrationText | None = None
     calibrated: Calibrated | None = None
     text: GivenText | None = None
+    made_by: str = ""
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:
