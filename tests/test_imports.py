@@ -20,7 +20,7 @@ LAYERS = [
     "checkpoint", "architecture", "rounding", "transform", "calibrate", "export", "plan", "verification", "formats",
     "engines", "pipeline", "evaluation", "report", "reporting", "api",
     # beside the flow
-    "estimation", "advice", "comparison", "diagnosis",
+    "train", "estimation", "advice", "comparison", "diagnosis",
     # entries
     "cli", "__main__",
 ]  # fmt: skip

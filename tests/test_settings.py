@@ -104,16 +104,3 @@ def test_patterns_of_llm_compressor_are_anchored_at_the_beginning():
 def test_a_recipe_may_be_named_by_text(tmp_path):
     (tmp_path / "r.yaml").write_text("scheme: W8A16\n")
     assert make_settings(str(tmp_path / "r.yaml")).scheme == "W8A16"
-
-
-def test_a_recipe_of_llm_compressor_is_named_with_its_settings(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "quant_stage:\n  quant_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n"
-        "    GPTQModifier: {scheme: W8A8, ignore: [lm_head], targets: [Linear]}\n"
-    )
-    with pytest.raises(UsageError, match="a recipe of llm-compressor") as caught:
-        make_settings(path)
-    assert "scheme: W8A8" in caught.value.hint
-    assert "method: smoothquant+gptq" in caught.value.hint
-    assert "smoothing_strength" in caught.value.hint

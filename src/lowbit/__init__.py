@@ -32,9 +32,12 @@ _CALLS = {
     "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
 }
 
-__all__ = ["__version__", *_CALLS]
+_PACKAGES = ("train",)  # of calls that have a name of their own in it
+
+__all__ = ["__version__", *_CALLS, *_PACKAGES]
 
 if TYPE_CHECKING:
+    from lowbit import train as train
     from lowbit.advice import advise as advise
     from lowbit.api import convert as convert
     from lowbit.api import dry_run as dry_run
@@ -54,4 +57,11 @@ def __getattr__(name: str) -> Any:
     if name in _CALLS:
         module, attribute = _CALLS[name].split(":")
         return getattr(importlib.import_module(module), attribute)
+    if name in _PACKAGES:
+        return importlib.import_module(f"lowbit.{name}")
     raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public calls, which tab completion then lists before any is loaded."""
+    return sorted(__all__)

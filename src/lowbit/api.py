@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.adapter import adapter_files
@@ -22,28 +26,57 @@ from lowbit.methods import parse_method
 from lowbit.pipeline import Written, calibrate, write_checkpoint
 from lowbit.plan.conversion import prepare_conversion
 from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
+from lowbit.registry import load
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import parse_mixture
 from lowbit.verification import verify
 
+if TYPE_CHECKING:
+    from lowbit.architecture.in_memory import ModelInMemory
+    from lowbit.text import GivenText
+
 _log = logging.getLogger("lowbit")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quantized:
-    """A finished checkpoint, folder or GGUF file (of a split one the first part), and its report."""
+    """A finished checkpoint and its report.
+
+    path      folder or GGUF file (of a split one the first part). Of a run in place without an output: a temporary
+              folder, which is removed with this object
+    in_place  the model in memory that got the rounded weights; None where there is none
+    """
 
     path: Path
     report: schema.Report
+    in_place: Any = None
+
+    @cached_property
+    def model(self) -> Any:
+        """A plain transformers model with the rounded weights: the one in memory if it got them, else loaded from
+        `path` (in float32, on the CPU) when first asked for."""
+        return load("lowbit.architecture.loading:load")(self.path)[0] if self.in_place is None else self.in_place
+
+    def __repr__(self) -> str:
+        settings, totals = self.report.settings, self.report.totals
+        verified = self.report.verification
+        said = "not verified" if verified is None else f"{'loads in' if verified.ok else 'fails'} {verified.engine}"
+        place = " and in place" if self.in_place is not None else ""
+        return (
+            f"Quantized('{self.path}'{place}: {settings.scheme} by {settings.method}, "
+            f"{totals.decoder_bits_per_weight:.2f} bits per weight, {totals.bytes_out / 1e6:.1f} MB, {said})"
+        )
 
 
 def quantize(
-    model: str | Path,
-    output: str | Path,
+    model: Any,
+    output: str | Path | None = None,
     *,
-    recipe: str | Path | None = None,
+    tokenizer: Any = None,
+    in_place: bool | None = None,
+    recipe: Any = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,
@@ -53,26 +86,99 @@ def quantize(
 ) -> Quantized:
     """Quantize `model` into `output`, verify what was written and report on it.
 
-    model     a folder, a .gguf file, a Hugging Face id, or demo:smollm2
-    output    a folder, or NAME.gguf for llama.cpp
-    options   trust in the source, its revision, and an adapter to merge
-    settings  the fields of `lowbit.settings.Settings`: scheme, method, group_size, ignore, overrides, range …
-    run       device, memory bound and resuming, for methods that run a text through the model
-    progress  called with (name, bytes done, bytes in all)
+    model      a folder, a .gguf file, a Hugging Face id, demo:smollm2, or a transformers model in memory
+    output     a folder, or NAME.gguf for llama.cpp; None: a model in memory is quantized in place
+    tokenizer  of a model in memory, or its processor; None: that of the folder or id which the model was loaded from
+    in_place   copy the rounded weights, decoded, into the model in memory, which stays a plain transformers model;
+               None: if there is no output
+    recipe     settings from a YAML file or a mapping; llm-compressor's recipes and modifiers are read too
+    options    trust in the source, its revision, and an adapter to merge
+    settings   the fields of `lowbit.settings.Settings`: scheme, method, group_size, ignore, overrides, range …
+               `calib` may be data in memory too: texts, conversations, a dataset, a DataLoader, token ids
+               (`lowbit.text.given`)
+    run        device, memory bound and resuming, for methods that run a text through the model; None: the CPU, and the
+               device of a model that is on a GPU
+    progress   called with (name, bytes done, bytes in all)
 
-    After a LowbitError `output` does not exist, or is still the earlier one.
+    After a LowbitError `output` does not exist, or is still the earlier one, and a model in memory is as it was.
     """
-    meter, output, chosen = Meter(), Path(output), make_settings(recipe, **settings)
-    refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output)))
+    given, text = _text_in_memory(settings)
+    if isinstance(model, str | Path):
+        if tokenizer is not None or in_place:
+            raise UsageError(f"{'in_place' if in_place else 'tokenizer'} is for a model in memory, and {model} is none",
+                             "leave it out: a folder has its own tokenizer, and is not changed")  # fmt: skip
+        if output is None:
+            raise UsageError("no output was named", "give quantize(model, output): a folder, or NAME.gguf")
+        chosen = make_settings(recipe, **given)
+        request = Request(model, chosen, options or OpenOptions(), threads, progress, text=text)
+        return _quantize(request, Path(output), overwrite, run)
+    if output is None and in_place is False:
+        raise UsageError("neither an output nor the model may be written to", "name an output, or leave in_place out")
+    chosen = make_settings(recipe, **given)
+    if run is None and getattr(getattr(model, "device", None), "type", "cpu") != "cpu":
+        run = RunOptions(device=str(model.device))
+    source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    try:
+        request = Request(source, chosen, options or OpenOptions(), threads, progress, text=text)
+        return _quantize_in_memory(request, output, in_place is not False and (output is None or in_place is True),
+                                   overwrite, run)  # fmt: skip
+    finally:
+        source.remove()
+
+
+def _quantize_in_memory(
+    request: Request, output: str | Path | None, in_place: bool, overwrite: bool, run: RunOptions | None
+) -> Quantized:
+    """Write the output, or a temporary one, and then copy its weights into the model if that is asked for."""
+    assert not isinstance(request.model, str | Path)
+    temporary = None if output is not None else Path(tempfile.mkdtemp(prefix="lowbit-quantized-"))
+    try:
+        place = Path(output or "") if temporary is None else temporary / f"model{_suffix(request.settings)}"
+        done = _quantize(request, place, overwrite, run)
+        if in_place:
+            model = cast("ModelInMemory", request.model).model
+            load("lowbit.architecture.in_memory:put_back")(model, open_checkpoint(done.path), request.options)
+            if done.report.output.format != "gguf" and request.settings.base_scheme().activation is not None:
+                _log.warning("the model in memory has the rounded weights; its activations stay as they are: engines "
+                             "quantize them, and `lowbit.evaluate` does")  # fmt: skip
+            done = replace(done, in_place=model)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if temporary is not None:
+        weakref.finalize(done, shutil.rmtree, temporary, ignore_errors=True)
+    return done
+
+
+def _quantize(request: Request, output: Path, overwrite: bool, run: RunOptions | None) -> Quantized:
+    """Refuse what can be refused at once, plan, and write."""
+    meter, chosen = Meter(), request.settings
+    refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output), in_order=request.text is not None))
     refuse_other_name(output, chosen)
     refuse_claimed(output)  # before an importance matrix is measured
-    refuse_sources([output], [Path(model)])
+    if isinstance(request.model, str | Path):
+        refuse_sources([output], [Path(request.model)])
     if output_format(chosen, output).suffix is not None:
         beside = [report_path(output), report_path(output, HTML_NAME)]
         beside += [output.with_name("Modelfile")] if chosen.modelfile else []
         refuse_existing_files(output, [output, *beside], overwrite)
-    prepared = prepare(Request(model, chosen, options or OpenOptions(), threads, progress), output)
-    return _write(prepared, output, overwrite, progress, meter, run)
+    return write_prepared(prepare(request, output), output, overwrite, request.progress, meter, run)
+
+
+def _text_in_memory(settings: dict[str, Any]) -> tuple[dict[str, Any], GivenText | None]:
+    """(the settings with the name of calibration data in memory, that data or None)."""
+    calib = settings.get("calib")
+    if calib is None or isinstance(calib, str):
+        return settings, None
+    if isinstance(calib, Path):
+        return settings | {"calib": str(calib)}, None
+    text: GivenText = load("lowbit.text.given:GivenText")(calib)
+    return settings | {"calib": text.name}, text
+
+
+def _suffix(settings: Settings) -> str:
+    return output_format(settings).suffix or ""
 
 
 def convert(
@@ -98,7 +204,7 @@ def convert(
     meter, output = Meter(), Path(output)
     prepared = dry_convert(model, format=format, scheme=scheme, options=options, threads=threads, preview=False,
                            output=output, **settings)  # fmt: skip
-    return _write(prepared, output, overwrite, progress, meter)
+    return write_prepared(prepared, output, overwrite, progress, meter)
 
 
 def dry_convert(
@@ -125,7 +231,7 @@ def dry_convert(
     return prepare(request)
 
 
-def _write(
+def write_prepared(
     prepared: Prepared,
     output: Path,
     overwrite: bool,
@@ -146,7 +252,8 @@ def _write(
             source=None if rewritten else prepared.checkpoint,
             engine=plan.format.engine,
             options=prepared.options,
-            nearest=not plan.settings.is_blockwise and plan.settings.method == "rtn" and plan.format.name != "float",
+            nearest=not (plan.settings.is_blockwise or plan.settings.method != "rtn" or prepared.made_by)
+            and plan.format.name != "float",
         )
         # Limits of the engine are reported and the output stays; broken files are an error.
         inherited = plan.inherited_rules(prepared.checkpoint)
@@ -181,7 +288,7 @@ def dry_run(
     model: str | Path,
     *,
     output: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: Any = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
     threads: int | None = None,

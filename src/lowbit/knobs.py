@@ -43,6 +43,7 @@ class Facts:
     static         some scheme stores static activation scales
     reads_text     runs a text through the model, other than for an importance matrix
     writes_text    the model writes that text
+    in_order       that text is in memory, and is taken in the order given
     draws          draws random numbers
     measures       measures an importance matrix
     nests          the scales of the scheme can be quantized too
@@ -63,6 +64,7 @@ class Facts:
     static: bool = False
     reads_text: bool = False
     writes_text: bool = False
+    in_order: bool = False
     draws: bool = False
     measures: bool = False
     nests: bool = False

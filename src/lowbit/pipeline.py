@@ -58,17 +58,28 @@ def calibrate(
         assert plan.architecture is not None, "methods that work block by block need Hugging Face names"
         dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
         done = loop.calibrate(
-            checkpoint, plan.architecture, targets, dtypes, settings, prepared.options, run, output, progress
+            checkpoint,
+            plan.architecture,
+            targets,
+            dtypes,
+            settings,
+            prepared.options,
+            run,
+            output,
+            progress,
+            prepared.text,
         )
         windows = done.windows
         prepared = replace(
             prepared, checkpoint=done.checkpoint, calibrated=done, calibration=CalibrationText.of(windows)
         )
         checkpoint = done.decoded(targets, plan.architecture, plan.dtype)
+    elif prepared.calibrated is not None and plan.architecture is not None:  # codes of a training
+        checkpoint = prepared.calibrated.decoded(targets, plan.architecture, plan.dtype)
     if not plan.static_inputs and not plan.needs_kv_ranges:
         return prepared
     if windows is None:
-        windows = loop.read_windows(checkpoint, settings, prepared.options, run, progress)
+        windows = loop.read_windows(checkpoint, settings, prepared.options, run, progress, prepared.text)
     ranges = measure_ranges(
         checkpoint, plan.static_inputs, windows.ids, cache=plan.needs_kv_ranges,
         dtype=compute_dtype(settings.compute, run.device), device=run.device, options=prepared.options,

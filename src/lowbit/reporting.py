@@ -13,7 +13,7 @@ from typing import Any
 
 from lowbit.calibrate.summary import InputSummary, pack_vocabulary
 from lowbit.checkpoint.adapter import adapter_sha256
-from lowbit.checkpoint.base import HTML_NAME, report_path
+from lowbit.checkpoint.base import HTML_NAME, IN_MEMORY, report_path
 from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
 from lowbit.files.hashes import as_text
@@ -72,7 +72,7 @@ def build_report(
         ),
         settings=schema.ReportSettings(
             scheme=plan.scheme_name,
-            method=plan.settings.method,
+            method=prepared.made_by or plan.settings.method,
             range=plan.range_method,
             given=plan.settings.given,
             calibration=_calibration(prepared),
@@ -125,8 +125,10 @@ def _files(paths: list[Path], written: Written) -> tuple[schema.OutputFile, ...]
     return tuple(found)
 
 
-def _command(prepared: Prepared, output: Path) -> str:
-    """The command that repeats the run."""
+def _command(prepared: Prepared, output: Path) -> str | None:
+    """The command that repeats the run; None where the model or the text was in memory."""
+    if prepared.checkpoint.kind == IN_MEMORY or prepared.text is not None:
+        return None
     plan, given = prepared.plan, prepared.plan.settings.given
     repacked = any(tensor.making is Making.repacked for tensor in plan.tensors)
     if repacked and plan.format.suffix is None:

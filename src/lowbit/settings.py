@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from lowbit import knobs
 from lowbit.errors import UsageError
 from lowbit.files.regular import read_regular
-from lowbit.foreign_recipes import refuse_foreign_recipe
+from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, translated
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.patterns import PatternError, compiled
@@ -335,19 +335,25 @@ class Settings(Table):
         return RangeSearch(self.range, percentile=self.percentile)
 
 
-def make_settings(recipe: str | Path | None = None, **flags: Any) -> Settings:
-    """Settings from a recipe file, overridden by flags that are not None; UsageError for unknown or invalid ones."""
-    values = {} if recipe is None else _read_recipe(Path(recipe))
+def make_settings(recipe: Any = None, **flags: Any) -> Settings:
+    """Settings from a recipe, overridden by flags that are not None; UsageError for unknown or invalid ones.
+
+    recipe  a YAML file, a mapping, or llm-compressor's: a file, YAML text, modifiers
+    """
+    values = {} if recipe is None else _read_recipe(recipe)
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        origin = f"{recipe}: " if recipe is not None and where.split(".")[0] not in flags else ""
+        from_file = isinstance(recipe, str | Path) and where.split(".")[0] not in flags
+        origin = f"{recipe}: " if from_file and "\n" not in str(recipe) else ""
         near = difflib.get_close_matches(where, Settings.model_fields, n=1)
         if first["type"] == "extra_forbidden":
+            equivalent = find_equivalent(where, values.get(where))
             hint = f"did you mean {near[0]}? " if near else ""
+            hint = hint if equivalent is None else f"here it is {equivalent}; "
             if where in RunOptions.model_fields:
                 hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "
             raise UsageError(
@@ -357,17 +363,29 @@ def make_settings(recipe: str | Path | None = None, **flags: Any) -> Settings:
                          "lowbit quantize --help lists the values") from error  # fmt: skip
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(recipe: Any) -> dict[str, Any]:
+    where = str(recipe) if isinstance(recipe, str | Path) and "\n" not in str(recipe) else "the recipe"
+    if isinstance(recipe, str | Path):
+        values = _parsed_yaml(recipe, where)
+    elif isinstance(recipe, Mapping):
+        values = recipe
+    else:
+        values = of_modifiers(recipe if isinstance(recipe, list | tuple) else [recipe])
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: a recipe is a mapping of settings, found {type(values).__name__}")
+    values = translated(values, where) if is_foreign(values) else values
+    return {str(name): value for name, value in values.items()}
+
+
+def _parsed_yaml(recipe: str | Path, where: str) -> Any:
+    """Of a file, or of a text of several lines."""
     import yaml
 
     try:
-        values = yaml.safe_load(read_regular(path).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of settings, found {type(values).__name__}")
-    refuse_foreign_recipe(values, path)
-    return {str(name): value for name, value in values.items()}
+        text = str(recipe) if "\n" in str(recipe) else read_regular(Path(recipe)).decode("utf-8")
+        return yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{where}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
 
 
 def _compiled(pattern: str) -> str:
@@ -430,7 +448,7 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
-        draws=learns or (reads_text and settings.calib is not None),
+        draws=learns or (reads_text and settings.calib is not None and not facts.in_order),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
         by_percentile=settings.range == "percentile",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from lowbit.architecture.view import Changes, canonical_view, holds_single_exper
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
 from lowbit.checkpoint.companions import check_companions
+from lowbit.checkpoint.opening import ModelSource
 from lowbit.errors import CheckpointError
 
 
@@ -44,7 +44,7 @@ def describe_checkpoint(
 
 
 def open_described(
-    model: str | Path, options: OpenOptions, split_experts: bool | None = False
+    model: ModelSource, options: OpenOptions, split_experts: bool | None = False
 ) -> tuple[Checkpoint, Architecture]:
     """An open model under the names of its architecture; experts as `describe_checkpoint` has them.
 

@@ -115,6 +115,11 @@ class Loader:
             if any(chosen(name) for name in slot.names):
                 _put(self.model, slot.names, torch.empty(slot.shape, dtype=self.dtype, device="meta"))
 
+    def values(self) -> Iterator[tuple[list[str], Tensor]]:
+        """(names in the model, value) of every parameter and persistent buffer, one at a time; tied ones once."""
+        for slot in self._slots:
+            yield slot.names, _filled(self.checkpoint, self.model, slot, self.dtype, self.device)
+
     def put(self, values: dict[str, Tensor], find: Callable[[str], Tensor] | None = None) -> None:
         """Replace values in filled parameters, by stored names and with stored shapes.
 

@@ -2,7 +2,7 @@
 
     settings    every setting of the table, by name
     source      the revision, and what the user typed, which is told but not compared
-    files       SHA-256 of every weight file, all of it, and of an adapter's files
+    files       SHA-256 of every weight file, all of it, and of an adapter's files; of a model in memory, of its tensors
     config      config.json
     text        SHA-256 of the token ids
     targets     linear → grid or ggml type
@@ -23,14 +23,16 @@ import torch
 
 from lowbit import kernels
 from lowbit.checkpoint.adapter import adapter_files
+from lowbit.checkpoint.base import IN_MEMORY, row_slabs
 from lowbit.files.hashes import file_digests
 from lowbit.version import __version__
 
 if TYPE_CHECKING:
     from lowbit.calibrate.one_block import Job
-    from lowbit.checkpoint.base import OpenOptions
+    from lowbit.checkpoint.base import Checkpoint, OpenOptions
 
 _LONGEST_VALUE = 60  # characters of a value in a message
+_SLAB_WEIGHTS = 8_000_000
 _ABSENT = object()
 
 
@@ -42,7 +44,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
         "model": source.source,
         "source": {"revision": options.revision},
-        "files": file_hashes({info.file for info in source.tensors.values()} | set(adapter_files(options))),
+        "files": _weight_hashes(source) | file_hashes(set(adapter_files(options))),
         "config": source.config(),
         "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
         "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
@@ -50,6 +52,19 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
                        "kernels": kernels.isa()},
         "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
     }  # fmt: skip
+
+
+def _weight_hashes(source: Checkpoint) -> dict[str, str]:
+    """SHA-256 of each weight file, or of all tensors of a model in memory, one after the other."""
+    if source.kind != IN_MEMORY:
+        return file_hashes({info.file for info in source.tensors.values()})
+    digest = hashlib.sha256()
+    for name, info in sorted(source.tensors.items()):
+        digest.update(f"{name} {info.shape} {info.dtype}\0".encode())
+        for start, stop in row_slabs(info.shape, _SLAB_WEIGHTS):
+            rows = source.read(name, start, stop) if info.shape else source.read(name)
+            digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
+    return {"a tensor": digest.hexdigest()}
 
 
 def file_hashes(files: set[Path]) -> dict[str, str]:

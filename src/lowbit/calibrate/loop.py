@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture
+from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import load_tokenizer
 from lowbit.calibrate.block_modules import Block
 from lowbit.calibrate.blocks import BlockRunner, Progress
@@ -40,13 +41,14 @@ from lowbit.calibrate.store import BlockStore, LinearResult
 from lowbit.calibrate.summary import coverage_notes
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.errors import UsageError
 from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, parse_method
 from lowbit.registry import load
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
-from lowbit.text import CalibrationWindows, context_length, mixed_windows
+from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
 
 KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
@@ -83,9 +85,12 @@ class Calibrated:
 
 
 def read_windows(
-    checkpoint: Checkpoint, settings: Settings, options: OpenOptions, run: RunOptions, progress: Progress | None = None
-) -> CalibrationWindows:
-    """The calibration text cut into windows; "self" has the model write it."""
+    checkpoint: Checkpoint, settings: Settings, options: OpenOptions, run: RunOptions, progress: Progress | None = None,
+    given: GivenText | None = None,
+) -> CalibrationWindows:  # fmt: skip
+    """The calibration text cut into windows; "self" has the model write it. given: what stands for it in memory"""
+    if given is not None:
+        return given_windows(given, checkpoint, settings, options)
     if settings.calib == "self":
         from lowbit.calibrate.self_text import generate_windows
 
@@ -99,6 +104,18 @@ def read_windows(
     )  # fmt: skip
 
 
+def given_windows(
+    given: GivenText, checkpoint: Checkpoint, settings: Settings, options: OpenOptions
+) -> CalibrationWindows:
+    """Calibration data in memory, cut into windows; texts need the checkpoint's tokenizer."""
+    known = checkpoint.kind == "gguf" or has_tokenizer(checkpoint.folder)
+    return given.windows(
+        load_tokenizer(checkpoint, options) if known or options.trust_remote_code else None, settings.samples,
+        settings.given.get("seqlen"), default=settings.seqlen, longest=context_length(checkpoint.config()),
+        vocabulary=embedding_rows(checkpoint.tensors),
+    )  # fmt: skip
+
+
 def calibrate(
     checkpoint: Checkpoint,
     architecture: Architecture,
@@ -109,11 +126,13 @@ def calibrate(
     run: RunOptions,
     output: Path,
     progress: Progress | None = None,
+    given: GivenText | None = None,
 ) -> Calibrated:
     """Run the calibration text through the model, block by block, and round every target by the method.
 
     targets  linear of a decoder block → the grid or ggml type of its codes; linears without a target stay unchanged
     dtypes   stored name → dtype of the tensors written as floats
+    given    what stands for the calibration text in memory
     output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
 
     Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
@@ -121,7 +140,7 @@ def calibrate(
     if not targets:
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          "loosen --ignore, or take --method rtn")  # fmt: skip
-    windows = read_windows(checkpoint, settings, options, run, progress)
+    windows = read_windows(checkpoint, settings, options, run, progress, given)
     outside: dict[str, Replacement] = {}
     for transform in parse_method(settings.method).transforms:
         if transform.outside is not None:

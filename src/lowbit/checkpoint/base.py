@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 REPORT_NAME = "lowbit-report.json"
 HTML_NAME = "report.html"
 
+# `Checkpoint.kind` of a model in memory, which has no files of weights.
+IN_MEMORY = "memory"
+
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -91,7 +94,7 @@ class TensorInfo:
     dtype   of the tensors that `read` returns; float32 for ggml types, which are decoded
     stored  the file's name of the stored type: "BF16", "Q4_1"
     nbytes  in the file
-    file    the file that holds it
+    file    the file that holds it; of a model in memory a name for messages, and no file
     written dtype of an output's copy, where that is not `dtype`: of sums with an adapter, read in float32
     """
 
@@ -111,7 +114,7 @@ class Checkpoint(Protocol):
     """
 
     source: str  # what the user typed
-    kind: str  # "safetensors", "gguf", "pickle", or the quant_method of a quantized folder (decoded)
+    kind: str  # "safetensors", "gguf", "pickle", "memory", or the quant_method of a quantized folder (decoded)
     tensors: dict[str, TensorInfo]  # in file order
     metadata: dict[str, Any]  # GGUF key-values, or the safetensors __metadata__
     notes: list[str]  # for the user: "tensors are stored as Q4_1 …"

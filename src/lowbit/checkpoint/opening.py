@@ -1,4 +1,4 @@
-"""Open a model by its name: a folder, a .gguf file, `demo:…`, or a Hugging Face id."""
+"""Open a model by its name: a folder, a .gguf file, `demo:…`, or a Hugging Face id. One that is open stays as it is."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ if TYPE_CHECKING:
     from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 
 
+# What the user typed, or a model that is open already: one in memory.
+ModelSource = str | Path | Checkpoint
+
 _MERGE = "lowbit.architecture.merging:merge_adapter"  # needs the architecture: names of modules
 
 
-def open_checkpoint(model: str | Path, options: OpenOptions | None = None) -> Checkpoint:
+def open_checkpoint(model: ModelSource, options: OpenOptions | None = None) -> Checkpoint:
     """Open MODEL: an existing path wins over an id of the same spelling. An adapter of the options is merged."""
     options = options or OpenOptions()
-    source, path = str(model), _found(model, options)
-    opened = _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+    if isinstance(model, str | Path):
+        source, path = str(model), _found(model, options)
+        opened = _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
+    else:
+        _refuse_revision(model.source, options)
+        opened = model
     return opened if options.adapter is None else load(_MERGE)(opened, options)
 
 
-def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | None:
+def find_gguf(model: ModelSource, options: OpenOptions | None = None) -> Path | None:
     """The GGUF file that `open_checkpoint` would read, of any architecture; None for other models, and where an adapter
     is merged."""
     options = options or OpenOptions()
-    if options.adapter is not None:
+    if options.adapter is not None or not isinstance(model, str | Path):
         return None
     source, path = str(model), _found(model, options)
     if not path.is_dir():
@@ -43,9 +50,8 @@ def find_gguf(model: str | Path, options: OpenOptions | None = None) -> Path | N
 def _found(model: str | Path, options: OpenOptions) -> Path:
     """The local file or folder; a hub id is downloaded."""
     source, path = str(model), first_part(Path(model).expanduser())
-    if options.revision is not None and (source.startswith(DEMO_PREFIX) or path.exists()):
-        raise UsageError(f"--revision {options.revision} is read only for a Hugging Face id, and {source} is none",
-                         "leave it out")  # fmt: skip
+    if source.startswith(DEMO_PREFIX) or path.exists():
+        _refuse_revision(source, options)
     if source.startswith(DEMO_PREFIX):
         return demo_file(source)
     if path.exists():
@@ -56,6 +62,12 @@ def _found(model: str | Path, options: OpenOptions) -> Path:
             "give a model folder, a .gguf file, org/name, org/name:FILE.gguf or demo:smollm2",
         )
     return download(source, options)
+
+
+def _refuse_revision(source: str, options: OpenOptions) -> None:
+    if options.revision is not None:
+        raise UsageError(f"--revision {options.revision} is read only for a Hugging Face id, and {source} is none",
+                         "leave it out")  # fmt: skip
 
 
 def _holds_safetensors(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.opening import ModelSource
 from lowbit.errors import UsageError
 from lowbit.export import Piece, default_format
 from lowbit.export.safetensors_writer import StoredTensor
@@ -35,7 +36,7 @@ from lowbit.registry import FORMATS, Format, load
 from lowbit.rounding.target import Stored, Sums, Target
 from lowbit.schemes import ActivationSpec, Scheme
 from lowbit.settings import Settings
-from lowbit.text import CalibrationWindows
+from lowbit.text import CalibrationWindows, GivenText
 from lowbit.transform.facts import model_facts
 
 if TYPE_CHECKING:
@@ -367,12 +368,13 @@ class CalibrationText:
 class Request:
     """Input of `prepare`.
 
-    model    what the user typed, or a path that stands for it (then `name` is what the user typed)
+    model    what the user typed, or a path that stands for it (then `name` is what the user typed); or an open model
     preview  True if nothing will be written: an importance matrix is then promised, not measured
     lacks_tokenizer  in a preview: the model has no tokenizer, and its bytes are left out
+    text     the calibration text, where it is in memory
     """
 
-    model: str | Path
+    model: ModelSource
     settings: Settings
     options: OpenOptions = field(default_factory=OpenOptions)
     threads: int | None = None
@@ -380,6 +382,7 @@ class Request:
     preview: bool = False
     name: str | None = None
     lacks_tokenizer: bool = False
+    text: GivenText | None = None
 
     @property
     def worker_threads(self) -> int:
@@ -397,6 +400,8 @@ class Prepared:
     plan_again   plans the same model with other settings
     calibration  the text, after one was run
     calibrated   the codes of blockwise methods, after calibration
+    text         the calibration text, where it is in memory
+    made_by      what chose the codes of `calibrated`, where that is no method of the settings: training
     """
 
     checkpoint: Checkpoint
@@ -407,6 +412,8 @@ class Prepared:
     source: str = ""
     calibration: CalibrationText | None = None
     calibrated: Calibrated | None = None
+    text: GivenText | None = None
+    made_by: str = ""
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:
@@ -429,4 +436,4 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
         for transform in transforms:
             if transform.refuses is not None:
                 load(transform.refuses)(facts)
-    return prepared
+    return replace(prepared, text=request.text)

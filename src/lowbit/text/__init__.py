@@ -3,13 +3,16 @@
 read_text + cut_windows   one running text in consecutive windows: evaluation, importance matrices
 calibration_windows       any source, conversations and documents packed: calibration
 mixed_windows             several sources in stated shares
+GivenText                 what is in memory: texts, datasets, token ids
 """
 
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, context_length
+from lowbit.text.given import GivenText
 from lowbit.text.mixture import mixed_windows, parse_mixture
 from lowbit.text.windows import PROTOCOLS, PackagedText, Protocol, Text, Windows, cut_windows, read_text, wants_bos
 
 __all__ = [
-    "PROTOCOLS", "CalibrationWindows", "PackagedText", "Protocol", "Text", "Windows", "calibration_windows",
-    "check_context", "context_length", "cut_windows", "mixed_windows", "parse_mixture", "read_text", "wants_bos",
+    "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows",
+    "calibration_windows", "check_context", "context_length", "cut_windows", "mixed_windows", "parse_mixture",
+    "read_text", "wants_bos",
 ]  # fmt: skip

@@ -76,7 +76,7 @@ def calibration_windows(
     if source is None:
         return windows_of_text(read_text(None, "calibration"), tokenizer, windows, window_tokens)
     name, path = str(source), Path(source)
-    reading = _Reading(name, seed, characters)
+    reading = Reading(name, seed, characters)
     if is_dataset(name):
         documents = _of_dataset(find_dataset(name, "train"), reading)
     elif path.is_dir():
@@ -93,7 +93,7 @@ def calibration_windows(
         if len(content) == characters:
             reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
         return windows_of_text(Text(name, content), tokenizer, windows, window_tokens, reading.notes)
-    return _packed(documents, reading, tokenizer, windows, window_tokens)
+    return packed_windows(documents, reading, tokenizer, windows, window_tokens)
 
 
 def check_context(windows: int, window_tokens: int, longest: int | None) -> None:
@@ -124,12 +124,12 @@ def windows_of_text(
     if not text.content.strip():
         raise CheckpointError(f"the text {text.name!r} is empty", "give another, or leave --calib out")
     cut = cut_windows(text, tokenizer, windows, window_tokens)
-    notes = [*notes, *_too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)]
+    notes = [*notes, *too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)]
     notes += degenerate_notes(cut.ids, tokenizer, text.name)
     return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, tuple(notes))
 
 
-def _too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int) -> list[str]:
+def too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int) -> list[str]:
     if found == asked:
         return []
     return [
@@ -138,7 +138,7 @@ def _too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int)
 
 
 @dataclass
-class _Reading:
+class Reading:
     """One pass over a source of documents, with its counts and notes.
 
     characters  limit per document
@@ -166,7 +166,7 @@ class _Reading:
 
     def nothing_found(self) -> CheckpointError:
         rows = f"{spaced(self.rows)} rows, none with text" if self.rows else "no text in it"
-        reasons = f"; passed over: {_some(self.skipped)}" if self.skipped else ""
+        reasons = f"; passed over: {some(self.skipped)}" if self.skipped else ""
         return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text, or leave --calib out")
 
     def all_notes(self) -> list[str]:
@@ -174,11 +174,11 @@ class _Reading:
         if self.empty:
             notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: they hold no text")
         if self.skipped:
-            notes.append(f"passed over: {_some(self.skipped)}")
+            notes.append(f"passed over: {some(self.skipped)}")
         return notes
 
 
-def _of_dataset(dataset: HubDataset, reading: _Reading) -> Iterator[Document]:
+def _of_dataset(dataset: HubDataset, reading: Reading) -> Iterator[Document]:
     if dataset.split.startswith("test"):
         reading.notes.append(
             f"calibrated on the split {dataset.split} of {dataset.repository}: figures measured on the same split "
@@ -190,9 +190,7 @@ def _of_dataset(dataset: HubDataset, reading: _Reading) -> Iterator[Document]:
     return _of_rows(articles(rows, dataset.name), reading, dataset.name, dataset.buffer, "articles")
 
 
-def _of_rows(
-    rows: Iterable[Any], reading: _Reading, source: str, buffer: int, what: str = "rows"
-) -> Iterator[Document]:
+def _of_rows(rows: Iterable[Any], reading: Reading, source: str, buffer: int, what: str = "rows") -> Iterator[Document]:
     reading.notes.append(f"{what} of {source} in an order drawn with seed {reading.seed}, {spaced(buffer)} at a time")
     for row in shuffled(rows, reading.seed, buffer):
         document = document_of(row, source)
@@ -200,7 +198,7 @@ def _of_rows(
             yield document
 
 
-def _of_folder(folder: Path, reading: _Reading) -> Iterator[Document]:
+def _of_folder(folder: Path, reading: Reading) -> Iterator[Document]:
     """Documents of every text-like file below a folder, by name, without hidden files."""
     relative = sorted(
         path.relative_to(folder).as_posix()
@@ -223,17 +221,18 @@ def _of_folder(folder: Path, reading: _Reading) -> Iterator[Document]:
             raise
 
 
-def _file_document(path: Path, reading: _Reading) -> str:
+def _file_document(path: Path, reading: Reading) -> str:
     text = read_plain(path, reading.characters)
     if "\0" in text:
         raise UsageError(f"{path} is not text: it holds zero bytes")
     return text if text.strip() else ""
 
 
-def _packed(
-    documents: Iterator[Document], reading: _Reading, tokenizer: PreTrainedTokenizerBase, windows: int,
+def packed_windows(
+    documents: Iterator[Document], reading: Reading, tokenizer: PreTrainedTokenizerBase, windows: int,
     window_tokens: int,
 ) -> CalibrationWindows:  # fmt: skip
+    """Documents of a source, packed into windows; no more of them are taken than the windows need."""
     render = Renderer(tokenizer, reading.characters)
     packer = Packer(tokenizer, windows, window_tokens)
     digest = hashlib.sha256()
@@ -259,13 +258,13 @@ def _packed(
         )
     tokens = len(packer.stream)
     notes = reading.all_notes() + render.notes()
-    notes += _too_few(reading.name, tokens, len(packer.cut), window_tokens, windows)
+    notes += too_few(reading.name, tokens, len(packer.cut), window_tokens, windows)
     ids = torch.tensor(packer.cut, dtype=torch.long)
     refuse_degenerate(ids, tokenizer, reading.name)
     notes += degenerate_notes(ids, tokenizer, reading.name)
     return CalibrationWindows(ids, reading.name, digest.hexdigest(), tokens, windows, tuple(notes))
 
 
-def _some(names: list[str], shown: int = 3) -> str:
+def some(names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

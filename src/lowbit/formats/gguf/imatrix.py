@@ -30,6 +30,7 @@ from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import MAX_MEMORY, BlockInput, BlockRunner, Progress
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.opening import ModelSource
 from lowbit.errors import NonFiniteError, OutputError, UsageError
 from lowbit.export.atomic import atomic_files
 from lowbit.files.claim import refuse_claimed
@@ -39,7 +40,7 @@ from lowbit.formats.gguf.importance import HEAD_NAMES, ImportanceEntry, Importan
 from lowbit.formats.gguf.layout import Lookup, RowLayout
 from lowbit.formats.gguf.row import GGUFArchitecture
 from lowbit.formats.gguf.table import look_up, row_of_model
-from lowbit.text import Text, cut_windows, read_text
+from lowbit.text import CalibrationWindows, Text, cut_windows, read_text
 
 # Rows whose squares are added to sums of their own, which are added up at the end.
 _LANES = 64
@@ -56,7 +57,7 @@ class Measured:
 
 def measure_importance(
     checkpoint: Checkpoint,
-    text: Text,
+    text: Text | CalibrationWindows,
     windows: int = 128,
     window_tokens: int = 512,
     *,
@@ -69,34 +70,38 @@ def measure_importance(
 ) -> Measured:
     """Run the first windows of a text through a model.
 
+    text        or windows of calibration data in memory, which are run as they are
     max_memory  bytes of hidden states that stay in memory; more go to a temporary file
     progress    called with (block, windows done, windows in all), the windows of all blocks
     """
     row = row_of_model(checkpoint.config(), checkpoint.source)
     get = look_up(checkpoint.config(), checkpoint.source)
-    cut = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens, "second-half")
+    if isinstance(text, CalibrationWindows):
+        ids, notes = text.ids, text.notes
+    else:
+        cut = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens, "second-half")
+        ids, notes = cut.ids, () if len(cut.ids) == windows else (
+            f"the text {text.name!r} has {cut.text_tokens} tokens: {len(cut.ids)} windows of {window_tokens}, "
+            f"not {windows}",
+        )  # fmt: skip
     runner = BlockRunner(checkpoint, dtype, device, options, max_memory)
     linears = [linear for source in runner.inputs for linear in source.linears]
     visitor = _SquaredSums()
-    states = runner.run(cut.ids, visitor, progress)
+    states = runner.run(ids, visitor, progress)
     entries = _entries(linears, row, get, visitor)
     if process_output:
         head = BlockInput("the output head", ())
-        for x in runner.head_inputs(cut.ids, states):
+        for x in runner.head_inputs(ids, states):
             visitor.look(head, x)
         visitor.finish(len(runner.architecture.blocks))
         measured = _entry([visitor.sums[head.name]], [visitor.counts[head.name]])
         entries |= dict.fromkeys(HEAD_NAMES if runner.architecture.tied else HEAD_NAMES[:1], measured)
-    matrix = ImportanceMatrix(dict(sorted(entries.items())), (text.name,), len(cut.ids), window_tokens)
-    notes = () if len(cut.ids) == windows else (
-        f"the text {text.name!r} has {cut.text_tokens} tokens: {len(cut.ids)} windows of {window_tokens}, "
-        f"not {windows}",
-    )  # fmt: skip
-    return Measured(matrix, cut.ids.numel(), notes)
+    matrix = ImportanceMatrix(dict(sorted(entries.items())), (text.name,), len(ids), ids.shape[1])
+    return Measured(matrix, ids.numel(), notes)
 
 
 def measure_imatrix_of(
-    model: str | Path,
+    model: ModelSource,
     calib: str | Path | None = None,
     samples: int = 128,
     seqlen: int = 512,

@@ -24,6 +24,8 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType, Keys
 from torch import Tensor
 
 from lowbit.architecture import Linear, model_dtype, open_described
+from lowbit.calibrate.loop import given_windows
+from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import HTML_NAME, CanReadCodes, Checkpoint, report_path
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import UsageError
@@ -61,7 +63,7 @@ from lowbit.registry import FORMATS, load
 from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import SCHEMES
 from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
-from lowbit.text import read_text
+from lowbit.text import CalibrationWindows, read_text
 
 if TYPE_CHECKING:
     from lowbit.calibrate.store import BlockStore
@@ -203,11 +205,14 @@ def prepare_gguf(request: Request) -> Prepared:
         checkpoint, context = RawCheckpoint(raw, request.name or str(request.model)), _of_file(raw, settings.modelfile)
     else:
         checkpoint, context = _of_model(request)
-    matrix = _importance_matrix(request, {entry.name: entry.shape for entry in context.entries})
+    windows = None
+    if request.text is not None and settings.imatrix == MEASURE and not request.preview:
+        windows = given_windows(request.text, open_checkpoint(request.model, options), settings, options)
+    matrix = _importance_matrix(request, windows, {entry.name: entry.shape for entry in context.entries})
     plan = context.plan(settings, matrix)
     calibration = None
     if settings.imatrix == MEASURE and matrix is not None and not request.preview:
-        text = read_text(settings.calib, packaged="calibration")
+        text = windows or read_text(settings.calib, packaged="calibration")
         calibration = CalibrationText(text.name, text.sha256, matrix.chunks, matrix.chunk_tokens)
     return Prepared(
         checkpoint, plan, threads, lambda others: replace(context.plan(others, None), key_values=plan.key_values),
@@ -470,7 +475,9 @@ def model_facts(arch: str, metadata: dict[str, Any], float_type: str) -> MixFact
     return MixFacts(arch, number("block_count"), number("expert_count"), heads, kv_heads, float_type)
 
 
-def _importance_matrix(request: Request, shapes: Mapping[str, Sequence[int]]) -> ImportanceMatrix | None:
+def _importance_matrix(
+    request: Request, windows: CalibrationWindows | None, shapes: Mapping[str, Sequence[int]]
+) -> ImportanceMatrix | None:
     """Read from a file, or measured on the calibration text if the settings ask for it; a preview promises one."""
     settings = request.settings
     if settings.imatrix is None:
@@ -478,11 +485,14 @@ def _importance_matrix(request: Request, shapes: Mapping[str, Sequence[int]]) ->
     if settings.imatrix != MEASURE:
         return read_imatrix(Path(settings.imatrix))
     if request.preview:
-        text = read_text(settings.calib, packaged="calibration")
+        name = read_text(settings.calib, packaged="calibration").name if request.text is None else request.text.name
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-        return promised_matrix(matrices, text.name, settings.samples, settings.seqlen)
-    from lowbit.formats.gguf.imatrix import measure_imatrix_of
+        return promised_matrix(matrices, name, settings.samples, settings.seqlen)
+    from lowbit.formats.gguf.imatrix import measure_imatrix_of, measure_importance
 
+    if windows is not None:
+        source = open_checkpoint(request.model, request.options)  # under its own names
+        return measure_importance(source, windows, options=request.options, progress=request.progress).matrix
     return measure_imatrix_of(
         request.model, settings.calib, settings.samples, settings.seqlen, request.options, request.progress
     )

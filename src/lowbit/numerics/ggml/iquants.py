@@ -64,6 +64,8 @@ _SEARCH = {
     "IQ3_XXS": Search(32, 16, 1 / 4, "even", 0, (0.8, 1.0, 1.2), 2),
     "IQ3_S": Search(32, 16, 1.0, "free", 0, (0.85, 1.0, 1.15), 2),
 }
+# Type → unit of its scales, d · unit · (2·s + 1).
+SCALE_UNITS = {name: how.unit for name, how in _SEARCH.items()}
 
 
 def encode(kind: GgmlType, weight: Tensor, importance: Tensor | None) -> Tensor:

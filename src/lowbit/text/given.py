@@ -1,0 +1,293 @@
+"""Calibration data that is in memory: texts, conversations, rows of a dataset, token ids.
+
+    item                                                      taken as
+    text; {"text": …}; {"messages": …} and other layouts      a document (`rows.py`), packed as documents of a file are
+    a list of {role, content}                                 a conversation
+    {"input_ids": …, "attention_mask": …}                     token ids, one row or a padded batch (DataLoader)
+    a tensor or list of integers, [T] or [rows, T]            token ids
+
+Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless.
+
+Rows of token ids of one length without masked tokens are the windows, as they are, unless a number of tokens per window
+is asked for. All others are one stream, cut into windows as documents are, masked tokens left out: padding is in no
+statistic. Without a mask, a run of pad tokens at either end of a row is padding, where the pad token is neither BOS nor
+EOS.
+
+Refused: items of two kinds, ids that are no integers or that the model has no row for, a mask of another shape, batches
+of several tensors that do not say which is which, a mapping of splits, data without a token to learn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.calibration import (
+    HOPELESS_ROWS,
+    CalibrationWindows,
+    Reading,
+    check_context,
+    packed_windows,
+    too_few,
+)
+from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
+from lowbit.text.packing import Packer, spaced
+from lowbit.text.rows import Document, document_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
+_CHARACTERS = 4_000_000  # of one document
+
+
+@dataclass
+class GivenText:
+    """Calibration data in memory. `windows` reads it once, however often it is asked.
+
+    data  an iterable of the items above, or one batch of token ids
+    """
+
+    data: Any
+    _cut: dict[tuple[int, int | None], CalibrationWindows] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """ "Dataset in memory": for messages and reports."""
+        return f"{type(self.data).__name__} in memory"
+
+    def windows(
+        self, tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int | None, *, default: int = 512,
+        longest: int | None = None, vocabulary: int | None = None,
+    ) -> CalibrationWindows:  # fmt: skip
+        """The first `windows` windows, or as many as there are.
+
+        tokenizer      needed for texts; None will do for token ids
+        window_tokens  None: the rows of token ids are the windows where they can be, else windows of `default`
+        longest        the model's context in tokens; None: unknown
+        vocabulary     rows of the embedding; None: unknown
+        """
+        key = (windows, window_tokens)
+        if key not in self._cut:
+            check_context(windows, window_tokens or default, longest if window_tokens else None)
+            items = self._items()
+            first = next(items, None)
+            if first is None:
+                raise CheckpointError(f"{self.name}: it is empty", _TAKEN)
+            items = chain([first], items)
+            if _ids_of(first, self.name) is None:
+                cut = self._of_documents(items, tokenizer, windows, min(window_tokens or default, longest or 1 << 30))
+            else:
+                cut = self._of_ids(items, tokenizer, windows, window_tokens, min(default, longest or default))
+            _check_ids(cut.ids, self.name, longest, vocabulary)
+            self._cut[key] = cut
+        return self._cut[key]
+
+    def _items(self) -> Iterator[Any]:
+        data = self.data
+        if isinstance(data, Mapping):
+            if "input_ids" in data:
+                return iter([data])
+            raise UsageError(f"{self.name} has the keys {', '.join(map(str, list(data)[:5]))}",
+                             "of a dataset with splits give one of them: calib=data['train']")  # fmt: skip
+        if isinstance(data, Tensor) or (isinstance(data, list | tuple) and data and type(data[0]) is int):
+            return iter([data])
+        if not isinstance(data, Iterable):
+            raise UsageError(f"calib is a {type(data).__name__}, which cannot be read", _TAKEN)
+        return iter(data)
+
+    def _of_documents(
+        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int
+    ) -> CalibrationWindows:
+        if tokenizer is None:
+            raise UsageError(f"{self.name} holds texts, and there is no tokenizer", "give tokenizer=")
+        reading = Reading(self.name, 0, _CHARACTERS, notes=[f"rows of {self.name} in the order given"])
+
+        def documents() -> Iterator[Document]:
+            for item in items:
+                document = _document(item, self.name)
+                if reading.counted(document):
+                    yield document
+
+        return packed_windows(documents(), reading, tokenizer, windows, window_tokens)
+
+    def _of_ids(
+        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, asked: int | None,
+        default: int,
+    ) -> CalibrationWindows:  # fmt: skip
+        rows = _IdRows(self.name, tokenizer)
+        read = rows.read(items)
+        taken: list[Tensor] = []
+        for row in read:
+            taken.append(row)
+            if len(taken) == windows:
+                break
+        if not taken:
+            raise rows.nothing_found()
+        lengths = {len(row) for row in taken}
+        notes = [f"rows of {self.name} in the order given"]
+        if asked is None and len(lengths) == 1 and not rows.masked and len(taken[0]) >= 4:
+            ids, tokens = torch.stack(taken), len(taken) * len(taken[0])
+            if next(read, None) is not None:
+                notes.append(f"the first {windows} of them were needed")
+        else:
+            step = asked or default
+            packer = _Stream(step) if tokenizer is None else Packer(tokenizer, windows, step)
+            for row in chain(taken, read):
+                packer.add(row.tolist())
+                if len(packer.cut) >= windows:
+                    break
+            tokens = len(packer.stream)
+            if not packer.cut:
+                raise CheckpointError(f"{self.name} has {tokens} tokens; one window needs {packer.step}",
+                                      "give more, or smaller windows (seqlen)")  # fmt: skip
+            ids = torch.tensor(packer.cut[:windows], dtype=torch.long)
+            notes.append("joined to one stream and cut into windows")
+        read.close()
+        if tokenizer is not None:
+            refuse_degenerate(ids, tokenizer, self.name)
+            notes += degenerate_notes(ids, tokenizer, self.name)
+        notes += rows.notes() + too_few(self.name, tokens, len(ids), ids.shape[1], windows)
+        digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+        return CalibrationWindows(ids, self.name, digest, tokens, windows, tuple(notes))
+
+
+class _Stream:
+    """`Packer` without a tokenizer: the windows of one stream, with nothing put before them."""
+
+    def __init__(self, window_tokens: int):
+        self.step, self.stream = window_tokens, list[int]()
+
+    def add(self, ids: list[int]) -> None:
+        self.stream += ids
+
+    @property
+    def cut(self) -> list[list[int]]:
+        whole = len(self.stream) // self.step
+        return [self.stream[index * self.step : (index + 1) * self.step] for index in range(whole)]
+
+
+class _IdRows:
+    """Rows of token ids, int64 [T], masked tokens left out; counts what was left out."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase | None):
+        self._name = name
+        pad, bos, eos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
+        self._pad = pad if pad not in (None, bos, eos) else None
+        self.rows = self.empty = self.masked = self.padded = self.tokens = 0
+
+    def read(self, items: Iterator[Any]) -> Generator[Tensor, None, None]:
+        for item in items:
+            found = _ids_of(item, self._name)
+            if found is None:
+                raise UsageError(f"{self._name} mixes token ids with a {type(item).__name__}", _TAKEN)
+            ids, mask = found
+            for index, row in enumerate(ids):
+                kept = self._unpadded(row) if mask is None else row[mask[index]]
+                self.rows += 1
+                self.tokens += len(row)
+                self.masked += len(row) - len(kept)
+                self.padded += 0 if mask is not None else len(row) - len(kept)
+                self.empty += not len(kept)
+                if len(kept):
+                    yield kept
+                elif self.empty == self.rows >= HOPELESS_ROWS:
+                    raise self.nothing_found()
+
+    def _unpadded(self, row: Tensor) -> Tensor:
+        if self._pad is None:
+            return row
+        places = (row != self._pad).nonzero()
+        return row[int(places[0]) : int(places[-1]) + 1] if len(places) else row[:0]
+
+    def nothing_found(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._name}: {spaced(self.rows)} rows of token ids, in which every token is masked" if self.rows
+            else f"{self._name}: it is empty",
+            "look at what it yields: attention_mask is 1 for tokens and 0 for padding",
+        )  # fmt: skip
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.masked:
+            notes.append(f"{spaced(self.masked)} of {spaced(self.tokens)} tokens left out: masked")
+        if self.padded:
+            notes.append(f"{spaced(self.padded)} of these are pad tokens at the ends of rows without a mask")
+        if self.empty:
+            notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: all tokens are masked")
+        return notes
+
+
+def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
+    """(token ids int64 [rows, T], mask bool [rows, T] or None) of an item; None where it is a document."""
+    mask = None
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            return None
+        item, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
+        if len(item) > 1:
+            raise UsageError(
+                f"{name} yields {len(item)} tensors at once, and nothing says which one holds the token ids",
+                "let it yield {'input_ids': …, 'attention_mask': …}",
+            )
+        item = next(iter(item))
+    if isinstance(item, str) or not isinstance(item, Tensor | list | tuple):
+        if hasattr(item, "__array__"):
+            return _as_rows(torch.as_tensor(item), None, name)
+        return None
+    if isinstance(item, list | tuple):
+        first = next(iter(item), None)
+        flat = first if isinstance(first, list | tuple) else item
+        if flat and not all(type(each) is int for each in flat):
+            return None
+        item = _rectangular(item, name) if item else torch.zeros(0, dtype=torch.long)
+    return _as_rows(item, mask, name)
+
+
+def _rectangular(item: Any, name: str) -> Tensor:
+    try:
+        return torch.tensor(item)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{name} holds a batch of rows of several lengths", "give the rows one by one") from error
+
+
+def _as_rows(ids: Tensor, mask: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool or ids.dim() not in (1, 2):
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise UsageError(f"{name} holds a {kind} tensor {list(ids.shape)}; token ids are integers [T] or [rows, T]",
+                         _TAKEN)  # fmt: skip
+    ids = ids.detach().cpu().to(torch.long)
+    rows = ids if ids.dim() == 2 else ids[None]
+    if mask is None:
+        return rows, None
+    mask = torch.as_tensor(mask).cpu()
+    if mask.shape != ids.shape:
+        raise UsageError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
+                         "both are [rows, T]; a mask of four dimensions is no padding mask")  # fmt: skip
+    return rows, (mask if mask.dim() == 2 else mask[None]).bool()
+
+
+def _document(item: Any, name: str) -> Document:
+    """The document of an item; a list of turns is a conversation."""
+    if isinstance(item, list) and item and all(isinstance(turn, dict) for turn in item):
+        item = {"messages": item}
+    return document_of(dict(item) if isinstance(item, Mapping) else item, name)
+
+
+def _check_ids(ids: Tensor, name: str, longest: int | None, vocabulary: int | None) -> None:
+    if longest is not None and ids.shape[1] > longest:
+        raise UsageError(f"{name}: rows of {ids.shape[1]} tokens are longer than the model's context of {longest}",
+                         f"give shorter rows, or seqlen={longest}, which cuts them")  # fmt: skip
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        known = "" if vocabulary is None else f"; the model's embedding has {vocabulary} rows"
+        raise UsageError(f"{name} has token {low if low < 0 else high}{known}",
+                         "tokenize with the tokenizer of this model")  # fmt: skip

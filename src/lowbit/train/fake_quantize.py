@@ -1,0 +1,194 @@
+"""Fake quantization of a parameter: forward, what a file of its codes decodes to; backward, straight through.
+
+    ŵ = s · (clamp(rint(w / s) + z) − z)        any grid, any ggml type
+    ∂ŵ/∂w = 1 within the range of the grid, 0 beyond it
+
+Scales of grids are learned (LSQ: Esser et al. 2020, arXiv 1902.08153). A scale is s = stored(s₀ · exp(θ)), rounded to
+the precision of the file with the gradient of what was rounded (`numerics.straight_through`):
+
+    ∂ŵ/∂θ = ŵ − w within the range, ŵ beyond it            LSQ's gradient times s
+
+θ is relative, which takes the place of LSQ's gradient scale: one learning rate fits scales of every size. Zero points,
+and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
+
+Fitted anew in every forward pass by the type's own encoder, from the weights as they are: ggml types, double
+quantization, and grids with `learn_scales=False`. Ternary types take the absmean of BitNet b1.58 (Ma et al. 2024, arXiv
+2402.17764):
+
+    s = mean |w| of the matrix, codes = clamp(rint(w / s), −1, 1)
+
+A weight that is not finite raises NonFiniteError, before its codes would be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architecture.structure import Part
+from lowbit.errors import NonFiniteError
+from lowbit.evaluation.activations import quantize_activation
+from lowbit.kernels.tables import Codebook, MinifloatFormat
+from lowbit.numerics.straight_through import changed_scale, straight_through
+from lowbit.rounding.rtn import Fitted
+from lowbit.rounding.target import GridTarget, Stored, Target
+from lowbit.schemes import ActivationSpec
+from lowbit.tensors import Granularity, QuantizedTensor
+
+TERNARY = ("TQ1_0", "TQ2_0")
+# Largest |value| of codes at scale 1; of NVFP4 times that of its group scales.
+_LARGEST = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0 * 448.0}
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """One linear in a parameter: the whole of it, or a part, of one expert.
+
+    turned  the parameter has it as [K, N]
+    """
+
+    linear: str
+    target: Target
+    part: Part
+    expert: int | None = None
+    turned: bool = False
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view [N, K] of the linear's weight in a parameter."""
+        values = self.part.of(parameter if self.expert is None else parameter[self.expert])
+        return values.t() if self.turned else values
+
+
+def learns_scales(target: Target) -> bool:
+    """True for grids with scales of their own: of rows, groups or blocks, stored as numbers."""
+    return isinstance(target, GridTarget) and not target.is_nested and target.spec.granularity != Granularity.TENSOR
+
+
+class FakeQuantize(nn.Module):
+    """A parametrization (torch.nn.utils.parametrize) of one parameter.
+
+    parts    what is quantized in it; the rest passes through
+    changes  θ of each part with learned scales, float32, by its number
+    """
+
+    lowbit_fake_quantization = True
+
+    def __init__(self, parameter: Tensor, parts: Sequence[QuantizedPart], learn_scales: bool = True):
+        super().__init__()
+        self.parts = tuple(parts)
+        self.changes = nn.ParameterDict()
+        self._fitted: dict[int, Fitted] = {}
+        for index, each in enumerate(self.parts):
+            if learn_scales and learns_scales(each.target):
+                weight = each.of(parameter.detach()).float().contiguous()
+                _refuse_not_finite(weight, each.linear)
+                assert isinstance(each.target, GridTarget)
+                fitted = each.target.fit(weight)
+                self.register_buffer(f"scale_{index}", fitted.scale)
+                self.register_buffer(f"zero_point_{index}", fitted.zero_point)
+                self._fitted[index] = replace(fitted, scale=fitted.scale[:0], zero_point=None)
+                self.changes[str(index)] = nn.Parameter(torch.zeros_like(fitted.scale))
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The parameter with its linears rounded, in its own dtype."""
+        if len(self.parts) == 1 and self.parts[0].part.whole and self.parts[0].expert is None:
+            only = self.parts[0]
+            weight = self._through(0, only.of(parameter))
+            return weight.t() if only.turned else weight
+        rounded = parameter.clone()
+        for index, each in enumerate(self.parts):
+            each.of(rounded).copy_(self._through(index, each.of(parameter)))
+        return rounded
+
+    @torch.no_grad()
+    def rounded(self, index: int, parameter: Tensor) -> tuple[Stored, Tensor]:
+        """(what a file keeps of a part, the float32 weight that it decodes to), as the forward pass has them."""
+        return self._rounded(index, self.parts[index].of(parameter.detach()).float().contiguous())
+
+    def _through(self, index: int, weight: Tensor) -> Tensor:
+        """The rounded weight [N, K] with the gradients of the module docstring."""
+        with torch.no_grad():
+            plain = weight.detach().float().contiguous()
+            stored, decoded = self._rounded(index, plain)
+            inside = _inside(self.parts[index].target, plain, stored) if isinstance(stored, QuantizedTensor) else None
+        wanted = weight if inside is None else weight * inside
+        if inside is not None and str(index) in self.changes:
+            change = _per_weight(self.changes[str(index)], stored, weight.shape)
+            wanted = wanted.float() + change * (decoded - plain * inside)
+        return straight_through(wanted.to(weight.dtype), decoded.to(weight.dtype))
+
+    def _rounded(self, index: int, weight: Tensor) -> tuple[Stored, Tensor]:
+        each = self.parts[index]
+        _refuse_not_finite(weight, each.linear)
+        if index in self._fitted:
+            grid, global_scale = self._fitted[index].grid, self._fitted[index].global_scale
+            start: Tensor = getattr(self, f"scale_{index}")
+            scale = changed_scale(start, self.changes[str(index)], grid.scale_format, global_scale)  # type: ignore[attr-defined]
+            zero_point: Tensor | None = getattr(self, f"zero_point_{index}")
+            stored = replace(self._fitted[index], scale=scale, zero_point=zero_point).round(weight)
+            return stored, stored.decode()
+        if each.target.name in TERNARY:
+            weight = absmean_ternary(weight)
+        rounded = each.target.nearest(weight)
+        return rounded.stored, rounded.decoded
+
+
+def _inside(target: Target, weight: Tensor, stored: QuantizedTensor) -> Tensor:
+    """True for weights within the values that the grid has at these scales, [N, K]."""
+    assert isinstance(target, GridTarget)
+    levels = target.levels
+    if isinstance(levels, MinifloatFormat):
+        low, high = -levels.max_value, levels.max_value
+    elif isinstance(levels, Codebook):
+        low, high = min(levels.values), max(levels.values)
+    else:
+        low, high = float(levels.lowest), float(levels.highest)
+    params, group = stored.grouped()
+    zero = 0.0 if params.zero_point is None else params.zero_point
+    ends = [_across(end * params.scale, group, weight.shape[1]) for end in (low - zero, high - zero)]
+    return (weight >= ends[0]) & (weight <= ends[1])
+
+
+def absmean_ternary(weight: Tensor) -> Tensor:
+    """s · clamp(rint(w / s), −1, 1), s = mean |w| of the whole matrix; zeros where all weights are."""
+    scale = weight.abs().mean()
+    if not scale > 0:
+        return torch.zeros_like(weight)
+    return (weight / scale).round().clamp(-1, 1) * scale
+
+
+def fake_quantize_activation(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """x̂ as an engine computes it, of the shape and dtype of x, with the gradient of x.
+
+    A static scale is that of the batch: the one that is stored is measured at the export.
+    """
+    with torch.no_grad():
+        scale = None
+        if spec.needs_calibration:
+            scale = max(x.abs().max().item(), 1e-12) / _LARGEST[spec.number]
+        rounded = quantize_activation(x, spec, scale)
+    return straight_through(x, rounded)
+
+
+def _per_weight(change: Tensor, stored: Stored, shape: torch.Size) -> Tensor:
+    """θ of every weight, [N, K], of one per row, group or block."""
+    assert isinstance(stored, QuantizedTensor)
+    params = replace(stored, scale=change, zero_point=None).params()
+    return _across(params.scale, stored.columns_per_scale, shape[1])
+
+
+def _across(params: Tensor, group: int, columns: int) -> Tensor:
+    """[N, G] → [N, columns], each for `group` columns; the last group may be short."""
+    return params.repeat_interleave(group, dim=1)[:, :columns] if params.shape[1] > 1 else params.expand(-1, columns)
+
+
+def _refuse_not_finite(weight: Tensor, linear: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            f"{linear}.weight holds NaN or inf: the last step of the training went wrong",
+            "stop at a loss that is not finite, before the optimizer's step; go back to the last good state, and lower "
+            "the learning rate",
+        )

@@ -1,0 +1,193 @@
+"""`prepare`: fake quantization on the linears of a model in memory, as an output's plan has them; `remove`: off again.
+
+    the settings of `lowbit.quantize` → the plan of the output → linear → its grid or ggml type
+    → a parametrization of the parameter that holds it
+
+So overrides, `ignore`, group sizes that do not divide, fused sets and llama.cpp's mix of types are those of an output.
+Parameters stay the same objects; that of a linear L is then called L.parametrizations.weight.original, and what is
+learned of its scales L.parametrizations.weight.0.changes.
+
+Refused, besides what `architecture.in_memory` refuses: a model that is prepared already, or all of whose parameters are
+frozen; methods and importance matrices, whose place training takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.architecture import Architecture
+from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.in_memory import model_in_memory, unwrapped
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.errors import UsageError
+from lowbit.knobs import Facts
+from lowbit.plan.plan import Plan, Request
+from lowbit.plan.plan import prepare as plan_output
+from lowbit.rounding.rtn import TensorRange
+from lowbit.rounding.target import Target
+from lowbit.schemes import ActivationSpec
+from lowbit.settings import Settings, make_settings, refuse_unread
+from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart, fake_quantize_activation
+
+_ATTRIBUTE = "lowbit_training"
+# The method whose plan has a target for every linear that codes can be given for; nothing of it is run.
+_PLANNED_AS = "gptq"
+
+
+@dataclass
+class Training:
+    """What `prepare` did to a model.
+
+    settings  of the output
+    options   trust in the model's own code
+    linears   linear → name of the parameter that holds it
+    hooks     of fake-quantized activations
+    """
+
+    settings: Settings
+    options: OpenOptions
+    linears: dict[str, str]
+    hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def planned(self) -> Settings:
+        """The settings as they are planned."""
+        return self.settings.model_copy(update={"method": _PLANNED_AS})
+
+
+def prepare(
+    model: Any,
+    scheme: str = "W4A16",
+    *,
+    learn_scales: bool = True,
+    activations: bool = True,
+    options: OpenOptions | None = None,
+    **settings: Any,
+) -> Any:
+    """Put fake quantization on the linears of a transformers model, in place; returns the model.
+
+    scheme        of folders (W4A16, NVFP4 …) or a type of GGUF files (Q4_0, Q4_K_M, TQ2_0 …)
+    learn_scales  scales of grids are parameters (LSQ); False: fitted to the weights in every forward pass
+    activations   fake-quantize the inputs of linears too, where the scheme quantizes them
+    settings      format, group_size, ignore, overrides, range …: those of `lowbit.quantize` that shape its output
+    """
+    model = unwrapped(model)
+    if hasattr(model, _ATTRIBUTE):
+        raise UsageError("the model is prepared already", "lowbit.train.remove takes the fake quantization off")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("every parameter of the model is frozen: nothing would be trained",
+                         "model.requires_grad_(True), for all or some of them")  # fmt: skip
+    chosen = make_settings(None, scheme=scheme, **settings)
+    for name in ("method", "method_overrides", "imatrix", "mmproj"):
+        if name in chosen.given:
+            raise UsageError(f"{name} is not read by a training", "training takes the place of a method; leave it out")
+    refuse_unread(chosen, None, Facts(gguf=chosen.writes_gguf()))
+    training = Training(chosen, options or OpenOptions(), {})
+    source = model_in_memory(model, None, options)
+    try:
+        plan, checkpoint = planned(source, training, preview=True)
+        assert plan.architecture is not None
+        targets = _with_ranges(plan.targets, plan.architecture, checkpoint)
+        if not targets:
+            raise UsageError("no linear of a decoder block is quantized", "loosen ignore, or choose another scheme")
+        for parameter, parts in _parts(model, targets, plan.architecture).items():
+            owner_name, _, leaf = parameter.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            fake = FakeQuantize(getattr(owner, leaf), parts, learn_scales).to(getattr(owner, leaf).device)
+            parametrize.register_parametrization(owner, leaf, fake, unsafe=True)
+            training.linears |= {part.linear: parameter for part in parts}
+        if activations:
+            training.hooks = _quantize_activations(model, plan.activations, training.linears)
+    finally:
+        source.remove()
+    setattr(model, _ATTRIBUTE, training)
+    return model
+
+
+def remove(model: Any) -> Any:
+    """Take the fake quantization off, in place: plain parameters, with the decoded weights; returns the model."""
+    model = unwrapped(model)
+    training = training_of(model)
+    for parameter in dict.fromkeys(training.linears.values()):
+        owner_name, _, leaf = parameter.rpartition(".")
+        parametrize.remove_parametrizations(model.get_submodule(owner_name), leaf, leave_parametrized=True)
+    for hook in training.hooks:
+        hook.remove()
+    delattr(model, _ATTRIBUTE)
+    return model
+
+
+def training_of(model: Any) -> Training:
+    """What `prepare` did; UsageError for a model that it was not called for."""
+    training = getattr(model, _ATTRIBUTE, None)
+    if training is None:
+        raise UsageError("the model is not prepared", "call lowbit.train.prepare(model, scheme) before training")
+    return training
+
+
+def planned(source: Checkpoint, training: Training, **request: Any) -> tuple[Plan, Checkpoint]:
+    """(the plan of the output, the open model under its names)."""
+    prepared = plan_output(Request(source, training.planned, training.options, lacks_tokenizer=True, **request))
+    return prepared.plan, prepared.checkpoint
+
+
+@torch.no_grad()
+def _with_ranges(targets: dict[str, Target], architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Target]:
+    """The targets with the range of the whole tensor, or of the fused set, where scales need one."""
+    ranged = dict(targets)
+    for name, target in targets.items():
+        if not target.needs_range:
+            continue
+        fused = architecture.linears[name].fused
+        shared = fused is not None and not target.is_nested and not target.is_ggml
+        members = [each for each in architecture.fused_sets[fused] if each in targets] if shared and fused else [name]
+        extents = []
+        for member in members:
+            weight = checkpoint.read(f"{member}.weight")
+            weight = weight.t() if architecture.linears[member].transposed else weight
+            extents.append(target.measured(weight.float().contiguous()))
+        ranged[name] = target.ranged(reduce(TensorRange.joined, extents))
+    return ranged
+
+
+def _parts(model: Any, targets: dict[str, Target], architecture: Architecture) -> dict[str, list[QuantizedPart]]:
+    """Parameter of the model → the linears in it that are quantized."""
+    found: dict[str, list[QuantizedPart]] = {}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for parameter, placement in disk_layout(model, split_experts=True).items():
+        for stored, part, expert in placement.pieces():
+            linear = stored.removesuffix(".weight")
+            if stored.endswith(".weight") and linear in targets and parameter not in tied:
+                turned = architecture.linears[linear].transposed
+                each = QuantizedPart(linear, targets[linear], part, expert, turned)
+                found.setdefault(parameter, []).append(each)
+    missing = targets.keys() - {part.linear for parts in found.values() for part in parts}
+    if missing:
+        raise UsageError(f"{min(missing)} is no parameter of {type(model).__name__} by itself",
+                         "leave it out with ignore")  # fmt: skip
+    return found
+
+
+def _quantize_activations(
+    model: nn.Module, activations: dict[str, ActivationSpec], linears: dict[str, str]
+) -> list[Any]:
+    """Hooks that round the inputs of linears; UsageError for experts that run in one operation."""
+    hooks = []
+    for linear, spec in activations.items():
+        owner, _, leaf = linears[linear].rpartition(".")
+        if leaf != "weight":
+            raise UsageError(f"{linear} runs inside a fused operation, whose inputs cannot be rounded in training",
+                             "prepare(…, activations=False) trains the weights alone")  # fmt: skip
+        hooks.append(model.get_submodule(owner).register_forward_pre_hook(_hook(spec)))
+    return hooks
+
+
+def _hook(spec: ActivationSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda module, inputs: (fake_quantize_activation(inputs[0], spec), *inputs[1:])
