@@ -131,7 +131,7 @@ def test_four_bit_arithmetic_is_blackwells():
     """NVFP4 is taken for speed where the card has FP4, and is a fallback elsewhere."""
     fast = advise(LLAMA_8B, hardware="B200", engine="vllm", goal="speed").option("NVFP4")
     assert fast.how.compute == "fp4"
-    assert fast.ratios.prefill > 3
+    assert fast.ratios.prefill > 2.5
     slow = advise(LLAMA_8B, hardware="H100", engine="vllm", goal="speed").option("NVFP4")
     assert slow.how.fallback
     assert slow.ratios.prefill == pytest.approx(1.0)

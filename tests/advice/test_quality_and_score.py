@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lowbit.advice.quality import ANCHORS, OURS, PUBLISHED, SUMS, expected
-from lowbit.advice.score import GOALS, WORKLOADS, Goal, Ratios, Workload, find_goal, find_workload, score
+from lowbit.advice.score import GOALS, SECOND, WORKLOADS, Goal, Ratios, Workload, find_goal, find_workload, score
 from lowbit.engines import all_engines
 from lowbit.engines.engine import SIXTEEN
 from lowbit.engines.llama_cpp import GGUF_TYPES
@@ -70,10 +70,12 @@ def test_sixteen_bits_score_nothing():
             assert score(Ratios(1, 1, 1), 0.0, goal, workload) == 0
 
 
-def test_the_score_is_gain_less_squared_loss():
+def test_the_score_is_gain_less_cubed_loss():
     goal, workload = Goal("g", 5.0, False, ""), Workload("w", 0.6, 0.4, "")
     found = score(Ratios(2.0, 3.0, 4.0), 1.0, goal, workload)
-    assert found == pytest.approx(0.6 * math.log(2) + 0.4 * math.log(3) - 0.04)
+    assert found == pytest.approx(0.6 * math.log(2) + 0.4 * math.log(3) - 0.2**3)
+    cached = score(Ratios(2.0, 3.0, 4.0), 1.0, goal, workload, cache_loss=2.0, second=True)
+    assert cached == pytest.approx(found - 0.4**3 - SECOND)  # apart from the loss of the weights
     guessed = score(Ratios(2.0, 3.0, 4.0), 1.0, goal, workload, guessed=True)
     assert 0 < found - guessed < 0.05
 
@@ -82,6 +84,15 @@ def test_memory_is_the_gain_of_goal_memory_and_of_fine_tuning():
     ratios = Ratios(2.0, 3.0, 4.0)
     assert score(ratios, 0.0, GOALS["memory"], WORKLOADS["serve"]) == pytest.approx(math.log(4))
     assert score(ratios, 0.0, GOALS["balanced"], WORKLOADS["finetune"]) == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize(("fewer", "more"), [(1.0, 4.9), (0.2, 3.0)])
+def test_goal_memory_takes_the_smaller_however_little_within_the_tolerance(fewer, more):
+    """W8A16 of a small model used to win over W4A16: overhead and cache made 4 bits "hardly" smaller."""
+    goal, workload = GOALS["memory"], WORKLOADS["serve"]
+    assert score(Ratios(1, 1, 2.01), more, goal, workload) > score(Ratios(9, 9, 2.0), fewer, goal, workload)
+    beyond = score(Ratios(1, 1, 2.5), goal.tolerance + 0.1, goal, workload)
+    assert beyond < score(Ratios(1, 1, 1.5), fewer, goal, workload)
 
 
 def test_a_loss_as_large_as_the_tolerance_costs_a_speed_up_by_e():

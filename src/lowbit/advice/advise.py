@@ -19,6 +19,7 @@ from typing import Any
 
 from lowbit.advice.commands import output_name, quantize_line, quantize_settings
 from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, Expectation, expected
+from lowbit.advice.refused import why_refused
 from lowbit.advice.result import Advice, Memory, Option, reason_for
 from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
 from lowbit.advice.score import Goal, Ratios, Workload, find_goal, find_workload, score
@@ -26,11 +27,12 @@ from lowbit.architecture.shape import ModelShape, shape_of
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.engines import Engine, engine_for, find_engine
 from lowbit.engines.engine import SIXTEEN, Support
-from lowbit.errors import ArchitectureError, LowbitError, UsageError
+from lowbit.errors import ArchitectureError, FormatError, LowbitError, UsageError
 from lowbit.estimation.footprint import Footprint, active_weights, footprint
-from lowbit.estimation.serving import ADAPTER_RANK, deploy, training_bytes
+from lowbit.estimation.serving import ADAPTER_RANK, Deployment, deploy, training_bytes
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
+from lowbit.hardware.table import PRICE_SOURCE, PRICES
 from lowbit.registry import FORMATS
 from lowbit.settings import make_settings
 
@@ -63,16 +65,24 @@ class _Model:
         """Billions of weights, embeddings included."""
         return footprint(self.shape, SIXTEEN).total / 2e9
 
-    def weights(self, scheme: str, settings: dict[str, Any] | None) -> Footprint:
+    def weights(self, scheme: str, settings: dict[str, Any] | None, judge: tuple[Engine, int] | None) -> Footprint:
         """The bytes in a scheme: of the files that `lowbit quantize` would write with these settings if the headers are
         known, else from the shape. Raises the errors of planning: FormatError, ShapeError, ArchitectureError,
-        UsageError."""
+        UsageError; and FormatError for files that `lowbit verify` would refuse.
+
+        judge  the engine, and the cards that divide every matrix; None: it has taken this scheme before
+        """
         by_shape = footprint(self.shape, scheme)
         if self.headers is None or settings is None:
             return by_shape
         prepared, _ = plan_of(self.headers, make_settings(None, **settings), self.options)
-        prepared.checkpoint.close()
-        return by_shape.scaled(prepared.plan.file_bytes + self.headers.guessed_bytes(prepared))
+        try:
+            refusal = None if judge is None else why_refused(prepared, judge[0], self.options, judge[1])
+            if refusal is not None:
+                raise FormatError(refusal)
+            return by_shape.scaled(prepared.plan.file_bytes + self.headers.guessed_bytes(prepared))
+        finally:
+            prepared.checkpoint.close()
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,35 @@ class _Question:
         return self.workload.name == "finetune"
 
     @property
+    def ranks(self) -> int:
+        """Cards that divide every matrix among them."""
+        return self.device.count if self.engine.sharing == "tensor" else 1
+
+    @property
     def sixteen(self) -> Footprint:
         return footprint(self.model.shape, SIXTEEN)
 
     def memory(self, weights: Footprint, fp8_cache: bool) -> Memory:
         """Memory as in `lowbit estimate`; for fine-tuning, with adapters and optimizer."""
         shape, load, device = self.model.shape, self.load, self.device
-        total, usable = round(weights.total), self.engine.memory.usable(device.memory_bytes, device)
+        total, usable = round(weights.total), self.engine.memory.usable(device.memory_bytes * device.count, device)
         if self.finetune:
             return Memory(total, 0, training_bytes(shape, load.context, load.batch), usable)
-        kv_cache = "fp8" if fp8_cache else "auto"
-        serving = deploy(self.engine, shape, total, kv_cache, device.memory_bytes).serving(load.context, load.batch)
+        serving = self.deployed(total, fp8_cache).serving(load.context, load.batch)
         return Memory(total, serving.kv_cache, serving.activations + serving.framework, usable)
 
     def speed(self, weights: Footprint, how: Support | None, fp8_cache: bool) -> Speed:
         """Speed with half-full caches, the average."""
         shape, device = self.model.shape, self.device
         half = Load(self.load.batch, max(1, self.load.context // 2), self.load.prompt)
-        cache = deploy(self.engine, shape, 0, "fp8" if fp8_cache else "auto", device.memory_bytes).cache
-        return speed(shape, weights, self.sixteen, cache.sequence_bytes(half.context), how, device, half)
+        deployed = self.deployed(0, fp8_cache)
+        pass_tokens = self.engine.memory.pass_tokens(device.memory_bytes)
+        return speed(shape, weights, self.sixteen, deployed.sequence_bytes(half.context), how, device, half,
+                     deployed.ranks, pass_tokens)  # fmt: skip
+
+    def deployed(self, weights: int, fp8_cache: bool) -> Deployment:
+        kv_cache, device = "fp8" if fp8_cache else "auto", self.device
+        return deploy(self.engine, self.model.shape, weights, kv_cache, device.memory_bytes, device.count)
 
 
 def advise(
@@ -132,15 +152,15 @@ def advise(
 
     model      as `lowbit quantize` takes it (of a Hugging Face id only headers are fetched), a parsed config.json, or
                None for the shape of Llama 3.1 8B
-    hardware   a row of `lowbit.hardware.DEVICES` in any spelling, "this", or a Device
+    hardware   a row of `lowbit.hardware.DEVICES` in any spelling, several of them ("2xA100"), "this", or a Device
     engine     vllm, sglang, tensorrt-llm, llama.cpp, transformers; None: the usual one for the device
     goal       balanced (None), quality, speed, memory: `lowbit.advice.score.GOALS`
     workload   chat, serve, decode, prefill, finetune; None: serve with an engine that serves many, else chat
     context    tokens of a sequence at its end; caches are half full on average, and prompts are half as long
     batch      sequences at once; None: typical of the engine, 8 or 1
     kv_cache   "auto": 16 bits or FP8, whichever scores better; "fp8" or "bf16": only that
-    memory     bytes of the device, instead of the table's
-    price      dollars per hour of the device
+    memory     bytes of one card, instead of the table's
+    price      dollars per hour of one card; None: what `lowbit.hardware.table.PRICES` has for it, if anything
 
     UsageError for unknown or incompatible arguments, and the errors of opening the model.
     """
@@ -152,7 +172,9 @@ def advise(
     if finetune and not chosen.trains:
         raise UsageError(f"{chosen.name} does not train adapters", "leave --engine out: transformers does, with peft")
     load = Load(batch or chosen.batch, context, max(1, context // 2))
+    price = PRICES.get(device.name) if price is None else price
     with _open(model, options or OpenOptions()) as about:
+        chosen.refuse_ranks(about.shape, device)
         asked = _Question(about, device, chosen, find_goal(goal),
                           find_workload(workload or ("serve" if chosen.batch > 1 else "chat")), load, kv_cache,
                           price)  # fmt: skip
@@ -160,7 +182,7 @@ def advise(
         return Advice(
             about.name, about.billions, active_weights(about.shape) / 1e9, device, chosen.name, asked.goal,
             asked.workload, load, tuple(sorted(options_found, key=_rank)), without, _assumptions(asked, options_found),
-            (*about.notes, *_notes(asked)),
+            (*about.notes, *_notes(asked)), price,
         )  # fmt: skip
 
 
@@ -213,7 +235,8 @@ def _options(asked: _Question) -> tuple[list[Option], dict[str, str]]:
             without[scheme] = "no figure of its quality is known"
         else:
             try:
-                options += [_option(asked, scheme, how, expectation, basis, fp8) for fp8 in _caches(asked, how)]
+                options += [_option(asked, scheme, how, expectation, basis, fp8, first=place == 0)
+                            for place, fp8 in enumerate(_caches(asked, how))]  # fmt: skip
             except LowbitError as error:
                 without[scheme] = str(error)
     return options, without
@@ -221,24 +244,26 @@ def _options(asked: _Question) -> tuple[list[Option], dict[str, str]]:
 
 def _caches(asked: _Question, how: Support | None) -> list[bool]:
     """The choices of an FP8 KV cache to try."""
-    possible = "fp8" in asked.engine.memory.cache_types and asked.device.kind != "cpu" and not asked.finetune
+    possible = asked.engine.memory.keeps_fp8_cache(asked.model.shape, asked.device) is None and not asked.finetune
     if asked.kv_cache == "bf16" or not possible or how is None or not FORMATS[how.format or "float"].kv_cache:
         return [False]
     return [True] if asked.kv_cache == "fp8" else [False, True]
 
 
 def _option(
-    asked: _Question, scheme: str, how: Support | None, expectation: Expectation, basis: Speed, fp8_cache: bool
-) -> Option:
+    asked: _Question, scheme: str, how: Support | None, expectation: Expectation, basis: Speed, fp8_cache: bool,
+    first: bool,
+) -> Option:  # fmt: skip
     about, load, engine = asked.model, asked.load, asked.engine
     settings = None
     if how is not None and how.format is not None:
         settings = quantize_settings(scheme, how, fp8_cache, about.shape.max_positions)
-    weights = about.weights(scheme, settings)
+    weights = about.weights(scheme, settings, (engine, asked.ranks) if first else None)
     reached = asked.speed(weights, how, fp8_cache)
     memory, whole = asked.memory(weights, fp8_cache), asked.memory(asked.sixteen, False)
-    ratios = Ratios(reached.decode / basis.decode, reached.prefill / basis.prefill, whole.total / memory.total)
-    loss = expectation.loss + FP8_CACHE_LOSS * fp8_cache
+    ratios = Ratios(reached.decode / basis.decode, reached.prefill / basis.prefill, whole.chosen / memory.chosen)
+    cache_loss = FP8_CACHE_LOSS * fp8_cache
+    loss = expectation.loss + cache_loss
     output = quantize = serve = None
     if settings is not None:
         output = output_name(about.path, scheme, fp8_cache)
@@ -246,11 +271,13 @@ def _option(
         if asked.finetune:
             serve = engine.train.format(output=output)
         else:
-            serve = engine.serve_line(output, load.context, load.batch, fp8_cache)
-    per_million = None if asked.price is None else asked.price / 3600 * 1e6  # dollars · tokens/s
+            serve = engine.serve_line(output, load.context, load.batch, fp8_cache, asked.device.count)
+    price = asked.price
+    per_million = None if price is None else price * asked.device.count / 3600 * 1e6  # dollars · tokens/s
     return Option(
         scheme, how, fp8_cache, memory, reached, expectation, ratios, loss,
-        score(ratios, loss, asked.goal, asked.workload, expectation.scaled_from is not None),
+        score(ratios, expectation.loss, asked.goal, asked.workload, expectation.scaled_from is not None, cache_loss,
+              fp8_cache),
         reason_for(asked.device, how, memory, ratios, reached, loss, fp8_cache),
         output, settings, quantize, serve, how.instead if how is not None and how.format is None else None,
         None if per_million is None else per_million / reached.decode_all,
@@ -268,6 +295,17 @@ def _assumptions(asked: _Question, options: list[Option]) -> tuple[str, ...]:
     lines = [*ASSUMPTIONS, f"caches are half full on average and prompts {asked.load.prompt} tokens long"]
     if any(option.fp8_cache for option in options):
         lines.append(f"an FP8 cache costs {FP8_CACHE_LOSS} % ({FP8_CACHE_SOURCE})")
+    if asked.price is not None:
+        stated = PRICES.get(asked.device.name) == asked.price
+        lines.append(f"{asked.price:g} dollars an hour and card" + (f": {PRICE_SOURCE}" if stated else ""))
+    if asked.device.count > 1 and asked.ranks > 1:
+        link = f"{asked.device.link / 1e9:.3g} GB/s one way"
+        kind = "direct links" if asked.device.direct else "PCI Express 4.0"
+        lines.append(f"{asked.ranks} cards divide every matrix (tensor parallelism) and add up their parts over {kind} "
+                     f"of {link}, twice a layer")  # fmt: skip
+    elif asked.device.count > 1:
+        lines.append(f"{asked.device.count} cards hold whole layers and work one after the other: memory adds up, the "
+                     f"speed of one sequence is that of one card")  # fmt: skip
     if asked.finetune:
         lines.append(f"adapters of rank {ADAPTER_RANK} on every linear, with gradient checkpoints")
     return (*lines, *(asked.engine.memory.assumptions if not asked.finetune else ()))

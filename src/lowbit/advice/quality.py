@@ -56,6 +56,11 @@ class Expectation:
     source: str
     scaled_from: str | None = None
 
+    @property
+    def basis(self) -> str:
+        """ "published", or what it was scaled from; of 16 bits "exact"."""
+        return f"scaled from {self.scaled_from}" if self.scaled_from else "published" if self.source else "exact"
+
 
 _LLAMA3 = "Llama-3-8B"
 _SCOREBOARD = "github.com/ggml-org/llama.cpp, tools/perplexity/README.md, LLaMA 3 8b Scoreboard"

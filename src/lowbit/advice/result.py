@@ -28,6 +28,11 @@ class Memory:
         return self.weights + self.cache + self.overhead
 
     @property
+    def chosen(self) -> int:
+        """What the scheme decides."""
+        return self.weights + self.cache
+
+    @property
     def fits(self) -> bool:
         return self.total <= self.usable
 
@@ -80,6 +85,7 @@ class Advice:
     options      ranked, best first
     left_out     scheme → reason
     assumptions, notes   sentences
+    price        dollars per hour of one card; None if neither stated nor known
     """
 
     model: str
@@ -94,6 +100,7 @@ class Advice:
     left_out: dict[str, str]
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
+    price: float | None = None
 
     @property
     def best(self) -> Option:
@@ -111,12 +118,12 @@ def reason_for(
 ) -> str:  # fmt: skip
     """One sentence without full stop."""
     if not memory.fits:
-        total, more = (f"{count / 1e9:.3g} GB" for count in (memory.total, memory.total - memory.usable))
+        total, more = (f"{count / 1e9:.2g} GB" for count in (memory.total, memory.total - memory.usable))
         return f"needs {total}, {more} more than the engine can use of {device.label}"
     if how is None:
         return f"the original, for comparison: nothing is lost, and {reached.bound} bound its decoding"
-    sentence = (f"{_computes(device, how)}: decoding {ratios.decode:.1f} ×, prompts {ratios.prefill:.1f} × as fast as "
-                f"in 16 bits, {1 / ratios.memory:.0%} of the memory, expected loss {loss:.1f} %")  # fmt: skip
+    sentence = (f"{_computes(device, how)}: decoding {ratios.decode:.1f} ×, prompts {ratios.prefill:.1f} × as fast "
+                f"as in 16 bits, {1 / ratios.memory:.0%} of the bytes, expected loss {loss:.2g} %")  # fmt: skip
     if fp8_cache:
         sentence += "; half the KV cache"
     return f"{sentence}; {how.note}" if how.note else sentence

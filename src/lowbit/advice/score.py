@@ -1,16 +1,21 @@
 """The score that ranks schemes: the gain over 16 bits, less a penalty for the loss of quality.
 
-    score = gain − (loss / tolerance)² − GUESSED where the loss is scaled from another scheme's
+    score = gain − (loss / tolerance)³ − (loss of an FP8 cache / tolerance)³ − GUESSED − SECOND
 
     gain       decode · ln(tokens/s ÷ those of 16 bits) + prefill · ln(the same of prompts), weights by workload;
-               for goal memory, and for fine-tuning: ln(bytes of 16 bits ÷ bytes of the scheme)
-    loss       in percent, `quality.expected`, and what an FP8 cache adds
+               for goal memory, and for fine-tuning: ln(bytes of weights and cache in 16 bits ÷ those of the scheme)
+    loss       in percent, `quality.expected`
     tolerance  in percent, by goal: the loss that cancels a speed-up by e = 2.7
+    GUESSED    where the loss is scaled from another scheme's: a measured figure wins a tie
+    SECOND     with an FP8 cache: one more thing to calibrate and to go wrong, so it must be worth something
 
-GUESSED breaks ties in favour of measured figures. By the square, small losses hardly count and speed cannot compensate
-large ones. 16 bits scores 0. Schemes that fit the device come first, by score; then the others, smallest first. The
-tolerances were chosen so that the ranking agrees with the field's common advice (tests/advice/test_field_advice.py);
-they are not measured.
+Where memory is the gain, what loses no more than the tolerance is not penalized: the smallest of those wins, however
+little smaller it is.
+
+By the cube, small losses hardly count and speed cannot compensate large ones. The weights and the cache are judged
+apart: their errors add up, so the second is no worse for the first. 16 bits scores 0. Schemes that fit the device come
+first, by score; then the others, smallest first. Shares and tolerances were chosen so that the ranking agrees with the
+field's common advice (tests/advice/test_advice_matrix.py); they are not measured.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ from dataclasses import dataclass
 
 from lowbit.errors import UsageError
 
-GUESSED = 0.01
+GUESSED, SECOND = 0.03, 0.08
+POWER = 3
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,10 @@ class Goal:
 GOALS: dict[str, Goal] = {
     goal.name: goal
     for goal in (
-        Goal("balanced", 6.2, False, "speed and quality"),
-        Goal("quality", 3.6, False, "speed, as far as quality hardly suffers"),
-        Goal("speed", 14.0, False, "speed first"),
-        Goal("memory", 14.0, True, "the least memory that still makes sense"),
+        Goal("balanced", 5.2, False, "speed and quality"),
+        Goal("quality", 3.0, False, "speed, as far as quality hardly suffers"),
+        Goal("speed", 11.0, False, "speed first"),
+        Goal("memory", 5.0, True, "the least memory that still makes sense"),
     )
 }
 
@@ -59,7 +65,7 @@ WORKLOADS: dict[str, Workload] = {
     load.name: load
     for load in (
         Workload("chat", 1.0, 0.0, "one reader waits for each token: decoding"),
-        Workload("serve", 0.65, 0.35, "answers of several users: two thirds decoding, one third prompts"),
+        Workload("serve", 0.63, 0.37, "answers of several users: five parts decoding, three parts prompts"),
         Workload("decode", 1.0, 0.0, "long outputs: decoding"),
         Workload("prefill", 0.0, 1.0, "long prompts, short answers: the throughput of prompts"),
         Workload("finetune", 1.0, 0.0, "QLoRA: adapters are trained on frozen weights", by_memory=True),
@@ -83,17 +89,23 @@ def find_workload(name: str) -> Workload:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Against 16 bits: how many times quicker, and how many times fewer bytes."""
+    """Against 16 bits: how many times quicker, and how many times fewer bytes of weights and cache."""
 
     decode: float
     prefill: float
     memory: float
 
 
-def score(ratios: Ratios, loss: float, goal: Goal, workload: Workload, guessed: bool = False) -> float:
-    """See the module; loss in percent."""
+def score(
+    ratios: Ratios, loss: float, goal: Goal, workload: Workload, guessed: bool = False, cache_loss: float = 0.0,
+    second: bool = False,
+) -> float:  # fmt: skip
+    """See the module. loss, cache_loss: percent; second: the cache is quantized too."""
+    marks = GUESSED * guessed + SECOND * second
     if goal.by_memory or workload.by_memory:
-        gain = math.log(ratios.memory)
-    else:
-        gain = workload.decode * math.log(ratios.decode) + workload.prefill * math.log(ratios.prefill)
-    return gain - (loss / goal.tolerance) ** 2 - GUESSED * guessed
+        whole = loss + cache_loss
+        penalty = 0.0 if whole <= goal.tolerance else (whole / goal.tolerance) ** POWER
+        return math.log(ratios.memory) - penalty - marks / 100  # of equal bytes, the measured and the simpler one
+    speed = workload.decode * math.log(ratios.decode) + workload.prefill * math.log(ratios.prefill)
+    penalty = (loss / goal.tolerance) ** POWER + (cache_loss / goal.tolerance) ** POWER
+    return speed - penalty - marks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ def advise(
     hardware: Annotated[
         str,
         typer.Option(
-            help="A100-40GB, A100-80GB, H100, H200, B200, L4, L40S, RTX-4090, M2-Max …, or this: this machine."
+            help="A100-40GB, H100, RTX-4090, M2-Max …; 2xA100: several cards; A100,2xA100: compare; this: this machine."
         ),
     ] = "this",
     engine: Annotated[
@@ -43,8 +44,10 @@ def advise(
     context: Annotated[int, typer.Option(help="Context length in tokens.")] = 2048,
     batch: Annotated[int | None, typer.Option(help="Concurrent sequences. [default: 8 on servers, else 1]")] = None,
     kv_cache: Annotated[str, typer.Option(help="Dtype of the KV cache: auto, fp8 or bf16.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Device memory, if it differs from the table: 16GiB.")] = None,
-    price: Annotated[float | None, typer.Option(help="Device price in dollars per hour; adds cost per token.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of one card, if it differs from the table: 16GiB.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars per hour of one card. [default: the table's, where it has one]")
+    ] = None,
     all_options: Annotated[bool, typer.Option("--all", help="List every scheme, not only the first six.")] = False,
     run: Annotated[
         bool, typer.Option("--run", help="Quantize MODEL to the best scheme that lowbit can write.")
@@ -57,11 +60,18 @@ def advise(
     from lowbit.cli.console import print_json
     from lowbit.knobs import parse_bytes
 
-    _check(run, model, output)
-    answer = ask(
-        model, hardware=hardware, engine=engine, goal=goal, workload=workload, context=context, batch=batch,
-        kv_cache=kv_cache, memory=None if memory is None else parse_bytes(memory), price=price, options=options,
-    )  # fmt: skip
+    places = [place.strip() for place in hardware.split(",")]
+    _check(run, model, output, places)
+    answers = [
+        ask(
+            model, hardware=place, engine=engine, goal=goal, workload=workload, context=context, batch=batch,
+            kv_cache=kv_cache, memory=None if memory is None else parse_bytes(memory), price=price, options=options,
+        ) for place in places
+    ]  # fmt: skip
+    if len(answers) > 1:
+        print_json([_as_json(each) for each in answers]) if json else _print_compared(answers)
+        return
+    answer = answers[0]
     if json:
         print_json(_as_json(answer))
     else:
@@ -70,9 +80,13 @@ def advise(
         _run(answer, model, output, json, options)
 
 
-def _check(run: bool, model: str | None, output: Path | None) -> None:
+def _check(run: bool, model: str | None, output: Path | None, places: list[str]) -> None:
     from lowbit.errors import UsageError
 
+    if not all(places):
+        raise UsageError("--hardware has an empty entry", "give names with a comma between them: A100,2xA100")
+    if len(places) > 1 and run:
+        raise UsageError("--run takes the best scheme for one machine, but several were given", "give one --hardware")
     if run and model is None:
         raise UsageError("--run quantizes a model, but none was given", "give MODEL")
     if output is not None and not run:
@@ -107,7 +121,8 @@ def _print(answer: Advice, count: int) -> None:
     more = len(answer.options) - count
     _echo(
         "",
-        "memory: weights, cache and overhead; decode: of one sequence; loss: expected at 8 billion weights"
+        f"memory: weights, cache and overhead; decode: of one sequence; both speeds are upper bounds; loss: published "
+        f"at 8 billion weights, ~ scaled from another scheme by our own figures{_costs_note(answer)}"
         + (f"; {more} more schemes: --all" if more > 0 else ""),
     )
     echo("")
@@ -138,6 +153,43 @@ def _print_lines(answer: Advice) -> None:
         echo(f"{'load it:   ' if answer.workload.name == 'finetune' else 'serve it:  '}{best.serve}")
 
 
+def _costs_note(answer: Advice) -> str:
+    priced = answer.best.cost_output is not None
+    return f"; $/M: of a million tokens, at {answer.price:g} $ an hour and card" if priced else ""
+
+
+def _print_compared(answers: list[Advice]) -> None:
+    """For each machine the model in 16 bits, and the best scheme: memory, speed and cost beside each other."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from lowbit.cli.console import print_table, say
+    from lowbit.engines.engine import SIXTEEN
+
+    first = answers[0]
+    load = first.load
+    echo(f"{_first_line(first)}\n")
+    echo(f"goal {first.goal.name}, workload {first.workload.name}: {load.batch} × {load.context} tokens")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("hardware", "scheme"):
+        table.add_column(column, no_wrap=column == "scheme")
+    for column in ("memory", "fits", "decode", "all", "loss", "$/M out"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for answer in answers:
+        whole = answer.option(SIXTEEN)
+        for option in [answer.best] if whole in (None, answer.best) else [whole, answer.best]:
+            table.add_row(answer.device.label, option.label, _gigabytes(option.memory.total),
+                          "yes" if option.memory.fits else "no", f"{_rate(option.speed.decode)} tok/s",
+                          f"{_rate(option.speed.decode_all)} tok/s", _loss(option), _dollars(option))  # fmt: skip
+    print_table(table)
+    _echo("", "decode: of one sequence; all: of all together; both are upper bounds; $/M out: of a million tokens, at "
+              "the price of all cards")  # fmt: skip
+    for line in dict.fromkeys(line for answer in answers for line in answer.assumptions if "dollars an hour" in line):
+        _echo("", line)
+    for note in dict.fromkeys(note for answer in answers for note in answer.notes):
+        say(f"note: {note}")
+
+
 def _echo(label: str, text: str) -> None:
     """Prose, folded at the width of the terminal and indented below its label; commands are never folded."""
     import shutil
@@ -159,8 +211,6 @@ def _table(options: tuple[Option, ...]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes
-
     priced = any(option.cost_output is not None for option in options)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", justify="right")
@@ -169,21 +219,41 @@ def _table(options: tuple[Option, ...]) -> Any:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for place, option in enumerate(options, 1):
-        costs = (_dollars(option.cost_output), _dollars(option.cost_input)) if priced else ()
+        costs = (_dollars(option), rough(option.cost_input)) if priced else ()
         table.add_row(
-            str(place), option.label, human_bytes(option.memory.total), "yes" if option.memory.fits else "no",
-            f"{_rate(option.speed.decode)} tok/s", f"{_rate(option.speed.prefill)} tok/s", f"{option.loss:.1f} %",
+            str(place), option.label, _gigabytes(option.memory.total), "yes" if option.memory.fits else "no",
+            f"{_rate(option.speed.decode)} tok/s", f"{_rate(option.speed.prefill)} tok/s", _loss(option),
             *costs, "" if option.writable else "not by lowbit",
         )  # fmt: skip
     return table
 
 
+def _gigabytes(count: int) -> str:
+    """Bytes, as rough as assumptions about an engine are: "10 GB", "1.7 GB"."""
+    return f"{rough(count / 1e9)} GB"
+
+
 def _rate(tokens: float) -> str:
-    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+    return rough(tokens)
 
 
-def _dollars(amount: float | None) -> str:
-    return "" if amount is None else f"{amount:.3f}" if amount < 1 else f"{amount:.2f}"
+def _loss(option: Option) -> str:
+    return f"{'~' if option.expectation.scaled_from else ''}{rough(option.loss)} %"
+
+
+def _dollars(option: Option) -> str:
+    return "" if option.cost_output is None else rough(option.cost_output)
+
+
+def rough(value: float | None) -> str:
+    """Two significant digits: all that an upper bound, or a figure of another model, is good for."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    digits = 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, digits)
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:.{max(0, min(digits, 4))}f}"
 
 
 def _as_json(answer: Advice) -> dict[str, Any]:
@@ -194,11 +264,13 @@ def _as_json(answer: Advice) -> dict[str, Any]:
         "active_billions": answer.active_billions,
         "device": {
             "name": device.name, "label": device.label, "kind": device.kind, "memory_bytes": device.memory_bytes,
-            "bandwidth": device.bandwidth, "peak": dict(device.peak), "source": device.source, "note": device.note,
+            "count": device.count, "bandwidth": device.bandwidth, "peak": dict(device.peak), "source": device.source,
+            "note": device.note,
         },
         "engine": answer.engine,
         "goal": answer.goal.name,
         "workload": answer.workload.name,
+        "dollars_per_card_hour": answer.price,
         "batch": answer.load.batch,
         "context": answer.load.context,
         "options": [_option_as_json(option) for option in answer.options],
@@ -223,10 +295,11 @@ def _option_as_json(option: Option) -> dict[str, Any]:
         "decode_tokens_per_second_all": option.speed.decode_all,
         "prefill_tokens_per_second": option.speed.prefill,
         "decode_bound_by": option.speed.bound,
+        "speeds_are": "upper bound",
         "expected_loss_percent": option.loss,
         "quality": {
             "says": option.expectation.says, "model": option.expectation.model, "source": option.expectation.source,
-            "scaled_from": option.expectation.scaled_from,
+            "scaled_from": option.expectation.scaled_from, "is": option.expectation.basis,
         },
         "compute": None if how is None else how.compute,
         "fallback": how is not None and how.fallback,

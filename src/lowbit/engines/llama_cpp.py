@@ -19,7 +19,9 @@ _KINDS = ("cuda", "rocm", "metal", "cpu")
 class _GraphMemory(MemoryModel):
     """Its compute buffer is the graph of one micro-batch."""
 
-    def activations(self, shape: ModelShape, context: int, batch: int, memory: int | None = None) -> int:
+    def activations(
+        self, shape: ModelShape, context: int, batch: int, memory: int | None = None, ranks: int = 1
+    ) -> int:
         """tokens · (vocabulary + hidden) · logit_bytes, and the attention's mask, 6 bytes for tokens · context."""
         tokens = min(self.pass_tokens(memory) or context, context)
         return tokens * self.logit_bytes * (shape.vocab + shape.hidden) + 6 * tokens * context

@@ -155,7 +155,7 @@ def check_tensor_parallel(subject: Subject) -> Finding:
     """Which tensor-parallel sizes split every layer at whole groups. Only size 1 is required."""
     fits, notes, required = [], [], []
     for size in _TENSOR_PARALLEL:
-        problem = next(filter(None, (_split_problem(subject, linear, size) for linear in subject.decoder)), None)
+        problem = split_problem(subject, size)
         if problem is None:
             fits.append(str(size))
         else:
@@ -163,6 +163,11 @@ def check_tensor_parallel(subject: Subject) -> Finding:
             if size == 1:
                 required.append(problem)
     return Finding(required, "; ".join([f"tensor parallel sizes that fit: {', '.join(fits) or 'none'}", *notes]))
+
+
+def split_problem(subject: Subject, size: int) -> str | None:
+    """Why a tensor-parallel size does not split every layer at whole groups; None where it does."""
+    return next(filter(None, (_split_problem(subject, linear, size) for linear in subject.decoder)), None)
 
 
 def _split_problem(subject: Subject, linear: Linear, size: int) -> str | None:

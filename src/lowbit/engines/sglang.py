@@ -164,11 +164,12 @@ _MEMORY = MemoryModel(
         "KV cache: a sliding layer counts with every token, since SGLang bounds it for some models only; MLA keeps the "
         "latent",
     ),
-    bounds_windows=False,
+    bounds_windows=False, fp8_below_ada=(64, 128, 256),
+    fp8_below_ada_source="docs/advanced_features/attention_backend.md of SGLang: FlashInfer is the default there",
 )  # fmt: skip
 
 ENGINE = Engine(
     "sglang", "SGLang", ("cuda", "rocm"), _SUPPORT, _MEMORY, _LOADING,
     serve="python -m sglang.launch_server --model-path {output}", serve_load=" --context-length {context}",
-    serve_fp8_cache=" --kv-cache-dtype fp8_e4m3", batch=8,
+    serve_fp8_cache=" --kv-cache-dtype fp8_e4m3", serve_ranks=" --tp {ranks}", sharing="tensor", batch=8,
 )  # fmt: skip

@@ -103,10 +103,11 @@ _MEMORY = MemoryModel(
         "workspaces, a round number without a source",
         "KV cache: in blocks of 32 tokens; a sliding layer keeps its window; MLA keeps the latent",
     ),
-    token_block=32,
+    token_block=32,  # an FP8 cache on Ampere too: docs/source/features/quantization.md, Hardware Support Matrix
 )  # fmt: skip
 
 ENGINE = Engine(
     "tensorrt-llm", "TensorRT-LLM", ("cuda",), _SUPPORT, _MEMORY, _LOADING,
-    serve="trtllm-serve {output}", serve_load=" --max_seq_len {context}", batch=8,
+    serve="trtllm-serve {output}", serve_load=" --max_seq_len {context}", serve_ranks=" --tp_size {ranks}",
+    sharing="tensor", batch=8,
 )  # fmt: skip

@@ -268,7 +268,8 @@ _SUPPORT = (
     Support(FP8_SCHEMES, "16", _CT, f"compressed_tensors_w8a16_fp8.py, get_min_capability 75; {_FP8_DOCS}",
             least=e.TURING, most=e.BELOW_ADA, small_batch=MARLIN_BATCH, fallback=True),
     Support(("W4AFP8",), "fp8", _CT, "compressed_tensors_w4a8_fp8.py, 90; kernels/linear/mixed_precision/"
-            "cutlass.py takes capability 90 alone", least=e.HOPPER, most=e.BELOW_BLACKWELL, method="gptq"),
+            "cutlass.py takes capability 90 alone", least=e.HOPPER, most=e.BELOW_BLACKWELL, converts=True,
+            method="gptq"),
     Support(("NVFP4",), "fp4", _CT, _NVFP4_KERNELS, least=e.BLACKWELL, method="gptq"),
     Support(("NVFP4",), "16", _CT, _NVFP4_KERNELS, least=e.TURING, most=e.BELOW_BLACKWELL,
             small_batch=MARLIN_BATCH, fallback=True, method="gptq"),
@@ -309,10 +310,12 @@ _MEMORY = MemoryModel(
         "KV cache: in blocks of 16 tokens; a sliding layer keeps its window and two passes in flight "
         "(SlidingWindowSpec of vLLM 0.32); MLA keeps the latent",
     ),
-    token_block=16, slack_passes=2,
+    token_block=16, slack_passes=2, fp8_below_ada=(64, 128, 256),
+    fp8_below_ada_source="docs/design/attention_backends.md of vLLM: only FLASHINFER reads it there",
 )  # fmt: skip
 
 ENGINE = Engine(
     "vllm", "vLLM", ("cuda", "rocm", "cpu"), _SUPPORT, _MEMORY, _LOADING,
-    serve="vllm serve {output}", serve_load=" --max-model-len {context}", batch=8, suits="servers",
+    serve="vllm serve {output}", serve_load=" --max-model-len {context}",
+    serve_ranks=" --tensor-parallel-size {ranks}", sharing="tensor", batch=8, suits="servers",
 )  # fmt: skip

@@ -53,7 +53,7 @@ def estimate(
     context    tokens of a sequence; None: 8192, or what the model has
     engine     None: the one that the format is for
     kv_cache   type of the cache: auto (16 bits), fp8, q8_0 …; fp8 and fp8_per_head store scales where the format can
-    hardware   a device of `lowbit.hardware`; memory  bytes, in its place
+    hardware   a device of `lowbit.hardware`, or several: 2xA100; memory  bytes of one, in its place
     measure    measure the rates that times follow from, for a second or two, and once the program's own memory
     settings   the fields of `lowbit.settings.Settings`: scheme, method, group_size, samples …
 
@@ -94,16 +94,19 @@ def estimate(
             elif longest is not None and context > longest:
                 notes += (f"a context of {context} is more than the {longest} tokens that the model was made for",)
             name = (kv_cache or "auto").lower()
-            load = deploy(chosen, shape, files.bytes, name, size)
+            cards = 1 if device is None else device.count
+            if device is not None:
+                chosen.refuse_ranks(shape, device)
+            load = deploy(chosen, shape, files.bytes, name, size, cards)
             serving, kept = load.serving(context, batch), load.cache
             cache = Cache(
                 "16 bits" if name == "auto" else name, kept.bits, kept.bytes_per_token(), kept.growth(context),
-                kept.sequence_bytes(context), len(kept.layers), kept.bounded,
+                load.sequence_bytes(context), len(kept.layers), kept.bounded,
             )  # fmt: skip
             if size is not None:
                 label = f"{gigabytes(size)} of memory" if device is None else device.label
-                usable = chosen.memory.usable(size, device)
-                fit = fit_of(load, label, size, usable, context, batch, files.weights)
+                usable = chosen.memory.usable(size * cards, device)
+                fit = fit_of(load, label, size * cards, usable, context, batch, files.weights)
         elif size is not None:
             notes += ("whether it fits is not known: config.json says too little",)
         prepared.checkpoint.close()
@@ -154,7 +157,11 @@ def _assumptions(
     lines: tuple[str, ...] = ()
     model = engine.memory
     if serving is not None:
-        lines += ("weights: all on one device, as they lie in the files", *model.assumptions)
+        cards = 1 if device is None else device.count
+        where = "all on one device" if cards == 1 else f"divided among {cards} cards"
+        lines += (f"weights: {where}, as they lie in the files", *model.assumptions)
+        if cards > 1:
+            lines += (f"every one of the {cards} cards has activations and framework of its own",)
     if fit is not None and device is not None and device.usable_share < model.share:
         lines += (f"a program may use {device.usable_share:g} of the device's memory: {gigabytes(fit.usable)}",)
     elif fit is not None:

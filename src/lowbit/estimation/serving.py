@@ -138,20 +138,38 @@ def _layer(kind: str, shape: ModelShape, engine: Engine | None, memory: int | No
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model in an engine. weights: bytes; memory: bytes of the device, if known."""
+    """A model in an engine. weights: bytes; memory: bytes of one card, if known; cards: how many there are."""
 
     engine: Engine
     shape: ModelShape
     weights: int
     cache: KVCache
     memory: int | None = None
+    cards: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Cards that divide every matrix among them."""
+        return self.cards if self.engine.sharing == "tensor" else 1
+
+    @property
+    def copies(self) -> float:
+        """How often the cards together hold the cache: a head of keys is on one card at least, a latent on each."""
+        if self.shape.is_latent:
+            return float(self.ranks)
+        return max(1.0, self.ranks / self.shape.kv_heads)
+
+    def sequence_bytes(self, context: int) -> int:
+        """Bytes of the cache of one sequence, on all cards together."""
+        return round(self.cache.sequence_bytes(context) * self.copies)
 
     def serving(self, context: int, batch: int) -> Serving:
-        """Memory for `batch` sequences of `context` tokens."""
+        """Memory for `batch` sequences of `context` tokens, on all cards together."""
         model = self.engine.memory
+        activations = model.activations(self.shape, context, batch, self.memory, self.ranks)
         return Serving(
-            self.engine.name, context, batch, self.weights, batch * self.cache.sequence_bytes(context),
-            model.activations(self.shape, context, batch, self.memory), model.framework,
+            self.engine.name, context, batch, self.weights, batch * self.sequence_bytes(context),
+            self.cards * activations, self.cards * model.framework,
         )  # fmt: skip
 
     def largest_context(self, usable: int, batch: int) -> int:
@@ -164,10 +182,10 @@ class Deployment:
 
 
 def deploy(
-    engine: Engine, shape: ModelShape, weights: int, kv_cache: str = "auto", memory: int | None = None
+    engine: Engine, shape: ModelShape, weights: int, kv_cache: str = "auto", memory: int | None = None, cards: int = 1
 ) -> Deployment:
-    """A model with `weights` bytes on a device with `memory` bytes; kv_cache as in `cache_of`."""
-    return Deployment(engine, shape, weights, cache_of(shape, engine, kv_cache, memory), memory)
+    """A model with `weights` bytes on cards with `memory` bytes each; kv_cache as in `cache_of`."""
+    return Deployment(engine, shape, weights, cache_of(shape, engine, kv_cache, memory), memory, cards)
 
 
 def fit_of(

@@ -29,20 +29,26 @@ READ_BYTES = 512 * 1024 * 1024  # larger than the caches of anything sold; a qua
 _PRODUCT_SIDE = 1536
 _SECONDS_EACH = 0.25
 _MEMORY_TOLERANCE = 0.15
+_SEVERAL = re.compile(r"(\d{1,9})\s*[x×*]\s*(\D.*|\d{4}.*)", re.IGNORECASE)  # 2xA100, 4 × 4090
+_MOST_CARDS = 64
 # Words that say nothing which the rest of the name does not.
-_NOISE = ("nvidia", "geforce", "apple", "amd", "tensorcore", "gpu")
+_NOISE = ("nvidia", "geforce", "apple", "amd", "tensorcore", "gpu", "instinct")
 
 
 def find_device(name: str) -> Device:
     """The device called `name`, in any spelling: "H100", "rtx 4090", "NVIDIA A100 40GB", "M2 Max", "this", "cpu".
 
-    "this" and "cpu" measure for a second or two. UsageError names the nearest rows of the table.
+    "2xA100" is two of them. "this" and "cpu" measure for a second or two. UsageError names the nearest rows of the
+    table.
     """
+    several = _SEVERAL.fullmatch(name.strip())
+    if several is not None:
+        return _several(int(several[1]), several[2])
     typed = plain(name)
     if typed in ("this", "local", "cpu"):
         return this_processor() if typed == "cpu" else this_machine()
     known = {plain(row): row for row in DEVICES} | ALIASES
-    row = known.get(typed) or known.get(typed.removeprefix("rtx"))
+    row = known.get(typed) or known.get(typed.removeprefix("rtx")) or known.get(f"rtx{typed}")
     if row is not None:
         return DEVICES[row]
     near = list(dict.fromkeys(known[found] for found in difflib.get_close_matches(typed, known, n=5, cutoff=0.5)))[:3]
@@ -50,6 +56,15 @@ def find_device(name: str) -> Device:
         f"there is no device {name!r} in the table",
         f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(DEVICES)}, this, cpu",
     )
+
+
+def _several(count: int, name: str) -> Device:
+    device = find_device(name)
+    if not 1 <= count <= _MOST_CARDS:
+        raise UsageError(f"{count} cards are not something a model is served from", f"give 1 to {_MOST_CARDS}")
+    if count > 1 and device.kind in ("cpu", "metal"):
+        raise UsageError(f"{device.label} is not a card of which there are several", f"give {name} alone")
+    return device.times(count)
 
 
 def plain(name: str) -> str:

@@ -184,6 +184,12 @@ class FolderPlan(Plan):
 
     def complete(self, work: Path, checkpoint: Checkpoint) -> None:
         """Write config.json and the format's own JSON files; copy tokenizer, licence and the like."""
+        for name, content in self.json_files(checkpoint).items():
+            (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy_companions(checkpoint.folder, work)
+
+    def json_files(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """config.json and the format's own JSON files: name → content."""
         config = without_quantization(checkpoint.config())
         if config.get("dtype") == "float64" or config.get("torch_dtype") == "float64":
             config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
@@ -195,9 +201,7 @@ class FolderPlan(Plan):
         beside = self.exporter.companion_files(self.schemes, self.ignored)
         if self.kv_cache is not None:
             beside = state_kv_cache_beside(self.format.name, beside)
-        for name, content in ({"config.json": config} | beside).items():
-            (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        copy_companions(checkpoint.folder, work)
+        return {"config.json": config} | beside
 
     def inherited_rules(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The source's own tokenizer is copied as it is: none at all, or one with more tokens than the embedding."""
