@@ -22,7 +22,7 @@ _IF_UNKNOWN = 4 << 30  # bytes
 _COPIES_OF_A_LINEAR = 8
 _BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
 # Two streams, the attention output of each, and the inputs of the last linears of attention and MLP.
-_ARRAYS_OF_STATES = 6
+ARRAYS_OF_STATES = 6
 
 
 def states_memory(
@@ -44,7 +44,7 @@ def states_memory(
             f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); --max-memory allows {limit / 1e9:.2f} GB",
             "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
         )
-    return left // _ARRAYS_OF_STATES
+    return left // ARRAYS_OF_STATES
 
 
 def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool) -> dict[str, int]:
