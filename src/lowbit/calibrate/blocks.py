@@ -265,6 +265,15 @@ class BlockRunner:
         yield
         self._loader.drop(wanted)
 
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token; ArchitectureError for a model without a head."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ArchitectureError(f"{type(self.model).__name__} has no head that computes logits",
+                                    "its tokens cannot be weighed by a loss: take --hessian inputs")  # fmt: skip
+        return head.weight.shape[0]  # type: ignore[union-attr]
+
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The model's own logits [1, n, V] for outputs of `last_norm` [1, n, H] at tokens int64 [1, n]; inside
         `head_loaded`."""

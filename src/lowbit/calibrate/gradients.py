@@ -40,7 +40,8 @@ from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
 from lowbit.errors import ArchitectureError, NonFiniteError
 from lowbit.rounding.hessian import row_groups
 
-LOGIT_BYTES = 64 << 20  # of float32 logits at once; about four arrays of that size live together
+LOGIT_BYTES = 16 << 20  # of float32 logits at once
+_DRAWN = 256  # tokens of the vocabulary whose probabilities are summed at once
 PASSES = 3  # windows through a block, for the progress bar: forward, and twice as much for the pass back
 Tick = Callable[[int], None]
 
@@ -115,35 +116,52 @@ def _inputs_of_blocks(runner: BlockRunner, ids: Tensor, states: HiddenStates, me
 def _through_head(runner: BlockRunner, ids: Tensor, states: Tensor, generator: torch.Generator) -> None:
     """Replace the last hidden states [windows, T, width] by the gradient of the loss."""
     with runner.head_loaded():
+        blocks = -(-runner.vocabulary // _DRAWN)
+        step = max(1, LOGIT_BYTES // (4 * blocks * _DRAWN))
+        room = torch.empty(step, blocks, _DRAWN, device=runner.device)
         for batch in batches_of(ids):
             x = states[batch].to(runner.device).requires_grad_()
             with torch.enable_grad():
                 hidden = runner.last_norm(ids[batch], x)
-            flat, tokens = hidden.detach().flatten(0, 1), ids[batch].flatten()
-            slope, start, step = torch.empty_like(flat), 0, 1
-            while start < len(flat):
+            flat, tokens, slope = hidden.detach().flatten(0, 1), ids[batch].flatten(), torch.empty_like(hidden)
+            for start in range(0, len(flat), step):
                 now = slice(start, start + step)
-                slope[now], vocabulary = _loss_gradient(runner, tokens[now], flat[now], generator)
-                start, step = start + step, max(1, LOGIT_BYTES // (4 * vocabulary))
-            states[batch] = torch.autograd.grad(hidden, x, slope.view_as(hidden))[0]
+                slope.view_as(flat)[now] = _loss_gradient(runner, tokens[now], flat[now], room, generator)
+            states[batch] = torch.autograd.grad(hidden, x, slope)[0]
 
 
 def _loss_gradient(
-    runner: BlockRunner, tokens: Tensor, hidden: Tensor, generator: torch.Generator
-) -> tuple[Tensor, int]:
-    """(gradient of −log p(y), y drawn from p, at [n, H], size of the vocabulary)."""
+    runner: BlockRunner, tokens: Tensor, hidden: Tensor, room: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Gradient of −log p(y), y drawn from p, at outputs of the decoder [n, H].
+
+    room  float32 [n or more, blocks, _DRAWN]: memory for the logits, since new arrays of this size cost more time than
+          what is computed in them
+    """
     x = hidden[None].requires_grad_()
     with torch.enable_grad():
         logits = runner.logits(tokens[None], x)
-    slope = logits.detach()[0].float().softmax(dim=-1)
-    drawn = torch.rand(len(slope), 1, generator=generator).to(slope.device)
-    sums = slope.cumsum(dim=-1)
+    room, vocabulary = room[: len(hidden)], logits.shape[-1]
+    flat = room.flatten(1)
+    flat[:, :vocabulary], flat[:, vocabulary:] = logits.detach()[0], -torch.inf
+    flat.sub_(flat.amax(dim=1, keepdim=True)).exp_()
+    sums = room.sum(dim=2).cumsum(dim=1)
     if not torch.isfinite(sums[:, -1]).all():
         raise NonFiniteError("the logits of the unquantized model are not finite on the calibration text",
                              "compute in float32 (--compute float32), or check the checkpoint")  # fmt: skip
-    label = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp_(max=slope.shape[1] - 1)
-    slope.scatter_add_(1, label, torch.full_like(drawn, -1.0))
-    return torch.autograd.grad(logits, x, slope[None].to(logits.dtype))[0][0], slope.shape[1]
+    drawn = torch.rand(len(hidden), 1, generator=generator).to(flat.device) * sums[:, -1:]
+    label = _place_of(drawn, sums, room).clamp_(max=vocabulary - 1)
+    flat.div_(sums[:, -1:]).scatter_add_(1, label, torch.full_like(drawn, -1.0))
+    return torch.autograd.grad(logits, x, flat[None, :, :vocabulary].to(logits.dtype))[0][0]
+
+
+def _place_of(drawn: Tensor, sums: Tensor, values: Tensor) -> Tensor:
+    """Where running sums of `values` [n, blocks, width] pass `drawn` [n, 1]: int64 [n, 1]; `sums` [n, blocks] run over
+    blocks, so that only one block of each row is summed one by one."""
+    block = torch.searchsorted(sums, drawn).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inner = values[torch.arange(len(values), device=values.device), block[:, 0]].cumsum(dim=1)
+    return block * values.shape[2] + torch.searchsorted(inner, drawn - before).clamp_(max=values.shape[2] - 1)
 
 
 def _back_through(
@@ -193,8 +211,9 @@ def _back_through(
 
 def _mean_squares(slope: Tensor, groups: int) -> Tensor:
     """Mean of the squares of [tokens, N] over consecutive groups of channels; float32 [tokens, G]."""
-    parts = row_groups(slope.shape[1], groups)
-    return torch.stack([slope[:, part].float().square().mean(dim=1) for part in parts], dim=1)
+    norms = [torch.linalg.vector_norm(slope[:, part], dim=1, dtype=torch.float32) / (part.stop - part.start) ** 0.5
+             for part in row_groups(slope.shape[1], groups)]  # fmt: skip
+    return torch.stack(norms, dim=1).square_()
 
 
 @contextmanager

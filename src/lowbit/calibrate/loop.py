@@ -130,7 +130,13 @@ def calibrate(
     source = OverlaidCheckpoint(checkpoint, outside)
     job = Job(source, targets, dtypes, windows.ids, settings, run.device)
     memory = states_memory(
-        architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
+        architecture,
+        job.dtype,
+        job.compared_windows > 0,
+        bool(job.method.transforms),
+        run.max_memory,
+        max(job.weighed.values(), default=0),
+        windows.ids.numel(),
     )
     store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
     runner = BlockRunner(source, job.dtype, run.device, options, memory)
