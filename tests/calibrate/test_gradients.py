@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +14,7 @@ from lowbit.calibrate import loop
 from lowbit.calibrate.block_modules import BlockInput
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.gradients import TokenWeights, token_weights
+from lowbit.calibrate.memory import block_memory, weights_memory
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.calibrate.store import BlockStore
 from lowbit.checkpoint import open_checkpoint
@@ -141,7 +144,6 @@ def test_equal_weights_change_nothing():
     """One group in which every token counts 1 has the plain Hessian."""
     weight, stats = problem()
     whole = InputData(stats)
-    from dataclasses import replace
 
     own = InputData(replace(stats, weighted={"a": (stats,)})).of("a")
     target = target_of("W4A16", weight)
@@ -265,3 +267,33 @@ def test_methods_without_a_hessian_refuse_it(model, tmp_path):
 
     with pytest.raises(UsageError, match="--hessian guided is read only by GPTQ"):
         lowbit.quantize(model, tmp_path / "out", scheme="W4A16", hessian="guided")
+
+
+def test_memory_counts_a_hessian_for_every_group_of_rows(model):
+    """Attention: three readers of 64 columns and one of 64; MLP: two of 64 and one of 96."""
+    architecture = BlockRunner(open_checkpoint(model)).architecture
+    plain = block_memory(architecture, torch.float32, True, False)
+    guided = block_memory(architecture, torch.float32, True, False, groups=2)
+    assert plain["statistics of inputs"] == 4 * (2 * (64 * 64 + 96 * 96) + 3 * 96 * 96)
+    assert guided["statistics of inputs"] == 4 * (2 * 2 * (2 * 64 * 64 + 96 * 96) + 3 * 96 * 96)
+    assert guided["a batch of activations"] > plain["a batch of activations"]
+    assert weights_memory(architecture, 2, 1000) == 4 * 1000 * 7 * BLOCKS * 2
+    assert token_weights_bytes(weights_of(model, 2)) == weights_memory(architecture, 2, IDS.numel())
+
+
+def token_weights_bytes(found: TokenWeights) -> int:
+    return sum(values.nbytes for values in found.weights.values())
+
+
+def test_estimates_know_the_pass_back(model):
+    import lowbit
+
+    plain, guided = (
+        lowbit.estimate(model, scheme="W4A16", method="gptq", hessian=hessian, measure=False).run
+        for hessian in ("inputs", "guided")
+    )
+    assert "gradients" not in plain.work
+    assert guided.work["gradients"] > 0
+    assert guided.work["Hessians"] > plain.work["Hessians"]
+    assert guided.memory["weights of tokens"] == 4 * 128 * 512 * 7 * BLOCKS
+    assert guided.memory["hidden states"] >= plain.memory["hidden states"]

@@ -113,9 +113,6 @@ def peak_memory(
     states = hidden_state_bytes(settings, shape)
     if groups:
         parts["weights of tokens"] = weights_memory(architecture, groups, settings.samples * settings.seqlen)
-        # The inputs of all blocks at once come before the streams, and are gone when these are there.
-        kept = len(architecture.blocks) * settings.samples * settings.seqlen * shape.hidden * compute.itemsize
-        states = max(states, kept)
     if max_memory is not None:
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
     embedding = shape.vocab * shape.hidden * ((4 if from_gguf else 2) + compute.itemsize)
@@ -141,6 +138,8 @@ def hidden_state_bytes(settings: Settings, shape: ModelShape) -> int:
     # The input of the last linear is kept, except for experts and if transforms measure a whole MLP at once.
     last = 0 if shape.experts or (method.transforms and not method.rounding.needs_hessian) else shape.intermediate
     width = shape.hidden * (4 if two_streams(settings) else 2) + last
+    if settings.hessian_groups:  # the inputs of all blocks come before the streams, and are gone when these are there
+        width = max(width, shape.layers * shape.hidden)
     return settings.samples * settings.seqlen * width * dtype.itemsize
 
 
