@@ -157,6 +157,12 @@ class Settings(Table):
         dict[str, str],
         Knob("Another rounding (rtn, hqq, gptq) for matching linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
+    hessian: Annotated[
+        str,
+        Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the squared gradient of the loss "
+             "by the outputs of each linear), guided:4 (of four groups of its outputs)", METHODS, knobs.GPTQ, "WEIGHTS",
+             see="gptq.md#weights-of-tokens"),
+    ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
         Knob("GPTQ: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.GPTQ,
@@ -251,6 +257,17 @@ class Settings(Table):
     def _method(cls, text: str) -> str:
         return parse_method(text).name
 
+    @field_validator("hessian")
+    @classmethod
+    def _hessian(cls, text: str) -> str:
+        name, colon, groups = text.partition(":")
+        counted = groups.isdecimal() and int(groups) > 0
+        if text != "inputs" and (name != "guided" or (colon and not counted)):
+            raise UsageError(
+                f"there is no Hessian {text!r}", "give inputs, guided, or guided:4 for four groups of outputs"
+            )
+        return text
+
     @field_validator("method_overrides")
     @classmethod
     def _method_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
@@ -277,6 +294,11 @@ class Settings(Table):
         if value is not None and value < 1_000_000:
             raise UsageError(f"shard size {value} bytes is under 1 MB", "give it as 5GB or 500MB")
         return value
+
+    @property
+    def hessian_groups(self) -> int:
+        """Groups of output rows with a Hessian each, of tokens weighed by gradients; 0 if tokens count alike."""
+        return 0 if self.hessian == "inputs" else int(self.hessian.partition(":")[2] or 1)
 
     @property
     def bytes_per_shard(self) -> int:
@@ -448,7 +470,8 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
-        draws=learns or (reads_text and settings.calib is not None and not facts.in_order),
+        draws=learns
+        or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
         by_percentile=settings.range == "percentile",

@@ -11,7 +11,8 @@ them; only the modules of a format know its bit order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -251,6 +252,8 @@ class LayerStats:
     drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ: predicts x₀ − x from x, where x₀ is the same input in the
                                unquantized model; None if that model was not run
     mean      float32 [K]      mean x per channel, for bias correction; None otherwise
+    weighted  linear → for each group of its output rows, these statistics with `hessian` and `drift` of tokens that are
+              weighed by the gradient of the loss (`calibrate.gradients`); empty where every token counts alike
     """
 
     tokens: int
@@ -260,3 +263,4 @@ class LayerStats:
     hessian: Tensor | None = None
     drift: Tensor | None = None
     mean: Tensor | None = None
+    weighted: Mapping[str, tuple[LayerStats, ...]] = field(default_factory=dict)

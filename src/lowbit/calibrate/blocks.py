@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.heads import KnownOutput, decoder_replaced
 from lowbit.architecture.loading import Loader, module_names
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
@@ -240,13 +241,44 @@ class BlockRunner:
         self._loader.fill(self._is_outside)
         with torch.inference_mode():
             for batch in batches_of(ids):
-                behind = states.values[batch].to(self.device).unflatten(2, self._inner)
-                # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
-                returned = self._as_returned(behind)
-                with _standing_in(self.blocks, lambda index, call, returned=returned: returned):
-                    out = self._decoder(input_ids=ids[batch].to(self.device), use_cache=False)
-                yield out.last_hidden_state.reshape(-1, out.last_hidden_state.shape[-1])
+                out = self.last_norm(ids[batch], states.values[batch])
+                yield out.reshape(-1, out.shape[-1])
         self._loader.drop(self._is_outside)
+
+    def last_norm(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The decoder's output [windows, T, H] for last hidden states [windows, T, width]; the parameters outside the
+        blocks must be loaded."""
+        # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
+        returned = self._as_returned(hidden.to(self.device).unflatten(2, self._inner))
+        with _standing_in(self.blocks, lambda index, call: returned), _blamed_on(self.model):
+            return self._decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Inside, the parameters outside the blocks are loaded, the head among them."""
+        prefix = f"{self.model.base_model_prefix}."
+
+        def wanted(name: str) -> bool:
+            return self._is_outside(name) or not name.startswith(prefix)
+
+        self._loader.fill(wanted)
+        yield
+        self._loader.drop(wanted)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token; ArchitectureError for a model without a head."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ArchitectureError(f"{type(self.model).__name__} has no head that computes logits",
+                                    "its tokens cannot be weighed by a loss: take --hessian inputs")  # fmt: skip
+        return head.weight.shape[0]  # type: ignore[union-attr]
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The model's own logits [1, n, V] for outputs of `last_norm` [1, n, H] at tokens int64 [1, n]; inside
+        `head_loaded`."""
+        with decoder_replaced(self.model, KnownOutput(hidden)), _blamed_on(self.model):
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def through_last_norm(self, ids: Tensor, states: HiddenStates) -> HiddenStates:
         """`head_inputs` of all windows, [windows, T, H], written over `states` unless their width differs (OPT)."""

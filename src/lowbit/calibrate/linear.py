@@ -61,13 +61,16 @@ def linear_result(
 
 def _layer_errors(weight: Tensor, decoded: Tensor, target: Target, data: InputData) -> LayerErrors:
     """(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), the same of rounding to nearest), over at most `_ERROR_ROWS` evenly spaced rows; over
-    all rows if scales span them."""
+    all rows if scales span them. H as the rounding saw it; sums over the groups of rows with an H each."""
     if not data.has_hessian:
         return None, None
-    rows = slice(None, None, -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1)
-    weight, decoded = weight[rows], decoded[rows]
-    by_nearest = nearest(weight, target, data).decoded
-    energy = data.energy(weight)
+    step = -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1
+    energy = error = by_nearest = 0.0
+    for rows, part in data.by_rows(len(weight)):
+        w, w_decoded = weight[rows][::step], decoded[rows][::step]
+        energy += part.energy(w)
+        error += part.energy(w - w_decoded)
+        by_nearest += part.energy(w - nearest(w, target, part).decoded)
     if energy <= 0:
         return 0.0, 0.0
-    return data.energy(weight - decoded) / energy, data.energy(weight - by_nearest) / energy
+    return error / energy, by_nearest / energy

@@ -32,8 +32,9 @@ from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import load_tokenizer
 from lowbit.calibrate.block_modules import Block
 from lowbit.calibrate.blocks import BlockRunner, Progress
+from lowbit.calibrate.gradients import PASSES, TokenWeights, token_weights
 from lowbit.calibrate.identity import depends_on
-from lowbit.calibrate.memory import states_memory
+from lowbit.calibrate.memory import ARRAYS_OF_STATES, states_memory
 from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
@@ -152,7 +153,13 @@ def calibrate(
         widest = max(architecture.linears[name].shape[1] for name in targets)
         windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
     memory = states_memory(
-        architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
+        architecture,
+        job.dtype,
+        job.compared_windows > 0,
+        bool(job.method.transforms),
+        run.max_memory,
+        max(job.weighed.values(), default=0),
+        windows.ids.numel(),
     )
     store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
     runner = BlockRunner(source, job.dtype, run.device, options, memory)
@@ -160,14 +167,16 @@ def calibrate(
     if store.finished < len(runner.blocks):
         facts = model_facts(runner.architecture) if job.method.transforms else None
         per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
-        work.total = len(runner.blocks) * per_block
+        gradients = PASSES * len(runner.blocks) * len(job.ids) if job.weighed else 0
+        work.total = gradients + len(runner.blocks) * per_block
+        weights = _weights_of_tokens(checkpoint, job, options, store, memory, work) if job.weighed else None
         with work.timed("forward"):
             streams = Streams(runner, job.ids, job.compared_windows)
         kept_at = time.monotonic()
         for index in range(store.load_states(streams.all), len(runner.blocks)):
-            work.name, work.done = runner.blocks[index].name, index * per_block
+            work.name, work.done = runner.blocks[index].name, gradients + index * per_block
             work.tick(0)
-            block = CalibratedBlock(job, runner, index, streams, facts, work)
+            block = CalibratedBlock(job, runner, index, streams, facts, work, weights)
             if index < store.finished:
                 block.repeat(store)
                 continue
@@ -179,6 +188,28 @@ def calibrate(
         refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
     rewritten = {name: Replacement(partial(store.tensor, name), dtypes[name]) for name in store.rewritten()}
     return Calibrated(OverlaidCheckpoint(checkpoint, outside | rewritten), store, windows, work.seconds)
+
+
+def _weights_of_tokens(
+    checkpoint: Checkpoint, job: Job, options: OpenOptions, store: BlockStore, memory: int, work: Work
+) -> TokenWeights:
+    """The weights of an earlier run, or new ones: of the model as it was given, without what transforms rewrite."""
+    known = store.load_weights()
+    if known is not None:
+        return TokenWeights(*known)
+    work.name = "gradients"
+    with work.timed("gradients"):
+        runner = BlockRunner(checkpoint, job.dtype, job.device, options, memory)
+        weights = token_weights(runner, job.ids, job.weighed, job.settings.seed, memory * ARRAYS_OF_STATES, work.tick)
+    if not weights.weights and not job.settings.allow_fallback:
+        why = Counter(weights.missing.values()).most_common(3)
+        raise UsageError(
+            f"--hessian {job.settings.hessian} weighs the tokens of none of {len(job.weighed)} linears: "
+            f"{'; '.join(f'{reason} ({count} linears)' for reason, count in why)}",
+            "take --hessian inputs, or keep that with --allow-fallback",
+        )
+    store.save_weights(weights.weights, weights.missing)
+    return weights
 
 
 def _written(values: Tensor, dtype: torch.dtype) -> Replacement:

@@ -1,8 +1,10 @@
 """Memory of a calibrated run, and the share of it that hidden states may take.
 
     weights    the largest block in the compute dtype, twice if the unquantized stream runs too
-    products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored
+    products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored;
+               with weights of tokens, H (and C) of every group of rows of every linear
     rounding   eight float32 copies of the largest linear
+    gradients  with weights of tokens, before the first block: what autograd keeps of a batch of windows in one block
     rest       the interpreter with torch (resident now), a batch in flight
 
 Hidden states get the rest of the limit, and go to a file above it (`blocks.HiddenStates`).
@@ -21,22 +23,28 @@ _SHARE_OF_FREE = 0.8  # without --max-memory
 _IF_UNKNOWN = 4 << 30  # bytes
 _COPIES_OF_A_LINEAR = 8
 _BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
+_GRADIENTS = 3  # float32 arrays of a batch, of what the linears of a block take and make: norms and products between
 # Two streams, the attention output of each, and the inputs of the last linears of attention and MLP.
-_ARRAYS_OF_STATES = 6
+ARRAYS_OF_STATES = 6
 
 
 def states_memory(
-    architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool, max_memory: int | None
-) -> int:
+    architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool, max_memory: int | None,
+    groups: int = 0, tokens: int = 0,
+) -> int:  # fmt: skip
     """Bytes that one array of hidden states may take.
 
     rewrites    transforms hold all linears of a block in float32 at once
     max_memory  limit of the whole run in bytes; None: a share of the free memory
+    groups      of the rows of each linear with an H each; 0: one H for each input
+    tokens      of the calibration text, which then have weights
 
     UsageError if the rest alone exceeds the limit.
     """
     limit = max_memory or resident_memory() + int(_SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
-    needed = {"the program": resident_memory(), **block_memory(architecture, dtype, both_streams, rewrites)}
+    needed = {"the program": resident_memory(), **block_memory(architecture, dtype, both_streams, rewrites, groups)}
+    if groups:
+        needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
     if left < 0:
         shown = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needed.items())
@@ -44,13 +52,22 @@ def states_memory(
             f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); --max-memory allows {limit / 1e9:.2f} GB",
             "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
         )
-    return left // _ARRAYS_OF_STATES
+    return left // ARRAYS_OF_STATES
 
 
-def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool) -> dict[str, int]:
+def weights_memory(architecture: Architecture, groups: int, tokens: int) -> int:
+    """Bytes of the weights of all tokens (`calibrate.gradients`)."""
+    readers = sum(linear.block is not None and linear.expert is None for linear in architecture.linears.values())
+    return 4 * tokens * readers * groups
+
+
+def block_memory(
+    architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool, groups: int = 0
+) -> dict[str, int]:
     """Bytes of one block at a time, without hidden states and the program; arguments as above."""
     widest = largest = 0  # columns or rows; weights of one linear
     blocks: dict[int, int] = {}
+    channels: dict[int, int] = {}  # of a block: inputs and outputs of its linears, without experts
     inputs: dict[tuple[int, str], dict[str, int]] = {}  # of every child (attention, MLP): distinct input → its width
     for linear in architecture.linears.values():
         if linear.block is None:
@@ -60,7 +77,11 @@ def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: b
         blocks[linear.block] = blocks.get(linear.block, 0) + size
         if linear.reads is not None:
             child = linear.name.removeprefix(f"{architecture.blocks[linear.block]}.").partition(".")[0]
-            inputs.setdefault((linear.block, child), {})[linear.reads] = columns
+            plain = not groups or linear.expert is not None
+            for own in ("",) if plain else (f" of {linear.name}, group {group}" for group in range(min(groups, rows))):
+                inputs.setdefault((linear.block, child), {})[linear.reads + own] = columns
+        if linear.expert is None:
+            channels[linear.block] = channels.get(linear.block, 0) + rows + columns
     weights, squares, factored = max(blocks.values(), default=0), 0, 0
     for widths in inputs.values():
         squares = max(squares, sum(width * width for width in widths.values()))
@@ -69,5 +90,7 @@ def block_memory(architecture: Architecture, dtype: torch.dtype, both_streams: b
         "the weights of a block": weights * dtype.itemsize * (2 if both_streams else 1),
         "statistics of inputs": 4 * (squares * (2 if both_streams else 1) + 3 * factored * factored),
         "rounding": 4 * (_COPIES_OF_A_LINEAR * largest + (2 * weights if rewrites else 0)),
-        "a batch of activations": _BATCHES * BATCH_TOKENS * widest * 4,
-    }
+        "a batch of activations": 4 * BATCH_TOKENS * max(
+            _BATCHES * widest, _GRADIENTS * max(channels.values(), default=0) if groups else 0
+        ),
+    }  # fmt: skip

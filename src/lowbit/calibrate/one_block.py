@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner, Progress
+from lowbit.calibrate.gradients import TokenWeights
 from lowbit.calibrate.linear import linear_result, round_linear
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import Stage, by_child
@@ -65,6 +66,12 @@ class Job:
         if self.method.learned is not None:
             self.options[self.method.learned.name] = self.method.learned.options_of(settings)
             self.compared_windows = len(ids)
+        # Linear → groups of output rows with a Hessian each, of tokens weighed by the gradient of the loss.
+        self.weighed: dict[str, int] = {}
+        groups = settings.hessian_groups
+        if groups and self.needs_hessian:
+            self.weighed = {linear: groups if targets[linear].rows_are_apart else 1
+                            for linear, row in self.roundings.items() if row.needs_hessian}  # fmt: skip
         int8 = any(target.is_llm_int8 for target in targets.values())
         self.needs_channels = bool(self.method.transforms) or settings.bias_correction or int8
 
@@ -94,9 +101,9 @@ class CalibratedBlock:
     """One block while its linears are rounded."""
 
     def __init__(self, job: Job, runner: BlockRunner, index: int, streams: Streams, facts: ModelFacts | None,
-                 work: Work):  # fmt: skip
+                 work: Work, weights: TokenWeights | None = None):  # fmt: skip
         self.job, self.runner, self.index, self.streams = job, runner, index, streams
-        self.facts, self.work = facts, work
+        self.facts, self.work, self.weights = facts, work, weights
         self.linears = tuple(each for each in runner.architecture.linears.values() if each.block == index)
         self.tensors = StoredTensors(job.checkpoint, runner, index, {each.name: each for each in self.linears})
         self.rewritten: dict[str, Tensor] = {}
@@ -115,7 +122,9 @@ class CalibratedBlock:
         # Every stage sees the hidden states before this block; the quantized stream moves on only at the end.
         for stage in by_child(passes.stages) if job.measured else passes.stages:
             with work.timed("forward"):
-                stats = passes.measure(stage, work.tick, not job.measured)
+                # What transforms search with counts all tokens alike.
+                weights = None if job.measured else self.weights
+                stats = passes.measure(stage, work.tick, not job.measured, weights)
             if not job.before:  # channels of a rotated stream are no channels of the model
                 self.inputs |= summaries_of(stats, self.index, len(runner.blocks))
             passes.transformed(self._transform(stats, job.measured))
@@ -126,7 +135,7 @@ class CalibratedBlock:
             for part in passes.stages:
                 if part.child == stage.child:
                     with work.timed("forward"):
-                        stats = passes.measure(part, work.tick)
+                        stats = passes.measure(part, work.tick, weights=self.weights)
                     self._round_stage(part, stats)
         if job.method.learned is not None:
             with work.timed("learn"):
@@ -209,7 +218,11 @@ class CalibratedBlock:
                         )
                     target, rounding = self._target(linear), job.roundings[linear.name]
                     options = job.options[rounding.name]
-                    rounded, result = round_linear(weight, target, rounding, data, options, settings.expert_tokens)
+                    own = data.of(linear.name)
+                    rounded, result = round_linear(weight, target, rounding, own, options, settings.expert_tokens)
+                    if self.weights is not None and linear.name in self.weights.missing:
+                        note = f"its Hessian counts all tokens alike: {self.weights.missing[linear.name]}"
+                        result = replace(result, notes=(*result.notes, note))
                     self._keep(linear, rounded, result)
                     if settings.bias_correction:
                         self._correct_bias(linear, weight, data.stats)

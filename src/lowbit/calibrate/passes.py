@@ -18,12 +18,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibrate.block_modules import AllSeen, observed
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
+from lowbit.calibrate.gradients import TokenWeights
 from lowbit.calibrate.stages import ChildOutputs, Stage, find_idle, find_stages, replaced_forward
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.tensors import LayerStats
@@ -75,10 +77,13 @@ class BlockPasses:
         self._rewritten: set[str] = set()
 
     @torch.no_grad()
-    def measure(self, stage: Stage, tick: Tick, compare: bool = True) -> dict[str, LayerStats]:
+    def measure(
+        self, stage: Stage, tick: Tick, compare: bool = True, weights: TokenWeights | None = None
+    ) -> dict[str, LayerStats]:
         """Statistics of the inputs of a stage by name, without inputs that no token reached.
 
         compare  with the unquantized stream, if there is one; each stage is compared once, in order
+        weights  of the tokens, for the Hessians of the linears that have any
         """
         original = self._original if compare else None
         keeper = None if original is None else InputKeeper()
@@ -96,6 +101,8 @@ class BlockPasses:
             seen = observed(self.block, self.block.module, statistics, stage.inputs, True, self._all_experts)
             stack.enter_context(seen)
             for batch in batches:
+                if weights is not None:
+                    statistics.weights = partial(weights.of, batch=batch)
                 compared = original is not None and batch.start < self._streams.compared
                 if compared:
                     self._unquantized(stage, batch)

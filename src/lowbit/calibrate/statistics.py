@@ -15,6 +15,7 @@ Refused: NaN and inf in an input. An input that no token reached has no statisti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,25 +50,30 @@ class InputStatistics:
     channels     also absmax, mean |x| and mean x of every channel (AWQ, SmoothQuant); else they are 0
     unquantized  the same batch in the unquantized model; C sums over the inputs found there
     keep         if set, called with every input [tokens, K]
+    weights      if set, (input) → readers with weights of the batch's tokens, float32 [tokens, G]
     """
 
     def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None):
         self._dtype, self._channels, self._unquantized = dtype, channels, unquantized
         self._sums: dict[str, _Sums] = {}
         self.keep: Callable[[Tensor], None] | None = None
+        self.weights: Callable[[BlockInput], dict[str, Tensor]] | None = None
 
     def look(self, source: BlockInput, x: Tensor) -> None:
         if self.keep is not None:
             self.keep(x)
         if not len(x):
             return
+        weights = {} if self.weights is None else self.weights(source)
         sums = self._sums.get(source.name)
         if sums is None:
             crossed = self._unquantized is not None and source.expert is None
-            sums = self._sums[source.name] = _Sums(x.shape[1], self._channels, crossed, x.device)
+            groups = {name: each.shape[1] for name, each in weights.items()}
+            plain = not weights or any(linear.name not in weights for linear in source.linears)
+            sums = self._sums[source.name] = _Sums(x.shape[1], self._channels, crossed, plain, groups, x.device)
         original = None if self._unquantized is None else self._unquantized.inputs.get(source.name)
         with fast_products(self._dtype):
-            sums.add(x.float(), None if original is None else original - x)
+            sums.add(x.float(), None if original is None else original - x, weights)
 
     def finish(self, block: int) -> None:
         pass
@@ -76,7 +82,8 @@ class InputStatistics:
         """Solve for D: the remaining windows run in the quantized stream alone."""
         self._unquantized = None
         for sums in self._sums.values():
-            sums.solve_drift()
+            for products in sums.products:
+                products.solve_drift()
 
     def take(self) -> dict[str, LayerStats]:
         """Name of an input → its statistics; this object keeps none of them."""
@@ -84,25 +91,19 @@ class InputStatistics:
         return {name: each.statistics(name) for name, each in sums.items()}
 
 
-class _Sums:
-    def __init__(self, columns: int, channels: bool, cross: bool, device: torch.device):
-        zeros = partial(torch.zeros, dtype=torch.float32, device=device)
-        self.tokens, self.channels = 0, channels
-        self.absmax, self.absolute, self.values = zeros(3, columns)
-        self.hessian = zeros(columns, columns)
-        self.cross = zeros(columns, columns) if cross else None
+class _Products:
+    """H and C of one input, of tokens that count alike or have weights."""
+
+    def __init__(self, columns: int, cross: bool, device: torch.device):
+        zeros = partial(torch.zeros, columns, columns, dtype=torch.float32, device=device)
+        self.hessian = zeros()
+        self.cross = zeros() if cross else None
         self.drift: Tensor | None = None
 
     def add(self, x: Tensor, difference: Tensor | None) -> None:
-        self.tokens += len(x)
         _add_gram(self.hessian, x)
         if self.cross is not None and difference is not None:
             self.cross.addmm_(difference.float().t(), x)
-        if self.channels:
-            magnitude = x.abs()
-            torch.maximum(self.absmax, magnitude.amax(dim=0), out=self.absmax)
-            self.absolute += magnitude.sum(dim=0)
-            self.values += x.sum(dim=0)
 
     def solve_drift(self) -> None:
         """D from the sums so far; None if H has no Cholesky factor."""
@@ -119,13 +120,57 @@ class _Sums:
             self.drift = self.cross
         self.cross = None
 
-    def statistics(self, name: str) -> LayerStats:
-        for first in range(0, len(self.hessian), _TILE):  # mirror the upper tiles
+    def mirror(self) -> None:
+        """Complete the lower tiles of H."""
+        for first in range(0, len(self.hessian), _TILE):
             last = min(first + _TILE, len(self.hessian))
             self.hessian[last:, first:last] = self.hessian[first:last, last:].t()
             tile = self.hessian[first:last, first:last]
             tile.copy_((tile + tile.t()) / 2)
-        squares = self.hessian.diagonal().clone()
+
+
+class _Sums:
+    """The sums of one input.
+
+    plain   H of tokens that all count alike; None if every reader has weights
+    groups  reader with weights → its groups of output rows, which have an H each
+    """
+
+    def __init__(self, columns: int, channels: bool, cross: bool, plain: bool, groups: dict[str, int],
+                 device: torch.device):  # fmt: skip
+        self.tokens, self.channels = 0, channels
+        self.absmax, self.absolute, self.values = torch.zeros(3, columns, device=device)
+        self.squares = torch.zeros(columns, device=device)
+        products = partial(_Products, columns, cross, device)
+        self.plain = products() if plain else None
+        self.weighted = {name: [products() for _ in range(count)] for name, count in groups.items()}
+
+    @property
+    def products(self) -> list[_Products]:
+        """All of them."""
+        return [*([self.plain] if self.plain else []), *(one for each in self.weighted.values() for one in each)]
+
+    def add(self, x: Tensor, difference: Tensor | None, weights: dict[str, Tensor]) -> None:
+        self.tokens += len(x)
+        if self.plain is not None:
+            self.plain.add(x, difference)
+        else:
+            self.squares += x.square().sum(dim=0)
+        for name, products in self.weighted.items():
+            for one, root in zip(products, weights[name].to(x.device).sqrt().unbind(dim=1), strict=True):
+                root = root[:, None]
+                one.add(x * root, None if difference is None else difference * root)
+        if self.channels:
+            magnitude = x.abs()
+            torch.maximum(self.absmax, magnitude.amax(dim=0), out=self.absmax)
+            self.absolute += magnitude.sum(dim=0)
+            self.values += x.sum(dim=0)
+
+    def statistics(self, name: str) -> LayerStats:
+        for products in self.products:
+            products.mirror()
+        plain = self.plain
+        squares = self.squares if plain is None else plain.hessian.diagonal().clone()
         wrong = ~torch.isfinite(squares)
         if wrong.any():
             raise NonFiniteError(
@@ -135,10 +180,15 @@ class _Sums:
                 "with `lowbit evaluate`",
             )
         count = max(1, self.tokens)
-        return LayerStats(
-            self.tokens, self.absmax, squares / count, self.absolute / count, self.hessian, self.drift,
-            self.values / count,
+        stats = LayerStats(
+            self.tokens, self.absmax, squares / count, self.absolute / count, None if plain is None else plain.hessian,
+            None if plain is None else plain.drift, self.values / count,
         )  # fmt: skip
+        weighted = {
+            reader: tuple(replace(stats, hessian=one.hessian, drift=one.drift) for one in products)
+            for reader, products in self.weighted.items()
+        }
+        return replace(stats, weighted=weighted) if weighted else stats
 
 
 def _add_gram(hessian: Tensor, x: Tensor) -> None:

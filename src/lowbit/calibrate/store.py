@@ -6,6 +6,7 @@
         block-00003.safetensors   codes and scales (or ggml blocks) of its linears, tensors that transforms rewrote,
                                   and, in the header, its results for the report
         states-00007              hidden states before block 7, written now and then
+        token-weights.safetensors weights of tokens in the Hessians (`calibrate.gradients`), where the run has any
 
 Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
 last states and replays the blocks finished since; on the same machine its output equals an uninterrupted run's, byte
@@ -39,7 +40,10 @@ from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
-STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|states-\d{5})(\.partial)?")
+STORED = re.compile(
+    r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5})(\.partial)?"
+)
+_WEIGHTS = "token-weights.safetensors"
 _SHOWN = 4  # differences in a message
 _log = logging.getLogger("lowbit")
 
@@ -206,6 +210,22 @@ class BlockStore:
                     window.copy_(torch.frombuffer(bytearray(raw), dtype=window.dtype).reshape(window.shape))
         return int(found[-1].name.removeprefix("states-"))
 
+    def save_weights(self, weights: dict[str, Tensor], missing: dict[str, str]) -> None:
+        """Write the weights of tokens by linear, and why others have none."""
+        beside = self.folder / f"{_WEIGHTS}.partial"
+        save_file({name: values.contiguous() for name, values in weights.items()}, beside,
+                  metadata={"missing": json.dumps(missing)})  # fmt: skip
+        self._keep(beside, self.folder / _WEIGHTS)
+
+    def load_weights(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What `save_weights` wrote; None if there is nothing sound."""
+        path = self.folder / _WEIGHTS
+        if not self._is_sound(path):
+            return None
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return weights, json.loads(file.metadata()["missing"])
+
     def remove(self) -> None:
         """Delete the files, once the output is complete; and the folder, unless something else lies in it."""
         for path in self._files():
@@ -219,7 +239,7 @@ class BlockStore:
         if foreign:
             raise OutputError(f"{self.folder} holds what lowbit did not write: {', '.join(foreign[:3])}",
                               "move it elsewhere, or choose another name with -o")  # fmt: skip
-        blocks = [path for path in self._files() if path.suffix == ".safetensors"]
+        blocks = [path for path in self._files() if path.name.startswith("block-")]
         if blocks:
             _log.warning("%d finished blocks of an earlier run are removed; --resume would have gone on from them",
                          len(blocks))  # fmt: skip
@@ -257,8 +277,10 @@ class BlockStore:
             return False
         sound = self._sums.get(path.name) == _sha256(path)
         if not sound:
-            _log.warning("%s is damaged: %s", path, "hidden states are computed again" if "states" in path.name else
-                         "its block, and those after it, are done again")  # fmt: skip
+            again = ("hidden states are computed again" if "states" in path.name else
+                     "the weights of tokens are computed again" if path.name == _WEIGHTS else
+                     "its block, and those after it, are done again")  # fmt: skip
+            _log.warning("%s is damaged: %s", path, again)
         return sound
 
     def _file(self, index: int) -> Path:

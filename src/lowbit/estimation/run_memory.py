@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowbit.architecture.shape import ModelShape, shape_of, shape_of_gguf
-from lowbit.calibrate.memory import block_memory
+from lowbit.calibrate.memory import block_memory, weights_memory
 from lowbit.checkpoint.base import cache_root
 from lowbit.errors import ArchitectureError, LowbitError
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES
@@ -108,8 +108,11 @@ def peak_memory(
     if not settings.is_blockwise or shape is None or architecture is None:
         return parts | writing
     rewrites, compute = bool(parse_method(settings.method).transforms), compute_dtype(settings.compute)
-    block = block_memory(architecture, compute, two_streams(settings), rewrites)
+    groups = settings.hessian_groups
+    block = block_memory(architecture, compute, two_streams(settings), rewrites, groups)
     states = hidden_state_bytes(settings, shape)
+    if groups:
+        parts["weights of tokens"] = weights_memory(architecture, groups, settings.samples * settings.seqlen)
     if max_memory is not None:
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
     embedding = shape.vocab * shape.hidden * ((4 if from_gguf else 2) + compute.itemsize)
@@ -135,6 +138,8 @@ def hidden_state_bytes(settings: Settings, shape: ModelShape) -> int:
     # The input of the last linear is kept, except for experts and if transforms measure a whole MLP at once.
     last = 0 if shape.experts or (method.transforms and not method.rounding.needs_hessian) else shape.intermediate
     width = shape.hidden * (4 if two_streams(settings) else 2) + last
+    if settings.hessian_groups:  # the inputs of all blocks come before the streams, and are gone when these are there
+        width = max(width, shape.layers * shape.hidden)
     return settings.samples * settings.seqlen * width * dtype.itemsize
 
 

@@ -7,7 +7,9 @@ Work is counted, in bytes, weights and operations, and divided by rates. Operati
 linear [N, K]:
 
     forward     2 N K T · passes      one in the quantized stream, two with transforms; one in the unquantized stream
-    Hessian     K² T per input, and 2 K² T for the difference to the unquantized stream
+    Hessian     K² T per input, and 2 K² T for the difference to the unquantized stream; with weights of tokens, per
+                linear and group of rows
+    gradients   with weights of tokens: three passes, and three times the head
     GPTQ        N K², at a rate of its own: updates of later columns, a sweep of refinement, the errors reported
 
 Rates are constants, or measured in under two seconds:
@@ -108,18 +110,24 @@ def _calibration(
     linears = [linear for linear in architecture.linears.values() if linear.block is not None]
     two = two_streams(settings)
     passes = 1 + two + bool(settings.is_blockwise and method.transforms)
-    products = gram = feedback = 0.0
+    products = gram = feedback = gradients = 0.0
+    groups = settings.hessian_groups
     seen: set[str] = set()
     for linear in linears:
         rows, columns = linear.shape
         share = 1.0 if linear.expert is None or not shape.experts else shape.experts_per_token / shape.experts
         products += 2 * rows * columns * tokens * passes * share
-        if settings.is_blockwise and linear.reads is not None and linear.reads not in seen:
+        weighed = groups if linear.expert is None else 0
+        gradients += 2 * rows * columns * tokens * share * 3 if groups else 0
+        if settings.is_blockwise and linear.reads is not None and (weighed or linear.reads not in seen):
             seen.add(linear.reads)
-            gram += columns**2 * tokens * share * (3 if two else 1)
+            gram += columns**2 * tokens * share * (3 if two else 1) * max(1, weighed)
         feedback += rows * columns**2 if method.rounding.needs_hessian else 0
     per_second = rates.products * threads * _EFFICIENCY
     work = {"forward": products / per_second}
+    if groups:
+        gradients += 2 * shape.vocab * shape.hidden * tokens * 3
+        work["gradients"] = gradients / per_second
     if settings.is_blockwise:
         work |= {"Hessians": gram / per_second, "rounding with feedback": feedback / FEEDBACK / threads}
     if method.learned:  # forward and backward of a batch of 8 windows, for every step

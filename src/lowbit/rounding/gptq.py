@@ -94,16 +94,41 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     """Round a weight, float32 [N, K], to `target`; `data` holds the statistics of its input."""
     options = options or GPTQOptions()
     target = target if options.search is None else target.with_search(options.search)
-    hessian = data.hessian(options.damping, options.shrinkage)
     weight = weight.detach().to(torch.float32)
+    groups = [(rows, part.hessian(options.damping, options.shrinkage)) for rows, part in data.by_rows(len(weight))]
     if target.holds_floats:
         return replace(target.nearest(weight), fell_back=True)
+    slabs: list[_Slab] = []
+    for rows, hessian in groups:
+        found = _round_group(weight[rows], target, hessian, options)
+        if found is None:
+            note = "rounded to nearest: the Hessian has no inverse at any damping"
+            return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
+        slabs += found
+    decoded = torch.cat([slab.decoded for slab in slabs])
+    codes = torch.cat([slab.codes for slab in slabs])
+    damping = max(slab.damping for slab in slabs)
+    notes = () if damping <= options.damping else (f"damping raised to {damping:g}",)
+    return Rounded(target.with_codes([slab.fitted for slab in slabs], codes), decoded, notes)
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Some rows after rounding, in storage order: decoded [n, K], codes, params by run, and the damping used."""
+
+    decoded: Tensor
+    codes: Tensor
+    fitted: list[Any]
+    damping: float
+
+
+def _round_group(weight: Tensor, target: Target, hessian: PreparedHessian, options: GPTQOptions) -> list[_Slab] | None:
+    """Round the rows that share a Hessian; None if it has no factor."""
     columns, each = weight.shape[1], target.columns_per_code
     run = target.columns_per_fit(columns, options.scales)
     factor = hessian.factor(run if run < columns else each, each, options.act_order)
     if factor is None:
-        note = "rounded to nearest: the Hessian has no inverse at any damping"
-        return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
+        return None
     order, runs = factor.order, _runs(factor.order, run)
     weighting = _weighting(hessian, factor, options)
     descent = hessian.descent(factor) if options.refine and each == 1 else None
@@ -124,12 +149,13 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     corrected = hessian.corrected(weight, options.correction)
     threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     one_slab = threads == 1 or weight.device.type != "cpu"
-    slabs = [round_rows(corrected)] if one_slab else _in_threads(round_rows, corrected.chunk(threads))
-    decoded = torch.cat([rows.decoded for rows in slabs]).index_select(1, order.argsort())
-    codes = torch.cat([rows.codes for rows in slabs]).index_select(1, (order[::each] // each).argsort())
-    fitted = [[rows.fitted[first] for first in sorted(rows.fitted)] for rows in slabs]
-    notes = () if factor.damping <= options.damping else (f"damping raised to {factor.damping:g}",)
-    return Rounded(target.with_codes(fitted, codes), decoded, notes)
+    done = [round_rows(corrected)] if one_slab else _in_threads(round_rows, corrected.chunk(threads))
+    stored, stored_codes = order.argsort(), (order[::each] // each).argsort()
+    return [
+        _Slab(rows.decoded.index_select(1, stored), rows.codes.index_select(1, stored_codes),
+              [rows.fitted[first] for first in sorted(rows.fitted)], factor.damping)
+        for rows in done
+    ]  # fmt: skip
 
 
 def _runs(order: Tensor, run: int) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,9 +52,14 @@ _WORTH_A_THREAD = 1 << 25  # multiplications
 
 @dataclass
 class InputData:
-    """The statistics of one input (None if no token reached it), with the Hessians that its readers share."""
+    """The statistics of one input (None if no token reached it), with the Hessians that its readers share.
+
+    parts  where groups of output rows have Hessians of their own (`row_groups`): one for each; empty otherwise. `stats`
+           is then that of the first
+    """
 
     stats: LayerStats | None = None
+    parts: tuple[InputData, ...] = ()
     _hessians: dict[tuple[float, float], PreparedHessian] = field(default_factory=dict)
     _factor: Tensor | None = None
 
@@ -78,6 +84,18 @@ class InputData:
             assert self.stats is not None, "error feedback needs the statistics of the input"
             self._hessians[key] = prepare(self.stats, damping, shrinkage)
         return self._hessians[key]
+
+    def of(self, linear: str) -> InputData:
+        """The data of one reader: itself, or what was weighed for this linear."""
+        weighted = () if self.stats is None else self.stats.weighted.get(linear, ())
+        parts = tuple(InputData(stats) for stats in weighted)
+        return InputData(parts[0].stats, parts if len(parts) > 1 else ()) if parts else self
+
+    def by_rows(self, rows: int) -> list[tuple[slice, InputData]]:
+        """The rows of a weight that share a Hessian, with their data."""
+        if not self.parts:
+            return [(slice(0, rows), self)]
+        return list(zip(row_groups(rows, len(self.parts)), self.parts, strict=True))
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H Wᵀ); products in bfloat16 on hardware with fast bfloat16: good to a percent."""
@@ -215,6 +233,13 @@ def prepare(stats: LayerStats, damping: float = 0.01, shrinkage: float = 0.0) ->
     live = diagonal[~dead]
     mean = live.double().mean().item() if live.numel() else 1.0
     return PreparedHessian(hessian, diagonal, dead, mean, damping, stats.drift, shrinkage)
+
+
+def row_groups(rows: int, groups: int) -> list[slice]:
+    """Consecutive rows in groups as equal as can be; no more groups than rows."""
+    groups = min(groups, rows)
+    edges = [rows * index // groups for index in range(groups + 1)]
+    return [slice(first, last) for first, last in pairwise(edges)]
 
 
 def _factor_of(order: Tensor, root: Tensor, step: int, damping: float) -> Factor | None:

@@ -1,0 +1,46 @@
+"""The head of a model by itself: the model's own `forward` behind a decoder whose output is already known."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class KnownOutput:
+    """A decoder's output with a known last hidden state [1, T, H]; other parts (caches, attentions, router logits) are
+    None."""
+
+    def __init__(self, last_hidden_state: Tensor):
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def inner_decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the decoder blocks: the model's base, or its decoder (OPT, vision models)."""
+    base: Any = model.base_model
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
+@contextlib.contextmanager
+def decoder_replaced(model: PreTrainedModel, output: object) -> Iterator[None]:
+    """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
+    decoders = {model.base_model, inner_decoder(model)}
+    for decoder in decoders:
+        decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for decoder in decoders:
+            del decoder.forward
