@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.architecture.loading import Loader, module_names
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
@@ -235,17 +236,40 @@ class BlockRunner:
                 "give fewer --samples, a shorter --seqlen, or more --max-memory",
             )
 
+    def load_outside(self) -> None:
+        """Read everything outside the blocks: embeddings, last norm and head."""
+        self._loader.fill(lambda name: not self._is_inside(name))
+
+    def watch(self, names: Collection[str]) -> None:
+        """Have loaded tensors, by stored name, collect the gradients that `take_gradients` gives."""
+        self._loader.watch(names)
+
+    def take_gradients(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Stored name → gradient, in the file's orientation, where there is one; the next ones begin at zero."""
+        return self._loader.take_gradients(names)
+
+    def behind_blocks(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The input of the output head, [windows, T, H'], for hidden states behind the last block; everything outside
+        the blocks is loaded."""
+        behind = hidden.to(self.device).unflatten(2, self._inner)
+        # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
+        returned = self._as_returned(behind)
+        with _standing_in(self.blocks, lambda index, call: returned):
+            return self._decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+
+    def logits(self, head_inputs: Tensor) -> Tensor:
+        """[tokens, V] of inputs of the head [tokens, H'], which is loaded; soft-capped and scaled as the model does."""
+        ids = torch.zeros((1, len(head_inputs)), dtype=torch.long, device=self.device)
+        with without_decoder(self.model, KeptOutput(head_inputs[None])), _blamed_on(self.model):
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
     def head_inputs(self, ids: Tensor, states: HiddenStates) -> Iterator[Tensor]:
         """The input of the output head, [tokens, H] for a batch of windows at a time; `states` come from `run`."""
         self._loader.fill(self._is_outside)
         with torch.inference_mode():
             for batch in batches_of(ids):
-                behind = states.values[batch].to(self.device).unflatten(2, self._inner)
-                # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
-                returned = self._as_returned(behind)
-                with _standing_in(self.blocks, lambda index, call, returned=returned: returned):
-                    out = self._decoder(input_ids=ids[batch].to(self.device), use_cache=False)
-                yield out.last_hidden_state.reshape(-1, out.last_hidden_state.shape[-1])
+                out = self.behind_blocks(ids[batch], states.values[batch])
+                yield out.reshape(-1, out.shape[-1])
         self._loader.drop(self._is_outside)
 
     def through_last_norm(self, ids: Tensor, states: HiddenStates) -> HiddenStates:
@@ -297,8 +321,11 @@ class BlockRunner:
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""
         decoder = f"{self._decoder_name}." if self._decoder_name else ""
-        blocks = self.blocks[0].name.rpartition(".")[0] + "."
-        return name.startswith(decoder) and not name.startswith(blocks)
+        return name.startswith(decoder) and not self._is_inside(name)
+
+    def _is_inside(self, name: str) -> bool:
+        """True for parameters of blocks."""
+        return name.startswith(self.blocks[0].name.rpartition(".")[0] + ".")
 
 
 class _Captured(Exception):

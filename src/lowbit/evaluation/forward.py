@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Runner:
         device = self._head.weight.device
         ids = windows[index : index + 1].to(device)
         if self.head_inputs is not None:
-            return Decoded(self, ids, _KeptOutput(self.head_inputs[index : index + 1].to(device)))
+            return Decoded(self, ids, KeptOutput(self.head_inputs[index : index + 1].to(device)))
         with self.context():
             return Decoded(self, ids, self.model.base_model(input_ids=ids, use_cache=False))  # type: ignore[operator]
 
@@ -66,21 +67,6 @@ class Runner:
         return head  # type: ignore[return-value]
 
 
-class _KeptOutput:
-    """A decoder's output with a known last hidden state [1, T, H]; other parts (caches, attentions, router logits) are
-    None."""
-
-    def __init__(self, last_hidden_state: Tensor):
-        self.last_hidden_state = last_hidden_state
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
 @dataclass(frozen=True)
 class Decoded:
     """A window after the decoder, before the head."""
@@ -93,7 +79,7 @@ class Decoded:
         """Log-softmax of the logits at some positions, float32 [len(positions), V]."""
         model: Any = self.runner.model
         keep = torch.arange(positions.start, positions.stop, device=self.ids.device)
-        with self.runner.context(), _standing_in(model, self.output):
+        with self.runner.context(), without_decoder(model, self.output):
             logits = model(input_ids=self.ids, use_cache=False, logits_to_keep=keep).logits
         return logits[0].to(torch.float32).log_softmax(-1)
 
@@ -103,22 +89,3 @@ def slices(positions: range, vocabulary: int) -> Iterator[range]:
     size = max(1, LOGIT_BYTES // (4 * vocabulary))
     for start in range(positions.start, positions.stop, size):
         yield range(start, min(start + size, positions.stop))
-
-
-def inner_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the decoder blocks: the model's base, or its decoder (OPT, vision models)."""
-    base: Any = model.base_model
-    return base.get_decoder() if hasattr(base, "get_decoder") else base
-
-
-@contextlib.contextmanager
-def _standing_in(model: PreTrainedModel, output: object) -> Iterator[None]:
-    """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
-    decoders = {model.base_model, inner_decoder(model)}
-    for decoder in decoders:
-        decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for decoder in decoders:
-            del decoder.forward

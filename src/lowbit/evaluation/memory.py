@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lowbit.architecture.head import inner_decoder
 from lowbit.errors import UsageError
-from lowbit.evaluation.forward import inner_decoder
 from lowbit.measure import available_memory, resident_memory
 
 if TYPE_CHECKING:

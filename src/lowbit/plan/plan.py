@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lowbit.calibrate.input_ranges import Ranges
     from lowbit.calibrate.loop import Calibrated
     from lowbit.calibrate.store import BlockStore
+    from lowbit.distillation.descent import Distilled
 
 SLAB_WEIGHTS = 2_000_000  # about the weights that a worker thread holds
 Progress = Callable[[str, int, int], None]  # (name, bytes done, bytes in all)
@@ -396,6 +397,7 @@ class Prepared:
     plan_again   plans the same model with other settings
     calibration  the text, after one was run
     calibrated   the codes of blockwise methods, after calibration
+    distilled    what a distillation learned, after it
     """
 
     checkpoint: Checkpoint
@@ -406,6 +408,7 @@ class Prepared:
     source: str = ""
     calibration: CalibrationText | None = None
     calibrated: Calibrated | None = None
+    distilled: Distilled | None = None
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:
