@@ -21,7 +21,7 @@ from lowbit.errors import UsageError
 
 # Sections of `lowbit quantize --help`, in order; the first holds the options that most people need.
 MAKE, STORE, CALIBRATION, METHODS, GGUF_PANEL, RUNNING, TRUST = PANELS = (
-    "What to make", "Scales and files", "Calibration", "GPTQ and sign-SGD", "GGUF", "Running", "Trust"
+    "What to make", "Scales and files", "Calibration", "GPTQ, sign-SGD and distillation", "GGUF", "Running", "Trust"
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class Facts:
     blockwise      runs a text through the model, block by block, for `roundings` or transforms
     roundings      of the method and its overrides
     learns         optimises blocks by sign-SGD
+    distills       learns scales of the whole model
     corrects       GPTQ corrects errors of the rounded prefix
     static         some scheme stores static activation scales
     reads_text     runs a text through the model, other than for an importance matrix
@@ -60,6 +61,7 @@ class Facts:
     blockwise: bool = False
     roundings: frozenset[str] = frozenset({"rtn"})
     learns: bool = False
+    distills: bool = False
     corrects: bool = True
     static: bool = False
     reads_text: bool = False
@@ -106,9 +108,8 @@ READS_TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such 
                     lambda run: run.reads_text)  # fmt: skip
 TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, --kv-cache, or --imatrix measure for "
               "GGUF uses it", lambda run: run.reads_text or run.measures)  # fmt: skip
-DRAWS = Reader("sign-SGD, --hessian guided, and runs that sample rows of --calib",
-               "--method sign-sgd or --calib c4 uses it",
-               lambda run: run.draws)  # fmt: skip
+DRAWS = Reader("sign-SGD, distillation, --hessian guided, and runs that sample rows of --calib",
+               "--method sign-sgd or --calib c4 uses it", lambda run: run.draws)  # fmt: skip
 BLOCKWISE = Reader("methods that run a text block by block", "--method gptq, awq, smoothquant or sign-sgd uses it",
                    lambda run: run.blockwise)  # fmt: skip
 MEMORY = Reader(BLOCKWISE.who, BLOCKWISE.use, lambda run: run.blockwise or run.writes_text)
@@ -119,6 +120,7 @@ GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundin
 CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq uses it",
                     lambda run: GPTQ.reads(run) and run.corrects and not run.learns)  # fmt: skip
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
+DISTILL = Reader("distillation", "--method gptq+distill uses it", lambda run: run.distills)
 GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",
               lambda run: run.gguf and not run.mmproj)  # fmt: skip
 HEADER = Reader("GGUF files of language models made of a folder",

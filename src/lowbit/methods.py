@@ -1,10 +1,10 @@
-"""Methods: transforms that rewrite weights, and the rounding that chooses codes.
+"""Methods: transforms that rewrite weights, the rounding that chooses codes, and what learns behind it.
 
-    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq …
+    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   gptq+distill …
 
-A method is transforms in the order given, then one rounding; the default is rounding to nearest. A row names its
-function as "module:function", imported when it runs, and its needs; other code tests these attributes, never a name. A
-new method is a module and a row.
+A method is transforms in the order given, then one rounding, then at most one finish; the default is rounding to
+nearest. A row names its function as "module:function", imported when it runs, and its needs; other code tests these
+attributes, never a name. A new method is a module and a row.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ class Rounding:
         return None if self.options is None else load(self.options).of(settings)
 
 
+@dataclass(frozen=True)
+class Finish:
+    """Improves the rounded model as a whole, its codes fixed.
+
+    function  (calibrated: Calibrated, job: FinishJob) → (Calibrated, whose store has the result; Distilled)
+    paper     arXiv
+    """
+
+    name: str
+    function: str
+    summary: str
+    paper: str
+
+
 TRANSFORMS = {row.name: row for row in (
     Transform("smoothquant", "lowbit.transform.smoothquant:apply",
               "scales that move outliers of activations into weights", "2211.10438", ("smooth",)),
@@ -99,38 +113,50 @@ ROUNDINGS = {row.name: row for row in (
              "lowbit.rounding.sign_sgd:SignSGDOptions", ("autoround", "signsgd"), grids_only=True, learns=True,
              starts=("gptq",)),
 )}  # fmt: skip
+FINISHES = {row.name: row for row in (
+    Finish("distill", "lowbit.distillation.stage:distill_store",
+           "scales, norms and biases learned from the unquantized model, end to end; codes stay", "1503.02531"),
+)}  # fmt: skip
 RTN = ROUNDINGS["rtn"]
 _BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values()) for name in (row.name, *row.aliases)}
 
 
 @dataclass(frozen=True)
 class Method:
-    """Transforms in order, the rounding of each linear by itself, and the rounding that then learns, if any."""
+    """Transforms in order, the rounding of each linear by itself, the rounding that then learns a block, and the finish
+    that learns the model, if any."""
 
     transforms: tuple[Transform, ...]
     rounding: Rounding
     learned: Rounding | None = None
+    finish: Finish | None = None
 
     @property
     def name(self) -> str:
         """The method as the user types it."""
         rows = (*self.transforms, self.rounding, *([self.learned] if self.learned else []))
-        return "+".join(row.name for row in rows if row is not RTN) or RTN.name
+        names = [row.name for row in rows if row is not RTN] or [RTN.name]
+        return "+".join([*names, *([self.finish.name] if self.finish else [])])
 
     @property
     def needs_text(self) -> bool:
         """True if calibration text runs through the model, block by block."""
-        return bool(self.transforms) or self.rounding.needs_text or self.learned is not None
+        return bool(self.transforms) or self.rounding.needs_text or bool(self.learned or self.finish)
 
 
 def parse_method(text: str) -> Method:
     """ "smoothquant+gptq" → Method; UsageError names what is unknown or stands in the wrong order."""
     transforms: list[Transform] = []
     roundings: list[Rounding] = []
-    for part in text.lower().split("+"):
+    parts = text.lower().split("+")
+    finish = FINISHES.get(parts[-1].strip())
+    for part in parts[:-1] if finish else parts:
+        if part.strip() in FINISHES:
+            raise UsageError(f"method {text!r}: {part.strip()} works on the rounded model",
+                             f"it comes last, once: gptq+{part.strip()}")  # fmt: skip
         row = _BY_NAME.get(part.strip())
         if row is None:
-            known = [*TRANSFORMS, *ROUNDINGS]
+            known = [*TRANSFORMS, *ROUNDINGS, *FINISHES]
             near = difflib.get_close_matches(part.strip(), known, n=2)
             raise UsageError(f"there is no method {part.strip()!r}", f"did you mean {' or '.join(near)}?" if near else
                              f"choose from {', '.join(known)}, joined by +")  # fmt: skip
@@ -146,4 +172,4 @@ def parse_method(text: str) -> Method:
         pairs = [f"{start}+{row.name}" for row in ROUNDINGS.values() for start in row.starts]
         raise UsageError(f"method {text!r} rounds twice",
                          f"only {' and '.join(pairs)} does: the second starts from the first")  # fmt: skip
-    return Method(tuple(transforms), roundings[0] if roundings else RTN, learned)
+    return Method(tuple(transforms), roundings[0] if roundings else RTN, learned, finish)

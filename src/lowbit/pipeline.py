@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import torch
@@ -22,20 +22,23 @@ from torch import Tensor
 from lowbit.calibrate import loop
 from lowbit.calibrate.input_ranges import measure_ranges
 from lowbit.calibrate.store import TensorResult, joined_results
+from lowbit.calibrate.tensors import Replacement
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.quantized import FLOATS
+from lowbit.distillation.stage import FinishJob, check_distillation
 from lowbit.errors import NonFiniteError
 from lowbit.files.claim import Claim
 from lowbit.files.hashes import file_digests
 from lowbit.files.system import check_disk
-from lowbit.methods import RTN
+from lowbit.methods import RTN, parse_method
 from lowbit.numerics.precision import compute_dtype, squared_error_in_double
-from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, PlannedTensor, Prepared, Progress
+from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, Plan, PlannedTensor, Prepared, Progress
 from lowbit.registry import load
 from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.rtn import TensorRange, measure_range
-from lowbit.rounding.target import Sums, Target
+from lowbit.rounding.target import Stored, Sums, Target
 from lowbit.settings import RunOptions
 from lowbit.workers import run_all
 
@@ -57,6 +60,11 @@ def calibrate(
     if settings.is_blockwise:
         assert plan.architecture is not None, "methods that work block by block need Hugging Face names"
         dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
+        finish = parse_method(settings.method).finish
+        job = FinishJob(checkpoint, plan.architecture, targets, dtypes, settings, prepared.options, run,
+                        partial(_rounded_outside, plan), progress)  # fmt: skip
+        if finish is not None:
+            check_distillation(job)
         done = loop.calibrate(
             checkpoint,
             plan.architecture,
@@ -69,6 +77,9 @@ def calibrate(
             progress,
             prepared.text,
         )
+        if finish is not None:
+            done, distilled = load(finish.function)(done, job)
+            prepared = replace(prepared, distilled=distilled)
         windows = done.windows
         prepared = replace(
             prepared, checkpoint=done.checkpoint, calibrated=done, calibration=CalibrationText.of(windows)
@@ -87,6 +98,32 @@ def calibrate(
         activations=plan.activations,
     )  # fmt: skip
     return replace(prepared, plan=plan.with_ranges(ranges), calibration=CalibrationText.of(windows))
+
+
+def _rounded_outside(plan: Plan, checkpoint: Checkpoint) -> dict[str, Replacement]:
+    """Whole tensors outside the decoder blocks that are rounded slab by slab (embedding and head of a GGUF file), as a
+    reader of the output sees them."""
+
+    @cache
+    def encoded(name: str) -> tuple[Target, Stored]:
+        tensor = chosen[name]
+        assert tensor.target is not None
+        weight = tensor.source.read(checkpoint, 0, tensor.rows).reshape(tensor.rows, tensor.columns).float()
+        target = tensor.target.with_range([weight])
+        return target, target.encode(weight, tensor.importance_at(0))[0]
+
+    def read(name: str) -> Tensor:
+        target, stored = encoded(name)
+        return target.reader(stored)(torch.arange(chosen[name].rows))
+
+    chosen = {
+        tensor.source.names[0]: tensor
+        for tensor in plan.tensors
+        if tensor.making is Making.rounded and tensor.block is None and tensor.rounding is RTN
+        and len(tensor.source.names) == 1 and tensor.source.names[0] in checkpoint.tensors and len(tensor.shape) == 2
+        and tuple(checkpoint.tensors[tensor.source.names[0]].shape) == tensor.shape
+    }  # fmt: skip
+    return {name: Replacement(partial(read, name), torch.float32) for name in chosen}
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def build_report(
         transforms=() if calibrated is None else tuple(
             schema.TransformEntry(**note) for record in calibrated.store.records.values() for note in record.transforms
         ),
+        distillation=_distillation(prepared),
         tensors=tuple(
             _entry(t, written.results.get(t.name), shown.get(t.name), written.notes.get(t.name, ()))
             for t in plan.tensors
@@ -212,13 +213,24 @@ def _calibration(prepared: Prepared) -> schema.Calibration | None:
     )  # fmt: skip
 
 
+def _distillation(prepared: Prepared) -> schema.Distillation | None:
+    done = prepared.distilled
+    if done is None:
+        return None
+    return schema.Distillation(
+        parameters=done.parameters, windows=done.windows[0], held_out=done.windows[1], kld_start=done.start,
+        kld_end=done.end, steps=done.steps, best_step=done.best_step, rate=done.rate,
+    )  # fmt: skip
+
+
 def _calibration_notes(prepared: Prepared) -> tuple[str, ...]:
     """Notes on linears that were not rounded as requested, counted."""
     if prepared.calibrated is None:
         return ()
     records = prepared.calibrated.store.records.values()
     notes = Counter(note for record in records for result in record.linears.values() for note in result.notes)
-    return (*prepared.calibrated.notes, *(f"{note} ({count} linears)" for note, count in notes.items()))
+    learned = () if prepared.distilled is None else prepared.distilled.notes
+    return (*prepared.calibrated.notes, *learned, *(f"{note} ({count} linears)" for note, count in notes.items()))
 
 
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:

@@ -80,8 +80,8 @@ class Settings(Table):
     ] = "W4A16"  # fmt: skip
     method: Annotated[
         str,
-        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, sign-sgd, joined by +: awq+gptq", MAKE, knobs.METHOD,
-             "METHOD", see="calibration.md#methods"),
+        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, sign-sgd, distill, joined by +: awq+gptq", MAKE,
+             knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
     format: Annotated[
         str,
@@ -131,7 +131,9 @@ class Settings(Table):
     ] = None  # fmt: skip
     samples: Annotated[int, Field(ge=1), Knob("Number of calibration windows", CALIBRATION, knobs.TEXT)] = 128
     seqlen: Annotated[int, Field(ge=4), Knob("Tokens per window", CALIBRATION, knobs.TEXT)] = 512
-    seed: Annotated[int, Knob("Seed for sampling calibration rows and for sign-SGD", CALIBRATION, knobs.DRAWS)] = 0
+    seed: Annotated[
+        int, Knob("Seed for sampling calibration rows, for sign-SGD and distillation", CALIBRATION, knobs.DRAWS)
+    ] = 0
     compute: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Knob("Dtype of forward passes; auto: bfloat16 where it is fast", CALIBRATION, knobs.READS_TEXT, "DTYPE"),
@@ -195,6 +197,16 @@ class Settings(Table):
         bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
     ] = False
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
+    distill_steps: Annotated[
+        int | None, Field(ge=1),
+        Knob("Distillation: steps of about 2048 tokens", METHODS, knobs.DISTILL, absent="3 passes over the windows",
+             see="distill.md"),
+    ] = None  # fmt: skip
+    distill_rate: Annotated[
+        float | None, Field(gt=0, le=0.1),
+        Knob("Distillation: relative change of a scale in a step, at the start", METHODS, knobs.DISTILL,
+             absent="0.001", see="distill.md"),
+    ] = None  # fmt: skip
 
     imatrix: Annotated[
         str | None,
@@ -274,7 +286,7 @@ class Settings(Table):
         overrides = {_compiled(pattern): name for pattern, name in overrides.items()}
         for pattern, name in overrides.items():
             method = parse_method(name)
-            if method.transforms or method.learned:
+            if method.transforms or method.learned or method.finish:
                 alone = ", ".join(row.name for row in ROUNDINGS.values() if not row.learns)
                 raise UsageError(f"linears matching {pattern!r} cannot have method {name}, which works on whole blocks",
                                  f"give one of {alone}")  # fmt: skip
@@ -466,11 +478,13 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         blockwise=blockwise,
         roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
         learns=learns,
+        distills=bool(methods) and methods[0].finish is not None,
         corrects=settings.correction != 0,
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
         draws=learns
+        or any(method.finish for method in methods)
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),

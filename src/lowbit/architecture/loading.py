@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from lowbit.checkpoint.companions import beyond_embedding, check_companions, has
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,14 +127,39 @@ class Loader:
         find  parameter name → tensor to write to; by default the model's parameter
         """
         find = self.model.get_parameter if find is None else find
+        for stored, parameter, place in self._places(set(values)):
+            place(find(parameter).data).copy_(values[stored])
+
+    def watch(self, names: Collection[str]) -> None:
+        """Have the filled parameters that hold these stored tensors collect gradients."""
+        for _, parameter, _ in self._places(names):
+            self.model.get_parameter(parameter).requires_grad_()
+
+    def take_gradients(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Stored name → gradient with the stored shape, of the watched tensors that got one; the next ones begin at
+        zero."""
+        found, used = {}, set()
+        for stored, name, place in self._places(names):
+            gradient = self.model.get_parameter(name).grad
+            if gradient is not None:
+                found[stored] = place(gradient)
+                used.add(name)
+        for name in used:
+            self.model.get_parameter(name).grad = None
+        return found
+
+    def _places(self, names: Collection[str]) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]:
+        """(stored name, parameter, view of the stored tensor in a tensor of the parameter's shape)."""
         for slot in self._slots:
             for stored, part, expert in (piece for source in slot.sources for piece in source):
-                if stored in values:
-                    parameter = find(slot.names[0])
-                    place = part.of(parameter.data if expert is None else parameter.data[expert])
-                    if _lies_transposed(self.checkpoint, self.model, slot, stored):
-                        place = place.t()
-                    place.copy_(values[stored])
+                if stored in names:
+                    turned = _lies_transposed(self.checkpoint, self.model, slot, stored)
+                    yield stored, slot.names[0], partial(_place, part, expert, turned)
+
+
+def _place(part: Part, expert: int | None, turned: bool, values: Tensor) -> Tensor:
+    place = part.of(values if expert is None else values[expert])
+    return place.t() if turned else place
 
 
 def _layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Placement]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.disk_layout import disk_layout
-from lowbit.architecture.heads import KnownOutput, decoder_replaced
+from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.architecture.loading import Loader, module_names
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
@@ -236,34 +236,48 @@ class BlockRunner:
                 "give fewer --samples, a shorter --seqlen, or more --max-memory",
             )
 
+    def load_outside(self) -> None:
+        """Read everything outside the blocks: embeddings, last norm and head."""
+        self._loader.fill(self._is_around)
+
+    def watch(self, names: Collection[str]) -> None:
+        """Have loaded tensors, by stored name, collect the gradients that `take_gradients` gives."""
+        self._loader.watch(names)
+
+    def take_gradients(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Stored name → gradient, in the file's orientation, where there is one; the next ones begin at zero."""
+        return self._loader.take_gradients(names)
+
+    def behind_blocks(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The input of the output head, [windows, T, H'], for hidden states behind the last block; everything outside
+        the blocks is loaded."""
+        behind = hidden.to(self.device).unflatten(2, self._inner)
+        # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
+        returned = self._as_returned(behind)
+        with _standing_in(self.blocks, lambda index, call: returned), _blamed_on(self.model):
+            return self._decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+
+    def logits(self, head_inputs: Tensor) -> Tensor:
+        """[tokens, V] of inputs of the head [tokens, H'], which is loaded; soft-capped and scaled as the model does."""
+        ids = torch.zeros((1, len(head_inputs)), dtype=torch.long, device=self.device)
+        with without_decoder(self.model, KeptOutput(head_inputs[None])), _blamed_on(self.model):
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
     def head_inputs(self, ids: Tensor, states: HiddenStates) -> Iterator[Tensor]:
         """The input of the output head, [tokens, H] for a batch of windows at a time; `states` come from `run`."""
         self._loader.fill(self._is_outside)
         with torch.inference_mode():
             for batch in batches_of(ids):
-                out = self.last_norm(ids[batch], states.values[batch])
+                out = self.behind_blocks(ids[batch], states.values[batch])
                 yield out.reshape(-1, out.shape[-1])
         self._loader.drop(self._is_outside)
-
-    def last_norm(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The decoder's output [windows, T, H] for last hidden states [windows, T, width]; the parameters outside the
-        blocks must be loaded."""
-        # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
-        returned = self._as_returned(hidden.to(self.device).unflatten(2, self._inner))
-        with _standing_in(self.blocks, lambda index, call: returned), _blamed_on(self.model):
-            return self._decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
 
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
         """Inside, the parameters outside the blocks are loaded, the head among them."""
-        prefix = f"{self.model.base_model_prefix}."
-
-        def wanted(name: str) -> bool:
-            return self._is_outside(name) or not name.startswith(prefix)
-
-        self._loader.fill(wanted)
+        self.load_outside()
         yield
-        self._loader.drop(wanted)
+        self._loader.drop(self._is_around)
 
     @property
     def vocabulary(self) -> int:
@@ -273,12 +287,6 @@ class BlockRunner:
             raise ArchitectureError(f"{type(self.model).__name__} has no head that computes logits",
                                     "its tokens cannot be weighed by a loss: take --hessian inputs")  # fmt: skip
         return head.weight.shape[0]  # type: ignore[union-attr]
-
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The model's own logits [1, n, V] for outputs of `last_norm` [1, n, H] at tokens int64 [1, n]; inside
-        `head_loaded`."""
-        with decoder_replaced(self.model, KnownOutput(hidden)), _blamed_on(self.model):
-            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def through_last_norm(self, ids: Tensor, states: HiddenStates) -> HiddenStates:
         """`head_inputs` of all windows, [windows, T, H], written over `states` unless their width differs (OPT)."""
@@ -329,8 +337,15 @@ class BlockRunner:
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""
         decoder = f"{self._decoder_name}." if self._decoder_name else ""
-        blocks = self.blocks[0].name.rpartition(".")[0] + "."
-        return name.startswith(decoder) and not name.startswith(blocks)
+        return name.startswith(decoder) and not self._is_inside(name)
+
+    def _is_around(self, name: str) -> bool:
+        """True outside the blocks: of the decoder, and the head; not of towers beside it."""
+        return self._is_outside(name) or not name.startswith(f"{self.model.base_model_prefix}.")
+
+    def _is_inside(self, name: str) -> bool:
+        """True for parameters of blocks."""
+        return name.startswith(self.blocks[0].name.rpartition(".")[0] + ".")
 
 
 class _Captured(Exception):

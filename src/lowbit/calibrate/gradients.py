@@ -122,28 +122,26 @@ def _through_head(runner: BlockRunner, ids: Tensor, states: Tensor, generator: t
         for batch in batches_of(ids):
             x = states[batch].to(runner.device).requires_grad_()
             with torch.enable_grad():
-                hidden = runner.last_norm(ids[batch], x)
-            flat, tokens, slope = hidden.detach().flatten(0, 1), ids[batch].flatten(), torch.empty_like(hidden)
+                hidden = runner.behind_blocks(ids[batch], x)
+            flat, slope = hidden.detach().flatten(0, 1), torch.empty_like(hidden)
             for start in range(0, len(flat), step):
                 now = slice(start, start + step)
-                slope.view_as(flat)[now] = _loss_gradient(runner, tokens[now], flat[now], room, generator)
+                slope.view_as(flat)[now] = _loss_gradient(runner, flat[now], room, generator)
             states[batch] = torch.autograd.grad(hidden, x, slope)[0]
 
 
-def _loss_gradient(
-    runner: BlockRunner, tokens: Tensor, hidden: Tensor, room: Tensor, generator: torch.Generator
-) -> Tensor:
+def _loss_gradient(runner: BlockRunner, hidden: Tensor, room: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of −log p(y), y drawn from p, at outputs of the decoder [n, H].
 
     room  float32 [n or more, blocks, _DRAWN]: memory for the logits, since new arrays of this size cost more time than
           what is computed in them
     """
-    x = hidden[None].requires_grad_()
+    x = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        logits = runner.logits(tokens[None], x)
+        logits = runner.logits(x)
     room, vocabulary = room[: len(hidden)], logits.shape[-1]
     flat = room.flatten(1)
-    flat[:, :vocabulary], flat[:, vocabulary:] = logits.detach()[0], -torch.inf
+    flat[:, :vocabulary], flat[:, vocabulary:] = logits.detach(), -torch.inf
     flat.sub_(flat.amax(dim=1, keepdim=True)).exp_()
     sums = room.sum(dim=2).cumsum(dim=1)
     if not torch.isfinite(sums[:, -1]).all():
@@ -152,7 +150,7 @@ def _loss_gradient(
     drawn = torch.rand(len(hidden), 1, generator=generator).to(flat.device) * sums[:, -1:]
     label = _place_of(drawn, sums, room).clamp_(max=vocabulary - 1)
     flat.div_(sums[:, -1:]).scatter_add_(1, label, torch.full_like(drawn, -1.0))
-    return torch.autograd.grad(logits, x, flat[None, :, :vocabulary].to(logits.dtype))[0][0]
+    return torch.autograd.grad(logits, x, flat[:, :vocabulary].to(logits.dtype))[0]
 
 
 def _place_of(drawn: Tensor, sums: Tensor, values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
     """Everything that can change a byte of the result, as JSON values; reads all weight files once."""
     source, settings = job.checkpoint, job.settings
     return {
-        "lowbit": {"version": __version__, "store": 2},
+        "lowbit": {"version": __version__, "store": 3},
         "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
         "model": source.source,
         "source": {"revision": options.revision},

@@ -41,7 +41,7 @@ def states_memory(
 
     UsageError if the rest alone exceeds the limit.
     """
-    limit = max_memory or resident_memory() + int(_SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
+    limit = memory_limit(max_memory)
     needed = {"the program": resident_memory(), **block_memory(architecture, dtype, both_streams, rewrites, groups)}
     if groups:
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
@@ -53,6 +53,11 @@ def states_memory(
             "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
         )
     return left // ARRAYS_OF_STATES
+
+
+def memory_limit(max_memory: int | None) -> int:
+    """Bytes that the process may take; None: what it takes now and a share of the free memory."""
+    return max_memory or resident_memory() + int(_SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
 
 
 def weights_memory(architecture: Architecture, groups: int, tokens: int) -> int:

@@ -7,6 +7,8 @@
                                   and, in the header, its results for the report
         states-00007              hidden states before block 7, written now and then
         token-weights.safetensors weights of tokens in the Hessians (`calibrate.gradients`), where the run has any
+        learning.safetensors      what a distillation needs to go on, written now and then
+        distilled-00003.safetensors   a block with what the distillation learned, read in place of the first
 
 Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
 last states and replays the blocks finished since; on the same machine its output equals an uninterrupted run's, byte
@@ -40,9 +42,8 @@ from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
-STORED = re.compile(
-    r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5})(\.partial)?"
-)
+STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
+                    r"|learning\.safetensors|distilled-\d{5}\.safetensors)(\.partial)?")  # fmt: skip
 _WEIGHTS = "token-weights.safetensors"
 _SHOWN = 4  # differences in a message
 _log = logging.getLogger("lowbit")
@@ -105,6 +106,7 @@ class BlockStore:
         self._write("run.json", described)
         self._places: dict[str, int] = {}
         self.records: dict[int, BlockRecord] = {}
+        self._distilled: set[int] = set()  # blocks that are read from their second file
         self._sums = self._known_sums()
         while self._is_sound(self._file(self.finished)):
             self._open(self.finished)
@@ -126,6 +128,20 @@ class BlockStore:
 
     def save(self, index: int, rounded: dict[str, Stored], tensors: dict[str, Tensor], record: BlockRecord) -> None:
         """Write a block: linear → codes or ggml blocks, stored name → rewritten tensor in its output dtype."""
+        self._save(self._file(index), rounded, tensors, record)
+        self._open(index)
+
+    def save_distilled(
+        self, index: int, rounded: dict[str, Stored], tensors: dict[str, Tensor], record: BlockRecord
+    ) -> None:
+        """Write what a distillation made of a block, arguments as of `save`. The file of `save` stays, for a run that
+        has to go on from it; from now on the block is read from this one."""
+        path = self.folder / f"distilled-{index:05d}.safetensors"
+        self._save(path, rounded, tensors, record)
+        self._distilled.add(index)
+        self._open(index)
+
+    def _save(self, path: Path, rounded: dict[str, Stored], tensors: dict[str, Tensor], record: BlockRecord) -> None:
         parts: dict[str, Tensor] = {f"tensor|{name}": values.contiguous() for name, values in tensors.items()}
         scalars: dict[str, dict[str, float]] = {}
         for linear, stored in rounded.items():
@@ -138,10 +154,9 @@ class BlockStore:
             more, scalars[linear] = _taken_apart(stored)
             parts |= {f"{part}|{linear}": values.contiguous() for part, values in more.items()}
         header = {"record": json.dumps(asdict(record)), "scalars": json.dumps(scalars)}
-        beside = self.folder / f"{self._file(index).name}.partial"
+        beside = self.folder / f"{path.name}.partial"
         save_file(parts, beside, metadata=header)
-        self._keep(beside, self._file(index))
-        self._open(index)
+        self._keep(beside, path)
 
     def __contains__(self, name: str) -> bool:
         """True for the weight ("….weight") of a rounded linear."""
@@ -175,6 +190,19 @@ class BlockStore:
             names = [name for name in file.keys() if name.endswith(f"|{linear}")]  # noqa: SIM118
             parts = {name.partition("|")[0]: file.get_slice(name) for name in names}
             return _put_together(parts, scalars, spec, grid, columns, first, last)
+
+    def stored(self, linear: str, target: Target, columns: int) -> Stored:
+        """All rows of a linear, as its rounding made them."""
+        if isinstance(target, GridTarget):
+            return self.quantized(linear, target.spec, target.grid, columns)
+        with self._reading(self._places[linear]) as file:
+            scaled = linear in json.loads(file.metadata()["scalars"])
+        blocks = self.blocks(linear)
+        return ScaledBlocks(blocks, self.scale(linear)) if scaled else blocks
+
+    def rewritten_in(self, index: int) -> dict[str, Tensor]:
+        """The rewritten tensors that lie in the file of a block."""
+        return {name: self.tensor(name) for name in self.rewritten() if self._places[f"tensor|{name}"] == index}
 
     def decoded(self, linear: str, target: Target, columns: int, transposed: bool = False) -> Tensor:
         """The decoded weight of a linear, float32 [N, K], or [K, N]."""
@@ -226,6 +254,21 @@ class BlockStore:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return weights, json.loads(file.metadata()["missing"])
 
+    def save_learning(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write the state of a distillation, replacing an earlier one."""
+        path = self.folder / "learning.safetensors"
+        beside = path.with_name(path.name + ".partial")
+        save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
+        self._keep(beside, path)
+
+    def load_learning(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last saved state; None if there is none."""
+        path = self.folder / "learning.safetensors"
+        if not self._is_sound(path):
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+
     def remove(self) -> None:
         """Delete the files, once the output is complete; and the folder, unless something else lies in it."""
         for path in self._files():
@@ -239,7 +282,7 @@ class BlockStore:
         if foreign:
             raise OutputError(f"{self.folder} holds what lowbit did not write: {', '.join(foreign[:3])}",
                               "move it elsewhere, or choose another name with -o")  # fmt: skip
-        blocks = [path for path in self._files() if path.name.startswith("block-")]
+        blocks = [path for path in self._files() if path.name.startswith("block-") and path.suffix == ".safetensors"]
         if blocks:
             _log.warning("%d finished blocks of an earlier run are removed; --resume would have gone on from them",
                          len(blocks))  # fmt: skip
@@ -279,12 +322,14 @@ class BlockStore:
         if not sound:
             again = ("hidden states are computed again" if "states" in path.name else
                      "the weights of tokens are computed again" if path.name == _WEIGHTS else
+                     "the distillation begins anew" if "learning" in path.name else
                      "its block, and those after it, are done again")  # fmt: skip
             _log.warning("%s is damaged: %s", path, again)
         return sound
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
+        kind = "distilled" if index in self._distilled else "block"
+        return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def _open(self, index: int) -> None:
         with self._reading(index) as file:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.architecture.heads import KnownOutput, decoder_replaced
+from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Runner:
         device = self._head.weight.device
         ids = windows[index : index + 1].to(device)
         if self.head_inputs is not None:
-            return Decoded(self, ids, KnownOutput(self.head_inputs[index : index + 1].to(device)))
+            return Decoded(self, ids, KeptOutput(self.head_inputs[index : index + 1].to(device)))
         with self.context():
             return Decoded(self, ids, self.model.base_model(input_ids=ids, use_cache=False))  # type: ignore[operator]
 
@@ -79,7 +79,7 @@ class Decoded:
         """Log-softmax of the logits at some positions, float32 [len(positions), V]."""
         model: Any = self.runner.model
         keep = torch.arange(positions.start, positions.stop, device=self.ids.device)
-        with self.runner.context(), decoder_replaced(model, self.output):
+        with self.runner.context(), without_decoder(model, self.output):
             logits = model(input_ids=self.ids, use_cache=False, logits_to_keep=keep).logits
         return logits[0].to(torch.float32).log_softmax(-1)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lowbit.architecture.heads import inner_decoder
+from lowbit.architecture.head import inner_decoder
 from lowbit.errors import UsageError
 from lowbit.measure import available_memory, resident_memory
 

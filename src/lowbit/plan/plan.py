@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lowbit.calibrate.input_ranges import Ranges
     from lowbit.calibrate.loop import Calibrated
     from lowbit.calibrate.store import BlockStore
+    from lowbit.distillation.descent import Distilled
 
 SLAB_WEIGHTS = 2_000_000  # about the weights that a worker thread holds
 Progress = Callable[[str, int, int], None]  # (name, bytes done, bytes in all)
@@ -402,6 +403,7 @@ class Prepared:
     calibrated   the codes of blockwise methods, after calibration
     text         the calibration text, where it is in memory
     made_by      what chose the codes of `calibrated`, where that is no method of the settings: training
+    distilled    what a distillation learned, after it
     """
 
     checkpoint: Checkpoint
@@ -414,6 +416,7 @@ class Prepared:
     calibrated: Calibrated | None = None
     text: GivenText | None = None
     made_by: str = ""
+    distilled: Distilled | None = None
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:

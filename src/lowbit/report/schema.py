@@ -38,8 +38,8 @@ from lowbit.report.diagnosis import Diagnosis
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.verification.result import Verification
 
-SCHEMA = 8
-EARLIER = (4, 5, 6, 7)  # also read: later fields have defaults, and settings are moved
+SCHEMA = 9
+EARLIER = (4, 5, 6, 7, 8)  # also read: later fields have defaults, and settings are moved
 LARGEST_FILE = 256 * 2**20  # larger files are refused; a model of 100 000 tensors writes about 40 MB
 
 
@@ -209,6 +209,27 @@ class TransformEntry(Record):
     detail: str = ""
 
 
+class Distillation(Record):
+    """What was learned of the rounded model from the unquantized one. Relative errors of tensors are those of their
+    rounding, before it.
+
+    parameters      scales, entries of norms and biases that could change
+    windows, held_out   of the calibration text: trained on; kept to judge by
+    kld_start, kld_end  mean KL on the held-out windows, nats per token; equal where nothing was kept
+    steps           taken; best_step: the one whose result was kept
+    rate            relative change of a parameter in a step, at the start
+    """
+
+    parameters: Count
+    windows: Count
+    held_out: Count
+    kld_start: NonNegative
+    kld_end: NonNegative
+    steps: Count
+    best_step: Count
+    rate: NonNegative
+
+
 class Neighbour(Record):
     """Another scheme for the same source: what its files weigh and, where it was measured beside this one, its quality.
 
@@ -242,7 +263,7 @@ class Report(Record):
     neighbours  other schemes for the same source
     """
 
-    schema_version: Literal[8] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[9] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: ReportSource
@@ -252,6 +273,7 @@ class Report(Record):
     totals: Totals
     tensors: tuple[TensorEntry, ...]
     transforms: tuple[TransformEntry, ...] = ()
+    distillation: Distillation | None = None
     verification: Verification | None = None
     evaluation: tuple[Evaluation, ...] = ()
     diagnosis: Diagnosis | None = None

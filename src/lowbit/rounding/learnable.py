@@ -1,6 +1,6 @@
 """Differentiable decoding: a stored weight of fixed codes as a function of its scales.
 
-    weight = learnable(target, stored)
+    weight = learnable(target, stored)                or LearnableVector(values, dtype)
     changes = weight.start()                          name → float32 zeros: what an optimizer moves
     weight.decoded(changes)                           float32 [N, K], with gradients to the changes
     weight.gradients(changes, of_weight)              name → gradient, of the gradient of a loss in the weight
@@ -20,6 +20,7 @@ the mean that double quantization subtracts. Floats (F16 …) have no parameters
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,16 +32,16 @@ from torch import Tensor
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.learnable import changed, parameter_names
 from lowbit.numerics.ggml.types import Blocks, GgmlType, family, find_type
-from lowbit.numerics.scales import decode_scales
-from lowbit.numerics.straight_through import changed_scale
-from lowbit.rounding.target import ScaledBlocks, Stored, Target
+from lowbit.numerics.scales import NESTED_BLOCK, decode_scales
+from lowbit.numerics.straight_through import changed_scale, straight_through
+from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
 
 Changes = Mapping[str, Tensor]
 
 
-class LearnableWeight(ABC):
-    """One weight [N, K] of fixed codes."""
+class Learnable(ABC):
+    """A stored tensor as a function of what can change in it."""
 
     @property
     @abstractmethod
@@ -49,18 +50,18 @@ class LearnableWeight(ABC):
 
     @abstractmethod
     def decoded(self, changes: Changes) -> Tensor:
-        """Float32 [N, K] with these changes; parameters that are missing do not change."""
+        """Float32 with these changes, a weight as [N, K]; parameters that are missing do not change."""
 
     @abstractmethod
     def stored(self, changes: Changes) -> Stored:
-        """Codes and changed scales, as a writer takes them."""
+        """Codes and changed scales, or the values of a vector, as a writer takes them."""
 
     def start(self) -> dict[str, Tensor]:
         """No change."""
         return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
 
     def gradients(self, changes: Changes, of_weight: Tensor) -> dict[str, Tensor]:
-        """Gradients of a loss in the changes, by name, from its gradient in the weight, float [N, K]."""
+        """Gradients of a loss in the changes, by name, from its gradient in the tensor, of any float dtype."""
         if not changes:
             return {}
         leaves = {name: change.detach().requires_grad_() for name, change in changes.items()}
@@ -71,7 +72,7 @@ class LearnableWeight(ABC):
                 for name, gradient in zip(leaves, found, strict=True)}  # fmt: skip
 
 
-def learnable(target: Target, stored: Stored) -> LearnableWeight:
+def learnable(target: Target, stored: Stored) -> Learnable:
     """The learnable form of what a target stores.
 
     Scales are rounded to the `scale_format` of the grid, which has to be the one of the file.
@@ -81,7 +82,47 @@ def learnable(target: Target, stored: Stored) -> LearnableWeight:
     return _GgmlWeight(find_type(target.name), stored)
 
 
-class _GridWeight(LearnableWeight):
+def count_parameters(target: Target, shape: tuple[int, int]) -> int:
+    """How many numbers the learnable form of a weight [N, K] has, without rounding one."""
+    rows, columns = shape
+    if isinstance(target, GridTarget):
+        groups = math.prod(target.spec.granularity.scale_shape(rows, columns, target.spec.columns_per_scale(columns)))
+        if target.is_nested:
+            return -(-groups // NESTED_BLOCK)
+        return 0 if target.spec.granularity is Granularity.TENSOR else groups
+    kind = find_type(target.name)
+    one = family(kind).unpack(kind, torch.zeros((1, kind.size), dtype=torch.uint8))
+    return rows * (columns // kind.weights) * sum(one.stored[name].shape[1] for name in parameter_names(one))
+
+
+class LearnableVector(Learnable):
+    """The weight or bias of a norm, or the bias of a linear: start + unit · change, rounded to the dtype of the file.
+
+    The unit is the root mean square of the values, so that a change of 1 % is one of a typical entry; of a vector of
+    zeros it is 1.
+    """
+
+    def __init__(self, values: Tensor, dtype: torch.dtype):
+        self._start, self._dtype = values.to(dtype), dtype
+        size = self._start.float().square().mean().sqrt()
+        self._unit = torch.where(size > 0, size, torch.ones_like(size))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"values": tuple(self._start.shape)}
+
+    def decoded(self, changes: Changes) -> Tensor:
+        if "values" not in changes:
+            return self._start.float()
+        wanted = self._start.float() + self._unit * changes["values"]
+        return straight_through(wanted, wanted.detach().to(self._dtype).float())
+
+    def stored(self, changes: Changes) -> Tensor:
+        with torch.no_grad():
+            return self.decoded(changes).to(self._dtype)
+
+
+class _GridWeight(Learnable):
     def __init__(self, stored: QuantizedTensor):
         self._stored = stored
         self._columns = stored.codes.shape[1]
@@ -136,7 +177,7 @@ class _GridWeight(LearnableWeight):
         return torch.where(sound, wanted, nested.absmax)
 
 
-class _GgmlWeight(LearnableWeight):
+class _GgmlWeight(Learnable):
     def __init__(self, kind: GgmlType, stored: Stored):
         assert not isinstance(stored, QuantizedTensor)
         self._kind = kind

@@ -1,18 +1,20 @@
-"""The head of a model by itself: the model's own `forward` behind a decoder whose output is already known."""
+"""The output head of a transformers model without its decoder; soft-capping and logit scale are the model's own."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from lowbit.architecture.trace import replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class KnownOutput:
+class KeptOutput:
     """A decoder's output with a known last hidden state [1, T, H]; other parts (caches, attentions, router logits) are
     None."""
 
@@ -33,14 +35,10 @@ def inner_decoder(model: PreTrainedModel) -> nn.Module:
     return base.get_decoder() if hasattr(base, "get_decoder") else base
 
 
-@contextlib.contextmanager
-def decoder_replaced(model: PreTrainedModel, output: object) -> Iterator[None]:
+@contextmanager
+def without_decoder(model: PreTrainedModel, output: object) -> Iterator[None]:
     """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
-    decoders = {model.base_model, inner_decoder(model)}
-    for decoder in decoders:
-        decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
-    try:
+    with ExitStack() as stack:
+        for decoder in {model.base_model, inner_decoder(model)}:
+            stack.enter_context(replaced_forward(decoder, lambda *_args, **_kwargs: output))
         yield
-    finally:
-        for decoder in decoders:
-            del decoder.forward

@@ -1,0 +1,140 @@
+"""The quantized model while it learns: one decoder block in memory at a time, and the exact gradient through all of it.
+
+    forward    x₀ → block 1 → … → block L          keeps the input of every block, no graph
+    backward   block L … 1                         runs the block again from its input, with a graph, and hands the
+                                                   gradient of its input to the block before
+
+So memory is that of one block with its gradients, beside the inputs of blocks for the windows of one step. A block's
+weights are decoded from codes and changes each time it is loaded. Gradients of weights become gradients of changes at
+once, block by block, and are freed. A model that fits is kept loaded (`resident`), which saves reading it twice a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
+from lowbit.rounding.learnable import Learnable
+
+# Name of a stored tensor → parameter → relative change, or the gradient in it.
+Changes = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A learnable tensor of the model. turned: the file has the transposed weight."""
+
+    learnable: Learnable
+    turned: bool = False
+
+    def in_file(self, values: Tensor) -> Tensor:
+        """[N, K] ↔ the file's orientation."""
+        return values.t() if self.turned else values
+
+
+# Of each block, then of what lies behind the last: stored name → the tensor, opened when it is needed.
+Parts = Sequence[Mapping[str, Callable[[], Opened]]]
+
+
+class Student:
+    """
+    runner    of a checkpoint with everything that is not learned
+    ids       int64 [windows, tokens]
+    parts     an entry per block, and one for the last norm; linears that cannot change are among them too
+    resident  keep all blocks loaded
+    """
+
+    def __init__(self, runner: BlockRunner, ids: Tensor, parts: Parts, resident: bool):
+        assert len(parts) == len(runner.blocks) + 1
+        self.runner, self.ids, self.parts, self.resident = runner, ids, parts, resident
+        self._states: HiddenStates = runner.embed(ids)
+        runner.load_outside()
+        runner.watch(parts[-1])
+        self._loaded: set[int] = set()
+
+    def start(self) -> Changes:
+        """No change of anything; opens every tensor once."""
+        found: Changes = {}
+        for part in self.parts:
+            found |= {name: changes for name, open_one in part.items() if (changes := open_one().learnable.start())}
+        return found
+
+    @torch.no_grad()
+    def prepare(self, changes: Changes) -> None:
+        """Decode what stays loaded; call it whenever changes were made."""
+        self._put(len(self.parts) - 1, changes)
+        if self.resident:
+            for index in range(len(self.runner.blocks)):
+                self._load(index)
+                self._put(index, changes)
+
+    @torch.no_grad()
+    def forward(self, windows: Tensor, changes: Changes, keep: bool = False) -> list[Tensor]:
+        """Hidden states [len(windows), T, H] behind the last block; with `keep` those before every block, in order,
+        then those."""
+        x = self._states.values[windows]
+        kept = []
+        for index in range(len(self.runner.blocks)):
+            if keep:
+                kept.append(x)
+            self._enter(index, changes)
+            x = torch.cat([self.runner.forward(index, x[batch]) for batch in batches_of(x)])
+            self._leave(index)
+        return [*kept, x]
+
+    def backward(self, kept: list[Tensor], gradient: Tensor, changes: Changes, found: Changes) -> None:
+        """Add the gradients in all changes of blocks to `found`.
+
+        kept      of `forward`, without its last entry
+        gradient  of the hidden states behind the last block
+        """
+        for index in reversed(range(len(self.runner.blocks))):
+            self._enter(index, changes)
+            self.runner.watch(self._learned(index, changes))
+            before = kept[index]
+            passed = torch.empty_like(before)
+            for batch in batches_of(before):
+                x = before[batch].clone().requires_grad_()
+                with torch.enable_grad():
+                    y = self.runner.forward(index, x)
+                y.backward(gradient[batch])
+                assert x.grad is not None
+                passed[batch] = x.grad
+            gradient = passed
+            self.collect(index, changes, found)
+            self._leave(index)
+
+    def collect(self, index: int, changes: Changes, found: Changes) -> None:
+        """Turn the gradients that the tensors of a part hold into gradients of their changes."""
+        for name, of_tensor in self.runner.take_gradients(self._learned(index, changes)).items():
+            one = self.parts[index][name]()
+            for parameter, gradient in one.learnable.gradients(changes[name], one.in_file(of_tensor)).items():
+                found[name][parameter] += gradient
+
+    def _learned(self, index: int, changes: Changes) -> set[str]:
+        return {name for name in self.parts[index] if name in changes}
+
+    def _enter(self, index: int, changes: Changes) -> None:
+        if not self.resident:
+            self._load(index)
+            self._put(index, changes)
+
+    def _leave(self, index: int) -> None:
+        if not self.resident:
+            self.runner.drop(index)
+            self._loaded.discard(index)
+
+    def _load(self, index: int) -> None:
+        if index not in self._loaded:
+            self.runner.load(index)
+            self._loaded.add(index)
+
+    @torch.no_grad()
+    def _put(self, index: int, changes: Changes) -> None:
+        for name, open_one in self.parts[index].items():
+            one = open_one()
+            self.runner.put({name: one.in_file(one.learnable.decoded(changes.get(name, {})))})

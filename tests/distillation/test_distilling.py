@@ -1,0 +1,247 @@
+"""Whole runs with +distill: the file is what was trained, it is never worse, a stopped run makes the same bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import lowbit
+from calibrate.calibrated import calibrated, files_of, write_text
+from lowbit.architecture.loading import load_model
+from lowbit.calibrate.loop import read_windows
+from lowbit.calibrate.store import BlockStore
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import OpenOptions
+from lowbit.distillation import descent
+from lowbit.distillation.descent import Split
+from lowbit.distillation.divergence import Divergence
+from lowbit.errors import NonFiniteError, UsageError
+from lowbit.settings import RunOptions, Settings
+from models import make_model
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64}  # fmt: skip
+GIVEN = {"scheme": "W2A16", "samples": 12, "seqlen": 32, "compute": "float32", "distill_steps": 8, "distill_rate": 2e-3}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Of four windows, so that there is more than one in a pass."""
+    monkeypatch.setattr(descent, "STEP_TOKENS", 128)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("distilling") / "model", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("distilling-wide") / "model", **WIDE, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    return write_text(model.parent)
+
+
+def held_out_divergence(source, output, text) -> float:
+    """Of a finished output from its source, on the windows that a run with GIVEN holds out."""
+    checkpoint = open_checkpoint(str(source))
+    settings = Settings(calib=str(text), samples=GIVEN["samples"], seqlen=GIVEN["seqlen"])
+    ids = read_windows(checkpoint, settings, OpenOptions(), RunOptions()).ids
+    ids = ids[Split.of(len(ids)).held_out]
+    with torch.no_grad():
+        log_p = load_model(checkpoint)(ids).logits.log_softmax(-1)
+        log_q = load_model(open_checkpoint(str(output)))(ids).logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("W3A16", "distill"), ("W2A16", "gptq+distill"), ("W4A16_ASYM", "distill"), ("W8A8", "distill"),
+     ("NVFP4A16", "distill"), ("MXFP4A16", "distill"), ("NF4", "distill"), ("FP8_BLOCK", "distill"),
+     ("W2A16", "awq+distill"), ("W2A16", "hadamard+gptq+distill")],
+)  # fmt: skip
+def test_a_folder_is_what_was_trained(model, wide, text, tmp_path, scheme, method):
+    """The divergence of the file, decoded by its reader, is the one that the run ended with."""
+    model = wide if scheme == "FP8_BLOCK" else model  # whose blocks are of 128
+    group = {} if scheme in ("W8A8", "FP8_BLOCK", "NF4", "NVFP4A16", "MXFP4A16") else {"group_size": 32}
+    given = GIVEN | {"scheme": scheme} | group | ({"expert_tokens": 8} if "gptq" in method else {})
+    report = lowbit.quantize(model, tmp_path / "out", method=method, calib=str(text), **given).report
+    done = report.distillation
+    assert done is not None
+    assert done.kld_end < done.kld_start, "something was learned"
+    assert (done.windows, done.held_out) == (10, 2)
+    assert held_out_divergence(model, tmp_path / "out", text) == pytest.approx(done.kld_end, rel=2e-3)
+    assert all(entry.method.endswith("+distill") for entry in report.tensors if entry.scheme is not None)
+    assert any(note.startswith("distillation of ") for note in report.source.notes)
+
+
+@pytest.mark.parametrize("scheme", ["Q2_K", "Q4_0", "IQ3_S", "IQ2_XS", "IQ4_XS", "Q4_K_M"])
+def test_a_gguf_file_is_what_was_trained(wide, text, tmp_path, scheme):
+    """Its embedding is rounded too, which the student sees."""
+    out = tmp_path / "out.gguf"
+    given = GIVEN | {"scheme": scheme}
+    done = lowbit.quantize(wide, out, method="distill", calib=str(text), **given).report.distillation
+    assert done is not None
+    assert done.kld_end < done.kld_start
+    assert held_out_divergence(wide, out, text) == pytest.approx(done.kld_end, rel=2e-3)
+
+
+def test_norms_and_biases_are_learned_where_they_are(tmp_path, text):
+    source = make_model(tmp_path / "model", "qwen2", **SMALL)
+    lowbit.quantize(source, tmp_path / "out", group_size=32, method="distill", calib=str(text), **GIVEN)
+    before, after = (open_checkpoint(str(path)) for path in (source, tmp_path / "out"))
+    for name in ("model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.q_proj.bias", "model.norm.weight"):
+        assert after.tensors[name].dtype == before.tensors[name].dtype
+        assert not torch.equal(after.read(name), before.read(name)), name
+    assert torch.equal(after.read("model.embed_tokens.weight"), before.read("model.embed_tokens.weight"))
+
+
+def test_without_room_for_all_blocks_the_bytes_are_the_same(model, text, tmp_path, monkeypatch):
+    """Blocks that are dropped and decoded again compute what blocks that stay do."""
+    from lowbit.distillation.memory import DistillMemory
+
+    calibrated(model, tmp_path / "resident", text, "distill", **GIVEN)
+    share = DistillMemory.share
+    monkeypatch.setattr(DistillMemory, "share", lambda self, limit: (share(self, limit)[0], False))
+    calibrated(model, tmp_path / "dropped", text, "distill", **GIVEN)
+    assert files_of(tmp_path / "dropped") == files_of(tmp_path / "resident")
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_a_stopped_run_goes_on_to_the_same_bytes(model, text, tmp_path, monkeypatch, stop_at):
+    """In the middle of the descent, and behind its last step."""
+    monkeypatch.setattr(descent, "KEEP_EVERY", 0.0)
+    calibrated(model, tmp_path / "whole", text, "gptq+distill", **GIVEN)
+    save, steps = BlockStore.save_learning, []
+
+    def save_and_stop(self, tensors, facts):
+        save(self, tensors, facts)
+        if facts["step"] == stop_at:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStore, "save_learning", save_and_stop)
+        with pytest.raises(Stopped):
+            calibrated(model, tmp_path / "out", text, "gptq+distill", **GIVEN)
+    monkeypatch.setattr(BlockStore, "save_learning",
+                        lambda self, tensors, facts: (steps.append(facts["step"]), save(self, tensors, facts)))  # fmt: skip
+    calibrated(model, tmp_path / "out", text, "gptq+distill", run=RunOptions(resume=True), **GIVEN)
+    assert steps[:1] == ([stop_at + 1] if stop_at < 8 else [8])
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_run_stopped_while_blocks_are_written_goes_on(model, text, tmp_path, monkeypatch):
+    """Not a step is done again, and no block gets its changes twice."""
+    calibrated(model, tmp_path / "whole", text, "gptq+distill", **GIVEN)
+    save = BlockStore.save_distilled
+
+    def save_and_stop(self, index, *arguments):
+        save(self, index, *arguments)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStore, "save_distilled", save_and_stop)
+        with pytest.raises(Stopped):
+            calibrated(model, tmp_path / "out", text, "gptq+distill", **GIVEN)
+    monkeypatch.setattr(Divergence, "gradients", None)
+    report = calibrated(model, tmp_path / "out", text, "gptq+distill", run=RunOptions(resume=True), **GIVEN)
+    assert report.distillation is not None
+    assert report.distillation.steps == 8
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_seed_decides_the_order_of_windows(model, text, tmp_path):
+    ends = {seed: calibrated(model, tmp_path / str(seed), text, "distill", seed=seed, **GIVEN).distillation.kld_end
+            for seed in (0, 1)}  # fmt: skip
+    assert ends[0] != ends[1]
+
+
+def test_what_makes_it_worse_is_thrown_away(model, text, tmp_path):
+    """A rate that destroys the model: the output is that of the rounding alone, and says so."""
+    given = GIVEN | {"distill_rate": 0.1, "distill_steps": 4, "scheme": "W8A16"}
+    report = calibrated(model, tmp_path / "out", text, "gptq+distill", **given)
+    done = report.distillation
+    assert done is not None
+    assert done.kld_end == done.kld_start
+    assert done.best_step == 0
+    assert any("nothing that was learned is kept" in note for note in report.source.notes)
+    assert any("no better on the held-out windows" in note for note in report.source.notes)
+    plain = {key: value for key, value in given.items() if not key.startswith("distill")}
+    calibrated(model, tmp_path / "plain", text, "gptq", **plain)
+    weights = "model.safetensors"
+    assert files_of(tmp_path / "out")[weights] == files_of(tmp_path / "plain")[weights]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(model, text, tmp_path, monkeypatch):
+    gradients, calls = Divergence.gradients, []
+
+    def broken(self, *arguments):
+        calls.append(1)
+        loss = gradients(self, *arguments)
+        return math.nan if len(calls) == 4 else loss
+
+    monkeypatch.setattr(Divergence, "gradients", broken)
+    report = calibrated(model, tmp_path / "out", text, "distill", **GIVEN)
+    done = report.distillation
+    assert done is not None
+    assert (done.steps, done.best_step) == (3, 3)
+    assert done.kld_end < done.kld_start
+    assert held_out_divergence(model, tmp_path / "out", text) == pytest.approx(done.kld_end, rel=2e-3)
+    assert any("the divergence was not finite in step 4" in note for note in report.source.notes)
+
+
+def test_a_divergence_that_is_not_finite_at_the_start_is_refused(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Divergence, "mean", lambda *_: math.nan)
+    with pytest.raises(NonFiniteError, match="before a step is taken"):
+        calibrated(model, tmp_path / "out", text, "distill", **GIVEN)
+
+
+def test_too_few_windows_are_refused_before_anything_is_done(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockStore, "save", None)
+    with pytest.raises(UsageError, match="distill needs 4 windows of text, some of which only judge; there are 3"):
+        calibrated(model, tmp_path / "out", text, "gptq+distill", **GIVEN | {"samples": 3})
+
+
+def test_a_text_shorter_than_asked_for_is_refused(model, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("A few words, and no more than that.")
+    with pytest.raises(UsageError, match="there (is|are) [123]"):
+        calibrated(model, tmp_path / "out", short, "gptq+distill", **GIVEN | {"seqlen": 16})
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(model, text, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"distill needs .* GB \(the program .*what is learned.*--max-memory allows 0.1"
+    ):
+        calibrated(model, tmp_path / "out", text, "gptq+distill", run=RunOptions(max_memory="100MB"), **GIVEN)
+
+
+def test_arguments_that_depend_on_tokens_are_refused(tmp_path, text):
+    """Zamba 2 passes its embeddings to every block."""
+    from tiny_types import make_tiny
+
+    source = make_tiny(tmp_path / "model", "zamba2")
+    with pytest.raises(lowbit.errors.LowbitError, match="cannot follow"):
+        calibrated(source, tmp_path / "out", text, "distill", **GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("windows", "train", "held_out"), [(4, [0, 2], [1, 3]), (64, None, [4, 12, 20, 28, 36, 44, 52, 60])]
+)
+def test_held_out_windows_are_spread_over_the_text(windows, train, held_out):
+    split = Split.of(windows)
+    assert split.held_out.tolist() == held_out
+    assert sorted([*split.train.tolist(), *held_out]) == list(range(windows))
+    if train is not None:
+        assert split.train.tolist() == train
