@@ -22,6 +22,7 @@ _CALLS = {
     "dry_run": "lowbit.api:dry_run",
     "verify": "lowbit.verification:verify",
     "evaluate": "lowbit.evaluation:evaluate",
+    "evaluate_kv_cache": "lowbit.evaluation:evaluate_kv_cache",
     "advise": "lowbit.advice:advise",
     "compare": "lowbit.comparison:compare",
     "diagnose": "lowbit.diagnosis:diagnose",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lowbit.diagnosis import diagnose as diagnose
     from lowbit.estimation import estimate as estimate
     from lowbit.evaluation import evaluate as evaluate
+    from lowbit.evaluation import evaluate_kv_cache as evaluate_kv_cache
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix

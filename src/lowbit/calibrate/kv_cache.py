@@ -53,15 +53,11 @@ def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
 
     ArchitectureError for what this module refuses, and on exit for attention that never ran.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    layers = _attention_layers(model)
+    refuse_latent_attention(model.config.to_dict(), type(model).__name__)  # type: ignore[operator,union-attr]
+    layers = attention_layers(model)
     ranges = CacheRanges()
-    find = ALL_ATTENTION_FUNCTIONS.get_interface
 
-    def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        attention = find(name, default)
-
+    def measuring(attention: Callable[..., Any]) -> Callable[..., Any]:
         def measured(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             if module in layers:
                 ranges.look(layers[module], key, value)
@@ -69,11 +65,8 @@ def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
 
         return measured
 
-    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign]
-    try:
+    with wrapped_attention(measuring):
         yield ranges
-    finally:
-        del ALL_ATTENTION_FUNCTIONS.get_interface  # back to the method of its class
     missing = sorted(set(layers.values()) - ranges.k.keys())
     if missing:
         raise ArchitectureError(
@@ -81,6 +74,23 @@ def observed_cache(model: nn.Module) -> Iterator[CacheRanges]:
             f"attention functions; its keys and values cannot be measured",
             "leave --kv-cache out",
         )
+
+
+@contextmanager
+def wrapped_attention(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, what transformers looks up as a model's attention function is `wrap(function)`. May be nested."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    outer = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface")
+    find = ALL_ATTENTION_FUNCTIONS.get_interface
+    ALL_ATTENTION_FUNCTIONS.get_interface = lambda name, default: wrap(find(name, default))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if outer is None:
+            del ALL_ATTENTION_FUNCTIONS.get_interface  # back to the method of its class
+        else:
+            ALL_ATTENTION_FUNCTIONS.get_interface = outer  # type: ignore[method-assign]
 
 
 def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
@@ -94,10 +104,10 @@ def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
         )
 
 
-def _attention_layers(model: nn.Module) -> dict[nn.Module, int]:
-    """Attention module → index of its layer; towers for images and the like have none."""
+def attention_layers(model: nn.Module) -> dict[nn.Module, int]:
+    """Attention module → index of its layer; towers for images and the like have none. ArchitectureError for a model
+    without any."""
     name = type(model).__name__
-    refuse_latent_attention(model.config.to_dict(), name)  # type: ignore[operator,union-attr]
     layers = {
         module: module.layer_idx
         for module in model.modules()

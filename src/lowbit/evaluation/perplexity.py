@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Activations = Literal["auto", "none", "simulated"]
 Variant = Literal["none", "simulated"]
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -166,16 +167,16 @@ def _block_by_block(asked: _Comparison, way: Way, options: OpenOptions) -> dict[
 
 @torch.inference_mode()
 def score(
-    reference: Runner | None, variants: Mapping[Variant, Runner], windows: Windows, progress: Progress | None = None
-) -> dict[Variant, Scores]:
+    reference: Runner | None, variants: Mapping[Name, Runner], windows: Windows, progress: Progress | None = None
+) -> dict[Name, Scores]:
     """Run every window through the reference and every variant; a summary per variant."""
-    values: dict[Variant, TokenValues] = {name: TokenValues() for name in variants}
+    values: dict[Name, TokenValues] = {name: TokenValues() for name in variants}
     vocabulary = next(iter(variants.values())).vocabulary
     # Position t predicts token t + 1.
     positions = range(windows.first_scored - 1, windows.ids.shape[1] - 1)
     for index in range(len(windows.ids)):
         base = None if reference is None else reference.decode(windows.ids, index)
-        decoded: dict[Variant, Decoded] = {name: runner.decode(windows.ids, index) for name, runner in variants.items()}
+        decoded: dict[Name, Decoded] = {name: runner.decode(windows.ids, index) for name, runner in variants.items()}
         for part in slices(positions, vocabulary):
             log_p = None if base is None else base.log_probabilities(part)
             for name, window in decoded.items():

@@ -31,6 +31,7 @@ from pydantic_core import from_json
 from lowbit.calibrate.summary import InputSummary
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
+from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.evaluation.result import Evaluation
 from lowbit.files.regular import open_regular
 from lowbit.records import Count, NonNegative, Record, Share
@@ -261,6 +262,7 @@ class Report(Record):
 
     command     the command line that makes it again
     neighbours  other schemes for the same source
+    kv_cache    what KV-cache types cost this output (`lowbit evaluate --kv-cache`)
     """
 
     schema_version: Literal[9] = Field(default=SCHEMA, alias="schema")
@@ -276,6 +278,7 @@ class Report(Record):
     distillation: Distillation | None = None
     verification: Verification | None = None
     evaluation: tuple[Evaluation, ...] = ()
+    kv_cache: tuple[CacheEvaluation, ...] = ()
     diagnosis: Diagnosis | None = None
     serve: tuple[ServeLine, ...] = ()
     command: str | None = None

@@ -1,0 +1,250 @@
+"""Simulates a cache type inside the forward pass: attention sees what the engine's cache would give back.
+
+Every token is treated as if it were being decoded: the tokens before it are read from the cache, and so is its own key
+and value, but for types that keep a window of tokens in 16 bits (`Window`). Engines that compute the prompt with keys
+and values in 16 bits and quantize them behind that (KIVI, transformers, TurboQuant) lose less in the prompt.
+
+    keys, values     rounded where transformers passes them to an attention function, which it looks up by name: after
+                     norms and rotary embedding, before they are repeated for the queries' heads
+    before the RoPE  `apply_rotary_pos_emb` of the model's module is wrapped (KVQuant)
+    MLA              the latent and the rotated key, where the module expands them: they are what its cache holds
+    shared KV        a layer that takes keys and values of an earlier one rounds them alike
+    sliding windows  rounded like the others; the mask stays the model's
+    recurrent layers have no such cache, and stay as they are
+
+Refused by name: models without such attention, heads that the type does not take, MLA with types that have no form for
+a latent, attention with arguments that are not known here where a window needs its own attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibrate.kv_cache import attention_layers, wrapped_attention
+from lowbit.errors import ArchitectureError, UsageError
+from lowbit.kv.attention import TwoVersions, windowed_attention
+from lowbit.kv.codecs import Codec, GgmlBlock, Minifloat, Plain, SideFacts
+from lowbit.kv.types import CacheType
+
+# Layer → (facts of keys, facts of values).
+CacheFacts = Mapping[int, tuple[SideFacts, SideFacts]]
+# Arguments of attention functions that the windowed attention may leave unread: dropout is 0 in evaluation, and the
+# mask already holds windows and positions.
+_UNREAD = {
+    "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "output_attentions", "use_cache",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic", "position_embeddings",
+    "past_key_values", "labels", "logits_to_keep", "output_hidden_states", "return_dict", "output_router_logits",
+}  # fmt: skip
+
+
+def quantized_layers(model: nn.Module, cache_type: CacheType) -> tuple[int, ...]:
+    """Indices of the layers whose cache the type quantizes, in order.
+
+    ArchitectureError for a model without a cache of keys and values, ShapeError for heads of the wrong size.
+    """
+    try:
+        layers = attention_layers(model)
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no layer whose keys and values go through transformers' attention functions: "
+            f"there is no cache to quantize",
+            "recurrent layers (Mamba, RWKV) keep a state of fixed size instead",
+        ) from error
+    indices = sorted(set(layers.values()))
+    for module in layers:
+        if _is_latent(module):
+            _check_latent(cache_type)
+        else:
+            size = _head_dim(module)
+            if size is not None:
+                cache_type.check(size, int(getattr(module, "v_head_dim", None) or size))
+    blocks = int(getattr(model.config.get_text_config(), "num_hidden_layers", len(indices)))  # type: ignore[operator,union-attr]
+    if cache_type.skip_ends and blocks == len(indices):
+        ends = min(cache_type.skip_ends, len(indices) // 2)
+        indices = indices[ends : len(indices) - ends]
+    return tuple(indices)
+
+
+@contextlib.contextmanager
+def simulated_cache(
+    model: nn.Module, cache_type: CacheType, facts: CacheFacts | None = None, only: tuple[int, ...] | None = None
+) -> Iterator[None]:
+    """Inside, forward passes of the model (whole, or block by block; without a cache of their own) see the cache type.
+
+    facts  of every layer, for types that need calibration (`lowbit.kv.calibrated`)
+    only   layers that are quantized; None: `quantized_layers`
+    """
+    chosen = set(quantized_layers(model, cache_type) if only is None else only)
+    if cache_type.needs and facts is None:
+        raise UsageError(f"cache type {cache_type.name} needs ranges that a calibration text gives")
+    layers = {module: _Layer(cache_type, index, (facts or {}).get(index))
+              for module, index in attention_layers(model).items() if index in chosen}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(wrapped_attention(_through(layers)))
+        for module, layer in layers.items():
+            if _is_latent(module):
+                stack.enter_context(_latent(module, layer))
+        if cache_type.before_rope:
+            stack.enter_context(before_rope(dict.fromkeys(layers), _rounding(layers)))
+        yield
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The cache of one layer."""
+
+    type: CacheType
+    index: int
+    facts: tuple[SideFacts, SideFacts] | None
+
+    def keys(self, states: Tensor) -> Tensor:
+        return self._given_back(states, self.type.keys, None if self.facts is None else self.facts[0])
+
+    def values(self, states: Tensor) -> Tensor:
+        return self._given_back(states, self.type.values, None if self.facts is None else self.facts[1])
+
+    def queries(self, states: Tensor) -> Tensor:
+        codec = self.type.queries
+        return states if codec is None else codec.round_trip(states.float()).to(states.dtype)
+
+    def _given_back(self, states: Tensor, codec: Codec, facts: SideFacts | None) -> Tensor:
+        rounded = codec.round_trip(states.float(), facts).to(states.dtype)
+        first = self.type.exact_first
+        return torch.cat([states[..., :first, :], rounded[..., first:, :]], dim=-2) if first else rounded
+
+
+def _through(layers: Mapping[nn.Module, _Layer]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Of an attention function, the one that sees keys and values of these layers as their cache gives them back."""
+
+    def wrap(attention: Callable[..., Any]) -> Callable[..., Any]:
+        def through_cache(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any,
+            **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            layer = layers.get(module)
+            if layer is None or _is_latent(module):
+                return attention(module, query, key, value, mask, *args, **kwargs)
+            keys = TwoVersions(key, key if layer.type.before_rope else layer.keys(key))
+            values = TwoVersions(value, layer.values(value))
+            query = layer.queries(query)
+            if layer.type.window is None:
+                return attention(module, query, keys.cached, values.cached, mask, *args, **kwargs)
+            known = _known_arguments(module, args, kwargs, query.shape[-1])
+            return windowed_attention(query, keys, values, layer.type.window, mask, **known), None
+
+        return through_cache
+
+    return wrap
+
+
+def _known_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Keywords of `windowed_attention`; ArchitectureError for an argument that would be left out in silence."""
+    strange = [name for name, value in kwargs.items() if value is not None
+               and name not in _UNREAD | {"scaling", "softcap", "s_aux"}]  # fmt: skip
+    if args or strange:
+        what = strange[0] if strange else "an argument without a name"
+        raise ArchitectureError(
+            f"{type(module).__name__} passes {what} to its attention, which a cache with a window in 16 bits cannot be "
+            f"simulated with",
+            "choose a type without a window, such as int4_per_token_head or q4_0",
+        )
+    scaling = kwargs.get("scaling")
+    return {
+        "scaling": head_dim**-0.5 if scaling is None else float(scaling),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+
+
+def _rounding(layers: Mapping[nn.Module, _Layer]) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda module, key: layers[module].keys(key)
+
+
+@contextlib.contextmanager
+def before_rope(layers: Mapping[nn.Module, Any], change: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the keys of these attention modules pass through `change` before their rotary embedding, and the wrapped
+    function is the model's own. ArchitectureError for a module that does not rotate by `apply_rotary_pos_emb(q, k, …)`.
+    """
+    running: list[nn.Module] = []
+    with contextlib.ExitStack() as stack:
+        for code in {sys.modules[type(module).__module__] for module in layers}:
+            stack.enter_context(_wrapped_rope(code, layers, running, change))
+        for module in layers:
+            for handle in (
+                module.register_forward_pre_hook(lambda module, _: running.append(module)),
+                module.register_forward_hook(lambda *_: running.clear()),
+            ):
+                stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def _wrapped_rope(
+    code: ModuleType, layers: Mapping[nn.Module, Any], running: list[nn.Module],
+    change: Callable[[nn.Module, Tensor], Tensor],
+) -> Iterator[None]:  # fmt: skip
+    rotate: Any = getattr(code, "apply_rotary_pos_emb", None)
+    if rotate is None or list(inspect.signature(rotate).parameters)[:2] != ["q", "k"]:
+        name = type(next(iter(layers))).__name__
+        raise ArchitectureError(
+            f"{name} does not rotate queries and keys by apply_rotary_pos_emb(q, k, …); keys before the rotary "
+            f"embedding cannot be rounded",
+            "choose a type that rounds keys behind it, such as kivi4 or int4_per_token_head",
+        )
+
+    def rotated(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module = running[-1] if running else None
+        return rotate(q, k if module is None or module not in layers else change(module, k), *args, **kwargs)
+
+    code.apply_rotary_pos_emb = rotated  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        code.apply_rotary_pos_emb = rotate  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _latent(module: nn.Module, layer: _Layer) -> Iterator[None]:
+    """The latent and the rotated key are one vector in engines' caches; no codec that is allowed here spans both.
+    llama.cpp rotates that vector 64 values at a time."""
+    expand: Any = module.expand_kv
+    if isinstance(layer.type.keys, GgmlBlock):
+        layer = replace(layer, type=replace(layer.type, keys=replace(layer.type.keys, rotation="values")))
+
+    def expanded(latent: Tensor, rotated: Tensor) -> Any:
+        return expand(layer.keys(latent), layer.keys(rotated))
+
+    module.expand_kv = expanded  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del module.expand_kv  # back to the method of its class
+
+
+def _is_latent(module: nn.Module) -> bool:
+    return hasattr(module, "expand_kv") and hasattr(module, "kv_lora_rank")
+
+
+def _check_latent(cache_type: CacheType) -> None:
+    codec = cache_type.keys
+    fits = isinstance(codec, Plain | GgmlBlock) or (isinstance(codec, Minifloat) and codec.scale == "one")
+    if not fits or cache_type.window is not None:
+        raise UsageError(
+            f"the model has multi-head latent attention, whose cache holds one latent vector per token; cache type "
+            f"{cache_type.name} has no form for it",
+            "choose fp8_e4m3, fp8_e5m2, bf16 or one of llama.cpp's types",
+        )
+
+
+def _head_dim(module: nn.Module) -> int | None:
+    size = getattr(module, "head_dim", None)
+    return int(size) if isinstance(size, int) else None
