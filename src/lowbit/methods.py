@@ -51,6 +51,8 @@ class Rounding:
                    whether it also `needs_drift`
     grids_only     does not work on ggml types
     learns         tunes all linears of a block together, starting from the codes of one of `starts`, or of rtn
+    refines        starts from the codes of a finished file, which its function takes as a fifth argument; for
+                   `lowbit refine` alone
     """
 
     name: str
@@ -62,6 +64,7 @@ class Rounding:
     needs_hessian: bool = False
     grids_only: bool = False
     learns: bool = False
+    refines: bool = False
     starts: tuple[str, ...] = ()
 
     @property
@@ -98,7 +101,10 @@ ROUNDINGS = {row.name: row for row in (
              starts=("gptq",)),
 )}  # fmt: skip
 RTN = ROUNDINGS["rtn"]
-_BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values()) for name in (row.name, *row.aliases)}
+REFINE = Rounding("refine", "lowbit.rounding.descent:refine",
+                  "coordinate descent from the codes of a finished file", "2309.01885",
+                  "lowbit.rounding.descent:RefineOptions", needs_hessian=True, refines=True)  # fmt: skip
+_BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values(), REFINE) for name in (row.name, *row.aliases)}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from lowbit.calibrate.memory import states_memory
 from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
+from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockStore, LinearResult
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
@@ -108,11 +109,13 @@ def calibrate(
     run: RunOptions,
     output: Path,
     progress: Progress | None = None,
+    start: StartModel | None = None,
 ) -> Calibrated:
     """Run the calibration text through the model, block by block, and round every target by the method.
 
     targets  linear of a decoder block → the grid or ggml type of its codes; linears without a target stay unchanged
     dtypes   stored name → dtype of the tensors written as floats
+    start    the finished model whose codes are refined
     output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
 
     Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
@@ -127,7 +130,7 @@ def calibrate(
             rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
-    job = Job(source, targets, dtypes, windows.ids, settings, run.device)
+    job = Job(source, targets, dtypes, windows.ids, settings, run.device, start)
     memory = states_memory(
         architecture, job.dtype, job.compared_windows > 0, bool(job.method.transforms), run.max_memory
     )
@@ -139,7 +142,7 @@ def calibrate(
         per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
         work.total = len(runner.blocks) * per_block
         with work.timed("forward"):
-            streams = Streams(runner, job.ids, job.compared_windows)
+            streams = Streams(runner, job.ids, job.compared_windows, None if start is None else start.checkpoint)
         kept_at = time.monotonic()
         for index in range(store.load_states(streams.all), len(runner.blocks)):
             work.name, work.done = runner.blocks[index].name, index * per_block

@@ -30,7 +30,7 @@ from lowbit.errors import UsageError
 from lowbit.export import Piece, default_format
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
-from lowbit.methods import RTN, Rounding
+from lowbit.methods import RTN, Rounding, parse_method
 from lowbit.registry import FORMATS, Format, load
 from lowbit.rounding.target import Stored, Sums, Target
 from lowbit.schemes import ActivationSpec, Scheme
@@ -396,6 +396,7 @@ class Prepared:
     plan_again   plans the same model with other settings
     calibration  the text, after one was run
     calibrated   the codes of blockwise methods, after calibration
+    start        the finished file that is refined; `checkpoint` is then its reference
     """
 
     checkpoint: Checkpoint
@@ -406,6 +407,7 @@ class Prepared:
     source: str = ""
     calibration: CalibrationText | None = None
     calibrated: Calibrated | None = None
+    start: str | None = None
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:
@@ -420,4 +422,9 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
 
     output  its name tells a GGUF file from a folder where the settings do not
     """
-    return load(output_format(request.settings, output).plan)(request)
+    settings = request.settings
+    for name in (settings.method, *settings.method_overrides.values()):
+        if parse_method(name).rounding.refines:
+            raise UsageError(f"method {name} starts from the codes of a finished file",
+                             "lowbit refine FILE --reference MODEL -o OUT does that")  # fmt: skip
+    return load(output_format(settings, output).plan)(request)

@@ -68,7 +68,7 @@ class RefineOptions:
         """The user's settings, defaults for the rest."""
         given = {"damping": settings.damping, "correction": settings.correction, "sweeps": settings.sweeps}
         return cls(**{name: value for name, value in given.items() if value is not None},
-                   anew=not settings.keep_start)  # fmt: skip
+                   anew=not settings.codes_only)  # fmt: skip
 
 
 def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptions, start: Stored) -> Rounded:
