@@ -29,6 +29,7 @@ _CALLS = {
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
+    "refine": "lowbit.refinement:refine",
     "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
 }
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix
+    from lowbit.refinement import refine as refine
     from lowbit.verification import verify as verify
 
 
