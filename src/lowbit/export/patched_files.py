@@ -83,7 +83,7 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     """True for tensors of one dtype and shape that hold the same bits."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
 def _mismatch(piece: Piece, found: str) -> OutputError:

@@ -37,6 +37,10 @@ from lowbit.settings import Settings
 from lowbit.tensors import QuantizedTensor
 
 
+# Stands for the range of an input: writers store static activation scales beside codes, and a refinement keeps those.
+_SOME = 1.0
+
+
 class KeepsFiles(Protocol):
     """What plans of refinements have beside `Plan`."""
 
@@ -65,11 +69,17 @@ class KeptFolderPlan(FolderPlan):
     """A folder that stays as it is.
 
     source   its safetensors files, as they are stored
+    layout   the output format that stores linears as these files do ("gptq_v2")
     refined  stored tensors that hold codes and scales of refined linears
     """
 
     source: Any = field(default=None, repr=False, compare=False)
+    layout: str = ""
     refined: frozenset[str] = frozenset()
+
+    @property
+    def exporter(self) -> Exporter:
+        return find_exporter(self.layout)
 
     def pack(self, tensor: PlannedTensor, rows: QuantizedTensor | Tensor, first: int) -> list[Piece]:
         return [piece for piece in super().pack(tensor, rows, first) if piece.name in self.refined]
@@ -124,16 +134,21 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
     shapes = {linear.name: linear for linear in architecture.linears.values()}
     schemes = {weight.removesuffix(".weight"): scheme for weight, scheme in checkpoint.schemes.items()
                if weight.removesuffix(".weight") in shapes}  # fmt: skip
-    exporters = [find_exporter(name) for name, each in FORMATS.items()
-                 if each.write is not None and (name == row.name or name.startswith(f"{row.name}_v"))]  # fmt: skip
     settings = settings.model_copy(update={"format": row.name})
     planned = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint), schemes)
-    refined: set[str] = set()
-    tensors = tuple(_kept_tensor(t, checkpoint, source, exporters, settings, refined) for t in planned.tensors)
+    # Variants of a format (GPTQ v1, v2) have rows of their own; the one that reproduces the first linear is the file's.
+    layouts = [name for name, each in FORMATS.items()
+               if each.write is not None and (name == row.name or name.startswith(f"{row.name}_v"))]  # fmt: skip
+    for layout in layouts:
+        refined: set[str] = set()
+        exporter = find_exporter(layout)
+        tensors = tuple(_kept_tensor(t, checkpoint, source, exporter, settings, refined) for t in planned.tensors)
+        if refined:
+            break
     names = sorted({scheme.name for scheme in schemes.values()})
     plan = KeptFolderPlan(
         tensors, settings, row, planned.model_class, " + ".join(names), "kept", planned.dtype, architecture,
-        source=source, refined=frozenset(refined),
+        input_absmax=dict.fromkeys(schemes, _SOME), source=source, layout=layout, refined=frozenset(refined),  # type: ignore[possibly-undefined]
     )  # fmt: skip
 
     def codes(linear: str) -> QuantizedTensor:
@@ -151,7 +166,7 @@ def _files_of(checkpoint: Any) -> Any:
 
 
 def _kept_tensor(
-    tensor: PlannedTensor, checkpoint: CanReadCodes, source: Any, exporters: list[Exporter], settings: Settings,
+    tensor: PlannedTensor, checkpoint: CanReadCodes, source: Any, exporter: Exporter, settings: Settings,
     refined: set[str],
 ) -> PlannedTensor:  # fmt: skip
     """A tensor as the file has it; `Making.calibrated` where it is a linear that can be refined, whose stored tensors
@@ -163,7 +178,7 @@ def _kept_tensor(
     dtype = dtype if dtype in FLOATS else tensor.dtype
     why = "it lies outside the decoder blocks, where no text is measured" if linear.block is None else None
     why = why or unrefinable(scheme)
-    for exporter in exporters if why is None else ():
+    if why is None:
         names, why = _reproduced(linear, scheme, checkpoint, source, exporter, dtype)
         if why is None:
             refined |= names
@@ -191,8 +206,8 @@ def _reproduced(
     names: set[str] = set()
     try:
         held = checkpoint.read_quantized(f"{linear.name}.weight")
-        pieces = exporter.pack(linear.name, held, scheme, 0, linear.shape, dtype)
-        others = exporter.pack(linear.name, _rolled(held), scheme, 0, linear.shape, dtype)
+        pieces = exporter.pack(linear.name, held, scheme, 0, linear.shape, dtype, _SOME)
+        others = exporter.pack(linear.name, _rolled(held), scheme, 0, linear.shape, dtype, _SOME)
     except LowbitError as error:
         return names, str(error)
     for piece, other in zip(pieces, others, strict=True):

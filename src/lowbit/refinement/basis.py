@@ -73,19 +73,27 @@ def in_basis(pair: Pair, linears: Iterable[str]) -> tuple[Checkpoint, tuple[str,
 
 def distance(pair: Pair, reference: Checkpoint, linear: Linear) -> float:
     """‖Ŵ − W‖² / ‖W‖² over some rows of a linear."""
-    held, own = _sample(pair.file, linear), _sample(reference, linear)
+    rows = _sampled_rows(linear.shape[0])
+    held, own = _sample(pair.file, linear, rows), _sample(reference, linear, rows)
     size = own.square().sum().item()
     return (held - own).square().sum().item() / size if size else 0.0
 
 
-def _sample(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    """At most `_SAMPLED_ROWS` rows, from four evenly spaced places, of [N, K]."""
-    name, rows = f"{linear.name}.weight", linear.shape[0]
-    if rows <= _SAMPLED_ROWS or (linear.transposed and not is_decoded(checkpoint, name)):
-        return _whole(checkpoint, linear)[:: -(-rows // _SAMPLED_ROWS)]
-    each, multiple = _SAMPLED_ROWS // 4, 256
-    starts = sorted({min(part * rows // 4 // multiple * multiple, rows - each) for part in range(4)})
-    values = torch.cat([checkpoint.read(name, start, start + each).float() for start in starts])
+def _sampled_rows(rows: int) -> list[slice]:
+    """At most `_SAMPLED_ROWS` of N rows, from four evenly spaced places."""
+    if rows <= _SAMPLED_ROWS:
+        return [slice(0, rows)]
+    each = _SAMPLED_ROWS // 4
+    return [slice(start, start + each) for start in (part * (rows - each) // 3 for part in range(4))]
+
+
+def _sample(checkpoint: Checkpoint, linear: Linear, rows: list[slice]) -> Tensor:
+    """Some rows of [N, K], float32."""
+    name = f"{linear.name}.weight"
+    if linear.transposed and not is_decoded(checkpoint, name):
+        whole = _whole(checkpoint, linear)
+        return torch.cat([whole[part] for part in rows])
+    values = torch.cat([checkpoint.read(name, part.start, part.stop).float() for part in rows])
     checkpoint.release(name)
     return values
 

@@ -109,8 +109,7 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
     finished = [each for each in done if each is not None]
     stored = joined([held for held, _ in finished])
     decoded = target.reader(stored)(torch.arange(len(weight)))
-    rounded_anew = sum(count for _, count in finished)
-    notes = (f"{rounded_anew} of {len(weight)} rows rounded anew, by GPTQ",) if rounded_anew else ()
+    notes = ("rows rounded anew, by GPTQ, where that is better",) if any(count for _, count in finished) else ()
     return Rounded(stored, decoded, notes)
 
 
