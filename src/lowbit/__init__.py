@@ -30,6 +30,7 @@ _CALLS = {
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
+    "refine": "lowbit.refinement:refine",
     "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
 }
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix
+    from lowbit.refinement import refine as refine
     from lowbit.verification import verify as verify
 
 

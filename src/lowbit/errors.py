@@ -61,6 +61,10 @@ class OutputError(LowbitError):
     """The output cannot be written: it exists, the disk is full, no permission."""
 
 
+class NoGainError(LowbitError):
+    """A refined file that is no nearer to its reference than the file it started from, so it was not written."""
+
+
 class VerificationError(LowbitError):
     """A checkpoint that its engine would refuse or misread."""
 

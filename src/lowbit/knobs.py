@@ -117,8 +117,12 @@ STATIC = Reader("schemes with static activation scales", "--scheme FP8 or W8A8_S
 STATIC_PERCENTILE = Reader("--activation-range percentile, for static schemes", "--activation-range percentile uses it",
                            lambda run: run.static and run.activations_by_percentile)  # fmt: skip
 GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundings)
+HESSIAN = Reader(
+    "GPTQ and lowbit refine", "--method gptq uses it", lambda run: bool(run.roundings & {"gptq", "refine"})
+)
 CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq uses it",
-                    lambda run: GPTQ.reads(run) and run.corrects and not run.learns)  # fmt: skip
+                    lambda run: HESSIAN.reads(run) and run.corrects and not run.learns)  # fmt: skip
+REFINE = Reader("lowbit refine", "lowbit refine FILE --reference MODEL uses it", lambda run: "refine" in run.roundings)
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
 DISTILL = Reader("distillation", "--method gptq+distill uses it", lambda run: run.distills)
 GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",

@@ -53,6 +53,8 @@ class Rounding:
                    whether it also `needs_drift`
     grids_only     does not work on ggml types
     learns         tunes all linears of a block together, starting from the codes of one of `starts`, or of rtn
+    refines        starts from the codes of a finished file, which its function takes as a fifth argument; for
+                   `lowbit refine` alone
     """
 
     name: str
@@ -64,6 +66,7 @@ class Rounding:
     needs_hessian: bool = False
     grids_only: bool = False
     learns: bool = False
+    refines: bool = False
     starts: tuple[str, ...] = ()
 
     @property
@@ -118,7 +121,12 @@ FINISHES = {row.name: row for row in (
            "scales, norms and biases learned from the unquantized model, end to end; codes stay", "1503.02531"),
 )}  # fmt: skip
 RTN = ROUNDINGS["rtn"]
-_BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values()) for name in (row.name, *row.aliases)}
+REFINE = Rounding("refine", "lowbit.rounding.descent:refine",
+                  "coordinate descent from the codes of a finished file", "2309.01885",
+                  "lowbit.rounding.descent:RefineOptions", needs_hessian=True, refines=True)  # fmt: skip
+_BY_NAME = {
+    name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values(), REFINE) for name in (row.name, *row.aliases)
+}
 
 
 @dataclass(frozen=True)

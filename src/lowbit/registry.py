@@ -18,6 +18,7 @@ class Format:
     read           "module:class" of the `Layout` that reads such folders
     write          "module" or "module:object", an `export.Exporter`; None for read-only formats
     plan           "module:function" that opens a model and plans its output
+    refine         "module:function" that plans the refinement of a finished model
     rules          "module:RULES", verification rules of this format
     suffix         file name suffix of single-file formats; None for folders
     open           single files: "module:function" that opens one under Hugging Face names
@@ -34,6 +35,7 @@ class Format:
     read: str | None = None
     write: str | None = None
     plan: str = "lowbit.plan.folder:prepare_folder"
+    refine: str = "lowbit.plan.refining:keep_folder"
     rules: str | None = None
     suffix: str | None = None
     open: str | None = None
@@ -87,7 +89,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True),
         Format(
-            "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", rules=f"{_F}.gguf.rules:RULES", suffix=".gguf",
+            "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", refine=f"{_F}.gguf.refining:keep_file", rules=f"{_F}.gguf.rules:RULES", suffix=".gguf",
             open=f"{_F}.gguf.read:open_gguf", inspect=f"{_F}.gguf.subject:GGUFSubject",
             header=f"{_F}.gguf.header:read_header",
         ),

@@ -131,11 +131,19 @@ def _command(prepared: Prepared, output: Path) -> str | None:
     if prepared.checkpoint.kind == IN_MEMORY or prepared.text is not None:
         return None
     plan, given = prepared.plan, prepared.plan.settings.given
+    if prepared.start is not None:
+        trust = asdict(prepared.options)
+        return command_line("refine", prepared.start, output, {"reference": prepared.source}, _own(given), trust)
     repacked = any(tensor.making is Making.repacked for tensor in plan.tensors)
     if repacked and plan.format.suffix is None:
         return command_line("convert", prepared.source, output, given, asdict(prepared.options))
     scheme = {"scheme": plan.settings.scheme}
     return command_line("quantize", prepared.source, output, scheme | given, asdict(prepared.options))
+
+
+def _own(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a refinement that its command takes: not the method, and not the format, which the file has."""
+    return {name: value for name, value in given.items() if name not in ("method", "format", "scheme")}
 
 
 def planned_neighbours(prepared: Prepared) -> tuple[schema.Neighbour, ...]:
@@ -280,6 +288,7 @@ def _entry(
         method=None if calibrated is None else calibrated.method,
         layer_error=None if calibrated is None else calibrated.layer_error,
         nearest_error=None if calibrated is None else calibrated.nearest_error,
+        start_error=None if calibrated is None else calibrated.start_error,
         tokens=None if calibrated is None else calibrated.tokens,
         repacked=tensor.making is Making.repacked and tensor.is_quantized,
         reason=tensor.reason,

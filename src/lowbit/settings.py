@@ -167,7 +167,7 @@ class Settings(Table):
     ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
-        Knob("GPTQ: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.GPTQ,
+        Knob("GPTQ, refine: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.HESSIAN,
              absent="0.01", see="gptq.md"),
     ] = None  # fmt: skip
     shrinkage: Annotated[
@@ -177,12 +177,12 @@ class Settings(Table):
     ] = None  # fmt: skip
     correction: Annotated[
         float | None, Field(ge=0, le=1),
-        Knob("GPTQ: fraction of the error of preceding layers to compensate", METHODS, knobs.GPTQ, absent="0.75",
+        Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN, absent="0.75",
              see="gptq.md"),
     ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
-        Knob("GPTQ: windows also run through the unquantized model, for --correction", METHODS, knobs.CORRECTION,
+        Knob("GPTQ, refine: windows also run through the unquantized model, for --correction", METHODS, knobs.CORRECTION,
              absent="all", see="gptq.md"),
     ] = None  # fmt: skip
     refine: Annotated[
@@ -191,11 +191,20 @@ class Settings(Table):
     ] = None  # fmt: skip
     expert_tokens: Annotated[
         int, Field(ge=1),
-        Knob("GPTQ: experts that see fewer tokens are rounded to nearest and listed", METHODS, knobs.GPTQ),
+        Knob("GPTQ, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and listed", METHODS, knobs.HESSIAN),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
         bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
     ] = False
+    sweeps: Annotated[
+        int | None, Field(ge=1),
+        Knob("Refine: how often all scales, then all codes, are moved", METHODS, knobs.REFINE, absent="4",
+             see="refine.md"),
+    ] = None  # fmt: skip
+    codes_only: Annotated[
+        bool, Knob("Refine: start from the codes of the file alone, not also from those of GPTQ", METHODS, knobs.REFINE,
+                   see="refine.md"),
+    ] = False  # fmt: skip
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
     distill_steps: Annotated[
         int | None, Field(ge=1),

@@ -131,9 +131,15 @@ class BlockRunner:
                 self.drop(index)
         return states
 
-    def embed(self, ids: Tensor) -> HiddenStates:
-        """The input of the first block; also captures the arguments of every block, which `forward` needs."""
+    def embed(self, ids: Tensor, present: Checkpoint | None = None) -> HiddenStates:
+        """The input of the first block; also captures the arguments of every block, which `forward` needs.
+
+        present  another model of the same architecture, whose tensors outside the blocks take the place of these
+        """
         self._loader.fill(self._is_outside)
+        for name in self.architecture.parameters if present is not None else ():
+            if self.architecture.block_of(name) is None and name in present.tensors:
+                self._loader.put({name: present.read(name).float()}, self._outside_parameter)
         states = None
         with torch.no_grad():  # not inference mode: sign-SGD runs the captured arguments with gradients
             for batch in batches_of(ids):
@@ -333,6 +339,11 @@ class BlockRunner:
         """Hidden states in the form of a block's output."""
         entries = self.architecture.block_outputs
         return (hidden, *[None] * (entries - 1)) if entries else hidden
+
+    def _outside_parameter(self, name: str) -> Tensor:
+        """A parameter outside the blocks that is filled; of one that is not, a tensor that takes no part."""
+        parameter = self.model.get_parameter(name)
+        return torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter
 
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""

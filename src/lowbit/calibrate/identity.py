@@ -3,6 +3,7 @@
     settings    every setting of the table, by name
     source      the revision, and what the user typed, which is told but not compared
     files       SHA-256 of every weight file, all of it, and of an adapter's files; of a model in memory, of its tensors
+    start       the same of the model that refinement starts from
     config      config.json
     text        SHA-256 of the token ids
     targets     linear → grid or ggml type
@@ -45,6 +46,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
         "model": source.source,
         "source": {"revision": options.revision},
         "files": _weight_hashes(source) | file_hashes(set(adapter_files(options))),
+        "start": file_hashes(set() if job.start is None else set(job.start.files)),
         "config": source.config(),
         "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
         "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
@@ -84,7 +86,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if not isinstance(was, dict) or topic == "lowbit":
             return ["it was begun by another version of lowbit"]
         names = [name for name in {**was, **is_now} if was.get(name, _ABSENT) != is_now.get(name, _ABSENT)]
-        if topic == "files":
+        if topic == "start":
+            found += [f"{name}, which is refined, is not what it was" for name in names]
+        elif topic == "files":
             found += [f"{name} of {now.get('model')} is not what it was" for name in names]
         elif topic == "text":
             found += [f"{name} is not what it was" for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.calibrate.store import LinearResult
@@ -18,20 +19,30 @@ from lowbit.rounding.error import squared_error_of
 from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.outliers import outlier_note
-from lowbit.rounding.target import Rounded, Target, nearest
+from lowbit.rounding.target import Rounded, Stored, Target, nearest
 
 _ERROR_ROWS = 128  # sampled for the layer errors of the report
 LayerErrors = tuple[float | None, float | None]  # (layer_error, nearest_error) of `LinearResult`
 
 
 def round_linear(
-    weight: Tensor, target: Target, rounding: Rounding, data: InputData, options: Any, least_tokens: int
+    weight: Tensor,
+    target: Target,
+    rounding: Rounding,
+    data: InputData,
+    options: Any,
+    least_tokens: int,
+    start: Stored | None = None,
 ) -> tuple[Rounded, LinearResult]:
     """Round a weight, float32 [N, K].
 
     options       of the rounding, as in its row
     least_tokens  with fewer tokens than this the Hessian is too poor: round to nearest
+    start         what a finished file holds, for a rounding that `refines`: kept where that is not possible
     """
+    if rounding.refines:
+        assert start is not None, "the loop was given a file to start from"
+        return _refined(weight, target, rounding, data, options, least_tokens, start)
     note = None
     if rounding.needs_hessian and not (data.has_hessian and data.tokens >= least_tokens):
         note = f"rounded to nearest: {data.tokens} tokens reached it, {rounding.name} needs {least_tokens}"
@@ -48,6 +59,24 @@ def round_linear(
     return rounded, linear_result(weight, rounded, target, method, errors, data.tokens, notes)
 
 
+def _refined(
+    weight: Tensor, target: Target, rounding: Rounding, data: InputData, options: Any, least_tokens: int, start: Stored
+) -> tuple[Rounded, LinearResult]:
+    before = target.reader(start)(torch.arange(len(weight)))
+    if data.has_hessian and data.tokens >= least_tokens:
+        rounded = load(rounding.function)(weight, target, data, options, start)
+    else:
+        note = f"kept as it is: {data.tokens} tokens reached it, {rounding.name} needs {least_tokens}"
+        rounded = Rounded(start, before, (note,), fell_back=True)
+    errors = (None, None)
+    rows = _sampled(weight, target)
+    if data.has_hessian and (energy := data.energy(weight[rows])) > 0:
+        errors = tuple(data.energy((weight - decoded)[rows]) / energy for decoded in (rounded.decoded, before))
+    method = "kept" if rounded.fell_back else rounding.name
+    result = linear_result(weight, rounded, target, method, (errors[0], None), data.tokens, rounded.notes)
+    return rounded, replace(result, start_error=errors[1])
+
+
 def linear_result(
     weight: Tensor, rounded: Rounded, target: Target, method: str, errors: LayerErrors, tokens: int,
     notes: tuple[str, ...],
@@ -59,15 +88,20 @@ def linear_result(
     return LinearResult(method, error / size if size else 0.0, largest, *errors, tokens, notes)
 
 
+def _sampled(weight: Tensor, target: Target) -> slice:
+    """At most `_ERROR_ROWS` evenly spaced rows; all rows if scales span them."""
+    return slice(None, None, -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1)
+
+
 def _layer_errors(weight: Tensor, decoded: Tensor, target: Target, data: InputData) -> LayerErrors:
     """(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), the same of rounding to nearest), over at most `_ERROR_ROWS` evenly spaced rows; over
     all rows if scales span them. H as the rounding saw it; sums over the groups of rows with an H each."""
     if not data.has_hessian:
         return None, None
-    step = -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1
+    rows = _sampled(weight, target)
     energy = error = by_nearest = 0.0
-    for rows, part in data.by_rows(len(weight)):
-        w, w_decoded = weight[rows][::step], decoded[rows][::step]
+    for group, part in data.by_rows(len(weight)):
+        w, w_decoded = weight[group][rows], decoded[group][rows]
         energy += part.energy(w)
         error += part.energy(w - w_decoded)
         by_nearest += part.energy(w - nearest(w, target, part).decoded)

@@ -38,6 +38,7 @@ from lowbit.calibrate.memory import ARRAYS_OF_STATES, states_memory
 from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
+from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockStore, LinearResult
 from lowbit.calibrate.summary import coverage_notes
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
@@ -128,12 +129,14 @@ def calibrate(
     output: Path,
     progress: Progress | None = None,
     given: GivenText | None = None,
+    start: StartModel | None = None,
 ) -> Calibrated:
     """Run the calibration text through the model, block by block, and round every target by the method.
 
     targets  linear of a decoder block → the grid or ggml type of its codes; linears without a target stay unchanged
     dtypes   stored name → dtype of the tensors written as floats
     given    what stands for the calibration text in memory
+    start    the finished model whose codes are refined
     output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
 
     Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
@@ -148,7 +151,7 @@ def calibrate(
             rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
-    job = Job(source, targets, dtypes, windows.ids, settings, run.device)
+    job = Job(source, targets, dtypes, windows.ids, settings, run.device, start)
     if job.needs_hessian:
         widest = max(architecture.linears[name].shape[1] for name in targets)
         windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
@@ -171,7 +174,7 @@ def calibrate(
         work.total = gradients + len(runner.blocks) * per_block
         weights = _weights_of_tokens(checkpoint, job, options, store, memory, work) if job.weighed else None
         with work.timed("forward"):
-            streams = Streams(runner, job.ids, job.compared_windows)
+            streams = Streams(runner, job.ids, job.compared_windows, None if start is None else start.checkpoint)
         kept_at = time.monotonic()
         for index in range(store.load_states(streams.all), len(runner.blocks)):
             work.name, work.done = runner.blocks[index].name, gradients + index * per_block

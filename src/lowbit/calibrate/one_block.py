@@ -17,6 +17,7 @@ from lowbit.calibrate.gradients import TokenWeights
 from lowbit.calibrate.linear import linear_result, round_linear
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import Stage, by_child
+from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockRecord, BlockStore, LinearResult
 from lowbit.calibrate.summary import summaries_of
 from lowbit.calibrate.tensors import StoredTensors
@@ -43,10 +44,12 @@ class Job:
     options         name of a rounding → its options
     before          transforms that rewrite a block before measuring; `measured` are those that need statistics
     needs_channels  the run reads per-channel ranges and means, beside the Hessian
+    start           the finished model that refinement starts from
     """
 
     def __init__(self, checkpoint: Checkpoint, targets: dict[str, Target], dtypes: dict[str, torch.dtype], ids: Tensor,
-                 settings: Settings, device: str):  # fmt: skip
+                 settings: Settings, device: str, start: StartModel | None = None):  # fmt: skip
+        self.start = start
         self.checkpoint, self.targets, self.dtypes, self.ids = checkpoint, targets, dtypes, ids
         self.settings, self.device, self.dtype = settings, device, compute_dtype(settings.compute, device)
         self.method: Method = parse_method(settings.method)
@@ -119,6 +122,7 @@ class CalibratedBlock:
             runner.load(self.index)
         self._transform({}, job.before)
         passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.needs_channels)
+        self._put_kept()
         # Every stage sees the hidden states before this block; the quantized stream moves on only at the end.
         for stage in by_child(passes.stages) if job.measured else passes.stages:
             with work.timed("forward"):
@@ -164,9 +168,20 @@ class CalibratedBlock:
                 name = f"{linear.name}.weight"
                 decoded = store.decoded(linear.name, self.job.targets[linear.name], linear.shape[1])
                 values[name] = self.tensors.turned(name, decoded)
+        self._put_kept()
         runner.put(values)
         run_through(runner, self.index, streams.quantized, self.job.ids)
         runner.drop(self.index)
+
+    def _put_kept(self) -> None:
+        """The quantized stream runs with what the file that is refined has in 16 bits, and keeps."""
+        if self.job.start is None:
+            return
+        present = self.job.start.checkpoint
+        held = StoredTensors(present, self.runner, self.index, {each.name: each for each in self.linears})
+        for name in self.tensors.names:
+            if name in present.tensors and name.removesuffix(".weight") not in self.job.targets:
+                self.runner.put({name: self.tensors.turned(name, held.read(name))})
 
     def _transform(self, stats: dict[str, LayerStats], transforms: tuple[Transform, ...]) -> dict[str, Tensor]:
         """Rewrite weights and `stats`; returns the changed tensors by stored name, in the file's orientation."""
@@ -219,7 +234,10 @@ class CalibratedBlock:
                     target, rounding = self._target(linear), job.roundings[linear.name]
                     options = job.options[rounding.name]
                     own = data.of(linear.name)
-                    rounded, result = round_linear(weight, target, rounding, own, options, settings.expert_tokens)
+                    start = job.start.codes(linear.name) if job.start is not None else None
+                    rounded, result = round_linear(
+                        weight, target, rounding, own, options, settings.expert_tokens, start
+                    )
                     if self.weights is not None and linear.name in self.weights.missing:
                         note = f"its Hessian counts all tokens alike: {self.weights.missing[linear.name]}"
                         result = replace(result, notes=(*result.notes, note))

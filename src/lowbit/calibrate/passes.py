@@ -28,6 +28,7 @@ from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
 from lowbit.calibrate.gradients import TokenWeights
 from lowbit.calibrate.stages import ChildOutputs, Stage, find_idle, find_stages, replaced_forward
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.tensors import LayerStats
 
 Tick = Callable[[int], None]  # called with the number of windows done
@@ -37,12 +38,16 @@ class Streams:
     """Hidden states of all windows before a block, and those of the unquantized model for the first `compared` windows,
     rounded up to whole batches."""
 
-    def __init__(self, runner: BlockRunner, ids: Tensor, compared: int):
+    def __init__(self, runner: BlockRunner, ids: Tensor, compared: int, present: Checkpoint | None = None):
+        """present: a finished model that refinement starts from, whose embedding the quantized stream has"""
         self.ids = ids
-        self.quantized = runner.embed(ids)
+        self.quantized = runner.embed(ids) if present is None else runner.embed(ids, present)
         self.unquantized = None
         self.compared = next((batch.stop for batch in batches_of(ids) if batch.stop >= compared), len(ids))
         if compared:
+            if present is not None:
+                self.unquantized = runner.embed(ids[: self.compared])
+                return
             values = self.quantized.values[: self.compared]
             self.unquantized = runner.new_states((self.compared, values.shape[1], values.shape[2]))
             self.unquantized.values.copy_(values)

@@ -58,6 +58,7 @@ class LinearResult:
     max_error      max |W − Ŵ|
     layer_error    tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); `nearest_error`: the same of rounding to nearest; None without a Hessian
     tokens         tokens in the statistics of its input
+    start_error    `layer_error` of the codes that it started from, of refined linears
     """
 
     method: str
@@ -67,6 +68,7 @@ class LinearResult:
     nearest_error: float | None = None
     tokens: int = 0
     notes: tuple[str, ...] = ()
+    start_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -362,6 +364,7 @@ def joined_results(parts: Sequence[TensorResult]) -> TensorResult:
         method=" and ".join(sorted({each.method for each in linears})),
         layer_error=mean([each.layer_error for each in linears]),
         nearest_error=mean([each.nearest_error for each in linears]),
+        start_error=mean([each.start_error for each in linears]),
         tokens=sum(each.tokens for each in linears),
         notes=tuple(f"expert {index}: {note}" for index, each in enumerate(linears) for note in each.notes),
     )
@@ -370,7 +373,6 @@ def joined_results(parts: Sequence[TensorResult]) -> TensorResult:
 
 
 def _taken_apart(stored: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    assert stored.g_idx is None, "our own rounding keeps groups of consecutive columns"
     codes, scalars = stored.codes, {"global_scale": stored.global_scale, "signed": float(stored.codes.dtype.is_signed)}
     if stored.grid.bits <= 4:
         offset = None if codes.dtype.is_signed else 0
@@ -379,6 +381,8 @@ def _taken_apart(stored: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, 
         parts = {"codes": codes, "scale": stored.scale}
     if stored.zero_point is not None:
         parts["zero_point"] = stored.zero_point
+    if stored.g_idx is not None:
+        parts["g_idx"] = stored.g_idx
     if stored.nested is not None:
         parts |= {"nested_codes": stored.nested.codes, "nested_absmax": stored.nested.absmax}
         scalars |= {"nested_offset": stored.nested.offset, "nested_block": stored.nested.block}
@@ -408,7 +412,7 @@ def _put_together(parts, scalars, spec: WeightSpec, grid: Grid, columns: int, fi
         nested = NestedScale(nested_codes, absmax, scalars["nested_offset"], block)
     zero_point = parts["zero_point"][scale_rows] if "zero_point" in parts else None
     return QuantizedTensor(codes, parts["scale"][scale_rows], grid, spec.granularity, group_size, zero_point,
-                           scalars["global_scale"], nested=nested)  # fmt: skip
+                           scalars["global_scale"], parts["g_idx"][:] if "g_idx" in parts else None, nested)  # fmt: skip
 
 
 def _check_same(folder: Path, described: dict[str, Any]) -> None:

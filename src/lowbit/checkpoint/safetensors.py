@@ -69,6 +69,10 @@ class SafetensorsCheckpoint(StatedConfig):
         stored = self._stored[name]
         self._files[info.file].release(stored.start, stored.stop)
 
+    def position(self, name: str) -> tuple[Path, int]:
+        """The file of a tensor, and the place of its first byte in it."""
+        return find_tensor(self.tensors, name, self.source).file, self._stored[name].start
+
     def holders(self, file: str, first: int, last: int) -> list[str]:
         """Tensors that have bytes between two positions of a file."""
         return [name for name, stored in self._stored.items()

@@ -34,6 +34,7 @@ from lowbit.cli.inspect import inspect
 from lowbit.cli.options import Commands, Sections, with_groups
 from lowbit.cli.plain import one_line
 from lowbit.cli.quantize import quantize
+from lowbit.cli.refine import refine
 from lowbit.cli.verify import verify
 from lowbit.errors import LowbitError
 
@@ -48,7 +49,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS = (
-    quantize, convert, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo,
+    quantize, convert, refine, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo,
     clean,
 )  # fmt: skip
 for command in _COMMANDS:

@@ -404,6 +404,7 @@ class Prepared:
     text         the calibration text, where it is in memory
     made_by      what chose the codes of `calibrated`, where that is no method of the settings: training
     distilled    what a distillation learned, after it
+    start        the finished file that is refined; `checkpoint` is then its reference
     """
 
     checkpoint: Checkpoint
@@ -417,6 +418,7 @@ class Prepared:
     text: GivenText | None = None
     made_by: str = ""
     distilled: Distilled | None = None
+    start: str | None = None
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:
@@ -432,8 +434,13 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
 
     output  its name tells a GGUF file from a folder where the settings do not
     """
-    prepared: Prepared = load(output_format(request.settings, output).plan)(request)
-    transforms = parse_method(request.settings.method).transforms
+    settings = request.settings
+    for name in (settings.method, *settings.method_overrides.values()):
+        if parse_method(name).rounding.refines:
+            raise UsageError(f"method {name} starts from the codes of a finished file",
+                             "lowbit refine FILE --reference MODEL -o OUT does that")  # fmt: skip
+    prepared: Prepared = load(output_format(settings, output).plan)(request)
+    transforms = parse_method(settings.method).transforms
     if transforms and prepared.plan.architecture is not None:
         facts = model_facts(prepared.plan.architecture)
         for transform in transforms:

@@ -161,6 +161,7 @@ class TensorEntry(Record):
     method           how its codes were chosen, where a text was run for it: "gptq", "rtn" …
     layer_error      tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) over the text: the error of the linear's output
     nearest_error    what that would be with round to nearest
+    start_error      what that was before `lowbit refine`
     tokens           of the text that the linear was measured on
     repacked         True if the source's own codes were kept, bit for bit (`lowbit convert`)
     notes            what was changed on the way: "group size 64: 128 does not divide 576"
@@ -180,6 +181,7 @@ class TensorEntry(Record):
     method: str | None = None
     layer_error: NonNegative | None = None
     nearest_error: NonNegative | None = None
+    start_error: NonNegative | None = None
     tokens: Count | None = None
     repacked: bool = False
     reason: str | None = None
@@ -250,6 +252,19 @@ class Neighbour(Record):
     same_top1: Share | None = None
 
 
+class Refinement(Record):
+    """What `lowbit refine` started from, and what that was worth on text that nothing was calibrated on.
+
+    file     the quantized model
+    before   its divergence from the reference
+    after    that of this output, on the same windows
+    """
+
+    file: str
+    before: Evaluation
+    after: Evaluation
+
+
 class ServeLine(Record):
     """The command that serves what was written."""
 
@@ -263,6 +278,7 @@ class Report(Record):
     command     the command line that makes it again
     neighbours  other schemes for the same source
     kv_cache    what KV-cache types cost this output (`lowbit evaluate --kv-cache`)
+    refinement  of an output of `lowbit refine`
     """
 
     schema_version: Literal[9] = Field(default=SCHEMA, alias="schema")
@@ -283,6 +299,7 @@ class Report(Record):
     serve: tuple[ServeLine, ...] = ()
     command: str | None = None
     neighbours: tuple[Neighbour, ...] = ()
+    refinement: Refinement | None = None
 
 
 def load(path: Path | str) -> Report:

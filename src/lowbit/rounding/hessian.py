@@ -125,6 +125,24 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """H, damped, as coordinate descent uses it; columns in storage order.
+
+    spread    float32 [K, K]   H_jk / H_kk, diagonal 0
+    diagonal  float32 [K]      H_kk
+    """
+
+    spread: Tensor
+    diagonal: Tensor
+
+    def within(self, columns: slice | Tensor) -> Tensor:
+        """H of some columns, float32 [n, n]."""
+        diagonal = self.diagonal[columns]
+        part = self.spread[columns][:, columns] * diagonal
+        return part.diagonal_scatter(diagonal)
+
+
+@dataclass(frozen=True)
 class PreparedHessian:
     """The Hessian that the readers of one input share (`prepare`); factors are computed on first use and kept.
 
@@ -146,6 +164,7 @@ class PreparedHessian:
     shrinkage: float = 0.0
     _factors: dict[tuple[int, int, bool], Factor | None] = field(default_factory=dict, repr=False, compare=False)
     _descents: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _curvatures: list[Curvature] = field(default_factory=list, repr=False, compare=False)
 
     def factor(self, run: int = 1, step: int = 1, by_importance: bool = True) -> Factor | None:
         """The factor for an order of columns, or None if H has none.
@@ -183,6 +202,13 @@ class PreparedHessian:
             diagonal = hessian.diagonal().clone()
             hessian.mul_(1 - self.shrinkage).diagonal().copy_(diagonal)
         return hessian
+
+    def curvature(self) -> Curvature:
+        """The damped Hessian in storage order, for descent that needs no factor."""
+        if not self._curvatures:
+            diagonal = self.hessian.diagonal() + self.damping * self.mean
+            self._curvatures.append(Curvature((self.hessian / diagonal).fill_diagonal_(0.0), diagonal))
+        return self._curvatures[0]
 
     def _order(self, run: int, step: int) -> Tensor:
         """Columns by falling sums of the diagonal, dead ones last; ties keep the storage order."""

@@ -37,6 +37,7 @@ from lowbit.formats.gguf.header import GGUFTensor, ggml_type
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.importance import ImportanceMatrix, check_fits, promised_matrix
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, TypeChoice, choose_types, fallback_summary, find_file_type
+from lowbit.formats.gguf.mix_table import FILE_TYPES
 from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
 from lowbit.formats.gguf.modelfile import NAME as MODELFILE
 from lowbit.formats.gguf.modelfile import Modelfile, make_modelfile, refuse_unwritable_name
@@ -400,6 +401,21 @@ def _of_file(raw: RawGGUF, modelfile: bool) -> _Mapped:
     notes += made.notes if made is not None else ()
     facts = model_facts(arch, raw.metadata, "F16")
     return _Mapped(arch, tuple(entries), key_values, facts, notes, modelfile=made)
+
+
+def kept_plan(raw: RawGGUF, settings: Settings) -> GGUFPlan:
+    """The plan of a file whose tensors all keep their types; every one of them is copied."""
+    mapped = _of_file(raw, False)
+    tensors = []
+    for entry in mapped.entries:
+        assert entry.source_type is not None, "a file states the type of each tensor"
+        choice = TypeChoice(entry.source_type)
+        scaled = isinstance(entry.source, FileTensor) and entry.source.is_scaled
+        tensors.append(_planned(entry, choice, None, False, scaled))
+    stated = raw.metadata.get("general.file_type")
+    named = next((kind.name for kind in FILE_TYPES.values() if kind.number == stated), "GGUF")
+    return GGUFPlan(tuple(tensors), settings, FORMATS["gguf"], mapped.arch, named, "kept", torch.float32,
+                    key_values=mapped.key_values)  # fmt: skip
 
 
 def _planned(

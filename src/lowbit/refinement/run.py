@@ -1,0 +1,288 @@
+"""`refine`: open both models, compare them, run the text, patch a copy, judge it, and keep it only if it is better.
+
+    open file and reference → same model? same basis?        pair, basis
+    the file on held-out text                                 before
+    block by block, from the file's codes                     calibrate.loop
+    a copy of the file with new codes and scales              plan.refining
+    verify; the copy on the same held-out text                after
+    before ≤ after: refused, nothing is written
+
+Distillation of scales and norms can follow on the patched copy, before it is judged: `_patched` is the place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.calibrate import loop
+from lowbit.calibrate.start import StartModel
+from lowbit.calibrate.store import joined_results
+from lowbit.checkpoint.base import OpenOptions
+from lowbit.checkpoint.opening import find_gguf
+from lowbit.errors import NoGainError, UsageError, VerificationError
+from lowbit.evaluation import Evaluation, evaluate
+from lowbit.files.claim import claimed, refuse_claimed
+from lowbit.files.hashes import file_digests
+from lowbit.files.system import check_disk, refuse_sources
+from lowbit.knobs import Facts
+from lowbit.measure import Meter
+from lowbit.pipeline import Written
+from lowbit.plan.plan import CalibrationText, Making, Prepared, Progress
+from lowbit.plan.refining import Kept
+from lowbit.refinement.basis import in_basis
+from lowbit.refinement.pair import Pair, open_pair
+from lowbit.registry import FORMATS, load
+from lowbit.report import schema
+from lowbit.reporting import build_report, write_report
+from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.text import read_text
+from lowbit.verification import Verification, verify
+
+_log = logging.getLogger("lowbit")
+
+# The settings of `lowbit quantize` that a refinement reads: the rest is the file's.
+READ = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "correction", "correction_samples",
+        "expert_tokens", "sweeps", "codes_only")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined model (of a split GGUF the first part) and its report, which has both figures."""
+
+    path: Path
+    report: schema.Report
+
+    @property
+    def before(self) -> Evaluation:
+        assert self.report.refinement is not None
+        return self.report.refinement.before
+
+    @property
+    def after(self) -> Evaluation:
+        assert self.report.refinement is not None
+        return self.report.refinement.after
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text that decides: None for the packaged evaluation text, and how much of it."""
+
+    text: str | Path | None = None
+    windows: int = 24
+    window_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A refinement before anything ran. prepared: its checkpoint is the reference, in the basis of the file"""
+
+    pair: Pair
+    kept: Kept
+    prepared: Prepared
+    held_out: HeldOut
+
+    @property
+    def start(self) -> StartModel:
+        return StartModel(self.pair.file, self.kept.codes, self.kept.files)
+
+
+def dry_refine(
+    file: str | Path, *, reference: str | Path, text: str | Path | None = None, windows: int = 24,
+    window_tokens: int = 512, options: OpenOptions | None = None, run: RunOptions | None = None, **settings: Any,
+) -> Prepared:  # fmt: skip
+    """The plan of a refinement: which tensors are refined and which keep their bytes, and why."""
+    held_out = HeldOut(text, windows, window_tokens)
+    return _planned(file, reference, held_out, options or OpenOptions(), run, settings).prepared
+
+
+def refine(
+    file: str | Path,
+    output: str | Path,
+    *,
+    reference: str | Path,
+    text: str | Path | None = None,
+    windows: int = 24,
+    window_tokens: int = 512,
+    options: OpenOptions | None = None,
+    run: RunOptions | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Refined:
+    """Make a finished quantized model nearer to its reference: the same names, types, shapes and bytes of size.
+
+    file       a GGUF file, or a folder in a format that lowbit writes
+    output     NAME.gguf, or a folder
+    reference  the 16-bit model that the file was made of
+    text       held-out text that decides, as of `evaluate`: the packaged evaluation text by default; windows of
+               window_tokens tokens
+    options    of the reference
+    settings   of `lowbit.settings.Settings`, those in `READ`: calib, samples, seqlen, sweeps …
+    run        device, memory bound and resuming
+
+    Raises NoGainError, with both figures, where the result is no nearer on the held-out text; nothing is then written.
+    """
+    meter, output, run = Meter(), Path(output), run or RunOptions()
+    refuse_claimed(output)
+    refuse_sources([output], [Path(file), Path(reference)])
+    held_out = HeldOut(text, windows, window_tokens)
+    asked = _planned(file, reference, held_out, options or OpenOptions(), run, settings)
+    prepared, kept = asked.prepared, asked.kept
+    plan = kept.plan
+    _refuse_other_name(output, plan.format.suffix, file)
+    judge = _judge(asked, reference, run, progress)
+    with claimed(output) as claim:
+        plan.refuse_existing(output, overwrite)
+        check_disk(output, 2 * plan.file_bytes, plan.largest_file)
+        before = judge(str(file))
+        inherited = {check.rule for check in verify(file, engine=plan.format.engine).broken}
+        dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
+        try:
+            done = loop.calibrate(
+                prepared.checkpoint, asked.pair.architecture, kept.targets, dtypes, plan.settings, prepared.options,
+                run, output, progress, asked.start,
+            )  # fmt: skip
+            prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
+            report = None
+            with plan.workplace(output, overwrite, claim) as work:
+                written = _patched(prepared, asked, work, output)
+                model = plan.model_in(work, output)
+                verification = _verified(model, output, asked, inherited)
+                after = judge(str(model)).model_copy(update={"model": str(output)})
+                _refuse_no_gain(before, after, file)
+                report = build_report(prepared, written, plan.opened_at(output), verification, meter)
+                found = schema.Refinement(file=str(file), before=before, after=after)
+                report = report.model_copy(update={"refinement": found, "evaluation": (after,)})
+                write_report(report, plan.report_at(work, output))
+        except NoGainError:
+            done.store.remove()  # type: ignore[possibly-undefined]
+            raise
+        except BaseException:
+            blocks = len(list(claim.folder.glob("block-*.safetensors")))
+            if blocks:
+                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
+                             blocks, claim.folder)  # fmt: skip
+            raise
+        done.store.remove()
+    asked.pair.close()
+    return Refined(plan.opened_at(output), report)
+
+
+def _planned(
+    file: str | Path, reference: str | Path, held_out: HeldOut, options: OpenOptions, run: RunOptions | None,
+    given: dict[str, Any],
+) -> Planned:  # fmt: skip
+    """Open and compare both models; reads samples of weights."""
+    others = [name for name, value in given.items() if name not in READ and value is not None]
+    if others:
+        raise UsageError(f"{others[0]} is not read by a refinement, which keeps format and types of the file",
+                         f"it reads {', '.join(READ)}")  # fmt: skip
+    if held_out.windows < 1:
+        raise UsageError(f"{held_out.windows} held-out windows", "at least one is needed to see a gain")
+    settings: Settings = make_settings(None, method="refine", **given)
+    gguf = find_gguf(file, options) is not None
+    refuse_unread(settings, run, Facts(gguf=gguf))
+    _refuse_one_text(settings, held_out)
+    pair = open_pair(file, reference, options)
+    kept: Kept = load(FORMATS["gguf" if gguf else "compressed-tensors"].refine)(
+        pair.file, pair.reference, pair.architecture, settings
+    )
+    if not kept.targets:
+        whys = sorted({note for tensor in kept.plan.quantized for note in tensor.notes})
+        raise UsageError(f"nothing of {file} can be refined: {'; '.join(whys[:3]) or 'it has no quantized linear'}",
+                         "lowbit refine --dry-run lists every tensor with its reason")  # fmt: skip
+    changed, notes = in_basis(pair, kept.targets)
+    kept = replace(kept, plan=replace(kept.plan, notes=(*kept.plan.notes, *notes)))
+
+    def plan_again(_: Settings) -> Any:
+        raise UsageError("a refinement has no neighbours: it keeps the types of its file")
+
+    prepared = Prepared(changed, kept.plan, 1, plan_again, options, str(reference), start=str(file))
+    return Planned(pair, kept, prepared, held_out)
+
+
+def _refuse_one_text(settings: Settings, held_out: HeldOut) -> None:
+    """UsageError where the gain would be judged on the text that it was made with."""
+    if settings.calib is None or held_out.text is None or settings.calib == "self":
+        return
+    same = str(settings.calib) == str(held_out.text)
+    if same or (
+        Path(settings.calib).is_file() and Path(held_out.text).is_file()
+        and read_text(settings.calib).sha256 == read_text(held_out.text).sha256
+    ):  # fmt: skip
+        raise UsageError(f"{held_out.text} is the calibration text too, so it could not show a gain",
+                         "give another --text, or leave it out for the packaged evaluation text")  # fmt: skip
+
+
+def _refuse_other_name(output: Path, suffix: str | None, file: str | Path) -> None:
+    if suffix is not None and output.suffix != suffix:
+        raise UsageError(f"{output}: {file} is one {suffix[1:].upper()} file", f"name it -o {output}{suffix}")
+    if suffix is None and output.suffix == ".gguf":
+        raise UsageError(f"{output}: {file} is a folder, and a refinement keeps its format", "name a folder with -o")
+
+
+def _judge(
+    asked: Planned, reference: str | Path, run: RunOptions, progress: Progress | None
+) -> Callable[[str], Evaluation]:
+    held_out = asked.held_out
+
+    def judge(path: str) -> Evaluation:
+        told = None if progress is None else lambda done, total: progress("held-out text", done, total)
+        return evaluate(
+            path, reference, held_out.text, windows=held_out.windows, window_tokens=held_out.window_tokens,
+            activations="none", device=run.device, max_memory=run.max_memory, options=asked.prepared.options,
+            progress=told,
+        )[0]  # fmt: skip
+
+    return judge
+
+
+def _patched(prepared: Prepared, asked: Planned, work: Path, output: Path) -> Written:
+    """A copy of the file with the refined codes and scales in it."""
+    plan, store = asked.kept.plan, prepared.calibrated.store  # type: ignore[union-attr]
+    files = plan.copied(work, output)
+    results, found = {}, store.results()
+    for tensor in plan.tensors:
+        if tensor.making is not Making.calibrated:
+            continue
+        rows = tensor.rows // tensor.experts
+        for expert in range(tensor.experts):
+            target = asked.kept.targets[tensor.source.names[expert].removesuffix(".weight")]
+            first = expert * rows
+            refined = tensor.source.read_calibrated(store, target, first, first + rows)
+            for piece in plan.pack(tensor, refined, first):
+                files.write(piece)
+        results[tensor.name] = joined_results([found[name] for name in tensor.source.names])
+    files.close()
+    beside = sorted({path for path in work.rglob("*") if path.is_file()} - set(files.files))
+    digests = files.digests | {str(path.relative_to(work)): file_digests(path) for path in beside}
+    return Written(files.files, results, beside=beside, digests=digests)
+
+
+def _verified(model: Path, output: Path, asked: Planned, inherited: set[str]) -> Verification:
+    """Verify the copy, its unrefined tensors against the file; what the file broke already is reported and stays."""
+    verification = verify(
+        model, source=asked.pair.file, engine=asked.kept.plan.format.engine, options=asked.prepared.options,
+        nearest=False,
+    )  # fmt: skip
+    for failed in (check for check in verification.broken if check.rule not in inherited):
+        raise VerificationError(
+            f"{output}: the output breaks the rule {failed.rule!r}: {failed.detail}",
+            "this is a bug of lowbit, or a damaged disk; please report it. The output was removed",
+        )
+    return verification
+
+
+def _refuse_no_gain(before: Evaluation, after: Evaluation, file: str | Path) -> None:
+    if before.kld_mean is None or after.kld_mean is None:
+        raise AssertionError("a reference was given, so there is a divergence")
+    if not after.kld_mean < before.kld_mean:
+        raise NoGainError(
+            f"{file} gained nothing: {before.kld_mean:.5f} nats per token from its reference on held-out text before, "
+            f"{after.kld_mean:.5f} after; nothing was written",
+            "give more calibration text (--samples, --calib) of the kind the model is for",
+        )
