@@ -206,8 +206,9 @@ class PreparedHessian:
     def curvature(self) -> Curvature:
         """The damped Hessian in storage order, for descent that needs no factor."""
         if not self._curvatures:
-            diagonal = self.hessian.diagonal() + self.damping * self.mean
-            self._curvatures.append(Curvature((self.hessian / diagonal).fill_diagonal_(0.0), diagonal))
+            hessian = self._shrunk(torch.arange(len(self.hessian), device=self.hessian.device), torch.float32)
+            diagonal = hessian.diagonal() + self.damping * self.mean
+            self._curvatures.append(Curvature((hessian / diagonal).fill_diagonal_(0.0), diagonal))
         return self._curvatures[0]
 
     def _order(self, run: int, step: int) -> Tensor:
