@@ -56,6 +56,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "damping": st.floats(0, 1, exclude_min=True),
     "correction": st.floats(0, 1),
     "shrinkage": st.floats(0, 1),
+    "distill_rate": st.floats(0, 0.1, exclude_min=True),
     "group_size": st.integers(-1, 4096),
     "shard_size": st.integers(1_000_000, 10**13),
     "seed": st.integers(-(10**9), 10**9),
@@ -76,7 +77,8 @@ def values_of(row: Row) -> st.SearchStrategy[Any]:
 
 
 SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(row) for name, row in ROWS.items()}).map(
-    lambda values: make_settings(None, **values)
+    # a level of quality stands for a method
+    lambda values: make_settings(None, **{k: v for k, v in values.items() if k != "method" or "quality" not in values})
 )
 
 

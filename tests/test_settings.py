@@ -5,7 +5,7 @@ import pytest
 from lowbit.errors import UsageError
 from lowbit.knobs import parse_bytes
 from lowbit.schemes import SCHEMES
-from lowbit.settings import Settings, make_settings
+from lowbit.settings import QUALITIES, Settings, make_settings
 
 
 def recipe(tmp_path: Path, text: str) -> Path:
@@ -104,3 +104,19 @@ def test_patterns_of_llm_compressor_are_anchored_at_the_beginning():
 def test_a_recipe_may_be_named_by_text(tmp_path):
     (tmp_path / "r.yaml").write_text("scheme: W8A16\n")
     assert make_settings(str(tmp_path / "r.yaml")).scheme == "W8A16"
+
+
+def test_a_level_of_quality_stands_for_a_method_and_is_all_that_is_named():
+    chosen = make_settings(quality="good", samples=64)
+    assert chosen.method == "gptq"
+    assert chosen.given == {"quality": "good", "samples": 64}
+    assert make_settings(**chosen.given) == chosen
+    assert make_settings(quality="good", method="GPTQ").given == {"quality": "good"}
+    with pytest.raises(UsageError, match="--quality good stands for --method gptq, not for awq"):
+        make_settings(quality="good", method="awq")
+
+
+@pytest.mark.parametrize("level", QUALITIES)
+def test_every_level_is_a_method_with_settings_of_the_table(level):
+    assert QUALITIES[level].keys() <= Settings.model_fields.keys()
+    assert make_settings(quality=level).method == QUALITIES[level]["method"]

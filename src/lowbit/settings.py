@@ -37,6 +37,12 @@ from lowbit.tensors import RangeSearch
 DEFAULT_IGNORE = r"(^|\.)lm_head$"
 DEFAULT_SHARD_SIZE = 5_000_000_000
 MEASURE = "measure"  # value of `imatrix` in place of a file
+# What each level of `quality` stands for; a setting that is given beside it replaces its own.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"method": "rtn"},
+    "good": {"method": "gptq"},
+    "best": {"method": "gptq+distill"},
+}
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -83,6 +89,11 @@ class Settings(Table):
         Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, sign-sgd, distill, joined by +: awq+gptq", MAKE,
              knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
+    quality: Annotated[
+        Literal["fast", "good", "best"] | None,
+        Knob("Instead of --method: fast rounds to nearest, good calibrates, best also learns scales and takes the "
+             "longest", MAKE, knobs.METHOD, "LEVEL", absent="fast", see="calibration.md#levels-of-quality"),
+    ] = None  # fmt: skip
     format: Annotated[
         str,
         Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
@@ -257,6 +268,24 @@ class Settings(Table):
         if values.get("mmproj") and values.get("scheme") is None:
             return values | {"scheme": TOWER_SCHEME}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_quality(cls, values: Any) -> Any:
+        preset = QUALITIES.get(str(values.get("quality"))) if isinstance(values, dict) else None
+        if preset is None:
+            return values
+        asked = values.get("method")
+        if asked is not None and parse_method(str(asked)).name != preset["method"]:
+            raise UsageError(f"--quality {values['quality']} stands for --method {preset['method']}, not for {asked}",
+                             "leave one of the two out")  # fmt: skip
+        return preset | {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that were set; those that a level of quality stands for are not named beside it."""
+        preset = QUALITIES.get(self.quality or "", {})
+        return {name: value for name, value in super().given.items() if name not in preset or value != preset[name]}
 
     @field_validator("ignore")
     @classmethod
