@@ -46,7 +46,9 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=1
 PATTERNS = st.sampled_from(["down_proj$", r"\.0\.", "^a=b$", "(q|k|v)_proj", "it's", "-x", " ", "[.]é", "="])
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "scheme": st.sampled_from([*SCHEMES, "q4_k_m", "w4a16"]),
-    "method": st.sampled_from(["rtn", "hqq", "awq+gptq", "AWQ", "gptq+sign-sgd", "smooth+gptq"]),
+    "method": st.sampled_from(
+        ["rtn", "hqq", "awq+gptq", "AWQ", "gptq+sign-sgd", "smooth+gptq", "distill", "awq+distill"]
+    ),
     "overrides": st.dictionaries(PATTERNS, st.sampled_from(["W8A16", "FP8_DYNAMIC", "Q6_K"]), max_size=3),
     "method_overrides": st.dictionaries(PATTERNS, st.sampled_from(["rtn", "gptq", "hqq"]), max_size=3),
     "ignore": st.lists(PATTERNS, max_size=3).map(tuple),
@@ -156,6 +158,7 @@ RUNS: dict[str, tuple[dict[str, Any], Facts]] = {
     "folder rtn": ({"scheme": "W4A16"}, Facts()),
     "folder gptq": ({"scheme": "W4A16", "method": "gptq"}, Facts()),
     "folder sign-sgd": ({"scheme": "W4A16", "method": "sign-sgd"}, Facts()),
+    "folder distill": ({"scheme": "W4A16", "method": "gptq+distill"}, Facts()),
     "folder static": ({"scheme": "FP8"}, Facts()),
     "gguf rtn": ({"scheme": "Q4_0"}, Facts(gguf=True)),
     "gguf gptq": ({"scheme": "Q4_0", "method": "gptq"}, Facts(gguf=True)),
@@ -165,8 +168,9 @@ RUNS: dict[str, tuple[dict[str, Any], Facts]] = {
     "convert anew": ({"format": "gptq", "scheme": "W4A16"}, Facts(converts=True)),
     "decode": ({"format": "float"}, Facts(converts=True, decodes=True, takes_scheme=False, rounds=False)),
 }
-CALIBRATED = {"folder gptq", "folder sign-sgd", "folder static", "gguf gptq"}
-BLOCKWISE = {"folder gptq", "folder sign-sgd", "gguf gptq"}
+CALIBRATED = {"folder gptq", "folder sign-sgd", "folder distill", "folder static", "gguf gptq"}
+BLOCKWISE = {"folder gptq", "folder sign-sgd", "folder distill", "gguf gptq"}
+CORRECTED = {"folder gptq", "folder distill", "gguf gptq"}
 FOLDERS = {name for name in RUNS if name.startswith("folder")}
 GGUF = {name for name in RUNS if name.startswith("gguf")}
 QUANTIZED = FOLDERS | GGUF
@@ -174,6 +178,7 @@ QUANTIZED = FOLDERS | GGUF
 READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "scheme": ("W8A16", {}, set(RUNS) - {"decode"}),
     "method": ("gptq", {}, QUANTIZED),
+    "quality": ("good", {"method": "gptq"}, QUANTIZED),
     "format": ("auto", {}, set(RUNS)),
     "group_size": (32, {}, FOLDERS | {"convert anew"}),
     "overrides": ({"x": "W8A16"}, {}, QUANTIZED),
@@ -193,15 +198,17 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "all_experts": (True, {}, BLOCKWISE),
     "bias_correction": (True, {}, BLOCKWISE),
     "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
-    "hessian": ("guided:4", {}, {"folder gptq", "gguf gptq"}),
-    "damping": (0.02, {}, {"folder gptq", "gguf gptq"}),
-    "shrinkage": (0.02, {}, {"folder gptq", "gguf gptq"}),
-    "correction": (0.5, {}, {"folder gptq", "gguf gptq"}),
-    "correction_samples": (4, {}, {"folder gptq", "gguf gptq"}),
-    "refine": (2, {}, {"folder gptq", "gguf gptq"}),
-    "expert_tokens": (8, {}, {"folder gptq", "gguf gptq"}),
+    "hessian": ("guided:4", {}, CORRECTED),
+    "damping": (0.02, {}, CORRECTED),
+    "shrinkage": (0.02, {}, CORRECTED),
+    "correction": (0.5, {}, CORRECTED),
+    "correction_samples": (4, {}, CORRECTED),
+    "refine": (2, {}, CORRECTED),
+    "expert_tokens": (8, {}, CORRECTED),
     "allow_fallback": (True, {}, BLOCKWISE),
     "iterations": (10, {}, {"folder sign-sgd"}),
+    "distill_steps": (10, {}, {"folder distill"}),
+    "distill_rate": (0.002, {}, {"folder distill"}),
     "imatrix": ("measure", {}, GGUF),
     "pure": (True, {}, GGUF),
     "output_type": ("Q8_0", {}, GGUF),

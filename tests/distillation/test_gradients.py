@@ -7,8 +7,8 @@ import torch
 
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.checkpoint import open_checkpoint
-from lowbit.distillation.divergence import Divergence
-from lowbit.distillation.student import Opened, Student
+from lowbit.distillation.divergence import TokenDivergence
+from lowbit.distillation.student import LearnedTensor, Student
 from lowbit.numerics import grid_for
 from lowbit.rounding.learnable import LearnableVector, learnable
 from lowbit.rounding.target import GridTarget
@@ -20,13 +20,15 @@ SPEC = SCHEMES["W4A16"].with_group_size(32).weight
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def rounded_linear(weight: torch.Tensor, turned: bool) -> Opened:
+def rounded_linear(weight: torch.Tensor, turned: bool) -> LearnedTensor:
     # float32 scales, so that differences of the divergence are smooth
     target = GridTarget(SPEC, grid_for(SPEC, "float32"), RangeSearch())
-    return Opened(learnable(target, target.nearest(weight.t().contiguous() if turned else weight).stored), turned)
+    return LearnedTensor(
+        learnable(target, target.nearest(weight.t().contiguous() if turned else weight).stored), turned
+    )
 
 
-def make_student(folder, resident: bool) -> tuple[Student, Divergence]:
+def make_student(folder, resident: bool) -> tuple[Student, TokenDivergence]:
     checkpoint = open_checkpoint(str(folder))
     runner = BlockRunner(checkpoint)
     architecture, ids = runner.architecture, torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -38,10 +40,10 @@ def make_student(folder, resident: bool) -> tuple[Student, Divergence]:
     for name, role in architecture.roles.items():
         block = architecture.block_of(name)
         if role in ("norm", "bias") and len(architecture.parameters[name]) == 1:
-            vector = Opened(LearnableVector(checkpoint.read(name), torch.float32))
+            vector = LearnedTensor(LearnableVector(checkpoint.read(name), torch.float32))
             parts[len(runner.blocks) if block is None else block][name] = lambda vector=vector: vector
     student = Student(runner, ids, parts, resident)
-    return student, Divergence(BlockRunner(open_checkpoint(str(folder))), student)
+    return student, TokenDivergence(BlockRunner(open_checkpoint(str(folder))), student)
 
 
 def checkpoint_weight(runner: BlockRunner, name: str) -> torch.Tensor:

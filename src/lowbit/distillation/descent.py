@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.distillation.divergence import Divergence
+from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.student import Changes, Student
 from lowbit.errors import NonFiniteError, UsageError
 
@@ -171,7 +171,7 @@ class Distilled:
 
 def distill(
     student: Student,
-    divergence: Divergence,
+    divergence: TokenDivergence,
     options: DistillOptions,
     keeper: Keeper | None = None,
     progress: Callable[[int, int, float], None] | None = None,
@@ -183,7 +183,7 @@ def distill(
     UsageError if nothing can be learned or the windows are too few, NonFiniteError if the divergence is not finite at
     the start. A gradient that is not finite later ends the run with the best changes so far, and a note.
     """
-    run = _Run(student, divergence, options)
+    run = _AdamRun(student, divergence, options)
     state = None if keeper is None else keeper.load()
     if state is None:
         state = run.started()
@@ -226,8 +226,8 @@ def outcome(state: State, windows: int, options: DistillOptions) -> Distilled:
     )  # fmt: skip
 
 
-class _Run:
-    def __init__(self, student: Student, divergence: Divergence, options: DistillOptions):
+class _AdamRun:
+    def __init__(self, student: Student, divergence: TokenDivergence, options: DistillOptions):
         self.student, self.divergence, self.options = student, divergence, options
         self.split = Split.of(len(student.ids))
         self.batch = windows_per_step(*student.ids.shape)

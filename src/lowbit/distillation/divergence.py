@@ -18,7 +18,7 @@ from lowbit.distillation.student import Changes, Student
 LOGIT_BYTES = 48 << 20  # of one array of logits, float32; five are held at once
 
 
-class Divergence:
+class TokenDivergence:
     """The teacher's outputs for all windows of a student.
 
     teacher  runs the unquantized model; its head stays loaded

@@ -23,9 +23,9 @@ from lowbit.calibrate.store import BlockRecord, BlockStore
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, is_decoded
 from lowbit.distillation.descent import Distilled, DistillOptions, State, distill, outcome
-from lowbit.distillation.divergence import Divergence
+from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.memory import DistillMemory, distill_memory
-from lowbit.distillation.student import Changes, Opened, Parts, Student
+from lowbit.distillation.student import Changes, LearnedTensor, Parts, Student
 from lowbit.numerics.precision import compute_dtype
 from lowbit.rounding.learnable import Learnable, LearnableVector, learnable
 from lowbit.rounding.target import Stored, Target
@@ -81,17 +81,17 @@ def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, D
         runs = (job.dtype, job.run.device, job.options, states_memory)
         base = OverlaidCheckpoint(calibrated.checkpoint, job.rounded(calibrated.checkpoint))
         student = Student(BlockRunner(base, *runs), ids, parts, resident)
-        divergence = Divergence(BlockRunner(job.source, *runs), student, job.progress)
+        divergence = TokenDivergence(BlockRunner(job.source, *runs), student, job.progress)
         done = distill(student, divergence, options, keeper, _shown(job.progress))
     _write(store, opened, done.changes, job)
     rewritten = {name: Replacement(partial(store.tensor, name), job.dtypes[name]) for name in store.rewritten()}
     return replace(calibrated, checkpoint=OverlaidCheckpoint(calibrated.checkpoint, rewritten)), done
 
 
-def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[[], Opened]]]:
+def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[[], LearnedTensor]]]:
     """What can be learned, and rounded linears without anything to learn: by block, then behind the last."""
     architecture, checkpoint = job.architecture, calibrated.checkpoint
-    found: list[dict[str, Callable[[], Opened]]] = [{} for _ in range(len(architecture.blocks) + 1)]
+    found: list[dict[str, Callable[[], LearnedTensor]]] = [{} for _ in range(len(architecture.blocks) + 1)]
     for name, target in job.targets.items():
         linear = architecture.linears[name]
         assert linear.block is not None, "the calibrated loop rounds linears of blocks"
@@ -106,16 +106,18 @@ def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[
     return found
 
 
-def _open_linear(store: BlockStore, linear: Linear, target: Target, turned: bool) -> Opened:
-    return Opened(learnable(target, store.stored(linear.name, target, linear.shape[1])), turned)
+def _open_linear(store: BlockStore, linear: Linear, target: Target, turned: bool) -> LearnedTensor:
+    return LearnedTensor(learnable(target, store.stored(linear.name, target, linear.shape[1])), turned)
 
 
-def _open_vector(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Opened:
-    return Opened(LearnableVector(checkpoint.read(name), dtype))
+def _open_vector(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> LearnedTensor:
+    return LearnedTensor(LearnableVector(checkpoint.read(name), dtype))
 
 
 @torch.no_grad()
-def _write(store: BlockStore, opened: list[dict[str, Callable[[], Opened]]], changes: Changes, job: FinishJob) -> None:
+def _write(
+    store: BlockStore, opened: list[dict[str, Callable[[], LearnedTensor]]], changes: Changes, job: FinishJob
+) -> None:
     """Every block with its changed scales and vectors; those behind the last block lie in its file."""
     if not changes:
         return

@@ -25,7 +25,7 @@ Changes = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Opened:
+class LearnedTensor:
     """A learnable tensor of the model. turned: the file has the transposed weight."""
 
     learnable: Learnable
@@ -37,7 +37,7 @@ class Opened:
 
 
 # Of each block, then of what lies behind the last: stored name → the tensor, opened when it is needed.
-Parts = Sequence[Mapping[str, Callable[[], Opened]]]
+Parts = Sequence[Mapping[str, Callable[[], LearnedTensor]]]
 
 
 class Student:
