@@ -113,7 +113,9 @@ STATIC = Reader("schemes with static activation scales", "--scheme FP8 or W8A8_S
 STATIC_PERCENTILE = Reader("--activation-range percentile, for static schemes", "--activation-range percentile uses it",
                            lambda run: run.static and run.activations_by_percentile)  # fmt: skip
 GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundings)
-HESSIAN = Reader("GPTQ and lowbit refine", "--method gptq uses it", lambda run: bool(run.roundings & {"gptq", "refine"}))
+HESSIAN = Reader(
+    "GPTQ and lowbit refine", "--method gptq uses it", lambda run: bool(run.roundings & {"gptq", "refine"})
+)
 CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq uses it",
                     lambda run: HESSIAN.reads(run) and run.corrects and not run.learns)  # fmt: skip
 REFINE = Reader("lowbit refine", "lowbit refine FILE --reference MODEL uses it", lambda run: "refine" in run.roundings)

@@ -104,7 +104,9 @@ RTN = ROUNDINGS["rtn"]
 REFINE = Rounding("refine", "lowbit.rounding.descent:refine",
                   "coordinate descent from the codes of a finished file", "2309.01885",
                   "lowbit.rounding.descent:RefineOptions", needs_hessian=True, refines=True)  # fmt: skip
-_BY_NAME = {name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values(), REFINE) for name in (row.name, *row.aliases)}
+_BY_NAME = {
+    name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values(), REFINE) for name in (row.name, *row.aliases)
+}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,12 @@ LayerErrors = tuple[float | None, float | None]  # (layer_error, nearest_error) 
 
 
 def round_linear(
-    weight: Tensor, target: Target, rounding: Rounding, data: InputData, options: Any, least_tokens: int,
+    weight: Tensor,
+    target: Target,
+    rounding: Rounding,
+    data: InputData,
+    options: Any,
+    least_tokens: int,
     start: Stored | None = None,
 ) -> tuple[Rounded, LinearResult]:
     """Round a weight, float32 [N, K].

@@ -36,7 +36,6 @@ from lowbit.schemes import Scheme
 from lowbit.settings import Settings
 from lowbit.tensors import QuantizedTensor
 
-
 # Stands for the range of an input: writers store static activation scales beside codes, and a refinement keeps those.
 _SOME = 1.0
 

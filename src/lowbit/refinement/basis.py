@@ -2,7 +2,8 @@
 
 AWQ, SmoothQuant and their like divide the output of a norm or linear by a scale s per channel and multiply the columns
 of its readers: W of the file is near W·s, not near W. Where the file's norms differ from the reference's, or its
-weights are far from them, s is inferred and folded into the reference, whose function stays the same (`transform.fold`):
+weights are far from them, s is inferred and folded into the reference, whose function stays the same
+(`transform.fold`):
 
     norm     s_k = norm of the reference / norm of the file
     linear   s_k = Σ ŵ_nk · w_nk / Σ w_nk²         least squares over the columns of the readers, by channel

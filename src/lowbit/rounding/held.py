@@ -1,6 +1,6 @@
 """Rows of a weight as a file holds them: codes, and scales in the precision that the file stores.
 
-    x = scale · u + offset       u = value(code); offset = −scale · zero_point of grids, −dmin · m of K-quants, m of Q4_1
+    x = scale · u + offset      u = value(code); offset: −scale · zero_point of grids, −dmin · m of K-quants, m of Q4_1
 
 `Held` unpacks what a file stores, lists the numbers that can be refitted (`parts`), takes new ones, and packs again. A
 part is one number per row, or two, that some columns share:
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.kernels.tables import Codebook, MinifloatFormat, values
+from lowbit.kernels.tables import values
 from lowbit.numerics.ggml.codebooks import e8m0_half, ue4m3_half
 from lowbit.numerics.ggml.grid import GgmlGrid, IntLevels
 from lowbit.numerics.ggml.types import LARGEST_HALF, Blocks, per_column
@@ -36,6 +36,7 @@ from lowbit.rounding.target import GgmlTarget, GridTarget, Levels, ScaledBlocks,
 from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
 
 Columns = slice | Tensor
+Put = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Part:
     direction: Tensor
     first: Tensor
     firsts: Callable[[Tensor], list[Tensor]]
-    put: Callable[[Tensor, Tensor, Tensor | None], None]
+    put: Put
     other: Tensor | None = None
     second: Tensor | None = None
     seconds: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -187,7 +188,7 @@ class HeldGrid(Held):
         nearest = storable_scale(above, form, self._stored.global_scale)
         return [nearest, nearest / 2] if form == "e8m0" else [nearest]
 
-    def _putter(self, group: int) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _putter(self, group: int) -> Put:
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
             self.scale[rows, group] = first
             if second is not None and self.zero_point is not None:
@@ -196,7 +197,11 @@ class HeldGrid(Held):
         return put
 
     def take(self, other: HeldGrid, rows: Tensor) -> None:
-        self.codes[rows], self.scale[rows], self.decoded[rows] = other.codes[rows], other.scale[rows], other.decoded[rows]
+        self.codes[rows], self.scale[rows], self.decoded[rows] = (
+            other.codes[rows],
+            other.scale[rows],
+            other.decoded[rows],
+        )
         if self.zero_point is not None and other.zero_point is not None:
             self.zero_point[rows] = other.zero_point[rows]
 
@@ -364,7 +369,7 @@ class HeldBlocks(Held):
         return Part(columns, direction, d, _halves_near, self._putter(block, "d", "dmin"), other,
                     self.kept["dmin"][:, block].float(), lambda _, wanted: _half(wanted.clamp(min=0)))  # fmt: skip
 
-    def _putter(self, place: int, key: str, other: str | None = None) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _putter(self, place: int, key: str, other: str | None = None) -> Put:
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
             self.kept[key][rows, place] = first.half()
             if other is not None and second is not None:
@@ -373,7 +378,7 @@ class HeldBlocks(Held):
 
         return put
 
-    def _integers(self, place: int, d: Tensor, dmin: Tensor | None) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _integers(self, place: int, d: Tensor, dmin: Tensor | None) -> Put:
         scales = _SCALES[self.kind.name]
 
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:

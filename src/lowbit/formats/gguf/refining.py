@@ -26,7 +26,7 @@ from lowbit.formats.gguf.raw import RawGGUF, rows_and_columns
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import Making, PlannedTensor
 from lowbit.plan.refining import Kept
-from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored
+from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.settings import Settings
 
 
@@ -60,7 +60,9 @@ class KeptGGUFPlan(GGUFPlan):
 
     def copied(self, work: Path, output: Path) -> PatchedFiles:
         raw: RawGGUF = self.raw
-        copies = dict(zip((file.path for file in raw.files), (work / name for name in self._names(output)), strict=True))
+        copies = dict(
+            zip((file.path for file in raw.files), (work / name for name in self._names(output)), strict=True)
+        )
         places = {}
         for tensor in raw.tensors:
             rows, _ = rows_and_columns(tensor.shape)
@@ -115,7 +117,7 @@ def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Archi
         chosen = target(f"{linear}.weight")
         return ScaledBlocks(blocks, chosen.scale) if chosen.scaled else blocks
 
-    targets = {weight.removesuffix(".weight"): target(weight) for weight in places}
+    targets: dict[str, Target] = {weight.removesuffix(".weight"): target(weight) for weight in places}
     return Kept(kept, targets, codes, frozenset(file.path for file in raw.files))
 
 
