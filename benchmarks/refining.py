@@ -28,7 +28,7 @@ import torch
 
 import lowbit
 from lowbit.export import Piece
-from lowbit.export.patched_files import PatchedFiles, Place
+from lowbit.export.patched_files import BytesPlace, PatchedFiles
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.raw import open_raw_gguf, rows_and_columns
 from lowbit.numerics.ggml import TYPES
@@ -87,7 +87,7 @@ def make_start(args: argparse.Namespace, kind: str, start: Path) -> None:
     places = {}
     for tensor in types.tensors:
         rows, _ = rows_and_columns(tensor.shape)
-        places[tensor.name] = Place(start, tensor.start, (rows, (tensor.stop - tensor.start) // rows), torch.uint8)
+        places[tensor.name] = BytesPlace(start, tensor.start, (rows, (tensor.stop - tensor.start) // rows), torch.uint8)
     files = PatchedFiles({ours: start}, places)
     for tensor in types.tensors:
         if TYPES[tensor.type_name].family != "plain":

@@ -155,15 +155,17 @@ RUNS: dict[str, tuple[dict[str, Any], Facts]] = {
     "folder static": ({"scheme": "FP8"}, Facts()),
     "gguf rtn": ({"scheme": "Q4_0"}, Facts(gguf=True)),
     "gguf gptq": ({"scheme": "Q4_0", "method": "gptq"}, Facts(gguf=True)),
+    "refine": ({"scheme": "W4A16", "method": "refine"}, Facts()),
     "gguf measure": ({"scheme": "Q4_0", "imatrix": "measure"}, Facts(gguf=True)),
     "gguf copy": ({"scheme": "Q4_0"}, Facts(gguf=True, copies_header=True)),
     "convert": ({"format": "gptq"}, Facts(converts=True, takes_scheme=False, rounds=False)),
     "convert anew": ({"format": "gptq", "scheme": "W4A16"}, Facts(converts=True)),
     "decode": ({"format": "float"}, Facts(converts=True, decodes=True, takes_scheme=False, rounds=False)),
 }
-CALIBRATED = {"folder gptq", "folder sign-sgd", "folder static", "gguf gptq"}
-BLOCKWISE = {"folder gptq", "folder sign-sgd", "gguf gptq"}
-FOLDERS = {name for name in RUNS if name.startswith("folder")}
+CALIBRATED = {"folder gptq", "folder sign-sgd", "folder static", "gguf gptq", "refine"}
+BLOCKWISE = {"folder gptq", "folder sign-sgd", "gguf gptq", "refine"}
+HESSIAN = {"folder gptq", "gguf gptq", "refine"}
+FOLDERS = {name for name in RUNS if name.startswith("folder")} | {"refine"}
 GGUF = {name for name in RUNS if name.startswith("gguf")}
 QUANTIZED = FOLDERS | GGUF
 # Setting → (a value, what must be set too for it to be read, the runs that read it then).
@@ -189,12 +191,14 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "all_experts": (True, {}, BLOCKWISE),
     "bias_correction": (True, {}, BLOCKWISE),
     "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
-    "damping": (0.02, {}, {"folder gptq", "gguf gptq"}),
-    "correction": (0.5, {}, {"folder gptq", "gguf gptq"}),
-    "correction_samples": (4, {}, {"folder gptq", "gguf gptq"}),
+    "damping": (0.02, {}, HESSIAN),
+    "correction": (0.5, {}, HESSIAN),
+    "correction_samples": (4, {}, HESSIAN),
     "refine": (2, {}, {"folder gptq", "gguf gptq"}),
-    "expert_tokens": (8, {}, {"folder gptq", "gguf gptq"}),
+    "expert_tokens": (8, {}, HESSIAN),
     "allow_fallback": (True, {}, BLOCKWISE),
+    "sweeps": (2, {}, {"refine"}),
+    "codes_only": (True, {}, {"refine"}),
     "iterations": (10, {}, {"folder sign-sgd"}),
     "imatrix": ("measure", {}, GGUF),
     "pure": (True, {}, GGUF),

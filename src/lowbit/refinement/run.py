@@ -35,7 +35,7 @@ from lowbit.pipeline import Written
 from lowbit.plan.plan import CalibrationText, Making, Prepared, Progress
 from lowbit.plan.refining import Kept
 from lowbit.refinement.basis import in_basis
-from lowbit.refinement.pair import Pair, open_pair
+from lowbit.refinement.pair import TwoModels, open_pair
 from lowbit.registry import FORMATS, load
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
@@ -77,7 +77,7 @@ class HeldOut:
 class Planned:
     """A refinement before anything ran. prepared: its checkpoint is the reference, in the basis of the file"""
 
-    pair: Pair
+    pair: TwoModels
     kept: Kept
     prepared: Prepared
     held_out: HeldOut
