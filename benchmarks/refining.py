@@ -7,8 +7,8 @@ usage: refining.py MODEL OUT --calib C --text T [--kinds Q4_K_M,Q2_K,W4A16] [--s
     --calib  calibration text, for the importance matrix and for refine
     --text   text on which both files are judged: `lowbit evaluate`
     --kinds  file types of llama.cpp, whose blocks are made by its own encoder (ggml_quantize_chunk, of the wheel
-             xllamacpp) with an importance matrix and the types of llama-quantize's mix, which lowbit's tests hold against
-             the program's; or schemes of folders (W4A16: group size 64), rounded to nearest without a search, as
+             xllamacpp) with an importance matrix and the types of llama-quantize's mix, which lowbit's tests compare
+             with the program's; or schemes of folders (W4A16: group size 64), rounded to nearest without a search, as
              llm-compressor's QuantizationModifier does
 
 Prints, for each, bytes, KLD and PPL ratio before and after, CPU minutes and peak memory of the refinement.
@@ -28,7 +28,7 @@ import torch
 
 import lowbit
 from lowbit.export import Piece
-from lowbit.export.patched_files import PatchedFiles, Place
+from lowbit.export.patched_files import BytesPlace, PatchedFiles
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.raw import open_raw_gguf, rows_and_columns
 from lowbit.numerics.ggml import TYPES
@@ -60,8 +60,8 @@ def main() -> None:
             program = [sys.executable, "-m", "lowbit", "refine", start, "--reference", args.model, "-o", refined]
             subprocess.run([*program, *options], check=True)
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        print(f"{kind}: {(time.monotonic() - began) / 60:.1f} min, CPU {(spent.ru_utime + spent.ru_stime) / 60:.1f} min, "
-              f"peak {spent.ru_maxrss / 1e6:.2f} GB")  # fmt: skip
+        minutes, busy = (time.monotonic() - began) / 60, (spent.ru_utime + spent.ru_stime) / 60
+        print(f"{kind}: {minutes:.1f} min, CPU {busy:.1f} min, peak {spent.ru_maxrss / 1e6:.2f} GB", flush=True)
         for path in (start, refined):
             (row,) = lowbit.evaluate(path, reference=args.model, text=args.text, windows=args.windows)
             size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
@@ -87,7 +87,7 @@ def make_start(args: argparse.Namespace, kind: str, start: Path) -> None:
     places = {}
     for tensor in types.tensors:
         rows, _ = rows_and_columns(tensor.shape)
-        places[tensor.name] = Place(start, tensor.start, (rows, (tensor.stop - tensor.start) // rows), torch.uint8)
+        places[tensor.name] = BytesPlace(start, tensor.start, (rows, (tensor.stop - tensor.start) // rows), torch.uint8)
     files = PatchedFiles({ours: start}, places)
     for tensor in types.tensors:
         if TYPES[tensor.type_name].family != "plain":

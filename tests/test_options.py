@@ -162,16 +162,18 @@ RUNS: dict[str, tuple[dict[str, Any], Facts]] = {
     "folder static": ({"scheme": "FP8"}, Facts()),
     "gguf rtn": ({"scheme": "Q4_0"}, Facts(gguf=True)),
     "gguf gptq": ({"scheme": "Q4_0", "method": "gptq"}, Facts(gguf=True)),
+    "refine": ({"scheme": "W4A16", "method": "refine"}, Facts()),
     "gguf measure": ({"scheme": "Q4_0", "imatrix": "measure"}, Facts(gguf=True)),
     "gguf copy": ({"scheme": "Q4_0"}, Facts(gguf=True, copies_header=True)),
     "convert": ({"format": "gptq"}, Facts(converts=True, takes_scheme=False, rounds=False)),
     "convert anew": ({"format": "gptq", "scheme": "W4A16"}, Facts(converts=True)),
     "decode": ({"format": "float"}, Facts(converts=True, decodes=True, takes_scheme=False, rounds=False)),
 }
-CALIBRATED = {"folder gptq", "folder sign-sgd", "folder distill", "folder static", "gguf gptq"}
-BLOCKWISE = {"folder gptq", "folder sign-sgd", "folder distill", "gguf gptq"}
+CALIBRATED = {"folder gptq", "folder sign-sgd", "folder distill", "folder static", "gguf gptq", "refine"}
+BLOCKWISE = {"folder gptq", "folder sign-sgd", "folder distill", "gguf gptq", "refine"}
 CORRECTED = {"folder gptq", "folder distill", "gguf gptq"}
-FOLDERS = {name for name in RUNS if name.startswith("folder")}
+HESSIAN = CORRECTED | {"refine"}
+FOLDERS = {name for name in RUNS if name.startswith("folder")} | {"refine"}
 GGUF = {name for name in RUNS if name.startswith("gguf")}
 QUANTIZED = FOLDERS | GGUF
 # Setting → (a value, what must be set too for it to be read, the runs that read it then).
@@ -199,13 +201,15 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "bias_correction": (True, {}, BLOCKWISE),
     "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
     "hessian": ("guided:4", {}, CORRECTED),
-    "damping": (0.02, {}, CORRECTED),
+    "damping": (0.02, {}, HESSIAN),
     "shrinkage": (0.02, {}, CORRECTED),
-    "correction": (0.5, {}, CORRECTED),
-    "correction_samples": (4, {}, CORRECTED),
+    "correction": (0.5, {}, HESSIAN),
+    "correction_samples": (4, {}, HESSIAN),
     "refine": (2, {}, CORRECTED),
-    "expert_tokens": (8, {}, CORRECTED),
+    "expert_tokens": (8, {}, HESSIAN),
     "allow_fallback": (True, {}, BLOCKWISE),
+    "sweeps": (2, {}, {"refine"}),
+    "codes_only": (True, {}, {"refine"}),
     "iterations": (10, {}, {"folder sign-sgd"}),
     "distill_steps": (10, {}, {"folder distill"}),
     "distill_rate": (0.002, {}, {"folder distill"}),

@@ -89,7 +89,8 @@ FORMATS: dict[str, Format] = {
         ),
         Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True),
         Format(
-            "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", refine=f"{_F}.gguf.refining:keep_file", rules=f"{_F}.gguf.rules:RULES", suffix=".gguf",
+            "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", refine=f"{_F}.gguf.refining:keep_file",
+            rules=f"{_F}.gguf.rules:RULES", suffix=".gguf",
             open=f"{_F}.gguf.read:open_gguf", inspect=f"{_F}.gguf.subject:GGUFSubject",
             header=f"{_F}.gguf.header:read_header",
         ),

@@ -43,6 +43,9 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "good": {"method": "gptq"},
     "best": {"method": "gptq+distill"},
 }
+# What a refinement reads of the settings: all else is the file's.
+READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "correction",
+                  "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -188,13 +191,13 @@ class Settings(Table):
     ] = None  # fmt: skip
     correction: Annotated[
         float | None, Field(ge=0, le=1),
-        Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN, absent="0.75",
-             see="gptq.md"),
+        Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN,
+             absent="0.75", see="gptq.md"),
     ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
-        Knob("GPTQ, refine: windows also run through the unquantized model, for --correction", METHODS, knobs.CORRECTION,
-             absent="all", see="gptq.md"),
+        Knob("GPTQ, refine: windows also run through the unquantized model, for --correction", METHODS,
+             knobs.CORRECTION, absent="all", see="gptq.md"),
     ] = None  # fmt: skip
     refine: Annotated[
         int | None, Field(ge=0), Knob("GPTQ: coordinate descent sweeps over the codes after rounding", METHODS,
@@ -202,7 +205,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     expert_tokens: Annotated[
         int, Field(ge=1),
-        Knob("GPTQ, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and listed", METHODS, knobs.HESSIAN),
+        Knob("GPTQ, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and listed", METHODS,
+             knobs.HESSIAN),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
         bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)

@@ -137,9 +137,8 @@ class BlockRunner:
         present  another model of the same architecture, whose tensors outside the blocks take the place of these
         """
         self._loader.fill(self._is_outside)
-        for name in self.architecture.parameters if present is not None else ():
-            if self.architecture.block_of(name) is None and name in present.tensors:
-                self._loader.put({name: present.read(name).float()}, self._outside_parameter)
+        if present is not None:
+            self._put_outside(present)
         states = None
         with torch.no_grad():  # not inference mode: sign-SGD runs the captured arguments with gradients
             for batch in batches_of(ids):
@@ -339,6 +338,11 @@ class BlockRunner:
         """Hidden states in the form of a block's output."""
         entries = self.architecture.block_outputs
         return (hidden, *[None] * (entries - 1)) if entries else hidden
+
+    def _put_outside(self, present: Checkpoint) -> None:
+        for name in self.architecture.parameters:
+            if self.architecture.block_of(name) is None and name in present.tensors:
+                self._loader.put({name: present.read(name).float()}, self._outside_parameter)
 
     def _outside_parameter(self, name: str) -> Tensor:
         """A parameter outside the blocks that is filled; of one that is not, a tensor that takes no part."""

@@ -228,9 +228,11 @@ def refuse_fallback(job: Job, results: list[LinearResult]) -> None:
     used = {name for result in results for name in result.method.split("+")}
     for name, count in asked.items():
         if name not in used:
-            notes = Counter(note for result in results for note in result.notes if "rounded to nearest" in note)
+            notes = Counter(note for result in results for note in result.notes if "nearest" in note or "kept" in note)
             why = "; ".join(f"{note} ({times} linears)" for note, times in notes.most_common(3))
             tokens = "give more or longer windows (--samples, --seqlen) or lower --expert-tokens"
+            if job.start is not None:
+                raise UsageError(f"none of the {count} linears was refined: {why}", tokens)
             raise UsageError(
                 f"{name} rounded none of the {count} linears it was asked for: "
                 f"{why or 'nothing but floats and fused operations'}",

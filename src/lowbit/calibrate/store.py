@@ -411,8 +411,9 @@ def _put_together(parts, scalars, spec: WeightSpec, grid: Grid, columns: int, fi
         absmax = parts["nested_absmax"][begin // block : -(-(begin + nested_codes.numel()) // block)]
         nested = NestedScale(nested_codes, absmax, scalars["nested_offset"], block)
     zero_point = parts["zero_point"][scale_rows] if "zero_point" in parts else None
+    g_idx = parts["g_idx"][:] if "g_idx" in parts else None
     return QuantizedTensor(codes, parts["scale"][scale_rows], grid, spec.granularity, group_size, zero_point,
-                           scalars["global_scale"], parts["g_idx"][:] if "g_idx" in parts else None, nested)  # fmt: skip
+                           scalars["global_scale"], g_idx, nested)  # fmt: skip
 
 
 def _check_same(folder: Path, described: dict[str, Any]) -> None:

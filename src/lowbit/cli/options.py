@@ -234,7 +234,7 @@ def _as_setting(row: Row, value: Any) -> Any:
     return pairs
 
 
-Given = Annotated[dict[str, Any], of_table(Settings, without=("sweeps", "codes_only"))]  # these are of `refine`
+Given = Annotated[dict[str, Any], of_table(Settings)]
 Run = Annotated[dict[str, Any], of_table(RunOptions)]
 Opening = Annotated[Any, of_trust()]
 Merging = Annotated[Any, of_trust(adapter=True)]

@@ -1,4 +1,4 @@
-"""`lowbit refine FILE --reference MODEL -o OUT`: a finished quantized file, nearer to its reference at the same size."""
+"""`lowbit refine FILE --reference MODEL -o OUT`: a quantized file, nearer to its reference at the same size."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ import typer
 
 from lowbit.cli.options import Json, Opening, Overwrite, Run, of_table
 from lowbit.knobs import CALIBRATION, MAKE
-from lowbit.settings import Settings
+from lowbit.settings import READ_BY_REFINE, Settings
 
 if TYPE_CHECKING:
     from lowbit.plan.plan import Prepared
     from lowbit.refinement import Refined
 
-# The settings of `lowbit quantize` that a refinement reads: the rest is the file's.
-_READ = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "correction", "correction_samples",
-         "expert_tokens", "sweeps", "codes_only")  # fmt: skip
-
 
 def refine(
     file: Annotated[str, typer.Argument(help="Quantized .gguf file or folder, in any format that lowbit writes.")],
     reference: Annotated[
-        str,
-        typer.Option("--reference", help="The 16-bit model that FILE was made of.", metavar="MODEL",
-                     rich_help_panel=MAKE),
-    ],  # fmt: skip
-    settings: Annotated[dict[str, Any], of_table(Settings, _READ)],
+        str, typer.Option(help="The 16-bit model that FILE was made of.", metavar="MODEL", rich_help_panel=MAKE)
+    ],
+    settings: Annotated[dict[str, Any], of_table(Settings, READ_BY_REFINE)],
     run: Run,
     options: Opening,
     output: Annotated[
@@ -36,13 +30,15 @@ def refine(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option("--text", help="Held-out text that decides whether OUT is better: a file, wikitext, or "
-                     "hub:OWNER/NAME:CONFIG:SPLIT. [default: packaged text]", metavar="T",
-                     rich_help_panel=CALIBRATION),
+        typer.Option(
+            "--text",
+            help="Held-out text that decides whether OUT is better: a file, wikitext, or "
+            "hub:OWNER/NAME:CONFIG:SPLIT. [default: packaged text]",
+            metavar="T",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = None,
-    windows: Annotated[
-        int, typer.Option(help="Number of held-out windows.", min=1, rich_help_panel=CALIBRATION)
-    ] = 24,
+    windows: Annotated[int, typer.Option(help="Number of held-out windows.", min=1, rich_help_panel=CALIBRATION)] = 24,
     window_tokens: Annotated[
         int, typer.Option(help="Tokens per held-out window.", min=4, rich_help_panel=CALIBRATION)
     ] = 512,
@@ -51,7 +47,7 @@ def refine(
         bool, typer.Option("--dry-run", help="Print what would be refined; write nothing.", rich_help_panel=MAKE)
     ] = False,
     json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Improve the codes and scales of a quantized file: same format, types and size, nearer to its reference."""
     from lowbit.cli.console import byte_progress, print_json, print_table, say
     from lowbit.errors import UsageError

@@ -17,7 +17,7 @@ from lowbit.files.hashes import file_digests
 
 
 @dataclass(frozen=True)
-class Place:
+class BytesPlace:
     """The bytes of a stored tensor: the file, the position of the first, shape and dtype."""
 
     file: Path
@@ -39,7 +39,7 @@ class PatchedFiles:
     digests  after `close`: file name → SHA-256 of each MiB
     """
 
-    def __init__(self, copies: dict[Path, Path], places: dict[str, Place]):
+    def __init__(self, copies: dict[Path, Path], places: dict[str, BytesPlace]):
         self._places, self.files = places, list(copies.values())
         self.digests: dict[str, bytes] = {}
         self.changed: set[str] = set()

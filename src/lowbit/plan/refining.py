@@ -26,7 +26,7 @@ from lowbit.checkpoint.companions import find_companions
 from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import LowbitError, UsageError
 from lowbit.export import Exporter, Piece, find_exporter
-from lowbit.export.patched_files import PatchedFiles, Place, same_bytes
+from lowbit.export.patched_files import BytesPlace, PatchedFiles, same_bytes
 from lowbit.plan.folder import FolderPlan, make_plan
 from lowbit.plan.linears import stored_as
 from lowbit.plan.plan import Making, PlannedTensor
@@ -102,7 +102,7 @@ class KeptFolderPlan(FolderPlan):
         places = {}
         for name, info in self.source.tensors.items():
             file, start = self.source.position(name)
-            places[name] = Place(work / file.name, start, tuple(info.shape), info.dtype)
+            places[name] = BytesPlace(work / file.name, start, tuple(info.shape), info.dtype)
         return PatchedFiles({path: work / path.name for path in self._weights}, places)
 
 

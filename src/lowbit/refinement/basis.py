@@ -2,7 +2,8 @@
 
 AWQ, SmoothQuant and their like divide the output of a norm or linear by a scale s per channel and multiply the columns
 of its readers: W of the file is near W·s, not near W. Where the file's norms differ from the reference's, or its
-weights are far from them, s is inferred and folded into the reference, whose function stays the same (`transform.fold`):
+weights are far from them, s is inferred and folded into the reference, whose function stays the same
+(`transform.fold`):
 
     norm     s_k = norm of the reference / norm of the file
     linear   s_k = Σ ŵ_nk · w_nk / Σ w_nk²         least squares over the columns of the readers, by channel
@@ -24,7 +25,7 @@ from lowbit.architecture import Architecture, Linear
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, is_decoded
 from lowbit.errors import ArchitectureError, UsageError
-from lowbit.refinement.pair import Pair
+from lowbit.refinement.pair import TwoModels
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ModelFacts, ScalingPoint, model_facts
 from lowbit.transform.fold import fold
@@ -36,7 +37,7 @@ _SAMPLED_ROWS = 64
 _LEAST_SCALE = 0.02  # mean |log s| below which a linear's scales are noise
 
 
-def in_basis(pair: Pair, linears: Iterable[str]) -> tuple[Checkpoint, tuple[str, ...]]:
+def in_basis(pair: TwoModels, linears: Iterable[str]) -> tuple[Checkpoint, tuple[str, ...]]:
     """(the reference with what the file's scales make of it, notes on that); the same reference where there are none.
 
     UsageError for a linear, a norm or an embedding of the file that is not the reference's.
@@ -71,7 +72,7 @@ def in_basis(pair: Pair, linears: Iterable[str]) -> tuple[Checkpoint, tuple[str,
     return reference, (note,) if points else ()
 
 
-def distance(pair: Pair, reference: Checkpoint, linear: Linear) -> float:
+def distance(pair: TwoModels, reference: Checkpoint, linear: Linear) -> float:
     """‖Ŵ − W‖² / ‖W‖² over some rows of a linear."""
     rows = _sampled_rows(linear.shape[0])
     held, own = _sample(pair.file, linear, rows), _sample(reference, linear, rows)
@@ -105,7 +106,7 @@ def _whole(checkpoint: Checkpoint, linear: Linear) -> Tensor:
     return values.t() if linear.transposed and not is_decoded(checkpoint, name) else values
 
 
-def _changed_norms(pair: Pair, block: int) -> list[str]:
+def _changed_norms(pair: TwoModels, block: int) -> list[str]:
     """Norm weights of a block that are not the reference's."""
     architecture = pair.architecture
     return [
@@ -114,14 +115,14 @@ def _changed_norms(pair: Pair, block: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _differs(pair: Pair, name: str) -> bool:
+def _differs(pair: TwoModels, name: str) -> bool:
     if name not in pair.file.tensors or name not in pair.reference.tensors:
         return False
     held, own = pair.file.read(name).float(), pair.reference.read(name).float()
     return bool(((held - own).abs() > _SAME_NORM * own.abs() + 1e-6).any())
 
 
-def _facts(pair: Pair, norms: list[str]) -> ModelFacts | None:
+def _facts(pair: TwoModels, norms: list[str]) -> ModelFacts | None:
     """Facts of the model; without any, norms that differ cannot be explained."""
     try:
         return model_facts(pair.architecture)
@@ -131,14 +132,14 @@ def _facts(pair: Pair, norms: list[str]) -> ModelFacts | None:
         return None
 
 
-def _another_norm(pair: Pair, name: str, why: str = "") -> UsageError:
+def _another_norm(pair: TwoModels, name: str, why: str = "") -> UsageError:
     return UsageError(
         f"{name} of {pair.file.source} differs from the one of {pair.reference.source}, and no scale explains it{why}",
         "--reference is the very model that the file was made of, not one before or after fine-tuning",
     )
 
 
-def _scales(pair: Pair, facts: ModelFacts, block: int, norms: list[str]) -> list[tuple[ScalingPoint, Tensor]]:
+def _scales(pair: TwoModels, facts: ModelFacts, block: int, norms: list[str]) -> list[tuple[ScalingPoint, Tensor]]:
     """The scales of a block's points that the file seems to have."""
     found, explained = [], set()
     for point in facts.points(block)[0]:
@@ -162,7 +163,7 @@ def _scales(pair: Pair, facts: ModelFacts, block: int, norms: list[str]) -> list
     return found
 
 
-def _by_least_squares(pair: Pair, readers: tuple[Linear, ...]) -> Tensor:
+def _by_least_squares(pair: TwoModels, readers: tuple[Linear, ...]) -> Tensor:
     above = below = torch.zeros(readers[0].shape[1])
     for reader in readers:
         held, own = _whole(pair.file, reader), _whole(pair.reference, reader)
@@ -170,7 +171,7 @@ def _by_least_squares(pair: Pair, readers: tuple[Linear, ...]) -> Tensor:
     return torch.where(below > 0, above / below, 1.0)
 
 
-def _refuse_far_embedding(pair: Pair) -> None:
+def _refuse_far_embedding(pair: TwoModels) -> None:
     for name, role in pair.architecture.roles.items():
         if role != "embedding" or name not in pair.file.tensors or name not in pair.reference.tensors:
             continue
@@ -188,7 +189,7 @@ def _refuse_far_embedding(pair: Pair) -> None:
 class _Folded:
     """Blocks of the reference with scales folded in; one block is kept."""
 
-    pair: Pair
+    pair: TwoModels
     scales: dict[int, list[tuple[ScalingPoint, Tensor]]]
     _block: int | None = None
     _held: dict[str, Tensor] | None = None

@@ -17,7 +17,7 @@ _IS_REFERENCE = "--reference is the 16-bit model that the file was made of"
 
 
 @dataclass(frozen=True)
-class Pair:
+class TwoModels:
     """Both under the names of one architecture; experts one by one where the file has them so."""
 
     file: Checkpoint
@@ -29,7 +29,7 @@ class Pair:
         self.reference.close()
 
 
-def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> Pair:
+def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> TwoModels:
     """Open both; headers only. UsageError for a reference that is quantized, or another model than the file.
 
     options  of the reference; the file takes no adapter and no revision
@@ -46,7 +46,7 @@ def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> 
     source, architecture = open_described(reference, options, split)
     _refuse_quantized(source, architecture)
     _refuse_another_model(present, present_architecture, source, architecture)
-    return Pair(present, source, architecture)
+    return TwoModels(present, source, architecture)
 
 
 def _refuse_quantized(reference: Checkpoint, architecture: Architecture) -> None:

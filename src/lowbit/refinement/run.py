@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,15 @@ from lowbit.pipeline import Written
 from lowbit.plan.plan import CalibrationText, Making, Prepared, Progress
 from lowbit.plan.refining import Kept
 from lowbit.refinement.basis import in_basis
-from lowbit.refinement.pair import Pair, open_pair
+from lowbit.refinement.pair import TwoModels, open_pair
 from lowbit.registry import FORMATS, load
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
-from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.settings import READ_BY_REFINE, RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import read_text
 from lowbit.verification import Verification, verify
 
 _log = logging.getLogger("lowbit")
-
-# The settings of `lowbit quantize` that a refinement reads: the rest is the file's.
-READ = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "correction", "correction_samples",
-        "expert_tokens", "sweeps", "codes_only")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class HeldOut:
 class Planned:
     """A refinement before anything ran. prepared: its checkpoint is the reference, in the basis of the file"""
 
-    pair: Pair
+    pair: TwoModels
     kept: Kept
     prepared: Prepared
     held_out: HeldOut
@@ -121,7 +118,7 @@ def refine(
     text       held-out text that decides, as of `evaluate`: the packaged evaluation text by default; windows of
                window_tokens tokens
     options    of the reference
-    settings   of `lowbit.settings.Settings`, those in `READ`: calib, samples, seqlen, sweeps …
+    settings   of `lowbit.settings.Settings`, `READ_BY_REFINE`: calib, samples, seqlen, sweeps …
     run        device, memory bound and resuming
 
     Raises NoGainError, with both figures, where the result is no nearer on the held-out text; nothing is then written.
@@ -177,10 +174,10 @@ def _planned(
     given: dict[str, Any],
 ) -> Planned:  # fmt: skip
     """Open and compare both models; reads samples of weights."""
-    others = [name for name, value in given.items() if name not in READ and value is not None]
+    others = [name for name, value in given.items() if name not in READ_BY_REFINE and value is not None]
     if others:
         raise UsageError(f"{others[0]} is not read by a refinement, which keeps format and types of the file",
-                         f"it reads {', '.join(READ)}")  # fmt: skip
+                         f"it reads {', '.join(READ_BY_REFINE)}")  # fmt: skip
     if held_out.windows < 1:
         raise UsageError(f"{held_out.windows} held-out windows", "at least one is needed to see a gain")
     settings: Settings = make_settings(None, method="refine", **given)
@@ -231,7 +228,7 @@ def _judge(
     held_out = asked.held_out
 
     def judge(path: str) -> Evaluation:
-        told = None if progress is None else lambda done, total: progress("held-out text", done, total)
+        told = None if progress is None else partial(progress, "held-out text")
         return evaluate(
             path, reference, held_out.text, windows=held_out.windows, window_tokens=held_out.window_tokens,
             activations="none", device=run.device, max_memory=run.max_memory, options=asked.prepared.options,

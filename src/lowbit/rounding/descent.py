@@ -30,7 +30,7 @@ from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.gptq import SEARCH, GPTQOptions, gptq
-from lowbit.rounding.held import Held, HeldBlocks, Part, hold, joined
+from lowbit.rounding.held import Held, HeldBlocks, ScalePart, hold, joined
 from lowbit.rounding.hessian import Curvature, InputData
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
 from lowbit.tensors import QuantizedTensor
@@ -185,9 +185,9 @@ class Descent:
         for part in self.held.parts():
             self._refit(part)
 
-    def _refit(self, part: Part) -> None:
+    def _refit(self, part: ScalePart) -> None:
         r, hessian = self._residual(part.columns), self.curvature.within(part.columns)
-        fit = _PartFit(part, r, hessian)
+        fit = _ScaleFit(part, r, hessian)
         gain, first, second = fit.best()
         rows = (gain > 0).nonzero()[:, 0]
         if not len(rows):
@@ -250,13 +250,13 @@ class Descent:
         return change
 
 
-class _PartFit:
+class _ScaleFit:
     """The quadratic that J is in the numbers of a part: how much J falls when they change by (δ, ε), row by row,
 
     2·(δ·a + ε·b) − δ²·A − 2·δ·ε·B − ε²·C       a = r·q, A = qᵀHq, b, C the same of the other direction, B between both
     """
 
-    def __init__(self, part: Part, r: Tensor, hessian: Tensor):
+    def __init__(self, part: ScalePart, r: Tensor, hessian: Tensor):
         self.part = part
         q = part.direction
         qh = q @ hessian

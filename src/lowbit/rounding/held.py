@@ -1,6 +1,6 @@
 """Rows of a weight as a file holds them: codes, and scales in the precision that the file stores.
 
-    x = scale · u + offset       u = value(code); offset = −scale · zero_point of grids, −dmin · m of K-quants, m of Q4_1
+    x = scale · u + offset      u = value(code); offset: −scale · zero_point of grids, −dmin · m of K-quants, m of Q4_1
 
 `Held` unpacks what a file stores, lists the numbers that can be refitted (`parts`), takes new ones, and packs again. A
 part is one number per row, or two, that some columns share:
@@ -12,8 +12,8 @@ part is one number per row, or two, that some columns share:
     K-quants         s (and m) of a sub-block, integers; d (and dmin) of a block
     i-quants         s of a sub-block, an integer of 3 or 4 bits; d of a block
 
-`Part.firsts` gives the storable numbers around a wanted one, `Part.second` the nearest storable partner. Scales of the
-whole tensor, of square blocks and nested ones stay: rows share them.
+`ScalePart.firsts` gives the storable numbers around a wanted one, `ScalePart.second` the nearest storable partner.
+Scales of the whole tensor, of square blocks and nested ones stay: rows share them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from lowbit.rounding.target import GgmlTarget, GridTarget, Levels, ScaledBlocks,
 from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
 
 Columns = slice | Tensor
+Put = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
-class Part:
+class ScalePart:
     """Numbers, one or two per row, that can be refitted.
 
     columns    where they apply
@@ -54,7 +55,7 @@ class Part:
     direction: Tensor
     first: Tensor
     firsts: Callable[[Tensor], list[Tensor]]
-    put: Callable[[Tensor, Tensor, Tensor | None], None]
+    put: Put
     other: Tensor | None = None
     second: Tensor | None = None
     seconds: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -80,7 +81,7 @@ class Held(ABC):
         """(scale, offset, zero point) of every column, [N, K], as `kernels.feedback` takes them."""
 
     @abstractmethod
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ScalePart]:
         """What can be refitted, one after the other: a part is made when it is asked for, of what is held then."""
 
     @abstractmethod
@@ -155,7 +156,7 @@ class HeldGrid(Held):
         params = GroupParams(self.scale[:, groups].contiguous(), zero_point, self._stored.global_scale)
         return self.grid.decode(self.codes[:, columns].contiguous(), params, 1)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ScalePart]:
         if not self.may_refit:
             return
         for group in range(self.scale.shape[1]):
@@ -163,22 +164,22 @@ class HeldGrid(Held):
             if len(columns):
                 yield self._part(group, columns)
 
-    def _part(self, group: int, columns: Tensor) -> Part:
+    def _part(self, group: int, columns: Tensor) -> ScalePart:
         scale = self.scale[:, group]
         raw = self.codes[:, columns]
         if not isinstance(self.grid, IntGrid):
             table = values(self.grid.format).to(raw.device)  # type: ignore[attr-defined]
-            return Part(columns, table[raw.long()], scale.clone(), self._scales_near, self._putter(group))
+            return ScalePart(columns, table[raw.long()], scale.clone(), self._scales_near, self._putter(group))
         direction = raw.float()
         if self.zero_point is None:
-            return Part(columns, direction, scale.clone(), self._scales_near, self._putter(group))
+            return ScalePart(columns, direction, scale.clone(), self._scales_near, self._putter(group))
         lowest = self.grid.qmin if self.grid.lowest_zero_point is None else self.grid.lowest_zero_point
 
         def seconds(scales: Tensor, wanted: Tensor) -> Tensor:
             return -scales * (-wanted / scales).round().clamp(lowest, self.grid.qmax)  # type: ignore[attr-defined]
 
         second = -scale * self.zero_point[:, group]
-        return Part(columns, direction, scale.clone(), self._scales_near, self._putter(group),
+        return ScalePart(columns, direction, scale.clone(), self._scales_near, self._putter(group),
                     torch.ones_like(direction), second, seconds)  # fmt: skip
 
     def _scales_near(self, wanted: Tensor) -> list[Tensor]:
@@ -187,7 +188,7 @@ class HeldGrid(Held):
         nearest = storable_scale(above, form, self._stored.global_scale)
         return [nearest, nearest / 2] if form == "e8m0" else [nearest]
 
-    def _putter(self, group: int) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _putter(self, group: int) -> Put:
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
             self.scale[rows, group] = first
             if second is not None and self.zero_point is not None:
@@ -279,7 +280,7 @@ class HeldBlocks(Held):
         codes = self.codes[:, start // each : stop // each]
         return self.grid.decode(codes, self.at(start, stop)) * self.target.scale
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ScalePart]:
         blocks, group = self.decoded.shape[1] // self.kind.weights, self.kind.group
         has_sub_scales = self.kind.name in _SCALES
         for block in range(blocks):
@@ -303,7 +304,7 @@ class HeldBlocks(Held):
             here = replace(here, scale=torch.ones_like(here.scale), offset=None)
         return self.grid.decode(codes, here) * self.target.scale
 
-    def _scale(self, place: int, columns: slice) -> Part:
+    def _scale(self, place: int, columns: slice) -> ScalePart:
         """The one scale of a block without sub-scales, and its minimum."""
         direction, name = self._unit(columns), self.kind.name
         if name in _TABLES:
@@ -313,12 +314,12 @@ class HeldBlocks(Held):
             direction = 2 * direction - self.target.scale
         d = self.kept["d"][:, place].float()
         if "m" not in self.kept:
-            return Part(columns, direction, d, _halves_near, self._putter(place, "d"))
+            return ScalePart(columns, direction, d, _halves_near, self._putter(place, "d"))
         m, ones = self.kept["m"][:, place].float(), torch.full_like(direction, self.target.scale)
-        return Part(columns, direction, d, _halves_near, self._putter(place, "d", "m"), ones, m,
+        return ScalePart(columns, direction, d, _halves_near, self._putter(place, "d", "m"), ones, m,
                     lambda _, wanted: _half(wanted))  # fmt: skip
 
-    def _of_table(self, place: int, columns: slice, direction: Tensor, key: str, table: Tensor) -> Part:
+    def _of_table(self, place: int, columns: slice, direction: Tensor, key: str, table: Tensor) -> ScalePart:
         def near(wanted: Tensor) -> list[Tensor]:
             above = torch.searchsorted(table, wanted.contiguous()).clamp(1, len(table) - 1)
             return [table[above - 1], table[above]]
@@ -327,9 +328,9 @@ class HeldBlocks(Held):
             self.kept[key][rows, place] = torch.searchsorted(table, first.contiguous()).to(torch.uint8)
             self._renew()
 
-        return Part(columns, direction, table[self.kept[key][:, place].long()], near, put)
+        return ScalePart(columns, direction, table[self.kept[key][:, place].long()], near, put)
 
-    def _sub_scale(self, block: int, place: int, columns: slice) -> Part:
+    def _sub_scale(self, block: int, place: int, columns: slice) -> ScalePart:
         """The integers of a sub-block. Their block's d may be 0; a number that is not finite gains nothing."""
         scales, minima = _SCALES[self.kind.name], _MINIMA.get(self.kind.name)
         d = self.kept["d"][:, block].float()
@@ -339,7 +340,7 @@ class HeldBlocks(Held):
             return [d * scales.factor(each) for each in scales.around(wanted / d)]
 
         if minima is None:
-            return Part(columns, self._unit(columns), first, firsts, self._integers(place, d, None))
+            return ScalePart(columns, self._unit(columns), first, firsts, self._integers(place, d, None))
         dmin = self.kept["dmin"][:, block].float()
         second = -dmin * self.kept["minima"][:, place].float()
 
@@ -347,10 +348,10 @@ class HeldBlocks(Held):
             return torch.where(dmin == 0, 0.0, -dmin * minima.nearest(-wanted / dmin))
 
         unit = self._unit(columns)
-        return Part(columns, unit, first, firsts, self._integers(place, d, dmin), torch.ones_like(unit), second,
+        return ScalePart(columns, unit, first, firsts, self._integers(place, d, dmin), torch.ones_like(unit), second,
                     seconds)  # fmt: skip
 
-    def _super_scale(self, block: int) -> Part:
+    def _super_scale(self, block: int) -> ScalePart:
         """d of a block, and dmin: the directions hold the integers of its sub-blocks."""
         scales, weights = _SCALES[self.kind.name], self.kind.weights
         columns = slice(block * weights, (block + 1) * weights)
@@ -363,14 +364,12 @@ class HeldBlocks(Held):
         ) * factor  # fmt: skip
         d = self.kept["d"][:, block].float()
         if "dmin" not in self.kept:
-            return Part(columns, direction, d, _halves_near, self._putter(block, "d"))
+            return ScalePart(columns, direction, d, _halves_near, self._putter(block, "d"))
         other = -per_column(self.kept["minima"][:, places].float(), weights)
-        return Part(columns, direction, d, _halves_near, self._putter(block, "d", "dmin"), other,
+        return ScalePart(columns, direction, d, _halves_near, self._putter(block, "d", "dmin"), other,
                     self.kept["dmin"][:, block].float(), lambda _, wanted: _half(wanted.clamp(min=0)))  # fmt: skip
 
-    def _putter(
-        self, place: int, key: str, other: str | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _putter(self, place: int, key: str, other: str | None = None) -> Put:
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
             self.kept[key][rows, place] = first.half()
             if other is not None and second is not None:
@@ -379,7 +378,7 @@ class HeldBlocks(Held):
 
         return put
 
-    def _integers(self, place: int, d: Tensor, dmin: Tensor | None) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    def _integers(self, place: int, d: Tensor, dmin: Tensor | None) -> Put:
         scales = _SCALES[self.kind.name]
 
         def put(rows: Tensor, first: Tensor, second: Tensor | None) -> None:

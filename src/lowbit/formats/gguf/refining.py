@@ -19,14 +19,14 @@ from lowbit.architecture import Architecture
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import UsageError
 from lowbit.export import Piece
-from lowbit.export.patched_files import PatchedFiles, Place
+from lowbit.export.patched_files import BytesPlace, PatchedFiles
 from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
 from lowbit.formats.gguf.plan import PLAIN, GGUFPlan, kept_plan
 from lowbit.formats.gguf.raw import RawGGUF, rows_and_columns
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import Making, PlannedTensor
 from lowbit.plan.refining import Kept
-from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored
+from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.settings import Settings
 
 
@@ -68,7 +68,7 @@ class KeptGGUFPlan(GGUFPlan):
             rows, _ = rows_and_columns(tensor.shape)
             row_bytes = (tensor.stop - tensor.start) // rows if rows else 0
             file = copies[raw.file_of(tensor).path]
-            places[tensor.name] = Place(file, tensor.start, (rows, row_bytes), torch.uint8)
+            places[tensor.name] = BytesPlace(file, tensor.start, (rows, row_bytes), torch.uint8)
         return PatchedFiles(copies, places)
 
 
@@ -117,7 +117,7 @@ def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Archi
         chosen = target(f"{linear}.weight")
         return ScaledBlocks(blocks, chosen.scale) if chosen.scaled else blocks
 
-    targets = {weight.removesuffix(".weight"): target(weight) for weight in places}
+    targets: dict[str, Target] = {weight.removesuffix(".weight"): target(weight) for weight in places}
     return Kept(kept, targets, codes, frozenset(file.path for file in raw.files))
 
 
