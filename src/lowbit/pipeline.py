@@ -75,7 +75,7 @@ def calibrate(
             run,
             output,
             progress,
-            prepared.text,
+            given=prepared.text,
         )
         if finish is not None:
             done, distilled = load(finish.function)(done, job)

@@ -141,7 +141,7 @@ def refine(
         try:
             done = loop.calibrate(
                 prepared.checkpoint, asked.pair.architecture, kept.targets, dtypes, plan.settings, prepared.options,
-                run, output, progress, asked.start,
+                run, output, progress, start=asked.start,
             )  # fmt: skip
             prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
             report = None
