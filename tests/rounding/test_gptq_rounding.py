@@ -15,8 +15,9 @@ from lowbit.rounding.gptq import GPTQOptions, gptq
 from lowbit.rounding.hessian import InputData, prepare
 from lowbit.tensors import GroupParams
 
-STATIC = GPTQOptions(scales="static", refine=0)
-COMPENSATED = GPTQOptions(scales="compensated", refine=0)
+# Unshrunk, so that the references below are a few lines.
+STATIC = GPTQOptions(scales="static", refine=0, shrinkage=0)
+COMPENSATED = GPTQOptions(scales="compensated", refine=0, shrinkage=0)
 
 
 def classic(weight, hessian, order, quantize, damping=0.01):

@@ -23,9 +23,9 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
     return x * (0.2 + torch.rand(columns, generator=random))
 
 
-def summed(batches: list[Tensor], unquantized: list[Tensor] | None = None) -> LayerStats:
+def summed(batches: list[Tensor], unquantized: list[Tensor] | None = None, shrinkage: float = 0.0) -> LayerStats:
     keeper = None if unquantized is None else InputKeeper()
-    statistics = InputStatistics(torch.float32, unquantized=keeper)
+    statistics = InputStatistics(torch.float32, unquantized=keeper, shrinkage=shrinkage)
     for index, batch in enumerate(batches):
         if keeper is not None and unquantized is not None:
             keeper.look(SOURCE, unquantized[index])
@@ -260,6 +260,17 @@ def test_all_shrunk_leaves_nothing_to_correct():
     factor = factor_of(hessian)
     torch.testing.assert_close(factor.spread, torch.eye(24))
     assert not hessian.descent(factor).any()
+
+
+def test_the_drift_is_foretold_by_the_shrunk_hessian():
+    x, difference = inputs(300, 24), inputs(300, 24, seed=1)
+    hessian = (x.T @ x).double()
+    shrunk = 0.75 * hessian + 0.25 * hessian.diagonal().diag()
+    shrunk.diagonal().add_(0.01 * hessian.diagonal().mean())
+    expected = (difference.T @ x).double() @ shrunk.inverse()
+    drift = summed([x], [x + difference], shrinkage=0.25).drift
+    assert drift is not None
+    torch.testing.assert_close(drift.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 # The correction for what came before

@@ -43,6 +43,7 @@ class Job:
     roundings       linear → its rounding: that of the first matching override, else the method's
     options         name of a rounding → its options
     before          transforms that rewrite a block before measuring; `measured` are those that need statistics
+    shrinkage       of the Hessians of error feedback
     needs_channels  the run reads per-channel ranges and means, beside the Hessian
     start           the finished model that refinement starts from
     """
@@ -56,12 +57,15 @@ class Job:
         self.roundings: dict[str, Rounding] = {}
         self.options: dict[str, Any] = {}
         self.needs_hessian = needs_drift = False
+        self.shrinkage = 0.0
         for linear in targets:
             row = self.roundings[linear] = settings.rounding_of(linear)
             if row.name not in self.options:
                 options = self.options[row.name] = row.options_of(settings)
                 self.needs_hessian |= row.needs_hessian
-                needs_drift |= row.needs_hessian and options.needs_drift
+                if row.needs_hessian:
+                    needs_drift |= options.needs_drift
+                    self.shrinkage = options.shrinkage
         self.before = tuple(row for row in self.method.transforms if not row.needs_statistics)
         self.measured = tuple(row for row in self.method.transforms if row.needs_statistics)
         # Windows that the unquantized model runs on too.
@@ -121,7 +125,8 @@ class CalibratedBlock:
         with work.timed("read"):
             runner.load(self.index)
         self._transform({}, job.before)
-        passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.needs_channels)
+        passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.needs_channels,
+                             job.shrinkage)  # fmt: skip
         self._put_kept()
         # Every stage sees the hidden states before this block; the quantized stream moves on only at the end.
         for stage in by_child(passes.stages) if job.measured else passes.stages:

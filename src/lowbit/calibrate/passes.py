@@ -60,14 +60,15 @@ class Streams:
 class BlockPasses:
     """The passes through one loaded block; create it before replacing any weight of the block.
 
-    stages  in the order to measure and round them
+    stages     in the order to measure and round them
+    shrinkage  of the Hessians that the differences between the streams are foretold by
     """
 
     @torch.no_grad()
     def __init__(self, runner: BlockRunner, index: int, streams: Streams, all_experts: bool = False,
-                 channels: bool = True):  # fmt: skip
+                 channels: bool = True, shrinkage: float = 0.0):  # fmt: skip
         self._runner, self._index, self._streams = runner, index, streams
-        self._all_experts, self._channels = all_experts, channels
+        self._all_experts, self._channels, self._shrinkage = all_experts, channels, shrinkage
         self.block = runner.blocks[index]
 
         def one_window() -> Tensor:
@@ -92,7 +93,7 @@ class BlockPasses:
         """
         original = self._original if compare else None
         keeper = None if original is None else InputKeeper()
-        statistics = InputStatistics(self._runner.dtype, self._channels, keeper)
+        statistics = InputStatistics(self._runner.dtype, self._channels, keeper, self._shrinkage)
         batches = batches_of(self._streams.ids)
         batch = batches[0]
         if stage.end is not None:  # keep the input of the child's last linear

@@ -2,7 +2,8 @@
 
     H = Σ x xᵀ                      hessian [K, K]
     D = C (H₁ + λ)⁻¹                drift [K, K], C = Σ (x₀ − x) xᵀ, x₀ the input of the unquantized model for the
-                                    same token, λ a hundredth of the mean of diag H₁
+                                    same token, λ a hundredth of the mean of diag H₁; off-diagonals of H₁ are shrunk
+                                    by ρ first, as for error feedback (`rounding.hessian`)
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
 C and H₁ sum over the windows that both models ran on. All sums are float32, over batches of at most
@@ -49,12 +50,14 @@ class InputStatistics:
 
     channels     also absmax, mean |x| and mean x of every channel (AWQ, SmoothQuant); else they are 0
     unquantized  the same batch in the unquantized model; C sums over the inputs found there
+    shrinkage    ρ of the Hessian that D is solved with
     keep         if set, called with every input [tokens, K]
     weights      if set, (input) → readers with weights of the batch's tokens, float32 [tokens, G]
     """
 
-    def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None):
-        self._dtype, self._channels, self._unquantized = dtype, channels, unquantized
+    def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None,
+                 shrinkage: float = 0.0):  # fmt: skip
+        self._dtype, self._channels, self._unquantized, self._shrinkage = dtype, channels, unquantized, shrinkage
         self._sums: dict[str, _Sums] = {}
         self.keep: Callable[[Tensor], None] | None = None
         self.weights: Callable[[BlockInput], dict[str, Tensor]] | None = None
@@ -83,7 +86,7 @@ class InputStatistics:
         self._unquantized = None
         for sums in self._sums.values():
             for products in sums.products:
-                products.solve_drift()
+                products.solve_drift(self._shrinkage)
 
     def take(self) -> dict[str, LayerStats]:
         """Name of an input → its statistics; this object keeps none of them."""
@@ -105,11 +108,14 @@ class _Products:
         if self.cross is not None and difference is not None:
             self.cross.addmm_(difference.float().t(), x)
 
-    def solve_drift(self) -> None:
+    def solve_drift(self, shrinkage: float = 0.0) -> None:
         """D from the sums so far; None if H has no Cholesky factor."""
         if self.cross is None:
             return
         damped = self.hessian.triu() + self.hessian.triu(1).t()
+        if shrinkage:
+            diagonal = damped.diagonal().clone()
+            damped.mul_(1 - shrinkage).diagonal().copy_(diagonal)
         mean = damped.diagonal().mean()
         damped.diagonal().add_(_CROSS_DAMPING * mean + (mean == 0))
         root, failed = torch.linalg.cholesky_ex(damped)
