@@ -58,7 +58,7 @@ def by_autograd(model, groups: int) -> dict[str, torch.Tensor]:
     drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(7))
     labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn)[:, 0]
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    squares = {name: out.grad.square().unflatten(-1, (groups, -1)).mean(-1) for name, out in outputs.items()}
+    squares = {name: out.grad.square().unflatten(-1, (groups, -1)).mean(-1).sqrt() for name, out in outputs.items()}
     return {name: each / each.mean(dim=(0, 1)) for name, each in squares.items() if "layers" in name}
 
 

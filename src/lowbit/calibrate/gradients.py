@@ -2,13 +2,16 @@
 2025, arXiv 2505.07004).
 
     z_t = W x_t                                     outputs of a linear for token t
-    s[t, g] = mean of (∂ℓ/∂z_t)² over the output channels of group g
+    f[t, g] = mean of (∂ℓ/∂z_t)² over the output channels of group g
+    s[t, g] = f[t, g]^γ / mean over t               γ = ½
     H_g = Σ_t s[t, g] x_t x_tᵀ                      in place of Σ x xᵀ, for the rows of W in group g
 
 To second order an error ΔW takes the model ½ Σ_t (∂ℓ/∂z_t · ΔW x_t)² away from the unquantized one, in KL divergence:
 its curvature is the Fisher information, the mean of the products of gradients of ℓ = −log p(y), y drawn by the model
-itself. Σ_g tr(ΔW_g H_g ΔW_gᵀ) is that sum without the products of different channels, and with the squares of a group
-replaced by their mean. Σ x xᵀ counts the output of every token alike, whatever becomes of it.
+itself. With γ = 1, Σ_g tr(ΔW_g H_g ΔW_gᵀ) is that sum without the products of different channels, and with the squares
+of a group replaced by their mean (GuidedQuant); γ = 0 is Σ x xᵀ, which counts the output of every token alike, whatever
+becomes of it. Squared gradients are heavy-tailed: with γ = 1, H is in effect a sum over a seventh of the tokens, for
+some inputs over one or two. The square root keeps most of the tokens, and measured better than either (docs/log.md).
 
 The gradients are those of the unquantized model, so they must be known before the first block is rounded:
 
@@ -42,6 +45,7 @@ from lowbit.rounding.hessian import row_groups
 
 LOGIT_BYTES = 16 << 20  # of float32 logits at once
 _DRAWN = 256  # tokens of the vocabulary whose probabilities are summed at once
+_POWER = 0.5  # γ
 PASSES = 3  # windows through a block, for the progress bar: forward, and twice as much for the pass back
 Tick = Callable[[int], None]
 
@@ -206,7 +210,8 @@ def _back_through(
         if not (mean > 0).all():
             found.missing[name] = "the loss does not depend on its output"
             continue
-        found.weights[name] = values.div_(mean)
+        values.pow_(_POWER)
+        found.weights[name] = values.div_(values.mean(dim=(0, 1)))
 
 
 def _mean_squares(slope: Tensor, groups: int) -> Tensor:
