@@ -184,6 +184,19 @@ def test_experts_count_all_tokens_alike_and_say_so(text, tmp_path):
     assert "linears)" in counted[0]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "stablelm_parallel", "deepseek_v3"])
+def test_every_linear_has_weights_or_a_reason(family, tmp_path):
+    """Conv1D, a decoder inside a decoder, stacked rows, MLP beside attention, experts with their router."""
+    found = weights_of(make_model(tmp_path / "model", family))
+    experts = {name for name in found.missing if ".experts." in name}
+    assert set(found.missing) - experts == {name for name in found.missing if name.endswith(".gate")}
+    assert bool(experts) == (family == "deepseek_v3")
+    for values in found.weights.values():
+        assert values.shape == (*IDS.shape, 1)
+        assert_close(values.mean(), torch.tensor(1.0))
+        assert bool((values >= 0).all())
+
+
 def test_blocks_before_one_without_a_gradient_have_no_weights(model, monkeypatch):
     runner = BlockRunner(open_checkpoint(model))
     middle = runner.blocks[1].module

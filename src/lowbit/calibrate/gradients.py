@@ -223,11 +223,12 @@ def _mean_squares(slope: Tensor, groups: int) -> Tensor:
 
 @contextmanager
 def _outputs_of(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, linear → the outputs of its calls."""
+    """Inside, linear → the outputs of its calls, where a call returns the output alone."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in paths}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments, out: outputs[name].append(out)
+        # A router returns more than its product: what is chosen, and how much.
+        return lambda _module, _arguments, out: outputs[name].append(out) if isinstance(out, Tensor) else None
 
     with ExitStack() as stack:
         for name, path in paths.items():
