@@ -24,6 +24,7 @@ from lowbit.rounding.hessian import InputData, row_groups
 from lowbit.settings import RunOptions, make_settings
 from models import make_model
 from rounding.gptq_cases import problem, target_of
+from tiny_types import make_tiny
 
 IDS = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(0))
 BLOCKS = 3
@@ -207,6 +208,21 @@ def test_blocks_before_one_without_a_gradient_have_no_weights(model, monkeypatch
     assert {runner.architecture.linears[name].block for name in found.missing} == {0, 1}
     assert all("no gradient comes through model.layers.1" in why for why in found.missing.values())
     assert weights_of(model).weights.keys() == found.weights.keys() | found.missing.keys()
+
+
+def test_a_model_without_a_head_has_no_weights(model, monkeypatch):
+    runner = BlockRunner(open_checkpoint(model))
+    monkeypatch.setattr(runner.model, "get_output_embeddings", lambda: None)
+    found = weights_of(model, runner=runner)
+    assert not found.weights
+    assert len(found.missing) == 7 * BLOCKS
+    assert all("LlamaForCausalLM has no head" in why for why in found.missing.values())
+
+
+def test_llama4_has_a_head(tmp_path):
+    """`base_model` of it is the model itself, whose forward must not be replaced."""
+    found = weights_of(make_tiny(tmp_path / "model", "llama4_text"))
+    assert {name.split(".")[-1] for name in found.weights} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_linear_that_runs_twice_has_no_weights(model, monkeypatch):

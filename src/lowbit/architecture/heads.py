@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lowbit.architecture.discover import decoder_of, find_blocks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,13 +32,16 @@ class KnownOutput:
 def inner_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that holds the decoder blocks: the model's base, or its decoder (OPT, vision models)."""
     base: Any = model.base_model
-    return base.get_decoder() if hasattr(base, "get_decoder") else base
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if decoder is model:  # Llama 4 has no module of the name that its class gives the base
+        return model.get_submodule(decoder_of(model, find_blocks(model)[0]))
+    return decoder
 
 
 @contextlib.contextmanager
 def decoder_replaced(model: PreTrainedModel, output: object) -> Iterator[None]:
     """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
-    decoders = {model.base_model, inner_decoder(model)}
+    decoders = {model.base_model, inner_decoder(model)} - {model}
     for decoder in decoders:
         decoder.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
     try:

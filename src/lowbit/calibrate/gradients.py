@@ -84,7 +84,11 @@ def token_weights(
         states = runner.embed(ids)
         inputs = _inputs_of_blocks(runner, ids, states, memory, tick)
         gradient = states.values  # from here on ∂ℓ/∂(what they hold)
-        _through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
+        try:
+            _through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
+        except ArchitectureError as error:
+            why = f"no gradient comes through the head: {_first_line(error)}"
+            return TokenWeights({}, dict.fromkeys(groups, why))
         for index in reversed(range(len(runner.blocks))):
             here = {name: linear for name, linear in runner.architecture.linears.items() if linear.block == index}
             wanted = {name: min(groups[name], linear.shape[0]) for name, linear in here.items() if name in groups}
