@@ -24,6 +24,7 @@ from lowbit.rounding.hessian import InputData, row_groups
 from lowbit.settings import RunOptions, make_settings
 from models import make_model
 from rounding.gptq_cases import problem, target_of
+from tiny_types import make_tiny
 
 IDS = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(0))
 BLOCKS = 3
@@ -58,7 +59,7 @@ def by_autograd(model, groups: int) -> dict[str, torch.Tensor]:
     drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(7))
     labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn)[:, 0]
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    squares = {name: out.grad.square().unflatten(-1, (groups, -1)).mean(-1) for name, out in outputs.items()}
+    squares = {name: out.grad.square().unflatten(-1, (groups, -1)).mean(-1).sqrt() for name, out in outputs.items()}
     return {name: each / each.mean(dim=(0, 1)) for name, each in squares.items() if "layers" in name}
 
 
@@ -184,6 +185,19 @@ def test_experts_count_all_tokens_alike_and_say_so(text, tmp_path):
     assert "linears)" in counted[0]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "stablelm_parallel", "deepseek_v3"])
+def test_every_linear_has_weights_or_a_reason(family, tmp_path):
+    """Conv1D, a decoder inside a decoder, stacked rows, MLP beside attention, experts with their router."""
+    found = weights_of(make_model(tmp_path / "model", family))
+    experts = {name for name in found.missing if ".experts." in name}
+    assert set(found.missing) - experts == {name for name in found.missing if name.endswith(".gate")}
+    assert bool(experts) == (family == "deepseek_v3")
+    for values in found.weights.values():
+        assert values.shape == (*IDS.shape, 1)
+        assert_close(values.mean(), torch.tensor(1.0))
+        assert bool((values >= 0).all())
+
+
 def test_blocks_before_one_without_a_gradient_have_no_weights(model, monkeypatch):
     runner = BlockRunner(open_checkpoint(model))
     middle = runner.blocks[1].module
@@ -194,6 +208,21 @@ def test_blocks_before_one_without_a_gradient_have_no_weights(model, monkeypatch
     assert {runner.architecture.linears[name].block for name in found.missing} == {0, 1}
     assert all("no gradient comes through model.layers.1" in why for why in found.missing.values())
     assert weights_of(model).weights.keys() == found.weights.keys() | found.missing.keys()
+
+
+def test_a_model_without_a_head_has_no_weights(model, monkeypatch):
+    runner = BlockRunner(open_checkpoint(model))
+    monkeypatch.setattr(runner.model, "get_output_embeddings", lambda: None)
+    found = weights_of(model, runner=runner)
+    assert not found.weights
+    assert len(found.missing) == 7 * BLOCKS
+    assert all("LlamaForCausalLM has no head" in why for why in found.missing.values())
+
+
+def test_llama4_has_a_head(tmp_path):
+    """`base_model` of it is the model itself, whose forward must not be replaced."""
+    found = weights_of(make_tiny(tmp_path / "model", "llama4_text"))
+    assert {name.split(".")[-1] for name in found.weights} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_linear_that_runs_twice_has_no_weights(model, monkeypatch):

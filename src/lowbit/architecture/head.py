@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lowbit.architecture.discover import decoder_of, find_blocks
 from lowbit.architecture.trace import replaced_forward
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ class KeptOutput:
 def inner_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that holds the decoder blocks: the model's base, or its decoder (OPT, vision models)."""
     base: Any = model.base_model
-    return base.get_decoder() if hasattr(base, "get_decoder") else base
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if decoder is model:  # Llama 4 has no module of the name that its class gives the base
+        return model.get_submodule(decoder_of(model, find_blocks(model)[0]))
+    return decoder
 
 
 @contextmanager
 def without_decoder(model: PreTrainedModel, output: object) -> Iterator[None]:
     """Inside, the decoder of `model` returns `output`, whether the model calls its base or the inner decoder."""
     with ExitStack() as stack:
-        for decoder in {model.base_model, inner_decoder(model)}:
+        for decoder in {model.base_model, inner_decoder(model)} - {model}:
             stack.enter_context(replaced_forward(decoder, lambda *_args, **_kwargs: output))
         yield

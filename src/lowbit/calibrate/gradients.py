@@ -2,13 +2,16 @@
 2025, arXiv 2505.07004).
 
     z_t = W x_t                                     outputs of a linear for token t
-    s[t, g] = mean of (∂ℓ/∂z_t)² over the output channels of group g
+    f[t, g] = mean of (∂ℓ/∂z_t)² over the output channels of group g
+    s[t, g] = f[t, g]^γ / mean over t               γ = ½
     H_g = Σ_t s[t, g] x_t x_tᵀ                      in place of Σ x xᵀ, for the rows of W in group g
 
 To second order an error ΔW takes the model ½ Σ_t (∂ℓ/∂z_t · ΔW x_t)² away from the unquantized one, in KL divergence:
 its curvature is the Fisher information, the mean of the products of gradients of ℓ = −log p(y), y drawn by the model
-itself. Σ_g tr(ΔW_g H_g ΔW_gᵀ) is that sum without the products of different channels, and with the squares of a group
-replaced by their mean. Σ x xᵀ counts the output of every token alike, whatever becomes of it.
+itself. With γ = 1, Σ_g tr(ΔW_g H_g ΔW_gᵀ) is that sum without the products of different channels, and with the squares
+of a group replaced by their mean (GuidedQuant); γ = 0 is Σ x xᵀ, which counts the output of every token alike, whatever
+becomes of it. Squared gradients are heavy-tailed: with γ = 1, H is in effect a sum over a seventh of the tokens, for
+some inputs over one or two. The square root keeps most of the tokens, and measured better than either (docs/log.md).
 
 The gradients are those of the unquantized model, so they must be known before the first block is rounded:
 
@@ -42,6 +45,7 @@ from lowbit.rounding.hessian import row_groups
 
 LOGIT_BYTES = 16 << 20  # of float32 logits at once
 _DRAWN = 256  # tokens of the vocabulary whose probabilities are summed at once
+_POWER = 0.5  # γ
 PASSES = 3  # windows through a block, for the progress bar: forward, and twice as much for the pass back
 Tick = Callable[[int], None]
 
@@ -80,7 +84,11 @@ def token_weights(
         states = runner.embed(ids)
         inputs = _inputs_of_blocks(runner, ids, states, memory, tick)
         gradient = states.values  # from here on ∂ℓ/∂(what they hold)
-        _through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
+        try:
+            _through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
+        except ArchitectureError as error:
+            why = f"no gradient comes through the head: {_first_line(error)}"
+            return TokenWeights({}, dict.fromkeys(groups, why))
         for index in reversed(range(len(runner.blocks))):
             here = {name: linear for name, linear in runner.architecture.linears.items() if linear.block == index}
             wanted = {name: min(groups[name], linear.shape[0]) for name, linear in here.items() if name in groups}
@@ -204,7 +212,8 @@ def _back_through(
         if not (mean > 0).all():
             found.missing[name] = "the loss does not depend on its output"
             continue
-        found.weights[name] = values.div_(mean)
+        values.pow_(_POWER)
+        found.weights[name] = values.div_(values.mean(dim=(0, 1)))
 
 
 def _mean_squares(slope: Tensor, groups: int) -> Tensor:
@@ -216,11 +225,12 @@ def _mean_squares(slope: Tensor, groups: int) -> Tensor:
 
 @contextmanager
 def _outputs_of(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, linear → the outputs of its calls."""
+    """Inside, linear → the outputs of its calls, where a call returns the output alone."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in paths}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments, out: outputs[name].append(out)
+        # A router returns more than its product: what is chosen, and how much.
+        return lambda _module, _arguments, out: outputs[name].append(out) if isinstance(out, Tensor) else None
 
     with ExitStack() as stack:
         for name, path in paths.items():
