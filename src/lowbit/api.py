@@ -268,8 +268,7 @@ def write_prepared(
 
     with claimed(output) as claim:
         plan.refuse_existing(output, overwrite)
-        copies = 2 if plan.settings.is_blockwise else 1  # finished blocks are kept beside the output until it is there
-        check_disk(output, copies * plan.file_bytes, plan.largest_file)
+        check_disk(output, plan.settings.copies_on_disk * plan.file_bytes, plan.largest_file)
         try:
             prepared = calibrate(prepared, output, run, progress)
             write_checkpoint(prepared, output, progress, overwrite, finish, claim)

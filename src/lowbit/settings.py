@@ -371,6 +371,12 @@ class Settings(Table):
         """True if calibration text must run through the model before anything is rounded."""
         return any(parse_method(name).needs_text for name in (self.method, *self.method_overrides.values()))
 
+    @property
+    def copies_on_disk(self) -> int:
+        """How many times the output's size a run takes until the output is there: finished blocks are kept beside it;
+        of a distillation also its state, about as large, and the blocks with what it learned."""
+        return 4 if parse_method(self.method).finish else 2 if self.is_blockwise else 1
+
     def rounding_of(self, linear: str) -> Rounding:
         """The rounding of the first method override whose regex is found in the name, else that of the method."""
         for pattern, name in self.method_overrides.items():

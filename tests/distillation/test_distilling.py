@@ -17,6 +17,7 @@ from lowbit.checkpoint.base import OpenOptions
 from lowbit.distillation import descent
 from lowbit.distillation.descent import Split
 from lowbit.distillation.divergence import TokenDivergence
+from lowbit.distillation.memory import DistillMemory, MemoryShare
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.settings import RunOptions, Settings
 from models import make_model
@@ -108,13 +109,11 @@ def test_norms_and_biases_are_learned_where_they_are(tmp_path, text):
 
 def test_without_room_for_all_blocks_the_bytes_are_the_same(model, text, tmp_path, monkeypatch):
     """Blocks that are dropped and decoded again compute what blocks that stay do."""
-    from lowbit.distillation.memory import DistillMemory
-
-    calibrated(model, tmp_path / "resident", text, "distill", **GIVEN)
-    share = DistillMemory.share
-    monkeypatch.setattr(DistillMemory, "share", lambda self, limit: (share(self, limit)[0], False))
-    calibrated(model, tmp_path / "dropped", text, "distill", **GIVEN)
-    assert files_of(tmp_path / "dropped") == files_of(tmp_path / "resident")
+    given = GIVEN | {"distill_steps": 3}
+    for name, resident, graphs in (("graphs", True, True), ("resident", True, False), ("dropped", False, False)):
+        monkeypatch.setattr(DistillMemory, "share", lambda *_, ways=(resident, graphs): MemoryShare(1 << 20, *ways))
+        calibrated(model, tmp_path / name, text, "distill", **given)
+    assert files_of(tmp_path / "dropped") == files_of(tmp_path / "resident") == files_of(tmp_path / "graphs")
 
 
 @pytest.mark.parametrize("stop_at", [3, 8])

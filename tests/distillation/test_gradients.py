@@ -28,7 +28,7 @@ def rounded_linear(weight: torch.Tensor, turned: bool) -> LearnedTensor:
     )
 
 
-def make_student(folder, resident: bool) -> tuple[Student, TokenDivergence]:
+def make_student(folder, resident: bool, graphs: bool = False) -> tuple[Student, TokenDivergence]:
     checkpoint = open_checkpoint(str(folder))
     runner = BlockRunner(checkpoint)
     architecture, ids = runner.architecture, torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def make_student(folder, resident: bool) -> tuple[Student, TokenDivergence]:
         if role in ("norm", "bias") and len(architecture.parameters[name]) == 1:
             vector = LearnedTensor(LearnableVector(checkpoint.read(name), torch.float32))
             parts[len(runner.blocks) if block is None else block][name] = lambda vector=vector: vector
-    student = Student(runner, ids, parts, resident)
+    student = Student(runner, ids, parts, resident, graphs)
     return student, TokenDivergence(BlockRunner(open_checkpoint(str(folder))), student)
 
 
@@ -50,12 +50,14 @@ def checkpoint_weight(runner: BlockRunner, name: str) -> torch.Tensor:
     return runner._loader.checkpoint.read(f"{name}.weight").float()
 
 
-@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(("resident", "graphs"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral", "gpt2"])
-def test_gradients_foretell_differences(tmp_path, family, resident):
+def test_gradients_foretell_differences(tmp_path, family, resident, graphs):
     """Of every kind of block: biases, soft caps, fused experts, transposed linears."""
     sizes = {} if family == "gpt2" else SMALL
-    student, divergence = make_student(make_model(tmp_path / "model", family, dtype=torch.float32, **sizes), resident)
+    student, divergence = make_student(
+        make_model(tmp_path / "model", family, dtype=torch.float32, **sizes), resident, graphs
+    )
     changes = student.start()
     generator = torch.Generator().manual_seed(1)
     for each in changes.values():

@@ -37,7 +37,7 @@ class TokenDivergence:
         """Mean KL in nats over some windows, `batch` of them at a time; the changes are prepared."""
         total = 0.0
         for part in windows.split(batch):
-            behind = self._student.forward(part, changes)[-1]
+            behind = self._student.forward(part, changes)
             heads = self._student.runner.behind_blocks(self._student.ids[part], behind)
             total += self._compare(heads.flatten(0, 1), part, None)
         return total / (len(windows) * self._student.ids.shape[1])
@@ -46,7 +46,7 @@ class TokenDivergence:
         """Mean KL over the windows; adds the gradients of the sum over their tokens in all changes to `found`, since
         those of the mean are small for half precision. The changes are prepared."""
         student = self._student
-        *kept, behind = student.forward(windows, changes, keep=True)
+        kept, behind = student.forward_kept(windows, changes)
         behind = behind.clone().requires_grad_()
         with torch.enable_grad():
             heads = student.runner.behind_blocks(student.ids[windows], behind)

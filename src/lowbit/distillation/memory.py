@@ -35,18 +35,29 @@ _ACTIVATIONS = 24  # arrays of a batch as wide as the widest linear, kept for a 
 
 
 @dataclass(frozen=True)
+class MemoryShare:
+    """states: bytes that one array of hidden states may take; resident, graphs: as of `Student`"""
+
+    states: int
+    resident: bool
+    graphs: bool
+
+
+@dataclass(frozen=True)
 class DistillMemory:
     """
     needed    part → bytes, without the program and the hidden states of all windows
     everything  bytes of all blocks with their gradients and codes
+    graphs      bytes of what the gradients of all blocks need of a step
     """
 
     needed: dict[str, int]
     everything: int
+    graphs: int
 
-    def share(self, limit: int | None) -> tuple[int, bool]:
-        """(bytes that one array of hidden states may take, whether all blocks stay loaded) under a limit of the whole
-        process, in bytes; None: a share of the free memory. UsageError if the rest alone exceeds it."""
+    def share(self, limit: int | None) -> MemoryShare:
+        """What to do under a limit of the whole process, in bytes; None: a share of the free memory. UsageError if what
+        is needed exceeds it."""
         program, most = resident_memory(), memory_limit(limit)
         needed = {"the program": program, **self.needed}
         left = most - sum(needed.values())
@@ -58,7 +69,9 @@ class DistillMemory:
                 "allow more, or leave +distill out",
             )
         resident = self.everything <= left // 2
-        return (left - (self.everything if resident else 0)) // 4, resident
+        left -= self.everything if resident else 0
+        graphs = resident and self.graphs <= left // 2
+        return MemoryShare((left - (self.graphs if graphs else 0)) // 4, resident, graphs)
 
 
 def distill_memory(
@@ -90,5 +103,6 @@ def distill_memory(
             "activations": _ACTIVATIONS * min(at_once, max(BATCH_TOKENS, tokens)) * widest * dtype.itemsize,
             "logits": _ARRAYS_OF_LOGITS * LOGIT_BYTES,
         },
-        whole * (2 * dtype.itemsize + 1),
+        everything=whole * (2 * dtype.itemsize + 1),
+        graphs=_ACTIVATIONS * at_once * widest * dtype.itemsize * len(architecture.blocks),
     )

@@ -76,11 +76,13 @@ def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, D
     if state is not None and state.finished:
         done = outcome(state, len(ids), options)
     else:
-        states_memory, resident = job.memory(*ids.shape).share(job.run.max_memory)
-        parts: Parts = [{name: cache(read) if resident else read for name, read in part.items()} for part in opened]
-        runs = (job.dtype, job.run.device, job.options, states_memory)
+        share = job.memory(*ids.shape).share(job.run.max_memory)
+        parts: Parts = [
+            {name: cache(read) if share.resident else read for name, read in part.items()} for part in opened
+        ]
+        runs = (job.dtype, job.run.device, job.options, share.states)
         base = OverlaidCheckpoint(calibrated.checkpoint, job.rounded(calibrated.checkpoint))
-        student = Student(BlockRunner(base, *runs), ids, parts, resident)
+        student = Student(BlockRunner(base, *runs), ids, parts, share.resident, share.graphs)
         divergence = TokenDivergence(BlockRunner(job.source, *runs), student, job.progress)
         done = distill(student, divergence, options, keeper, _shown(job.progress))
     _write(store, opened, done.changes, job)

@@ -6,7 +6,8 @@
 
 So memory is that of one block with its gradients, beside the inputs of blocks for the windows of one step. A block's
 weights are decoded from codes and changes each time it is loaded. Gradients of weights become gradients of changes at
-once, block by block, and are freed. A model that fits is kept loaded (`resident`), which saves reading it twice a step.
+once, block by block, and are freed. A model that fits is kept loaded (`resident`), which saves reading it twice a step,
+and one whose graphs fit too runs forward only once (`graphs`). All three compute the same.
 """
 
 from __future__ import annotations
@@ -40,17 +41,23 @@ class LearnedTensor:
 Parts = Sequence[Mapping[str, Callable[[], LearnedTensor]]]
 
 
+# Of one block, for every batch of windows: its input, and its output with the graph, or None where it is run again.
+Kept = list[tuple[Tensor, Tensor | None]]
+
+
 class Student:
     """
     runner    of a checkpoint with everything that is not learned
     ids       int64 [windows, tokens]
     parts     an entry per block, and one for the last norm; linears that cannot change are among them too
     resident  keep all blocks loaded
+    graphs    keep the graphs of all blocks of a step, so that none is run twice; only with `resident`
     """
 
-    def __init__(self, runner: BlockRunner, ids: Tensor, parts: Parts, resident: bool):
+    def __init__(self, runner: BlockRunner, ids: Tensor, parts: Parts, resident: bool, graphs: bool = False):
         assert len(parts) == len(runner.blocks) + 1
-        self.runner, self.ids, self.parts, self.resident = runner, ids, parts, resident
+        self.runner, self.ids, self.parts = runner, ids, parts
+        self.resident, self.keeps_graphs = resident, resident and graphs
         self._states: HiddenStates = runner.embed(ids)
         runner.load_outside()
         runner.watch(parts[-1])
@@ -73,34 +80,42 @@ class Student:
                 self._put(index, changes)
 
     @torch.no_grad()
-    def forward(self, windows: Tensor, changes: Changes, keep: bool = False) -> list[Tensor]:
-        """Hidden states [len(windows), T, H] behind the last block; with `keep` those before every block, in order,
-        then those."""
+    def forward(self, windows: Tensor, changes: Changes) -> Tensor:
+        """Hidden states [len(windows), T, H] behind the last block."""
         x = self._states.values[windows]
-        kept = []
         for index in range(len(self.runner.blocks)):
-            if keep:
-                kept.append(x)
             self._enter(index, changes)
             x = torch.cat([self.runner.forward(index, x[batch]) for batch in batches_of(x)])
             self._leave(index)
-        return [*kept, x]
+        return x
 
-    def backward(self, kept: list[Tensor], gradient: Tensor, changes: Changes, found: Changes) -> None:
-        """Add the gradients in all changes of blocks to `found`.
+    def forward_kept(self, windows: Tensor, changes: Changes) -> tuple[list[Kept], Tensor]:
+        """(what `backward` needs of every block, hidden states behind the last one)."""
+        x, kept = self._states.values[windows], list[Kept]()
+        for index in range(len(self.runner.blocks)):
+            self._enter(index, changes)
+            before = [x[batch].clone().requires_grad_(self.keeps_graphs) for batch in batches_of(x)]
+            with torch.set_grad_enabled(self.keeps_graphs):
+                behind = [self.runner.forward(index, part) for part in before]
+            x = torch.cat([part.detach() for part in behind])
+            kept.append([(part, out if self.keeps_graphs else None) for part, out in zip(before, behind, strict=True)])
+            self._leave(index)
+        return kept, x
 
-        kept      of `forward`, without its last entry
+    def backward(self, kept: list[Kept], gradient: Tensor, changes: Changes, found: Changes) -> None:
+        """Add the gradients in all changes of blocks to `found`; empties `kept`.
+
+        kept      of `forward_kept`
         gradient  of the hidden states behind the last block
         """
         for index in reversed(range(len(self.runner.blocks))):
             self._enter(index, changes)
-            self.runner.watch(self._learned(index, changes))
-            before = kept[index]
-            passed = torch.empty_like(before)
-            for batch in batches_of(before):
-                x = before[batch].clone().requires_grad_()
-                with torch.enable_grad():
-                    y = self.runner.forward(index, x)
+            passed = torch.empty_like(gradient)
+            for batch, (x, y) in zip(batches_of(gradient), kept.pop(), strict=True):
+                if y is None:
+                    x.requires_grad_()
+                    with torch.enable_grad():
+                        y = self.runner.forward(index, x)
                 y.backward(gradient[batch])
                 assert x.grad is not None
                 passed[batch] = x.grad
@@ -131,6 +146,7 @@ class Student:
     def _load(self, index: int) -> None:
         if index not in self._loaded:
             self.runner.load(index)
+            self.runner.watch(self.parts[index])
             self._loaded.add(index)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@
     verify        the same with the verifier's slabs; of a GGUF file the largest tensor, mapped in source and output
     vocabulary    of a GGUF file: tokens and merges as Python objects
     embeddings    of a calibrated run: all of them, in source and compute dtype, before the first block
+    distill       what `distillation.memory` counts, with two arrays of hidden states
     calibrate     hidden states of the streams, the attention output of each, and the input of the last linear of the
                   MLP + a block's weights (twice beside an unquantized stream) + H and C of its inputs + the largest
                   linear in float32 with its copies for rounding + a batch of activations
@@ -37,6 +38,7 @@ from typing import Literal
 from lowbit.architecture.shape import ModelShape, shape_of, shape_of_gguf
 from lowbit.calibrate.memory import block_memory, weights_memory
 from lowbit.checkpoint.base import cache_root
+from lowbit.distillation.memory import distill_memory
 from lowbit.errors import ArchitectureError, LowbitError
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES
 from lowbit.formats.gguf.subject import SLAB_WEIGHTS as VERIFIED_WEIGHTS
@@ -115,6 +117,13 @@ def peak_memory(
         parts["weights of tokens"] = weights_memory(architecture, groups, settings.samples * settings.seqlen)
     if max_memory is not None:
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
+    if parse_method(settings.method).finish:
+        learning = distill_memory(
+            architecture, prepared.plan.targets, compute, settings.samples, settings.seqlen
+        ).needed
+        held = 2 * settings.samples * settings.seqlen * shape.hidden * compute.itemsize
+        if sum(learning.values()) + held > sum(block.values()) + states:
+            return parts | learning | {"hidden states": held} | writing
     embedding = shape.vocab * shape.hidden * ((4 if from_gguf else 2) + compute.itemsize)
     # Calibration returns little memory to the system before files are written, so the slabs add to it.
     if sum(block.values()) < embedding:

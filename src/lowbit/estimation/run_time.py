@@ -38,6 +38,8 @@ import torch
 
 from lowbit.architecture import Architecture
 from lowbit.architecture.shape import ModelShape
+from lowbit.architecture.structure import Linear
+from lowbit.distillation.descent import EVALUATIONS, PASSES, Split, windows_per_step
 from lowbit.estimation.result import Run
 from lowbit.estimation.run_memory import hidden_state_bytes, source_shape, two_streams
 from lowbit.methods import parse_method
@@ -72,7 +74,7 @@ def run_of(prepared: Prepared, memory: dict[str, int], rates: Rates) -> Run:
     seconds = sum(work.values())
     disk = prepared.plan.file_bytes
     if settings.is_blockwise:
-        disk *= 2
+        disk *= settings.copies_on_disk
         if shape is not None:
             disk += max(0, hidden_state_bytes(settings, shape) - memory.get("hidden states", 0))
     spread = (seconds / rates.spread, seconds * rates.spread)
@@ -134,7 +136,24 @@ def _calibration(
         batch = min(8, settings.samples) * settings.seqlen
         weights = sum(math.prod(linear.shape) for linear in linears)
         work["learning"] = 6 * weights * batch * settings.iterations / per_second
+    if method.finish:
+        work["distillation"] = _distillation(settings, shape, linears) / per_second
     return work
+
+
+def _distillation(settings: Settings, shape: ModelShape, linears: list[Linear]) -> float:
+    """Floating point operations. Of a step: two forward passes and a backward pass through blocks, the teacher's head,
+    the student's with its gradient. Of an evaluation: a forward pass and both heads."""
+    weights = sum(
+        math.prod(linear.shape) * (1.0 if linear.expert is None or not shape.experts else
+                                   shape.experts_per_token / shape.experts) for linear in linears
+    )  # fmt: skip
+    head, split = shape.vocab * shape.hidden, Split.of(settings.samples)
+    batch = windows_per_step(settings.samples, settings.seqlen)
+    steps = settings.distill_steps or PASSES * (len(split.train) // batch)
+    trained, judged = steps * batch, (EVALUATIONS + 1) * len(split.held_out)
+    windows = trained * (8 * weights + 6 * head) + judged * (2 * weights + 4 * head) + settings.samples * 2 * weights
+    return windows * settings.seqlen
 
 
 @dataclass(frozen=True)
