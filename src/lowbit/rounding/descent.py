@@ -289,7 +289,7 @@ class _ScaleFit:
             return alone
         determinant = self.aa * self.bb - self.ab.square()
         together = part.first + (self.a * self.bb - self.b * self.ab) / determinant
-        return [*part.firsts(together), *alone, part.first]
+        return [*part.firsts(torch.where(together.isfinite(), together, part.first)), part.first]
 
     def _gain(self, delta: Tensor, epsilon: Tensor) -> Tensor:
         first = 2 * (delta * self.a + epsilon * self.b)
