@@ -84,13 +84,21 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
             starts.append(again.stored)
 
     def of_rows(rows: slice) -> tuple[Held, int]:
-        best = _refined(target, starts[0], rows, wanted, curvature, options)
-        anew = 0
-        for other in starts[1:]:
-            found = _refined(target, other, rows, wanted, curvature, options)
-            better = found.error() < best.error()
-            best.held.take(found.held, better)
+        """The first sweep from each start; each row goes on with the better."""
+        unchanged = Descent(hold(target, start, rows), wanted[rows], curvature, options.block)
+        begun = [Descent(hold(target, each, rows), wanted[rows], curvature, options.block) for each in starts]
+        for descent in begun:
+            descent.sweep()
+        best, anew = begun[0], 0
+        for other in begun[1:]:
+            better = other.error() < best.error()
+            best.take(other, better)
             anew += int(better.sum())
+        for _ in range(options.sweeps - 1):
+            best.sweep()
+        best.refit()
+        best.begin()  # anew: rounding errors of the sums have added up
+        best.take(unchanged, ~(best.error() < unchanged.error()))
         return best.held, anew
 
     apart = target.rows_are_apart
@@ -136,22 +144,6 @@ def _mixes(start: Stored, other: Stored) -> bool:
     return not isinstance(start, ScaledBlocks) or (isinstance(other, ScaledBlocks) and start.scale == other.scale)
 
 
-def _refined(
-    target: Target, start: Stored, rows: slice, wanted: Tensor, curvature: Curvature, options: RefineOptions
-) -> Descent:
-    held = hold(target, start, rows)
-    descent = Descent(held, wanted[rows], curvature, options.block)
-    before, unchanged = descent.error(), hold(target, start, rows)
-    for _ in range(options.sweeps):
-        descent.refit()
-        descent.descend()
-    descent.refit()
-    descent.begin()  # anew: rounding errors of the sums have added up
-    held.take(unchanged, ~(descent.error() < before))
-    descent.begin()
-    return descent
-
-
 class Descent:
     """Rows [N, K] on their way down.
 
@@ -161,6 +153,16 @@ class Descent:
     def __init__(self, held: Held, wanted: Tensor, curvature: Curvature, block: int):
         self.held, self.wanted, self.curvature, self.block = held, wanted, curvature, block
         self.begin()
+
+    def sweep(self) -> None:
+        """All scales once, then all codes."""
+        self.refit()
+        self.descend()
+
+    def take(self, other: Descent, rows: Tensor) -> None:
+        """The rows of another descent in place of these, bool [N]."""
+        self.held.take(other.held, rows)
+        self.z[rows] = other.z[rows]
 
     def begin(self) -> None:
         """z of what is held now."""
@@ -289,7 +291,7 @@ class _ScaleFit:
             return alone
         determinant = self.aa * self.bb - self.ab.square()
         together = part.first + (self.a * self.bb - self.b * self.ab) / determinant
-        return [*part.firsts(together), *alone, part.first]
+        return [*part.firsts(torch.where(together.isfinite(), together, part.first)), part.first]
 
     def _gain(self, delta: Tensor, epsilon: Tensor) -> Tensor:
         first = 2 * (delta * self.a + epsilon * self.b)

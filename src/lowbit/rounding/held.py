@@ -29,7 +29,7 @@ from torch import Tensor
 from lowbit.kernels.tables import values
 from lowbit.numerics.ggml.codebooks import e8m0_half, ue4m3_half
 from lowbit.numerics.ggml.grid import GgmlGrid, IntLevels
-from lowbit.numerics.ggml.types import LARGEST_HALF, Blocks, per_column
+from lowbit.numerics.ggml.types import LARGEST_HALF, Blocks, family, per_column
 from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
 from lowbit.numerics.scales import storable_scale
 from lowbit.rounding.target import GgmlTarget, GridTarget, Levels, ScaledBlocks, Stored, Target
@@ -258,6 +258,7 @@ class HeldBlocks(Held):
         self.target, self.grid, self.kind = target, GgmlGrid(target.type_name), target.grid.kind
         self.codes, self.params = self.grid.unpack(blocks.contiguous())
         self.kept = {key: value.clone() for key, value in self.params.stored.items()}
+        self._all_values: Tensor | None = None
         self.decoded = self.decode(slice(None))
 
     @property
@@ -274,13 +275,32 @@ class HeldBlocks(Held):
         return self.grid.at(self.params, start, stop)
 
     def decode(self, columns: Columns) -> Tensor:
+        """scale · value + offset, as `ggml.types.weights_of` has it."""
         assert isinstance(columns, slice)
-        each = self.grid.columns_per_code
+        each, group = self.grid.columns_per_code, self.kind.group
         start, stop, _ = columns.indices(self.codes.shape[1] * each)
-        codes = self.codes[:, start // each : stop // each]
-        return self.grid.decode(codes, self.at(start, stop)) * self.target.scale
+        value = self._values(start, stop)
+        groups = slice(start // group, -(-stop // group))
+        weight = per_column(self.params.scale[:, groups], stop - start) * value
+        if self.params.offset is not None:
+            weight = weight + per_column(self.params.offset[:, groups], stop - start)
+        return weight if self.target.scale == 1 else weight * self.target.scale
+
+    def _values(self, start: int, stop: int) -> Tensor:
+        """The unscaled values of some columns."""
+        if self._all_values is not None:
+            return self._all_values[:, start:stop]
+        each = self.grid.columns_per_code
+        return family(self.kind).value(self.kind, self.codes[:, start // each : stop // each])
 
     def parts(self) -> Iterator[ScalePart]:
+        self._all_values = self._values(0, self.decoded.shape[1])  # codes stay while scales are refitted
+        try:
+            yield from self._parts()
+        finally:
+            self._all_values = None
+
+    def _parts(self) -> Iterator[ScalePart]:
         blocks, group = self.decoded.shape[1] // self.kind.weights, self.kind.group
         has_sub_scales = self.kind.name in _SCALES
         for block in range(blocks):
@@ -293,16 +313,11 @@ class HeldBlocks(Held):
 
     def _unit(self, columns: slice) -> Tensor:
         """What the effective scale is multiplied with; of IQ1_S with the shift, which goes with the scale."""
-        each = self.grid.columns_per_code
-        codes = self.codes[:, columns.start // each : columns.stop // each]
-        here = self.at(columns.start, columns.stop)
+        value = self._values(columns.start, columns.stop)
         if self.kind.name == "IQ1_S":
-            assert here.offset is not None
             shift = torch.where(self.kept["shift"][:, columns.start // self.kind.group] > 0, -0.125, 0.125)
-            here = replace(here, scale=torch.ones_like(here.scale), offset=shift[:, None].expand_as(here.scale))
-        else:
-            here = replace(here, scale=torch.ones_like(here.scale), offset=None)
-        return self.grid.decode(codes, here) * self.target.scale
+            value = value + shift[:, None]
+        return value if self.target.scale == 1 else value * self.target.scale
 
     def _scale(self, place: int, columns: slice) -> ScalePart:
         """The one scale of a block without sub-scales, and its minimum."""
