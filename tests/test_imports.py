@@ -17,8 +17,8 @@ LAYERS = [
     "version", "errors", "workers", "files", "patterns", "records", "measure", "registry", "hardware", "tensors",
     "schemes", "methods", "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
     # the flow
-    "checkpoint", "architecture", "rounding", "transform", "calibrate", "kv", "export", "plan", "verification", "formats",
-    "engines", "pipeline", "evaluation", "report", "reporting", "api",
+    "checkpoint", "architecture", "rounding", "transform", "calibrate", "kv", "export", "plan", "verification",
+    "formats", "engines", "pipeline", "evaluation", "report", "reporting", "api",
     # beside the flow
     "estimation", "advice", "comparison", "diagnosis",
     # entries
