@@ -1,6 +1,6 @@
 """What each KV-cache type costs a model: mean KLD against the 16-bit cache at several context lengths, beside memory.
 
-usage: kv_cache.py MODEL [--types T,…] [--contexts 512,2k,8k] [--windows N] [--text T] [--json FILE] [--write DOC] [--data FILE]
+usage: kv_cache.py MODEL [--types T,…] [--contexts 512,2k,8k] [--windows N] [--text T] [--json F] [--write F] [--data F]
 
     --windows  of the shortest context; longer ones hold as many tokens, at least one window
     --json     keep every row there, and measure only what it lacks: the run may be stopped and continued
@@ -26,8 +26,8 @@ TYPES = (
     "bf16,fp8_e4m3,fp8_calibrated,fp8_e5m2,int8_per_token_head,int4_per_token_head,nvfp4,turboquant_4bit_nc,q8_0,q5_1,"
     "q5_0,q4_1,q4_0,q8_0/q4_0,iq4_nl,lmdeploy_int8,lmdeploy_int4,quanto_int4,kivi4,kivi2,kvquant4,quarot4,int4,int2"
 )
-KEPT = ("type", "context", "windows", "scored_tokens", "bits_per_value", "bytes_per_token", "scales", "kld_mean", "kld_se",
-        "ppl_ratio", "ppl_ratio_se", "same_top1")  # fmt: skip
+KEPT = ("type", "context", "windows", "scored_tokens", "bits_per_value", "bytes_per_token", "scales", "kld_mean",
+        "kld_se", "ppl_ratio", "ppl_ratio_se", "same_top1")  # fmt: skip
 
 
 def main() -> None:

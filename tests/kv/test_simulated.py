@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +220,10 @@ def test_windows_count_as_their_papers_do():
 def test_k_means_finds_separate_clusters():
     values = torch.cat([torch.full((100,), each) for each in (-3.0, -1.0, 2.0, 7.0)]) + 0.01 * torch.randn(400)
     torch.testing.assert_close(k_means(values, 4), torch.tensor([-3.0, -1.0, 2.0, 7.0]), rtol=0, atol=0.01)
+
+
+def test_the_document_has_every_type_with_its_bits():
+    document = (Path(__file__).parents[2] / "docs" / "kv-cache.md").read_text(encoding="utf-8")
+    for each in CACHE_TYPES.values():
+        row = f"| `{each.name}` | {', '.join(each.engines) or '–'} | {each.bits(128):.2f} | {each.per} | {each.how} |"
+        assert row in document
