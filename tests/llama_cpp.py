@@ -90,3 +90,36 @@ def _embedding_server(path: Path, ranking: bool = False):
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
+
+
+def next_token_logprobs(
+    path: Path, texts: list[list[int]], first: int, vocabulary: int, cache: tuple[str, str] = ("F32", "F32")
+) -> Tensor:
+    """Log-probabilities [texts · (T − first), vocabulary] of the token behind each ids[:t], first ≤ t < T, by llama.cpp
+    with these types of cached keys and values. Tokens come one at a time, so that each is read from the cache."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 256
+    params.warmup = False
+    params.verbosity = 0
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
+    kinds = (getattr(xllamacpp.ggml_type, f"GGML_TYPE_{name.upper()}") for name in cache)
+    params.cache_type_k, params.cache_type_v = kinds
+    flash = xllamacpp.llama_flash_attn_type
+    quantized = set(cache) != {"F32"}  # quantized values need flash attention, which has no cache in F32
+    params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if quantized else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    rows = []
+    for ids in texts:
+        for stop in range(first, len(ids)):
+            # The bias makes it say a letter, as it gives no probabilities of half a character; they are from before it.
+            answer = server.handle_completions({"prompt": ids[:stop], "max_tokens": 1, "temperature": 0,
+                                                "logprobs": vocabulary, "logit_bias": [[97, 100.0]]})  # fmt: skip
+            row = torch.full((vocabulary,), -100.0)
+            for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                row[entry["id"]] = entry["logprob"]
+            rows.append(row)
+    return torch.stack(rows)

@@ -97,9 +97,10 @@ def _evaluate_cache(
     return_freed_memory()
     window, _ = how.pop("window_tokens"), how.pop("reference")
     contexts = (window,) if context is None else parse_contexts(context)
+    rounded = "auto" if activations is ActivationsOption.auto else "none"
     with window_progress("windows", quiet=json) as progress:
         rows = evaluate_kv_cache(
-            model, types, contexts=contexts, by_layer=by_layer, activations=activations.value, progress=progress, **how
+            model, types, contexts=contexts, by_layer=by_layer, activations=rounded, progress=progress, **how
         )
     if not no_report and report_path(Path(model)).is_file():
         add_to_report(Path(model), json, kv_cache=tuple(rows))

@@ -20,6 +20,10 @@ def generate(
     ] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Quantize the KV cache: int8, int4, int2, or one of these with _hadamard.", metavar="TYPE"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of streaming.")] = False,
 ) -> None:
     """Load a quantized model and stream its answer."""
@@ -29,7 +33,8 @@ def generate(
 
     return_freed_memory()
     show = None if json else lambda text: echo(text, end="")
-    answer = run(model, prompt, max_tokens, temperature, chat="raw" if raw else "auto", seed=seed, on_text=show, **how)
+    answer = run(model, prompt, max_tokens, temperature, chat="raw" if raw else "auto", seed=seed, kv_cache=kv_cache,
+                 on_text=show, **how)  # fmt: skip
     if json:
         print_json({"model": model, "prompt": prompt, "text": answer, "seed": seed})
     else:

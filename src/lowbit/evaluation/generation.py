@@ -34,12 +34,15 @@ def generate(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    kv_cache: str | None = None,
     options: OpenOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The model's answer to a prompt.
 
     temperature  0: always the most probable token
+    kv_cache     int8, int4 or int2, or one of these with _hadamard: a quantized cache (`lowbit.kv.QuantizedCache`);
+                 None: one in `dtype`
     chat         "auto": through the chat template if the tokenizer has one; "raw": without
     on_text      called with each piece of text as soon as it is complete
     """
@@ -59,6 +62,10 @@ def generate(
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature}
+    if kv_cache is not None:
+        from lowbit.kv.cache import own_cache
+
+        settings["past_key_values"] = own_cache(kv_cache, network.config)
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
     with simulated_activations(network, schemes, scales), torch.random.fork_rng(devices):
         torch.manual_seed(seed)

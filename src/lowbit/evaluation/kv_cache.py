@@ -36,8 +36,10 @@ from lowbit.evaluation.metrics import Scores
 from lowbit.evaluation.opening import Opened, Opener
 from lowbit.evaluation.perplexity import score
 from lowbit.evaluation.result import TextRecord
+from lowbit.formats.gguf.layout import heads_of
+from lowbit.formats.gguf.table import look_up, row_of_model, targets_of
 from lowbit.kv.calibrated import measure_facts
-from lowbit.kv.codecs import SideFacts
+from lowbit.kv.codecs import GgmlBlock, SideFacts
 from lowbit.kv.simulated import CacheFacts, quantized_layers, simulated_cache
 from lowbit.kv.types import CacheType, find_cache_types
 from lowbit.measure import Meter
@@ -64,7 +66,8 @@ class _Variant:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The model, how it runs, and what is measured of it. activations: the context of its scheme's own rounding."""
+    """The model, how it runs, and what is measured of it. activations: the context of its scheme's own rounding;
+    facts, key_order: as `simulated_cache` takes them."""
 
     opened: Opened
     way: Way
@@ -72,6 +75,7 @@ class _Asked:
     activations: Context
     variants: tuple[_Variant, ...]
     facts: CacheFacts | None
+    key_order: Tensor | None
 
     def context(self, variant: _Variant | None) -> Context:
         """Makes the context that the model runs in, with this cache or with one in the compute dtype."""
@@ -82,7 +86,7 @@ class _Asked:
                 if variant is None:
                     yield
                     return
-                with simulated_cache(model, variant.type, self.facts, variant.layers):
+                with simulated_cache(model, variant.type, self.facts, variant.layers, self.key_order):
                     yield
 
         return within
@@ -138,7 +142,8 @@ def evaluate_kv_cache(
         scales = getattr(opened.checkpoint, "input_scales", {})
         rounded: Context = lambda network: simulated_activations(network, schemes, scales)  # noqa: E731
         facts, origin = _facts(opened, way, opener.options, chosen, rounded)
-        asked = _Asked(opened, way, opener.options, rounded, variants, facts)
+        order = _key_order(opened) if any(isinstance(each.keys, GgmlBlock) for each in chosen) else None
+        asked = _Asked(opened, way, opener.options, rounded, variants, facts, order)
         found: list[CacheEvaluation] = []
         tokens = windows * contexts[0]
         cuts = [cut_windows(judged_text, opened.tokenizer, max(1, tokens // length), length, protocol, bos)
@@ -183,6 +188,24 @@ def _check_contexts(opened: Opened, contexts: Sequence[int]) -> None:
         fits = [each for each in contexts if each <= longest] or [longest]
         raise UsageError(f"a context of {contexts[-1]} tokens; the model was trained for {longest}",
                          f"--context {','.join(map(str, fits))}")  # fmt: skip
+
+
+def _key_order(opened: Opened) -> Tensor | None:
+    """The value of a key head that is each of llama.cpp's, int64 [D]; None where it keeps the order, or has no such
+    model."""
+    architecture = opened.loader.architecture
+    linears = [] if architecture is None else list(architecture.linears.values())
+    keys = [linear for linear in linears if linear.role == "k_proj"][:1]
+    config, order = opened.checkpoint.config(), None
+    for linear in keys:
+        try:
+            [target] = targets_of(row_of_model(config, "config.json"), f"{linear.name}.weight", "config.json")
+            get, rows = look_up(config, "config.json"), target.place.layout.rows
+            if rows is not None:
+                order = rows(get, linear.shape[0])[: linear.shape[0] // heads_of(get, "num_key_value_heads")]
+        except (ArchitectureError, ValueError):  # a model without a place in GGUF
+            return None
+    return None if order is None else torch.from_numpy(order)
 
 
 def _variants(opened: Opened, types: Sequence[CacheType], by_layer: bool) -> tuple[_Variant, ...]:

@@ -246,7 +246,11 @@ class Affine(Codec):
         return torch.cat(parts, dim=-2)
 
     def _decoded(self, groups: Tensor) -> Tensor:
-        """[..., n], one range for each last axis."""
+        codes, scale, low = self.encode(groups)
+        return codes * scale + low
+
+    def encode(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes [..., n]; s, m [..., 1] as halves hold them), float32, of groups [..., n] with a range each."""
         highest = 2**self.code_bits - 1
         low = groups.amin(-1, keepdim=True)
         scale = (groups.amax(-1, keepdim=True) - low) / highest
@@ -254,7 +258,7 @@ class Affine(Codec):
             low = _solve(groups, scale, low, highest)
         scale, low = _half(scale), _half(low)
         usable = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return ((groups - low) / usable).round().clamp(0, highest) * scale + low
+        return ((groups - low) / usable).round().clamp(0, highest), scale, low
 
 
 @dataclass(frozen=True)

@@ -76,17 +76,21 @@ def quantized_layers(model: nn.Module, cache_type: CacheType) -> tuple[int, ...]
 
 @contextlib.contextmanager
 def simulated_cache(
-    model: nn.Module, cache_type: CacheType, facts: CacheFacts | None = None, only: tuple[int, ...] | None = None
-) -> Iterator[None]:
+    model: nn.Module, cache_type: CacheType, facts: CacheFacts | None = None, only: tuple[int, ...] | None = None,
+    key_order: Tensor | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Inside, forward passes of the model (whole, or block by block; without a cache of their own) see the cache type.
 
     facts  of every layer, for types that need calibration (`lowbit.kv.calibrated`)
     only   layers that are quantized; None: `quantized_layers`
+    key_order  int64 [D]: the value of a key that is each of llama.cpp's, whose converter makes rotary pairs neighbours
+               for some architectures; its blocks and rotations then hold other values. Read by its types alone
     """
     chosen = set(quantized_layers(model, cache_type) if only is None else only)
     if cache_type.needs and facts is None:
         raise UsageError(f"cache type {cache_type.name} needs ranges that a calibration text gives")
-    layers = {module: _Layer(cache_type, index, (facts or {}).get(index))
+    order = key_order if isinstance(cache_type.keys, GgmlBlock) or cache_type.queries is not None else None
+    layers = {module: _Layer(cache_type, index, (facts or {}).get(index), order)
               for module, index in attention_layers(model).items() if index in chosen}  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(wrapped_attention(_through(layers)))
@@ -105,16 +109,26 @@ class _Layer:
     type: CacheType
     index: int
     facts: tuple[SideFacts, SideFacts] | None
+    order: Tensor | None = None
 
     def keys(self, states: Tensor) -> Tensor:
-        return self._given_back(states, self.type.keys, None if self.facts is None else self.facts[0])
+        facts = None if self.facts is None else self.facts[0]
+        return self._reordered(states, lambda ordered: self._given_back(ordered, self.type.keys, facts))
 
     def values(self, states: Tensor) -> Tensor:
         return self._given_back(states, self.type.values, None if self.facts is None else self.facts[1])
 
     def queries(self, states: Tensor) -> Tensor:
         codec = self.type.queries
-        return states if codec is None else codec.round_trip(states.float()).to(states.dtype)
+        if codec is None:
+            return states
+        return self._reordered(states, lambda ordered: codec.round_trip(ordered.float()).to(states.dtype))
+
+    def _reordered(self, states: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.order is None:
+            return change(states)
+        order = self.order.to(states.device)
+        return change(states[..., order])[..., order.argsort()]
 
     def _given_back(self, states: Tensor, codec: Codec, facts: SideFacts | None) -> Tensor:
         rounded = codec.round_trip(states.float(), facts).to(states.dtype)
@@ -218,7 +232,7 @@ def _latent(module: nn.Module, layer: _Layer) -> Iterator[None]:
     llama.cpp rotates that vector 64 values at a time."""
     expand: Any = module.expand_kv
     if isinstance(layer.type.keys, GgmlBlock):
-        layer = replace(layer, type=replace(layer.type, keys=replace(layer.type.keys, rotation="values")))
+        layer = replace(layer, order=None, type=replace(layer.type, keys=replace(layer.type.keys, rotation="values")))
 
     def expanded(latent: Tensor, rotated: Tensor) -> Any:
         return expand(layer.keys(latent), layer.keys(rotated))
