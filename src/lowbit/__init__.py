@@ -30,6 +30,7 @@ _CALLS = {
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
     "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
+    "finetune": "lowbit.train.finetuning:finetune",
 }
 
 _PACKAGES = ("train",)  # of calls that have a name of their own in it
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import generate as generate
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix
+    from lowbit.train.finetuning import finetune as finetune
     from lowbit.verification import verify as verify
 
 
