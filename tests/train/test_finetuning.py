@@ -17,7 +17,7 @@ SMALL = {"data": SHORT_TEXT, "windows": 12, "window_tokens": 32, "batch": 4}
 
 
 def test_distillation_lowers_the_divergence_on_windows_it_did_not_see(tiny_llama, tmp_path):
-    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W2A16", group_size=32, distill=True, steps=20,
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W2A16", group_size=32, distill=True, steps=12,
                            learning_rate=1e-3, **SMALL)  # fmt: skip
     assert done.report.settings.method == "qat"
     assert done.report.settings.calibration.name == SHORT_TEXT
@@ -28,7 +28,7 @@ def test_distillation_lowers_the_divergence_on_windows_it_did_not_see(tiny_llama
     how = {"reference": tiny_llama, "text": SHORT_TEXT, "windows": 8, "window_tokens": 32}
     trained, start = (lowbit.evaluate(path, **how)[0].kld_mean for path in (done.path, nearest.path))
     assert trained < 0.7 * start
-    (note,) = (note for note in done.report.source.notes if note.startswith("trained 20 steps"))
+    (note,) = (note for note in done.report.source.notes if note.startswith("trained 12 steps"))
     before, after = (float(word) for word in note.split(" float model ")[1].split(" → "))
     assert after < before
 
@@ -43,11 +43,9 @@ def test_training_goes_on_from_a_quantized_model(tiny_llama, tmp_path):
 
 
 def test_the_same_seed_makes_the_same_bytes(tiny_llama, tmp_path):
-    paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", steps=2, seed=seed, **SMALL).path
-             for name, seed in (("a.gguf", 0), ("b.gguf", 0), ("c.gguf", 1))]  # fmt: skip
-    one, same, other = (lowbit.inspect(path).read("model.layers.1.mlp.up_proj.weight") for path in paths)
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", steps=1, seed=seed, **SMALL).path
+             for name, seed in (("a.gguf", 0), ("b.gguf", 0))]  # fmt: skip
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_the_command(tiny_llama, tmp_path):
