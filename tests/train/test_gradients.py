@@ -92,7 +92,7 @@ def train_on_two(rank: int, folder: str) -> None:
         torch.manual_seed(0)
         model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 16)))
         state = None if how is None else compress_gradients(model, **how)
-        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.02), []
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.2), []
         for _ in range(60):
             loss = (model(x) - x @ mixing).square().mean()
             loss.backward()
@@ -114,11 +114,11 @@ def test_two_processes_train_as_with_32_bits(tmp_path):
     for name in WAYS:
         assert first[name]["sum"] == second[name]["sum"], f"{name}: the ranks hold different weights"
     plain = first["32 bits"]["losses"][-1]
-    assert plain < 0.7 * first["32 bits"]["losses"][0]
+    assert plain < 0.1 * first["32 bits"]["losses"][0]
     assert abs(first["8 bits"]["losses"][-1] / plain - 1) < 0.01
     assert abs(first["4 bits"]["losses"][-1] / plain - 1) < 0.05
     assert abs(first["Top-K"]["losses"][-1] / plain - 1) < 0.25
-    assert 3.8 < first["8 bits"]["ratio"] < 4
+    assert 3.7 < first["8 bits"]["ratio"] < 4  # the last block of each bucket is padded
     assert 7.2 < first["4 bits"]["ratio"] < 8
     assert 4.9 < first["Top-K"]["ratio"] < 5.1  # 8 bytes for each tenth value of 4
 
