@@ -50,6 +50,7 @@ SMALLER = {
     "quantize": "--samples 4 --seqlen 32",  # where it reads a text
     "imatrix": "--samples 4 --seqlen 32",
     "refine": "--samples 12 --seqlen 48 --expert-tokens 8 --windows 2 --window-tokens 32",
+    "finetune": "--windows 4 --window-tokens 32",
     "evaluate": "--windows 2 --window-tokens 32 --samples 1",
     "compare": "--windows 2 --window-tokens 32 --samples 0",
     "diagnose": "--windows 2 --window-tokens 32 --budget 2",
@@ -58,13 +59,9 @@ SMALLER = {
 }
 # The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
 SHORT = {
-    "quantize": "--calib",
-    "imatrix": "--calib",
-    "refine": "--calib",
-    "evaluate": "--text",
-    "compare": "--text",
-    "diagnose": "--text",
-}
+    "quantize": "--calib", "imatrix": "--calib", "refine": "--calib", "finetune": "--data", "evaluate": "--text",
+    "compare": "--text", "diagnose": "--text",
+}  # fmt: skip
 # More options at the end, for lines with a word.
 SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 # Lines that begin so are parsed, not run.
@@ -101,7 +98,8 @@ class Bench:
                     words += [SHORT[words[0]], SHORT_TEXT]
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)
-        if words[0] in ("quantize", "convert", "refine", "imatrix") and output and (self.folder / output).exists():
+        making = ("quantize", "convert", "refine", "finetune", "imatrix")
+        if words[0] in making and output and (self.folder / output).exists():
             words.append("--overwrite")
         result = CliRunner().invoke(app, words)
         assert not isinstance(result.exception, LowbitError), f"{line}\n{result.exception}\n{result.exception.hint}"

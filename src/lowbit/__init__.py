@@ -32,6 +32,7 @@ _CALLS = {
     "generate": "lowbit.evaluation:generate",
     "refine": "lowbit.refinement:refine",
     "imatrix": "lowbit.formats.gguf.imatrix:imatrix",
+    "finetune": "lowbit.train.finetuning:finetune",
 }
 
 _PACKAGES = ("train",)  # of calls that have a name of their own in it
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix
     from lowbit.refinement import refine as refine
+    from lowbit.train.finetuning import finetune as finetune
     from lowbit.verification import verify as verify
 
 

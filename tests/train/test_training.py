@@ -96,7 +96,8 @@ def test_every_scheme_of_folders(tmp_path):
     folder = make_model(tmp_path / "model", num_hidden_layers=len(FOLDERS), intermediate_size=128, dtype=torch.float32)
     model, tokenizer = opened(folder)
     schemes = {rf"layers\.{index}\.": name for index, name in enumerate(FOLDERS)}
-    lowbit.train.prepare(model, "W4A16", group_size=32, overrides=schemes, calib=SHORT_TEXT, samples=2, seqlen=32)
+    lowbit.train.prepare(model, "W4A16", group_size=32, overrides=schemes, ignore=(r"(q|k|v|gate|up)_proj$",),
+                         calib=SHORT_TEXT, samples=2, seqlen=32)  # fmt: skip
     before = trained_weights(model)
     train(model)
     for linear, (_, weight) in trained_weights(model).items():
@@ -113,7 +114,7 @@ def test_every_ggml_type(tmp_path):
     folder = make_model(tmp_path / "model", ("llama", sizes), dtype=torch.float32)
     model, tokenizer = opened(folder)
     types = {rf"blk\.{index}\.(attn|ffn)_[a-z]+\.": name for index, name in enumerate(GGML)}
-    ignored = (r"(attn_q|attn_v|attn_output|ffn_gate|ffn_up)\.weight",)  # two linears of each type suffice
+    ignored = (r"(attn_.*|ffn_gate|ffn_up)\.weight",)  # one linear of each type suffices
     lowbit.train.prepare(model, "Q8_0", overrides=types, ignore=ignored)
     train(model, steps=1)
     done = check_exported(model, tmp_path / "out.gguf", tokenizer)
@@ -218,13 +219,13 @@ def test_training_repairs_what_rounding_to_2_bits_broke(tiny):
         wanted = reference(IDS).logits
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(12):
         loss = (model(IDS).logits - wanted).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_learned_scales_move_and_fitted_ones_follow_the_weights(tiny):

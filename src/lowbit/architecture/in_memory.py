@@ -19,6 +19,7 @@ config; parameters that transformers made of files in a way that has no way back
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import tempfile
 import weakref
@@ -59,11 +60,12 @@ _SAVE_FIRST = "save it with save_pretrained, and give the folder"
 
 @dataclass(frozen=True)
 class _StatePlace:
-    """Where a stored tensor lies: a tensor of the model, the part of it, the expert."""
+    """Where a stored tensor lies: a tensor of the model, the part of it, the expert; and the dtype it is read in."""
 
     tensor: Tensor
     part: Part
     expert: int | None
+    dtype: torch.dtype
 
     def values(self) -> Tensor:
         return self.part.of(self.tensor if self.expert is None else self.tensor[self.expert])
@@ -90,7 +92,7 @@ class ModelInMemory(StatedConfig):
         start, stop, _ = row_range(find_tensor(self.tensors, name, self.source), start, stop)
         values = self._places[name].values()
         values = values[start:stop] if values.dim() else values
-        return values.cpu().contiguous()
+        return values.cpu().to(self._places[name].dtype).contiguous()
 
     def release(self, name: str) -> None:
         """Nothing: the memory is the model's."""
@@ -103,18 +105,21 @@ class ModelInMemory(StatedConfig):
         self._remove()
 
     def _info(self, name: str, place: _StatePlace) -> TensorInfo:
-        values = place.values()
-        stored = _STORED_NAME.get(values.dtype, str(values.dtype).removeprefix("torch."))
-        return TensorInfo(name, tuple(values.shape), values.dtype, stored, values.nbytes, Path(self.source))
+        shape = tuple(place.values().shape)
+        stored = _STORED_NAME.get(place.dtype, str(place.dtype).removeprefix("torch."))
+        nbytes = math.prod(shape) * place.dtype.itemsize
+        return TensorInfo(name, shape, place.dtype, stored, nbytes, Path(self.source))
 
 
 def model_in_memory(
-    model: Any, tokenizer: Any = None, options: OpenOptions | None = None, trained: bool = False
-) -> ModelInMemory:
+    model: Any, tokenizer: Any = None, options: OpenOptions | None = None, trained: bool = False,
+    dtype: torch.dtype | None = None,
+) -> ModelInMemory:  # fmt: skip
     """A transformers model, with what its output needs beside the weights.
 
     tokenizer  a tokenizer or processor; None: that of the folder or the hub id which the model was loaded from, with a
                note, where there is one
+    dtype      of floats as they are read, where the model computes in another; None: the model's
     trained    the weights below the fake quantization of `lowbit.train` are meant; refused otherwise
 
     UsageError and CheckpointError for what the module refuses.
@@ -131,12 +136,12 @@ def model_in_memory(
     folder = Path(tempfile.mkdtemp(prefix="lowbit-model-")) / _folder_name(model)
     try:
         folder.mkdir()
-        notes = _write_companions(model, tokenizer, folder)
+        notes = _write_companions(model, tokenizer, folder, dtype or model.dtype)
         config = read_config(folder)
         refuse_remote_code(config, f"{type(model).__name__} in memory", options or OpenOptions())
         twin = build_without_weights(config, str(folder), (options or OpenOptions()).trust_remote_code)
         notes += _refuse_replaced(model, twin)
-        return ModelInMemory(model, folder, dict(_places(model, twin, state)), notes)
+        return ModelInMemory(model, folder, dict(_places(model, twin, state, dtype)), notes)
     except BaseException:
         shutil.rmtree(folder.parent, ignore_errors=True)
         raise
@@ -267,7 +272,7 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
 
 
 def _places(
-    model: PreTrainedModel, twin: PreTrainedModel, state: dict[str, Tensor]
+    model: PreTrainedModel, twin: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, _StatePlace]]:
     """(stored name, place) of everything that `save_pretrained` would write; the twin says under which names."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -282,8 +287,9 @@ def _places(
                 f"turn back",
                 _SAVE_FIRST,
             )
+        own = tensor.dtype if dtype is None or tensor.dtype is not model.dtype else dtype
         for stored, part, expert in placement.pieces():
-            yield stored, _StatePlace(tensor, part, expert)
+            yield stored, _StatePlace(tensor, part, expert, own)
 
 
 def _folder_name(model: PreTrainedModel) -> str:
@@ -291,10 +297,10 @@ def _folder_name(model: PreTrainedModel) -> str:
     return Path(str(model.config.name_or_path or "")).name or type(model).__name__
 
 
-def _write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[str]:
+def _write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> list[str]:
     """Write config.json, generation_config.json and the tokenizer's files; notes."""
     config = copy.deepcopy(model.config)
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     loaded_from = Path(str(model.config.name_or_path or ""))

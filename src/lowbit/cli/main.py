@@ -28,6 +28,7 @@ from lowbit.cli.demo import demo
 from lowbit.cli.diagnose import diagnose
 from lowbit.cli.estimate import estimate
 from lowbit.cli.evaluate import evaluate
+from lowbit.cli.finetune import finetune
 from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
@@ -49,8 +50,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS = (
-    quantize, convert, refine, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose, generate, demo,
-    clean,
+    quantize, convert, refine, finetune, imatrix, inspect, verify, evaluate, advise, estimate, compare, diagnose,
+    generate, demo, clean,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(cls=Sections)(with_groups(command))

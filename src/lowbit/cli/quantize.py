@@ -62,7 +62,7 @@ def quantize(
     if json:
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
-    print_table(_summary(done.report, done.path))
+    print_table(summary(done.report, done.path))
     say(f"\nserve it:     {done.report.serve[0].command}")
     if any(line.engine == "lowbit" for line in done.report.serve):  # not a vision tower by itself
         say(f"what it cost: lowbit evaluate {done.path}")
@@ -122,7 +122,8 @@ def plan_table(prepared: Prepared, peak_memory: int) -> Any:
     return table
 
 
-def _summary(report: Any, path: Path) -> Any:
+def summary(report: Any, path: Path) -> Any:
+    """The table at the end of a run."""
     from rich.table import Table
 
     from lowbit.checkpoint.base import HTML_NAME, report_path

@@ -25,7 +25,7 @@ from lowbit.calibrate.store import BlockRecord, BlockStore
 from lowbit.errors import CheckpointError
 from lowbit.files.claim import refuse_claimed
 from lowbit.measure import Meter
-from lowbit.plan.plan import Plan, Progress, Request, prepare
+from lowbit.plan.plan import CalibrationText, Plan, Progress, Request, prepare
 from lowbit.rounding.target import Rounded
 from lowbit.text import CalibrationWindows
 from lowbit.train.fake_quantize import FakeQuantize
@@ -51,28 +51,51 @@ def export(
     CheckpointError where a trainer replaced modules, NonFiniteError for weights that are not finite; after a
     LowbitError `output` does not exist.
     """
-    meter, output, model = Meter(), Path(output), unwrapped(model)
+    return export_trained(model, Path(output), tokenizer, threads, overwrite, progress, Meter())
+
+
+def export_trained(
+    model: Any,
+    output: Path,
+    tokenizer: Any,
+    threads: int | None,
+    overwrite: bool,
+    progress: Progress | None,
+    meter: Meter,
+    source: str = "",
+    text: CalibrationText | None = None,
+    notes: tuple[str, ...] = (),
+) -> Quantized:
+    """`export`, with what is known of a training.
+
+    source  what the user named, where the model was loaded of it
+    text    that it was trained on
+    notes   on the training
+    """
+    model = unwrapped(model)
     training = training_of(model)
     refuse_other_name(output, training.settings)
     refuse_claimed(output)
     fakes = _fakes(model, training)
-    source = model_in_memory(model, tokenizer, training.options, trained=True)
+    opened = model_in_memory(model, tokenizer, training.options, trained=True, dtype=training.dtype)
     folder = Path(tempfile.mkdtemp(prefix="lowbit-codes-"))
     try:
-        request = Request(source, training.planned, training.options, threads, progress)
+        request = Request(opened, training.planned, training.options, threads, progress)
         prepared = prepare(request, output)
         store = BlockStore(folder, {}, resume=False)
         _fill(store, prepared.plan, fakes)
         no_text = CalibrationWindows(torch.empty(0, 0, dtype=torch.long), "", "", 0, 0, ())
         prepared = replace(
             prepared,
-            plan=replace(prepared.plan, settings=training.settings),
+            plan=replace(prepared.plan, settings=training.settings, notes=(*prepared.plan.notes, *notes)),
+            source=source or prepared.source,
+            calibration=text,
             calibrated=Calibrated(prepared.checkpoint, store, no_text),
             made_by=METHOD,
         )
         return write_prepared(prepared, output, overwrite, progress, meter)
     finally:
-        source.remove()
+        opened.remove()
         shutil.rmtree(folder, ignore_errors=True)
 
 

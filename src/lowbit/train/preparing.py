@@ -47,12 +47,14 @@ class Training:
 
     settings  of the output
     options   trust in the model's own code
+    dtype     of floats and scales in the output; None: the model's
     linears   linear → name of the parameter that holds it
     hooks     of fake-quantized activations
     """
 
     settings: Settings
     options: OpenOptions
+    dtype: torch.dtype | None
     linears: dict[str, str]
     hooks: list[Any] = field(default_factory=list)
 
@@ -68,6 +70,7 @@ def prepare(
     *,
     learn_scales: bool = True,
     activations: bool = True,
+    dtype: torch.dtype | None = None,
     options: OpenOptions | None = None,
     **settings: Any,
 ) -> Any:
@@ -76,6 +79,8 @@ def prepare(
     scheme        of folders (W4A16, NVFP4 …) or a type of GGUF files (Q4_0, Q4_K_M, TQ2_0 …)
     learn_scales  scales of grids are parameters (LSQ); False: fitted to the weights in every forward pass
     activations   fake-quantize the inputs of linears too, where the scheme quantizes them
+    dtype         of scales and of what stays unquantized in the output; None: the model's own. A model that is trained
+                  in float32 may be written in bfloat16
     settings      format, group_size, ignore, overrides, range …: those of `lowbit.quantize` that shape its output
     """
     model = unwrapped(model)
@@ -89,8 +94,8 @@ def prepare(
         if name in chosen.given:
             raise UsageError(f"{name} is not read by a training", "training takes the place of a method; leave it out")
     refuse_unread(chosen, None, Facts(gguf=chosen.writes_gguf()))
-    training = Training(chosen, options or OpenOptions(), {})
-    source = model_in_memory(model, None, options)
+    training = Training(chosen, options or OpenOptions(), dtype, {})
+    source = model_in_memory(model, None, options, dtype=dtype)
     try:
         plan, checkpoint = planned(source, training, preview=True)
         assert plan.architecture is not None

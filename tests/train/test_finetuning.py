@@ -1,0 +1,138 @@
+"""`lowbit finetune`: a plain loop under fake quantization, from 16 bits or from a quantized model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli.main import app
+from lowbit.errors import CheckpointError, LowbitError, NonFiniteError, UsageError
+from lowbit.train import finetuning
+from lowbit.train.finetuning import Course, train
+from models import SHORT_TEXT, make_model
+
+SMALL = {"data": SHORT_TEXT, "windows": 12, "window_tokens": 32, "batch": 4}
+
+
+def test_distillation_lowers_the_divergence_on_windows_it_did_not_see(tiny_llama, tmp_path):
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W2A16", group_size=32, distill=True, steps=12,
+                           learning_rate=1e-3, **SMALL)  # fmt: skip
+    assert done.report.settings.method == "qat"
+    assert done.report.settings.calibration.name == SHORT_TEXT
+    assert done.report.source.model == str(tiny_llama)
+    assert done.report.output.dtype == "bfloat16"
+    nearest = lowbit.quantize(tiny_llama, tmp_path / "nearest", scheme="W2A16", group_size=32)
+    assert done.report.totals.bytes_out == nearest.report.totals.bytes_out
+    how = {"reference": tiny_llama, "text": SHORT_TEXT, "windows": 8, "window_tokens": 32}
+    trained, start = (lowbit.evaluate(path, **how)[0].kld_mean for path in (done.path, nearest.path))
+    assert trained < 0.7 * start
+    (note,) = (note for note in done.report.source.notes if note.startswith("trained 12 steps"))
+    before, after = (float(word) for word in note.split(" float model ")[1].split(" → "))
+    assert after < before
+
+
+def test_training_goes_on_from_a_quantized_model(tiny_llama, tmp_path):
+    start = lowbit.quantize(tiny_llama, tmp_path / "start", scheme="W4A16", group_size=32).path
+    done = lowbit.finetune(start, tmp_path / "out", scheme="W4A16", group_size=32, steps=2, distill=True,
+                           reference=tiny_llama, **SMALL)  # fmt: skip
+    assert lowbit.verify(done.path).ok
+    with pytest.raises(UsageError, match="it cannot be its own reference"):
+        lowbit.finetune(start, tmp_path / "other", scheme="W4A16", distill=True, **SMALL)
+
+
+def test_the_same_seed_makes_the_same_bytes(tiny_llama, tmp_path):
+    paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", steps=1, seed=seed, **SMALL).path
+             for name, seed in (("a.gguf", 0), ("b.gguf", 0))]  # fmt: skip
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_command(tiny_llama, tmp_path):
+    line = f"finetune {tiny_llama} -o {tmp_path}/out --scheme W8A8 --data {SHORT_TEXT} --windows 8 --window-tokens 32"
+    done = CliRunner().invoke(app, [*line.split(), "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    assert "trained 1 steps" in " ".join(done.output.split())
+
+
+def test_data_in_memory(tiny_llama, tmp_path):
+    rows = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(0))
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", data=list(rows), windows=6, window_tokens=24)
+    assert done.report.settings.calibration.samples == 6
+
+
+def test_embeddings_and_the_output_layer_stay(tiny_llama, tmp_path):
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", steps=2, learning_rate=1e-2, **SMALL)
+    before, after = lowbit.inspect(tiny_llama), lowbit.inspect(done.path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(before.read(name), after.read(name))
+    name = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(before.read(name), after.read(name))
+
+
+class Spoiling(torch.nn.Module):
+    """A model whose logits become NaN in the given call."""
+
+    def __init__(self, call: int):
+        super().__init__()
+        self.weight, self.calls, self.bad = torch.nn.Parameter(torch.ones(4, 8)), 0, call
+
+    def forward(self, ids, use_cache):
+        self.calls += self.training
+        spoilt = torch.nan if self.training and self.calls == self.bad else 1.0
+        return type("Output", (), {"logits": self.weight[ids % 4] * spoilt})
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_before_it_spoils_the_weights():
+    ids = torch.arange(64).reshape(8, 8) % 8
+    model = Spoiling(3)
+    found = train(model, ids, Course(steps=5, batch=2, learning_rate=1e-2))
+    assert found.steps == 2
+    assert found.stopped == "the loss of step 3 is not finite"
+    assert model.weight.isfinite().all()
+    assert "stopped: the loss of step 3" in found.sentence("loss")
+    with pytest.raises(NonFiniteError, match="the loss of step 1 is not finite"):
+        train(Spoiling(1), ids, Course(steps=5, batch=2, learning_rate=1e-2))
+
+
+def test_too_little_to_learn_from():
+    with pytest.raises(CheckpointError, match="nothing is left to learn from"):
+        train(Spoiling(9), torch.zeros(1, 8, dtype=torch.long), Course())
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"reference": "x"}, "--reference is read only with --distill"),
+        ({"learning_rate": 0.0}, "at rate 0.0"),
+        ({"batch": 0}, "of 0 windows"),
+        ({"method": "gptq"}, "method is not read by a training"),
+        ({"data": []}, "it is empty"),
+        ({"scheme": "Q4_0"}, "written as one GGUF file"),
+        ({"window_tokens": 9999}, "longer than the model's context"),
+        ({"nonsense": 1}, "no setting nonsense"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_llama, tmp_path, asked, said):
+    with pytest.raises(LowbitError, match=said):
+        lowbit.finetune(tiny_llama, tmp_path / "out", **({"scheme": "W4A16"} | SMALL | asked))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "available_memory", lambda: 1000)
+    with pytest.raises(UsageError, match=r"training .* weights takes"):
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **SMALL)
+
+
+def test_a_reference_of_another_vocabulary(tiny_llama, tmp_path):
+    other = make_model(tmp_path / "other", vocab_size=512)
+    with pytest.raises(UsageError, match="vocabulary of 512"):
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", distill=True, reference=other, **SMALL)
+
+
+def test_an_output_that_is_there_is_not_touched(tiny_llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(LowbitError, match="exists already"):
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **SMALL)
