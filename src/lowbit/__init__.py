@@ -6,6 +6,7 @@ The public calls are loaded when they are first used; importing the package impo
     lowbit.convert("out", "out-gptq", format="gptq")
     lowbit.verify("out", engine="vllm")
     lowbit.evaluate("out", reference="demo:smollm2")
+    lowbit.bench("out", engine="transformers")
     model, tokenizer = lowbit.load("out")
 """
 
@@ -24,6 +25,7 @@ _CALLS = {
     "evaluate": "lowbit.evaluation:evaluate",
     "evaluate_kv_cache": "lowbit.evaluation:evaluate_kv_cache",
     "advise": "lowbit.advice:advise",
+    "bench": "lowbit.benchmark.run:bench",
     "compare": "lowbit.comparison:compare",
     "diagnose": "lowbit.diagnosis:diagnose",
     "estimate": "lowbit.estimation:estimate",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from lowbit.api import dry_run as dry_run
     from lowbit.api import inspect as inspect
     from lowbit.api import quantize as quantize
+    from lowbit.benchmark.run import bench as bench
     from lowbit.comparison import compare as compare
     from lowbit.diagnosis import diagnose as diagnose
     from lowbit.estimation import estimate as estimate

@@ -69,5 +69,9 @@ class VerificationError(LowbitError):
     """A checkpoint that its engine would refuse or misread."""
 
 
+class EngineFailure(LowbitError):
+    """An engine that lowbit started, or a server that it asked, failed or ran out of memory."""
+
+
 class DependencyError(LowbitError):
     """An optional package that this command needs is not installed."""

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lowbit.benchmark.result import Bench
 from lowbit.calibrate.summary import InputSummary, pack_vocabulary
 from lowbit.checkpoint.adapter import adapter_sha256
 from lowbit.checkpoint.base import HTML_NAME, IN_MEMORY, report_path
@@ -181,10 +182,18 @@ def write_report(report: schema.Report, output: Path) -> None:
     schema.write_text(render_html(report), report_path(output, HTML_NAME))
 
 
+def add_bench(output: Path, found: Bench) -> schema.Report | None:
+    """Add measured speeds, in place of earlier ones of the same engine on the same device."""
+    if not report_path(output).is_file():
+        return None
+    kept = [each for each in schema.load(report_path(output)).bench if each.place != found.place]
+    return add_to_report(output, bench=(*kept, found))
+
+
 def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
     """Replace parts of the report and its page; None where the output has no report.
 
-    parts  fields of `Report`: evaluation, diagnosis, neighbours
+    parts  fields of `Report`: evaluation, diagnosis, neighbours, bench
     """
     if not report_path(output).is_file():
         return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.advice.commands import output_name, quantize_line, quantize_settings
+from lowbit.advice.measured import MeasuredSpeed, measured_here
 from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, Expectation, expected
 from lowbit.advice.refused import why_refused
 from lowbit.advice.result import Advice, Memory, Option, reason_for
@@ -182,7 +183,7 @@ def advise(
         return Advice(
             about.name, about.billions, active_weights(about.shape) / 1e9, device, chosen.name, asked.goal,
             asked.workload, load, tuple(sorted(options_found, key=_rank)), without, _assumptions(asked, options_found),
-            (*about.notes, *_notes(asked)), price,
+            (*about.notes, *_notes(asked)), price, _measured(asked),
         )  # fmt: skip
 
 
@@ -289,6 +290,12 @@ def _rank(option: Option) -> tuple[bool, float]:
     """Sort key: options that fit, by score; then the others, smallest first."""
     fits = option.memory.fits
     return (not fits, -option.score if fits else float(option.memory.total))
+
+
+def _measured(asked: _Question) -> tuple[MeasuredSpeed, ...]:
+    if asked.device.name != "this" or asked.model.path is None:
+        return ()
+    return tuple(measured_here(asked.model.path, asked.engine.name, asked.load.prompt, asked.load.batch))
 
 
 def _assumptions(asked: _Question, options: list[Option]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.advice.measured import MeasuredSpeed
 from lowbit.advice.quality import Expectation
 from lowbit.advice.roofline import Load, Speed
 from lowbit.advice.score import Goal, Ratios, Workload
@@ -86,6 +87,7 @@ class Advice:
     left_out     scheme → reason
     assumptions, notes   sentences
     price        dollars per hour of one card; None if neither stated nor known
+    measured     what `lowbit bench` measured on this machine, if that is the machine asked about
     """
 
     model: str
@@ -101,6 +103,7 @@ class Advice:
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
     price: float | None = None
+    measured: tuple[MeasuredSpeed, ...] = ()
 
     @property
     def best(self) -> Option:

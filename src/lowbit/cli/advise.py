@@ -135,6 +135,11 @@ def _print(answer: Advice, count: int) -> None:
 
 def _print_lines(answer: Advice) -> None:
     best = answer.best
+    for each in answer.measured:
+        row = each.row
+        load, speeds = f"{row.batch} × {row.context} tokens", f"decode {rough(row.decode)} tok/s, prefill "
+        speeds += f"{rough(row.prefill)} tok/s"
+        _echo("measured here: ", f"{each.scheme} in {each.bench.through}: {speeds}, {load} ({each.path})")
     if best.expectation.source:
         echo("")
         _echo("quality:   ", f"{best.expectation.says} ({best.expectation.model}; {best.expectation.source})")
@@ -274,6 +279,10 @@ def _as_json(answer: Advice) -> dict[str, Any]:
         "batch": answer.load.batch,
         "context": answer.load.context,
         "options": [_option_as_json(option) for option in answer.options],
+        "measured_here": [
+            {"scheme": each.scheme, "path": each.path, "through": each.bench.through, **each.row.model_dump()}
+            for each in answer.measured
+        ],
         "left_out": answer.left_out,
         "assumptions": list(answer.assumptions),
         "notes": list(answer.notes),

@@ -149,7 +149,8 @@ def _geforce(
         tera["int4"] = round(8 * base, 1)
     else:
         tera["fp4"] = round(8 * base, 1)
-    return _cuda(name, f"NVIDIA RTX {chip} {gib} GB", gib, gb_per_second, capability, source, consumer=True, **tera)
+    label = f"NVIDIA RTX {chip} {gib} GB"
+    return _cuda(name, label, gib, gb_per_second, capability, source, True, "", None, **tera)
 
 
 _SHARED = "the memory is shared with the processor"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lowbit.benchmark.result import Bench, rate, spread
 from lowbit.evaluation.result import Continuation, Evaluation, GeneratedSample
 from lowbit.report.heatmap import recorded_inputs
 from lowbit.report.plot import order_roles
@@ -70,6 +71,24 @@ def figures(runs: Sequence[Evaluation]) -> list[Row]:
         ("Change of p, RMS", [plus_minus(run.delta_p_rms, None, unit, of_all) for run in runs]),
     ]
     return [row for row in rows if set(row[1]) != {DASH}]
+
+
+def speeds(run: Bench) -> list[list[str]]:
+    """A row of cells for each load: batch, context, prefill, decode, decode of one."""
+    return [
+        [str(row.batch), f"{row.context:,}", spread(row.prefill, row.prefill_least, row.prefill_most),
+         spread(row.decode, row.decode_least, row.decode_most), rate(row.decode_each)]
+        for row in run.rows
+    ]  # fmt: skip
+
+
+def speed_conditions(run: Bench) -> str:
+    """How it was measured, in a sentence."""
+    threads = "" if run.threads is None else f", {plural(run.threads, 'thread')}"
+    peak = "" if run.peak_memory_bytes is None else f"; peak memory of the engine {size(run.peak_memory_bytes)}"
+    notes = "".join(f"; {note}" for note in run.notes)
+    return (f"Measured {run.created:%Y-%m-%d} with {run.through}{threads}: median of {plural(run.repeats, 'run')}, "
+            f"slowest and quickest beside it, all sequences together{peak}{notes}.")  # fmt: skip
 
 
 def _reference(run: Evaluation) -> str:

@@ -8,9 +8,9 @@ increases with every change, additions included, so that no reader misreads or d
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
-Reports of schema 4 to 7 are read too, as reports of schema 8: 4 lacks histograms, samples, neighbours and the command;
-4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); only 7 has checksums, and
-none has an adapter.
+Reports of schema 4 to 8 are read too, as reports of schema 9: 4 lacks histograms, samples, neighbours and the command;
+4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); checksums came with 7,
+the adapter with 8; none has measured speeds.
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -28,6 +28,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from lowbit.benchmark.result import Bench
 from lowbit.calibrate.summary import InputSummary
 from lowbit.checkpoint.base import REPORT_NAME as REPORT_NAME
 from lowbit.errors import CheckpointError, OutputError
@@ -296,6 +297,7 @@ class Report(Record):
     evaluation: tuple[Evaluation, ...] = ()
     kv_cache: tuple[CacheEvaluation, ...] = ()
     diagnosis: Diagnosis | None = None
+    bench: tuple[Bench, ...] = ()
     serve: tuple[ServeLine, ...] = ()
     command: str | None = None
     neighbours: tuple[Neighbour, ...] = ()
