@@ -158,3 +158,10 @@ def test_one_domain_of_the_packaged_text_can_be_named():
     with pytest.raises(UsageError, match="no domain 'cod'") as caught:
         mixed_windows("packaged/cod", tokenizer, 8, 64)
     assert "prose, technical, code, languages, dialogue" in caught.value.hint
+
+
+def test_an_importance_matrix_takes_the_packaged_text_by_name_and_refuses_mixtures():
+    assert read_text("packaged", "calibration").sha256 == read_text(None, "calibration").sha256
+    with pytest.raises(UsageError, match="no text 'a:1,b:1'") as caught:
+        read_text("a:1,b:1", "calibration")
+    assert "not on a mixture" in caught.value.hint
