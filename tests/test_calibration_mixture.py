@@ -135,14 +135,14 @@ def test_the_domains_are_all_of_the_packaged_text():
 
 def test_the_packaged_text_is_a_mixture_in_its_stated_shares():
     tokenizer = byte_tokenizer()
-    found = mixed_windows(None, tokenizer, 20, 64)
-    assert (found.name, found.notes, found.ids.shape) == ("packaged calibration text", (), (20, 64))
+    found = mixed_windows(None, tokenizer, 24, 64)
+    assert (found.name, found.notes, found.ids.shape) == ("packaged calibration text", (), (24, 64))
     assert found.sha256 == read_text(None, "calibration").sha256
     counts = []
     for text in packaged_domains().values():
         own = {tuple(window) for window in cut_windows(text, tokenizer, 10**6, 64).ids.tolist()}
         counts.append(sum(tuple(window) in own for window in found.ids.tolist()))
-    assert counts == [20 * share // sum(SHARES.values()) for share in SHARES.values()]
+    assert counts == [2 * share for share in SHARES.values()]
 
 
 def test_windows_longer_than_a_domain_are_cut_from_the_whole_packaged_text():
@@ -158,3 +158,10 @@ def test_one_domain_of_the_packaged_text_can_be_named():
     with pytest.raises(UsageError, match="no domain 'cod'") as caught:
         mixed_windows("packaged/cod", tokenizer, 8, 64)
     assert "prose, technical, code, languages, dialogue" in caught.value.hint
+
+
+def test_an_importance_matrix_takes_the_packaged_text_by_name_and_refuses_mixtures():
+    assert read_text("packaged", "calibration").sha256 == read_text(None, "calibration").sha256
+    with pytest.raises(UsageError, match="no text 'a:1,b:1'") as caught:
+        read_text("a:1,b:1", "calibration")
+    assert "not on a mixture" in caught.value.hint

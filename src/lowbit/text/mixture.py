@@ -23,11 +23,11 @@ from lowbit.errors import UsageError
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context
 from lowbit.text.hub import is_dataset
 from lowbit.text.packaged import alternating, apportioned, packaged_windows
+from lowbit.text.windows import PACKAGED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKAGED = "packaged"
 _SHARE = re.compile(r"(?P<source>.+):(?P<share>-?\d+(?:\.\d+)?)$", re.DOTALL)
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Protocol = Literal["full", "second-half"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "second-half")
 PackagedText = Literal["evaluation", "calibration"]
+PACKAGED = "packaged"  # name of the calibration text in --calib
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Windows:
 
 
 def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") -> Text:
-    """A file, a hub dataset, or the packaged text for None.
+    """A file, a hub dataset, or the packaged text for None (for calibration also by its name, "packaged").
 
     packaged  the purpose of the text; it also chooses the split of a dataset whose split is not named
     """
-    if source is None:
+    if source is None or (packaged == "calibration" and source == PACKAGED and not Path(source).exists()):
         file = resources.files("lowbit") / "data" / f"{packaged}.txt"
         return Text(f"packaged {packaged} text", file.read_text(encoding="utf-8"))
     name = str(source)
