@@ -175,7 +175,7 @@ class Settings(Table):
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
         str,
-        Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the squared gradient of the loss "
+        Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the loss "
              "by the outputs of each linear), guided:4 (of four groups of its outputs)", METHODS, knobs.GPTQ, "WEIGHTS",
              see="gptq.md#weights-of-tokens"),
     ] = "inputs"  # fmt: skip

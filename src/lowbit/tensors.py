@@ -252,8 +252,8 @@ class LayerStats:
     drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ: predicts x₀ − x from x, where x₀ is the same input in the
                                unquantized model; None if that model was not run
     mean      float32 [K]      mean x per channel, for bias correction; None otherwise
-    weighted  linear → for each group of its output rows, these statistics with `hessian` and `drift` of tokens that are
-              weighed by the gradient of the loss (`calibrate.gradients`); empty where every token counts alike
+    weighted  linear → for each group of its output rows, these statistics with the `hessian` of tokens that are weighed
+              by the gradient of the loss (`calibrate.gradients`); empty where every token counts alike
     """
 
     tokens: int

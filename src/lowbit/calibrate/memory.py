@@ -2,7 +2,7 @@
 
     weights    the largest block in the compute dtype, twice if the unquantized stream runs too
     products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored;
-               with weights of tokens, H (and C) of every group of rows of every linear
+               with weights of tokens, another H for every group of rows of every linear
     rounding   eight float32 copies of the largest linear
     gradients  with weights of tokens, before the first block: what autograd keeps of a batch of windows in one block
     rest       the interpreter with torch (resident now), a batch in flight
@@ -74,6 +74,7 @@ def block_memory(
     blocks: dict[int, int] = {}
     channels: dict[int, int] = {}  # of a block: inputs and outputs of its linears, without experts
     inputs: dict[tuple[int, str], dict[str, int]] = {}  # of every child (attention, MLP): distinct input → its width
+    weighed: dict[tuple[int, str], int] = {}  # numbers in the H of groups of rows
     for linear in architecture.linears.values():
         if linear.block is None:
             continue
@@ -82,18 +83,20 @@ def block_memory(
         blocks[linear.block] = blocks.get(linear.block, 0) + size
         if linear.reads is not None:
             child = linear.name.removeprefix(f"{architecture.blocks[linear.block]}.").partition(".")[0]
-            plain = not groups or linear.expert is not None
-            for own in ("",) if plain else (f" of {linear.name}, group {group}" for group in range(min(groups, rows))):
-                inputs.setdefault((linear.block, child), {})[linear.reads + own] = columns
+            inputs.setdefault((linear.block, child), {})[linear.reads] = columns
+            if linear.expert is None:
+                key = (linear.block, child)
+                weighed[key] = weighed.get(key, 0) + columns * columns * min(groups, rows)
         if linear.expert is None:
             channels[linear.block] = channels.get(linear.block, 0) + rows + columns
     weights, squares, factored = max(blocks.values(), default=0), 0, 0
-    for widths in inputs.values():
-        squares = max(squares, sum(width * width for width in widths.values()))
+    for child, widths in inputs.items():
+        plain = sum(width * width for width in widths.values()) * (2 if both_streams else 1)
+        squares = max(squares, plain + weighed.get(child, 0))
         factored = max(factored, *widths.values())
     return {
         "the weights of a block": weights * dtype.itemsize * (2 if both_streams else 1),
-        "statistics of inputs": 4 * (squares * (2 if both_streams else 1) + 3 * factored * factored),
+        "statistics of inputs": 4 * (squares + 3 * factored * factored),
         "rounding": 4 * (_COPIES_OF_A_LINEAR * largest + (2 * weights if rewrites else 0)),
         "a batch of activations": 4 * BATCH_TOKENS * max(
             _BATCHES * widest, _GRADIENTS * max(channels.values(), default=0) if groups else 0

@@ -85,8 +85,8 @@ class InputStatistics:
         """Solve for D: the remaining windows run in the quantized stream alone."""
         self._unquantized = None
         for sums in self._sums.values():
-            for products in sums.products:
-                products.solve_drift(self._shrinkage)
+            if sums.plain is not None:
+                sums.plain.solve_drift(self._shrinkage)
 
     def take(self) -> dict[str, LayerStats]:
         """Name of an input → its statistics; this object keeps none of them."""
@@ -136,9 +136,10 @@ class _Products:
 
 
 class _Sums:
-    """The sums of one input.
+    """The sums of one input. D is that of tokens that all count alike: it is estimated, column by column, from the same
+    tokens, and weights leave it too few.
 
-    plain   H of tokens that all count alike; None if every reader has weights
+    plain   H and C of tokens that all count alike; None if every reader has weights and there is no C
     groups  reader with weights → its groups of output rows, which have an H each
     """
 
@@ -147,14 +148,10 @@ class _Sums:
         self.tokens, self.channels = 0, channels
         self.absmax, self.absolute, self.values = torch.zeros(3, columns, device=device)
         self.squares = torch.zeros(columns, device=device)
-        products = partial(_Products, columns, cross, device)
-        self.plain = products() if plain else None
-        self.weighted = {name: [products() for _ in range(count)] for name, count in groups.items()}
-
-    @property
-    def products(self) -> list[_Products]:
-        """All of them."""
-        return [*([self.plain] if self.plain else []), *(one for each in self.weighted.values() for one in each)]
+        self.plain = _Products(columns, cross, device) if plain or cross else None
+        self.weighted = {
+            name: [_Products(columns, False, device) for _ in range(count)] for name, count in groups.items()
+        }
 
     def add(self, x: Tensor, difference: Tensor | None, weights: dict[str, Tensor]) -> None:
         self.tokens += len(x)
@@ -164,8 +161,7 @@ class _Sums:
             self.squares += x.square().sum(dim=0)
         for name, products in self.weighted.items():
             for one, root in zip(products, weights[name].to(x.device).sqrt().unbind(dim=1), strict=True):
-                root = root[:, None]
-                one.add(x * root, None if difference is None else difference * root)
+                one.add(x * root[:, None], None)
         if self.channels:
             magnitude = x.abs()
             torch.maximum(self.absmax, magnitude.amax(dim=0), out=self.absmax)
@@ -173,9 +169,12 @@ class _Sums:
             self.values += x.sum(dim=0)
 
     def statistics(self, name: str) -> LayerStats:
-        for products in self.products:
-            products.mirror()
         plain = self.plain
+        for products in (
+            *([] if plain is None else [plain]),
+            *(one for each in self.weighted.values() for one in each),
+        ):
+            products.mirror()
         squares = self.squares if plain is None else plain.hessian.diagonal().clone()
         wrong = ~torch.isfinite(squares)
         if wrong.any():
@@ -191,7 +190,7 @@ class _Sums:
             None if plain is None else plain.drift, self.values / count,
         )  # fmt: skip
         weighted = {
-            reader: tuple(replace(stats, hessian=one.hessian, drift=one.drift) for one in products)
+            reader: tuple(replace(stats, hessian=one.hessian) for one in products)
             for reader, products in self.weighted.items()
         }
         return replace(stats, weighted=weighted) if weighted else stats

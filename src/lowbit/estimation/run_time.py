@@ -7,8 +7,8 @@ Work is counted, in bytes, weights and operations, and divided by rates. Operati
 linear [N, K]:
 
     forward     2 N K T · passes      one in the quantized stream, two with transforms; one in the unquantized stream
-    Hessian     K² T per input, and 2 K² T for the difference to the unquantized stream; with weights of tokens, per
-                linear and group of rows
+    Hessian     K² T per input, and 2 K² T for the difference to the unquantized stream; with weights of tokens, K² T
+                more per linear and group of rows
     gradients   with weights of tokens: three passes, and three times the head
     GPTQ        N K², at a rate of its own: updates of later columns, a sweep of refinement, the errors reported
 
@@ -121,9 +121,10 @@ def _calibration(
         products += 2 * rows * columns * tokens * passes * share
         weighed = groups if linear.expert is None else 0
         gradients += 2 * rows * columns * tokens * share * 3 if groups else 0
-        if settings.is_blockwise and linear.reads is not None and (weighed or linear.reads not in seen):
+        if settings.is_blockwise and linear.reads is not None:
+            own = 0 if linear.reads in seen else 3 if two else 1
+            gram += columns**2 * tokens * share * (own + weighed)
             seen.add(linear.reads)
-            gram += columns**2 * tokens * share * (3 if two else 1) * max(1, weighed)
         feedback += rows * columns**2 if method.rounding.needs_hessian else 0
     per_second = rates.products * threads * _EFFICIENCY
     work = {"forward": products / per_second}
