@@ -17,7 +17,7 @@ from lowbit.checkpoint.base import OpenOptions
 from lowbit.distillation import descent
 from lowbit.distillation.descent import Split
 from lowbit.distillation.divergence import TokenDivergence
-from lowbit.distillation.memory import DistillMemory, MemoryShare
+from lowbit.distillation.memory import DistillMemory, MemoryShare, distillation_dtype
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.settings import RunOptions, Settings
 from models import make_model
@@ -248,3 +248,36 @@ def test_held_out_windows_are_spread_over_the_text(windows, train, held_out):
     assert sorted([*split.train.tolist(), *held_out]) == list(range(windows))
     if train is not None:
         assert split.train.tolist() == train
+
+
+@pytest.mark.parametrize(
+    ("compute", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_computes_in_float32_unless_told_otherwise(compute, dtype):
+    """Whatever the processor is fast at: the calibrated loop alone takes bfloat16 where that is quick."""
+    assert distillation_dtype(Settings(method="gptq+distill", compute=compute)) is dtype
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [("distill+gptq", "distill works on the rounded model"), ("gptq+distill+distill", "distill works on the rounded"),
+     ("gptq+distil", "there is no method 'distil'"), ("gptq+hqq+distill", "rounds twice")],
+)  # fmt: skip
+def test_distill_comes_last_and_once(method, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        Settings(method=method)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("distill", "rtn+distill"), ("RTN+distill", "rtn+distill"), ("awq+distill", "awq+distill"),
+     ("smooth+gptq+distill", "smoothquant+gptq+distill"), ("gptq+sign-sgd+distill", "gptq+sign-sgd+distill")],
+)  # fmt: skip
+def test_distill_stands_behind_every_method(typed, name):
+    assert Settings(method=typed).method == name
+    assert Settings(method=name).is_blockwise
+
+
+def test_a_linear_alone_cannot_be_distilled():
+    with pytest.raises(UsageError, match="works on whole blocks"):
+        Settings(method_overrides={"down_proj": "gptq+distill"})

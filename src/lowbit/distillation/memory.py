@@ -25,8 +25,10 @@ from lowbit.distillation.descent import Split, windows_per_step
 from lowbit.distillation.divergence import LOGIT_BYTES
 from lowbit.errors import UsageError
 from lowbit.measure import resident_memory
+from lowbit.numerics.precision import compute_dtype
 from lowbit.rounding.learnable import count_parameters
 from lowbit.rounding.target import Target
+from lowbit.settings import Settings
 
 _COPIES_OF_A_PARAMETER = 5
 _COPIES_OF_A_LINEAR = 6  # float32, while it is decoded and its gradient taken
@@ -72,6 +74,11 @@ class DistillMemory:
         left -= self.everything if resident else 0
         graphs = resident and self.graphs <= left // 2
         return MemoryShare((left - (self.graphs if graphs else 0)) // 4, resident, graphs)
+
+
+def distillation_dtype(settings: Settings) -> torch.dtype:
+    """The compute dtype of both models."""
+    return torch.float32 if settings.compute == "auto" else compute_dtype(settings.compute)
 
 
 def distill_memory(

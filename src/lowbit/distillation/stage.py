@@ -24,9 +24,8 @@ from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, is_decoded
 from lowbit.distillation.descent import Distilled, DistillOptions, State, distill, outcome
 from lowbit.distillation.divergence import TokenDivergence
-from lowbit.distillation.memory import DistillMemory, distill_memory
+from lowbit.distillation.memory import DistillMemory, distill_memory, distillation_dtype
 from lowbit.distillation.student import Changes, LearnedTensor, Parts, Student
-from lowbit.numerics.precision import compute_dtype
 from lowbit.rounding.learnable import Learnable, LearnableVector, learnable
 from lowbit.rounding.target import Stored, Target
 from lowbit.settings import RunOptions, Settings
@@ -56,7 +55,9 @@ class FinishJob:
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.settings.compute, self.run.device)
+        """float32 unless the user names another: in bfloat16 the rounding of activations alone is a divergence, which
+        hides small gains."""
+        return distillation_dtype(self.settings)
 
     def memory(self, windows: int, tokens: int) -> DistillMemory:
         return distill_memory(self.architecture, self.targets, self.dtype, windows, tokens)

@@ -38,7 +38,7 @@ from typing import Literal
 from lowbit.architecture.shape import ModelShape, shape_of, shape_of_gguf
 from lowbit.calibrate.memory import block_memory, weights_memory
 from lowbit.checkpoint.base import cache_root
-from lowbit.distillation.memory import distill_memory
+from lowbit.distillation.memory import distill_memory, distillation_dtype
 from lowbit.errors import ArchitectureError, LowbitError
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES
 from lowbit.formats.gguf.subject import SLAB_WEIGHTS as VERIFIED_WEIGHTS
@@ -118,10 +118,9 @@ def peak_memory(
     if max_memory is not None:
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
     if parse_method(settings.method).finish:
-        learning = distill_memory(
-            architecture, prepared.plan.targets, compute, settings.samples, settings.seqlen
-        ).needed
-        held = 2 * settings.samples * settings.seqlen * shape.hidden * compute.itemsize
+        exact, tokens = distillation_dtype(settings), settings.samples * settings.seqlen
+        learning = distill_memory(architecture, prepared.plan.targets, exact, settings.samples, settings.seqlen).needed
+        held = 2 * tokens * shape.hidden * exact.itemsize
         if sum(learning.values()) + held > sum(block.values()) + states:
             return parts | learning | {"hidden states": held} | writing
     embedding = shape.vocab * shape.hidden * ((4 if from_gguf else 2) + compute.itemsize)

@@ -40,6 +40,7 @@ from lowbit.architecture import Architecture
 from lowbit.architecture.shape import ModelShape
 from lowbit.architecture.structure import Linear
 from lowbit.distillation.descent import EVALUATIONS, PASSES, Split, windows_per_step
+from lowbit.distillation.memory import distillation_dtype
 from lowbit.estimation.result import Run
 from lowbit.estimation.run_memory import hidden_state_bytes, source_shape, two_streams
 from lowbit.methods import parse_method
@@ -138,7 +139,9 @@ def _calibration(
         weights = sum(math.prod(linear.shape) for linear in linears)
         work["learning"] = 6 * weights * batch * settings.iterations / per_second
     if method.finish:
-        work["distillation"] = _distillation(settings, shape, linears) / per_second
+        dtype, exact = compute_dtype(settings.compute), distillation_dtype(settings)
+        slower = _PRODUCTS.get(dtype, _PRODUCTS[torch.float32]) / _PRODUCTS.get(exact, _PRODUCTS[torch.float32])
+        work["distillation"] = _distillation(settings, shape, linears) * slower / per_second
     return work
 
 
