@@ -189,12 +189,6 @@ def test_codes_only_never_rounds_anew(model, refine, tmp_path):
     start = tmp_path / "start"
     lowbit.quantize(model, start, scheme="W4A16")
     done = refine(start, tmp_path / "out", model, codes_only=True)
-
-
-def test_codes_only_never_rounds_anew(model, refine, tmp_path):
-    start = tmp_path / "start"
-    lowbit.quantize(model, start, scheme="W4A16")
-    done = refine(start, tmp_path / "out", model, codes_only=True)
     assert done.after.kld_mean < done.before.kld_mean
     assert not any("anew" in note for tensor in done.report.tensors for note in tensor.notes)
 
