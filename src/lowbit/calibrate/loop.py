@@ -60,7 +60,7 @@ KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
 class Calibrated:
     """The result of calibration.
 
-    checkpoint  the source with the tensors that transforms rewrote
+    checkpoint  the source (of a refinement the file) with the tensors that transforms rewrote
     store       codes of the rounded linears
     windows     calibration text
     seconds     wall time by kind of work
@@ -190,7 +190,8 @@ def calibrate(
     if not settings.allow_fallback:
         refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
     rewritten = {name: Replacement(partial(store.tensor, name), dtypes[name]) for name in store.rewritten()}
-    return Calibrated(OverlaidCheckpoint(checkpoint, outside | rewritten), store, windows, work.seconds)
+    floats = checkpoint if start is None else start.checkpoint  # what the output has in 16 bits
+    return Calibrated(OverlaidCheckpoint(floats, outside | rewritten), store, windows, work.seconds)
 
 
 def _weights_of_tokens(

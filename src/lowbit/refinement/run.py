@@ -7,7 +7,8 @@
     verify; the copy on the same held-out text                after
     before ≤ after: refused, nothing is written
 
-Distillation of scales and norms can follow on the patched copy, before it is judged: `_patched` is the place.
+What learns scales after the codes (distillation) works on the `Calibrated` that the loop returns, between the loop and
+the copy: its store has the codes, its checkpoint what the file keeps, and the reference is the teacher.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ from what the file holds, by steps of which each minimises J exactly in what it 
     scales   s ← s + (r_S · q) / (qᵀ H_SS q)                             of a group S with codes q, rounded to what the
              file can store, with its zero point or minimum as a second unknown; if it lowers J
 
-(QuantEase, arXiv 2309.01885, for the codes; for the scales the closed form of least squares, group by group.) A *sweep*
-is all scales once, then all codes. J never grows, row by row.
+(QuantEase, arXiv 2309.01885, for the codes; for the scales the closed form of least squares, group by group.) Descent
+ends in a local minimum, so each row is also rounded anew with error feedback (GPTQ):
 
-Descent from codes that were rounded to nearest ends in a local minimum. So the weight is also rounded anew by GPTQ, on
-the same grid or type, that is refined likewise, and each row keeps the better of the two.
+    anew        with scales that GPTQ chooses, and swept once; a row goes on from there where that is better
+    rerounded   on the scales that it has after its first sweep; descended, and kept where that is better
+
+A *sweep* is all scales once, then all codes. J never grows, row by row.
 
 A linear whose codes nobody can better (no statistics, F16) keeps what it has.
 """
@@ -31,7 +33,7 @@ from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.gptq import SEARCH, GPTQOptions, gptq
 from lowbit.rounding.held import Held, HeldBlocks, ScalePart, hold, joined
-from lowbit.rounding.hessian import Curvature, InputData
+from lowbit.rounding.hessian import Curvature, Factor, InputData
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
 from lowbit.tensors import QuantizedTensor
 from lowbit.workers import run_all
@@ -47,8 +49,9 @@ class RefineOptions:
     """
     damping     λ as a fraction of mean(diag H)
     correction  α, the share of the error of what lies before that is corrected, 0 to 1; no effect without `drift`
-    sweeps      all scales, then all codes, so many times
-    anew        also start from the codes of GPTQ, and keep the better of each row
+    sweeps      number of them
+    anew        also start from the codes and scales of GPTQ
+    reround     with error feedback, on the scales of the first sweep
     block       columns whose changes are spread over the others at once; affects only rounding errors and time
     """
 
@@ -56,6 +59,7 @@ class RefineOptions:
     correction: float = 0.75
     sweeps: int = 4
     anew: bool = True
+    reround: bool = True
     block: int = 128
 
     @property
@@ -66,9 +70,10 @@ class RefineOptions:
     @classmethod
     def of(cls, settings: Settings) -> RefineOptions:
         """The user's settings, defaults for the rest."""
+        more = not settings.codes_only
         given = {"damping": settings.damping, "correction": settings.correction, "sweeps": settings.sweeps}
         return cls(**{name: value for name, value in given.items() if value is not None},
-                   anew=not settings.codes_only)  # fmt: skip
+                   anew=more, reround=more)  # fmt: skip
 
 
 def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptions, start: Stored) -> Rounded:
@@ -77,7 +82,8 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
         return kept(target, start, len(weight), f"{target.name} has no codes to refine")
     hessian = data.hessian(options.damping)
     curvature, wanted = hessian.curvature(), hessian.corrected(weight, options.correction)
-    starts = [start]
+    starts, each = [start], target.columns_per_code
+    factor = hessian.factor(each, each) if options.reround else None
     if options.anew and _can_start_anew(start):
         again = gptq(weight, target, data, _anew(options))
         if not again.fell_back and _mixes(start, again.stored):
@@ -94,6 +100,8 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
             better = other.error() < best.error()
             best.take(other, better)
             anew += int(better.sum())
+        if factor is not None:
+            best.reround(factor)
         for _ in range(options.sweeps - 1):
             best.sweep()
         best.refit()
@@ -158,6 +166,13 @@ class Descent:
         """All scales once, then all codes."""
         self.refit()
         self.descend()
+
+    def reround(self, factor: Factor) -> None:
+        """With error feedback on the present scales, then descended; each row that is better so."""
+        other = Descent(rerounded(self.held, self.wanted, factor, self.block), self.wanted, self.curvature, self.block)
+        other.descend()
+        other.refit()
+        self.take(other, other.error() < self.error())
 
     def take(self, other: Descent, rows: Tensor) -> None:
         """The rows of another descent in place of these, bool [N]."""
@@ -250,6 +265,49 @@ class Descent:
         held.codes[:, place] = torch.where(gain > 0, codes[:, 0], held.codes[:, place])
         held.decoded[:, here] = decoded + change
         return change
+
+
+def rerounded(held: Held, wanted: Tensor, factor: Factor, block: int) -> Held:
+    """The same rows with the codes that error feedback (GPTQ) chooses on their scales; see `rounding.gptq`."""
+    again, order = held.copy(), factor.order
+    w = wanted.index_select(1, order)
+    if held.levels is None:
+        assert isinstance(again, HeldBlocks), "no grid of a folder has a lattice"
+        _feed_back_lattice(again, w, factor)
+        return again
+    decoded, back = torch.empty_like(w), order.argsort()
+    scale, offset, zero_point = (
+        None if each is None else each.index_select(1, order).contiguous() for each in held.per_column()
+    )
+    assert scale is not None
+    span = (0, w.shape[1], block)
+    if isinstance(held.levels, IntLevels):
+        codes = torch.empty(w.shape, dtype=torch.int8)
+        limits = (held.levels.lowest, held.levels.highest)
+        feedback.feedback_int(w, factor.spread, span, scale, offset, zero_point, limits, codes, decoded)
+        codes = codes.to(torch.int16) + held.levels.zero
+    else:
+        codes = torch.empty(w.shape, dtype=torch.uint8)
+        if isinstance(held.levels, MinifloatFormat):
+            feedback.feedback_minifloat(w, factor.spread, span, scale, held.levels, codes, decoded)
+        else:
+            feedback.feedback_codebook(w, factor.spread, span, scale, held.levels, codes, decoded)
+        codes = codes.view(held.codes.dtype)
+    again.codes, again.decoded = codes.index_select(1, back).to(held.codes.dtype), decoded.index_select(1, back)
+    return again
+
+
+def _feed_back_lattice(held: HeldBlocks, w: Tensor, factor: Factor) -> None:
+    """The same for points of a lattice, so many columns together; w, in the order of the factor, is used up."""
+    each, columns = held.grid.columns_per_code, w.shape[1]
+    for start in range(0, columns, each):
+        now, place = slice(start, start + each), int(factor.order[start])
+        params = held.at(place, place + each)
+        codes = held.grid.round(w[:, now], params, factor.cost[now])
+        decoded = held.grid.decode(codes, params)
+        feedback.subtract_product(w, w[:, now] - decoded, factor.spread[now], start + each, columns)
+        held.codes[:, place // each] = codes[:, 0]
+        held.decoded[:, place : place + each] = decoded
 
 
 class _ScaleFit:

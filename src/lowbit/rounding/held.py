@@ -12,7 +12,7 @@ part is one number per row, or two, that some columns share:
     K-quants         s (and m) of a sub-block, integers; d (and dmin) of a block
     i-quants         s of a sub-block, an integer of 3 or 4 bits; d of a block
 
-`ScalePart.firsts` gives the storable numbers around a wanted one, `ScalePart.second` the nearest storable partner.
+`ScalePart.firsts` gives the storable numbers around a wanted one, `ScalePart.seconds` the nearest storable partner.
 Scales of the whole tensor, of square blocks and nested ones stay: rows share them.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,10 @@ class Held(ABC):
     @abstractmethod
     def decode(self, columns: Columns) -> Tensor:
         """The weights of some columns, bit for bit as a reader of the file decodes them."""
+
+    @abstractmethod
+    def copy(self) -> Any:
+        """The same rows, to be changed apart."""
 
     @abstractmethod
     def take(self, other: Any, rows: Tensor) -> None:
@@ -195,6 +200,12 @@ class HeldGrid(Held):
                 self.zero_point[rows, group] = (-second / first).round().to(torch.int32)
 
         return put
+
+    def copy(self) -> HeldGrid:
+        again = copy(self)
+        again.codes, again.scale, again.decoded = self.codes.clone(), self.scale.clone(), self.decoded.clone()
+        again.zero_point = None if self.zero_point is None else self.zero_point.clone()
+        return again
 
     def take(self, other: HeldGrid, rows: Tensor) -> None:
         self.codes[rows], self.scale[rows], self.decoded[rows] = (
@@ -411,6 +422,12 @@ class HeldBlocks(Held):
         """The effective scales and offsets of what is held now, as the decoder computes them."""
         scale, offset = effective(self.kind.name, self.kept)
         self.params = replace(self.params, scale=scale, offset=offset)
+
+    def copy(self) -> HeldBlocks:
+        again = copy(self)
+        again.codes, again.decoded = self.codes.clone(), self.decoded.clone()
+        again.kept = {key: values_now.clone() for key, values_now in self.kept.items()}
+        return again
 
     def take(self, other: HeldBlocks, rows: Tensor) -> None:
         self.codes[rows], self.decoded[rows] = other.codes[rows], other.decoded[rows]
