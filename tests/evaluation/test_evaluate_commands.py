@@ -64,7 +64,7 @@ def test_help_is_there(command):
 
 
 def test_generate_with_a_quantized_cache(folder):
-    with pytest.raises(UsageError, match="q4_0 is run by llama.cpp"):
+    with pytest.raises(UsageError, match=r"q4_0 is run by llama\.cpp"):
         run("generate", folder, "-p", "hello", "--raw", "--kv-cache", "q4_0")
     with pytest.raises(UsageError, match="there is no cache type 'in4'"):
         run("generate", folder, "-p", "hello", "--raw", "--kv-cache", "in4")
