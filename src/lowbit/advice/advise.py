@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.advice.commands import output_name, quantize_line, quantize_settings
-from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, Expectation, expected
+from lowbit.advice.quality import Expectation, expected, fp8_cache_loss
 from lowbit.advice.result import Advice, Memory, Option, reason_for
 from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
 from lowbit.advice.score import Goal, Ratios, Workload, find_goal, find_workload, score
@@ -238,7 +238,7 @@ def _option(
     reached = asked.speed(weights, how, fp8_cache)
     memory, whole = asked.memory(weights, fp8_cache), asked.memory(asked.sixteen, False)
     ratios = Ratios(reached.decode / basis.decode, reached.prefill / basis.prefill, whole.total / memory.total)
-    loss = expectation.loss + FP8_CACHE_LOSS * fp8_cache
+    loss = expectation.loss + (fp8_cache_loss().percent if fp8_cache else 0.0)
     output = quantize = serve = None
     if settings is not None:
         output = output_name(about.path, scheme, fp8_cache)
@@ -267,7 +267,7 @@ def _rank(option: Option) -> tuple[bool, float]:
 def _assumptions(asked: _Question, options: list[Option]) -> tuple[str, ...]:
     lines = [*ASSUMPTIONS, f"caches are half full on average and prompts {asked.load.prompt} tokens long"]
     if any(option.fp8_cache for option in options):
-        lines.append(f"an FP8 cache costs {FP8_CACHE_LOSS} % ({FP8_CACHE_SOURCE})")
+        lines.append(f"an FP8 cache with stored scales costs what was {fp8_cache_loss().says}")
     if asked.finetune:
         lines.append(f"adapters of rank {ADAPTER_RANK} on every linear, with gradient checkpoints")
     return (*lines, *(asked.engine.memory.assumptions if not asked.finetune else ()))
