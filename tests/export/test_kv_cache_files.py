@@ -263,3 +263,15 @@ def _fp8_folder(model: Path, to: Path) -> Path:
                                      "modules_to_not_convert": ["lm_head"]}  # fmt: skip
     (to / "config.json").write_text(json.dumps(config))
     return to
+
+
+def test_scales_that_the_engine_would_drop_in_silence_are_named(model, tmp_path):
+    """vLLM's loader of GPTQ gives the attention no scales, whatever config.json says of a cache."""
+    folder = lowbit.quantize(model, tmp_path / "gptq", scheme="W4A16", group_size=32, format="gptq").path
+    assert verify(folder).ok
+    folder = broken(folder, tmp_path / "scaled", lambda tensors: tensors.update({K: torch.ones(1), V: torch.ones(1)}))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    (folder / "config.json").write_text(json.dumps(config))
+    details = {check.rule: check.detail for check in verify(folder).failed}
+    assert K in details["leftovers"]

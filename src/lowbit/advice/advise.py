@@ -19,7 +19,7 @@ from typing import Any
 
 from lowbit.advice.commands import output_name, quantize_line, quantize_settings
 from lowbit.advice.measured import MeasuredSpeed, measured_here
-from lowbit.advice.quality import FP8_CACHE_LOSS, FP8_CACHE_SOURCE, Expectation, expected
+from lowbit.advice.quality import Expectation, expected, fp8_cache_loss
 from lowbit.advice.refused import why_refused
 from lowbit.advice.result import Advice, Memory, Option, reason_for
 from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
@@ -263,7 +263,7 @@ def _option(
     reached = asked.speed(weights, how, fp8_cache)
     memory, whole = asked.memory(weights, fp8_cache), asked.memory(asked.sixteen, False)
     ratios = Ratios(reached.decode / basis.decode, reached.prefill / basis.prefill, whole.chosen / memory.chosen)
-    cache_loss = FP8_CACHE_LOSS * fp8_cache
+    cache_loss = fp8_cache_loss().percent if fp8_cache else 0.0
     loss = expectation.loss + cache_loss
     output = quantize = serve = None
     if settings is not None:
@@ -301,7 +301,7 @@ def _measured(asked: _Question) -> tuple[MeasuredSpeed, ...]:
 def _assumptions(asked: _Question, options: list[Option]) -> tuple[str, ...]:
     lines = [*ASSUMPTIONS, f"caches are half full on average and prompts {asked.load.prompt} tokens long"]
     if any(option.fp8_cache for option in options):
-        lines.append(f"an FP8 cache costs {FP8_CACHE_LOSS} % ({FP8_CACHE_SOURCE})")
+        lines.append(f"an FP8 cache with stored scales costs what was {fp8_cache_loss().says}")
     if asked.price is not None:
         stated = PRICES.get(asked.device.name) == asked.price
         lines.append(f"{asked.price:g} dollars an hour and card" + (f": {PRICE_SOURCE}" if stated else ""))

@@ -300,7 +300,8 @@ _SUPPORT = (
 _MEMORY = MemoryModel(
     prefill=((160 * GIB, 16384), (70 * GIB, 8192), (0, 2048)), logit_rows=256, logit_bytes=16,
     framework=1 * GIB, share=0.92, share_name="gpu_memory_utilization",
-    cache_types=("auto", "f16", "bf16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_head", "nvfp4"),
+    cache_types=("auto", "f16", "bf16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_head", "fp8_per_token_head",
+                 "int8_per_token_head", "int4_per_token_head", "nvfp4"),
     assumptions=(
         "activations: a pass of max_num_batched_tokens (2048, 8192 from 70 GiB, 16384 from 160 GiB of device memory; "
         "the defaults of vLLM 0.32's server) and logits of 256 sequences, 16 bytes each with the sampler's copies; "

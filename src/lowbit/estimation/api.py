@@ -20,6 +20,7 @@ from lowbit.estimation.run_time import assumed_rates, measure_rates, run_of
 from lowbit.estimation.serving import deploy, fit_of, gigabytes
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
+from lowbit.kv.losses import cache_loss
 from lowbit.plan.plan import Prepared
 from lowbit.registry import FORMATS
 from lowbit.schemes import KV_CACHE_SCHEMES
@@ -112,8 +113,16 @@ def estimate(
         prepared.checkpoint.close()
         return Estimate(
             headers.name, plan.model_class if shape is None else shape.model_type, files, cache, serving, fit,
-            run_of(prepared, holding, rates), _assumptions(chosen, serving, fit, device, measure), notes,
+            run_of(prepared, holding, rates),
+            (*_assumptions(chosen, serving, fit, device, measure), *_cache_loss(kv_cache)), notes,
         )  # fmt: skip
+
+
+def _cache_loss(kv_cache: str | None) -> tuple[str, ...]:
+    """What a cache of this type costs, where it was measured; nothing of one in 16 bits."""
+    name = (kv_cache or "auto").lower()
+    found = cache_loss("fp8_calibrated" if name == "fp8" else name)
+    return () if found is None else (f"loss by the cache in {name}, {found.says}",)
 
 
 def _settings(

@@ -27,15 +27,15 @@ from lowbit.engines import Engine
 from lowbit.errors import ArchitectureError, UsageError
 from lowbit.estimation.footprint import matrices
 from lowbit.estimation.result import DeviceFit, Serving
+from lowbit.kv.types import CACHE_TYPES
 
 LONGEST = 1 << 24  # upper limit of tokens and sequences if the model has none
-# Bits of one cached value, block scales included. FP8 scales per layer or head are a few bytes in all.
+# Names of `--kv-cache` that are no row of `lowbit.kv.CACHE_TYPES` → the row.
+_ROWS = {"fp8": "fp8_calibrated"}
+# Bits of one cached value of a head of 128, scales included; those of a layer or head are a few bytes in all.
 CACHE_BITS: dict[str, float] = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0,
-    "fp8": 8.0, "fp8_e4m3": 8.0, "fp8_e5m2": 8.0, "fp8_per_head": 8.0,
-    "nvfp4": 4.5,  # an E4M3 scale for 16 values
-    "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5,  # ggml blocks of 32
-}  # fmt: skip
+    name: CACHE_TYPES[_ROWS.get(name, name)].bits(128) for name in ("fp8", *CACHE_TYPES) if name != "fp8_calibrated"
+}
 _SPELLINGS = {"float16": "f16", "fp16": "f16", "bfloat16": "bf16", "float32": "f32", "fp32": "f32"}
 
 
@@ -95,15 +95,16 @@ def cache_of(
     ArchitectureError for layer types with another kind of cache, UsageError for a cache type that does not exist or
     that the engine lacks.
     """
-    bits = kv_cache if isinstance(kv_cache, int | float) else cache_bits(kv_cache, engine)
+    size = shape.head_dim if not shape.is_latent else (shape.latent_rank or 0) + (shape.rope_dim or 0)
+    bits = kv_cache if isinstance(kv_cache, int | float) else cache_bits(kv_cache, engine, size)
     layers = tuple(
         _layer(kind, shape, engine, memory) for kind in shape.layer_types or ("full_attention",) * shape.layers
     )
     return KVCache(layers, float(bits), 1 if engine is None else engine.memory.token_block)
 
 
-def cache_bits(name: str, engine: Engine | None = None) -> float:
-    """Bits of a cached value by the type's name; "auto" is the model's 16 bits."""
+def cache_bits(name: str, engine: Engine | None = None, head_dim: int = 128) -> float:
+    """Bits of a cached value by the type's name, in heads of a size; "auto" is the model's 16 bits."""
     spelled = name.lower()
     spelled = _SPELLINGS.get(spelled, spelled)
     offered = ("auto", *CACHE_BITS) if engine is None else engine.memory.cache_types
@@ -115,7 +116,7 @@ def cache_bits(name: str, engine: Engine | None = None) -> float:
             else f"there is no KV cache type {name!r}" + ("" if engine is None else f" in {engine.name}"),
             f"choose one of {', '.join(offered)}" if known or len(near) > 2 else f"did you mean {' or '.join(near)}?",
         )  # fmt: skip
-    return 16.0 if spelled == "auto" else CACHE_BITS[spelled]
+    return 16.0 if spelled == "auto" else CACHE_TYPES[_ROWS.get(spelled, spelled)].bits(head_dim)
 
 
 def _layer(kind: str, shape: ModelShape, engine: Engine | None, memory: int | None) -> LayerCache:

@@ -169,8 +169,9 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 
 
 def _check_engine(opened: Opened, types: Sequence[CacheType]) -> None:
-    """UsageError for a type that no engine runs over such files: GGUF files are for llama.cpp."""
-    if opened.checkpoint.kind != "gguf":
+    """UsageError for a type that no engine runs over such files: GGUF files are for llama.cpp. The demo model, which
+    comes as one, stands for any model."""
+    if opened.checkpoint.kind != "gguf" or opened.checkpoint.source.startswith("demo:"):
         return
     reading = {name for name, place in ENGINES.items() if load(place).loading.reads_gguf}
     for each in types:

@@ -51,10 +51,11 @@ class _Buffers:
         if own:
             return like.new_empty(batch, heads, tokens, size)
         found = self.held.get(side)
-        fits = found is not None and found.shape[:2] == (batch, heads) and found.shape[3] == size
-        if not fits or found.shape[2] < tokens or found.dtype != like.dtype or found.device != like.device:
-            room = -(-tokens // _GROWTH) * _GROWTH
-            found = self.held[side] = like.new_empty(batch, heads, room, size)
+        wanted = (batch, heads, size, like.dtype, like.device)
+        if found is None or (*found.shape[:2], found.shape[3], found.dtype, found.device) != wanted:
+            found = None
+        if found is None or found.shape[2] < tokens:
+            found = self.held[side] = like.new_empty(batch, heads, -(-tokens // _GROWTH) * _GROWTH, size)
         return found[:, :, :tokens]
 
 
@@ -77,6 +78,9 @@ class _Packed:
 
 class QuantizedCacheLayer(DynamicLayer):
     """The cache of one layer; `keys` and `values` hold the window."""
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
 
     def __init__(self, bits: int, group: int, window: int, rotated: bool, buffers: _Buffers):
         super().__init__()
@@ -157,19 +161,30 @@ class QuantizedCacheLayer(DynamicLayer):
         packed, count = self._packed[side], self.quantized_tokens
         whole = self._buffers.take(side, window, count + window.shape[-2], own=torch.is_grad_enabled())
         scale, low = packed.scale.to(window.dtype), packed.low.to(window.dtype)
-        dim = 3 if side == "keys" else 4
         at = whole[:, :, :count]
         groups = at.unflatten(2, (-1, self.group)) if side == "keys" else at.unflatten(-1, (-1, self.group))
-        mask = 2**self.bits - 1
-        for index, run in enumerate(groups.chunk(8 // self.bits, dim=dim)):
-            codes = packed.codes >> (self.bits * index) if index else packed.codes
-            if (index + 1) * self.bits < 8:
-                codes = codes & mask
-            torch.addcmul(low, codes.to(window.dtype), scale, out=run)
+        codes = self._unpacked(packed.codes, 3 if side == "keys" else 4)
+        torch.addcmul(low, codes.to(window.dtype), scale, out=groups)
         if self.rotated:
             at.copy_(hadamard(at, at.shape[-1]))
         whole[:, :, count:] = window
         return whole
+
+    def _unpacked(self, packed: Tensor, dim: int) -> Tensor:
+        """Codes uint8, a group along `dim`."""
+        if self.bits == 8:
+            return packed
+        shape = list(packed.shape)
+        shape[dim] = self.group
+        codes = packed.new_empty(shape)
+        for index, run in enumerate(codes.chunk(8 // self.bits, dim=dim)):
+            last = (index + 1) * self.bits == 8
+            shifted = packed >> (self.bits * index) if index else packed
+            if last:
+                run.copy_(shifted)
+            else:
+                torch.bitwise_and(shifted, 2**self.bits - 1, out=run)
+        return codes
 
     def get_seq_length(self) -> int:
         return self.quantized_tokens + (self.keys.shape[-2] if self.is_initialized else 0)
@@ -255,8 +270,8 @@ class QuantizedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, QuantizedCacheLayer):
                 total += layer.nbytes
-            elif getattr(layer, "is_initialized", False) and isinstance(getattr(layer, "keys", None), Tensor):
-                total += layer.keys.nbytes + layer.values.nbytes
+            elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+                total += sum(part.nbytes for part in (layer.keys, layer.values) if part is not None)
         return total
 
 

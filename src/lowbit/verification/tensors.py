@@ -11,8 +11,9 @@ import math
 
 from lowbit.checkpoint.kv_cache import key_value_heads, kv_cache_names
 from lowbit.checkpoint.quantized import FLOATS, HasKVCache, tensor_problem
+from lowbit.registry import FORMATS
 from lowbit.verification.left_out import is_accounted_for
-from lowbit.verification.result import PLAIN, Finding
+from lowbit.verification.result import Finding
 from lowbit.verification.subject import Subject
 from lowbit.verification.survey import LARGEST_RELATIVE_ERROR
 
@@ -21,6 +22,7 @@ _IGNORED_LEAVES = ("rotary_emb.inv_freq", "attn.masked_bias", ".attn.bias", "att
 # These have rules of their own.
 _NAMED_ELSEWHERE = ("weight_zero_point", "input_zero_point", "weight_g_idx")
 _ACTIVATION_SCALES = ("input_scale", "input_global_scale")
+_KV_FORMATS = tuple(name for name, row in FORMATS.items() if row.kv_cache)
 _KV_LEAVES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 
 
@@ -91,8 +93,9 @@ def _is_known_beside(subject: Subject, name: str) -> bool:
         return True
     owner, _, leaf = name.rpartition(".")
     if leaf in _KV_LEAVES:
-        # fp8 folders do not state a KV cache; vLLM finds its scales by name
-        return subject.format != PLAIN and (subject.format == "fp8" or _quantizes_kv_cache(subject))
+        # fp8 folders do not state a KV cache; vLLM finds its scales by name. Its loaders of GPTQ, AWQ and others give
+        # the attention no scales: there they would be passed over in silence, whatever config.json says.
+        return subject.format == "fp8" or (subject.format in _KV_FORMATS and _quantizes_kv_cache(subject))
     if leaf == "bias":
         # AutoGPTQ writes a bias for every linear; loaders skip those that the model lacks
         return subject.format in ("gptq", "awq") and owner in subject.schemes
