@@ -6,10 +6,10 @@ GivenText                 the same from what is in memory: texts, datasets, toke
 """
 
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, context_length
-from lowbit.text.given import GivenText
+from lowbit.text.given import OF_MEMORY, GivenText
 from lowbit.text.windows import PROTOCOLS, PackagedText, Protocol, Text, Windows, cut_windows, read_text, wants_bos
 
 __all__ = [
-    "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows",
+    "OF_MEMORY", "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows",
     "calibration_windows", "check_context", "context_length", "cut_windows", "read_text", "wants_bos",
 ]  # fmt: skip

@@ -44,6 +44,7 @@ from lowbit.text.rows import Document, document_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OF_MEMORY = " in memory"  # ends the names of such data
 _TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
 _CHARACTERS = 4_000_000  # of one document
 
@@ -61,7 +62,7 @@ class GivenText:
     @property
     def name(self) -> str:
         """ "Dataset in memory": for messages and reports."""
-        return f"{type(self.data).__name__} in memory"
+        return f"{type(self.data).__name__}{OF_MEMORY}"
 
     def windows(
         self, tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int | None, *, default: int = 512,
