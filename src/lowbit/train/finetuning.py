@@ -181,32 +181,48 @@ def train(
     shown, judged = ids[:-held], ids[-held:]
     steps = course.steps or math.ceil(len(shown) / course.batch)
     optimizer = _optimizer(model, course)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    batches = _batches(len(shown), course, steps)
     before = _held_out(model, judged, course.batch, teacher)
     if not math.isfinite(before):
         raise NonFiniteError("the loss is not finite before the first step",
                              "look for damage with `lowbit evaluate`, or give another text")  # fmt: skip
+    run = _TrainingSteps(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps)))
     model.train()
-    done, stopped = 0, None
-    for batch in batches:
-        loss = _loss(model, shown[batch], teacher)
-        loss.backward()
-        size = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        if not (torch.isfinite(loss) and torch.isfinite(size)):
-            stopped = f"the {'gradient' if torch.isfinite(loss) else 'loss'} of step {done + 1} is not finite"
-            optimizer.zero_grad()
-            if done == 0:
-                raise NonFiniteError(stopped, "lower the learning rate, or look for damage with `lowbit evaluate`")
-            break
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        done += 1
-        if progress is not None:
-            progress(done * course.batch, steps * course.batch)
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)  # of dropout, where a model has it
+        for batch in _batches(len(shown), course, steps):
+            if not run.step(_loss(model, shown[batch], teacher)):
+                break
+            if progress is not None:
+                progress(run.done * course.batch, steps * course.batch)
     model.eval()
-    return Trained(done, before, _held_out(model, judged, course.batch, teacher), stopped)
+    return Trained(run.done, before, _held_out(model, judged, course.batch, teacher), run.stopped)
+
+
+@dataclass
+class _TrainingSteps:
+    """Steps of an optimizer, up to the first whose loss or gradient is not finite."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    done: int = 0
+    stopped: str | None = None
+
+    def step(self, loss: Tensor) -> bool:
+        """False, and nothing is changed, where it would spoil the weights; NonFiniteError if it is the first."""
+        loss.backward()
+        size = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        finite = bool(torch.isfinite(loss) and torch.isfinite(size))
+        if finite:
+            self.optimizer.step()
+            self.schedule.step()
+            self.done += 1
+        else:
+            what = "gradient" if torch.isfinite(loss) else "loss"
+            self.stopped = f"the {what} of step {self.done + 1} is not finite"
+            if self.done == 0:
+                raise NonFiniteError(self.stopped, "lower the learning rate, or look for damage with `lowbit evaluate`")
+        self.optimizer.zero_grad()
+        return finite
 
 
 def _loss(model: nn.Module, ids: Tensor, teacher: nn.Module | None) -> Tensor:
