@@ -219,6 +219,16 @@ def test_a_stopped_run_resumes_only_with_the_same_weights(tiny, tmp_path, monkey
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
+def test_a_dry_run_plans_the_same(tiny, tiny_llama):
+    texts = ["one", "two"]
+    ours = lowbit.dry_run(tiny[0], tokenizer=tiny[1], scheme="W4A16", method="gptq", calib=texts).plan
+    assert ours.file_bytes == lowbit.dry_run(tiny_llama, scheme="W4A16", method="gptq").plan.file_bytes
+    gguf = lowbit.dry_run(tiny[0], tokenizer=tiny[1], output="x.gguf", scheme="Q4_0", imatrix="measure", calib=texts)
+    assert gguf.plan.quantized
+    with pytest.raises(UsageError, match="tokenizer is for a model in memory"):
+        lowbit.dry_run(tiny_llama, tokenizer=tiny[1], scheme="W4A16")
+
+
 def test_the_result_shows_itself_in_one_line(tiny, tmp_path):
     shown = repr(lowbit.quantize(tiny[0], tmp_path / "out", tokenizer=tiny[1], scheme="W4A16"))
     assert "\n" not in shown
