@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,17 @@ def test_plain_transformers_loads_what_the_model_in_hand_became(tiny, tmp_path):
     done = lowbit.quantize(tiny[0], tmp_path / "out", tokenizer=tiny[1], scheme="W4A16", in_place=True)
     theirs = AutoModelForCausalLM.from_pretrained(done.path)
     assert torch.equal(theirs(torch.arange(8)[None]).logits, tiny[0](torch.arange(8)[None]).logits)
+
+
+def test_the_environment_of_the_demo_has_what_plain_transformers_needs():
+    """And the version that the interop tests run with."""
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (needed,) = extras["transformers"]
+    assert needed in extras["interop"]
+    rule = (root / "Makefile").read_text().partition("$(VENV)/.installed:")[2].partition("touch")[0]
+    assert "--editable '.[transformers]'" in rule
+    assert re.search(rf"^{needed.partition('>')[0]}==", (root / "constraints.txt").read_text(), flags=re.M)
 
 
 def test_the_calls_are_listed():
