@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ _HELD_OUT, _MOST_HELD_OUT = 8, 16
 # θ is a relative change of a scale; weights are a few hundredths, so that this moves both alike.
 SCALE_RATE = 30.0
 _WARMUP = 0.1
+_BLOCK = re.compile(r"(.+?\.\d+)\.")  # the name of a parameter begins with that of its decoder block
 _BYTES_PER_WEIGHT = 20  # weight, gradient, two moments, rounded weight
 
 
@@ -268,12 +270,14 @@ def _batches(windows: int, course: Course, steps: int) -> list[Tensor]:
 
 
 def _freeze_outside(model: Any) -> None:
-    """Embeddings, the output layer, towers and all else outside of what is rounded do not move, but for vectors."""
-    trained = {parameter.rpartition(".")[0] for parameter in training_of(model).linears.values()}
+    """Leave trainable: the linears that are rounded with their scales and biases, and the vectors of their blocks."""
+    linears = {parameter.rpartition(".")[0] for parameter in training_of(model).linears.values()}
+    blocks = {found[1] for linear in linears if (found := _BLOCK.match(linear))}
     for name, parameter in model.named_parameters():
-        owner = name.partition(".parametrizations.")[0]
-        in_linear = owner in trained or name.rpartition(".")[0] in trained
-        parameter.requires_grad_(in_linear or (parameter.dim() == 1 and ".layers." in name))
+        owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        block = _BLOCK.match(name)
+        in_block = block is not None and block[1] in blocks
+        parameter.requires_grad_(owner in linears or (in_block and parameter.dim() == 1))
 
 
 def _windows(
