@@ -54,6 +54,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "quantize {in} -o {out} --scheme W4A16 --method gptq --samples 4 --seqlen 64 --expert-tokens 1 --calib {text}",
         "evaluate {in} --text {text} --windows 1 --window-tokens 16", "generate {in} -p 'one two' --max-tokens 2",
         "imatrix {in} -o {out}.gguf --samples 1 --seqlen 16 --calib {text}",
+        "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
     ),
     "quantized": (
         "inspect {in}", "verify {in} --engine vllm", "verify {in} --engine transformers --reference {source}",
@@ -111,7 +112,12 @@ class Fuzzed:
         lowbit.imatrix(self.source, folder / "imatrix.gguf", calib=self.text, samples=1, seqlen=16)
         recipe = folder / "recipe.yaml"
         recipe.write_text("scheme: W4A16\nmethod: gptq\ngroup_size: 32\nignore: [lm_head]\ndamping: 0.01\n")
-        self.inputs += [("gguf", folder / "q8.gguf"), ("imatrix", folder / "imatrix.gguf"), ("recipe", recipe)]
+        foreign = folder / "foreign.yaml"
+        foreign.write_text(
+            "s_stage:\n  s_modifiers:\n    GPTQModifier: {scheme: W4A16, ignore: [lm_head], targets: Linear}\n"
+        )
+        self.inputs += [("gguf", folder / "q8.gguf"), ("imatrix", folder / "imatrix.gguf"), ("recipe", recipe),
+                        ("recipe", foreign)]  # fmt: skip
         self.samples = {
             path.name: gguf_sample(path.name, path.read_bytes(), folder) for _, path in self.inputs if path.is_file()
             and path.suffix == ".gguf"

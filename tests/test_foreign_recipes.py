@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 import lowbit
-from lowbit.errors import UsageError
+from lowbit.errors import LowbitError, UsageError
 from lowbit.foreign_recipes import KEYWORDS, find_equivalent
 from lowbit.settings import RunOptions, Settings, make_settings
 
@@ -211,3 +213,34 @@ def test_paths_may_be_text_or_paths(tiny_llama, tmp_path):
     assert done.path == Path(tmp_path / "a")
     assert lowbit.verify(str(done.path)).ok
     assert lowbit.convert(str(done.path), str(tmp_path / "b"), format="gptq").path.is_dir()
+
+
+# ── damaged recipes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+ODD = [None, True, -1, 7, 0.5, float("nan"), "", "x", "re:(", "a\nb", [], [[]], [7], {}, {"a": {}}, {7: 7}, {"x": None}]
+CACHED = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+WHOLE = [yaml.safe_load(text) for text in (
+    GPTQ_W8A8, AWQ_GROUPS, one("QuantizationModifier", scheme={"W4A16": ["Linear"]}, kv_cache_scheme=CACHED),
+)]  # fmt: skip
+
+
+def places(value, path=()):
+    """Paths to everything in a recipe."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+CASES = [(recipe, path) for recipe in range(len(WHOLE)) for path in places(WHOLE[recipe]) if path]
+
+
+@pytest.mark.parametrize(("recipe", "path"), CASES, ids=lambda value: str(value))
+def test_whatever_stands_anywhere_is_taken_or_refused(recipe, path):
+    for odd in ODD:
+        damaged = copy.deepcopy(WHOLE[recipe])
+        inner = damaged
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = odd
+        with contextlib.suppress(LowbitError):
+            make_settings(damaged)

@@ -80,6 +80,15 @@ def test_a_number_of_tokens_per_window_cuts_one_stream():
     assert torch.equal(cut(rows, windows=9, tokens=15).ids, torch.arange(60).reshape(4, 15))
 
 
+def test_windows_are_no_longer_than_the_context(tokenizer):
+    """Where no length was asked for; one that was is refused."""
+    found = cut(TEXTS, tokenizer, 2, longest=64)
+    assert found.ids.shape == (2, 64)
+    assert "windows of 64 tokens, the model's context, and not of 512" in found.notes
+    with pytest.raises(UsageError, match="longer than the model's context of 64"):
+        cut(TEXTS, tokenizer, 2, 65, longest=64)
+
+
 def test_a_list_of_numbers_is_one_stream():
     assert cut(list(range(40)), windows=9, tokens=8).ids.tolist() == torch.arange(40).reshape(5, 8).tolist()
 

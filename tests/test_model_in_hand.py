@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,16 @@ def test_a_stopped_run_resumes_only_with_the_same_weights(tiny, tmp_path, monkey
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
+def test_a_dry_run_plans_the_same(tiny, tiny_llama):
+    texts = ["one", "two"]
+    ours = lowbit.dry_run(tiny[0], tokenizer=tiny[1], scheme="W4A16", method="gptq", calib=texts).plan
+    assert ours.file_bytes == lowbit.dry_run(tiny_llama, scheme="W4A16", method="gptq").plan.file_bytes
+    gguf = lowbit.dry_run(tiny[0], tokenizer=tiny[1], output="x.gguf", scheme="Q4_0", imatrix="measure", calib=texts)
+    assert gguf.plan.quantized
+    with pytest.raises(UsageError, match="tokenizer is for a model in memory"):
+        lowbit.dry_run(tiny_llama, tokenizer=tiny[1], scheme="W4A16")
+
+
 def test_the_result_shows_itself_in_one_line(tiny, tmp_path):
     shown = repr(lowbit.quantize(tiny[0], tmp_path / "out", tokenizer=tiny[1], scheme="W4A16"))
     assert "\n" not in shown
@@ -242,6 +254,17 @@ def test_plain_transformers_loads_what_the_model_in_hand_became(tiny, tmp_path):
     done = lowbit.quantize(tiny[0], tmp_path / "out", tokenizer=tiny[1], scheme="W4A16", in_place=True)
     theirs = AutoModelForCausalLM.from_pretrained(done.path)
     assert torch.equal(theirs(torch.arange(8)[None]).logits, tiny[0](torch.arange(8)[None]).logits)
+
+
+def test_the_environment_of_the_demo_has_what_plain_transformers_needs():
+    """And the version that the interop tests run with."""
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (needed,) = extras["transformers"]
+    assert needed in extras["interop"]
+    rule = (root / "Makefile").read_text().partition("$(VENV)/.installed:")[2].partition("touch")[0]
+    assert "--editable '.[transformers]'" in rule
+    assert re.search(rf"^{needed.partition('>')[0]}==", (root / "constraints.txt").read_text(), flags=re.M)
 
 
 def test_the_calls_are_listed():

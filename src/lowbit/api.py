@@ -284,9 +284,10 @@ def write_prepared(
 
 
 def dry_run(
-    model: str | Path,
+    model: Any,
     *,
     output: str | Path | None = None,
+    tokenizer: Any = None,
     recipe: Any = None,
     options: OpenOptions | None = None,
     run: RunOptions | None = None,
@@ -295,11 +296,17 @@ def dry_run(
 ) -> Prepared:
     """The plan of a run, without reading a weight: every tensor, exact bytes, predicted peak memory.
 
+    model, tokenizer, settings  as of `quantize`: a model and calibration data may be in memory
     output  nothing is written there; its name tells a GGUF file from a folder
     """
-    chosen, output = make_settings(recipe, **settings), None if output is None else Path(output)
-    refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output)))
-    return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True), output)
+    given, text = _text_in_memory(settings)
+    chosen, output = make_settings(recipe, **given), None if output is None else Path(output)
+    refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output), in_order=text is not None))
+    if not isinstance(model, str | Path):
+        model = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    elif tokenizer is not None:
+        raise UsageError(f"tokenizer is for a model in memory, and {model} is none", "leave it out")
+    return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True, text=text), output)
 
 
 def _sources(prepared: Prepared) -> list[Path]:

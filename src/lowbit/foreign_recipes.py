@@ -189,7 +189,7 @@ def _of_modifier(given: Mapping[str, Any], where: str) -> dict[str, Any]:
                 settings.setdefault("overrides", {})[_pattern(target, where)] = scheme
     if groups and "scheme" not in settings:
         raise UsageError(
-            f"{where}: quantizes only {', '.join(settings['overrides'])}",
+            f"{where}: quantizes only {', '.join(settings.get('overrides', ())) or 'nothing'}",
             "lowbit quantizes all linears of the decoder blocks: target Linear, and ignore the rest",
         )
     ignored = _listed(given.get("ignore"), f"{where}.ignore")
@@ -198,9 +198,10 @@ def _of_modifier(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     ranges = {_RANGES.get(name) for name in _observers(given)}
     settings |= {"range": ranges.pop()} if len(ranges) == 1 and None not in ranges else {}
     if "kv_cache_scheme" in given:
-        if not load("lowbit.checkpoint.compressed_tensors_config:is_fp8_cache")(dict(given["kv_cache_scheme"])):
+        cache, is_fp8 = given["kv_cache_scheme"], load("lowbit.checkpoint.compressed_tensors_config:is_fp8_cache")
+        if not isinstance(cache, Mapping) or not is_fp8(dict(cache)):
             raise UsageError(f"{where}.kv_cache_scheme is {given['kv_cache_scheme']!r}; static symmetric FP8 is needed")
-        per_head = given["kv_cache_scheme"].get("strategy") == "attn_head"
+        per_head = cache.get("strategy") == "attn_head"
         settings["kv_cache"] = "fp8_per_head" if per_head else "fp8"
     return settings
 
@@ -224,8 +225,10 @@ def _config_groups(given: Mapping[str, Any], where: str) -> _Grouped:
     stated = given.get("config_groups")
     if stated is None:
         return []
-    groups = {name: {key: value for key, value in dict(group).items() if value is not None}
-              for name, group in (stated.items() if isinstance(stated, Mapping) else [])}  # fmt: skip
+    groups: Any = stated
+    if isinstance(stated, Mapping):  # what a dump spells out as null is absent
+        groups = {name: {key: value for key, value in group.items() if value is not None}
+                  if isinstance(group, Mapping) else group for name, group in stated.items()}  # fmt: skip
     config = {"quant_method": "compressed-tensors", "config_groups": groups}
     try:
         parsed = load("lowbit.checkpoint.compressed_tensors_config:parse_quantization_config")(
@@ -247,13 +250,16 @@ def _config_groups(given: Mapping[str, Any], where: str) -> _Grouped:
 def _observers(given: Mapping[str, Any]) -> set[str]:
     """The observers that groups name for weights."""
     groups = given.get("config_groups")
-    weights = [dict(group).get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
     return {str(args["observer"]) for args in weights if isinstance(args, Mapping) and args.get("observer")}
 
 
 def _listed(value: Any, where: str) -> list[str]:
-    value = [value] if isinstance(value, str) else list(value or ())
-    if not all(isinstance(each, str) for each in value):
+    value = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple | set) else value
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise UsageError(f"{where} is {value!r}; names and re: patterns are needed")
     return value
 

@@ -70,6 +70,21 @@ def test_embeddings_and_the_output_layer_stay(tiny_llama, tmp_path):
     assert not torch.equal(before.read(name), after.read(name))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_what_is_trained(tmp_path, kind):
+    """The linears that are rounded, and the vectors of their blocks, whatever the class calls them."""
+    model, _ = lowbit.load(make_model(tmp_path / "model", kind, num_hidden_layers=1))
+    lowbit.train.prepare(model.requires_grad_(True), "W8A16", group_size=32)
+    finetuning._freeze_outside(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in model.named_parameters()} - trained
+    rounded = {name for name in trained if ".parametrizations." in name}
+    assert {name for name, _ in model.named_parameters() if ".parametrizations." in name} == rounded
+    assert all(".0." in name and model.get_parameter(name).dim() == 1 for name in trained - rounded)
+    assert any("norm" in name or "ln_" in name for name in trained)
+    assert all(".0." not in name or "gate" in name for name in frozen)  # of a block, only the router of experts
+
+
 class Spoiling(torch.nn.Module):
     """A model whose logits become NaN in the given call."""
 

@@ -365,6 +365,20 @@ def test_a_model_on_the_meta_device(tiny):
         lowbit.train.prepare(tiny[0].to("meta"), "W4A16")
 
 
+def test_a_model_that_cannot_be_prepared_stays_as_it_was(tmp_path):
+    """Experts run in one operation, whose inputs no hook sees; and a weight that is damaged already."""
+    model, _ = opened(make_model(tmp_path / "model", "mixtral", num_hidden_layers=1))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(UsageError, match="runs inside a fused operation"):
+        lowbit.train.prepare(model, "W8A8")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="o_proj"):
+        lowbit.train.prepare(model, "W8A8", activations=False)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not hasattr(model, "lowbit_training")
+
+
 def test_modules_that_a_trainer_replaced(tiny, tmp_path):
     model, tokenizer = tiny
     lowbit.train.prepare(model, "W4A16")

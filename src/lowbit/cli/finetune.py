@@ -56,7 +56,7 @@ def finetune(
     ] = 0,
     batch: Annotated[int, typer.Option(help="Windows per step.", min=1, rich_help_panel=CALIBRATION)] = 4,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of weights.", rich_help_panel=CALIBRATION)] = 1e-5,
-    fixed_scales: Annotated[
+    fit_scales: Annotated[
         bool,
         typer.Option(
             "--fit-scales",
@@ -79,7 +79,7 @@ def finetune(
     with window_progress(f"{model} → {output}", quiet=json) as update:
         done = lowbit.finetune(
             model, output, data=data, windows=windows, window_tokens=window_tokens, steps=steps, batch=batch,
-            learning_rate=learning_rate, distill=distill, reference=reference, learn_scales=not fixed_scales, seed=seed,
+            learning_rate=learning_rate, distill=distill, reference=reference, learn_scales=not fit_scales, seed=seed,
             device=device, options=options, threads=threads, overwrite=overwrite, progress=update, **settings,
         )  # fmt: skip
     if json:

@@ -29,6 +29,7 @@ from lowbit.registry import folder_formats
 from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
 from lowbit.schemes import SCHEMES
 from lowbit.settings import command_line
+from lowbit.text import OF_MEMORY
 
 # Scheme → wider ones of the same engines, in the order to try.
 WIDER: dict[str, tuple[str, ...]] = {
@@ -243,7 +244,10 @@ def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
     if format != "gguf" and any(tensor.get("repacked") for tensor in tensors):
         return None
     settings = report["settings"]
-    return {"scheme": settings["scheme"]} | settings["given"]
+    given = settings["given"]
+    if str(given.get("calib", "")).endswith(OF_MEMORY):  # no command can name it
+        given = {name: value for name, value in given.items() if name != "calib"}
+    return {"scheme": settings["scheme"]} | given
 
 
 def _seen(pair: Pair) -> dict[str, Any] | None:

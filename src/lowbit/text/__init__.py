@@ -7,12 +7,12 @@ GivenText                 what is in memory: texts, datasets, token ids
 """
 
 from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, context_length
-from lowbit.text.given import GivenText
+from lowbit.text.given import OF_MEMORY, GivenText
 from lowbit.text.mixture import mixed_windows, parse_mixture
 from lowbit.text.windows import PROTOCOLS, PackagedText, Protocol, Text, Windows, cut_windows, read_text, wants_bos
 
 __all__ = [
-    "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows",
+    "OF_MEMORY", "PROTOCOLS", "CalibrationWindows", "GivenText", "PackagedText", "Protocol", "Text", "Windows",
     "calibration_windows", "check_context", "context_length", "cut_windows", "mixed_windows", "parse_mixture",
     "read_text", "wants_bos",
 ]  # fmt: skip

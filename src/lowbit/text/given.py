@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from lowbit.text.rows import Document, document_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OF_MEMORY = " in memory"  # ends the names of such data
 _TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
 _CHARACTERS = 4_000_000  # of one document
 
@@ -61,7 +62,7 @@ class GivenText:
     @property
     def name(self) -> str:
         """ "Dataset in memory": for messages and reports."""
-        return f"{type(self.data).__name__} in memory"
+        return f"{type(self.data).__name__}{OF_MEMORY}"
 
     def windows(
         self, tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int | None, *, default: int = 512,
@@ -82,11 +83,15 @@ class GivenText:
             if first is None:
                 raise CheckpointError(f"{self.name}: it is empty", _TAKEN)
             items = chain([first], items)
+            usual = min(default, longest or default)
             if _ids_of(first, self.name) is None:
-                cut = self._of_documents(items, tokenizer, windows, min(window_tokens or default, longest or 1 << 30))
+                cut = self._of_documents(items, tokenizer, windows, window_tokens or usual)
             else:
-                cut = self._of_ids(items, tokenizer, windows, window_tokens, min(default, longest or default))
+                cut = self._of_ids(items, tokenizer, windows, window_tokens, usual)
             _check_ids(cut.ids, self.name, longest, vocabulary)
+            if not window_tokens and cut.ids.shape[1] == usual < default:
+                note = f"windows of {usual} tokens, the model's context, and not of {default}"
+                cut = replace(cut, notes=(*cut.notes, note))
             self._cut[key] = cut
         return self._cut[key]
 
@@ -163,15 +168,13 @@ class _Stream:
     """`Packer` without a tokenizer: the windows of one stream, with nothing put before them."""
 
     def __init__(self, window_tokens: int):
-        self.step, self.stream = window_tokens, list[int]()
+        self.step, self.stream, self.cut = window_tokens, list[int](), list[list[int]]()
 
     def add(self, ids: list[int]) -> None:
         self.stream += ids
-
-    @property
-    def cut(self) -> list[list[int]]:
-        whole = len(self.stream) // self.step
-        return [self.stream[index * self.step : (index + 1) * self.step] for index in range(whole)]
+        while len(self.stream) >= (len(self.cut) + 1) * self.step:
+            start = len(self.cut) * self.step
+            self.cut.append(self.stream[start : start + self.step])
 
 
 class _IdRows:

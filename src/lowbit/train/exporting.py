@@ -26,7 +26,8 @@ from lowbit.errors import CheckpointError
 from lowbit.files.claim import refuse_claimed
 from lowbit.measure import Meter
 from lowbit.plan.plan import CalibrationText, Plan, Progress, Request, prepare
-from lowbit.rounding.target import Rounded
+from lowbit.rounding.target import Rounded, ScaledBlocks, Stored
+from lowbit.tensors import QuantizedTensor
 from lowbit.text import CalibrationWindows
 from lowbit.train.fake_quantize import FakeQuantize
 from lowbit.train.preparing import Training, training_of
@@ -145,5 +146,10 @@ def _fill(store: BlockStore, plan: Plan, fakes: dict[str, tuple[FakeQuantize, in
         store.save(number, stored, {}, BlockRecord(results))
 
 
-def _on_cpu(stored: Any) -> Any:
-    return stored if not hasattr(stored, "to") else stored.to("cpu")
+def _on_cpu(stored: Stored) -> Stored:
+    if isinstance(stored, ScaledBlocks):
+        return replace(stored, blocks=stored.blocks.cpu())
+    if isinstance(stored, QuantizedTensor) and stored.nested is not None:
+        nested = replace(stored.nested, codes=stored.nested.codes.cpu(), absmax=stored.nested.absmax.cpu())
+        stored = replace(stored, nested=nested)
+    return stored.to("cpu")

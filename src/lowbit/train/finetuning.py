@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ _HELD_OUT, _MOST_HELD_OUT = 8, 16
 # θ is a relative change of a scale; weights are a few hundredths, so that this moves both alike.
 SCALE_RATE = 30.0
 _WARMUP = 0.1
+_BLOCK = re.compile(r"(.+?\.\d+)\.")  # the name of a parameter begins with that of its decoder block
 _BYTES_PER_WEIGHT = 20  # weight, gradient, two moments, rounded weight
 
 
@@ -181,32 +183,48 @@ def train(
     shown, judged = ids[:-held], ids[-held:]
     steps = course.steps or math.ceil(len(shown) / course.batch)
     optimizer = _optimizer(model, course)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    batches = _batches(len(shown), course, steps)
     before = _held_out(model, judged, course.batch, teacher)
     if not math.isfinite(before):
         raise NonFiniteError("the loss is not finite before the first step",
                              "look for damage with `lowbit evaluate`, or give another text")  # fmt: skip
+    run = _TrainingSteps(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps)))
     model.train()
-    done, stopped = 0, None
-    for batch in batches:
-        loss = _loss(model, shown[batch], teacher)
-        loss.backward()
-        size = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        if not (torch.isfinite(loss) and torch.isfinite(size)):
-            stopped = f"the {'gradient' if torch.isfinite(loss) else 'loss'} of step {done + 1} is not finite"
-            optimizer.zero_grad()
-            if done == 0:
-                raise NonFiniteError(stopped, "lower the learning rate, or look for damage with `lowbit evaluate`")
-            break
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        done += 1
-        if progress is not None:
-            progress(done * course.batch, steps * course.batch)
+    with torch.random.fork_rng():
+        torch.manual_seed(course.seed)  # of dropout, where a model has it
+        for batch in _batches(len(shown), course, steps):
+            if not run.step(_loss(model, shown[batch], teacher)):
+                break
+            if progress is not None:
+                progress(run.done * course.batch, steps * course.batch)
     model.eval()
-    return Trained(done, before, _held_out(model, judged, course.batch, teacher), stopped)
+    return Trained(run.done, before, _held_out(model, judged, course.batch, teacher), run.stopped)
+
+
+@dataclass
+class _TrainingSteps:
+    """Steps of an optimizer, up to the first whose loss or gradient is not finite."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    done: int = 0
+    stopped: str | None = None
+
+    def step(self, loss: Tensor) -> bool:
+        """False, and nothing is changed, where it would spoil the weights; NonFiniteError if it is the first."""
+        loss.backward()
+        size = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        finite = bool(torch.isfinite(loss) and torch.isfinite(size))
+        if finite:
+            self.optimizer.step()
+            self.schedule.step()
+            self.done += 1
+        else:
+            what = "gradient" if torch.isfinite(loss) else "loss"
+            self.stopped = f"the {what} of step {self.done + 1} is not finite"
+            if self.done == 0:
+                raise NonFiniteError(self.stopped, "lower the learning rate, or look for damage with `lowbit evaluate`")
+        self.optimizer.zero_grad()
+        return finite
 
 
 def _loss(model: nn.Module, ids: Tensor, teacher: nn.Module | None) -> Tensor:
@@ -252,12 +270,14 @@ def _batches(windows: int, course: Course, steps: int) -> list[Tensor]:
 
 
 def _freeze_outside(model: Any) -> None:
-    """Embeddings, the output layer, towers and all else outside of what is rounded do not move, but for vectors."""
-    trained = {parameter.rpartition(".")[0] for parameter in training_of(model).linears.values()}
+    """Leave trainable: the linears that are rounded with their scales and biases, and the vectors of their blocks."""
+    linears = {parameter.rpartition(".")[0] for parameter in training_of(model).linears.values()}
+    blocks = {found[1] for linear in linears if (found := _BLOCK.match(linear))}
     for name, parameter in model.named_parameters():
-        owner = name.partition(".parametrizations.")[0]
-        in_linear = owner in trained or name.rpartition(".")[0] in trained
-        parameter.requires_grad_(in_linear or (parameter.dim() == 1 and ".layers." in name))
+        owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        block = _BLOCK.match(name)
+        in_block = block is not None and block[1] in blocks
+        parameter.requires_grad_(owner in linears or (in_block and parameter.dim() == 1))
 
 
 def _windows(

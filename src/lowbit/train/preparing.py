@@ -102,16 +102,21 @@ def prepare(
         targets = _with_ranges(plan.targets, plan.architecture, checkpoint)
         if not targets:
             raise UsageError("no linear of a decoder block is quantized", "loosen ignore, or choose another scheme")
+        fakes: dict[str, FakeQuantize] = {}
         for parameter, parts in _parts(model, targets, plan.architecture).items():
-            owner_name, _, leaf = parameter.rpartition(".")
-            owner = model.get_submodule(owner_name)
-            fake = FakeQuantize(getattr(owner, leaf), parts, learn_scales).to(getattr(owner, leaf).device)
-            parametrize.register_parametrization(owner, leaf, fake, unsafe=True)
+            values = model.get_parameter(parameter)
+            fakes[parameter] = FakeQuantize(values, parts, learn_scales).to(values.device)
             training.linears |= {part.linear: parameter for part in parts}
         if activations:
-            training.hooks = _quantize_activations(model, plan.activations, training.linears)
+            _refuse_fused_activations(plan.activations, training.linears)
     finally:
         source.remove()
+    # Nothing fails from here on: a model is prepared whole, or not at all.
+    for parameter, fake in fakes.items():
+        owner, _, leaf = parameter.rpartition(".")
+        parametrize.register_parametrization(model.get_submodule(owner), leaf, fake, unsafe=True)
+    if activations:
+        training.hooks = _quantize_activations(model, plan.activations, training.linears)
     setattr(model, _ATTRIBUTE, training)
     return model
 
@@ -180,18 +185,19 @@ def _parts(model: Any, targets: dict[str, Target], architecture: Architecture) -
     return found
 
 
+def _refuse_fused_activations(activations: dict[str, ActivationSpec], linears: dict[str, str]) -> None:
+    for linear in activations:
+        if not linears.get(linear, "").endswith(".weight"):
+            raise UsageError(f"{linear} runs inside a fused operation, whose inputs cannot be rounded in training",
+                             "prepare(…, activations=False) trains the weights alone")  # fmt: skip
+
+
 def _quantize_activations(
     model: nn.Module, activations: dict[str, ActivationSpec], linears: dict[str, str]
 ) -> list[Any]:
-    """Hooks that round the inputs of linears; UsageError for experts that run in one operation."""
-    hooks = []
-    for linear, spec in activations.items():
-        owner, _, leaf = linears[linear].rpartition(".")
-        if leaf != "weight":
-            raise UsageError(f"{linear} runs inside a fused operation, whose inputs cannot be rounded in training",
-                             "prepare(…, activations=False) trains the weights alone")  # fmt: skip
-        hooks.append(model.get_submodule(owner).register_forward_pre_hook(_hook(spec)))
-    return hooks
+    """Hooks that round the inputs of linears."""
+    owners = {linear: model.get_submodule(linears[linear].removesuffix(".weight")) for linear in activations}
+    return [owners[linear].register_forward_pre_hook(_hook(spec)) for linear, spec in activations.items()]
 
 
 def _hook(spec: ActivationSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
