@@ -18,7 +18,7 @@ LAYERS = [
     "schemes", "methods", "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
     # the flow
     "checkpoint", "architecture", "rounding", "transform", "calibrate", "export", "plan", "verification", "formats",
-    "engines", "pipeline", "evaluation", "benchmark", "report", "reporting", "api",
+    "engines", "pipeline", "evaluation", "benchmark", "tasks", "report", "reporting", "api",
     # beside the flow
     "estimation", "advice", "comparison", "diagnosis",
     # entries

@@ -30,10 +30,16 @@ def evaluate(
     samples: Annotated[
         int, typer.Option(help="Prompts for both models to answer, for the report; 0 for none.", min=0, max=6)
     ] = 3,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Run tasks instead: all, some of arithmetic,facts,format,code; or lm-eval's: mmlu,gsm8k …"),
+    ] = None,
+    task_items: Annotated[int | None, typer.Option(help="Items of each task. [default: all]", min=1)] = None,
+    task_seed: Annotated[int, typer.Option(help="Seed of the packaged items.")] = 0,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Measure perplexity, KL divergence from the unquantized model and top-1 agreement."""
+    """Measure perplexity, KL divergence from the unquantized model and top-1 agreement; or, with --tasks, accuracy."""
     from lowbit.checkpoint.base import report_path
     from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress
     from lowbit.evaluation import evaluate as run
@@ -41,6 +47,10 @@ def evaluate(
     from lowbit.measure import return_freed_memory
 
     return_freed_memory()
+    if tasks is not None:
+        _run_tasks(quantized, how, tasks.split(","), task_items, task_seed, activations.value, json, no_report)
+        return
+    _refuse_task_options(task_items, task_seed)
     reported = not no_report and report_path(Path(quantized)).is_file()
     with window_progress("windows", quiet=json) as progress:
         evaluations = run(
@@ -57,3 +67,47 @@ def evaluate(
     print_table(evaluation_table(evaluations))
     for evaluation in evaluations:
         echo(sentence(evaluation))
+
+
+# What is read of a text, with its default; tasks read none.
+_OF_A_TEXT = {"text": None, "windows": 40, "window_tokens": 512, "protocol": "full", "bos": "auto"}
+
+
+def _run_tasks(
+    quantized: str, how: dict[str, Any], names: list[str], limit: int | None, seed: int, activations: str, json: bool,
+    no_report: bool,
+) -> None:  # fmt: skip
+    from lowbit.checkpoint.base import HTML_NAME, report_path
+    from lowbit.cli.console import print_json, print_table, say, window_progress
+    from lowbit.errors import UsageError
+    from lowbit.reporting import add_tasks
+    from lowbit.tasks.result import task_sentence, task_table
+    from lowbit.tasks.run import evaluate_tasks
+
+    unread = [name for name, default in _OF_A_TEXT.items() if how.pop(name) != default]
+    if unread:
+        flag = "--" + unread[0].replace("_", "-")
+        raise UsageError(f"{flag} is of a text, and --tasks reads none", f"leave {flag} or --tasks out")
+    with window_progress("items", quiet=json) as progress:
+        found = evaluate_tasks(quantized, tasks=names, limit=limit, seed=seed, activations=activations,  # type: ignore[arg-type]
+                               progress=progress, **how)  # fmt: skip
+    if not no_report and found.reference is not None and add_tasks(Path(quantized), found) is not None and not json:
+        say(f"added to {report_path(Path(quantized), HTML_NAME)}")
+    if json:
+        from lowbit.tasks.result import as_json
+
+        print_json(as_json(found))
+        return
+    for note in found.notes:
+        say(f"note: {note}")
+    echo(f"model      {found.model}\nreference  {found.reference or 'none'}\ntasks      {found.suite}")
+    print_table(task_table(found))
+    echo(f"{Path(quantized).name} {task_sentence(found)}")
+
+
+def _refuse_task_options(limit: int | None, seed: int) -> None:
+    from lowbit.errors import UsageError
+
+    if limit is not None or seed:
+        flag = "--task-seed" if limit is None else "--task-items"
+        raise UsageError(f"{flag} is of tasks, but --tasks was not given", "add --tasks all")
