@@ -36,6 +36,9 @@ def evaluate(
     ] = None,
     task_items: Annotated[int | None, typer.Option(help="Items of each task. [default: all]", min=1)] = None,
     task_seed: Annotated[int, typer.Option(help="Seed of the packaged items.")] = 0,
+    url: Annotated[
+        str | None, typer.Option(help="With --tasks: a running server that serves QUANT, asked instead of loading it.")
+    ] = None,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
@@ -48,9 +51,9 @@ def evaluate(
 
     return_freed_memory()
     if tasks is not None:
-        _run_tasks(quantized, how, tasks.split(","), task_items, task_seed, activations.value, json, no_report)
+        _run_tasks(quantized, how, tasks.split(","), task_items, task_seed, url, activations.value, json, no_report)
         return
-    _refuse_task_options(task_items, task_seed)
+    _refuse_task_options(task_items, task_seed, url)
     reported = not no_report and report_path(Path(quantized)).is_file()
     with window_progress("windows", quiet=json) as progress:
         evaluations = run(
@@ -74,8 +77,8 @@ _OF_A_TEXT = {"text": None, "windows": 40, "window_tokens": 512, "protocol": "fu
 
 
 def _run_tasks(
-    quantized: str, how: dict[str, Any], names: list[str], limit: int | None, seed: int, activations: str, json: bool,
-    no_report: bool,
+    quantized: str, how: dict[str, Any], names: list[str], limit: int | None, seed: int, url: str | None,
+    activations: str, json: bool, no_report: bool,
 ) -> None:  # fmt: skip
     from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import print_json, print_table, say, window_progress
@@ -89,7 +92,7 @@ def _run_tasks(
         flag = "--" + unread[0].replace("_", "-")
         raise UsageError(f"{flag} is of a text, and --tasks reads none", f"leave {flag} or --tasks out")
     with window_progress("items", quiet=json) as progress:
-        found = evaluate_tasks(quantized, tasks=names, limit=limit, seed=seed, activations=activations,  # type: ignore[arg-type]
+        found = evaluate_tasks(quantized, tasks=names, url=url, limit=limit, seed=seed, activations=activations,  # type: ignore[arg-type]
                                progress=progress, **how)  # fmt: skip
     if not no_report and found.reference is not None and add_tasks(Path(quantized), found) is not None and not json:
         say(f"added to {report_path(Path(quantized), HTML_NAME)}")
@@ -105,9 +108,9 @@ def _run_tasks(
     echo(f"{Path(quantized).name} {task_sentence(found)}")
 
 
-def _refuse_task_options(limit: int | None, seed: int) -> None:
+def _refuse_task_options(limit: int | None, seed: int, url: str | None) -> None:
     from lowbit.errors import UsageError
 
-    if limit is not None or seed:
-        flag = "--task-seed" if limit is None else "--task-items"
+    if limit is not None or seed or url is not None:
+        flag = "--task-items" if limit is not None else "--task-seed" if seed else "--url"
         raise UsageError(f"{flag} is of tasks, but --tasks was not given", "add --tasks all")

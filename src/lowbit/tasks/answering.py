@@ -54,7 +54,9 @@ def likelihoods(
 ) -> list[list[float]]:
     """Log-likelihood per byte of every choice of every item."""
     rows = [
-        (*_tokens(tokenizer, item.prompt, choice), len(choice.encode())) for item in items for choice in item.choices
+        (*choice_tokens(tokenizer, item.prompt, choice), len(choice.encode()))
+        for item in items
+        for choice in item.choices
     ]
     found: list[float] = []
     for begin in range(0, len(rows), BATCH):
@@ -68,7 +70,7 @@ def likelihoods(
     return [[next(remaining) for _ in item.choices] for item in items]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[list[int], int]:
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[list[int], int]:
     """(tokens of prompt and choice, where the choice begins)."""
     whole = list(tokenizer(prompt + choice)["input_ids"])
     before = list(tokenizer(prompt)["input_ids"])
@@ -109,5 +111,10 @@ def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
         top_k=None, pad_token_id=pad,
     )  # fmt: skip
     text = str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return until_end(text)
+
+
+def until_end(text: str) -> str:
+    """What is written, up to the end of the function."""
     ends = [text.find(end) for end in _ENDS if end in text]
     return text[: min(ends)] if ends else text

@@ -24,8 +24,9 @@ from lowbit.evaluation.perplexity import Activations, variants_of
 from lowbit.measure import Meter
 from lowbit.tasks import harness
 from lowbit.tasks.answering import BATCH, answers
-from lowbit.tasks.items import CATEGORIES, packaged_items
+from lowbit.tasks.items import CATEGORIES, Item, packaged_items
 from lowbit.tasks.result import TaskResult, rows_of
+from lowbit.tasks.server import ServedModel, served_answers
 
 Progress = Callable[[int, int], None]
 Outcomes = dict[tuple[str, str, str], bool]  # (category, filter of lm-eval, item) → right
@@ -50,11 +51,14 @@ class _Suite:
                 return harness.outcomes(opened.model, opened.tokenizer, self.names, self.limit, BATCH)
             items = self.items()
             right = answers(opened.model, opened.tokenizer, items, done)
-        return {
-            (item.category, "", str(place)): each for place, (item, each) in enumerate(zip(items, right, strict=True))
-        }
+        return self.by_item(right)
 
-    def items(self):
+    def by_item(self, right: list[bool]) -> Outcomes:
+        """Outcomes of the packaged items, in their order."""
+        pairs = zip(self.items(), right, strict=True)
+        return {(item.category, "", str(place)): each for place, (item, each) in enumerate(pairs)}
+
+    def items(self) -> list[Item]:
         """The packaged items, the first `limit` of each category."""
         found = packaged_items(self.seed, self.names)
         seen = dict.fromkeys(CATEGORIES, 0)
@@ -71,6 +75,7 @@ def evaluate_tasks(
     reference: str | Path | None = None,
     tasks: Sequence[str] = ("all",),
     *,
+    url: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     activations: Activations = "auto",
@@ -84,6 +89,7 @@ def evaluate_tasks(
 
     reference    the unquantized model; by default the source that the checkpoint's report names
     tasks        "all" packaged ones, some of arithmetic, facts, format, code; or tasks of lm-eval
+    url          of a running server that serves `quantized`, which is asked instead of loading it; packaged tasks only
     limit        items of each category or task; None: all
     seed         of the packaged items
     activations  "auto": simulated as the engine would where the scheme quantizes them; "none": weights alone
@@ -91,19 +97,31 @@ def evaluate_tasks(
     """
     meter = Meter()
     suite = _suite(tasks, limit, seed)
+    if url is not None and not suite.packaged:
+        raise UsageError("tasks of lm-eval are not run over a server by lowbit",
+                         "lm-eval does it itself: --model local-completions; or --tasks all")  # fmt: skip
     with contextlib.ExitStack() as stack:
         opener = Opener(stack, dtype, device, options or OpenOptions())
         judged = opener.open(quantized)
         source = open_reference(reference, read_report(judged.checkpoint), opener)
         variants = variants_of(judged.checkpoint, activations)
         name, context = list(variants.items())[-1]
-        models = [(judged, context)] if source.opened is None else [(source.opened, contextlib.nullcontext),
-                                                                    (judged, context)]  # fmt: skip
-        found = [
-            _asked(suite, opened, each, place, len(models), max_memory, progress)
-            for place, (opened, each) in enumerate(models)
-        ]
         notes = (*judged.checkpoint.notes, *source.notes)
+        count = 1 if source.opened is None else 2
+        found = []
+        if url is not None:  # first, since it refuses what is not the same model
+            name = "simulated" if len(variants) > 1 else "none"  # by the engine itself
+            served = ServedModel(url, judged.tokenizer)
+            found = [suite.by_item(served_answers(served, suite.items(), seed, _told(suite, 0, count, progress)))]
+            notes += (f"asked over {served.url}, model {served.name!r}",)
+            if served.unseen:
+                notes += (f"{served.unseen} tokens of choices were not among the server's most likely ones: "
+                          f"they count with the least of those",)  # fmt: skip
+        if source.opened is not None:
+            told = _told(suite, len(found), count, progress)
+            found.insert(0, _asked(suite, source.opened, contextlib.nullcontext, told, max_memory))
+        if url is None:
+            found.append(_asked(suite, judged, context, _told(suite, len(found), count, progress), max_memory))
         named = None if source.opened is None else source.opened.checkpoint.source
     keys = list(found[-1])
     if len(found) > 1 and found[0].keys() != found[1].keys():
@@ -117,17 +135,23 @@ def evaluate_tasks(
     )  # fmt: skip
 
 
+def _told(suite: _Suite, place: int, models: int, progress: Progress | None) -> Callable[[int], None]:
+    """What tells `progress` of the items of one of several models."""
+    count = len(suite.items()) if suite.packaged else 0
+    if progress is None:
+        return lambda done: None
+    return lambda done: progress(place * count + done, models * count)
+
+
 def _asked(
-    suite: _Suite, opened: Opened, context: Callable[..., contextlib.AbstractContextManager], place: int, models: int,
-    max_memory: int | None, progress: Progress | None,
+    suite: _Suite, opened: Opened, context: Callable[..., contextlib.AbstractContextManager],
+    told: Callable[[int], None], max_memory: int | None,
 ) -> Outcomes:  # fmt: skip
     if choose_way([opened.loader], 0, max_memory).block_by_block:
         raise UsageError(f"{opened.checkpoint.source} does not fit in memory, and tasks need a whole model",
-                         "run them on a larger machine, or on a running server")  # fmt: skip
-    count = len(suite.items()) if suite.packaged else 0
-    tell = (lambda done: None) if progress is None else (lambda done: progress(place * count + done, models * count))
+                         "run them on a larger machine, or on a running server: --url")  # fmt: skip
     try:
-        return suite.of(opened, context, tell)
+        return suite.of(opened, context, told)
     finally:
         opened.model.to_empty(device="meta")
         gc.collect()
