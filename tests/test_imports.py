@@ -18,8 +18,8 @@ LAYERS = [
     "schemes", "methods", "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
     # the flow
     "checkpoint", "architecture", "rounding", "transform", "calibrate", "kv", "distillation", "export", "plan",
-    "verification", "formats", "engines", "pipeline", "evaluation", "benchmark", "report", "reporting", "refinement",
-    "api",
+    "verification", "formats", "engines", "pipeline", "evaluation", "benchmark", "tasks", "report", "reporting",
+    "refinement", "api",
     # beside the flow
     "train", "estimation", "advice", "comparison", "diagnosis",
     # entries

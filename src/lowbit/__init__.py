@@ -29,6 +29,7 @@ _CALLS = {
     "compare": "lowbit.comparison:compare",
     "diagnose": "lowbit.diagnosis:diagnose",
     "estimate": "lowbit.estimation:estimate",
+    "evaluate_tasks": "lowbit.tasks.run:evaluate_tasks",
     "inspect": "lowbit.api:inspect",
     "load": "lowbit.evaluation:load",
     "generate": "lowbit.evaluation:generate",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lowbit.evaluation import load as load
     from lowbit.formats.gguf.imatrix import imatrix as imatrix
     from lowbit.refinement import refine as refine
+    from lowbit.tasks.run import evaluate_tasks as evaluate_tasks
     from lowbit.train.finetuning import finetune as finetune
     from lowbit.verification import verify as verify
 

@@ -25,6 +25,7 @@ from lowbit.report import schema
 from lowbit.report.page import render_html
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.settings import Settings, command_line
+from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
 from lowbit.verification.result import MMPROJ
 from lowbit.version import __version__
@@ -190,10 +191,18 @@ def add_bench(output: Path, found: Bench) -> schema.Report | None:
     return add_to_report(output, bench=(*kept, found))
 
 
+def add_tasks(output: Path, found: TaskResult) -> schema.Report | None:
+    """Add figures of tasks, in place of earlier ones of the same suite."""
+    if not report_path(output).is_file():
+        return None
+    kept = [each for each in schema.load(report_path(output)).tasks if each.suite != found.suite]
+    return add_to_report(output, tasks=(*kept, found))
+
+
 def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
     """Replace parts of the report and its page; None where the output has no report.
 
-    parts  fields of `Report`: evaluation, diagnosis, neighbours, bench
+    parts  fields of `Report`: evaluation, diagnosis, neighbours, bench, tasks
     """
     if not report_path(output).is_file():
         return None

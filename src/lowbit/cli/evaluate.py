@@ -10,6 +10,7 @@ import typer
 
 from lowbit.cli.console import echo
 from lowbit.cli.options import Json, NoReport, of_judging
+from lowbit.errors import UsageError
 
 _SAMPLES, _WINDOW = 3, 512
 
@@ -49,10 +50,21 @@ def evaluate(
         bool,
         typer.Option("--by-layer", help="With --kv-cache, also quantize the cache of each layer alone."),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Run tasks instead: all, some of arithmetic,facts,format,code; or lm-eval's: mmlu,gsm8k …"),
+    ] = None,
+    task_items: Annotated[int | None, typer.Option(help="Items of each task. [default: all]", min=1)] = None,
+    task_seed: Annotated[int, typer.Option(help="Seed of the packaged items.")] = 0,
+    url: Annotated[
+        str | None, typer.Option(help="With --tasks: a running server that serves QUANT, asked instead of loading it.")
+    ] = None,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Measure perplexity, KL divergence from the unquantized model and top-1 agreement."""
+    """Measure perplexity, KL divergence from the unquantized model and top-1 agreement; or, with --tasks, accuracy."""
+    if kv_cache is not None and tasks is not None:
+        raise UsageError("--kv-cache and --tasks are two measurements", "give one of them")
     if kv_cache is not None:
         _refuse_with_cache(how, activations, samples, context)
         _evaluate_cache(quantized, kv_cache, context, by_layer, activations, how, json, no_report)
@@ -65,6 +77,10 @@ def evaluate(
     from lowbit.measure import return_freed_memory
 
     return_freed_memory()
+    if tasks is not None:
+        _run_tasks(quantized, how, tasks.split(","), task_items, task_seed, url, activations.value, json, no_report)
+        return
+    _refuse_task_options(task_items, task_seed, url)
     reported = not no_report and report_path(Path(quantized)).is_file()
     with window_progress("windows", quiet=json) as progress:
         evaluations = run(
@@ -120,8 +136,6 @@ def _refuse_with_cache(
     how: dict[str, Any], activations: ActivationsOption, samples: int | None, context: str | None
 ) -> None:
     """UsageError for an option that measuring a cache would not read."""
-    from lowbit.errors import UsageError
-
     if how["reference"] is not None:
         raise UsageError("--kv-cache compares the model with itself, with its cache in 16 bits",
                          "leave --reference out")  # fmt: skip
@@ -134,8 +148,47 @@ def _refuse_with_cache(
 
 
 def _refuse_without_cache(context: str | None, by_layer: bool) -> None:
-    from lowbit.errors import UsageError
-
     for given, flag in ((context, "--context"), (by_layer, "--by-layer")):
         if given:
             raise UsageError(f"{flag} is read with --kv-cache alone", "add --kv-cache TYPE, or leave it out")
+
+
+# What is read of a text, with its default; tasks read none.
+_OF_A_TEXT = {"text": None, "windows": 40, "window_tokens": 512, "protocol": "full", "bos": "auto"}
+
+
+def _run_tasks(
+    quantized: str, how: dict[str, Any], names: list[str], limit: int | None, seed: int, url: str | None,
+    activations: str, json: bool, no_report: bool,
+) -> None:  # fmt: skip
+    from lowbit.checkpoint.base import HTML_NAME, report_path
+    from lowbit.cli.console import print_json, print_table, say, window_progress
+    from lowbit.reporting import add_tasks
+    from lowbit.tasks.result import task_sentence, task_table
+    from lowbit.tasks.run import evaluate_tasks
+
+    unread = [name for name, default in _OF_A_TEXT.items() if how.pop(name) != default]
+    if unread:
+        flag = "--" + unread[0].replace("_", "-")
+        raise UsageError(f"{flag} is of a text, and --tasks reads none", f"leave {flag} or --tasks out")
+    with window_progress("items", quiet=json) as progress:
+        found = evaluate_tasks(quantized, tasks=names, url=url, limit=limit, seed=seed, activations=activations,  # type: ignore[arg-type]
+                               progress=progress, **how)  # fmt: skip
+    if not no_report and found.reference is not None and add_tasks(Path(quantized), found) is not None and not json:
+        say(f"added to {report_path(Path(quantized), HTML_NAME)}")
+    if json:
+        from lowbit.tasks.result import as_json
+
+        print_json(as_json(found))
+        return
+    for note in found.notes:
+        say(f"note: {note}")
+    echo(f"model      {found.model}\nreference  {found.reference or 'none'}\ntasks      {found.suite}")
+    print_table(task_table(found))
+    echo(f"{Path(quantized).name} {task_sentence(found)}")
+
+
+def _refuse_task_options(limit: int | None, seed: int, url: str | None) -> None:
+    if limit is not None or seed or url is not None:
+        flag = "--task-items" if limit is not None else "--task-seed" if seed else "--url"
+        raise UsageError(f"{flag} is of tasks, but --tasks was not given", "add --tasks all")

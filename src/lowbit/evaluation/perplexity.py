@@ -100,7 +100,7 @@ def evaluate(
         opener = Opener(stack, dtype, device, options or OpenOptions())
         judged = opener.open(quantized)
         report = read_report(judged.checkpoint)
-        variants = _variants(judged.checkpoint, activations)
+        variants = variants_of(judged.checkpoint, activations)
         source = open_reference(reference, report, opener)
         tokenizer = (source.opened or judged).tokenizer
         cut = cut_windows(judged_text, tokenizer, windows, window_tokens, protocol, bos)
@@ -191,7 +191,7 @@ def score(
     return {name: collected.summary() for name, collected in values.items()}
 
 
-def _variants(checkpoint: Checkpoint, activations: Activations) -> dict[Variant, Context]:
+def variants_of(checkpoint: Checkpoint, activations: Activations) -> dict[Variant, Context]:
     """The requested variants that exist, with the context of each: "none" for weights alone, "simulated"."""
     if activations not in ("auto", "none", "simulated"):
         raise UsageError(f"there is no activations mode {activations!r}", "choose one of auto, none, simulated")

@@ -26,6 +26,7 @@ from lowbit.report.units import (
     significant,
     size,
 )
+from lowbit.tasks.result import TaskResult, task_sentence
 
 WORST_SHOWN = 5
 NAMES_SHOWN = 400  # per reason; the tensor table has them all
@@ -89,6 +90,25 @@ def speed_conditions(run: Bench) -> str:
     notes = "".join(f"; {note}" for note in run.notes)
     return (f"Measured {run.created:%Y-%m-%d} with {run.through}{threads}: median of {plural(run.repeats, 'run')}, "
             f"slowest and quickest beside it, all sequences together{peak}{notes}.")  # fmt: skip
+
+
+def tasks(run: TaskResult) -> list[list[str]]:
+    """A row of cells for each category."""
+    return [
+        [row.category, f"{row.items:,}",
+         DASH if row.reference_right is None else percent(row.reference_right / max(1, row.items)),
+         percent(row.accuracy), plus_minus(row.difference, row.difference_se, 100, f"{NBSP}%"),
+         DASH if row.lost is None else str(row.lost), DASH if row.gained is None else str(row.gained),
+         DASH if row.p is None else f"{row.p:.2g}"]
+        for row in run.rows
+    ]  # fmt: skip
+
+
+def task_words(run: TaskResult) -> str:
+    """The result in a sentence, and how it was made."""
+    rounding = "activations rounded as the engine would" if run.activations == "simulated" else "weights alone"
+    notes = "".join(f"; {note}" for note in run.notes)
+    return f"It {task_sentence(run)}. Computed in {run.dtype}, {rounding}, seed {run.seed}{notes}."
 
 
 def _reference(run: Evaluation) -> str:

@@ -10,7 +10,7 @@ Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are se
 
 Reports of schema 4 to 8 are read too, as reports of schema 9: 4 lacks histograms, samples, neighbours and the command;
 4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); checksums came with 7,
-the adapter with 8; none has measured speeds.
+the adapter with 8; none has tasks and speeds.
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -38,6 +38,7 @@ from lowbit.files.regular import open_regular
 from lowbit.records import Count, NonNegative, Record, Share
 from lowbit.report.diagnosis import Diagnosis
 from lowbit.rounding.histogram import WeightHistogram
+from lowbit.tasks.result import TaskResult
 from lowbit.verification.result import Verification
 
 SCHEMA = 9
@@ -298,6 +299,7 @@ class Report(Record):
     kv_cache: tuple[CacheEvaluation, ...] = ()
     diagnosis: Diagnosis | None = None
     bench: tuple[Bench, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
     serve: tuple[ServeLine, ...] = ()
     command: str | None = None
     neighbours: tuple[Neighbour, ...] = ()

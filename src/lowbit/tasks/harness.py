@@ -1,0 +1,79 @@
+"""Other tasks (mmlu, gsm8k, hellaswag …) by lm-eval, over a model that lowbit has loaded.
+
+lm-eval is the field's own judge, so its figures are those that others publish; what it makes of each item with the
+quantized model is paired here with what it makes of it with the reference. Data come from the Hub, or from its cache.
+
+Refused: lm-eval not installed, a task that it does not know (with the nearest), data that cannot be had, by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from lowbit.errors import DependencyError, EngineFailure, LowbitError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The metric of an item that says right or wrong, the first that it has.
+_METRICS = ("acc", "exact_match", "pass@1", "prompt_level_strict_acc", "acc_norm", "em", "f1")
+_OFFLINE = ("connection", "offline", "couldn't reach", "couldn't find", "localentrynotfound", "name resolution",
+            "max retries", "max retry", "hub", "proxy")  # fmt: skip
+
+
+def check_tasks(names: tuple[str, ...]) -> str:
+    """The name of the suite; DependencyError or UsageError where the tasks cannot be run."""
+    try:
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise DependencyError(
+            f"{', '.join(names)}: tasks beyond the packaged ones need lm-eval ({error})",
+            "pip install 'lowbit[eval]'; the packaged tasks are arithmetic, facts, format, code",
+        ) from None
+    known = TaskManager().all_tasks
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise UsageError(f"lm-eval has no task {name!r}", f"did you mean {', '.join(near)}?" if near else
+                             "lm-eval ls tasks lists them")  # fmt: skip
+    return f"lm-eval {metadata.version('lm_eval')}"
+
+
+def outcomes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], limit: int | None, batch: int
+) -> dict[tuple[str, str, str], bool]:
+    """(task, filter, document) → right, of every item."""
+    import lm_eval  # type: ignore[import-not-found]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+
+    try:
+        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        found: Any = lm_eval.simple_evaluate(model=judged, tasks=list(names), limit=limit, log_samples=True,
+                                             bootstrap_iters=0)  # fmt: skip
+    except LowbitError:
+        raise
+    except Exception as error:  # a task may raise anything: its data, its template, its metric
+        text = f"{type(error).__name__}: {error}"
+        if any(word in text.lower() for word in _OFFLINE):
+            raise UsageError(
+                f"{', '.join(names)}: the data cannot be had: {text[:300]}",
+                "these tasks fetch their data from the Hub; without a network run the packaged ones: --tasks all",
+            ) from None
+        raise EngineFailure(f"lm-eval failed on {', '.join(names)}: {text[:300]}",
+                            "run one task at a time to see which") from None  # fmt: skip
+    return {
+        (task, str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
+        for task, samples in found["samples"].items()
+        for sample in samples
+    }
+
+
+def _is_right(task: str, sample: dict[str, Any]) -> bool:
+    metric = next((name for name in _METRICS if isinstance(sample.get(name), int | float)), None)
+    if metric is None:
+        raise UsageError(
+            f"{task} has no metric of right and wrong by item", f"tasks with one of {', '.join(_METRICS)} do"
+        )
+    return float(sample[metric]) >= 0.5

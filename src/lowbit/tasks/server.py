@@ -1,0 +1,173 @@
+"""A running server in place of a model: the packaged items over OpenAI's completions, with log-probabilities.
+
+    choices   prompt and choice go as token ids, and their log-probabilities come back: `echo` (vLLM, SGLang); a server
+              without it (llama.cpp) is asked token by token for its most likely ones. A token of a choice that is not
+              among them counts with the least of them, an upper bound, and a note says how many did
+    code      is written as text
+
+Answers are kept as they come (`kept_answers`), so a run that a dying server stopped goes on where it was.
+
+Refused: a server that makes other tokens of a text than the model's tokenizer (UsageError), or that cannot be asked
+(EngineFailure).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit.checkpoint.base import cache_root
+from lowbit.errors import EngineFailure, UsageError
+from lowbit.tasks.answering import WRITTEN, choice_tokens, until_end
+from lowbit.tasks.items import Item
+from lowbit.tasks.sandbox import run_cases
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOP = 1000  # of the most likely tokens, where there is no echo
+_TIMEOUT = 600
+_COMPARED = 12  # texts whose tokens are compared
+
+
+class ServedModel:
+    """A model behind `url`, asked with the tokens of `tokenizer`. unseen: tokens that were not among the likeliest."""
+
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._tokenizer = tokenizer
+        listed = self._ask("/v1/models").get("data")
+        self.name = str(listed[0].get("id")) if isinstance(listed, list) and listed else ""
+        self._echo: bool | None = None
+        self.unseen = 0
+
+    def check_tokens(self, texts: Sequence[str]) -> None:
+        """UsageError where the server makes other tokens of a text, or as many others as can be told."""
+        for text in texts[:: max(1, len(texts) // _COMPARED)]:
+            ours = list(self._tokenizer(text)["input_ids"])
+            body = {
+                "model": self.name,
+                "prompt": text,
+                "content": text,
+                "add_special_tokens": True,
+                "add_special": True,
+            }
+            try:
+                theirs = self._ask("/tokenize", body).get("tokens")
+            except EngineFailure:  # no such address: the count still tells most of the differences
+                answer = self._complete(text, 1)
+                theirs = answer.get("usage", {}).get("prompt_tokens")
+                ours = len(ours)
+            if theirs != ours:
+                found, needed = str(theirs)[:80], str(ours)[:80]
+                raise UsageError(
+                    f"{self.url} makes {found} of {text[:40]!r}; the model's tokenizer makes {needed}",
+                    "it serves another model, or one with another tokenizer",
+                )
+
+    def answer(self, item: Item) -> bool:
+        """Whether the server has it right."""
+        if not item.choices:
+            ids = list(self._tokenizer(item.prompt)["input_ids"])
+            text = str(self._complete(ids, WRITTEN)["choices"][0].get("text", ""))
+            return run_cases(item.prompt + until_end(text), item.cases)[0]
+        scores = [self._likelihood(item.prompt, choice) / len(choice.encode()) for choice in item.choices]
+        return scores[0] > max(scores[1:])
+
+    def _likelihood(self, prompt: str, choice: str) -> float:
+        ids, start = choice_tokens(self._tokenizer, prompt, choice)
+        if self._echo is not False:
+            answer = self._complete(ids, 1, echo=True, logprobs=1)
+            values = _token_logprobs(answer)
+            self._echo = values is not None and len(values) >= len(ids)
+            if self._echo and values is not None:
+                return sum(float(value) for value in values[start : len(ids)])
+        return sum(self._of_next(ids[:place], ids[place]) for place in range(start, len(ids)))
+
+    def _of_next(self, before: list[int], token: int) -> float:
+        answer = self._complete(before, 1, logprobs=_TOP, n_probs=_TOP)
+        try:
+            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found = {int(each["id"]): float(each["logprob"]) for each in top}
+            least = min(found.values())
+        except (LookupError, TypeError, ValueError):
+            raise EngineFailure(f"{self.url} gives no log-probabilities of its tokens",
+                                "vLLM, SGLang and llama.cpp do, over /v1/completions") from None  # fmt: skip
+        if token not in found:
+            self.unseen += 1
+        return found.get(token, least)
+
+    def _complete(self, prompt: str | list[int], tokens: int, **more: Any) -> dict[str, Any]:
+        body = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": True}
+        answer = self._ask("/v1/completions", body | more)
+        if not answer.get("choices"):
+            raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's completions?")
+        return answer
+
+    def _ask(self, place: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + place, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                found = json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise EngineFailure(f"{self.url}{place} answers {error.code}: {error.read(200).decode(errors='replace')}",
+                                "start the server with this model") from None  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
+                                "the same command goes on from the answers that are there") from None  # fmt: skip
+        if not isinstance(found, dict):
+            raise EngineFailure(f"{self.url}{place} answers no JSON object", "is it OpenAI's completions?")
+        return found
+
+
+def _token_logprobs(answer: dict[str, Any]) -> list[Any] | None:
+    logprobs = answer["choices"][0].get("logprobs")
+    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    return values if isinstance(values, list) else None
+
+
+def served_answers(
+    served: ServedModel, items: Sequence[Item], seed: int, progress: Callable[[int], None] = lambda done: None
+) -> list[bool]:
+    """Whether each item is answered rightly; those that an earlier run has answered are not asked again."""
+    served.check_tokens([item.prompt for item in items])
+    path = kept_answers(served, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _read(path)
+    right = []
+    with path.open("a", encoding="utf-8") as file:
+        for place, item in enumerate(items):
+            key = hashlib.sha256(repr(item).encode()).hexdigest()[:24]
+            if key not in known:
+                known[key] = served.answer(item)
+                file.write(json.dumps({"item": key, "right": known[key]}) + "\n")
+                file.flush()
+            right.append(known[key])
+            progress(place + 1)
+    path.unlink(missing_ok=True)  # whole: the next run asks again
+    return right
+
+
+def kept_answers(served: ServedModel, seed: int) -> Path:
+    """Where the answers of an unfinished run lie."""
+    name = hashlib.sha256(f"{served.url} {served.name} {seed}".encode()).hexdigest()[:24]
+    return cache_root() / "tasks" / f"{name}.jsonl"
+
+
+def _read(path: Path) -> dict[str, bool]:
+    """Whole lines; a last one that a kill cut is passed over."""
+    known: dict[str, bool] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                known[str(entry["item"])] = bool(entry["right"])
+            except (ValueError, LookupError, TypeError):
+                continue
+    return known

@@ -1,0 +1,163 @@
+"""Tasks over a server: a stand-in for vLLM and one for llama.cpp, with a real model behind both."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli.main import app
+from lowbit.errors import EngineFailure, UsageError
+from lowbit.tasks.answering import answers
+from lowbit.tasks.items import packaged_items
+from lowbit.tasks.run import evaluate_tasks
+from lowbit.tasks.server import ServedModel, kept_answers, served_answers
+
+
+@contextmanager
+def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None, tops=True):
+    """An OpenAI-like server. echo: as vLLM; else the top tokens with ids, as llama.cpp. shift: of its token ids."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send({"data": [{"id": "tiny"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                if not tokenize:
+                    return self._send({}, 404)
+                return self._send({"tokens": [each + shift for each in tokenizer(body["prompt"])["input_ids"]]})
+            asked.append(body)
+            if dies_after is not None and len(asked) > dies_after:
+                return self._send({"error": "gone"}, 500)
+            prompt = body["prompt"]
+            ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            usage = {"prompt_tokens": len(ids) + shift}
+            with torch.inference_mode():
+                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            choice = {"text": " pass"}
+            if echo and body.get("echo"):
+                own = [None, *(logp[i - 1, ids[i]].item() for i in range(1, len(ids)))]
+                choice["logprobs"] = {"token_logprobs": [*own, -1.0]}
+            elif tops and body.get("n_probs"):
+                best = logp[-1].topk(min(body["n_probs"], logp.shape[-1]))
+                top = [
+                    {"id": i, "logprob": v} for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                ]
+                choice["logprobs"] = {"content": [{"top_logprobs": top}]}
+            return self._send({"choices": [choice], "usage": usage})
+
+        def _send(self, body, code=200):
+            text = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama):
+    return lowbit.load(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+
+
+ITEMS = [item for name in ("facts", "format") for item in packaged_items(0, (name,))[:4]]
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_server_answers_as_the_model_behind_it_does(loaded, echo):
+    model, tokenizer = loaded
+    with serving(model, tokenizer, echo) as (url, asked):
+        served = ServedModel(url, tokenizer)
+        found = served_answers(served, ITEMS, 0)
+        assert not kept_answers(served, 0).exists()
+    assert found == answers(model, tokenizer, ITEMS)
+    assert served.unseen == 0
+    assert len(asked) == 4 * len(ITEMS) or not echo
+
+
+def test_tokens_that_are_not_among_the_likeliest_are_counted(loaded, monkeypatch):
+    monkeypatch.setattr("lowbit.tasks.server._TOP", 3)
+    with serving(*loaded, echo=False) as (url, _):
+        served = ServedModel(url, loaded[1])
+        served.answer(ITEMS[0])
+        assert served.unseen > 0
+
+
+def test_a_run_goes_on_where_a_dying_server_stopped_it(loaded):
+    model, tokenizer = loaded
+    with serving(model, tokenizer, dies_after=4 * 3 + 2) as (url, _):
+        served = ServedModel(url, tokenizer)
+        with pytest.raises(EngineFailure, match="answers 500"):
+            served_answers(served, ITEMS, 0)
+        path = kept_answers(served, 0)
+        assert len(path.read_text().splitlines()) == 3
+        path.write_text(path.read_text() + '{"item": "cut')  # killed while it wrote
+    with serving(model, tokenizer) as (url, asked):
+        again = ServedModel(url, tokenizer)
+        kept_answers(again, 0).write_text(path.read_text())  # the same server has another port here
+        assert served_answers(again, ITEMS, 0) == answers(model, tokenizer, ITEMS)
+        assert len(asked) == 4 * (len(ITEMS) - 3)
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_a_server_with_other_tokens_is_refused(loaded, tokenize):
+    """By its tokens; without /tokenize, by their number."""
+    model, tokenizer = loaded
+    other = serving(model, tokenizer, tokenize=tokenize, shift=1)
+    with other as (url, _), pytest.raises(UsageError, match="tokenizer makes"):
+        served_answers(ServedModel(url, tokenizer), ITEMS, 0)
+    with serving(model, tokenizer, tokenize=tokenize) as (url, _):
+        ServedModel(url, tokenizer).check_tokens([item.prompt for item in ITEMS])
+
+
+def test_a_server_without_log_probabilities_is_refused(loaded):
+    with serving(*loaded, echo=False, tops=False) as (url, _), pytest.raises(EngineFailure, match="log-probabilities"):
+        served_answers(ServedModel(url, loaded[1]), ITEMS, 0)
+
+
+def test_no_server(loaded):
+    with pytest.raises(EngineFailure, match="cannot be asked"):
+        ServedModel("http://127.0.0.1:9", loaded[1])
+
+
+def test_the_command_pairs_a_server_with_the_reference_that_is_loaded(tiny_llama, loaded, tmp_path):
+    made = lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W8A16").path
+    with serving(*loaded) as (url, _):
+        words = ["evaluate", str(made), "--tasks", "facts", "--task-items", "3", "--url", url + "/v1", "--json"]
+        found = json.loads(CliRunner().invoke(app, words).stdout)
+    assert [(row["lost"], row["gained"]) for row in found["rows"]] == [(0, 0), (0, 0)]  # the source is behind it
+    assert any(url in note for note in found["notes"])
+
+
+def test_lm_evals_tasks_and_a_url_without_tasks_are_refused(tiny_llama, monkeypatch):
+    monkeypatch.setattr("lowbit.tasks.harness.check_tasks", lambda names: "lm-eval 0.4.13")
+    with pytest.raises(UsageError, match="not run over a server"):
+        evaluate_tasks(tiny_llama, tasks=["mmlu"], url="http://127.0.0.1:9")
+    answer = CliRunner().invoke(app, ["evaluate", str(tiny_llama), "--url", "http://127.0.0.1:9"])
+    assert isinstance(answer.exception, UsageError)
