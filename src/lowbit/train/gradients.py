@@ -88,8 +88,8 @@ def _hook(state: CompressedGradients, bucket: Any) -> torch.futures.Future[Tenso
     buffer, parameters = bucket.buffer(), bucket.parameters()
     values = buffer.float()
     if state.error_feedback and state._errors:
-        zeros = values.new_zeros
-        values = values + torch.cat([state._errors.get(each, zeros(each.numel())) for each in parameters])
+        kept = [state._errors[each] if each in state._errors else values.new_zeros(each.numel()) for each in parameters]
+        values = values + torch.cat(kept)
     message = state.encode(values)
     state.sent, state.plain = state.sent + message.numel(), state.plain + buffer.nbytes
     if state.error_feedback:
