@@ -186,7 +186,7 @@ class Settings(Table):
     ] = None  # fmt: skip
     shrinkage: Annotated[
         float | None, Field(ge=0, le=1),
-        Knob("GPTQ: share by which what H says of pairs of channels is taken back", METHODS, knobs.GPTQ, absent="0.2",
+        Knob("GPTQ: share by which what H says of pairs of channels is taken back", METHODS, knobs.GPTQ, absent="0",
              see="gptq.md"),
     ] = None  # fmt: skip
     correction: Annotated[

@@ -67,7 +67,7 @@ class GPTQOptions:
     """
 
     damping: float = 0.01
-    shrinkage: float = 0.2
+    shrinkage: float = 0.0
     act_order: bool = True
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
