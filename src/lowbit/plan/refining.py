@@ -41,7 +41,10 @@ _SOME = 1.0
 
 
 class KeepsFiles(Protocol):
-    """What plans of refinements have beside `Plan`."""
+    """What plans of refinements have beside `Plan`. origin: the model on this machine, whatever it was called"""
+
+    @property
+    def origin(self) -> Path: ...
 
     def copied(self, work: Path, output: Path) -> PatchedFiles:
         """The source's files, copied into the hidden folder and open for the refined tensors."""
@@ -82,6 +85,11 @@ class KeptFolderPlan(FolderPlan):
 
     def pack(self, tensor: PlannedTensor, rows: QuantizedTensor | Tensor, first: int) -> list[Piece]:
         return [piece for piece in super().pack(tensor, rows, first) if piece.name in self.refined]
+
+    @property
+    def origin(self) -> Path:
+        """The folder on this machine, whatever it was called."""
+        return self.source.folder
 
     @cached_property
     def _weights(self) -> list[Path]:

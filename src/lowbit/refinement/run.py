@@ -132,17 +132,17 @@ def refine(
     prepared, kept = asked.prepared, asked.kept
     plan = kept.plan
     _refuse_other_name(output, plan.format.suffix, file)
-    judge = _judge(asked, reference, run, progress)
+    judge = _judge(asked, reference, run)
     with claimed(output) as claim:
         plan.refuse_existing(output, overwrite)
         check_disk(output, 2 * plan.file_bytes, plan.largest_file)
-        before = judge(str(file))
-        inherited = {check.rule for check in verify(file, engine=plan.format.engine).broken}
+        before = judge(str(file), _share(progress, 0, 10))
+        inherited = {check.rule for check in verify(plan.origin, engine=plan.format.engine).broken}
         dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
         try:
             done = loop.calibrate(
                 prepared.checkpoint, asked.pair.architecture, kept.targets, dtypes, plan.settings, prepared.options,
-                run, output, progress, start=asked.start,
+                run, output, _share(progress, 10, 90), start=asked.start,
             )  # fmt: skip
             prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
             report = None
@@ -150,7 +150,7 @@ def refine(
                 written = _patched(prepared, asked, work, output)
                 model = plan.model_in(work, output)
                 verification = _verified(model, output, asked, inherited)
-                after = judge(str(model)).model_copy(update={"model": str(output)})
+                after = judge(str(model), _share(progress, 90, 100)).model_copy(update={"model": str(output)})
                 _refuse_no_gain(before, after, file)
                 report = build_report(prepared, written, plan.opened_at(output), verification, meter)
                 found = schema.Refinement(file=str(file), before=before, after=after)
@@ -223,18 +223,27 @@ def _refuse_other_name(output: Path, suffix: str | None, file: str | Path) -> No
         raise UsageError(f"{output}: {file} is a folder, and a refinement keeps its format", "name a folder with -o")
 
 
-def _judge(
-    asked: Planned, reference: str | Path, run: RunOptions, progress: Progress | None
-) -> Callable[[str], Evaluation]:
-    held_out = asked.held_out
+def _share(progress: Progress | None, begin: int, end: int) -> Progress | None:
+    """Progress of a part of the run, in percent of the whole."""
+    if progress is None:
+        return None
+    return lambda name, done, total: progress(name, begin * total + (end - begin) * done, 100 * total)
 
-    def judge(path: str) -> Evaluation:
+
+def _judge(asked: Planned, reference: str | Path, run: RunOptions) -> Callable[[str, Progress | None], Evaluation]:
+    """path → its divergence from the reference, which is on this machine by now: a revision names it no longer."""
+    held_out, own = asked.held_out, asked.pair.reference
+    options = replace(asked.prepared.options, revision=None)
+    place = own.folder if own.kind != "gguf" else next(iter(own.tensors.values())).file
+
+    def judge(path: str, progress: Progress | None) -> Evaluation:
         told = None if progress is None else partial(progress, "held-out text")
-        return evaluate(
-            path, reference, held_out.text, windows=held_out.windows, window_tokens=held_out.window_tokens,
-            activations="none", device=run.device, max_memory=run.max_memory, options=asked.prepared.options,
+        (found,) = evaluate(
+            path, place, held_out.text, windows=held_out.windows, window_tokens=held_out.window_tokens,
+            activations="none", device=run.device, max_memory=run.max_memory, options=options,
             progress=told,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        return found.model_copy(update={"reference": str(reference)})
 
     return judge
 

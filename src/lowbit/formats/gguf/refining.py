@@ -36,6 +36,11 @@ class KeptGGUFPlan(GGUFPlan):
 
     raw: Any = field(default=None, repr=False, compare=False)
 
+    @property
+    def origin(self) -> Path:
+        """The first part."""
+        return self.raw.path
+
     @cached_property
     def _part_sizes(self) -> list[int]:
         return [file.path.stat().st_size for file in self.raw.files]
