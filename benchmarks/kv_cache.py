@@ -77,9 +77,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["type"] for row in rows):
         mine = {row["context"]: row for row in rows if row["type"] == name}
         first = next(iter(mine.values()))
-        cells = " | ".join(f"{row['kld_mean']:.5f} ± {row['kld_se']:.5f}" for _, row in sorted(mine.items()))
+        cells = " | ".join(shown(mine.get(context)) for context in contexts)
         lines.append(f"| `{name}` | {first['bits_per_value']:.2f} | {first['bytes_per_token']:,.0f} | {cells} |")
     return "\n".join(lines)
+
+
+def shown(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['kld_mean']:.5f} ± {row['kld_se']:.5f}"
 
 
 def put(document: Path, table: str) -> None:
