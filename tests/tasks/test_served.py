@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,15 +15,15 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import EngineFailure, UsageError
-from lowbit.tasks.answering import answers
+from lowbit.tasks.answering import answers, likelihoods
 from lowbit.tasks.items import packaged_items
 from lowbit.tasks.run import evaluate_tasks
 from lowbit.tasks.server import ServedModel, kept_answers, served_answers
 
 
 @contextmanager
-def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None, tops=True):
-    """An OpenAI-like server. echo: as vLLM; else the top tokens with ids, as llama.cpp. shift: of its token ids."""
+def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None, told=True, bias=0):
+    """An OpenAI-like server. echo: as vLLM; else one token at a time, as llama.cpp. shift, bias: of its ids."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,12 +48,9 @@ def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None
             if echo and body.get("echo"):
                 own = [None, *(logp[i - 1, ids[i]].item() for i in range(1, len(ids)))]
                 choice["logprobs"] = {"token_logprobs": [*own, -1.0]}
-            elif tops and body.get("n_probs"):
-                best = logp[-1].topk(min(body["n_probs"], logp.shape[-1]))
-                top = [
-                    {"id": i, "logprob": v} for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-                ]
-                choice["logprobs"] = {"content": [{"top_logprobs": top}]}
+            elif told and body.get("logit_bias"):
+                token = int(next(iter(body["logit_bias"]))) + bias
+                choice["logprobs"] = {"content": [{"id": token, "logprob": logp[-1, token].item()}]}
             return self._send({"choices": [choice], "usage": usage})
 
         def _send(self, body, code=200):
@@ -97,16 +95,7 @@ def test_a_server_answers_as_the_model_behind_it_does(loaded, echo):
         found = served_answers(served, ITEMS, 0)
         assert not kept_answers(served, 0).exists()
     assert found == answers(model, tokenizer, ITEMS)
-    assert served.unseen == 0
     assert len(asked) == 4 * len(ITEMS) or not echo
-
-
-def test_tokens_that_are_not_among_the_likeliest_are_counted(loaded, monkeypatch):
-    monkeypatch.setattr("lowbit.tasks.server._TOP", 3)
-    with serving(*loaded, echo=False) as (url, _):
-        served = ServedModel(url, loaded[1])
-        served.answer(ITEMS[0])
-        assert served.unseen > 0
 
 
 def test_a_run_goes_on_where_a_dying_server_stopped_it(loaded):
@@ -136,9 +125,33 @@ def test_a_server_with_other_tokens_is_refused(loaded, tokenize):
         ServedModel(url, tokenizer).check_tokens([item.prompt for item in ITEMS])
 
 
-def test_a_server_without_log_probabilities_is_refused(loaded):
-    with serving(*loaded, echo=False, tops=False) as (url, _), pytest.raises(EngineFailure, match="log-probabilities"):
+@pytest.mark.parametrize(("how", "says"), [({"told": False}, "log-probabilities"), ({"bias": 1}, "although a bias")])
+def test_a_server_that_cannot_score_is_refused(loaded, how, says):
+    with serving(*loaded, echo=False, **how) as (url, _), pytest.raises(EngineFailure, match=says):
         served_answers(ServedModel(url, loaded[1]), ITEMS, 0)
+
+
+def test_llama_cpps_own_server(tiny_llama, loaded, tmp_path):
+    """The probabilities of choices, and code that it writes, against the model that its file was made of."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    file = lowbit.quantize(tiny_llama, tmp_path / "m.gguf", scheme="F32", format="gguf").path
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port = str(file), 256, 1, port
+    params.warmup, params.verbosity = False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    running = xllamacpp.Server(params)
+    served = ServedModel(f"http://127.0.0.1:{port}", loaded[1])
+    served.check_tokens([item.prompt for item in ITEMS])
+    item = ITEMS[0]
+    expected = likelihoods(*loaded, [item])[0]
+    found = [served._likelihood(item.prompt, choice) / len(choice.encode()) for choice in item.choices]
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert served.answer(packaged_items(0, ("code",))[0]) is False  # random weights write no function
+    assert running
 
 
 def test_no_server(loaded):

@@ -114,9 +114,6 @@ def evaluate_tasks(
             served = ServedModel(url, judged.tokenizer)
             found = [suite.by_item(served_answers(served, suite.items(), seed, _told(suite, 0, count, progress)))]
             notes += (f"asked over {served.url}, model {served.name!r}",)
-            if served.unseen:
-                notes += (f"{served.unseen} tokens of choices were not among the server's most likely ones: "
-                          f"they count with the least of those",)  # fmt: skip
         if source.opened is not None:
             told = _told(suite, len(found), count, progress)
             found.insert(0, _asked(suite, source.opened, contextlib.nullcontext, told, max_memory))

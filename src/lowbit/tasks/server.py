@@ -1,8 +1,8 @@
 """A running server in place of a model: the packaged items over OpenAI's completions, with log-probabilities.
 
-    choices   prompt and choice go as token ids, and their log-probabilities come back: `echo` (vLLM, SGLang); a server
-              without it (llama.cpp) is asked token by token for its most likely ones. A token of a choice that is not
-              among them counts with the least of them, an upper bound, and a note says how many did
+    choices   prompt and choice go as token ids, and their log-probabilities come back: `echo` (vLLM, SGLang); a
+              server without it (llama.cpp) is asked token by token: a bias makes it choose the token of the choice, and
+              what it tells is the log-probability that this token had before the bias
     code      is written as text
 
 Answers are kept as they come (`kept_answers`), so a run that a dying server stopped goes on where it was.
@@ -30,13 +30,12 @@ from lowbit.tasks.sandbox import run_cases
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOP = 1000  # of the most likely tokens, where there is no echo
 _TIMEOUT = 600
 _COMPARED = 12  # texts whose tokens are compared
 
 
 class ServedModel:
-    """A model behind `url`, asked with the tokens of `tokenizer`. unseen: tokens that were not among the likeliest."""
+    """A model behind `url`, asked with the tokens of `tokenizer`."""
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase):
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -44,7 +43,6 @@ class ServedModel:
         listed = self._ask("/v1/models").get("data")
         self.name = str(listed[0].get("id")) if isinstance(listed, list) and listed else ""
         self._echo: bool | None = None
-        self.unseen = 0
 
     def check_tokens(self, texts: Sequence[str]) -> None:
         """UsageError where the server makes other tokens of a text, or as many others as can be told."""
@@ -90,17 +88,17 @@ class ServedModel:
         return sum(self._of_next(ids[:place], ids[place]) for place in range(start, len(ids)))
 
     def _of_next(self, before: list[int], token: int) -> float:
-        answer = self._complete(before, 1, logprobs=_TOP, n_probs=_TOP)
+        answer = self._complete(before, 1, logprobs=1, logit_bias={str(token): 100})
         try:
-            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            found = {int(each["id"]): float(each["logprob"]) for each in top}
-            least = min(found.values())
+            told = answer["choices"][0]["logprobs"]["content"][0]
+            chosen, value = int(told["id"]), float(told["logprob"])
         except (LookupError, TypeError, ValueError):
             raise EngineFailure(f"{self.url} gives no log-probabilities of its tokens",
                                 "vLLM, SGLang and llama.cpp do, over /v1/completions") from None  # fmt: skip
-        if token not in found:
-            self.unseen += 1
-        return found.get(token, least)
+        if chosen != token:
+            raise EngineFailure(f"{self.url} chose token {chosen} although a bias of 100 was on {token}",
+                                "it has neither echo nor logit_bias, of which one is needed")  # fmt: skip
+        return value
 
     def _complete(self, prompt: str | list[int], tokens: int, **more: Any) -> dict[str, Any]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": True}
