@@ -34,7 +34,7 @@ from lowbit.schemes import WeightSpec
 from lowbit.tensors import Granularity, GroupParams, LayerStats, RangeSearch
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ScalingPoint
-from lowbit.transform.hadamard import make_rotation
+from lowbit.numerics.hadamard import make_rotation
 from lowbit.transform.loss import RoundingLoss
 from lowbit.transform.smoothquant import smoothing_scales
 

@@ -10,7 +10,7 @@ from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_
 
 from lowbit.errors import UsageError
 from lowbit.tensors import LayerStats
-from lowbit.transform.hadamard import make_rotation
+from lowbit.numerics.hadamard import make_rotation
 from lowbit.transform.rotate import (
     RotateOptions,
     apply_residual,

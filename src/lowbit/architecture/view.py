@@ -205,6 +205,8 @@ class _CodesView(_View):
         self.schemes: dict[str, Scheme] = {
             whole[name]: scheme for name, scheme in stored.schemes.items() if name in whole
         }
+        rotations = getattr(stored, "rotations", {})
+        self.rotations = {whole[name]: rotation for name, rotation in rotations.items() if name in whole}
 
     @property
     def input_scales(self) -> dict[str, float]:

@@ -8,6 +8,7 @@
     static            s is the stored input scale, for all tokens; int8 and e4m3
     MX (e8m0)         s = 2^(floor(log2 max|x|) − emax) over 32 channels, emax 2 for E2M1 and 8 for E4M3
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
+    behind an online rotation V (transform_config)    x̂ = decode(encode(x V)) Vᵀ, for a weight that is rotated back
 
 All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
 zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
+from lowbit.numerics.hadamard import Rotation
 from lowbit.schemes import ActivationSpec, Scheme
 
 _MAX = {"e4m3": 448.0, "e2m1": 6.0}
@@ -124,24 +126,32 @@ def _round_e2m1(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def simulated_activations(
-    model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float]
-) -> Iterator[None]:
+    model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
+    rotations: Mapping[str, Rotation] | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
     schemes       weight name, as files have it → scheme
     input_scales  weight name → stored scale, for static and local schemes
+    rotations     weight name → rotation of its input by the engine; the model has the weight without it
     """
+    rotations = rotations or {}
     active = {name: scheme for name, scheme in schemes.items() if scheme.activation is not None}
     places = _places(model) if active else {}
     experts: dict[tuple[str, str], dict[str, Scheme]] = {}
     with contextlib.ExitStack() as stack:
         for name, scheme in active.items():
             owner, leaf, is_expert = places.get(name, (name.removesuffix(".weight"), "weight", False))
+            if is_expert and name in rotations:
+                raise CheckpointError(
+                    f"{name}: the rotated input of an expert cannot be simulated in a fused operation",
+                    "evaluate the weights alone with --activations none",
+                )
             if is_expert:
                 experts.setdefault((owner, leaf), {})[name] = scheme
                 continue
             assert scheme.activation is not None
-            hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales))
+            hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales), rotations.get(name))
             stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
         for (owner, leaf), members in experts.items():
             stack.enter_context(_fused_experts(model.get_submodule(owner), leaf, members))
@@ -232,8 +242,16 @@ def _stored_scale(name: str, scheme: Scheme, input_scales: Mapping[str, float]) 
     return scale
 
 
-def _hook(spec: ActivationSpec, scale: float | None):
+def _hook(spec: ActivationSpec, scale: float | None, rotation: Rotation | None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_activation(args[0], spec, scale), *args[1:])
+
+    def quantize_rotated(_module: nn.Module, args: tuple) -> tuple:
+        assert rotation is not None
+        turned = quantize_activation(rotation.columns(args[0].float()), spec, scale)
+        return (rotation.back(turned).to(args[0].dtype), *args[1:])
+
+    if rotation is not None:
+        return quantize_rotated
 
     return quantize_input

@@ -53,6 +53,7 @@ def generate(
         network = load_model(checkpoint, dtype, device, options)
         tokenizer = load_tokenizer(checkpoint, options)
         schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
+        rotations = getattr(checkpoint, "rotations", {})
     finally:
         checkpoint.close()
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
@@ -60,7 +61,7 @@ def generate(
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature}
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
-    with simulated_activations(network, schemes, scales), torch.random.fork_rng(devices):
+    with simulated_activations(network, schemes, scales, rotations), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
 

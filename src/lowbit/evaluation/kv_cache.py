@@ -136,7 +136,8 @@ def evaluate_kv_cache(
             opened.loader.fill(lambda _: True)
         schemes = {} if activations == "none" else getattr(opened.checkpoint, "schemes", {})
         scales = getattr(opened.checkpoint, "input_scales", {})
-        rounded: Context = lambda network: simulated_activations(network, schemes, scales)  # noqa: E731
+        rotations = getattr(opened.checkpoint, "rotations", {})
+        rounded: Context = lambda network: simulated_activations(network, schemes, scales, rotations)  # noqa: E731
         facts, origin = _facts(opened, way, opener.options, chosen, rounded)
         asked = _Asked(opened, way, opener.options, rounded, variants, facts)
         found: list[CacheEvaluation] = []

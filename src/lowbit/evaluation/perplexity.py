@@ -204,8 +204,8 @@ def _variants(checkpoint: Checkpoint, activations: Activations) -> dict[Variant,
         )
     variants: dict[Variant, Context] = {} if activations == "simulated" else {"none": contextlib.nullcontext}
     if quantizes_activations and activations != "none":
-        input_scales = getattr(checkpoint, "input_scales", {})
-        variants["simulated"] = lambda model: simulated_activations(model, schemes, input_scales)
+        scales, rotations = getattr(checkpoint, "input_scales", {}), getattr(checkpoint, "rotations", {})
+        variants["simulated"] = lambda model: simulated_activations(model, schemes, scales, rotations)
     return variants
 
 

@@ -88,6 +88,11 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         for weight, scheme in checkpoint.schemes.items()
         if weight.removesuffix(".weight") in shapes
     }
+    for weight in getattr(checkpoint, "rotations", {}):
+        choice = choices.get(weight.removesuffix(".weight"))
+        if choice is not None and choice.reason is None and settings.format != "float":
+            reason = "its codes are of rotated columns, for an engine that rotates the input (transform_config)"
+            choices[weight.removesuffix(".weight")] = replace(choice, reason=reason)
     fixed = {linear: choice.scheme for linear, choice in choices.items()}
     plan = make_plan(checkpoint, architecture, settings, dtype, fixed)
     plan = replace(plan, tensors=tuple(_planned(t, choices, checkpoint, exporter, settings) for t in plan.tensors))
