@@ -65,7 +65,7 @@ class InputTransform:
 
 
 @dataclass(frozen=True)
-class Transforms:
+class RunTimeTransforms:
     """What a transform_config does as the model runs.
 
     inputs     in the order of the file
@@ -113,11 +113,11 @@ class Transforms:
         return sylvester(size)
 
 
-def parse_transform_config(stated: Any) -> Transforms:
+def parse_transform_config(stated: Any) -> RunTimeTransforms:
     """The parsed `transform_config` of a quantization_config; nothing for null and {}. CheckpointError for what the
     module docstring refuses."""
     if not stated:
-        return Transforms()
+        return RunTimeTransforms()
     groups = stated.get("config_groups") if isinstance(stated, dict) else None
     if not isinstance(groups, dict) or set(stated) != {"config_groups"}:
         raise _bad("transform_config", stated, "{} or a mapping with config_groups alone")
@@ -146,7 +146,7 @@ def parse_transform_config(stated: Any) -> Transforms:
                 inputs.append(InputTransform(name, kind, targets, ignore, head_dim, args.get("inverse", False)))
     if attention["q_attn"] != attention["k_cache"]:
         raise _bad("transform_config", "rotated queries or keys alone", "the same rotation of both")
-    return Transforms(tuple(inputs), bool(attention["q_attn"]), tuple(dict.fromkeys(stored)))
+    return RunTimeTransforms(tuple(inputs), bool(attention["q_attn"]), tuple(dict.fromkeys(stored)))
 
 
 def _group(where: str, group: Any) -> tuple[str, int | None, list[Any]]:

@@ -242,7 +242,7 @@ def _stored_scale(name: str, scheme: Scheme, input_scales: Mapping[str, float]) 
     return scale
 
 
-def _hook(spec: ActivationSpec, scale: float | None, rotation: Rotation | None):
+def _hook(spec: ActivationSpec, scale: float | None, rotation: Rotation | None = None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_activation(args[0], spec, scale), *args[1:])
 
