@@ -191,6 +191,6 @@ def parse_method(text: str) -> Method:
     if online is not None and (learned or finish):
         what = learned or finish
         assert what is not None
-        raise UsageError(f"method {text!r}: {what.name} learns in the model's own basis, and {online} rounds in another",
+        raise UsageError(f"method {text!r}: {what.name} learns in the model's own basis, {online} rounds in another",
                          f"take {online}+gptq")  # fmt: skip
     return Method(tuple(transforms), roundings[0] if roundings else RTN, learned, finish)

@@ -1,4 +1,4 @@
-"""Online rotations, held against compressed-tensors: its classes read our transform_config, its matrices are ours, and a
+"""Online rotations against compressed-tensors: its classes read our transform_config, its matrices are ours, and a
 model of transformers with its hooks computes what ours does."""
 
 from __future__ import annotations

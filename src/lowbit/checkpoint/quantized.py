@@ -118,7 +118,7 @@ class QuantizedCheckpoint:
     """The decoded view of an open safetensors folder; `tensors` lists logical weights.
 
     kv_cache   scales of a quantized KV cache, which are not in `tensors`
-    rotations  weight name → rotation of its input at run time, of the few that have one. `read` takes it back out of the
+    rotations  weight name → rotation of its input at run time, of those that have one. `read` takes it back out of the
                weight, so that the model computes the same without it; `read_quantized` gives the codes as they are
     """
 

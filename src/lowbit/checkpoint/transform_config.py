@@ -78,12 +78,12 @@ class RunTimeTransforms:
     stored: tuple[str, ...] = ()
 
     def of(self, linear: str) -> InputTransform | None:
-        """The transform of a linear's input. CheckpointError for two: compressed-tensors applies both, vLLM the last."""
+        """The transform of a linear's input. CheckpointError for two: vLLM applies one, compressed-tensors both."""
         found = [each for each in self.inputs if each.takes(linear)]
         if len(found) > 1:
             raise CheckpointError(
-                f"config.json: transform_config rotates the input of {linear} twice ({found[0].name}, {found[1].name}), "
-                f"which engines read differently",
+                f"config.json: transform_config rotates the input of {linear} twice ({found[0].name}, "
+                f"{found[1].name}), which engines read differently",
                 "start from the 16-bit model",
             )
         return found[0] if found else None

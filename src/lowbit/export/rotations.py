@@ -1,4 +1,4 @@
-"""`transform_config`: rotations of inputs that engines apply as the model runs, as llm-compressor's SpinQuant states R4.
+"""`transform_config`: rotations of inputs that engines apply as the model runs, as llm-compressor states its R4.
 
     config_groups: R4 → {type: hadamard, head_dim, apply: [{location: input}, {location: weight_input, inverse: true}]}
 

@@ -74,9 +74,9 @@ LARGEST_SYLVESTER = 1 << 15  # of the kernels that engines have (HadaCore)
 
 
 def sylvester(size: int) -> Rotation:
-    """S / sqrt(n) of a power of two, without signs: symmetric, its own inverse. What kernels for online rotations compute
+    """S / sqrt(n) of a power of two, without signs: symmetric, its own inverse. Kernels for online rotations compute it
     without reading a matrix."""
-    assert size > 0 and size & (size - 1) == 0, "Sylvester's matrices have powers of two for sizes"
+    assert size == size & -size, "Sylvester's matrices have powers of two for sizes"
     return Rotation(torch.ones(size, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), True)
 
 

@@ -449,8 +449,10 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
     for transform in parse_method(settings.method).transforms:
         if transform.online is not None and not format.transforms:
             able = ", ".join(row.name for row in FORMATS.values() if row.transforms)
-            raise UsageError(f"{transform.name} is a rotation that the engine applies, and the format {format.name} cannot "
-                             f"state one", f"take --format {able}, or omit {transform.name}")  # fmt: skip
+            raise UsageError(
+                f"{transform.name} is a rotation by the engine, and the format {format.name} cannot state one",
+                f"take --format {able}, or omit {transform.name}",
+            )
     prepared: Prepared = load(format.plan)(request)
     transforms = parse_method(settings.method).transforms
     if transforms and prepared.plan.architecture is not None:

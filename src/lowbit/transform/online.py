@@ -3,7 +3,7 @@
     x V        as the model runs            V = S / sqrt(n), in blocks of n columns; S: Sylvester's matrix
     W' = W V   folded into the weight before it is rounded           x V (W V)ᵀ = x Wᵀ
 
-No norm or linear feeds this input: an activation function lies between, so that nothing before it can take the rotation.
+No norm or linear feeds this input: an activation function lies between, so that nothing before can take the rotation.
 Its outliers (one channel, few tokens) are what 4-bit activations break on. The largest power of two that divides the
 columns is n: kernels compute such a transform without reading a matrix, in n log n; 14336 = 7 · 2048.
 
@@ -79,8 +79,8 @@ def _unfit(linear: Linear) -> str | None:
     if linear.transposed:
         return f"{linear.name} is a Conv1D, which loaders do not rotate"
     if block_size(columns) < SMALLEST_BLOCK:
-        return (f"{linear.name} has {columns} columns, whose largest power of two is {block_size(columns)}; blocks have "
-                f"at least {SMALLEST_BLOCK}")  # fmt: skip
+        return (f"{linear.name} has {columns} columns, whose largest power of two is {block_size(columns)}; blocks "
+                f"have at least {SMALLEST_BLOCK}")  # fmt: skip
     return None
 
 

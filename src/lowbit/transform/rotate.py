@@ -39,11 +39,11 @@ from torch import Tensor
 from lowbit.architecture.structure import Linear
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, UsageError
+from lowbit.numerics.hadamard import Rotation, make_rotation
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, FakeQuantize, TransformNote
 from lowbit.transform.facts import ModelFacts, ScalingPoint
 from lowbit.transform.fold import scaled_stats
-from lowbit.numerics.hadamard import Rotation, make_rotation
 from lowbit.transform.loss import RoundingLoss, quick_products
 
 
@@ -264,8 +264,10 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
         mean_abs=(total / max(stats.tokens, 1)).sqrt(),
         hessian=hessian,
         drift=None if stats.drift is None else rotation.sandwich(stats.drift),
-        weighted={linear: tuple(turned for part in parts if (turned := rotated_stats(part, rotation)) is not None)
-                  for linear, parts in stats.weighted.items()},
+        weighted={
+            linear: tuple(turned for part in parts if (turned := rotated_stats(part, rotation)) is not None)
+            for linear, parts in stats.weighted.items()
+        },
     )
 
 

@@ -38,8 +38,8 @@ class CompressedTensorsLayout(Layout):
         self.parsed = parse_quantization_config({"quantization_config": quantization})
         self.transforms = parse_transform_config(quantization.get("transform_config"))
         if self.transforms.attention:
-            self.notes.append("queries and keys are rotated as the model runs, which changes nothing but a rounded cache; "
-                              "they are read without")  # fmt: skip
+            self.notes.append("queries and keys are rotated as the model runs, which only a rounded cache feels; they "
+                              "are read without")  # fmt: skip
 
     @property
     def kv_cache(self) -> KVCacheScheme | None:
