@@ -92,6 +92,9 @@ class Layout(ABC):
     def scale_dtype(self, linear: str) -> torch.dtype:
         """The float dtype of the stored scales (of the second level, where the first is no float)."""
 
+    # |x| from which LLM.int8() multiplies a column of inputs in 16 bits.
+    int8_threshold: float = 6.0
+
     def rotation(self, linear: str, columns: int, quantized: bool = True) -> Rotation | None:
         """How the loader rotates the input of a linear as the model runs; None where it does not.
 
@@ -127,6 +130,7 @@ class QuantizedCheckpoint:
         self.source, self.folder, self.metadata = stored.source, stored.folder, stored.metadata
         self.notes = [*stored.notes, *layout.notes]
         self.schemes: dict[str, Scheme] = {}  # weight name → scheme
+        self.int8_threshold = layout.int8_threshold
         self.tensors: dict[str, TensorInfo] = {}
         self._owned: dict[str, list[str]] = {}
         shapes = layout.linears()
