@@ -121,7 +121,7 @@ RULES: tuple[Rule, ...] = (
     Rule("sparsity", "format", ("compressed-tensors",), "sparsity_config is empty", check_sparsity,
          "from_config of compressed_tensors.py (vLLM): support was removed"),
     Rule("transforms", "format", ("compressed-tensors",), "online rotations fit their linears", check_transforms,
-         "transform/utils/matrix.py, transform/factory/hadamard.py (compressed-tensors)"),
+         "transform/utils/matrix.py, transform/factory/hadamard.py (compressed-tensors)", gate=True),
     Rule("activation-order", "format", ("compressed-tensors",), "columns are not permuted", check_activation_order,
          "schemes/compressed_tensors_wNa16.py (vLLM): actorder group was removed"),
     Rule("zero-points", "values", ("compressed-tensors",), "symmetric groups ship none; others are packed cleanly",
