@@ -73,7 +73,7 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | No
 def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
     """x̂ of bitsandbytes' INT8, of the shape [..., K] and dtype of x; all tokens are one batch.
 
-    As `int8_vectorwise_quant` and `int8_mixed_scaled_mm` of bitsandbytes 0.50 (backends/default/ops.py): values are cast
+    LLM.int8()        channels with some |x| ≥ 6 in the batch stay; others int8 per token, s = max of |x| < 6 / 127
     to float16 first; columns in 16 bits are not. threshold: 0 for no outliers
     """
     rows = x.reshape(-1, x.shape[-1])
