@@ -22,6 +22,7 @@ from lowbit.numerics import ggml
 from lowbit.numerics.ggml.codebooks import IQ4_VALUES
 from lowbit.numerics.ggml.iquant_layout import grid as iquant_grid
 from lowbit.numerics.ggml.types import TYPES
+from lowbit.numerics.hadamard import make_rotation
 from lowbit.numerics.scalar_grids import IntGrid, MinifloatGrid
 from lowbit.report.axes import Axis
 from lowbit.rounding.error import layer_error
@@ -34,7 +35,6 @@ from lowbit.schemes import WeightSpec
 from lowbit.tensors import Granularity, GroupParams, LayerStats, RangeSearch
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.facts import ScalingPoint
-from lowbit.transform.hadamard import make_rotation
 from lowbit.transform.loss import RoundingLoss
 from lowbit.transform.smoothquant import smoothing_scales
 

@@ -26,6 +26,8 @@ class Transform:
     outside   (checkpoint, facts) → embedding, final norm and head, rewritten; for transforms of the residual stream,
               which use no statistics and run before any measurement
     refuses   (facts) → None; UsageError names why a model does not allow it, before any work
+    online    (architecture, quantized linears) → linear → rotation of its input that the engine applies as the model
+              runs; `function` is then empty, since only what is rounded is rotated. For formats that state it
     """
 
     name: str
@@ -35,10 +37,11 @@ class Transform:
     aliases: tuple[str, ...] = ()
     outside: str | None = None
     refuses: str | None = None
+    online: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
-        return self.outside is None
+        return self.outside is None and self.online is None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ TRANSFORMS = {row.name: row for row in (
     Transform("hadamard", "lowbit.transform.rotate:apply_residual",
               "a Hadamard rotation of the residual stream (QuaRot)", "2404.00456", ("quarot",),
               outside="lowbit.transform.rotate:rotated_outside", refuses="lowbit.transform.rotate:refuse_residual"),
+    Transform("hadamard-down", "",
+              "a Hadamard rotation of the input of down_proj, by the engine as the model runs (R4 of QuaRot)",
+              "2404.00456", ("r4",), online="lowbit.transform.online:down_rotations",
+              refuses="lowbit.transform.online:refuse_down"),
 )}  # fmt: skip
 ROUNDINGS = {row.name: row for row in (
     Rounding("rtn", "lowbit.rounding.target:nearest", "round to nearest, no data"),
@@ -180,4 +187,10 @@ def parse_method(text: str) -> Method:
         pairs = [f"{start}+{row.name}" for row in ROUNDINGS.values() for start in row.starts]
         raise UsageError(f"method {text!r} rounds twice",
                          f"only {' and '.join(pairs)} does: the second starts from the first")  # fmt: skip
+    online = next((row.name for row in transforms if row.online is not None), None)
+    if online is not None and (learned or finish):
+        what = learned or finish
+        assert what is not None
+        raise UsageError(f"method {text!r}: {what.name} learns in the model's own basis, {online} rounds in another",
+                         f"take {online}+gptq")  # fmt: skip
     return Method(tuple(transforms), roundings[0] if roundings else RTN, learned, finish)

@@ -95,7 +95,7 @@ def calibrate(
         checkpoint, plan.static_inputs, windows.ids, cache=plan.needs_kv_ranges,
         dtype=compute_dtype(settings.compute, run.device), device=run.device, options=prepared.options,
         progress=progress, method=settings.activation_range, percentile=settings.activation_percentile,
-        activations=plan.activations,
+        activations=plan.activations, rotations=plan.rotations,
     )  # fmt: skip
     return replace(prepared, plan=plan.with_ranges(ranges), calibration=CalibrationText.of(windows))
 

@@ -26,6 +26,7 @@ class Format:
     header         single files: "module:function" that reads the header alone
     fused_experts  True where gpt-oss's experts of a block are one tensor
     kv_cache       granularities of FP8 KV-cache scales that the format stores: "tensor", "head"
+    transforms     True if it can state rotations that an engine applies as the model runs
     nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4)
     beside         (file, suffix of tensor names) of old tools that describe the format outside config.json
     """
@@ -43,6 +44,7 @@ class Format:
     header: str | None = None
     fused_experts: bool = False
     kv_cache: tuple[str, ...] = ()
+    transforms: bool = False
     nearest: tuple[str, str] | None = None
     beside: tuple[str, str] | None = None
 
@@ -63,7 +65,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "compressed-tensors", read=f"{_F}.compressed_tensors.read:CompressedTensorsLayout",
             write=f"{_F}.compressed_tensors.write", rules=f"{_F}.compressed_tensors.rules:RULES",
-            kv_cache=("tensor", "head"), nearest=("W4A16_ASYM", "W8A16"),
+            kv_cache=("tensor", "head"), transforms=True, nearest=("W4A16_ASYM", "W8A16"),
         ),
         Format(
             "gptq", read=f"{_F}.gptq.read:GptqLayout", write=f"{_F}.gptq.write:GPTQ_V1", rules=f"{_F}.gptq.rules:RULES",

@@ -100,6 +100,11 @@ class Scheme:
     activation: ActivationSpec | None
     summary: str
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """True if an engine multiplies by rounded inputs: LLM.int8() too, which no file states."""
+        return self.activation is not None or self.weight.narrow
+
     def with_group_size(self, group_size: int) -> Scheme:
         """The same scheme with g columns per scale, or one scale per row for -1; groups of integer activations follow.
 

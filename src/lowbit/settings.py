@@ -89,7 +89,8 @@ class Settings(Table):
     ] = "W4A16"  # fmt: skip
     method: Annotated[
         str,
-        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, sign-sgd, distill, joined by +: awq+gptq", MAKE,
+        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined by +: "
+             "awq+gptq", MAKE,
              knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
     quality: Annotated[

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.evaluation.activations import quantize_activation, simulated_activations
+from lowbit.evaluation.activations import quantize_activation, quantize_llm_int8, simulated_activations
 from lowbit.schemes import SCHEMES, ActivationSpec
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -325,3 +325,46 @@ def test_what_cannot_be_simulated_in_fused_experts_is_named():
     simulated = simulated_activations(model, dict.fromkeys(names, SCHEMES["W8A8"]), {})
     with pytest.raises(ArchitectureError, match="_apply_gate"), simulated:
         block(torch.zeros(3, 128), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+
+
+def bitsandbytes_reference(x, threshold):
+    """int8_vectorwise_quant and int8_mixed_scaled_mm, in their own words; x float16 [tokens, K] → x̂."""
+    a = x.clone()
+    outliers = a.abs() >= threshold
+    columns = outliers.any(dim=0)
+    a[outliers] = 0
+    absmax = a.abs().amax(1).float()
+    codes = torch.round(a * (127.0 / absmax[:, None])).to(torch.int8)
+    codes[:, columns] = 0
+    return torch.where(columns, x.float(), codes.float() * absmax[:, None] / 127)
+
+
+def test_llm_int8_keeps_outlier_columns_of_the_batch():
+    x = activations()[:, :4].reshape(-1, 256).half()
+    found = quantize_llm_int8(x.float(), 6.0)
+    assert torch.allclose(found, bitsandbytes_reference(x, 6.0), rtol=1e-6, atol=1e-6)
+    kept = (x.abs() >= 6).any(0)
+    assert 0 < kept.sum() < 30
+    assert torch.equal(found[:, kept], x.float()[:, kept])
+    assert not torch.equal(found[:, ~kept], x.float()[:, ~kept])
+
+
+def test_llm_int8_without_a_threshold_rounds_every_column_and_zeros_stay():
+    x = activations()
+    found = quantize_llm_int8(x, 0.0)
+    assert found[1, 4].abs().max() == 0
+    scale = x.half().float().abs().amax(-1, keepdim=True) / 127
+    assert ((found - x).abs() <= 0.51 * scale + 1e-3 * x.abs()).all()
+    # a value that float16 makes 6 counts as one
+    assert quantize_llm_int8(torch.tensor([[5.999, 1.003]]), 6.0)[0, 0] == torch.tensor(5.999)
+
+
+def test_llm_int8_is_simulated_for_linears_of_the_scheme():
+    linear = nn.Sequential(nn.Linear(256, 8))
+    x = activations()
+    plain = linear(x)
+    with simulated_activations(linear, {"0.weight": SCHEMES["INT8"]}, {}, int8_threshold=6.0):
+        rounded = linear(x)
+    assert torch.allclose(rounded, linear(quantize_llm_int8(x, 6.0)))
+    assert 0 < (rounded - plain).abs().max() < 0.1
+    assert torch.equal(linear(x), plain)

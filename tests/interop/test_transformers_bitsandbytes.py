@@ -223,3 +223,21 @@ def test_blocks_that_cross_rows_decode_as_bitsandbytes_decodes_them(tmp_path, ne
     decoded = bnb.functional.dequantize_4bit(packed, state).reshape(shape)
     assert torch.equal(open_codes(tmp_path).read("l.weight"), decoded)
     assert (decoded - weight).square().mean() < 0.02
+
+
+def test_inputs_of_int8_linears_are_rounded_as_bitsandbytes_rounds_them(written):
+    """Its product, on the CPU, against ours of x̂ and the decoded weight; x with two outlier columns."""
+    from lowbit.evaluation.activations import quantize_llm_int8
+
+    checkpoint = open_codes(written("INT8"))
+    codes = load_file(written("INT8") / "model.safetensors")
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0)).clamp(-4, 4)
+    x[2, 7], x[5, 100] = 30.0, -8.0
+    state = bnb.MatmulLtState()
+    state.CB, state.SCB = codes[f"{FIRST}.weight"], codes[f"{FIRST}.SCB"]
+    state.has_fp16_weights, state.threshold, state.is_training = False, checkpoint.int8_threshold, False
+    expected = bnb.matmul(x.half(), state.CB, state=state).float()
+    found = quantize_llm_int8(x.half().float(), checkpoint.int8_threshold) @ checkpoint.read(f"{FIRST}.weight").t()
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    plain = x @ checkpoint.read(f"{FIRST}.weight").t()
+    assert (found - plain).norm() > 2 * (found - expected).norm()

@@ -9,8 +9,8 @@ import torch
 from rewriting import Model, all_tensors, assert_near, assert_same_stats, stats_of
 
 from lowbit.errors import UsageError
+from lowbit.numerics.hadamard import make_rotation
 from lowbit.tensors import LayerStats
-from lowbit.transform.hadamard import make_rotation
 from lowbit.transform.rotate import (
     RotateOptions,
     apply_residual,

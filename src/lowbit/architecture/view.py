@@ -205,6 +205,9 @@ class _CodesView(_View):
         self.schemes: dict[str, Scheme] = {
             whole[name]: scheme for name, scheme in stored.schemes.items() if name in whole
         }
+        self.int8_threshold = getattr(stored, "int8_threshold", None)
+        rotations = getattr(stored, "rotations", {})
+        self.rotations = {whole[name]: rotation for name, rotation in rotations.items() if name in whole}
 
     @property
     def input_scales(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from lowbit.calibrate.kv_cache import CacheRanges, observed_cache
 from lowbit.calibrate.range_choice import BINS, RANGE_METHODS, RangeMethod, histogram, mse_range, percentile_range
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, NonFiniteError, UsageError
+from lowbit.numerics.hadamard import Rotation
 from lowbit.schemes import ActivationSpec, Number
 
 # Keeps scales above zero; an input that is always zero is exact with any scale.
@@ -65,10 +66,13 @@ class InputRanges:
 
     wanted      names of the inputs to measure; None for all
     histograms  also count |x|, which `range_of` needs for "percentile" and "mse"
+    rotations   linear → rotation of its input, which has no other reader: measured as the engine rounds it
     """
 
-    def __init__(self, wanted: Iterable[str] | None = None, histograms: bool = True):
+    def __init__(self, wanted: Iterable[str] | None = None, histograms: bool = True,
+                 rotations: Mapping[str, Rotation] | None = None):  # fmt: skip
         self._wanted = None if wanted is None else set(wanted)
+        self._rotations = rotations or {}
         self._histograms = histograms
         self._seen: dict[str, _SeenRange] = {}
         self._of_block: list[_SeenRange] = []
@@ -77,6 +81,8 @@ class InputRanges:
         """x [tokens, K]. NonFiniteError, naming the input, where one is NaN or inf."""
         if (self._wanted is not None and source.name not in self._wanted) or not x.numel():
             return
+        rotation = self._rotations.get(source.linears[0].name) if source.linears else None
+        x = x if rotation is None else rotation.columns(x.float())
         low, high = (bound.float().item() for bound in torch.aminmax(x))
         if not math.isfinite(high - low):
             value = low if not math.isfinite(low) else high
@@ -143,6 +149,7 @@ def measure_ranges(
     method: RangeMethod = "minmax",
     percentile: float = PERCENTILE,
     activations: Mapping[str, ActivationSpec] | None = None,
+    rotations: Mapping[str, Rotation] | None = None,
 ) -> Ranges:
     """Run windows of tokens through a model and measure the ranges of linear inputs and of the KV cache.
 
@@ -151,6 +158,7 @@ def measure_ranges(
     cache        also measure the keys and values of every block
     activations  linear → format of its input, which "mse" and "percentile" need. Two-level scales (NVFP4) always take
                  minmax: their range only bounds the group scales, so clipping gains nothing
+    rotations    linear → rotation of its input that the engine applies
     progress     called with (block, windows done, windows in all, over all blocks)
 
     Raises for what this module and `kv_cache.py` refuse, and UsageError for an unknown method.
@@ -158,7 +166,7 @@ def measure_ranges(
     check_method(method, percentile)
     runner = BlockRunner(checkpoint, dtype, device, options)
     sources = _sources(runner, linears)
-    visitor = InputRanges([source.name for source in sources.values()], histograms=method != "minmax")
+    visitor = InputRanges([source.name for source in sources.values()], method != "minmax", rotations)
     with observed_cache(runner.model) if cache else nullcontext() as observed:
         states = runner.run(ids, visitor, progress)
     for source in {source.name: source for source in sources.values() if not source.linears[0].reads}.values():

@@ -93,6 +93,11 @@ def _sampled(weight: Tensor, target: Target) -> slice:
     return slice(None, None, -(-len(weight) // _ERROR_ROWS) if target.rows_are_apart else 1)
 
 
+def relative_error_of_nearest(weight: Tensor, target: Target, data: InputData) -> float | None:
+    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of rounding to nearest, over the sampled rows; None without a Hessian."""
+    return _layer_errors(weight, weight, target, data)[1]
+
+
 def _layer_errors(weight: Tensor, decoded: Tensor, target: Target, data: InputData) -> LayerErrors:
     """(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), the same of rounding to nearest), over at most `_ERROR_ROWS` evenly spaced rows; over
     all rows if scales span them. H as the rounding saw it; sums over the groups of rows with an H each."""

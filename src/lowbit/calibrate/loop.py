@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,11 +48,13 @@ from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.errors import UsageError
 from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, parse_method
+from lowbit.numerics.hadamard import Rotation
 from lowbit.registry import load
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
+from lowbit.transform.online import online_rotations
 
 KEEP_STATES_EVERY = 60.0  # seconds between two saves of the hidden states
 
@@ -64,12 +67,14 @@ class Calibrated:
     store       codes of the rounded linears
     windows     calibration text
     seconds     wall time by kind of work
+    rotations   linear → rotation of its input by the engine, with which its codes are stored
     """
 
     checkpoint: Checkpoint
     store: BlockStore
     windows: CalibrationWindows
     seconds: dict[str, float] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,6 +87,8 @@ class Calibrated:
         for name, target in targets.items():
             linear = architecture.linears[name]
             read = partial(self.store.decoded, name, target, linear.shape[1], linear.transposed)
+            if name in self.rotations:  # of linears that are stored as [N, K]
+                read = partial(_turned_back, read, self.rotations[name])
             replaced[f"{name}.weight"] = Replacement(read, dtype)
         return OverlaidCheckpoint(self.checkpoint, replaced)
 
@@ -151,7 +158,8 @@ def calibrate(
             rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
-    job = Job(source, targets, dtypes, windows.ids, settings, run.device, start)
+    rotations = online_rotations(parse_method(settings.method), architecture, targets)
+    job = Job(source, targets, dtypes, windows.ids, settings, run.device, start, rotations)
     if job.needs_hessian:
         widest = max(architecture.linears[name].shape[1] for name in targets)
         windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
@@ -191,7 +199,11 @@ def calibrate(
         refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
     rewritten = {name: Replacement(partial(store.tensor, name), dtypes[name]) for name in store.rewritten()}
     floats = checkpoint if start is None else start.checkpoint  # what the output has in 16 bits
-    return Calibrated(OverlaidCheckpoint(floats, outside | rewritten), store, windows, work.seconds)
+    return Calibrated(OverlaidCheckpoint(floats, outside | rewritten), store, windows, work.seconds, rotations)
+
+
+def _turned_back(read: Callable[[], Tensor], rotation: Rotation) -> Tensor:
+    return rotation.back(read())
 
 
 def _weights_of_tokens(

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner, Progress
 from lowbit.calibrate.gradients import TokenWeights
-from lowbit.calibrate.linear import linear_result, round_linear
+from lowbit.calibrate.linear import linear_result, relative_error_of_nearest, round_linear
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import Stage, by_child
 from lowbit.calibrate.start import StartModel
@@ -24,6 +24,7 @@ from lowbit.calibrate.tensors import StoredTensors
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import NonFiniteError
 from lowbit.methods import Method, Rounding, Transform, parse_method
+from lowbit.numerics.hadamard import Rotation
 from lowbit.numerics.precision import compute_dtype
 from lowbit.registry import load
 from lowbit.rounding.bias_correction import corrected_bias, why_not_corrected
@@ -31,8 +32,9 @@ from lowbit.rounding.hessian import InputData
 from lowbit.rounding.target import LinearSlot, Rounded, Target
 from lowbit.settings import Settings
 from lowbit.tensors import LayerStats
-from lowbit.transform.block import BlockTensors
+from lowbit.transform.block import BlockTensors, TransformNote
 from lowbit.transform.facts import ModelFacts
+from lowbit.transform.rotate import rotated_stats
 
 
 class Job:
@@ -44,13 +46,16 @@ class Job:
     options         name of a rounding → its options
     before          transforms that rewrite a block before measuring; `measured` are those that need statistics
     shrinkage       of the Hessians of error feedback
+    rotations       linear → rotation of its input by the engine: its weight is rounded rotated, everything else sees it
+                    rotated back
     needs_channels  the run reads per-channel ranges and means, beside the Hessian
     start           the finished model that refinement starts from
     """
 
     def __init__(self, checkpoint: Checkpoint, targets: dict[str, Target], dtypes: dict[str, torch.dtype], ids: Tensor,
-                 settings: Settings, device: str, start: StartModel | None = None):  # fmt: skip
-        self.start = start
+                 settings: Settings, device: str, start: StartModel | None = None,
+                 rotations: dict[str, Rotation] | None = None):  # fmt: skip
+        self.start, self.rotations = start, rotations or {}
         self.checkpoint, self.targets, self.dtypes, self.ids = checkpoint, targets, dtypes, ids
         self.settings, self.device, self.dtype = settings, device, compute_dtype(settings.compute, device)
         self.method: Method = parse_method(settings.method)
@@ -66,7 +71,7 @@ class Job:
                 if row.needs_hessian:
                     needs_drift |= options.needs_drift
                     self.shrinkage = options.shrinkage
-        self.before = tuple(row for row in self.method.transforms if not row.needs_statistics)
+        self.before = tuple(row for row in self.method.transforms if row.outside is not None)
         self.measured = tuple(row for row in self.method.transforms if row.needs_statistics)
         # Windows that the unquantized model runs on too.
         self.compared_windows = min(len(ids), settings.correction_samples or len(ids)) if needs_drift else 0
@@ -172,6 +177,8 @@ class CalibratedBlock:
             if linear.name in store.records[self.index].linears:
                 name = f"{linear.name}.weight"
                 decoded = store.decoded(linear.name, self.job.targets[linear.name], linear.shape[1])
+                if linear.name in self.job.rotations:
+                    decoded = self.job.rotations[linear.name].back(decoded)
                 values[name] = self.tensors.turned(name, decoded)
         self._put_kept()
         runner.put(values)
@@ -219,6 +226,10 @@ class CalibratedBlock:
         target = self.job.targets.get(linear.name)
         if target is None:
             return weight
+        rotation = self.job.rotations.get(linear.name)
+        if rotation is not None:  # the format that states rotations has no ggml types, which alone weigh errors
+            weight = rotation.columns(weight)
+            return rotation.back(target.with_range([weight]).nearest(weight).decoded)
         return target.with_range([weight]).nearest(weight, importance if target.is_ggml else None).decoded
 
     def _round_stage(self, stage: Stage, stats: dict[str, LayerStats]) -> None:
@@ -238,11 +249,14 @@ class CalibratedBlock:
                         )
                     target, rounding = self._target(linear), job.roundings[linear.name]
                     options = job.options[rounding.name]
-                    own = data.of(linear.name)
+                    own, rotation = data.of(linear.name), job.rotations.get(linear.name)
                     start = job.start.codes(linear.name) if job.start is not None else None
-                    rounded, result = round_linear(
-                        weight, target, rounding, own, options, settings.expert_tokens, start
-                    )
+                    if rotation is None:
+                        rounded, result = round_linear(
+                            weight, target, rounding, own, options, settings.expert_tokens, start
+                        )
+                    else:
+                        rounded, result = self._round_rotated(linear, weight, target, data, rotation)
                     if self.weights is not None and linear.name in self.weights.missing:
                         note = f"its Hessian counts all tokens alike: {self.weights.missing[linear.name]}"
                         result = replace(result, notes=(*result.notes, note))
@@ -251,6 +265,22 @@ class CalibratedBlock:
                         self._correct_bias(linear, weight, data.stats)
                 stats.pop(source.name, None)
 
+    def _round_rotated(
+        self, linear: Linear, weight: Tensor, target: Target, data: InputData, rotation: Rotation
+    ) -> tuple[Rounded, LinearResult]:
+        """Round the weight that reads a rotated input. `stored` of the result is rotated, `decoded` is not."""
+        rounding, least_tokens = self.job.roundings[linear.name], self.job.settings.expert_tokens
+        turned = InputData(None if data.stats is None else rotated_stats(data.stats, rotation))
+        rounded, result = round_linear(
+            rotation.columns(weight), target, rounding, turned.of(linear.name), self.job.options[rounding.name],
+            least_tokens,
+        )  # fmt: skip
+        before = relative_error_of_nearest(weight, target, data.of(linear.name))
+        detail = f"online Hadamard rotation of {linear.shape[1]} columns in blocks of {rotation.size}"
+        note = TransformNote(linear.name, "hadamard-down", before, result.nearest_error, True, detail)
+        self.transforms.append(asdict(note))
+        return replace(rounded, decoded=rotation.back(rounded.decoded)), result
+
     def _target(self, linear: Linear) -> Target:
         """The target of a linear, with the weight range of its fused set if its scales need one."""
         target = self.job.targets[linear.name]
@@ -258,7 +288,9 @@ class CalibratedBlock:
             return target
         alone = linear.fused is None or not target.fused_sets_share
         members = [each for each in self.linears if each is linear or (not alone and each.fused == linear.fused)]
-        return target.with_range([self.tensors.read(f"{each.name}.weight") for each in members])
+        weights = [self.tensors.read(f"{each.name}.weight") for each in members]
+        rotation = self.job.rotations.get(linear.name)
+        return target.with_range([rotation.columns(each) for each in weights] if rotation is not None else weights)
 
     def _keep(self, linear: Linear, rounded: Rounded, result: LinearResult) -> None:
         self.rounded[linear.name], self.results[linear.name] = rounded, result

@@ -109,7 +109,7 @@ def parse_quantization_config(config: dict[str, Any]) -> CompressedTensorsConfig
     if not isinstance(groups, dict) or not groups:
         raise _bad("config_groups", groups, "a mapping with at least one group")
     overall = _format("format", stated.get("format"), (*_FORMATS, "mixed-precision"))
-    ignore = _targets("ignore", stated.get("ignore") or [])
+    ignore = parse_targets("ignore", stated.get("ignore") or [])
     kv_cache = stated.get("kv_cache_scheme")
     if kv_cache is not None:
         _checked_args("kv_cache_scheme", kv_cache)
@@ -122,7 +122,7 @@ def _group(where: str, name: str, group: Any, overall: str | None) -> Group | No
     if not isinstance(group, dict):
         raise _bad(where, group, "a mapping; preset names are not supported")
     _refuse_unknown(where, group, _GROUP_KEYS)
-    targets = _targets(f"{where}.targets", group.get("targets"))
+    targets = parse_targets(f"{where}.targets", group.get("targets"))
     own = _format(f"{where}.format", group.get("format"), _FORMATS)
     stored_as = own or (None if overall == "mixed-precision" else overall)
     if group.get("output_activations") is not None:
@@ -259,7 +259,7 @@ def _format(where: str, value: Any, known: tuple[str, ...]) -> str | None:
     return value
 
 
-def _targets(where: str, value: Any) -> tuple[str, ...]:
+def parse_targets(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
         raise _bad(where, value, "a list of names, classes and re: patterns")
     for target in value:

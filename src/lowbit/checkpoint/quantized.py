@@ -23,6 +23,7 @@ from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_ca
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
+from lowbit.numerics.hadamard import Rotation
 from lowbit.registry import FORMATS, load
 from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import QuantizedTensor
@@ -71,6 +72,10 @@ class Layout(ABC):
     def expected(self, linear: str, shape: tuple[int, int]) -> dict[str, Expected]:
         """Stored name → dtype and shape that it must have, of a linear that has a scheme."""
 
+    def beside(self) -> list[str]:
+        """Stored tensors that are neither of a linear nor parameters of the model: matrices of transforms."""
+        return []
+
     def owned(self, linear: str) -> list[str]:
         """The tensors of the files that belong to a quantized linear."""
         return [f"{linear}.{leaf}" for leaf in self.LEAVES if f"{linear}.{leaf}" in self.stored.tensors]
@@ -86,6 +91,16 @@ class Layout(ABC):
     @abstractmethod
     def scale_dtype(self, linear: str) -> torch.dtype:
         """The float dtype of the stored scales (of the second level, where the first is no float)."""
+
+    # |x| from which LLM.int8() multiplies a column of inputs in 16 bits.
+    int8_threshold: float = 6.0
+
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> Rotation | None:
+        """How the loader rotates the input of a linear as the model runs; None where it does not.
+
+        quantized  False for a float matrix, which need not be the weight of a linear
+        """
+        return None
 
     def input_scale(self, linear: str) -> float | None:
         """The static activation scale, a multiplier; None where none is stored."""
@@ -105,7 +120,9 @@ class HasKVCache(Protocol):
 class QuantizedCheckpoint:
     """The decoded view of an open safetensors folder; `tensors` lists logical weights.
 
-    kv_cache  scales of a quantized KV cache, which are not in `tensors`
+    kv_cache   scales of a quantized KV cache, which are not in `tensors`
+    rotations  weight name → rotation of its input at run time, of those that have one. `read` takes it back out of the
+               weight, so that the model computes the same without it; `read_quantized` gives the codes as they are
     """
 
     def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
@@ -113,6 +130,7 @@ class QuantizedCheckpoint:
         self.source, self.folder, self.metadata = stored.source, stored.folder, stored.metadata
         self.notes = [*stored.notes, *layout.notes]
         self.schemes: dict[str, Scheme] = {}  # weight name → scheme
+        self.int8_threshold = layout.int8_threshold
         self.tensors: dict[str, TensorInfo] = {}
         self._owned: dict[str, list[str]] = {}
         shapes = layout.linears()
@@ -123,9 +141,9 @@ class QuantizedCheckpoint:
             for name in owned:
                 self._owners.setdefault(name, []).append(linear)
         self.kv_cache: StoredKVCache | None = None
-        beside: set[str] = set()
+        beside: set[str] = set(layout.beside())
         if isinstance(layout, HasKVCache):
-            beside = set(kv_cache_names(stored))
+            beside |= set(kv_cache_names(stored))
             self.kv_cache, notes = read_kv_cache(stored, layout.kv_cache)
             self.notes += notes
         for name, info in stored.tensors.items():
@@ -134,6 +152,13 @@ class QuantizedCheckpoint:
             for linear in self._owners.get(name, ()):
                 if f"{linear}.weight" not in self.tensors:
                     self._add(linear, shapes[linear])
+        self.rotations: dict[str, Rotation] = {}
+        for name, info in self.tensors.items():
+            if name.endswith(".weight") and len(info.shape) == 2:
+                quantized = name in self.schemes
+                rotation = layout.rotation(name.removesuffix(".weight"), info.shape[1], quantized)
+                if rotation is not None:
+                    self.rotations[name] = rotation
 
     def config(self) -> dict[str, Any]:
         """config.json without its quantization, which `schemes` has."""
@@ -150,6 +175,11 @@ class QuantizedCheckpoint:
         return self.layout.scheme_of(linear) is not None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        values = self._stored_values(name, start, stop)
+        rotation = self.rotations.get(name)
+        return values if rotation is None else rotation.back(values.float()).to(values.dtype)
+
+    def _stored_values(self, name: str, start: int, stop: int | None) -> Tensor:
         if name not in self.schemes:
             return self.stored.read(name, start, stop)
         linear, info = name.removesuffix(".weight"), self.tensors[name]
@@ -159,7 +189,8 @@ class QuantizedCheckpoint:
         return self.layout.read(linear, shape, first, stop).decode()[start - first :]
 
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        """Codes and scales of rows start..stop of a quantized weight; start divides by `row_multiple`."""
+        """Codes and scales of rows start..stop of a quantized weight, rotated as stored; start divides by
+        `row_multiple`."""
         rows, columns = self.tensors[name].shape
         return self.layout.read(name.removesuffix(".weight"), (rows, columns), start, rows if stop is None else stop)
 

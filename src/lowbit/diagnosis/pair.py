@@ -273,7 +273,9 @@ def codes_at_ends(pair: Pair, name: str) -> Ends | None:
     if not isinstance(grid, IntGrid) or stored.g_idx is not None:
         return None
     search = RangeSearch("wmse" if spec.bits <= 4 else "absmax")
-    fresh = round_to_nearest(pair.read_original(name, 0, rows), spec, grid, search)
+    original, rotation = pair.read_original(name, 0, rows), getattr(checkpoint, "rotations", {}).get(name)
+    original = original if rotation is None else rotation.columns(original)
+    fresh = round_to_nearest(original, spec, grid, search)
     share, expected = (
         ((each.codes == grid.qmin) | (each.codes == grid.qmax)).float().mean().item() for each in (stored, fresh)
     )

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from lowbit.checkpoint.compressed_tensors_config import Group
 from lowbit.engines.engine import ADA, AMPERE, BELOW_BLACKWELL, BLACKWELL, GIB, TURING, Engine, MemoryModel, Support
 from lowbit.engines.servers import FP8_SCHEMES, INT4, MARLIN_BATCH, MARLIN_GROUP_SIZES, SERVER_RULES
+from lowbit.formats.compressed_tensors.rules import NO_TRANSFORMS
 from lowbit.formats.modelopt import rules as modelopt
 from lowbit.tensors import Granularity
 from lowbit.verification import left_out
@@ -122,6 +123,7 @@ _LOADING = Loading(
         *FUSING,
         GPT_OSS,
         modelopt.ALGORITHM,
+        NO_TRANSFORMS,
         Rule("sglang-schemes", "limits", (_CT,), "SGLang has a scheme for every group", check_groups,
              "_get_scheme_from_parts of compressed_tensors/compressed_tensors.py (SGLang)", limit=True),
         Rule("awq-kernels", "limits", ("awq",), "Marlin takes the shapes, or the model is float16", check_awq_kernels,

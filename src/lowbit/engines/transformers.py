@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 from lowbit.engines.engine import GIB, Engine, MemoryModel, Support
+from lowbit.formats.compressed_tensors.rules import NO_TRANSFORMS
 from lowbit.formats.gptq import rules as gptq
 from lowbit.verification.layers import GPT_OSS
 from lowbit.verification.left_out import LEFT_OUT, EngineUnit, is_head, left_out_list, transformers_converts
@@ -55,6 +56,7 @@ _LOADING = Loading(
         gptq.TRANSFORMERS,
         LEFT_OUT,
         GPT_OSS,
+        NO_TRANSFORMS,
         Rule("transformers-conv1d", "limits", ("compressed-tensors",), "no quantized Conv1D", check_transposed,
              "quantizers/quantizer_compressed_tensors.py (transformers); quantization/lifecycle/apply.py "
              "(compressed-tensors)", limit=True),

@@ -24,6 +24,7 @@ from lowbit.engines.engine import GIB, Engine, MemoryModel, Support
 from lowbit.engines.servers import FP8_SCHEMES, INT4, MARLIN_BATCH, SERVER_RULES
 from lowbit.formats.gptq import rules as gptq
 from lowbit.formats.modelopt import rules as modelopt
+from lowbit.numerics.hadamard import LARGEST_SYLVESTER
 from lowbit.tensors import Granularity
 from lowbit.verification import left_out
 from lowbit.verification.layers import FUSING, GPT_OSS
@@ -140,6 +141,29 @@ def _fp8_over_int4_problems(subject: Subject) -> list[str]:
     return problems
 
 
+def check_transforms(subject: Subject) -> Finding:
+    """vLLM's linear methods apply every rotation of an input: its kernel takes Sylvester's matrices of up to 32768, and
+    linears without bias; fused experts have no transforms. Attention has none either, which changes no score."""
+    transforms, problems, rotated = subject.transforms, [], 0
+    for name in subject.stored_linears:
+        linear, transform = subject.architecture.linears[name], transforms.of(name)
+        if transform is None:
+            continue
+        rotated += 1
+        size = transform.head_dim or linear.shape[1]
+        if linear.expert is not None:
+            problems.append(f"{name} is an expert: FusedMoE applies no transform, and misreads the rotated weight")
+        elif linear.has_bias:
+            problems.append(f"{name} has a bias: a rotated linear of vLLM asserts that there is none")
+        elif transform.kind == "hadamard" and size > LARGEST_SYLVESTER:
+            problems.append(f"{name}: a rotation of {size} columns; the kernel takes up to {LARGEST_SYLVESTER}")
+    for fused, members in subject.architecture.fused_sets.items():
+        if len({transforms.of(member) for member in members}) > 1:
+            problems.append(f"{fused}: its members read one input, and only some have it rotated")
+    said = f"{rotated} inputs rotated by its kernel, on CUDA, without tensor parallelism" if rotated else "none"
+    return Finding(problems, said)
+
+
 def check_model(subject: Subject) -> Finding:
     """vLLM's class of this model loads the files; about cases found by loading tiny models."""
     model_type = str(subject.config.get("model_type"))
@@ -231,6 +255,9 @@ _LOADING = Loading(
              "CompressedTensorsKVCacheMethod.validate_kv_cache_scheme (vLLM)"),
         Rule("engine-limits", "limits", (_CT,), "kernels exist for bits, group sizes and formats", check_limits,
              "_get_scheme_from_parts of compressed_tensors.py (vLLM)", limit=True),
+        Rule("engine-transforms", "limits", (_CT,), "every online rotation is one that the engine applies",
+             check_transforms, "transform/linear.py, transform/module.py, get_quant_method of compressed_tensors.py",
+             limit=True),
         Rule("engine-model", "limits", QUANTIZED, "the engine's class of the model takes this format", check_model,
              "load_weights of models/bloom.py, models/gpt_oss.py, models/stablelm.py", limit=True),
         Rule("left-experts", "limits", (_CT,), "experts in one 16-bit tensor are in `ignore`, by regex",

@@ -8,6 +8,8 @@
     static            s is the stored input scale, for all tokens; int8 and e4m3
     MX (e8m0)         s = 2^(floor(log2 max|x|) − emax) over 32 channels, emax 2 for E2M1 and 8 for E4M3
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
+    LLM.int8()        channels with some |x| ≥ 6 in the batch stay; the others int8 per token, s = max of |x| < 6 / 127
+    behind an online rotation V (transform_config)    x̂ = decode(encode(x V)) Vᵀ, for a weight that is rotated back
 
 All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
 zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
@@ -29,13 +31,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.architecture.disk_layout import disk_layout
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
+from lowbit.numerics.hadamard import Rotation
 from lowbit.schemes import ActivationSpec, Scheme
 
 _MAX = {"e4m3": 448.0, "e2m1": 6.0}
@@ -63,6 +68,22 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | No
     groups = F.pad(values, (0, -columns % spec.group_size)).unflatten(-1, (-1, spec.group_size))
     scale = _scale(groups.abs().amax(-1, keepdim=True), spec, input_scale)
     return _encode_decode(groups, scale, spec).flatten(-2)[..., :columns].to(x.dtype)
+
+
+def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
+    """x̂ of bitsandbytes' INT8, of the shape [..., K] and dtype of x; all tokens are one batch.
+
+    LLM.int8()        channels with some |x| ≥ 6 in the batch stay; others int8 per token, s = max of |x| < 6 / 127
+    to float16 first; columns in 16 bits are not. threshold: 0 for no outliers
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    values = rows.to(torch.float16).to(torch.float32)
+    outliers = values.abs() >= threshold if threshold > 0 else torch.zeros_like(values, dtype=torch.bool)
+    values = values.masked_fill(outliers, 0.0)
+    absmax = values.abs().amax(-1, keepdim=True)
+    codes = (values * (127.0 / torch.where(absmax > 0, absmax, torch.ones_like(absmax)))).round()
+    rounded = (codes * (absmax / 127.0)).to(x.dtype)
+    return torch.where(outliers.any(dim=0), rows, rounded).reshape(x.shape)
 
 
 def _asymmetric(values: Tensor, spec: ActivationSpec) -> Tensor:
@@ -124,24 +145,36 @@ def _round_e2m1(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def simulated_activations(
-    model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float]
-) -> Iterator[None]:
+    model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
+    rotations: Mapping[str, Rotation] | None = None, int8_threshold: float | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
     schemes       weight name, as files have it → scheme
     input_scales  weight name → stored scale, for static and local schemes
+    rotations     weight name → rotation of its input by the engine; the model has the weight without it
+    int8_threshold  of LLM.int8(); None for bitsandbytes' own
     """
-    active = {name: scheme for name, scheme in schemes.items() if scheme.activation is not None}
+    threshold = 6.0 if int8_threshold is None else int8_threshold
+    rotations = rotations or {}
+    active = {name: scheme for name, scheme in schemes.items() if scheme.rounds_inputs}
     places = _places(model) if active else {}
     experts: dict[tuple[str, str], dict[str, Scheme]] = {}
     with contextlib.ExitStack() as stack:
         for name, scheme in active.items():
             owner, leaf, is_expert = places.get(name, (name.removesuffix(".weight"), "weight", False))
+            if is_expert and name in rotations:
+                raise CheckpointError(
+                    f"{name}: the rotated input of an expert cannot be simulated in a fused operation",
+                    "evaluate the weights alone with --activations none",
+                )
             if is_expert:
                 experts.setdefault((owner, leaf), {})[name] = scheme
                 continue
-            assert scheme.activation is not None
-            hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales))
+            if scheme.activation is None:
+                hook = _llm_int8_hook(threshold)
+            else:
+                hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales), rotations.get(name))
             stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
         for (owner, leaf), members in experts.items():
             stack.enter_context(_fused_experts(model.get_submodule(owner), leaf, members))
@@ -180,7 +213,11 @@ def _fused_experts(module: nn.Module, leaf: str, members: Mapping[str, Scheme]) 
     reads what `_apply_gate` gives (integrations/moe.py of transformers)."""
     first, scheme = next(iter(members.items()))
     spec = scheme.activation
-    assert spec is not None
+    if spec is None:
+        raise CheckpointError(
+            f"{first}: LLM.int8() of experts that are computed in one operation cannot be simulated",
+            "evaluate the weights alone with --activations none",
+        )
     if set(members.values()) != {scheme}:
         raise CheckpointError(f"{first}: the experts of its block have different schemes", "quantize them alike")
     if spec.needs_calibration:
@@ -232,8 +269,30 @@ def _stored_scale(name: str, scheme: Scheme, input_scales: Mapping[str, float]) 
     return scale
 
 
-def _hook(spec: ActivationSpec, scale: float | None):
+def _llm_int8_hook(threshold: float):
+    def quantize_input(_module: nn.Module, args: tuple) -> tuple:
+        return (quantize_llm_int8(args[0], threshold), *args[1:])
+
+    return quantize_input
+
+
+def simulation_of(checkpoint: Checkpoint) -> Callable[[nn.Module], AbstractContextManager[None]]:
+    """What simulates, inside a model that has the weights of a checkpoint, how an engine rounds its inputs."""
+    schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
+    rotations, threshold = getattr(checkpoint, "rotations", {}), getattr(checkpoint, "int8_threshold", None)
+    return lambda model: simulated_activations(model, schemes, scales, rotations, threshold)
+
+
+def _hook(spec: ActivationSpec, scale: float | None, rotation: Rotation | None = None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_activation(args[0], spec, scale), *args[1:])
+
+    def quantize_rotated(_module: nn.Module, args: tuple) -> tuple:
+        assert rotation is not None
+        turned = quantize_activation(rotation.columns(args[0].float()), spec, scale)
+        return (rotation.back(turned).to(args[0].dtype), *args[1:])
+
+    if rotation is not None:
+        return quantize_rotated
 
     return quantize_input

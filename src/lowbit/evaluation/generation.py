@@ -15,7 +15,7 @@ import torch
 from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import CheckpointError, LowbitError, UsageError
-from lowbit.evaluation.activations import simulated_activations
+from lowbit.evaluation.activations import simulation_of
 from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def generate(
     try:
         network = load_model(checkpoint, dtype, device, options)
         tokenizer = load_tokenizer(checkpoint, options)
-        schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
+        simulated = simulation_of(checkpoint)
     finally:
         checkpoint.close()
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
@@ -67,7 +67,7 @@ def generate(
 
         settings["past_key_values"] = own_cache(kv_cache, network.config)
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
-    with simulated_activations(network, schemes, scales), torch.random.fork_rng(devices):
+    with simulated(network), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
 

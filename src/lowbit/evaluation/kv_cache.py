@@ -27,7 +27,7 @@ from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.kv_cache import attention_layers
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import ArchitectureError, UsageError
-from lowbit.evaluation.activations import simulated_activations
+from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
 from lowbit.evaluation.cache_result import CacheEvaluation, LayerLoss
 from lowbit.evaluation.forward import Runner
@@ -138,9 +138,7 @@ def evaluate_kv_cache(
         way = choose_way([opened.loader], 1 + len(variants), max_memory)
         if not way.block_by_block:
             opened.loader.fill(lambda _: True)
-        schemes = {} if activations == "none" else getattr(opened.checkpoint, "schemes", {})
-        scales = getattr(opened.checkpoint, "input_scales", {})
-        rounded: Context = lambda network: simulated_activations(network, schemes, scales)  # noqa: E731
+        rounded: Context = contextlib.nullcontext if activations == "none" else simulation_of(opened.checkpoint)
         facts, origin = _facts(opened, way, opener.options, chosen, rounded)
         order = _key_order(opened) if any(isinstance(each.keys, GgmlBlock) for each in chosen) else None
         asked = _Asked(opened, way, opener.options, rounded, variants, facts, order)

@@ -22,7 +22,7 @@ import torch
 
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import NonFiniteError, UsageError
-from lowbit.evaluation.activations import simulated_activations
+from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
 from lowbit.evaluation.footprint import bits_per_weight, device_peak_bytes, file_bytes, fingerprint, read_report
 from lowbit.evaluation.forward import Decoded, Runner, slices
@@ -196,7 +196,7 @@ def variants_of(checkpoint: Checkpoint, activations: Activations) -> dict[Varian
     if activations not in ("auto", "none", "simulated"):
         raise UsageError(f"there is no activations mode {activations!r}", "choose one of auto, none, simulated")
     schemes = getattr(checkpoint, "schemes", {})
-    quantizes_activations = any(scheme.activation is not None for scheme in schemes.values())
+    quantizes_activations = any(scheme.rounds_inputs for scheme in schemes.values())
     if activations == "simulated" and not quantizes_activations:
         raise UsageError(
             f"{checkpoint.source}: no layer quantizes its activations, so there is nothing to simulate",
@@ -204,8 +204,7 @@ def variants_of(checkpoint: Checkpoint, activations: Activations) -> dict[Varian
         )
     variants: dict[Variant, Context] = {} if activations == "simulated" else {"none": contextlib.nullcontext}
     if quantizes_activations and activations != "none":
-        input_scales = getattr(checkpoint, "input_scales", {})
-        variants["simulated"] = lambda model: simulated_activations(model, schemes, input_scales)
+        variants["simulated"] = simulation_of(checkpoint)
     return variants
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.errors import ShapeError
 from lowbit.kv import blocks
-from lowbit.transform.hadamard import walsh
+from lowbit.numerics.hadamard import walsh
 
 E4M3_MAX, E5M2_MAX, E2M1_MAX = 448.0, 57344.0, 6.0
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -88,9 +88,20 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         for weight, scheme in checkpoint.schemes.items()
         if weight.removesuffix(".weight") in shapes
     }
+    rotated = [name for name in choices if f"{name}.weight" in getattr(checkpoint, "rotations", {})]
+    if settings.format == "float":  # read decoded and without the rotation, like a tensor that is copied
+        choices = {name: choice for name, choice in choices.items() if name not in rotated}
+    for name in rotated:
+        if name in choices and choices[name].reason is None:
+            reason = "its codes are of rotated columns, for an engine that rotates the input (transform_config)"
+            choices[name] = replace(choices[name], reason=reason)
     fixed = {linear: choice.scheme for linear, choice in choices.items()}
     plan = make_plan(checkpoint, architecture, settings, dtype, fixed)
     plan = replace(plan, tensors=tuple(_planned(t, choices, checkpoint, exporter, settings) for t in plan.tensors))
+    if settings.format == "float" and rotated:
+        said = "decoded, without the rotation of its input (transform_config)"
+        plan = replace(plan, tensors=tuple(replace(t, reason=said) if t.linear and t.linear.name in rotated else t
+                                           for t in plan.tensors))  # fmt: skip
     plan = _with_kv_cache(replace(plan, input_absmax=_input_ranges(plan, checkpoint)), checkpoint)
     return prepared(_checked_values(plan, checkpoint, exporter))
 

@@ -32,8 +32,11 @@ from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
 from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
+from lowbit.export.rotations import stated_rotations
 from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, file_sizes
 from lowbit.files.claim import Claim
+from lowbit.methods import parse_method
+from lowbit.numerics.hadamard import Rotation
 from lowbit.plan.linears import LinearPlanner, StoredRows, common_group_sizes
 from lowbit.plan.plan import Making, Plan, PlannedTensor, Prepared, Request, output_format
 from lowbit.rounding.error import squared_error
@@ -41,6 +44,7 @@ from lowbit.rounding.target import Sums
 from lowbit.schemes import ActivationSpec, KVCacheScheme, Scheme, find_kv_cache_scheme
 from lowbit.settings import Settings, check_patterns
 from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.transform.online import online_rotations
 
 if TYPE_CHECKING:
     from lowbit.calibrate.input_ranges import Ranges
@@ -113,6 +117,11 @@ class FolderPlan(Plan):
     def activations(self) -> dict[str, ActivationSpec]:
         return {name: scheme.activation for name, scheme in self.schemes.items() if scheme.activation is not None}
 
+    @cached_property
+    def rotations(self) -> dict[str, Rotation]:
+        return online_rotations(parse_method(self.settings.method), self.described,
+                                [name.removesuffix(".weight") for name in self.targets])  # fmt: skip
+
     @property
     def static_inputs(self) -> set[str]:
         return {n for n, spec in self.activations.items() if spec.needs_calibration} - self.input_absmax.keys()
@@ -164,6 +173,8 @@ class FolderPlan(Plan):
     def quantization_config(self) -> dict[str, Any]:
         """config.json's `quantization_config`; empty for the format "float"."""
         config = self.exporter.quantization_config(self.schemes, self.ignored)
+        if self.rotations:
+            config["transform_config"] = stated_rotations(self.rotations, self.described)
         return config if self.kv_cache is None else state_kv_cache(self.format.name, self.kv_cache, config)
 
     def refuse_existing(self, output: Path, overwrite: bool) -> None:

@@ -32,6 +32,7 @@ from lowbit.export import Piece, default_format
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.files.claim import Claim
 from lowbit.methods import RTN, Rounding, parse_method
+from lowbit.numerics.hadamard import Rotation
 from lowbit.registry import FORMATS, Format, load
 from lowbit.rounding.target import Stored, Sums, Target
 from lowbit.schemes import ActivationSpec, Scheme
@@ -280,6 +281,11 @@ class Plan(ABC):
         return {}
 
     @property
+    def rotations(self) -> dict[str, Rotation]:
+        """Linear → rotation of its input that the engine applies as the model runs."""
+        return {}
+
+    @property
     def static_inputs(self) -> set[str]:
         """Linears whose input range must be measured."""
         return set()
@@ -439,7 +445,15 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
         if parse_method(name).rounding.refines:
             raise UsageError(f"method {name} starts from the codes of a finished file",
                              "lowbit refine FILE --reference MODEL -o OUT does that")  # fmt: skip
-    prepared: Prepared = load(output_format(settings, output).plan)(request)
+    format = output_format(settings, output)
+    for transform in parse_method(settings.method).transforms:
+        if transform.online is not None and not format.transforms:
+            able = ", ".join(row.name for row in FORMATS.values() if row.transforms)
+            raise UsageError(
+                f"{transform.name} is a rotation by the engine, and the format {format.name} cannot state one",
+                f"take --format {able}, or omit {transform.name}",
+            )
+    prepared: Prepared = load(format.plan)(request)
     transforms = parse_method(settings.method).transforms
     if transforms and prepared.plan.architecture is not None:
         facts = model_facts(prepared.plan.architecture)

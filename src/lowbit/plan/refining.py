@@ -184,6 +184,8 @@ def _kept_tensor(
     dtype = checkpoint.scale_dtype(tensor.name)
     dtype = dtype if dtype in FLOATS else tensor.dtype
     why = "it lies outside the decoder blocks, where no text is measured" if linear.block is None else None
+    if tensor.name in getattr(checkpoint, "rotations", {}):
+        why = "its input is rotated as the model runs, and its codes are of rotated columns"
     why = why or unrefinable(scheme)
     if why is None:
         names, why = _reproduced(linear, scheme, checkpoint, source, exporter, dtype)

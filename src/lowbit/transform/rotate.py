@@ -39,11 +39,11 @@ from torch import Tensor
 from lowbit.architecture.structure import Linear
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, UsageError
+from lowbit.numerics.hadamard import Rotation, make_rotation
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, FakeQuantize, TransformNote
 from lowbit.transform.facts import ModelFacts, ScalingPoint
 from lowbit.transform.fold import scaled_stats
-from lowbit.transform.hadamard import Rotation, make_rotation
 from lowbit.transform.loss import RoundingLoss, quick_products
 
 
@@ -218,10 +218,10 @@ def residual_refusal(facts: ModelFacts) -> str | None:
         inner = linear.fed_by is not None and not reads_residual(linear, facts)
         if linear.block is not None and not (inner or reads_residual(linear, facts) or writes_residual(linear, facts)):
             return f"{linear.name} reads the stream with no norm of its own before it"
-    return _beside(facts)
+    return beside_stream(facts)
 
 
-def _beside(facts: ModelFacts) -> str | None:
+def beside_stream(facts: ModelFacts) -> str | None:
     """A tensor outside the blocks that is not embedding, final norm or head, as a reason."""
     outside = facts.outside
     known = {outside.embedding, outside.norm, outside.head, outside.head.removesuffix("weight") + "bias"}
@@ -260,9 +260,14 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
         stats,
         absmax=torch.minimum(bound, total.sqrt()),
         mean_sq=total / max(stats.tokens, 1),
+        mean=None if stats.mean is None else rotation.columns(stats.mean),
         mean_abs=(total / max(stats.tokens, 1)).sqrt(),
         hessian=hessian,
         drift=None if stats.drift is None else rotation.sandwich(stats.drift),
+        weighted={
+            linear: tuple(turned for part in parts if (turned := rotated_stats(part, rotation)) is not None)
+            for linear, parts in stats.weighted.items()
+        },
     )
 
 

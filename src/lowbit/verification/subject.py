@@ -32,6 +32,7 @@ from lowbit.verification.result import PLAIN, Loading, loading_of
 
 if TYPE_CHECKING:
     from lowbit.checkpoint.compressed_tensors_config import CompressedTensorsConfig, Group
+    from lowbit.checkpoint.transform_config import RunTimeTransforms
     from lowbit.verification.survey import Progress, Survey
 
 
@@ -106,6 +107,11 @@ class Subject:
     def parsed(self) -> CompressedTensorsConfig:
         """The quantization_config of a compressed-tensors folder."""
         return self.layout.parsed  # type: ignore[attr-defined]
+
+    @property
+    def transforms(self) -> RunTimeTransforms:
+        """What a loader of the folder does to activations, of a compressed-tensors folder."""
+        return self.layout.transforms  # type: ignore[attr-defined]
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -222,7 +228,7 @@ class Subject:
     def optional(self) -> set[str]:
         """Stored tensors that a format permits but does not need: a trivial g_idx, the JSON of a quant_state."""
         if self.format == "compressed-tensors":
-            return set()
+            return set(self.layout.beside())
         owned = {name for linear in self.schemes for name in self.layout.owned(linear)}
         return {name for name in owned if not name.endswith(".weight")}
 

@@ -160,6 +160,9 @@ def _original(subject: Subject, linear: str, survey: Survey) -> Callable[[int, i
         return None
     if transposed:
         return lambda start, stop: source.read(name)[:, start:stop].t().contiguous()
+    rotation = subject.layout.rotation(linear, role.shape[1]) if linear in subject.schemes else None
+    if rotation is not None:
+        return lambda start, stop: rotation.columns(source.read(name, start, stop).float())
     return lambda start, stop: source.read(name, start, stop)
 
 

@@ -62,6 +62,17 @@ class _State:
         return self.shape[1] % self.block != 0
 
 
+def _stated_threshold(quantization: dict[str, Any]) -> float:
+    """|x| from which LLM.int8() multiplies a column in 16 bits; 0: none."""
+    stated = quantization.get("llm_int8_threshold", Layout.int8_threshold)
+    if type(stated) not in (int, float) or not 0 <= stated < math.inf:
+        raise CheckpointError(
+            f"config.json: quantization_config.llm_int8_threshold is {stated!r}; a number of at least 0 is needed",
+            "6.0 is bitsandbytes' own",
+        )
+    return float(stated)
+
+
 class BitsAndBytesLayout(Layout):
     LEAVES = ("weight", "SCB", "weight_format", *(f"weight.{leaf}" for leaf in _4BIT_LEAVES),
               *(f"weight.{_STATE}{name}" for name in CODEBOOKS))  # fmt: skip
@@ -69,6 +80,7 @@ class BitsAndBytesLayout(Layout):
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
         self.number = _stated_number(quantization)
+        self.int8_threshold = _stated_threshold(quantization)
         self.skip = _skip_patterns(quantization)
         self.states: dict[str, _State] = {}
         self.shapes: dict[str, tuple[int, int]] = {}

@@ -20,8 +20,10 @@ from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.compressed_tensors_config import Group, is_fp8_cache, parse_quantization_config
 from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
+from lowbit.checkpoint.transform_config import parse_transform_config
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
+from lowbit.numerics.hadamard import Rotation
 from lowbit.numerics.scales import e8m0_values
 from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -34,6 +36,10 @@ class CompressedTensorsLayout(Layout):
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
         self.parsed = parse_quantization_config({"quantization_config": quantization})
+        self.transforms = parse_transform_config(quantization.get("transform_config"))
+        if self.transforms.attention:
+            self.notes.append("queries and keys are rotated as the model runs, which only a rounded cache feels; they "
+                              "are read without")  # fmt: skip
 
     @property
     def kv_cache(self) -> KVCacheScheme | None:
@@ -58,6 +64,20 @@ class CompressedTensorsLayout(Layout):
         group = self.parsed.group_of(linear)
         assert group is not None, "asked only of linears that have a scheme"
         return expected_tensors(linear, shape, group)
+
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> Rotation | None:
+        transform = self.transforms.of(linear)
+        if transform is None or quantized or transform.names(linear):
+            return self.transforms.rotation(linear, columns, self.stored)
+        if "embed" in linear.rpartition(".")[2]:
+            return None
+        raise CheckpointError(
+            f"config.json: transform {transform.name} takes every Linear, and {linear} may be one or not",
+            "its targets or its ignore must name it",
+        )
+
+    def beside(self) -> list[str]:
+        return [name for name in self.stored.tensors if self.transforms.owns(name)]
 
     def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:
         scheme = self.scheme_of(linear)

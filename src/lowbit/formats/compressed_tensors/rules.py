@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowbit.checkpoint.compressed_tensors_config import Group
+from lowbit.errors import CheckpointError
 from lowbit.verification.result import Finding, Rule
 from lowbit.verification.subject import Subject
 
@@ -81,11 +82,46 @@ def check_zero_points(subject: Subject) -> Finding:
     return Finding(problems, f"{asymmetric} of {len(subject.groups)} quantized linears have them, as configured")
 
 
+def check_transforms(subject: Subject) -> Finding:
+    """Rotations of inputs fit the columns of their linears, and no matrix of theirs is for a linear without one."""
+    transforms, problems, rotated = subject.transforms, [], 0
+    for linear in subject.stored_linears:
+        try:
+            columns = subject.architecture.linears[linear].shape[1]
+            rotated += transforms.rotation(linear, columns, subject.stored) is not None
+        except CheckpointError as error:
+            problems.append(str(error))
+    owners = {name.removesuffix(f".{ending}") for name in subject.stored.tensors for ending in transforms.stored
+              if name.endswith(f".{ending}") and "_input." in ending}  # fmt: skip
+    problems += [f"{owner} has the matrix of a transform that is not applied to it" for owner in sorted(owners)
+                 if transforms.of(owner) is None]  # fmt: skip
+    return Finding(problems, f"the inputs of {rotated} linears are rotated as the model runs" if rotated else "none")
+
+
+def check_no_transforms(subject: Subject) -> Finding:
+    """No input is rotated: the engine does not read transform_config, and multiplies rotated weights by inputs that are
+    not."""
+    rotated = [name for name in subject.stored_linears if subject.transforms.of(name) is not None]
+    problems = []
+    if rotated:
+        problems = [f"the inputs of {len(rotated)} linears ({rotated[0]} …) are to be rotated as the model runs, and "
+                    f"{subject.engine} does not read transform_config"]  # fmt: skip
+    return Finding(problems, "none")
+
+
+NO_TRANSFORMS = Rule(
+    "no-transforms", "limits", ("compressed-tensors",), "no rotation is left to the engine", check_no_transforms,
+    "quantizers/quantizer_compressed_tensors.py (transformers 5.23); compressed_tensors.py (SGLang)", limit=True,
+    then="misreads",
+)  # fmt: skip
+
 RULES: tuple[Rule, ...] = (
     Rule("format", "parse", ("compressed-tensors",), "every group states a storage format that holds its numbers",
          check_format, "_get_scheme_from_parts of compressed_tensors.py (vLLM)", gate=True),
     Rule("sparsity", "format", ("compressed-tensors",), "sparsity_config is empty", check_sparsity,
          "from_config of compressed_tensors.py (vLLM): support was removed"),
+    Rule("transforms", "format", ("compressed-tensors",), "online rotations fit their linears", check_transforms,
+         "transform/utils/matrix.py, transform/factory/hadamard.py (compressed-tensors)", gate=True),
     Rule("activation-order", "format", ("compressed-tensors",), "columns are not permuted", check_activation_order,
          "schemes/compressed_tensors_wNa16.py (vLLM): actorder group was removed"),
     Rule("zero-points", "values", ("compressed-tensors",), "symmetric groups ship none; others are packed cleanly",

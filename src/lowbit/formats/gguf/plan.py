@@ -350,7 +350,9 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
     schemes = checkpoint.schemes if isinstance(checkpoint, CanReadCodes) else {}
-    nvfp4 = {name for name, scheme in schemes.items() if scheme.weight == SCHEMES["NVFP4"].weight}
+    rotated = getattr(checkpoint, "rotations", {})  # their codes are of other columns
+    nvfp4 = {name for name, scheme in schemes.items()
+             if scheme.weight == SCHEMES["NVFP4"].weight and name not in rotated}  # fmt: skip
     entries = tuple(
         _Entry(
             t.name, t.role, t.block, t.shape, t,

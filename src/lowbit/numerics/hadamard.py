@@ -57,9 +57,27 @@ class Rotation:
         """[blocks · n, blocks · n] → Qᵀ values Q."""
         return self.rows(self.columns(values))
 
+    def back(self, values: Tensor) -> Tensor:
+        """[..., blocks · n] → values Qᵀ, which undoes `columns`; in their dtype."""
+        shape, m = values.shape, len(self.base)
+        turned = walsh(values.reshape(-1, self.size // m, m)) / math.sqrt(self.size // m)
+        if m > 1:
+            turned = turned.reshape(-1, m) @ self.base.t().to(values)
+        return (turned.reshape(-1, self.size) * self.signs.to(values)).reshape(shape)
+
     def matrix(self) -> Tensor:
         """Q, float64 [n, n]."""
         return self.columns(torch.eye(self.size, dtype=torch.float64))
+
+
+LARGEST_SYLVESTER = 1 << 15  # of the kernels that engines have (HadaCore)
+
+
+def sylvester(size: int) -> Rotation:
+    """S / sqrt(n) of a power of two, without signs: symmetric, its own inverse. Kernels for online rotations compute it
+    without reading a matrix."""
+    assert size == size & -size, "Sylvester's matrices have powers of two for sizes"
+    return Rotation(torch.ones(size, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), True)
 
 
 def make_rotation(size: int, seed: int = 0) -> Rotation:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.transform.hadamard import hadamard_matrix, make_rotation, walsh
+from lowbit.numerics.hadamard import hadamard_matrix, make_rotation, walsh
 
 
 @pytest.mark.parametrize("order", [1, 4, 12, 20, 24, 28, 36, 44, 60, 76, 84, 104, 180])
