@@ -60,6 +60,13 @@ def test_llama_cpp_itself(gguf):
     assert found.file_bytes == gguf.stat().st_size
 
 
+@pytest.mark.interop
+def test_transformers_itself(folder):
+    found = bench(folder, engine="transformers", contexts=(16,), batches=(1, 2), tokens=4, repeats=2, warmups=1)
+    assert (found.engine, [row.batch for row in found.rows]) == ("transformers", [1, 2])
+    assert all(row.prefill > 0 and row.decode > 0 for row in found.rows)
+
+
 def test_vllm_is_asked_through_its_own_calls(folder, tmp_path, monkeypatch):
     """A prompt is never sent twice, prefix caching is off, and 5 ms a token are found again."""
     monkeypatch.syspath_prepend(fake_vllm(tmp_path))
