@@ -115,9 +115,8 @@ class CalibratedBlock:
         self.linears = tuple(each for each in runner.architecture.linears.values() if each.block == index)
         self.tensors = StoredTensors(job.checkpoint, runner, index, {each.name: each for each in self.linears})
         self.rewritten: dict[str, Tensor] = {}
-        self.rotated: dict[
-            str, Tensor
-        ] = {}  # what `before` made of tensors that `measured` then rewrote, as in the file
+        # What `before` made of tensors that `measured` then rewrote, as in the file.
+        self.rotated: dict[str, Tensor] = {}
         self.rounded: dict[str, Rounded] = {}
         self.results: dict[str, LinearResult] = {}
         self.transforms: list[dict[str, Any]] = []
