@@ -172,6 +172,18 @@ def test_a_hidden_outlier_is_what_it_is_for(tmp_path, text):
     assert errors["hadamard-down+gptq"] < 0.8 * errors["gptq"]
 
 
+@pytest.mark.parametrize("method", ["hadamard+rotate+gptq", "hadamard+rotate+hadamard-down+gptq"])
+def test_a_rotated_stream_is_compared_with_a_rotated_one(tmp_path, text, method):
+    """The unquantized stream stays rotated where `rotate` rewrote what `hadamard` had rotated."""
+    folder = make_model(tmp_path / "model", dtype=torch.float32, tie_word_embeddings=False)
+    plain = logits_of(folder)
+    errors = []
+    for each in ("gptq", method):
+        calibrated(folder, tmp_path / each, text, each)
+        errors.append((logits_of(tmp_path / each) - plain).square().mean())
+    assert errors[1] < 1.3 * errors[0]
+
+
 def test_rounding_to_nearest_and_static_scales(model, tmp_path, text):
     """Without a Hessian; and a static scale measured on the rotated input."""
     report = calibrated(model, tmp_path / "out", text, "hadamard-down", scheme="W8A8_STATIC", group_size=None)

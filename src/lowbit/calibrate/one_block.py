@@ -119,6 +119,8 @@ class CalibratedBlock:
         self.linears = tuple(each for each in runner.architecture.linears.values() if each.block == index)
         self.tensors = StoredTensors(job.checkpoint, runner, index, {each.name: each for each in self.linears})
         self.rewritten: dict[str, Tensor] = {}
+        # What `before` made of tensors that `measured` then rewrote, as in the file.
+        self.rotated: dict[str, Tensor] = {}
         self.rounded: dict[str, Rounded] = {}
         self.results: dict[str, LinearResult] = {}
         self.transforms: list[dict[str, Any]] = []
@@ -162,8 +164,12 @@ class CalibratedBlock:
             store.save(self.index, {name: each.stored for name, each in self.rounded.items()}, changed, record)
         if self.index + 1 < len(runner.blocks):
             with work.timed("forward"):
-                passes.advance(work.tick, job.checkpoint.read)
+                passes.advance(work.tick, self._unquantized)
         runner.drop(self.index)
+
+    def _unquantized(self, name: str) -> Tensor:
+        """A tensor of the unquantized stream, whose hidden states are rotated where those of the run are."""
+        return self.rotated[name] if name in self.rotated else self.job.checkpoint.read(name)
 
     def repeat(self, store: BlockStore) -> None:
         """Run the hidden states through a block that an earlier run rounded."""
@@ -211,6 +217,8 @@ class CalibratedBlock:
                 notes = load(transform.function)(block, self.facts, self._fake_quantize)
             self.transforms += [asdict(note) for note in notes if note.point in points or note.applied]
         changed = {name: values for name, values in block.tensors.items() if values is not before[name]}
+        if self.job.before and transforms is self.job.measured:
+            self.rotated = {name: self.tensors.in_file(name) for name in changed} | self.rotated
         for name, values in changed.items():
             # Compute with the values that a reader of the file will see.
             written = block.as_written(name, values)
