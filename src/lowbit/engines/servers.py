@@ -237,7 +237,7 @@ def check_turned_weights(subject: Subject) -> Finding:
 SERVER_RULES: tuple[Rule, ...] = (
     *gptq.SERVER_RULES,
     *awq.SERVER_RULES,
-    Rule("activations", "format", ("compressed-tensors",), "weight-only formats come without activations",
+    Rule("activations", "format", ("compressed-tensors",), "packed codes come without 8-bit integer activations",
          compressed_tensors.check_activations, "_get_scheme_from_parts of compressed_tensors.py (vLLM)"),
     Rule("fused-ignore", "layers", ("compressed-tensors",), "`ignore` covers whole fused sets", check_fused_ignore,
          "should_ignore_layer of compressed_tensors/utils.py (vLLM, SGLang)"),
