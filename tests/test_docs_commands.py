@@ -40,6 +40,7 @@ STANDS_FOR = {
     "SCHEME": "W4A16",
     "RANGE": "mse",
     "c4.txt": "my-text.txt",
+    "wikitext.txt": "my-text.txt",
     "open_platypus": "{rows}",
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "{model}",
     "meta-llama/Llama-3.2-1B-Instruct": "{model}",
@@ -56,6 +57,9 @@ SMALLER = {
     "diagnose": "--windows 2 --window-tokens 32 --budget 2",
     "generate": "--max-tokens 4",
     "demo": "--windows 1 --model {model}",
+    "bench": "--context 8 --batch 1 --tokens 4 --repeats 1",
+    "evaluate --tasks": "--task-items 2",
+    "evaluate --kv-cache": "--windows 1",
 }
 # The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
 SHORT = {
@@ -65,7 +69,14 @@ SHORT = {
 # More options at the end, for lines with a word.
 SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 # Lines that begin so are parsed, not run.
-ONLY_PARSED: dict[str, str] = {}
+ONLY_PARSED: dict[str, str] = {
+    "lowbit bench OUT --engine vllm": "the suite has no vLLM",
+    'lowbit generate smollm2-W4A16 -p "The sky is blue because" --raw --max-tokens 8 --kv-cache': "heads of 32 values",
+    "lowbit quantize MODEL -o OUT --scheme W4A4 --method hadamard": "a tied head",
+    "lowbit bench OUT --url": "nothing is served",
+    "lowbit evaluate OUT --tasks all --url": "nothing is served",
+    "lowbit evaluate OUT --tasks mmlu": "the items of lm-eval lie on the Hub",
+}
 # Packages that Python blocks may import beside what the suite has; blocks with them are compiled, not run.
 FOREIGN = {"peft": "the suite has no PEFT, and bitsandbytes would train on a GPU"}
 
@@ -93,8 +104,10 @@ class Bench:
         words = [self._filled(STANDS_FOR.get(word, word)) for word in words_of(line)]
         if "--help" not in words:
             if words[0] != "quantize" or reads_text(words):
-                words += self._filled(SMALLER.get(words[0], "")).split()
-                if words[0] in SHORT and SHORT[words[0]] not in words:
+                kind = next((name for flag in ("--tasks", "--kv-cache") if flag in words
+                             and (name := f"{words[0]} {flag}") in SMALLER), words[0])  # fmt: skip
+                words += self._filled(SMALLER.get(kind, "")).split()
+                if words[0] in SHORT and SHORT[words[0]] not in words and kind != "evaluate --tasks":
                     words += [SHORT[words[0]], SHORT_TEXT]
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)

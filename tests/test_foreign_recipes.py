@@ -137,7 +137,7 @@ def test_a_mapping_of_lowbits_own_settings():
         (one("QuantizationModifier", config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 9}}}),
          r"QuantizationModifier\.config_groups\.g\.weights"),
         (one("QuantizationModifier", config_groups={"g": {"targets": ["Linear"], "weights": {
-            "num_bits": 5, "type": "int", "strategy": "channel"}}}), "no scheme of lowbit"),
+            "num_bits": 5, "type": "int", "strategy": "channel", "symmetric": False}}}), "no scheme of lowbit"),
         (one("QuantizationModifier", config_groups={
             "a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64}},
             "b": {"targets": ["re:.*o_proj"], "weights": {"num_bits": 8, "group_size": 32}}}), "groups of 32 and 64"),

@@ -202,7 +202,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
     "hessian": ("guided:4", {}, CORRECTED),
     "damping": (0.02, {}, HESSIAN),
-    "shrinkage": (0.02, {}, CORRECTED),
+    "shrinkage": (0.02, {}, HESSIAN),
     "correction": (0.5, {}, HESSIAN),
     "correction_samples": (4, {}, HESSIAN),
     "refine": (2, {}, CORRECTED),

@@ -44,8 +44,8 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "best": {"method": "gptq+distill"},
 }
 # What a refinement reads of the settings: all else is the file's.
-READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "correction",
-                  "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
+READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
+                  "correction", "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -187,7 +187,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     shrinkage: Annotated[
         float | None, Field(ge=0, le=1),
-        Knob("GPTQ: share by which what H says of pairs of channels is taken back", METHODS, knobs.GPTQ, absent="0",
+        Knob("GPTQ, refine: share by which what H says of pairs of channels is taken back", METHODS, knobs.HESSIAN,
+             absent="0",
              see="gptq.md"),
     ] = None  # fmt: skip
     correction: Annotated[

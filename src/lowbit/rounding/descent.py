@@ -48,6 +48,7 @@ _ROWS_PER_THREAD = 64  # at least
 class RefineOptions:
     """
     damping     λ as a fraction of mean(diag H)
+    shrinkage   ρ, the share by which every off-diagonal of H is taken back, 0 to 1
     correction  α, the share of the error of what lies before that is corrected, 0 to 1; no effect without `drift`
     sweeps      number of them
     anew        also start from the codes and scales of GPTQ
@@ -56,6 +57,7 @@ class RefineOptions:
     """
 
     damping: float = 0.01
+    shrinkage: float = 0.0
     correction: float = 0.75
     sweeps: int = 4
     anew: bool = True
@@ -71,7 +73,8 @@ class RefineOptions:
     def of(cls, settings: Settings) -> RefineOptions:
         """The user's settings, defaults for the rest."""
         more = not settings.codes_only
-        given = {"damping": settings.damping, "correction": settings.correction, "sweeps": settings.sweeps}
+        given = {"damping": settings.damping, "shrinkage": settings.shrinkage, "correction": settings.correction,
+                 "sweeps": settings.sweeps}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None},
                    anew=more, reround=more)  # fmt: skip
 
@@ -80,7 +83,7 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
     """Refine what a file holds of a weight, float32 [N, K]; `start` are its codes for `target`, in the same rows."""
     if target.holds_floats:
         return kept(target, start, len(weight), f"{target.name} has no codes to refine")
-    hessian = data.hessian(options.damping)
+    hessian = data.hessian(options.damping, options.shrinkage)
     curvature, wanted = hessian.curvature(), hessian.corrected(weight, options.correction)
     starts, each = [start], target.columns_per_code
     factor = hessian.factor(each, each) if options.reround else None
@@ -130,7 +133,8 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
 
 
 def _anew(options: RefineOptions) -> GPTQOptions:
-    return GPTQOptions(options.damping, correction=options.correction, refine=0, search=SEARCH)
+    return GPTQOptions(options.damping, shrinkage=options.shrinkage, correction=options.correction, refine=0,
+                       search=SEARCH)  # fmt: skip
 
 
 def kept(target: Target, start: Stored, rows: int, why: str) -> Rounded:
