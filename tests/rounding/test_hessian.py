@@ -9,7 +9,7 @@ from torch import Tensor
 from lowbit.calibrate.block_modules import BlockInput
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.errors import NonFiniteError
-from lowbit.rounding.hessian import Factor, PreparedHessian, prepare
+from lowbit.rounding.hessian import Factor, InputData, PreparedHessian, prepare
 from lowbit.tensors import LayerStats
 
 SOURCE = BlockInput("block.attention", ())
@@ -345,3 +345,20 @@ def test_threads_change_no_bit():
     for result in results[1:]:
         for ours, theirs in zip(result, results[0], strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_the_energy_of_a_small_error_behind_a_massive_channel_is_exact_and_never_negative():
+    """Bfloat16 products of this H are off by more than the error itself."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=generator, dtype=torch.float64)
+    x[:, 3] *= 1400
+    x[:, 7] = x[:, 3] / 1400 + 1e-3 * x[:, 7]
+    error = torch.zeros(4, 64, dtype=torch.float64)
+    error[:, 3], error[:, 7] = 1.0, -1400.0  # cancels in the output but for a thousandth of channel 7
+    hessian = x.t() @ x
+    stats = LayerStats(512, *torch.zeros(3, 64), hessian.float())
+    expected = (error @ hessian * error).sum().item()
+    found = InputData(stats).energy(error.float())
+    assert found >= 0
+    assert found == pytest.approx(expected, rel=0.2)
+    assert InputData(stats).energy(torch.zeros(2, 64)) == 0

@@ -40,7 +40,6 @@ from torch import Tensor
 
 from lowbit.errors import NonFiniteError
 from lowbit.kernels.feedback import subtract_product
-from lowbit.numerics.precision import has_fast_bfloat16
 from lowbit.tensors import LayerStats
 from lowbit.workers import run_all
 
@@ -61,7 +60,6 @@ class InputData:
     stats: LayerStats | None = None
     parts: tuple[InputData, ...] = ()
     _hessians: dict[tuple[float, float], PreparedHessian] = field(default_factory=dict)
-    _factor: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -98,14 +96,11 @@ class InputData:
         return list(zip(row_groups(rows, len(self.parts)), self.parts, strict=True))
 
     def energy(self, weight: Tensor) -> float:
-        """tr(W H Wᵀ); products in bfloat16 on hardware with fast bfloat16: good to a percent."""
-        if self._factor is None:
-            assert self.stats is not None
-            assert self.stats.hessian is not None
-            dtype = torch.bfloat16 if has_fast_bfloat16(str(weight.device)) else torch.float32
-            self._factor = self.stats.hessian.to(dtype)
-        weight = weight.to(self._factor.dtype)
-        return ((weight @ self._factor).float() * weight).sum().item()
+        """tr(W H Wᵀ), in float32: what error feedback leaves is a small difference of large terms behind a massive
+        activation, of which bfloat16 would show the rounding alone. Never below 0."""
+        assert self.stats is not None
+        assert self.stats.hessian is not None
+        return max(0.0, ((weight @ self.stats.hessian) * weight).sum().item())
 
 
 @dataclass(frozen=True)
