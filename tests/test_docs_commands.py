@@ -57,7 +57,7 @@ SMALLER = {
     "diagnose": "--windows 2 --window-tokens 32 --budget 2",
     "generate": "--max-tokens 4",
     "demo": "--windows 1 --model {model}",
-    "bench": "--context 8 --batch 1 --tokens 4 --repeats 1",
+    "bench": "--context 8 --batch 1 --tokens 256 --repeats 1",
     "evaluate --tasks": "--task-items 2",
     "evaluate --kv-cache": "--windows 1",
 }

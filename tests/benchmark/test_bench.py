@@ -48,7 +48,7 @@ def test_seconds_become_tokens_per_second():
 
 def test_llama_cpp_itself(gguf):
     pytest.importorskip("xllamacpp")
-    found = bench(gguf, batches=(1, 2), **{**SHORT, "tokens": 64})
+    found = bench(gguf, batches=(1, 2), **{**SHORT, "tokens": 96})
     assert found.engine == "llama.cpp"
     assert found.through.startswith("xllamacpp")
     assert [(row.batch, row.context) for row in found.rows] == [(1, 8), (2, 8)]
