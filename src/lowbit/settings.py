@@ -40,8 +40,8 @@ MEASURE = "measure"  # value of `imatrix` in place of a file
 # What each level of `quality` stands for; a setting that is given beside it replaces its own.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"method": "rtn"},
-    "good": {"method": "gptq"},
-    "best": {"method": "gptq+distill"},
+    "good": {"method": "gptq", "shrinkage": 0.2},
+    "best": {"method": "gptq+distill", "shrinkage": 0.2},
 }
 # What a refinement reads of the settings: all else is the file's.
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
