@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from local_servers import JsonHandler, listening
 
 # 1 ms a pass of a prompt, 5 ms a token: what bench must find again.
 VLLM = """
@@ -62,33 +62,16 @@ def fake_llama_bench(folder: Path, text: str | None = None, code: int = 0) -> Pa
 def server(short: int = 0, status: int = 200):
     """The address of an OpenAI-like server on this machine; it makes `short` tokens too few."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
-            self._answer({"data": [{"id": "served"}]})
+            self.send_json({"data": [{"id": "served"}]})
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert asked["model"] == "served"
             assert asked["ignore_eos"]
             time.sleep(0.004 * asked["max_tokens"])
-            self._answer({"usage": {"completion_tokens": asked["max_tokens"] - short}}, status)
+            self.send_json({"usage": {"completion_tokens": asked["max_tokens"] - short}}, status)
 
-        def _answer(self, body, code=200):
-            text = json.dumps(body).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *words):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
-        running.server_close()
-        thread.join()
+    with listening(Handler) as address:
+        yield address

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import lowbit
+from local_servers import JsonHandler, listening
 from lowbit.cli.main import app
 from lowbit.errors import EngineFailure, UsageError
 from lowbit.tasks.answering import answers, likelihoods
@@ -26,19 +25,19 @@ def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None
     """An OpenAI-like server. echo: as vLLM; else one token at a time, as llama.cpp. shift, bias: of its ids."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
-            self._send({"data": [{"id": "tiny"}]})
+            self.send_json({"data": [{"id": "tiny"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
                 if not tokenize:
-                    return self._send({}, 404)
-                return self._send({"tokens": [each + shift for each in tokenizer(body["prompt"])["input_ids"]]})
+                    return self.send_json({}, 404)
+                return self.send_json({"tokens": [each + shift for each in tokenizer(body["prompt"])["input_ids"]]})
             asked.append(body)
             if dies_after is not None and len(asked) > dies_after:
-                return self._send({"error": "gone"}, 500)
+                return self.send_json({"error": "gone"}, 500)
             prompt = body["prompt"]
             ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             usage = {"prompt_tokens": len(ids) + shift}
@@ -51,27 +50,10 @@ def serving(model, tokenizer, echo=True, tokenize=True, shift=0, dies_after=None
             elif told and body.get("logit_bias"):
                 token = int(next(iter(body["logit_bias"]))) + bias
                 choice["logprobs"] = {"content": [{"id": token, "logprob": logp[-1, token].item()}]}
-            return self._send({"choices": [choice], "usage": usage})
+            return self.send_json({"choices": [choice], "usage": usage})
 
-        def _send(self, body, code=200):
-            text = json.dumps(body).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Handler) as address:
+        yield address, asked
 
 
 @pytest.fixture(scope="module")

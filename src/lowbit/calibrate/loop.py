@@ -152,13 +152,13 @@ def calibrate(
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          "loosen --ignore, or take --method rtn")  # fmt: skip
     windows = read_windows(checkpoint, settings, options, run, progress, given)
-    outside: dict[str, Replacement] = {}
-    for transform in parse_method(settings.method).transforms:
+    method, outside = parse_method(settings.method), dict[str, Replacement]()
+    for transform in method.transforms:
         if transform.outside is not None:
             rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
             outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
     source = OverlaidCheckpoint(checkpoint, outside)
-    rotations = online_rotations(parse_method(settings.method), architecture, targets)
+    rotations = online_rotations(method, architecture, targets)
     job = Job(source, targets, dtypes, windows.ids, settings, run.device, start, rotations)
     if job.needs_hessian:
         widest = max(architecture.linears[name].shape[1] for name in targets)

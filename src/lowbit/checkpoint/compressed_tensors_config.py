@@ -15,6 +15,7 @@ Spec: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and `utils/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,7 +122,7 @@ def _group(where: str, name: str, group: Any, overall: str | None) -> Group | No
     """One group; None if it quantizes no weights."""
     if not isinstance(group, dict):
         raise _bad(where, group, "a mapping; preset names are not supported")
-    _refuse_unknown(where, group, _GROUP_KEYS)
+    refuse_unknown(where, group, _GROUP_KEYS)
     targets = parse_targets(f"{where}.targets", group.get("targets"))
     own = _format(f"{where}.format", group.get("format"), _FORMATS)
     stored_as = own or (None if overall == "mixed-precision" else overall)
@@ -179,7 +180,7 @@ def _checked_args(where: str, args: Any) -> dict[str, Any]:
     """Quantization arguments with their defaults and the strategy they imply; contradictions refused."""
     if not isinstance(args, dict):
         raise _bad(where, args, "a mapping")
-    _refuse_unknown(where, args, _ARGS_KEYS)
+    refuse_unknown(where, args, _ARGS_KEYS)
     checked = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None,
                "block_structure": None, "dynamic": False, "actorder": None, "scale_dtype": None} | args  # fmt: skip
     if type(checked["num_bits"]) is not int:
@@ -271,14 +272,20 @@ def parse_targets(where: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _refuse_unknown(where: str, found: dict[str, Any], known: set[str]) -> None:
+def refuse_unknown(
+    where: str, found: dict[str, Any], known: set[str], bad: Callable[[str, Any, str], CheckpointError] | None = None
+) -> None:
+    """The error `bad` makes, or that of this file, for a key of a mapping that is not among the known ones."""
     unknown = sorted(found.keys() - known)
     if unknown:
-        raise _bad(f"{where}.{unknown[0]}", found[unknown[0]], f"no such key; known are {', '.join(sorted(known))}")
+        needed = f"no such key; known are {', '.join(sorted(known))}"
+        raise (bad or _bad)(f"{where}.{unknown[0]}", found[unknown[0]], needed)
+
+
+def bad_value(where: str, found: Any, needed: str, hint: str) -> CheckpointError:
+    """What is wrong with a value of quantization_config."""
+    return CheckpointError(f"config.json: quantization_config.{where} is {found!r}; needed is {needed}", hint)
 
 
 def _bad(where: str, found: Any, needed: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json: quantization_config.{where} is {found!r}; needed is {needed}",
-        "quantize the model again, or correct config.json",
-    )
+    return bad_value(where, found, needed, "quantize the model again, or correct config.json")

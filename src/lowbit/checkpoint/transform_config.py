@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.base import Checkpoint
-from lowbit.checkpoint.compressed_tensors_config import matches, parse_targets
+from lowbit.checkpoint.compressed_tensors_config import bad_value, matches, parse_targets, refuse_unknown
 from lowbit.errors import CheckpointError
 from lowbit.numerics.hadamard import Rotation, sylvester
 
@@ -153,7 +153,7 @@ def _group(where: str, group: Any) -> tuple[str, int | None, list[Any]]:
     """(type, head_dim, the entries of apply) of one group."""
     if not isinstance(group, dict):
         raise _bad(where, group, "a mapping")
-    _refuse_unknown(where, group, _GROUP_KEYS)
+    refuse_unknown(where, group, _GROUP_KEYS, _bad)
     if group.get("type") not in _TYPES:
         raise _bad(f"{where}.type", group.get("type"), f"one of {', '.join(_TYPES)}")
     head_dim, applied = group.get("head_dim"), group.get("apply") or []
@@ -168,7 +168,7 @@ def _applied(where: str, args: Any) -> str:
     """The location of one entry of apply."""
     if not isinstance(args, dict):
         raise _bad(where, args, "a mapping")
-    _refuse_unknown(where, args, _APPLY_KEYS)
+    refuse_unknown(where, args, _APPLY_KEYS, _bad)
     if args.get("location") not in _LOCATIONS:
         raise _bad(f"{where}.location", args.get("location"), f"one of {', '.join(_LOCATIONS)}")
     if type(args.get("inverse", False)) is not bool:
@@ -200,14 +200,5 @@ def _stored_rotation(transform: InputTransform, linear: str, size: int, stored: 
     return Rotation(torch.ones(size, dtype=torch.float64), matrix.contiguous() / size**0.5, True)
 
 
-def _refuse_unknown(where: str, found: dict[str, Any], known: set[str]) -> None:
-    unknown = sorted(found.keys() - known)
-    if unknown:
-        raise _bad(f"{where}.{unknown[0]}", found[unknown[0]], f"no such key; known are {', '.join(sorted(known))}")
-
-
 def _bad(where: str, found: Any, needed: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json: quantization_config.{where} is {found!r}; needed is {needed}",
-        "lowbit cannot decode such weights: start from the 16-bit model",
-    )
+    return bad_value(where, found, needed, "lowbit cannot decode such weights: start from the 16-bit model")

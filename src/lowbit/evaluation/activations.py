@@ -73,8 +73,8 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | No
 def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
     """x̂ of bitsandbytes' INT8, of the shape [..., K] and dtype of x; all tokens are one batch.
 
-    LLM.int8()        channels with some |x| ≥ 6 in the batch stay; others int8 per token, s = max of |x| < 6 / 127
-    to float16 first; columns in 16 bits are not. threshold: 0 for no outliers
+    threshold  channels with some |x| of at least this in the batch stay as they are; 0 for none. The others are rounded
+               to float16 first
     """
     rows = x.reshape(-1, x.shape[-1])
     values = rows.to(torch.float16).to(torch.float32)

@@ -446,7 +446,8 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
             raise UsageError(f"method {name} starts from the codes of a finished file",
                              "lowbit refine FILE --reference MODEL -o OUT does that")  # fmt: skip
     format = output_format(settings, output)
-    for transform in parse_method(settings.method).transforms:
+    transforms = parse_method(settings.method).transforms
+    for transform in transforms:
         if transform.online is not None and not format.transforms:
             able = ", ".join(row.name for row in FORMATS.values() if row.transforms)
             raise UsageError(
@@ -454,7 +455,6 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
                 f"take --format {able}, or omit {transform.name}",
             )
     prepared: Prepared = load(format.plan)(request)
-    transforms = parse_method(settings.method).transforms
     if transforms and prepared.plan.architecture is not None:
         facts = model_facts(prepared.plan.architecture)
         for transform in transforms:
