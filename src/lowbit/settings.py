@@ -40,8 +40,8 @@ MEASURE = "measure"  # value of `imatrix` in place of a file
 # What each level of `quality` stands for; a setting that is given beside it replaces its own.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"method": "rtn"},
-    "good": {"method": "gptq", "shrinkage": 0.2},
-    "best": {"method": "gptq+distill", "shrinkage": 0.2},
+    "good": {"method": "gptq"},
+    "best": {"method": "gptq+distill"},
 }
 # What a refinement reads of the settings: all else is the file's.
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
@@ -188,8 +188,7 @@ class Settings(Table):
     shrinkage: Annotated[
         float | None, Field(ge=0, le=1),
         Knob("GPTQ, refine: share by which what H says of pairs of channels is taken back", METHODS, knobs.HESSIAN,
-             absent="0",
-             see="gptq.md"),
+             absent="0.2", see="gptq.md#shrinkage"),
     ] = None  # fmt: skip
     correction: Annotated[
         float | None, Field(ge=0, le=1),

@@ -33,7 +33,7 @@ from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.gptq import SEARCH, GPTQOptions, gptq
 from lowbit.rounding.held import Held, HeldBlocks, ScalePart, hold, joined
-from lowbit.rounding.hessian import Curvature, Factor, InputData
+from lowbit.rounding.hessian import SHRINKAGE, Curvature, Factor, InputData
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
 from lowbit.tensors import QuantizedTensor
 from lowbit.workers import run_all
@@ -57,7 +57,7 @@ class RefineOptions:
     """
 
     damping: float = 0.01
-    shrinkage: float = 0.0
+    shrinkage: float = SHRINKAGE
     correction: float = 0.75
     sweeps: int = 4
     anew: bool = True

@@ -36,7 +36,7 @@ from torch import Tensor
 from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
-from lowbit.rounding.hessian import Factor, InputData, PreparedHessian
+from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
 from lowbit.rounding.target import GgmlTarget, Rounded, Target
 from lowbit.tensors import RangeSearch
 from lowbit.workers import run_all
@@ -67,7 +67,7 @@ class GPTQOptions:
     """
 
     damping: float = 0.01
-    shrinkage: float = 0.0
+    shrinkage: float = SHRINKAGE
     act_order: bool = True
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"

@@ -44,6 +44,7 @@ from lowbit.tensors import LayerStats
 from lowbit.workers import run_all
 
 LARGEST_DAMPING = 1.0
+SHRINKAGE = 0.2  # ρ where none is given; what it gains: docs/benchmarks.md#domains
 _STEP = 10.0
 _BLOCK = 128
 _WORTH_A_THREAD = 1 << 25  # multiplications
