@@ -33,6 +33,7 @@ from lowbit.cli.finetune import finetune
 from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
+from lowbit.cli.language import language
 from lowbit.cli.options import Commands, Sections, with_groups
 from lowbit.cli.plain import one_line
 from lowbit.cli.quantize import quantize
@@ -93,6 +94,7 @@ def run() -> NoReturn:
     # factor of five here); a short spin keeps the speed of an idle machine. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
+        language()  # an unknown one is refused by every command
         exit_code = app(standalone_mode=False)  # what `typer.Exit` carried, which is not raised in this mode
         sys.stdout.flush()
     except LowbitError as error:
