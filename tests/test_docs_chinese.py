@@ -19,17 +19,15 @@ CHINESE = DOCS / "zh"
 PAGES = sorted(path.relative_to(CHINESE).as_posix() for path in CHINESE.rglob("*.md"))
 # English only: references that are mostly names and figures, and the pages about the project itself.
 ENGLISH_ONLY = {
-    "advice-matrix.md", "advise.md", "architecture.md", "benchmarks.md", "calibration-text.md", "calibration.md",
-    "cli.md", "conversion.md", "diagnose.md", "estimate.md", "follow-one-tensor.md", "formats.md", "ggml-types.md",
-    "gguf-architectures.md", "gguf-file-types.md", "gguf-vision.md", "hardware.md", "imatrix.md", "interop.md",
-    "log.md", "lora.md", "map.md", "models.md", "ollama.md", "recipes.md", "reliability.md", "rounding.md",
-    "schemes.md",
+    "advice-matrix.md", "advise.md", "architecture.md", "benchmarks.md", "cli.md", "follow-one-tensor.md",
+    "formats.md", "ggml-types.md", "gguf-architectures.md", "gguf-file-types.md", "gguf-vision.md", "hardware.md",
+    "interop.md", "log.md", "map.md", "models.md", "recipes.md", "reliability.md",
 }  # fmt: skip
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 HEADING = re.compile(r"^(#+) (.+)$", flags=re.M)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SPAN = re.compile(r"`([^`\n]+)`")
+SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])(\d{1,3}(?:[ ,]\d{3})+|\d+(?:\.\d+)?)(?:th)?(?![A-Za-z0-9_])( ?(?:million|billion|万|亿))?"
 )
@@ -67,6 +65,10 @@ def figures(section: str) -> set[float]:
         round(float(re.sub(r"[ ,]", "", number)) * TIMES.get(unit.strip(), 1), 6)
         for number, unit in NUMBER.findall(text)
     }
+
+
+def spans(section: str) -> set[str]:
+    return {" ".join(span.split()) for span in SPAN.findall(section)}
 
 
 def in_words(section: str) -> set[float]:
@@ -120,8 +122,8 @@ def comparable(language: str, block: str) -> str:
 EACH_SECTION: dict[str, Callable[[str, str], object]] = {
     "figures that the English does not have": lambda there, here: figures(here) - figures(there) - in_words(there),
     "figures that are missing": lambda there, here: figures(there) - figures(here),
-    "code that the English does not have": lambda there, here: set(SPAN.findall(here)) - set(SPAN.findall(there)),
-    "code that is missing": lambda there, here: set(SPAN.findall(there)) - set(SPAN.findall(here)),
+    "code that the English does not have": lambda there, here: spans(here) - spans(there),
+    "code that is missing": lambda there, here: spans(there) - spans(here),
     "rows of tables": lambda there, here: tables(there) != tables(here) and (tables(there), tables(here)),
 }
 
