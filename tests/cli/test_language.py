@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from commands import start
 from lowbit.cli import language
 from lowbit.cli.main import app
 from lowbit.errors import UsageError
@@ -97,7 +98,7 @@ def test_quantize_in_chinese_reads_as_it_should(monkeypatch):
     assert "缩放因子与文件：\n  --range RANGE " in text
     assert "校准窗口数。[默认：128]" in text
     assert "名称匹配的线性层保持 16 bit。可重复。" in text
-    assert text.index("输出内容：") < text.index("校准：") < text.index("信任：")
+    assert text.index("输出内容：") < text.index("校准：") < text.index("安全与信任：")
 
 
 @pytest.mark.parametrize("wanted", [None, "", "en"])
@@ -136,6 +137,16 @@ def test_english_help_does_not_read_the_catalogue():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.endswith("READ 0\n")
+
+
+@pytest.mark.parametrize("wanted", ["zh", "en"])
+def test_a_terminal_that_cannot_show_the_help_is_told_so(wanted):
+    """English too: its help has an ellipsis."""
+    asked = start("quantize", "--help", LOWBIT_LANG=wanted, PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    stderr = asked.communicate(timeout=60)[1]
+    assert asked.returncode == 1
+    assert stderr.startswith("error: standard output is latin-1, which cannot show ")
+    assert stderr.endswith("hint: use a UTF-8 locale, or set PYTHONIOENCODING=utf-8\n")
 
 
 @pytest.mark.parametrize("width", [20, 50, 79])

@@ -111,6 +111,9 @@ def run() -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename or 'standard output'}: {error.strerror or error}",
               "the file system refused; free some space, or look at the permissions", 1)  # fmt: skip
+    except UnicodeEncodeError as error:
+        _fail(f"standard output is {error.encoding}, which cannot show {error.object[error.start : error.end][:8]!r}",
+              "use a UTF-8 locale, or set PYTHONIOENCODING=utf-8", 1)  # fmt: skip
     except MemoryError:
         _fail(
             "the memory is full", "--max-memory and --threads bound what a run takes; `lowbit estimate` predicts it", 1
