@@ -43,6 +43,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Pages in Chinese say so, for the choice of fonts and for screen readers."""
+    if page.file.src_uri.startswith("zh/") or page.file.src_uri == OUTSIDE["README.zh-CN.md"]:
+        return output.replace('<html lang="en"', '<html lang="zh-CN"', 1)
+    return output
+
+
 def _relinked(markdown: str, source: str, page: str) -> str:
     """The text of the document at `source` (a path in the repository), with links as `page` of the site needs them."""
 

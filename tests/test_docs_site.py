@@ -45,6 +45,12 @@ def test_every_document_is_a_page(site):
         assert (site / f"{page}.html").is_file(), page
 
 
+def test_chinese_pages_say_that_they_are_chinese(site):
+    for page in [*(site / "zh").rglob("*.html"), site / "readme-zh-cn.html"]:
+        assert '<html lang="zh-CN"' in page.read_text(encoding="utf-8"), page.name
+    assert '<html lang="en"' in (site / "index.html").read_text(encoding="utf-8")
+
+
 def test_scripts_of_the_documents_are_not_part_of_the_site(site):
     assert not list(site.rglob("*.py"))
 
@@ -53,5 +59,5 @@ def test_links_to_documents_outside_the_folder_are_links_to_their_pages(site):
     texts = (site / "calibration-text.html").read_text(encoding="utf-8")
     assert 'href="packaged-texts.html"' in texts
     chinese = (site / "readme-zh-cn.html").read_text(encoding="utf-8")
-    assert 'href="quickstart/index.html"' in chinese
+    assert 'href="zh/quickstart/index.html"' in chinese
     assert "docs/" not in "".join(re.findall(r'href="([^"]*)"', chinese))

@@ -33,6 +33,7 @@ from lowbit.cli.finetune import finetune
 from lowbit.cli.generate import generate
 from lowbit.cli.imatrix import imatrix
 from lowbit.cli.inspect import inspect
+from lowbit.cli.language import language
 from lowbit.cli.options import Commands, Sections, with_groups
 from lowbit.cli.plain import one_line
 from lowbit.cli.quantize import quantize
@@ -93,6 +94,7 @@ def run() -> NoReturn:
     # factor of five here); a short spin keeps the speed of an idle machine. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
+        language()  # an unknown one is refused by every command
         exit_code = app(standalone_mode=False)  # what `typer.Exit` carried, which is not raised in this mode
         sys.stdout.flush()
     except LowbitError as error:
@@ -109,6 +111,9 @@ def run() -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename or 'standard output'}: {error.strerror or error}",
               "the file system refused; free some space, or look at the permissions", 1)  # fmt: skip
+    except UnicodeEncodeError as error:
+        _fail(f"standard output is {error.encoding}, which cannot show {error.object[error.start : error.end][:8]!r}",
+              "use a UTF-8 locale, or set PYTHONIOENCODING=utf-8", 1)  # fmt: skip
     except MemoryError:
         _fail(
             "the memory is full", "--max-memory and --threads bound what a run takes; `lowbit estimate` predicts it", 1

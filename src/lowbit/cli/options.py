@@ -20,6 +20,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lowbit.cli.language import help_in_chinese, language
 from lowbit.errors import UsageError
 from lowbit.knobs import MAKE, PANELS, RUNNING, TRUST, Row, Table, is_given, parse_bytes
 from lowbit.settings import RunOptions, Settings
@@ -175,6 +176,9 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 class Sections(TyperCommand):
     """A command whose --help lists options by panel, the panels of `lowbit.knobs.PANELS` in their order."""
 
+    def get_help(self, ctx: Any) -> str:
+        return help_in_chinese(self, ctx) if language() == "zh" else super().get_help(ctx)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:  # of typer's own click, or of click
         panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", MAKE, "Options", *PANELS)}
         for param in self.get_params(ctx):
@@ -192,6 +196,9 @@ class Sections(TyperCommand):
 
 class Commands(TyperGroup):
     """The program, whose --help gives the first sentence of every command whole, however many lines it takes."""
+
+    def get_help(self, ctx: Any) -> str:
+        return help_in_chinese(self, ctx) if language() == "zh" else super().get_help(ctx)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         rows = [(name, command.get_short_help_str(limit=200)) for name, command in self.commands.items()]
