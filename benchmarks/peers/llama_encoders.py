@@ -18,7 +18,7 @@ import gguf
 import torch
 
 import lowbit
-from lowbit.formats.gguf.importance import read_imatrix
+from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.numerics.ggml import TYPES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
