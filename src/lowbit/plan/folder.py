@@ -74,6 +74,10 @@ class FolderPlan(Plan):
         assert self.architecture is not None
         return self.architecture
 
+    @property
+    def engine(self) -> str:
+        return self.exporter.engine_of(self.schemes) or self.format.engine
+
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """Linear → scheme, of every quantized linear."""
