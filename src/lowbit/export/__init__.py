@@ -108,6 +108,10 @@ class Exporter(Protocol):
         """Further JSON files of the format: name → content."""
         ...
 
+    def needless(self, scheme: Scheme) -> tuple[str, ...]:
+        """Endings of stored names that loaders need not find in a linear which they load as one matrix with others."""
+        ...
+
     def engine_of(self, schemes: dict[str, Scheme]) -> str | None:
         """The engine whose rules the output must pass, where it is not the usual one of the format's row."""
         ...
@@ -127,6 +131,11 @@ def no_companions(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, d
 def usual_engine(schemes: dict[str, Scheme]) -> str | None:
     """None: whatever the schemes are."""
     return None
+
+
+def none_needless(scheme: Scheme) -> tuple[str, ...]:
+    """None: a fused linear is stored as a single one is."""
+    return ()
 
 
 def block_rows(scheme: Scheme, shape: tuple[int, int]) -> int:

@@ -149,7 +149,9 @@ class FolderPlan(Plan):
             assert linear is not None
             assert scheme is not None
             absmax = self.input_absmax.get(linear.name)
+            planned = {stored.name for stored in tensor.stored}
             pieces = self.exporter.pack(linear.name, rows, scheme, first, linear.shape, tensor.dtype, absmax)
+            pieces = [piece for piece in pieces if piece.name in planned]
             if linear.transposed and self.format.name == "float":  # the model class stores it as [K, N]
                 pieces = [replace(piece, values=piece.values.t(), row=0, column=first) for piece in pieces]
         else:

@@ -171,7 +171,8 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
         return ("bitsandbytes",)
     named = {
         "weight_packed": ("compressed-tensors",), "weight_global_scale": ("compressed-tensors",),
-        "weight_scale_2": ("modelopt",), "weight_scale_inv": ("fp8",), "W_q": ("hqq",), "_weight_qdata": ("torchao",),
+        "weight_scale_2": ("modelopt",), "pre_quant_scale": ("modelopt",), "weight_scale_inv": ("fp8",),
+        "W_q": ("hqq",), "_weight_qdata": ("torchao",),
     }.get(leaf)  # fmt: skip
     if named is not None:
         return named
@@ -180,9 +181,9 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
         if info.dtype in _FP8:
             return ("compressed-tensors", "modelopt", "fp8")
-        return (
-            ("compressed-tensors",) if info.dtype == torch.int8 else ("modelopt",) if info.dtype not in FLOATS else ()
-        )
+        if info.dtype == torch.int8:
+            return ("compressed-tensors", "modelopt")
+        return ("modelopt",) if info.dtype not in FLOATS else ()
     return ()
 
 

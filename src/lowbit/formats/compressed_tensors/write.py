@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, no_companions, usual_engine
+from lowbit.export import Piece, every_zero_point, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX, e8m0_codes
 from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
@@ -35,6 +35,7 @@ from lowbit.tensors import Granularity, QuantizedTensor
 
 FORMAT = "compressed-tensors"
 lowest_zero_point, companion_files, engine_of = every_zero_point, no_companions, usual_engine
+needless = none_needless
 VERSION = "0.20.0"  # of the format that this file writes
 
 

@@ -25,9 +25,10 @@ For a linear `L` with weight [N, K]; every scale multiplies; [] is a tensor with
                                several schemes: quant_algo MIXED_PRECISION, quantized_layers {linear: {quant_algo, …}}
     config.json                quantization_config: the same as `convert_hf_quant_config_format` rewrites it
 
-The factors of AWQ and SmoothQuant are folded into the weights and norms before, so `pre_quant_scale` is all ones: the
-loader of TensorRT-LLM asks for it in every AWQ linear that it does not fuse. W4A8_AWQ's `weight_scale_2` changes no
-value, since kernels divide by it and multiply by it again; it is a power of two, and one for a fused set.
+The factors of AWQ and SmoothQuant are folded into the weights and norms before, so `pre_quant_scale` is all ones, and
+left out in q, k and v, and in gate and up: the loader of TensorRT-LLM asks for it in every AWQ linear that it does not
+fuse, and in every expert. W4A8_AWQ's `weight_scale_2` changes no value, since kernels divide by it and multiply by it
+again; it is a power of two, and one for a fused set.
 vLLM takes the maximum of the scales of a fused set (q, k and v; gate and up): they are equal in what lowbit writes.
 TensorRT-LLM knows fp8_pb_wo as the scheme of a whole model only, not in quantized_layers.
 ModelOpt writes every algorithm above but the last, which is a name of TensorRT-LLM's for the same tensors.
@@ -129,6 +130,11 @@ def engine_of(schemes: dict[str, Scheme]) -> str | None:
     """tensorrt-llm where a scheme is one that only its loader knows; None for the format's usual engine."""
     known_there = any(storage_format(scheme) in _TENSORRT_LLM for scheme in set(schemes.values()))
     return "tensorrt-llm" if known_there else None
+
+
+def needless(scheme: Scheme) -> tuple[str, ...]:
+    """TensorRT-LLM multiplies the input of a fused set by its `pre_quant_scale` where there is one, of ones too."""
+    return ("pre_quant_scale",)
 
 
 def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
