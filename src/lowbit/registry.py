@@ -54,6 +54,8 @@ ENGINES: dict[str, str] = {
     "vllm": "lowbit.engines.vllm:ENGINE",
     "sglang": "lowbit.engines.sglang:ENGINE",
     "tensorrt-llm": "lowbit.engines.tensorrt_llm:ENGINE",
+    "lmdeploy": "lowbit.engines.lmdeploy:ENGINE",
+    "tgi": "lowbit.engines.tgi:ENGINE",
     "llama.cpp": "lowbit.engines.llama_cpp:ENGINE",
     "transformers": "lowbit.engines.transformers:ENGINE",
 }

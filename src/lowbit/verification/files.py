@@ -181,8 +181,9 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
         if info.dtype in _FP8:
             return ("compressed-tensors", "modelopt", "fp8")
-        if info.dtype == torch.int8:
-            return ("compressed-tensors", "modelopt")
+        if info.dtype == torch.int8:  # a scale per row is [N, 1] in compressed-tensors, [N] in ModelOpt
+            dimensions = len(tensors[f"{owner}.weight_scale"].shape)
+            return (("modelopt",), ("compressed-tensors", "modelopt"), ("compressed-tensors",))[min(dimensions, 2)]
         return ("modelopt",) if info.dtype not in FLOATS else ()
     return ()
 

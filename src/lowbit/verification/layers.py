@@ -142,10 +142,13 @@ def _weight_said(weight: WeightSpec) -> str:
 
 
 # Of engines that fuse: `from documentation` for TensorRT-LLM.
+FUSED_SCHEMES = Rule(
+    "fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
+    "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); get_multi_weights_col "
+    "(TGI); from documentation (TensorRT-LLM, LMDeploy)", then="misreads",
+)  # fmt: skip
 FUSING: tuple[Rule, ...] = (
-    Rule("fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
-         "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); from documentation "
-         "(TensorRT-LLM)", then="misreads"),
+    FUSED_SCHEMES,
     Rule("expert-schemes", "layers", QUANTIZED, "all experts of a block have one scheme", check_expert_schemes,
          "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)",
          then="misreads"),
