@@ -23,7 +23,7 @@ from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_ca
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
-from lowbit.numerics.column_scales import InputTransform
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.registry import FORMATS, load
 from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import QuantizedTensor
@@ -95,7 +95,7 @@ class Layout(ABC):
     # |x| from which LLM.int8() multiplies a column of inputs in 16 bits.
     int8_threshold: float = 6.0
 
-    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputTransform | None:
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputBasis | None:
         """How the loader rotates, or scales, the input of a linear as the model runs; None where it does not.
 
         quantized  False for a float matrix, which need not be the weight of a linear
@@ -153,7 +153,7 @@ class QuantizedCheckpoint:
             for linear in self._owners.get(name, ()):
                 if f"{linear}.weight" not in self.tensors:
                     self._add(linear, shapes[linear])
-        self.rotations: dict[str, InputTransform] = {}
+        self.rotations: dict[str, InputBasis] = {}
         for name, info in self.tensors.items():
             if name.endswith(".weight") and len(info.shape) == 2:
                 quantized = name in self.schemes

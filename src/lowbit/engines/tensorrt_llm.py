@@ -7,7 +7,7 @@ import torch
 from lowbit.checkpoint.compressed_tensors_config import Group
 from lowbit.engines.engine import ADA, AMPERE, BELOW_BLACKWELL, BLACKWELL, GIB, HOPPER, Engine, MemoryModel, Support
 from lowbit.formats.modelopt import rules as modelopt
-from lowbit.numerics.column_scales import ColumnScales, InputTransform
+from lowbit.numerics.column_scales import ColumnScales, InputBasis
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity
 from lowbit.verification.layers import FUSING
@@ -104,7 +104,7 @@ def check_awq_inputs(subject: Subject) -> Finding:
     return Finding(problems, "scales of inputs are those of a single linear, or ones")
 
 
-def _same(one: InputTransform | None, other: InputTransform | None) -> bool:
+def _same(one: InputBasis | None, other: InputBasis | None) -> bool:
     return isinstance(one, ColumnScales) and isinstance(other, ColumnScales) and torch.equal(one.scale, other.scale)
 
 
@@ -168,16 +168,17 @@ _SUPPORT = (
     Support(("NVFP4",), "fp4", "modelopt", f"{_DOCS}", least=BLACKWELL, method="gptq"),
     Support(("W8A8",), "int8", None, f"{_DOCS}: SmoothQuant; {_CHOOSING}: INT8 SQ on Ampere",
             least=AMPERE, most=BELOW_BLACKWELL, method="smoothquant",
-            note="INT8 SmoothQuant of its TensorRT engines; lowbit writes no checkpoint of that kind",
+            note="INT8 SmoothQuant of its TensorRT engines; lowbit writes no checkpoint that they are built from, and "
+            "ModelOpt's W8A8_SQ_PER_CHANNEL, which it writes, is not loaded by the PyTorch backend",
             instead=_TOOL.format("int8_sq")),
-    Support(("W4A16",), "16", None, f"{_DOCS}: W4A16 AWQ; {_CHOOSING}: INT4 AWQ for small batches",
-            least=AMPERE, small_batch=_BATCH, method="awq",
-            note="INT4 AWQ in ModelOpt's W4A16_AWQ; lowbit's AWQ files are AutoAWQ's, which TensorRT-LLM passes over",
-            instead=_TOOL.format("int4_awq")),
-    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only", least=AMPERE,
-            small_batch=_BATCH, note="INT8 weight-only of its TensorRT engines; lowbit writes no such checkpoint",
-            instead="python examples/models/core/llama/convert_checkpoint.py --model_dir MODEL --output_dir OUT "
-            "--use_weight_only --weight_only_precision int8"),)  # fmt: skip
+    Support(("W4A16",), "16", "modelopt", f"{_DOCS}: W4A16 AWQ; {_CHOOSING}: INT4 AWQ for small batches",
+            least=AMPERE, most=BELOW_BLACKWELL, small_batch=_BATCH, method="awq"),
+    Support(("W4AFP8_STATIC",), "fp8", "modelopt", f"{_DOCS}: W4A8 AWQ; docs/source/features/quantization.md: Ada and "
+            "Hopper", least=ADA, most=BELOW_BLACKWELL, converts=True, method="awq"),
+    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only; WeightOnlyQuantLinearMethod of "
+            "_torch/modules/linear.py", least=AMPERE, small_batch=_BATCH,
+            note="INT8 weight-only takes one scale per row",
+            instead="lowbit quantize MODEL -o OUT --scheme W8A16 --group-size -1 --format modelopt"),)  # fmt: skip
 
 _MEMORY = MemoryModel(
     prefill=((0, 8192),), logit_rows=256, logit_bytes=16, framework=2 * GIB, share=0.9,

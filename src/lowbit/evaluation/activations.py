@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
-from lowbit.numerics.column_scales import InputTransform
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.schemes import ActivationSpec, Scheme
 
 _MAX = {"e4m3": 448.0, "e2m1": 6.0}
@@ -147,7 +147,7 @@ def _round_e2m1(values: Tensor) -> Tensor:
 @contextlib.contextmanager
 def simulated_activations(
     model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
-    rotations: Mapping[str, InputTransform] | None = None, int8_threshold: float | None = None,
+    rotations: Mapping[str, InputBasis] | None = None, int8_threshold: float | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
@@ -284,7 +284,7 @@ def simulation_of(checkpoint: Checkpoint) -> Callable[[nn.Module], AbstractConte
     return lambda model: simulated_activations(model, schemes, scales, rotations, threshold)
 
 
-def _hook(spec: ActivationSpec, scale: float | None, rotation: InputTransform | None = None):
+def _hook(spec: ActivationSpec, scale: float | None, rotation: InputBasis | None = None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_activation(args[0], spec, scale), *args[1:])
 

@@ -1,4 +1,4 @@
-"""`InputTransform`: what a loader does to the input of a linear as the model runs; `ColumnScales` is the diagonal one.
+"""`InputBasis`: the basis in which a loader gives a linear its input as the model runs; `ColumnScales` is diagonal.
 
     x' = x T        W' = W T⁻ᵀ        x' W'ᵀ = x Wᵀ
 
@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class InputTransform(Protocol):
+class InputBasis(Protocol):
     """An invertible T [K, K]. reason: why codes of W' are no codes of W"""
 
     @property

@@ -27,7 +27,7 @@ from lowbit.errors import FormatError, UsageError
 from lowbit.export import Exporter, find_exporter
 from lowbit.export.kv_cache import unfit_kv_cache
 from lowbit.knobs import Facts
-from lowbit.numerics.column_scales import InputTransform
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX
 from lowbit.plan.folder import FolderPlan, make_plan, with_kv_cache
 from lowbit.plan.linears import stored_as
@@ -89,7 +89,7 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         for weight, scheme in checkpoint.schemes.items()
         if weight.removesuffix(".weight") in shapes
     }
-    transforms: dict[str, InputTransform] = getattr(checkpoint, "rotations", {})
+    transforms: dict[str, InputBasis] = getattr(checkpoint, "rotations", {})
     rotated = [name for name in choices if f"{name}.weight" in transforms]
     if settings.format == "float":  # read decoded and without the rotation, like a tensor that is copied
         choices = {name: choice for name, choice in choices.items() if name not in rotated}

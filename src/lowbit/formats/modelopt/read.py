@@ -33,7 +33,7 @@ from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
-from lowbit.numerics.column_scales import ColumnScales, InputTransform
+from lowbit.numerics.column_scales import ColumnScales, InputBasis
 from lowbit.numerics.scales import e8m0_values
 from lowbit.schemes import SCHEMES, KVCacheScheme, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -143,7 +143,7 @@ class ModelOptLayout(Layout):
         leaf = "weight_scale_2" if self.quantized_scheme(linear).weight.two_level else "weight_scale"
         return self.stored.tensors[f"{linear}.{leaf}"].dtype
 
-    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputTransform | None:
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputBasis | None:
         """The scales that multiply the input; None where there are none, or all are 1."""
         name = f"{linear}.pre_quant_scale"
         info = self.stored.tensors.get(name)
