@@ -326,15 +326,20 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
     return load(read)(stored, quantization)
 
 
+# Other tools' names of a quant_method.
+_SPELLINGS = {
+    "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round",
+}  # fmt: skip
+
+
 def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     """quant_method, other tools' spellings included; CheckpointError for an unknown one."""
     stated = quantization.get("quant_method")
     method = str(stated).lower() if stated is not None else "none"
     if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
-    method = {"modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors"}.get(
-        method, method
-    )
+    method = _SPELLINGS.get(method, method)
     if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
