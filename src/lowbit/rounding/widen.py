@@ -42,9 +42,10 @@ def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
 
 def _scale_kinds(spec: WeightSpec) -> Iterator[tuple[ScaleFormat, bool]]:
     """Formats of scales, and whether a range of the tensor lies beside them, which changes no value."""
-    plain: ScaleFormat = "model" if spec.scale_format == "nested" else spec.scale_format
-    for scale_format in dict.fromkeys((spec.scale_format, plain)):
-        yield from ((scale_format, ranged) for ranged in dict.fromkeys((spec.ranged, False)))
+    formats: list[ScaleFormat] = ["nested", "model"] if spec.scale_format == "nested" else [spec.scale_format]
+    for scale_format in formats:
+        for ranged in dict.fromkeys((spec.ranged, False)):
+            yield scale_format, ranged
 
 
 def _scalings(spec: WeightSpec, columns: int) -> Iterator[tuple[Granularity, int | None]]:
