@@ -16,7 +16,7 @@ from lowbit.verification.subject import Subject
 
 _CT = "compressed-tensors"
 _BLOCK = [128, 128]
-_AWQ_GROUP_SIZES, _EXPERT_COLUMNS = (64, 128), 128
+_W4A16_GROUP_SIZES, _W4A8_GROUP_SIZES = (64, 128), (128,)
 _TAKES = (
     "TensorRT-LLM takes FP8 per row with dynamic activations, FP8 blocks of 128, NVFP4 with activations, MXFP4 weights"
 )
@@ -61,7 +61,7 @@ def check_blocks(subject: Subject) -> Finding:
 
 def check_awq_tensors(subject: Subject) -> Finding:
     """What AWQ linears ask for: pre_quant_scale in every linear that is not fused (KeyError without), in W4A8 of the
-    model's dtype (assert); groups of 64 or 128; a 16-bit model; experts in W4A8 only, of multiples of 128 columns."""
+    model's dtype (assert); groups of 64 or 128, in W4A8 of 128; a 16-bit model; experts in W4A8 only."""
     problems = []
     for name, scheme in _awq(subject).items():
         linear, activations = subject.architecture.linears[name], scheme.activation is not None
@@ -72,13 +72,12 @@ def check_awq_tensors(subject: Subject) -> Finding:
         if info is not None and activations and linear.expert is None and info.dtype is not subject.dtype:
             problems.append(f"{info.name} is {info.stored}; in W4A8_AWQ it must be of the model's dtype, "
                             f"{str(subject.dtype).removeprefix('torch.')}")  # fmt: skip
-        if scheme.weight.group_size not in _AWQ_GROUP_SIZES:
-            problems.append(f"{name}: group size {scheme.weight.group_size}; kernels take 64 and 128")
+        sizes = _W4A8_GROUP_SIZES if activations else _W4A16_GROUP_SIZES
+        if scheme.weight.group_size not in sizes:
+            problems.append(f"{name}: group size {scheme.weight.group_size}; kernels take "
+                            f"{' and '.join(map(str, sizes))}")  # fmt: skip
         if linear.expert is not None and not activations:
             problems.append(f"{name} is an expert in W4A16_AWQ; TensorRT-LLM's experts of 4-bit integers are W4A8_AWQ")
-        if linear.expert is not None and linear.shape[1] % _EXPERT_COLUMNS:
-            problems.append(f"{name} has {linear.shape[1]} in_features; Hopper's kernel of experts takes multiples of "
-                            f"{_EXPERT_COLUMNS}")  # fmt: skip
     if _awq(subject) and subject.dtype is torch.float32:
         problems.append("config.json says dtype float32; the kernels of AWQ take bfloat16 and float16")
     return Finding(problems, f"{len(_awq(subject))} AWQ linears have what its loader asks for")
