@@ -42,6 +42,9 @@ SOURCES = {
     "bitsandbytes INT8": ("bitsandbytes", "INT8", {}),
     "modelopt FP8": ("modelopt", "FP8", CALIBRATION),
     "modelopt FP8_DYNAMIC": ("modelopt", "FP8_DYNAMIC", {}),
+    "modelopt W4A16": ("modelopt", "W4A16", {}),
+    "modelopt W8A8": ("modelopt", "W8A8", {}),
+    "modelopt W4AFP8_STATIC": ("modelopt", "W4AFP8_STATIC", CALIBRATION),
     "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
 }  # fmt: skip
 # "float" takes anything, and mxfp4 the experts of gpt-oss alone (tests/export/test_mxfp4.py).

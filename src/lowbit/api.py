@@ -250,7 +250,7 @@ def write_prepared(
         verification = verify(
             plan.model_in(work, output),
             source=None if rewritten else prepared.checkpoint,
-            engine=plan.format.engine,
+            engine=plan.engine,
             options=prepared.options,
             nearest=not (plan.settings.is_blockwise or plan.settings.method != "rtn" or prepared.made_by)
             and plan.format.name != "float",

@@ -54,6 +54,8 @@ ENGINES: dict[str, str] = {
     "vllm": "lowbit.engines.vllm:ENGINE",
     "sglang": "lowbit.engines.sglang:ENGINE",
     "tensorrt-llm": "lowbit.engines.tensorrt_llm:ENGINE",
+    "lmdeploy": "lowbit.engines.lmdeploy:ENGINE",
+    "tgi": "lowbit.engines.tgi:ENGINE",
     "llama.cpp": "lowbit.engines.llama_cpp:ENGINE",
     "transformers": "lowbit.engines.transformers:ENGINE",
 }
@@ -97,6 +99,8 @@ FORMATS: dict[str, Format] = {
             header=f"{_F}.gguf.header:read_header",
         ),
         Format("fp8", read=f"{_F}.fp8.read:Fp8Layout", rules=f"{_F}.fp8.rules:RULES"),
+        Format("auto-round", read=f"{_F}.auto_round.read:open_auto_round"),
+        Format("fbgemm_fp8", read=f"{_F}.fbgemm_fp8.read:open_fbgemm_fp8"),
         Format("torchao", read=f"{_F}.torchao.read:TorchAoLayout"),
         Format("hqq", read=f"{_F}.hqq.read:refuse_hqq"),
     )

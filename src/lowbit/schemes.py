@@ -35,6 +35,8 @@ class WeightSpec:
     group_size    columns per scale (GROUP) or side of the square (BLOCK); None for TENSOR and CHANNEL
     scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4), "nested"
     narrow        integers without their most negative code: scale · (2^(b−1) − 1) is the largest weight exactly
+    ranged        True: beside the group scales lies one float32 per tensor, its largest weight over 448 or above: an
+                  engine that multiplies in FP8 divides the weights by it (ModelOpt's W4A8_AWQ)
     """
 
     number: Number
@@ -44,6 +46,7 @@ class WeightSpec:
     symmetric: bool = True
     scale_format: ScaleFormat = "model"
     narrow: bool = False
+    ranged: bool = False
 
     @property
     def two_level(self) -> bool:
@@ -144,6 +147,7 @@ _MXFP4 = WeightSpec("e2m1", 4, Granularity.GROUP, group_size=32, scale_format="e
 _MXFP8 = WeightSpec("e4m3", 8, Granularity.GROUP, group_size=32, scale_format="e8m0")
 _NF4 = WeightSpec("nf4", 4, Granularity.GROUP, group_size=64)
 _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
+_INT4_RANGED = WeightSpec("int", 4, Granularity.GROUP, group_size=128, ranged=True)
 _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
@@ -181,6 +185,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,
                "4-bit integers, group 128; activations 4-bit per 128 of a token, dynamic"),
         Scheme("W4AFP8", _int_group(4), _FP8_TOKEN, "4-bit integers, group 128; activations FP8 per token, dynamic"),
+        Scheme("W4AFP8_STATIC", _INT4_RANGED, _FP8_STATIC,
+               "4-bit integers, group 128; activations FP8 per tensor, static"),
         Scheme("FP8", _FP8_TENSOR, _FP8_STATIC, "FP8 E4M3 per tensor; activations FP8 per tensor, static"),
         Scheme("FP8_DYNAMIC", _FP8_CHANNEL, _FP8_TOKEN, "FP8 E4M3 per row; activations FP8 per token, dynamic"),
         Scheme("FP8_BLOCK", _FP8_BLOCK, _FP8_GROUP, "FP8 E4M3 per 128×128 block; activations FP8 per 128, dynamic"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowbit.checkpoint.compressed_tensors_config import Group
-from lowbit.engines import all_engines, engine_for, find_engine, sglang, tensorrt_llm, vllm
+from lowbit.engines import all_engines, engine_for, find_engine, lmdeploy, sglang, tensorrt_llm, tgi, vllm
 from lowbit.engines.engine import SIXTEEN, Engine, Support
 from lowbit.engines.llama_cpp import GGUF_TYPES
 from lowbit.errors import UsageError
@@ -61,13 +61,16 @@ def test_verification_would_let_the_engine_load_it(engine, row):
                 assert sglang.scheme_problem(group) is None
             elif engine.name == "tensorrt-llm":
                 assert tensorrt_llm.takes(group)
+            elif engine.name in ("lmdeploy", "tgi"):
+                assert (lmdeploy if engine.name == "lmdeploy" else tgi).group_problem(group) is None
 
 
 def test_what_verification_refuses_is_not_offered():
-    """TensorRT-LLM takes no packed integers of ours, SGLang no MX formats: they are in no writable row."""
+    """TensorRT-LLM takes no packed integers of compressed-tensors, SGLang no MX formats: they are in no writable row."""
     for engine, row in FOLDERS:
         if engine.name == "tensorrt-llm":
-            assert not {"W4A16", "W8A16", "W8A8"} & set(row.schemes)
+            assert not {"W8A16", "W8A8"} & set(row.schemes)
+            assert row.format == "modelopt" or "W4A16" not in row.schemes
         if engine.name == "sglang":
             assert not {"MXFP4", "MXFP8", "W4AFP8"} & set(row.schemes)
 

@@ -90,8 +90,33 @@ class Files:
         self.weight = codes.float() * scale.repeat_interleave(64, 1)
         self.config["group_size"] = 64
 
+    def _w4a8_awq(self, random) -> None:
+        self._w4a16_awq(random)
+        self.tensors |= {"l.weight_scale_2": torch.tensor(0.03), "l.input_scale": torch.tensor(0.125)}
 
-ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ")
+    def _w8a16(self, random) -> None:
+        codes = torch.randint(-128, 128, SHAPE, generator=random, dtype=torch.int8)
+        scale = torch.rand(SHAPE[0], generator=random) + 0.5
+        self.tensors |= {"l.weight": codes, "l.weight_scale": scale}
+        self.weight = codes.float() * scale[:, None]
+
+    def _w8a8_sq_per_channel_per_token_plugin(self, random) -> None:
+        self._w8a16(random)
+
+    def _w8a8_sq_per_channel(self, random) -> None:
+        self._w8a16(random)
+        self.tensors["l.input_scale"] = torch.tensor(0.25)
+
+    def _w8a8_sq_per_tensor_per_token_plugin(self, random) -> None:
+        self._w8a16(random)
+        self.tensors["l.weight_scale"] = torch.tensor(0.75)
+        self.weight = self.tensors["l.weight"].float() * 0.75
+
+
+ALGORITHMS = (
+    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ", "W4A8_AWQ", "W8A16",
+    "W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+)  # fmt: skip
 EVERY = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
@@ -129,7 +154,7 @@ def test_codes_begin_where_rows_may(files, algorithm):
     made = files(algorithm)
     checkpoint = made.open()
     multiple = checkpoint.row_multiple("l.weight")
-    assert multiple == {"FP8_PB_WO": 128, "W4A16_AWQ": 2}.get(algorithm, 1)
+    assert multiple == {"FP8_PB_WO": 128, "W4A16_AWQ": 2, "W4A8_AWQ": 2}.get(algorithm, 1)
     slab = checkpoint.read_quantized("l.weight", 128, 200)
     assert torch.equal(slab.decode(), made.weight[128:])
 
@@ -140,6 +165,43 @@ def test_input_scales_and_scale_dtypes(files):
     assert nvfp4.input_scales == {"l.weight": 0.25}
     assert nvfp4.scale_dtype("l.weight") == torch.float32
     assert files("W4A16_NVFP4").open().input_scales == {}
+    assert files("W8A8_SQ_PER_CHANNEL").open().input_scales == {"l.weight": 0.25}
+    assert files("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN").open().input_scales == {}
+    assert files("W4A8_AWQ").open().input_scales == {"l.weight": 0.125}
+
+
+def test_the_range_of_w4a8_changes_no_value(files):
+    """Kernels divide by weight_scale_2 and multiply by it again."""
+    made = files("W4A8_AWQ")
+    checkpoint = made.open()
+    assert checkpoint.schemes["l.weight"] == SCHEMES["W4AFP8_STATIC"].with_group_size(64)
+    assert checkpoint.read_quantized("l.weight").global_scale == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4"])
+def test_scaled_columns_are_scaled_back(files, algorithm):
+    """pre_quant_scale multiplies the input: y = Σ (x p) w = Σ x (p w)."""
+    made = files(algorithm)
+    made.config["quant_algo"] = {"NVFP4": "NVFP4_AWQ"}.get(algorithm, algorithm)
+    scale = torch.rand(SHAPE[1], generator=torch.Generator().manual_seed(1)) + 0.5
+    made.tensors["l.pre_quant_scale"] = scale
+    checkpoint = made.open()
+    assert torch.equal(checkpoint.read("l.weight", 3, 90), (made.weight * scale)[3:90])
+    assert torch.equal(checkpoint.read_quantized("l.weight").decode(), made.weight)
+    x = torch.randn(5, SHAPE[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    transform = checkpoint.rotations["l.weight"]  # type: ignore[attr-defined]
+    engine = transform.inputs(x) @ made.weight.double().t()
+    torch.testing.assert_close(engine, x @ checkpoint.read("l.weight").double().t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(transform.inputs_back(transform.inputs(x)), x)
+    torch.testing.assert_close(transform.columns(checkpoint.read("l.weight")), made.weight)
+
+
+def test_scales_of_one_are_none(files):
+    made = files("W4A16_AWQ")
+    made.tensors["l.pre_quant_scale"] = torch.ones(1, SHAPE[1], dtype=torch.bfloat16)
+    checkpoint = made.open()
+    assert checkpoint.rotations == {}  # type: ignore[attr-defined]
+    assert torch.equal(checkpoint.read("l.weight"), made.weight)
 
 
 def test_lower_case_and_tensorrt_llms_spelling_are_the_same_algorithm(files):
@@ -257,7 +319,7 @@ def test_a_quantized_linear_that_config_leaves_out(files):
     assert "config.json does not say how l is quantized" in refusal(made)
 
 
-@pytest.mark.parametrize("algorithm", [None, "W8A8_SQ_PER_CHANNEL", "NVFP4_SVD", "FP8_E4M3FNUZ"])
+@pytest.mark.parametrize("algorithm", [None, "W8A8_SQ_PER_TENSOR_PLUGIN", "NVFP4_SVD", "FP8_E4M3FNUZ"])
 def test_an_unknown_algorithm(files, algorithm):
     made = files("FP8")
     made.config["quant_algo"] = algorithm
@@ -283,10 +345,46 @@ def test_awq_without_a_group_size(files, group_size):
     assert "group_size" in refusal(made)
 
 
-def test_awq_with_scaled_columns(files):
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_of_columns_that_is_no_positive_number(files, value):
     made = files("W4A16_AWQ")
     made.tensors["l.pre_quant_scale"] = torch.ones(SHAPE[1])
-    assert "l.pre_quant_scale" in refusal(made)
+    made.tensors["l.pre_quant_scale"][7] = value
+    assert "l.pre_quant_scale holds a value that is not finite and above 0" in refusal(made)
+
+
+def test_scales_of_columns_of_another_shape(files):
+    made = files("W4A8_AWQ")
+    made.tensors["l.pre_quant_scale"] = torch.ones(SHAPE[0])
+    assert "l.pre_quant_scale has shape [200]; [256] is needed" in refusal(made)
+
+
+def test_scales_of_the_columns_of_a_float(files):
+    made = files("W4A16_AWQ")
+    made.tensors["lm_head.pre_quant_scale"] = torch.ones(8)
+    assert "lm_head.pre_quant_scale is of a linear that is not quantized" in refusal(made)
+
+
+def test_scales_of_columns_without_a_weight(files):
+    made = files("W4A16_AWQ")
+    made.tensors["m.pre_quant_scale"] = torch.ones(8)
+    assert "m.weight is absent" in refusal(made)
+
+
+@pytest.mark.parametrize("place", ["config.json", "hf_quant_config.json"])
+def test_awq_with_zero_points(files, place):
+    made = files("W4A16_AWQ")
+    if place == "config.json":
+        made.config["has_zero_point"] = True
+    else:
+        made.companion = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 64, "has_zero_point": True}}
+    assert "has_zero_point" in refusal(made)
+
+
+def test_a_missing_range(files):
+    made = files("W4A8_AWQ")
+    del made.tensors["l.weight_scale_2"]
+    assert "l.weight_scale_2 [] is absent" in refusal(made)
 
 
 def test_fused_experts(files):

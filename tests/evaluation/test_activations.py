@@ -6,6 +6,7 @@ from torch import nn
 
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.activations import quantize_activation, quantize_llm_int8, simulated_activations
+from lowbit.numerics.column_scales import ColumnScales
 from lowbit.schemes import SCHEMES, ActivationSpec
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -368,3 +369,17 @@ def test_llm_int8_is_simulated_for_linears_of_the_scheme():
     assert torch.allclose(rounded, linear(quantize_llm_int8(x, 6.0)))
     assert 0 < (rounded - plain).abs().max() < 0.1
     assert torch.equal(linear(x), plain)
+
+
+def test_scaled_inputs_are_rounded_scaled():
+    """pre_quant_scale: the engine rounds x p, and the model here has the weight of x."""
+    scale = torch.tensor([0.25, 4.0, 1.0, 2.0])
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    model[0].weight.data = torch.eye(4)
+    x = torch.tensor([[1.0, -1.26, 100.0, 0.24]])
+    with simulated_activations(model, {"0.weight": SCHEMES["W8A8_STATIC"]}, {"0.weight": 0.5},
+                               {"0.weight": ColumnScales(scale)}):  # fmt: skip
+        found = model(x)
+    expected = quantize_activation(x * scale, spec_of("W8A8_STATIC"), 0.5) / scale
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, quantize_activation(x, spec_of("W8A8_STATIC"), 0.5))

@@ -14,7 +14,7 @@ from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
-HELD = {name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8")}
+HELD = {name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC")}
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -144,3 +144,9 @@ def test_compressed_tensors_accepts_our_config_and_says_it_as_it_would(scheme):
     parsed = QuantizationConfig.model_validate(config)
     group = parsed.config_groups["group_0"]
     assert CompressionFormat(group.format).value == exporter.storage_format(scheme)
+
+
+def test_static_fp8_over_integers_is_refused_by_name():
+    with pytest.raises(FormatError, match="static FP8 activations over integers") as caught:
+        exporter.storage_format(SCHEMES["W4AFP8_STATIC"])
+    assert "--format modelopt" in caught.value.hint

@@ -21,7 +21,7 @@ from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
-WRITABLE = {scheme.name: scheme for scheme in exporter.ALGORITHMS.values()}
+WRITABLE = {scheme.name: scheme for scheme in exporter.ALGORITHMS.values()}  # W8A16 with a scale per row
 EVERY = pytest.mark.parametrize("scheme", WRITABLE.values(), ids=WRITABLE)
 DTYPE = torch.bfloat16
 ABSMAX = 21.0
@@ -34,6 +34,12 @@ def weights(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     grid = grid_for(scheme.weight, exporter.scale_format(scheme, DTYPE))
     return round_to_nearest(weight, scheme.weight, grid, RangeSearch(), measure_range(weight, scheme.weight))
+
+
+def fitting(shape: tuple[int, int], scheme: Scheme) -> tuple[int, int]:
+    """With an even number of rows where a byte holds two."""
+    odd = exporter.row_multiple(scheme, shape) == 2 and shape[0] % 2
+    return (shape[0] + bool(odd), shape[1])
 
 
 def packed(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, torch.Tensor]:
@@ -71,6 +77,7 @@ def write(folder: Path, scheme: Scheme, quantized: QuantizedTensor, step: int | 
 @EVERY
 @pytest.mark.parametrize("shape", [(256, 256), (33, 384), (1, 128), (300, 128)])
 def test_pack_writes_exactly_what_was_planned(scheme, shape):
+    shape = fitting(shape, scheme)
     pieces = exporter.pack("l", quantize(weights(shape), scheme), scheme, 0, shape, DTYPE, ABSMAX)
     planned = exporter.stored_tensors("l", shape, scheme, DTYPE)
     assert {(piece.name, piece.values.dtype, tuple(piece.values.shape)) for piece in pieces} == {
@@ -89,7 +96,7 @@ def test_slabs_give_the_same_file_as_the_whole(tmp_path, scheme):
 @EVERY
 @pytest.mark.parametrize("shape", [(300, 128), (7, 256)])
 def test_read_and_written_again_it_is_the_same_file(tmp_path, scheme, shape):
-    quantized = quantize(weights(shape), scheme)
+    quantized = quantize(weights(fitting(shape, scheme)), scheme)
     first = write(tmp_path / "first", scheme, quantized)
     checkpoint = open_checkpoint(first)
     assert isinstance(checkpoint, CanReadCodes)
@@ -99,8 +106,8 @@ def test_read_and_written_again_it_is_the_same_file(tmp_path, scheme, shape):
     assert torch.equal(read.scale, quantized.scale)
     assert torch.equal(read.decode(), quantized.decode())
     assert exporter.inexact(read, read_scheme, DTYPE) is None
-    largest_code = 448.0 * (6.0 if scheme.weight.two_level else 1.0)
-    expected = {"l.weight": ABSMAX / largest_code} if scheme.name in ("FP8", "NVFP4") else {}
+    largest_code = {"FP8": 448.0, "W4AFP8_STATIC": 448.0, "NVFP4": 448.0 * 6.0, "W8A8_STATIC": 127.0}
+    expected = {"l.weight": ABSMAX / largest_code[scheme.name]} if scheme.name in largest_code else {}
     assert checkpoint.input_scales == pytest.approx(expected, rel=1e-7)
     second = write(tmp_path / "second", read_scheme, read)
     for name in ("model.safetensors", "config.json", "hf_quant_config.json"):
@@ -151,6 +158,79 @@ def test_golden_bytes_mxfp8():
     tensors = packed(QuantizedTensor(codes, torch.tensor([[0.125]]), grid, Granularity.GROUP, 32), SCHEMES["MXFP8"])
     assert tensors["weight_scale"].tolist() == [[124]]
     assert tensors["weight_scale"].dtype == torch.uint8
+
+
+def test_golden_bytes_of_packed_integers():
+    """Row 2i is the low nibble, row 2i + 1 the high one: 1 over −8, −1 over 7 …; the scales are numbers of bfloat16."""
+    codes = torch.tensor([[1, -1, 0, 7], [-8, 7, 3, -2]], dtype=torch.int8)
+    scheme = SCHEMES["W4A16"].with_group_size(2)
+    grid = grid_for(scheme.weight, "bfloat16")
+    scale = torch.tensor([[0.5, 2.0], [1.0, 0.25]])
+    tensors = packed(QuantizedTensor(codes, scale, grid, Granularity.GROUP, 2), scheme)
+    assert tensors["weight"].numpy().tobytes().hex() == "817f30e7"
+    assert tensors["weight"].shape == (1, 4)
+    assert tensors["weight_scale"].dtype == tensors["pre_quant_scale"].dtype == DTYPE
+    assert tensors["weight_scale"].float().tolist() == scale.tolist()
+    assert tensors["pre_quant_scale"].tolist() == [1.0] * 4
+    assert set(tensors) == {"weight", "weight_scale", "pre_quant_scale"}
+
+
+def test_golden_bytes_of_w4a8():
+    scheme = SCHEMES["W4AFP8_STATIC"].with_group_size(2)
+    grid = grid_for(scheme.weight, "float16")
+    codes = torch.tensor([[1, -1], [2, -2]], dtype=torch.int8)
+    quantized = QuantizedTensor(codes, torch.tensor([[0.5], [1.0]]), grid, Granularity.GROUP, 2, global_scale=0.125)
+    tensors = packed(quantized, scheme)
+    assert tensors["weight"].numpy().tobytes().hex() == "21ef"
+    assert tensors["weight_scale"].dtype == torch.float16
+    assert tensors["weight_scale_2"].numpy().tobytes().hex() == "0000003e"
+    assert tensors["input_scale"].item() == ABSMAX / 448.0
+    assert tensors["pre_quant_scale"].dtype == DTYPE
+
+
+def test_the_range_of_w4a8_brings_every_weight_within_fp8():
+    scheme = SCHEMES["W4AFP8_STATIC"]
+    for seed in range(4):
+        quantized = quantize(weights((64, 256), seed) * 10.0**seed, scheme)
+        largest = quantized.decode().abs().max().item()
+        assert largest / quantized.global_scale <= 448.0
+        assert largest / quantized.global_scale > 100.0  # a power of two away from it, or less
+        assert torch.equal(torch.tensor(quantized.global_scale).log2() % 1, torch.tensor(0.0))
+
+
+def test_golden_bytes_of_smoothquant():
+    scheme = SCHEMES["W8A8_STATIC"]
+    grid = grid_for(scheme.weight, "float32")
+    codes = torch.tensor([[1, -1, 127, -128]], dtype=torch.int8)
+    tensors = packed(QuantizedTensor(codes, torch.tensor([[0.75]]), grid, Granularity.CHANNEL, 4), scheme)
+    assert tensors["weight"].dtype == torch.int8
+    assert tensors["weight"].numpy().tobytes().hex() == "01ff7f80"
+    assert tensors["weight_scale"].numpy().tobytes().hex() == "0000403f"
+    assert tensors["weight_scale"].shape == (1,)
+    assert tensors["input_scale"].item() == pytest.approx(ABSMAX / 127.0)
+    dynamic = packed(QuantizedTensor(codes, torch.tensor([[0.75]]), grid, Granularity.CHANNEL, 4), SCHEMES["W8A8"])
+    assert set(dynamic) == {"weight", "weight_scale"}
+
+
+def test_an_odd_row_has_no_byte():
+    assert "odd" in (exporter.unfit((63, 256), SCHEMES["W4A16"]) or "")
+    assert exporter.unfit((63, 256), SCHEMES["W8A8"]) is None
+
+
+def test_scales_that_the_models_dtype_rounds_are_named():
+    """The loader casts them: what the file holds would not be what runs."""
+    scheme = SCHEMES["W4A16"]
+    quantized = quantize(weights((4, 128)), scheme)
+    assert exporter.inexact(quantized, scheme, DTYPE) is None
+    fine = replace(quantized, scale=quantized.scale * (1 + 2.0**-10))
+    assert "no bfloat16 number" in str(exporter.inexact(fine, scheme, DTYPE))
+    assert "no bfloat16 number" in str(exporter.inexact(fine, scheme, torch.float32))
+
+
+def test_only_tensorrt_llm_knows_awq_and_int8():
+    assert exporter.engine_of({"a": SCHEMES["FP8"], "b": SCHEMES["NVFP4"]}) is None
+    for name in ("W4A16", "W4AFP8_STATIC", "W8A8", "W8A8_STATIC"):
+        assert exporter.engine_of({"a": SCHEMES["FP8"], "b": SCHEMES[name]}) == "tensorrt-llm"
 
 
 def test_block_scales_have_four_dimensions():

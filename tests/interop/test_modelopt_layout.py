@@ -31,8 +31,10 @@ pytestmark = pytest.mark.interop
 # What ModelOpt calls our schemes inside, and the block size that it keeps beside it.
 FORMATS = {
     "FP8": ("fp8", 0), "FP8_DYNAMIC": ("fp8_pc_pt", 0), "FP8_BLOCK": ("fp8_pb_wo", 128), "NVFP4": ("nvfp4", 16),
-    "NVFP4A16": ("w4a16_nvfp4", 16), "MXFP8": ("mxfp8", 32),
+    "NVFP4A16": ("w4a16_nvfp4", 16), "MXFP8": ("mxfp8", 32), "W4A16": ("int4_awq", 128),
+    "W4AFP8_STATIC": ("w4a8_awq", 128), "W8A16": ("int8_wo", 0), "W8A8_STATIC": ("int8_sq", 0),
 }  # fmt: skip
+OURS = SCHEMES | {"W8A16": SCHEMES["W8A16"].with_group_size(-1)}
 LINEARS = [f"model.layers.{layer}.{leaf}" for layer in range(2) for leaf in ("self_attn.q_proj", "mlp.down_proj")]
 CONVERTERS = [modelopt_convert_hf_config]
 if importlib.util.find_spec("modelopt") is not None:
@@ -52,14 +54,17 @@ def their_quantization(schemes: dict[str, str]) -> dict:
 @pytest.mark.parametrize("name", FORMATS)
 def test_hf_quant_config_of_one_scheme(name):
     schemes = dict.fromkeys(LINEARS, name)
-    ours = exporter.hf_quant_config(dict.fromkeys(LINEARS, SCHEMES[name]), ["lm_head"])["quantization"]
+    ours = exporter.hf_quant_config(dict.fromkeys(LINEARS, OURS[name]), ["lm_head"])["quantization"]
     assert ours == their_quantization(schemes)
     assert list(ours) == list(their_quantization(schemes))
 
 
-def test_hf_quant_config_of_several():
-    schemes = dict(zip(LINEARS, ("FP8", "NVFP4", "FP8_BLOCK", "MXFP8"), strict=True))
-    ours = exporter.hf_quant_config({linear: SCHEMES[name] for linear, name in schemes.items()}, ["lm_head"])
+@pytest.mark.parametrize("chosen", [
+    ("FP8", "NVFP4", "FP8_BLOCK", "MXFP8"), ("W4A16", "W8A8_STATIC", "W8A16", "W4AFP8_STATIC"),
+])  # fmt: skip
+def test_hf_quant_config_of_several(chosen):
+    schemes = dict(zip(LINEARS, chosen, strict=True))
+    ours = exporter.hf_quant_config({linear: OURS[name] for linear, name in schemes.items()}, ["lm_head"])
     assert ours["quantization"] == their_quantization(schemes)
 
 
@@ -68,7 +73,7 @@ def test_hf_quant_config_of_several():
 @pytest.mark.filterwarnings("ignore:Unsupported quantization algorithm 'fp8_pb_wo'")
 def test_config_json(converter, name):
     names = list(FORMATS) if name == "several" else [name] * 6
-    schemes = {f"model.layers.{layer}.up_proj": SCHEMES[each] for layer, each in enumerate(names)}
+    schemes = {f"model.layers.{layer}.up_proj": OURS[each] for layer, each in enumerate(names)}
     ours = exporter.quantization_config(schemes, ["lm_head"])
     assert ours == converter.convert_hf_quant_config_format(exporter.hf_quant_config(schemes, ["lm_head"]))
 
@@ -100,12 +105,37 @@ def test_their_quantizer_chooses_our_codes():
     assert torch.equal(*decoded)
 
 
+@pytest.mark.parametrize("name", ["W4A16", "W4AFP8_STATIC"])
+def test_their_packer_writes_our_bytes(name):
+    """Given the scales of ours; codes of −8..7 both."""
+    scheme, shape = SCHEMES[name], (48, 256)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    grid = grid_for(scheme.weight, exporter.scale_format(scheme, torch.bfloat16))
+    quantized = round_to_nearest(weight, scheme.weight, grid, RangeSearch(), measure_range(weight, scheme.weight))
+    stored = {p.name: p.values for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, 4.0)}
+    theirs = modelopt_export.pack_int4_in_uint8(quantized.decode(), stored["l.weight_scale"].float(), 128)
+    assert torch.equal(stored["l.weight"], theirs)
+
+
+def test_their_int8_is_ours():
+    """`to_quantized_weight` of int8_sq is one line: round, clamp to −128..127."""
+    scheme, shape = SCHEMES["W8A8_STATIC"], (48, 256)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    grid = grid_for(scheme.weight, "float32")
+    quantized = round_to_nearest(weight, scheme.weight, grid, RangeSearch())
+    stored = {p.name: p.values for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, 4.0)}
+    theirs = (quantized.decode() / stored["l.weight_scale"][:, None]).round().clamp(-128, 127).to(torch.int8)
+    assert torch.equal(stored["l.weight"], theirs)
+
+
 def test_we_read_their_int4(tmp_path):
-    """W4A16_AWQ, which lowbit reads and does not write."""
+    """W4A16_AWQ with scales of −7..7 and of columns, as AWQ makes it."""
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     scale = weight.reshape(64, 2, 128).abs().amax(2) / 7.0
     packed = modelopt_export.pack_int4_in_uint8(weight, scale, 128)
-    save_file({"l.weight": packed, "l.weight_scale": scale}, tmp_path / "model.safetensors")
+    columns = torch.rand(256, generator=torch.Generator().manual_seed(4)) + 0.5
+    tensors = {"l.weight": packed, "l.weight_scale": scale, "l.pre_quant_scale": columns}
+    save_file(tensors, tmp_path / "model.safetensors")
     quantization = '{"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": null, "group_size": 128, "exclude_modules": []}'
     (tmp_path / "hf_quant_config.json").write_text(f'{{"quantization": {quantization}}}')
     (tmp_path / "config.json").write_text("{}")
@@ -113,4 +143,4 @@ def test_we_read_their_int4(tmp_path):
     assert isinstance(checkpoint, CanReadCodes)
     by_weight = scale.repeat_interleave(128, 1)
     expected = (weight / by_weight).round().clamp(-8, 7) * by_weight
-    assert torch.equal(checkpoint.read("l.weight"), expected)
+    assert torch.equal(checkpoint.read("l.weight"), expected * columns)

@@ -91,7 +91,7 @@ def test_rows_do_not_influence_each_other(scheme):
 
 def test_schemes_with_one_scale_for_all_need_the_range():
     needing = {name for name, scheme in SCHEMES.items() if needs_tensor_range(scheme.weight)}
-    assert needing == {"FP8", "NVFP4", "NVFP4A16", "W8A8_TENSOR"}
+    assert needing == {"FP8", "NVFP4", "NVFP4A16", "W8A8_TENSOR", "W4AFP8_STATIC"}
     scheme = SCHEMES["FP8"]
     with pytest.raises(AssertionError, match="range"):
         round_to_nearest(weight(), scheme.weight, grid_for(scheme.weight, "bfloat16"), RangeSearch())

@@ -14,6 +14,10 @@ ALGORITHMS = {
     "FP8": STATIC, "FP8_DYNAMIC": {"format": "modelopt"}, "FP8_BLOCK": {"format": "modelopt"}, "NVFP4": STATIC,
     "NVFP4A16": {"format": "modelopt"}, "MXFP8": {"format": "modelopt"},
 }  # fmt: skip
+# Algorithms that only TensorRT-LLM knows; it refuses the last two.
+AWQ = {"W4A16": {"format": "modelopt"}, "W4AFP8_STATIC": STATIC}
+INTEGERS = AWQ | {"W8A16": {"format": "modelopt", "group_size": -1}}
+SMOOTHQUANT = {"W8A8_STATIC": STATIC, "W8A8": {"format": "modelopt"}}
 
 
 def edit_file(folder, edit):
@@ -173,3 +177,96 @@ def test_one_tampered_code(broken, source, scheme):
     folder = broken(scheme, format="modelopt")
     edit_tensors(folder, lambda tensors: tensors[f"{OUT}.weight"].view(torch.uint8).view(-1)[0].bitwise_xor_(3))
     assert_breaks(folder, "nearest-codes", f"{OUT}.weight[0, 0]", source=source, nearest=True)
+
+
+@pytest.mark.parametrize("scheme", INTEGERS)
+def test_good_integers_pass_for_tensorrt_llm(good, source, scheme):
+    folder = good(scheme, **INTEGERS[scheme])
+    assert failures(folder, source=source, nearest=True, engine="tensorrt-llm") == {}
+    assert list(failures(folder, source=source, nearest=True)) == ["modelopt-algorithm"]  # of vLLM
+
+
+@pytest.mark.parametrize("scheme", SMOOTHQUANT)
+def test_no_engine_loads_int8_activations_from_this_format(good, source, scheme):
+    folder = good(scheme, **SMOOTHQUANT[scheme])
+    for engine in ("vllm", "sglang", "tensorrt-llm"):
+        assert list(failures(folder, source=source, nearest=True, engine=engine)) == ["modelopt-algorithm"]
+
+
+@pytest.mark.parametrize("scheme", AWQ)
+def test_a_single_linear_without_scales_of_its_input(broken, scheme):
+    folder = broken(scheme, **AWQ[scheme])
+    edit_tensors(folder, lambda tensors: tensors.pop(f"{OUT}.pre_quant_scale"))
+    verification = assert_breaks(folder, "tensorrt-awq", f"{OUT}.pre_quant_scale is absent", engine="tensorrt-llm")
+    assert not verification.broken
+    assert [check.outcome for check in verification.failed] == ["refuses"]
+
+
+def test_scales_of_inputs_of_another_dtype(broken):
+    folder = broken("W4AFP8_STATIC", **STATIC)
+
+    def widen(tensors):
+        tensors[f"{OUT}.pre_quant_scale"] = tensors[f"{OUT}.pre_quant_scale"].float()
+
+    edit_tensors(folder, widen)
+    assert_breaks(folder, "tensorrt-awq", f"{OUT}.pre_quant_scale is F32", engine="tensorrt-llm")
+
+
+def test_groups_that_no_kernel_takes(good):
+    folder = good("W4A16", format="modelopt", group_size=32)
+    assert_breaks(folder, "tensorrt-awq", "group size 32; kernels take 64 and 128", engine="tensorrt-llm")
+
+
+def test_scales_of_a_fused_input_are_not_read(broken):
+    folder = broken("W4A16", format="modelopt")
+    edit_tensors(folder, lambda tensors: tensors.update({f"{K}.pre_quant_scale": torch.full((128,), 2.0)}))
+    verification = assert_breaks(folder, "tensorrt-input-scales", f"{K}.pre_quant_scale", engine="tensorrt-llm")
+    assert [check.outcome for check in verification.failed] == ["misreads"]
+
+
+def test_scales_of_a_fused_input_that_differ(broken):
+    folder = broken("W4AFP8_STATIC", **STATIC)
+    names = [name.replace(".q_proj", f".{role}_proj") for name in [Q] for role in "qkv"]
+    columns = torch.full((128,), 2.0, dtype=torch.bfloat16)
+    edit_tensors(folder, lambda tensors: tensors.update({f"{name}.pre_quant_scale": columns.clone() for name in names}))
+    assert failures(folder, engine="tensorrt-llm") == {}
+    edit_tensors(folder, lambda tensors: tensors[f"{K}.pre_quant_scale"].mul_(2))
+    assert_breaks(folder, "tensorrt-input-scales", "qkv_proj: its members have different", engine="tensorrt-llm")
+
+
+def test_ones_that_cost_a_multiplication(broken):
+    folder = broken("W4AFP8_STATIC", **STATIC)
+    ones = torch.ones(128, dtype=torch.bfloat16)
+    edit_tensors(folder, lambda tensors: tensors.update({f"{Q}.pre_quant_scale": ones}))
+    verification = assert_breaks(folder, "tensorrt-needless-scales", "qkv_proj", engine="tensorrt-llm")
+    assert [check.outcome for check in verification.failed] == ["costs"]
+
+
+def test_ranges_that_a_fused_set_does_not_share(broken):
+    folder = broken("W4AFP8_STATIC", **STATIC)
+    edit_tensors(folder, lambda tensors: tensors[f"{K}.weight_scale_2"].mul_(2))
+    assert_breaks(folder, "fused-global-scales", f"{K}.weight_scale_2", engine="tensorrt-llm")
+
+
+def test_a_missing_range(broken):
+    folder = broken("W4AFP8_STATIC", **STATIC)
+    edit_tensors(folder, lambda tensors: tensors.pop(f"{OUT}.weight_scale_2"))
+    assert_breaks(folder, "modelopt-scales", f"{OUT}.weight_scale_2", engine="tensorrt-llm")
+
+
+def test_experts_in_w4a16(good):
+    folder = good("W4A16", model="qwen3_moe", format="modelopt")
+    detail = failures(folder, engine="tensorrt-llm")["tensorrt-awq"]
+    assert "is an expert in W4A16_AWQ" in detail
+
+
+def test_groups_of_64_are_too_small_for_fp8_activations(good):
+    folder = good("W4AFP8_STATIC", group_size=64, **STATIC)
+    assert_breaks(folder, "tensorrt-awq", "group size 64; kernels take 128", engine="tensorrt-llm")
+
+
+@pytest.mark.parametrize("scheme", INTEGERS)
+def test_one_tampered_integer(broken, source, scheme):
+    folder = broken(scheme, **INTEGERS[scheme])
+    edit_tensors(folder, lambda tensors: tensors[f"{OUT}.weight"].view(torch.uint8).view(-1)[0].bitwise_xor_(3))
+    assert_breaks(folder, "nearest-codes", f"{OUT}.weight[0, 0]", source=source, nearest=True, engine="tensorrt-llm")

@@ -109,7 +109,7 @@ ANCHORS: dict[str, str] = {
     "FP8": "FP8_DYNAMIC", "FP8_BLOCK": "FP8_DYNAMIC", "MXFP4": "NVFP4", "INT8": "W8A16",
 }  # fmt: skip
 # schemes with two errors: in the weights as the first, in the activations as the second
-SUMS: dict[str, tuple[str, str]] = {"W4AFP8": ("W4A16", "FP8_DYNAMIC")}
+SUMS: dict[str, tuple[str, str]] = {"W4AFP8": ("W4A16", "FP8_DYNAMIC"), "W4AFP8_STATIC": ("W4A16", "FP8_DYNAMIC")}
 OUR_MODEL = "SmolLM2-135M-Instruct"
 OUR_COMMAND = "python benchmarks/scheme_quality.py demo:smollm2"
 OURS: dict[str, OurFigure] = {

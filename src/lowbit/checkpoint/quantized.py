@@ -23,7 +23,7 @@ from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_ca
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
-from lowbit.numerics.hadamard import Rotation
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.registry import FORMATS, load
 from lowbit.schemes import KVCacheScheme, Scheme
 from lowbit.tensors import QuantizedTensor
@@ -95,8 +95,8 @@ class Layout(ABC):
     # |x| from which LLM.int8() multiplies a column of inputs in 16 bits.
     int8_threshold: float = 6.0
 
-    def rotation(self, linear: str, columns: int, quantized: bool = True) -> Rotation | None:
-        """How the loader rotates the input of a linear as the model runs; None where it does not.
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputBasis | None:
+        """How the loader rotates, or scales, the input of a linear as the model runs; None where it does not.
 
         quantized  False for a float matrix, which need not be the weight of a linear
         """
@@ -121,8 +121,9 @@ class QuantizedCheckpoint:
     """The decoded view of an open safetensors folder; `tensors` lists logical weights.
 
     kv_cache   scales of a quantized KV cache, which are not in `tensors`
-    rotations  weight name → rotation of its input at run time, of those that have one. `read` takes it back out of the
-               weight, so that the model computes the same without it; `read_quantized` gives the codes as they are
+    rotations  weight name → rotation (or scales) of its input at run time, of those that have one. `read` takes it back
+               out of the weight, so that the model computes the same without it; `read_quantized` gives the codes as
+               they are
     """
 
     def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
@@ -152,7 +153,7 @@ class QuantizedCheckpoint:
             for linear in self._owners.get(name, ()):
                 if f"{linear}.weight" not in self.tensors:
                     self._add(linear, shapes[linear])
-        self.rotations: dict[str, Rotation] = {}
+        self.rotations: dict[str, InputBasis] = {}
         for name, info in self.tensors.items():
             if name.endswith(".weight") and len(info.shape) == 2:
                 quantized = name in self.schemes
@@ -314,7 +315,7 @@ def holds_codes(stored: Checkpoint) -> bool:
 # Endings of stored names that only quantized linears have.
 _QUANTIZED_LEAVES = {
     "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_global_scale",
-    "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale",
+    "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale", "pre_quant_scale",
 }  # fmt: skip
 
 
@@ -325,15 +326,20 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
     return load(read)(stored, quantization)
 
 
+# Other tools' names of a quant_method.
+_SPELLINGS = {
+    "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round",
+}  # fmt: skip
+
+
 def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     """quant_method, other tools' spellings included; CheckpointError for an unknown one."""
     stated = quantization.get("quant_method")
     method = str(stated).lower() if stated is not None else "none"
     if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
-    method = {"modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors"}.get(
-        method, method
-    )
+    method = _SPELLINGS.get(method, method)
     if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",

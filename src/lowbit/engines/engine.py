@@ -5,7 +5,8 @@
     loading   its loader, as rules                                         `lowbit verify`
     serve     the command that loads a checkpoint                          advice and reports
 
-Versions: vLLM 0.32, SGLang 0.5.23, TensorRT-LLM of autumn 2026, transformers 5.23, llama.cpp of autumn 2026.
+Versions: vLLM 0.32, SGLang 0.5.23, TensorRT-LLM of autumn 2026, LMDeploy 0.16, TGI 3.3,
+transformers 5.23, llama.cpp of autumn 2026.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _part_problem(
     split = rows if by_rows else columns
     if weight.granularity is Granularity.BLOCK and size and ranks > 1 and split % size:
         return f"{name}: {split} {'rows' if by_rows else 'columns'} a rank, blocks of {size}"
-    if subject.format in ("gptq", "awq") and (rows if by_rows else columns) * weight.bits % 32:
+    if subject.format in ("gptq", "awq", "auto-round") and (rows if by_rows else columns) * weight.bits % 32:
         return f"{name}: {rows} × {columns} a rank, {weight.bits} bits each, do not fill 32-bit words"
     if packed and not by_rows and columns * weight.bits % 32:
         return f"{name}: {columns} columns a rank of {weight.bits} bits do not fill 32-bit words"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from lowbit.checkpoint.compressed_tensors_config import Group
 from lowbit.engines.engine import ADA, AMPERE, BELOW_BLACKWELL, BLACKWELL, GIB, HOPPER, Engine, MemoryModel, Support
 from lowbit.formats.modelopt import rules as modelopt
+from lowbit.numerics.column_scales import ColumnScales, InputBasis
+from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity
 from lowbit.verification.layers import FUSING
 from lowbit.verification.result import Finding, Loading, Rule
@@ -12,6 +16,7 @@ from lowbit.verification.subject import Subject
 
 _CT = "compressed-tensors"
 _BLOCK = [128, 128]
+_W4A16_GROUP_SIZES, _W4A8_GROUP_SIZES = (64, 128), (128,)
 _TAKES = (
     "TensorRT-LLM takes FP8 per row with dynamic activations, FP8 blocks of 128, NVFP4 with activations, MXFP4 weights"
 )
@@ -54,22 +59,101 @@ def check_blocks(subject: Subject) -> Finding:
     return Finding([] if block == _BLOCK else [problem], "128 × 128")
 
 
+def check_awq_tensors(subject: Subject) -> Finding:
+    """What AWQ linears ask for: pre_quant_scale in every linear that is not fused (KeyError without), in W4A8 of the
+    model's dtype (assert); groups of 64 or 128, in W4A8 of 128; a 16-bit model; experts in W4A8 only."""
+    problems = []
+    for name, scheme in _awq(subject).items():
+        linear, activations = subject.architecture.linears[name], scheme.activation is not None
+        info = subject.stored.tensors.get(f"{name}.pre_quant_scale")
+        if info is None and (linear.fused is None or linear.expert is not None):
+            problems.append(f"{name}.pre_quant_scale is absent; TensorRT-LLM reads one in every AWQ linear that it "
+                            f"does not fuse with others")  # fmt: skip
+        if info is not None and activations and linear.expert is None and info.dtype is not subject.dtype:
+            problems.append(f"{info.name} is {info.stored}; in W4A8_AWQ it must be of the model's dtype, "
+                            f"{str(subject.dtype).removeprefix('torch.')}")  # fmt: skip
+        sizes = _W4A8_GROUP_SIZES if activations else _W4A16_GROUP_SIZES
+        if scheme.weight.group_size not in sizes:
+            problems.append(f"{name}: group size {scheme.weight.group_size}; kernels take "
+                            f"{' and '.join(map(str, sizes))}")  # fmt: skip
+        if linear.expert is not None and not activations:
+            problems.append(f"{name} is an expert in W4A16_AWQ; TensorRT-LLM's experts of 4-bit integers are W4A8_AWQ")
+    if _awq(subject) and subject.dtype is torch.float32:
+        problems.append("config.json says dtype float32; the kernels of AWQ take bfloat16 and float16")
+    return Finding(problems, f"{len(_awq(subject))} AWQ linears have what its loader asks for")
+
+
+def check_awq_inputs(subject: Subject) -> Finding:
+    """Scales of inputs that its loader does not apply: of fused sets in W4A16_AWQ none, in W4A8_AWQ the first member's.
+
+    Of the gate and up of an expert, the larger in every column.
+    """
+    problems = []
+    for fused, members in subject.architecture.fused_sets.items():
+        chosen = {name: scheme for name, scheme in _awq(subject).items() if name in members}
+        scales = {name: subject.layout.rotation(name, subject.architecture.linears[name].shape[1]) for name in chosen}
+        own = [name for name, scale in scales.items() if scale is not None]
+        if not own:
+            continue
+        if chosen[own[0]].activation is None:
+            problems.append(f"{own[0]}.pre_quant_scale is not all ones; in W4A16_AWQ TensorRT-LLM does not read it in "
+                            f"{fused}: fold it into the norm before")  # fmt: skip
+        elif any(not _same(scales[own[0]], scale) for scale in scales.values()):
+            problems.append(f"{fused}: its members have different pre_quant_scale, and TensorRT-LLM takes one for all")
+    return Finding(problems, "scales of inputs are those of a single linear, or ones")
+
+
+def _same(one: InputBasis | None, other: InputBasis | None) -> bool:
+    return isinstance(one, ColumnScales) and isinstance(other, ColumnScales) and torch.equal(one.scale, other.scale)
+
+
+def _awq(subject: Subject) -> dict[str, Scheme]:
+    """Linear → scheme, of those in packed 4-bit integers."""
+    return {name: scheme for name, scheme in subject.schemes.items()
+            if scheme.weight.number == "int" and scheme.weight.bits == 4}  # fmt: skip
+
+
+def check_needless_scales(subject: Subject) -> Finding:
+    """No pre_quant_scale of ones in a fused set of W4A8_AWQ: its loader multiplies every input by it."""
+    problems = []
+    for fused, members in subject.architecture.fused_sets.items():
+        first = members[0]
+        scheme = _awq(subject).get(first)
+        if scheme is None or scheme.activation is None or subject.architecture.linears[first].expert is not None:
+            continue
+        held = f"{first}.pre_quant_scale" in subject.stored.tensors
+        if held and subject.layout.rotation(first, subject.architecture.linears[first].shape[1]) is None:
+            problems.append(f"{fused}: pre_quant_scale is all ones, and every input is multiplied by it; leave it out")
+    return Finding(problems, "no input is multiplied by ones where none is asked for")
+
+
 _PASSES_OVER = "TensorRT-LLM's PyTorch backend passes over quant_method {!r}"
 _LOADING = Loading(
     rules=(
         *FUSING,
         modelopt.ALGORITHM,
+        Rule("tensorrt-awq", "limits", ("modelopt",), "AWQ linears have what its loader asks for", check_awq_tensors,
+             "W4A16_AWQ_LinearMethod, W4A8_AWQ_LinearMethod of _torch/modules/linear.py; fpA_intB_gemm_template.h; "
+             "WInt4AFP8FusedMoEMethod of _torch/modules/fused_moe/quantization.py (TensorRT-LLM)", limit=True),
+        Rule("tensorrt-input-scales", "limits", ("modelopt",), "every pre_quant_scale is one that its loader applies",
+             check_awq_inputs, "load_weights_fused_qkv_linear, load_weights_fused_gate_up_linear of "
+             "_torch/modules/linear.py (TensorRT-LLM)", limit=True, then="misreads"),
+        Rule("tensorrt-needless-scales", "limits", ("modelopt",), "no input is multiplied by ones without need",
+             check_needless_scales, "apply of W4A8_AWQ_LinearMethod in _torch/modules/linear.py (TensorRT-LLM)",
+             limit=True, then="costs"),
         Rule("tensorrt-algorithms", "limits", (_CT,), "TensorRT-LLM has an algorithm for every group", check_groups,
              "_quant_config_from_config_group of quant_config_utils.py (TensorRT-LLM)", limit=True),
         Rule("tensorrt-fp8-blocks", "limits", ("fp8",), "blocks are 128 × 128", check_blocks,
              "load_hf_quant_config of _torch/model_config.py (TensorRT-LLM)", limit=True),
     ),
-    no_loader={name: _PASSES_OVER.format(name) for name in ("gptq", "bitsandbytes", "torchao", "hqq")}
+    no_loader={name: _PASSES_OVER.format(name)
+               for name in ("gptq", "bitsandbytes", "torchao", "hqq", "auto-round", "fbgemm_fp8")}
     | {"awq": f"{_PASSES_OVER.format('awq')}; its AWQ is ModelOpt's W4A16_AWQ"},
     # QuantAlgo of quantization/mode.py, as far as its PyTorch backend has linear methods for it (from documentation:
     # "Quantization" of its manual)
+    # The W8A8_SQ algorithms are in QuantAlgo, but get_quant_method of _torch/modules/linear.py raises for them.
     quant_algos=("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES", "NVFP4", "W4A16_AWQ", "W4A8_AWQ",
-                 "NVFP4_AWQ", "MXFP8", "W4A8_MXFP4_FP8", "MIXED_PRECISION"),
+                 "W8A16", "NVFP4_AWQ", "MXFP8", "W4A8_MXFP4_FP8", "MIXED_PRECISION"),
 )  # fmt: skip
 
 _CHOOSING = "nvidia.github.io/Model-Optimizer/guides/_choosing_quant_methods.html"
@@ -84,16 +168,17 @@ _SUPPORT = (
     Support(("NVFP4",), "fp4", "modelopt", f"{_DOCS}", least=BLACKWELL, method="gptq"),
     Support(("W8A8",), "int8", None, f"{_DOCS}: SmoothQuant; {_CHOOSING}: INT8 SQ on Ampere",
             least=AMPERE, most=BELOW_BLACKWELL, method="smoothquant",
-            note="INT8 SmoothQuant of its TensorRT engines; lowbit writes no checkpoint of that kind",
+            note="INT8 SmoothQuant of its TensorRT engines; lowbit writes no checkpoint that they are built from, and "
+            "ModelOpt's W8A8_SQ_PER_CHANNEL, which it writes, is not loaded by the PyTorch backend",
             instead=_TOOL.format("int8_sq")),
-    Support(("W4A16",), "16", None, f"{_DOCS}: W4A16 AWQ; {_CHOOSING}: INT4 AWQ for small batches",
-            least=AMPERE, small_batch=_BATCH, method="awq",
-            note="INT4 AWQ in ModelOpt's W4A16_AWQ; lowbit's AWQ files are AutoAWQ's, which TensorRT-LLM passes over",
-            instead=_TOOL.format("int4_awq")),
-    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only", least=AMPERE,
-            small_batch=_BATCH, note="INT8 weight-only of its TensorRT engines; lowbit writes no such checkpoint",
-            instead="python examples/models/core/llama/convert_checkpoint.py --model_dir MODEL --output_dir OUT "
-            "--use_weight_only --weight_only_precision int8"),)  # fmt: skip
+    Support(("W4A16",), "16", "modelopt", f"{_DOCS}: W4A16 AWQ; {_CHOOSING}: INT4 AWQ for small batches",
+            least=AMPERE, most=BELOW_BLACKWELL, small_batch=_BATCH, method="awq"),
+    Support(("W4AFP8_STATIC",), "fp8", "modelopt", f"{_DOCS}: W4A8 AWQ; docs/source/features/quantization.md: Ada and "
+            "Hopper", least=ADA, most=BELOW_BLACKWELL, converts=True, method="awq"),
+    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only; WeightOnlyQuantLinearMethod of "
+            "_torch/modules/linear.py", least=AMPERE, small_batch=_BATCH,
+            note="INT8 weight-only takes one scale per row",
+            instead="lowbit quantize MODEL -o OUT --scheme W8A16 --group-size -1 --format modelopt"),)  # fmt: skip
 
 _MEMORY = MemoryModel(
     prefill=((0, 8192),), logit_rows=256, logit_bytes=16, framework=2 * GIB, share=0.9,

@@ -140,7 +140,7 @@ def _settings(
 
 def _engine(name: str | None, prepared: Prepared) -> Engine:
     """The requested engine, or that of the format; UsageError if it loads only GGUF files and this is none."""
-    chosen = find_engine(name or prepared.plan.format.engine)
+    chosen = find_engine(name or prepared.plan.engine)
     if chosen.loading.reads_gguf and prepared.plan.format.name != "gguf":
         raise UsageError(
             f"{chosen.name} loads GGUF files; {prepared.plan.scheme_name} is written as {prepared.plan.format.name}",

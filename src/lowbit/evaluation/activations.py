@@ -10,6 +10,7 @@
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
     LLM.int8()        channels with some |x| ≥ 6 in the batch stay; the others int8 per token, s = max of |x| < 6 / 127
     behind an online rotation V (transform_config)    x̂ = decode(encode(x V)) Vᵀ, for a weight that is rotated back
+    behind scales p (pre_quant_scale)    x̂ = decode(encode(x · p)) / p, for a weight whose columns are scaled back
 
 All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
 zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, CheckpointError, UsageError
-from lowbit.numerics.hadamard import Rotation
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.schemes import ActivationSpec, Scheme
 
 _MAX = {"e4m3": 448.0, "e2m1": 6.0}
@@ -146,13 +147,13 @@ def _round_e2m1(values: Tensor) -> Tensor:
 @contextlib.contextmanager
 def simulated_activations(
     model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
-    rotations: Mapping[str, Rotation] | None = None, int8_threshold: float | None = None,
+    rotations: Mapping[str, InputBasis] | None = None, int8_threshold: float | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
     schemes       weight name, as files have it → scheme
     input_scales  weight name → stored scale, for static and local schemes
-    rotations     weight name → rotation of its input by the engine; the model has the weight without it
+    rotations     weight name → rotation or scales of its input by the engine; the model has the weight without them
     int8_threshold  of LLM.int8(); None for bitsandbytes' own
     """
     threshold = 6.0 if int8_threshold is None else int8_threshold
@@ -165,7 +166,7 @@ def simulated_activations(
             owner, leaf, is_expert = places.get(name, (name.removesuffix(".weight"), "weight", False))
             if is_expert and name in rotations:
                 raise CheckpointError(
-                    f"{name}: the rotated input of an expert cannot be simulated in a fused operation",
+                    f"{name}: the rotated or scaled input of an expert cannot be simulated in a fused operation",
                     "evaluate the weights alone with --activations none",
                 )
             if is_expert:
@@ -283,14 +284,14 @@ def simulation_of(checkpoint: Checkpoint) -> Callable[[nn.Module], AbstractConte
     return lambda model: simulated_activations(model, schemes, scales, rotations, threshold)
 
 
-def _hook(spec: ActivationSpec, scale: float | None, rotation: Rotation | None = None):
+def _hook(spec: ActivationSpec, scale: float | None, rotation: InputBasis | None = None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_activation(args[0], spec, scale), *args[1:])
 
     def quantize_rotated(_module: nn.Module, args: tuple) -> tuple:
         assert rotation is not None
-        turned = quantize_activation(rotation.columns(args[0].float()), spec, scale)
-        return (rotation.back(turned).to(args[0].dtype), *args[1:])
+        turned = quantize_activation(rotation.inputs(args[0].float()), spec, scale)
+        return (rotation.inputs_back(turned).to(args[0].dtype), *args[1:])
 
     if rotation is not None:
         return quantize_rotated

@@ -108,6 +108,14 @@ class Exporter(Protocol):
         """Further JSON files of the format: name → content."""
         ...
 
+    def needless(self, scheme: Scheme) -> tuple[str, ...]:
+        """Endings of stored names that loaders need not find in a linear which they load as one matrix with others."""
+        ...
+
+    def engine_of(self, schemes: dict[str, Scheme]) -> str | None:
+        """The engine whose rules the output must pass, where it is not the usual one of the format's row."""
+        ...
+
 
 # Answers that several formats share; a module takes one over by `lowest_zero_point = every_zero_point`.
 def every_zero_point(scheme: Scheme) -> int | None:
@@ -118,6 +126,16 @@ def every_zero_point(scheme: Scheme) -> int | None:
 def no_companions(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
     """Empty: loaders read config.json only."""
     return {}
+
+
+def usual_engine(schemes: dict[str, Scheme]) -> str | None:
+    """None: whatever the schemes are."""
+    return None
+
+
+def none_needless(scheme: Scheme) -> tuple[str, ...]:
+    """None: a fused linear is stored as a single one is."""
+    return ()
 
 
 def block_rows(scheme: Scheme, shape: tuple[int, int]) -> int:
@@ -141,6 +159,8 @@ def default_format(scheme: Scheme) -> str:
     """The output format of a scheme when the user names none."""
     if scheme.weight.narrow:
         return "bitsandbytes"
+    if scheme.weight.ranged:
+        return "modelopt"
     return _FORMAT_OF_NUMBER.get(scheme.weight.number, "compressed-tensors")
 
 

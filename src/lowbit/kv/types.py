@@ -3,8 +3,8 @@
 `CACHE_TYPES` is the table: a row per type, by the name that the engine has for it where it has one. llama.cpp chooses
 keys and values apart: `q8_0/q4_0` (or k=q8_0,v=q4_0) is a pair of its types. `find_cache_type` reads such names.
 
-Sources, read in 2026: vLLM 0.32 (CacheDType of vllm/config/cache.py), llama.cpp of autumn 2026, LMDeploy 0.10,
-transformers 5.23 (cache_utils.py), and the code that goes with the papers.
+Sources, read in 2026: vLLM 0.32 (CacheDType of vllm/config/cache.py), llama.cpp of autumn 2026, LMDeploy 0.10 and
+0.16, TGI 3.3, transformers 5.23 (cache_utils.py), and the code that goes with the papers.
 """
 
 from __future__ import annotations
@@ -162,21 +162,22 @@ def own_codecs(bits: int, rotated: bool) -> tuple[Affine, Affine]:
     return Affine(bits, "tokens", OWN_GROUP, rotated), Affine(bits, "head", OWN_GROUP, rotated)
 
 
-_SERVERS = ("vllm", "sglang", "tensorrt-llm")
+_SERVERS = ("vllm", "sglang", "tensorrt-llm", "tgi")
+_PLAIN_SERVERS = ("vllm", "sglang", "tensorrt-llm", "lmdeploy", "tgi")
 _E4M3 = Minifloat("e4m3")
 
 CACHE_TYPES: dict[str, CacheType] = {
     row.name: row
     for row in (
         _plain("f32", ("llama.cpp",)),
-        _plain("f16", ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers")),
-        _plain("bf16", ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers")),
+        _plain("f16", (*_PLAIN_SERVERS, "llama.cpp", "transformers")),
+        _plain("bf16", (*_PLAIN_SERVERS, "llama.cpp", "transformers")),
         _static("fp8_e4m3", _SERVERS, _E4M3, "layer", "E4M3, scale 1", _VLLM_FP8),
         _static("fp8_calibrated", _SERVERS, Minifloat("e4m3", "tensor"), "layer",
                 "E4M3, scale stored or calibrated: largest / 448", _VLLM_FP8),
         _static("fp8_per_head", ("vllm",), Minifloat("e4m3", "head"), "head",
                 "E4M3, a scale per head stored or calibrated: largest / 448", _VLLM_FP8),
-        _static("fp8_e5m2", ("vllm", "sglang"), Minifloat("e5m2"), "layer", "E5M2, scale 1", _VLLM_FP8),
+        _static("fp8_e5m2", ("vllm", "sglang", "tgi"), Minifloat("e5m2"), "layer", "E5M2, scale 1", _VLLM_FP8),
         CacheType("fp8_per_token_head", ("vllm",), PerTokenHead("e4m3"), PerTokenHead("e4m3"), "token and head",
                   "E4M3, scale largest / 448", _VLLM_TOKEN),
         CacheType("int8_per_token_head", ("vllm",), PerTokenHead("int8"), PerTokenHead("int8"), "token and head",
@@ -193,8 +194,10 @@ CACHE_TYPES: dict[str, CacheType] = {
         _turbo("turboquant_k3v4_nc", LloydMax(3), 4),
         _turbo("turboquant_3bit_nc", LloydMax(3), 3),
         *(_ggml(name) for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")),
-        CacheType("lmdeploy_int8", (), Affine(8), Affine(8), "token and head", "integers of a range", _LMDEPLOY),
-        CacheType("lmdeploy_int4", (), Affine(4), Affine(4), "token and head", "integers of a range", _LMDEPLOY),
+        CacheType("lmdeploy_int8", ("lmdeploy",), Affine(8), Affine(8), "token and head", "integers of a range",
+                  _LMDEPLOY),
+        CacheType("lmdeploy_int4", ("lmdeploy",), Affine(4), Affine(4), "token and head", "integers of a range",
+                  _LMDEPLOY),
         _quantized_layer("quanto_int4", 4, False), _quantized_layer("quanto_int2", 2, False),
         _quantized_layer("hqq_int8", 8, True), _quantized_layer("hqq_int4", 4, True),
         _quantized_layer("hqq_int2", 2, True),

@@ -38,6 +38,11 @@ class Rotation:
     hadamard: bool
 
     @property
+    def reason(self) -> str:
+        """Why codes of rotated columns are no codes of the weight."""
+        return "its codes are of rotated columns, for an engine that rotates the input (transform_config)"
+
+    @property
     def size(self) -> int:
         return len(self.signs)
 
@@ -64,6 +69,14 @@ class Rotation:
         if m > 1:
             turned = turned.reshape(-1, m) @ self.base.t().to(values)
         return (turned.reshape(-1, self.size) * self.signs.to(values)).reshape(shape)
+
+    def inputs(self, values: Tensor) -> Tensor:
+        """An input x → x Q, in its dtype: as weights, since Q is orthogonal."""
+        return self.columns(values)
+
+    def inputs_back(self, values: Tensor) -> Tensor:
+        """x Q → x."""
+        return self.back(values)
 
     def matrix(self) -> Tensor:
         """Q, float64 [n, n]."""

@@ -27,6 +27,7 @@ from lowbit.errors import FormatError, UsageError
 from lowbit.export import Exporter, find_exporter
 from lowbit.export.kv_cache import unfit_kv_cache
 from lowbit.knobs import Facts
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX
 from lowbit.plan.folder import FolderPlan, make_plan, with_kv_cache
 from lowbit.plan.linears import stored_as
@@ -88,20 +89,21 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         for weight, scheme in checkpoint.schemes.items()
         if weight.removesuffix(".weight") in shapes
     }
-    rotated = [name for name in choices if f"{name}.weight" in getattr(checkpoint, "rotations", {})]
+    transforms: dict[str, InputBasis] = getattr(checkpoint, "rotations", {})
+    rotated = [name for name in choices if f"{name}.weight" in transforms]
     if settings.format == "float":  # read decoded and without the rotation, like a tensor that is copied
         choices = {name: choice for name, choice in choices.items() if name not in rotated}
     for name in rotated:
         if name in choices and choices[name].reason is None:
-            reason = "its codes are of rotated columns, for an engine that rotates the input (transform_config)"
-            choices[name] = replace(choices[name], reason=reason)
+            choices[name] = replace(choices[name], reason=transforms[f"{name}.weight"].reason)
     fixed = {linear: choice.scheme for linear, choice in choices.items()}
     plan = make_plan(checkpoint, architecture, settings, dtype, fixed)
     plan = replace(plan, tensors=tuple(_planned(t, choices, checkpoint, exporter, settings) for t in plan.tensors))
     if settings.format == "float" and rotated:
-        said = "decoded, without the rotation of its input (transform_config)"
-        plan = replace(plan, tensors=tuple(replace(t, reason=said) if t.linear and t.linear.name in rotated else t
-                                           for t in plan.tensors))  # fmt: skip
+        said = {name: f"decoded for an input as it comes: {transforms[f'{name}.weight'].reason}" for name in rotated}
+        plan = replace(plan, tensors=tuple(
+            replace(t, reason=said[t.linear.name]) if t.linear and t.linear.name in said else t for t in plan.tensors
+        ))  # fmt: skip
     plan = _with_kv_cache(replace(plan, input_absmax=_input_ranges(plan, checkpoint)), checkpoint)
     return prepared(_checked_values(plan, checkpoint, exporter))
 

@@ -74,6 +74,10 @@ class FolderPlan(Plan):
         assert self.architecture is not None
         return self.architecture
 
+    @property
+    def engine(self) -> str:
+        return self.exporter.engine_of(self.schemes) or self.format.engine
+
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """Linear → scheme, of every quantized linear."""
@@ -145,7 +149,9 @@ class FolderPlan(Plan):
             assert linear is not None
             assert scheme is not None
             absmax = self.input_absmax.get(linear.name)
+            planned = {stored.name for stored in tensor.stored}
             pieces = self.exporter.pack(linear.name, rows, scheme, first, linear.shape, tensor.dtype, absmax)
+            pieces = [piece for piece in pieces if piece.name in planned]
             if linear.transposed and self.format.name == "float":  # the model class stores it as [K, N]
                 pieces = [replace(piece, values=piece.values.t(), row=0, column=first) for piece in pieces]
         else:

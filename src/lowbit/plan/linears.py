@@ -146,7 +146,9 @@ def stored_as(
     linear: Linear, scheme: Scheme, dtype: torch.dtype, exporter: Exporter, settings: Settings
 ) -> dict[str, Any]:
     """The fields of a planned tensor that depend on the float dtype of its scales."""
-    stored = tuple(exporter.stored_tensors(linear.name, linear.shape, scheme, dtype))
+    needless = exporter.needless(scheme) if linear.fused is not None and linear.expert is None else ()
+    stored = tuple(tensor for tensor in exporter.stored_tensors(linear.name, linear.shape, scheme, dtype)
+                   if tensor.name.rpartition(".")[2] not in needless)  # fmt: skip
     if linear.transposed and exporter.FORMAT == "float":  # the model class stores it as [K, N]
         stored = tuple(replace(tensor, shape=tensor.shape[::-1]) for tensor in stored)
     target = _grid_target(scheme, dtype, exporter, settings.range_search(scheme.weight))

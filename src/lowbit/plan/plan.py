@@ -225,6 +225,11 @@ class Plan(ABC):
     notes: tuple[str, ...] = ()
 
     @property
+    def engine(self) -> str:
+        """The engine whose rules the output must pass."""
+        return self.format.engine
+
+    @property
     def quantized(self) -> list[PlannedTensor]:
         return [tensor for tensor in self.tensors if tensor.is_quantized]
 

@@ -27,6 +27,7 @@ from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import LowbitError, UsageError
 from lowbit.export import Exporter, Piece, find_exporter
 from lowbit.export.patched_files import BytesPlace, PatchedFiles, same_bytes
+from lowbit.numerics.column_scales import InputBasis
 from lowbit.plan.folder import FolderPlan, make_plan
 from lowbit.plan.linears import stored_as
 from lowbit.plan.plan import Making, PlannedTensor
@@ -184,8 +185,9 @@ def _kept_tensor(
     dtype = checkpoint.scale_dtype(tensor.name)
     dtype = dtype if dtype in FLOATS else tensor.dtype
     why = "it lies outside the decoder blocks, where no text is measured" if linear.block is None else None
-    if tensor.name in getattr(checkpoint, "rotations", {}):
-        why = "its input is rotated as the model runs, and its codes are of rotated columns"
+    transforms: dict[str, InputBasis] = getattr(checkpoint, "rotations", {})
+    if tensor.name in transforms:
+        why = transforms[tensor.name].reason
     why = why or unrefinable(scheme)
     if why is None:
         names, why = _reproduced(linear, scheme, checkpoint, source, exporter, dtype)

@@ -137,7 +137,7 @@ def refine(
         plan.refuse_existing(output, overwrite)
         check_disk(output, 2 * plan.file_bytes, plan.largest_file)
         before = judge(str(file), _share(progress, 0, 10))
-        inherited = {check.rule for check in verify(plan.origin, engine=plan.format.engine).broken}
+        inherited = {check.rule for check in verify(plan.origin, engine=plan.engine).broken}
         dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
         try:
             done = loop.calibrate(
@@ -273,7 +273,7 @@ def _patched(prepared: Prepared, asked: Planned, work: Path, output: Path) -> Wr
 def _verified(model: Path, output: Path, asked: Planned, inherited: set[str]) -> Verification:
     """Verify the copy, its unrefined tensors against the file; what the file broke already is reported and stays."""
     verification = verify(
-        model, source=asked.pair.file, engine=asked.kept.plan.format.engine, options=asked.prepared.options,
+        model, source=asked.pair.file, engine=asked.kept.plan.engine, options=asked.prepared.options,
         nearest=False,
     )  # fmt: skip
     for failed in (check for check in verification.broken if check.rule not in inherited):

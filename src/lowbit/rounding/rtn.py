@@ -62,7 +62,9 @@ def measure_range(weight: Tensor, spec: WeightSpec | None = None) -> TensorRange
 
 def needs_tensor_range(weight: WeightSpec) -> bool:
     """True if rounding a slab needs the range of the whole tensor."""
-    return weight.two_level or weight.granularity is Granularity.TENSOR or weight.scale_format == "nested"
+    return (
+        weight.two_level or weight.ranged or weight.granularity is Granularity.TENSOR or weight.scale_format == "nested"
+    )
 
 
 def round_to_nearest(
@@ -130,6 +132,8 @@ def fit_weight(
         mean = _known(tensor_range).mean_absmax
         nested = quantize_scales(params.scale, mean, unused=(low == 0) & (high == 0))
         params = GroupParams(decode_scales(nested))
+    if spec.ranged:
+        global_scale = _range_over_fp8(grid, _known(tensor_range))
     return Fitted(params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale, nested)
 
 
@@ -143,6 +147,12 @@ def _global_scale(grid: Grid, tensor_range: TensorRange) -> float:
     """Second level of a two-level grid: brings the largest group scale within the first level's range."""
     largest = max(-tensor_range.low, tensor_range.high)
     return global_scale_for(largest / grid.format.max_value)  # type: ignore[attr-defined]
+
+
+def _range_over_fp8(grid: Grid, tensor_range: TensorRange) -> float:
+    """A power of two by which no decoded integer is above 448; the lowest code decodes to a bit beyond the range."""
+    beyond = 2.0 * grid.qmin / (grid.qmin - grid.qmax)  # type: ignore[attr-defined]
+    return global_scale_for(beyond * max(-tensor_range.low, tensor_range.high))
 
 
 def _block_scale(grid: Grid, weight: Tensor, block: int) -> Tensor:

@@ -2,6 +2,7 @@
 
     narrow ⊂ full range      symmetric ⊂ asymmetric (zero point 0)      b bits ⊂ more bits
     one scale a tensor ⊂ one a row ⊂ one a group of g ⊂ one a group of g / n     double-quantized scales ⊂ floats
+    a range beside the scales ⊂ none
 
 Nothing is rounded: codes stay, scales are repeated. `Exporter.inexact` decides whether a format's scale dtype holds
 such a scale exactly.
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from lowbit.numerics import grid_for
-from lowbit.schemes import WeightSpec
+from lowbit.schemes import ScaleFormat, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 _FINENESS = {Granularity.TENSOR: 0, Granularity.CHANNEL: 1, Granularity.GROUP: 2}
@@ -31,16 +32,20 @@ def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
         for granularity, group_size in _scalings(spec, columns):
             for symmetric in (True, False) if spec.symmetric else (False,):
                 for narrow in (True, False) if spec.narrow and symmetric and width == spec.bits else (False,):
-                    for scale_format in dict.fromkeys((spec.scale_format, _plain_scales(spec))):
+                    for scale_format, ranged in _scale_kinds(spec):
                         if symmetric or spec.number == "int":
                             yield replace(
                                 spec, bits=width, granularity=granularity, group_size=group_size, symmetric=symmetric,
-                                narrow=narrow, scale_format=scale_format,
+                                narrow=narrow, scale_format=scale_format, ranged=ranged,
                             )  # fmt: skip
 
 
-def _plain_scales(spec: WeightSpec):
-    return "model" if spec.scale_format == "nested" else spec.scale_format
+def _scale_kinds(spec: WeightSpec) -> Iterator[tuple[ScaleFormat, bool]]:
+    """Formats of scales, and whether a range of the tensor lies beside them, which changes no value."""
+    formats: list[ScaleFormat] = ["nested", "model"] if spec.scale_format == "nested" else [spec.scale_format]
+    for scale_format in formats:
+        for ranged in dict.fromkeys((spec.ranged, False)):
+            yield scale_format, ranged
 
 
 def _scalings(spec: WeightSpec, columns: int) -> Iterator[tuple[Granularity, int | None]]:

@@ -166,12 +166,14 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
     if leaf == "qweight":
         scales = tensors.get(f"{owner}.scales")
         packs_rows = scales is not None and info.shape[-1:] != scales.shape[-1:]  # eight rows in a word: [K, N/8]
-        return ("awq",) if packs_rows and f"{owner}.g_idx" not in tensors else ("gptq",)
+        kind = "awq" if packs_rows and f"{owner}.g_idx" not in tensors else "gptq"
+        return (kind, "auto-round")
     if leaf in ("SCB", "absmax", "quant_map") or leaf.startswith("bitsandbytes__"):
         return ("bitsandbytes",)
     named = {
         "weight_packed": ("compressed-tensors",), "weight_global_scale": ("compressed-tensors",),
-        "weight_scale_2": ("modelopt",), "weight_scale_inv": ("fp8",), "W_q": ("hqq",), "_weight_qdata": ("torchao",),
+        "weight_scale_2": ("modelopt",), "pre_quant_scale": ("modelopt",), "weight_scale_inv": ("fp8",),
+        "W_q": ("hqq",), "_weight_qdata": ("torchao",),
     }.get(leaf)  # fmt: skip
     if named is not None:
         return named
@@ -179,10 +181,11 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
         return ("mxfp4",)
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
         if info.dtype in _FP8:
-            return ("compressed-tensors", "modelopt", "fp8")
-        return (
-            ("compressed-tensors",) if info.dtype == torch.int8 else ("modelopt",) if info.dtype not in FLOATS else ()
-        )
+            return ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8")
+        if info.dtype == torch.int8:  # a scale per row is [N, 1] in compressed-tensors, [N] in ModelOpt
+            dimensions = len(tensors[f"{owner}.weight_scale"].shape)
+            return (("modelopt",), ("compressed-tensors", "modelopt"), ("compressed-tensors",))[min(dimensions, 2)]
+        return ("modelopt",) if info.dtype not in FLOATS else ()
     return ()
 
 

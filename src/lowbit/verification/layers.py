@@ -61,10 +61,12 @@ def check_groups_fit(subject: Subject) -> Finding:
 
 
 def check_fused_global_scales(subject: Subject) -> Finding:
-    """NVFP4's scales per tensor are the same in a fused set: engines take the largest for all, with a warning only."""
+    """Scales per tensor beside group scales (NVFP4, W4A8_AWQ) are the same in a fused set: engines take one for all,
+    with a warning at most."""
     problems, sets = [], 0
     for fused, members in subject.architecture.fused_sets.items():
-        two_level = [name for name in members if name in subject.schemes and subject.schemes[name].weight.two_level]
+        specs = {name: subject.schemes[name].weight for name in members if name in subject.schemes}
+        two_level = [name for name, spec in specs.items() if spec.two_level or spec.ranged]
         for leaf in _SECOND_LEVEL:
             names = [f"{member}.{leaf}" for member in two_level if f"{member}.{leaf}" in subject.stored.tensors]
             values = {name: subject.stored.read(name).reshape(-1)[0].item() for name in names
@@ -140,10 +142,13 @@ def _weight_said(weight: WeightSpec) -> str:
 
 
 # Of engines that fuse: `from documentation` for TensorRT-LLM.
+FUSED_SCHEMES = Rule(
+    "fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
+    "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); get_multi_weights_col "
+    "(TGI); from documentation (TensorRT-LLM, LMDeploy)", then="misreads",
+)  # fmt: skip
 FUSING: tuple[Rule, ...] = (
-    Rule("fused-schemes", "layers", QUANTIZED, "q/k/v and gate/up have one scheme", check_fused_schemes,
-         "QKVParallelLinear and MergedColumnParallelLinear have one quant_method (vLLM, SGLang); from documentation "
-         "(TensorRT-LLM)", then="misreads"),
+    FUSED_SCHEMES,
     Rule("expert-schemes", "layers", QUANTIZED, "all experts of a block have one scheme", check_expert_schemes,
          "RoutedExperts (vLLM), FusedMoE (SGLang) have one quant_method; from documentation (TensorRT-LLM)",
          then="misreads"),
@@ -154,8 +159,9 @@ FUSING: tuple[Rule, ...] = (
          "no FP8 block straddles two of a fused set", check_blocks,
          "validate_fp8_block_shape of utils/fp8_utils.py (vLLM), fp8.py (SGLang)", limit=True),
     Rule("fused-global-scales", "values", ("compressed-tensors", "modelopt"),
-         "NVFP4's scales per tensor are shared in fused sets", check_fused_global_scales,
-         "KNvfp4Static.process of modelopt.py (vLLM); from documentation (TensorRT-LLM)"),
+         "scales per tensor of NVFP4 and W4A8_AWQ are shared in fused sets", check_fused_global_scales,
+         "KNvfp4Static.process of modelopt.py (vLLM); load_weight_scales_w4a8 of _torch/modules/linear.py, and from "
+         "documentation (TensorRT-LLM)"),
 )  # fmt: skip
 GPT_OSS = Rule(
     "gpt-oss-experts", "limits", ALL, "experts of gpt-oss are MXFP4 blocks or fused", check_gpt_oss,

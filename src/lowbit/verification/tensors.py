@@ -98,7 +98,7 @@ def _is_known_beside(subject: Subject, name: str) -> bool:
         return subject.format == "fp8" or (subject.format in _KV_FORMATS and _quantizes_kv_cache(subject))
     if leaf == "bias":
         # AutoGPTQ writes a bias for every linear; loaders skip those that the model lacks
-        return subject.format in ("gptq", "awq") and owner in subject.schemes
+        return subject.format in ("gptq", "awq", "auto-round") and owner in subject.schemes
     return subject.format == "mxfp4" and leaf.endswith(("_blocks", "_scales"))
 
 

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, float16_scales, fused_names, no_companions
+from lowbit.export import (
+    Piece,
+    every_zero_point,
+    float16_scales,
+    fused_names,
+    no_companions,
+    none_needless,
+    usual_engine,
+)
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -34,7 +42,9 @@ from lowbit.version import __version__
 FORMAT = "awq"
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble → row within its eight
-scale_format, lowest_zero_point, companion_files = float16_scales, every_zero_point, no_companions
+scale_format, lowest_zero_point = float16_scales, every_zero_point
+companion_files, engine_of = no_companions, usual_engine
+needless = none_needless
 
 
 def storage_format(scheme: Scheme) -> str:

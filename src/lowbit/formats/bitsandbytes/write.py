@@ -27,7 +27,7 @@ import torch
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, fused_names, no_companions
+from lowbit.export import Piece, every_zero_point, fused_names, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import NESTED_BLOCK, dynamic_map
@@ -36,7 +36,8 @@ from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
 FORMAT = "bitsandbytes"
-lowest_zero_point, companion_files = every_zero_point, no_companions
+lowest_zero_point, companion_files, engine_of = every_zero_point, no_companions, usual_engine
+needless = none_needless
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _INT8_MAX = 127.0

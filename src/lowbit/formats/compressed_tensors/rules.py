@@ -111,8 +111,8 @@ def check_no_transforms(subject: Subject) -> Finding:
 
 NO_TRANSFORMS = Rule(
     "no-transforms", "limits", ("compressed-tensors",), "no rotation is left to the engine", check_no_transforms,
-    "quantizers/quantizer_compressed_tensors.py (transformers 5.23); compressed_tensors.py (SGLang)", limit=True,
-    then="misreads",
+    "quantizers/quantizer_compressed_tensors.py (transformers 5.23); compressed_tensors.py (SGLang); suffix_map of "
+    "turbomind/weight_format.py (LMDeploy); layers/compressed_tensors (TGI)", limit=True, then="misreads",
 )  # fmt: skip
 
 RULES: tuple[Rule, ...] = (

@@ -27,14 +27,15 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, no_companions
+from lowbit.export import Piece, every_zero_point, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX, e8m0_codes
 from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 FORMAT = "compressed-tensors"
-lowest_zero_point, companion_files = every_zero_point, no_companions
+lowest_zero_point, companion_files, engine_of = every_zero_point, no_companions, usual_engine
+needless = none_needless
 VERSION = "0.20.0"  # of the format that this file writes
 
 
@@ -45,6 +46,12 @@ def storage_format(scheme: Scheme) -> str:
         # FP8 activations over packed integers are what the W4AFP8 kernel reads; 8-bit integer ones want a byte a code.
         # No engine reads integer activations of fewer bits, so the files are small.
         activation = scheme.activation
+        if weight.ranged or (activation is not None and activation.number == "e4m3" and activation.needs_calibration):
+            raise FormatError(
+                f"compressed-tensors holds no static FP8 activations over integers ({scheme.name}): its engines "
+                f"measure them per token",
+                "choose W4AFP8, or --format modelopt",
+            )
         bytes_wanted = activation is not None and activation.number == "int" and activation.bits == 8
         return "int-quantized" if bytes_wanted else "pack-quantized"
     if weight.number == "e2m1" and weight.two_level:

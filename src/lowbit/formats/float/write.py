@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from lowbit.export import Piece, block_rows, every_zero_point, no_companions
+from lowbit.export import Piece, block_rows, every_zero_point, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
 from lowbit.tensors import QuantizedTensor
 
 FORMAT = "float"
-row_multiple, lowest_zero_point, companion_files = block_rows, every_zero_point, no_companions
+row_multiple, lowest_zero_point, companion_files, engine_of = block_rows, every_zero_point, no_companions, usual_engine
+needless = none_needless
 
 
 def storage_format(scheme: Scheme) -> str:

@@ -182,12 +182,17 @@ RULES: tuple[Rule, ...] = (
          "create_weights of auto_gptq.py (vLLM); pack of AutoGPTQ"),
 )  # fmt: skip
 
+# Of servers.
+GROUP_INDEX = Rule(
+    "gptq-group-index", "format", ("gptq",), "without desc_act, column c is in group c // g", check_group_index,
+    "AutoGPTQLinearMethod (vLLM) registers no g_idx; gptq_marlin.py (SGLang): has_g_idx=desc_act; "
+    "repack_gptq_for_marlin of layers/marlin/gptq.py (TGI); suffix_map of turbomind/weight_format.py (LMDeploy)",
+)  # fmt: skip
 # Of vLLM and SGLang.
 SERVER_RULES: tuple[Rule, ...] = (
     Rule("gptq-keys", "config", ("gptq",), "bits, group_size, desc_act and sym are stated", check_keys,
          "from_config of auto_gptq.py (vLLM), of GPTQMarlinConfig (SGLang)"),
-    Rule("gptq-group-index", "format", ("gptq",), "without desc_act, column c is in group c // g", check_group_index,
-         "AutoGPTQLinearMethod (vLLM) registers no g_idx; gptq_marlin.py (SGLang): has_g_idx=desc_act"),
+    GROUP_INDEX,
     Rule("gptq-dynamic", "format", ("gptq",), "`dynamic` means the same under fused names", check_dynamic,
          "get_dynamic_override of utils/gptq_utils.py (vLLM), of utils.py (SGLang), called with the fused name"),
 )  # fmt: skip

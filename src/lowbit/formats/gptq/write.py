@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, float16_scales, fused_names
+from lowbit.export import Piece, float16_scales, fused_names, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
@@ -164,6 +164,12 @@ class GptqExporter:
     def companion_files(self, schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, dict[str, Any]]:
         """quantize_config.json, the same as in config.json: where AutoGPTQ and GPTQModel look first."""
         return {"quantize_config.json": self.quantization_config(schemes, ignored)}
+
+    def engine_of(self, schemes: dict[str, Scheme]) -> str | None:
+        return usual_engine(schemes)
+
+    def needless(self, scheme: Scheme) -> tuple[str, ...]:
+        return none_needless(scheme)
 
     def _stored_codes(self, quantized: QuantizedTensor, bits: int) -> tuple[Tensor, Tensor, str | None]:
         """Codes int8 [N, K]; zero points uint8 [N, G] as they are stored; what is wrong with them, or None."""

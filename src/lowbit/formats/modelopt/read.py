@@ -1,19 +1,22 @@
 """ModelOpt folders, read: the `Layout` of NVIDIA's format, from config.json or from hf_quant_config.json alone.
 
-The layouts are pictured in write.py; this file reads them from the files and the two JSON files alone.
-Read as well, though lowbit does not write it:
+The layouts are pictured in write.py; this file reads them from the files and the two JSON files alone. Read as well:
 
-    W4A16_AWQ   L.weight uint8 [N/2, K]   row 2i in the low nibble, row 2i + 1 in the high one, two's complement
-                L.weight_scale float [N, K/g]
+    NVFP4_AWQ                             NVFP4 with L.pre_quant_scale
+    W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN    TensorRT-LLM's name of W8A8_SQ_PER_CHANNEL's tensors
+    W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN      one weight scale per tensor, L.weight_scale []
+
+`L.pre_quant_scale` [K] multiplies the input of a linear: its codes are of W / pre_quant_scale, and `rotation` has what
+takes that out again. Ones are the same as none.
 
 Scales with a dimension of 1 more or less are the same: [] and [1], [N] and [N, 1], [⌈N/128⌉, 1, K/128, 1] and without
 the ones. Names in `ignore` (exclude_modules) are wildcards; as vLLM does for old checkpoints, they are taken for a part
 of a name too where the files hold the linear in 16 bits. Scales of an FP8 KV cache (kv_cache_quant_algo, or
 kv_cache_scheme in config.json) are read by kv_cache.py.
 
-Refused by name: algorithms that lowbit does not know; a linear with `pre_quant_scale` (its codes are of a weight whose
-columns were scaled, and QuantizedTensor has no scale per column); experts fused into one tensor; a group size other
-than the algorithm's; W4A16_AWQ without a group size; config.json and hf_quant_config.json that name two algorithms.
+Refused by name: algorithms that lowbit does not know; `pre_quant_scale` of a linear that is not quantized, or with a
+value that is not finite and above 0; AWQ with zero points; experts fused into one tensor; a group size other than the
+algorithm's; AWQ without a group size; config.json and hf_quant_config.json that name two algorithms.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
 from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
+from lowbit.numerics.column_scales import ColumnScales, InputBasis
 from lowbit.numerics.scales import e8m0_values
-from lowbit.schemes import SCHEMES, KVCacheScheme, Scheme
+from lowbit.schemes import SCHEMES, KVCacheScheme, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 COMPANION = "hf_quant_config.json"
@@ -45,14 +49,21 @@ _SCHEME_OF = {
     "NVFP4": SCHEMES["NVFP4"],
     "W4A16_NVFP4": SCHEMES["NVFP4A16"],
     "MXFP8": SCHEMES["MXFP8"],
+    "NVFP4_AWQ": SCHEMES["NVFP4"],
     "W4A16_AWQ": SCHEMES["W4A16"],
+    "W4A8_AWQ": SCHEMES["W4AFP8_STATIC"],
+    "W8A16": SCHEMES["W8A16"].with_group_size(-1),
+    "W8A8_SQ_PER_CHANNEL": SCHEMES["W8A8_STATIC"],
+    "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN": SCHEMES["W8A8_STATIC"],
+    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": SCHEMES["W8A8"],
+    "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN": SCHEMES["W8A8_TENSOR"],
 }
 _CODES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 _HINT = "the files and config.json do not belong together, or a download is incomplete"
 
 
 class ModelOptLayout(Layout):
-    LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
@@ -107,26 +118,44 @@ class ModelOptLayout(Layout):
         elif spec.granularity is Granularity.BLOCK:
             shapes = ((scale_rows, 1, groups, 1), (scale_rows, groups))
         scale_dtypes = {"e4m3": (torch.float8_e4m3fn,), "e8m0": (torch.uint8, torch.float8_e8m0fnu)}
-        codes = {"e2m1": (torch.uint8, (rows, columns // 2)), "int": (torch.uint8, (rows // 2, columns))}
+        packed = (torch.uint8, (rows // 2, columns)) if spec.bits == 4 else (torch.int8, shape)
+        codes = {"e2m1": (torch.uint8, (rows, columns // 2)), "int": packed}
         dtype, code_shape = codes.get(spec.number, (torch.float8_e4m3fn, shape))
         leaves = {
             "weight": Expected((dtype,), code_shape),
             "weight_scale": Expected(scale_dtypes.get(spec.scale_format, FLOATS),
                                      self._as_stored(f"{linear}.weight_scale", *shapes)),
         }  # fmt: skip
-        once = ["weight_scale_2"] if spec.two_level else []
+        once = ["weight_scale_2"] if spec.two_level or spec.ranged else []
         once += ["input_scale"] if scheme.activation is not None and scheme.activation.needs_calibration else []
         for leaf in once:
             leaves[leaf] = Expected((torch.float32,), self._as_stored(f"{linear}.{leaf}", (), (1,)))
+        name = f"{linear}.pre_quant_scale"
+        if name in self.stored.tensors:
+            leaves["pre_quant_scale"] = Expected(FLOATS, self._as_stored(name, (columns,), (1, columns)))
         return {f"{linear}.{leaf}": expected for leaf, expected in leaves.items()}
 
     def row_multiple(self, linear: str, shape: tuple[int, int]) -> int:
         weight = self.quantized_scheme(linear).weight
-        return 2 if weight.number == "int" else weight.block_rows
+        return 2 if (weight.number, weight.bits) == ("int", 4) else weight.block_rows
 
     def scale_dtype(self, linear: str) -> torch.dtype:
-        second = f"{linear}.weight_scale_2"
-        return self.stored.tensors[second if second in self.stored.tensors else f"{linear}.weight_scale"].dtype
+        leaf = "weight_scale_2" if self.quantized_scheme(linear).weight.two_level else "weight_scale"
+        return self.stored.tensors[f"{linear}.{leaf}"].dtype
+
+    def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputBasis | None:
+        """The scales that multiply the input; None where there are none, or all are 1."""
+        name = f"{linear}.pre_quant_scale"
+        info = self.stored.tensors.get(name)
+        if info is None:
+            return None
+        scale = self.stored.read(name).float().reshape(-1)
+        if not quantized:
+            raise CheckpointError(f"{info.file}: {name} is of a linear that is not quantized", _HINT)
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise CheckpointError(f"{info.file}: {name} holds a value that is not finite and above 0",
+                                  "the checkpoint is damaged; get another copy of it")  # fmt: skip
+        return None if bool((scale == 1).all()) else ColumnScales(scale)
 
     def input_scale(self, linear: str) -> float | None:
         scheme, name = self.scheme_of(linear), f"{linear}.input_scale"
@@ -136,22 +165,23 @@ class ModelOptLayout(Layout):
     def read(self, linear: str, shape: tuple[int, int], start: int, stop: int) -> QuantizedTensor:
         spec = self.quantized_scheme(linear).weight
         scale = self._scale(f"{linear}.weight_scale", spec.granularity, spec.group_size or 1, start, stop)
-        global_scale = 1.0
+        global_scale = self._number(f"{linear}.weight_scale_2") if spec.two_level or spec.ranged else 1.0
         if spec.two_level:
-            global_scale = self._number(f"{linear}.weight_scale_2")
             scale = scale * torch.tensor(global_scale, dtype=torch.float32)
         return QuantizedTensor(
-            self._codes(f"{linear}.weight", spec.number, start, stop), scale, grid_for(spec, "float32"),
+            self._codes(f"{linear}.weight", spec, start, stop), scale, grid_for(spec, "float32"),
             spec.granularity, spec.columns_per_scale(shape[1]), global_scale=global_scale,
         )  # fmt: skip
 
-    def _codes(self, name: str, number: str, start: int, stop: int) -> Tensor:
-        if number == "int":
+    def _codes(self, name: str, spec: WeightSpec, start: int, stop: int) -> Tensor:
+        if (spec.number, spec.bits) == ("int", 4):
             packed = self.stored.read(name, start // 2, -(-stop // 2))
             nibbles = torch.stack((packed & 0x0F, packed >> 4), dim=1).reshape(-1, packed.shape[1])
             return ((nibbles ^ 8).to(torch.int8) - 8)[: stop - start].contiguous()  # the sign bit is worth −8
         codes = self.stored.read(name, start, stop)
-        return kernels.unpack_nibbles(codes) if number == "e2m1" else codes.view(torch.uint8)
+        if spec.number == "int":
+            return codes
+        return kernels.unpack_nibbles(codes) if spec.number == "e2m1" else codes.view(torch.uint8)
 
     def _scale(self, name: str, granularity: Granularity, block: int, start: int, stop: int) -> Tensor:
         """Float32, of the shape that `granularity` has in a QuantizedTensor, before any second level."""
@@ -182,13 +212,9 @@ class ModelOptLayout(Layout):
 
     def _refuse_unreadable(self) -> None:
         for name, info in self.stored.tensors.items():
-            leaf = name.rpartition(".")[2]
-            if leaf == "pre_quant_scale":
-                raise CheckpointError(
-                    f"{info.file}: {name}: AWQ scaled the columns of this weight before it was quantized, which cannot "
-                    f"be undone without rounding its codes again",
-                    "start from the 16-bit checkpoint",
-                )
+            linear, _, leaf = name.rpartition(".")
+            if leaf == "pre_quant_scale" and f"{linear}.weight" not in self.stored.tensors:
+                raise CheckpointError(f"{info.file}: {name} is there, but {linear}.weight is absent", _HINT)
             if leaf.endswith("_weight_scale"):
                 raise CheckpointError(
                     f"{info.file}: {name} belongs to experts that are fused into one tensor, which cannot be read",
@@ -243,8 +269,9 @@ def _check_companion(stored: Checkpoint, stated: dict[str, Any]) -> None:
             f"{path}: quant_algo is {other.get('quant_algo')!r}; config.json says {stated.get('quant_algo')!r}",
             "one of the two files is of another checkpoint",
         )
-    if stated.get("group_size") is None and other.get("group_size") is not None:
-        stated["group_size"] = other["group_size"]
+    for key in ("group_size", "has_zero_point"):  # config.json leaves them out for AWQ
+        if stated.get(key) is None and other.get(key) is not None:
+            stated[key] = other[key]
 
 
 def _layers(stated: dict[str, Any]) -> dict[str, Scheme] | None:
@@ -273,7 +300,9 @@ def _scheme(stated: dict[str, Any], where: str) -> Scheme:
     if scheme is None:
         raise _bad(f"{where}.quant_algo", algorithm, f"one of {', '.join(_SCHEME_OF)}")
     group_size = stated.get("group_size")
-    if scheme.weight.number == "int":
+    if stated.get("has_zero_point"):
+        raise _bad(f"{where}.has_zero_point", stated["has_zero_point"], "false: no file states where they would lie")
+    if scheme.weight.group_size_is_free and scheme.weight.bits == 4:
         if type(group_size) is not int or group_size < 1:
             raise _bad(f"{where}.group_size", group_size, f"a positive number of columns, for {algorithm}")
         return scheme.with_group_size(group_size)

@@ -125,7 +125,8 @@ def check_scales_present(subject: Subject) -> Finding:
 
 
 def _scales_of(scheme: Scheme) -> tuple[str, ...]:
-    leaves = ("weight_scale", "weight_scale_2") if scheme.weight.two_level else ("weight_scale",)
+    second = scheme.weight.two_level or scheme.weight.ranged
+    leaves = ("weight_scale", "weight_scale_2") if second else ("weight_scale",)
     static = scheme.activation is not None and scheme.activation.needs_calibration
     return (*leaves, "input_scale") if static else leaves
 

@@ -26,14 +26,15 @@ import torch
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, block_rows, every_zero_point, no_companions
+from lowbit.export import Piece, block_rows, every_zero_point, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import e8m0_codes
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import QuantizedTensor
 
 FORMAT = "mxfp4"
-row_multiple, lowest_zero_point, companion_files = block_rows, every_zero_point, no_companions
+row_multiple, lowest_zero_point, companion_files, engine_of = block_rows, every_zero_point, no_companions, usual_engine
+needless = none_needless
 
 _BLOCK_COLUMNS = 32
 _BLOCK_BYTES = 16
