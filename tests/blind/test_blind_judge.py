@@ -77,10 +77,8 @@ PAIRS = (
 
 def opinion(body):
     """Prefers the longer answer, the first one of "biased", and says nothing to "mute"."""
-    question, first, second = re.search(
-        r"\[Question\]\n(.*?)\n\n\[Answer of assistant A\]\n(.*?)\n\n\[Answer of assistant B\]\n(.*?)\n\[End\]", prompt_of(body),
-        re.S,
-    ).groups()  # fmt: skip
+    parts = re.split(r"\[(?:Question|Answer of assistant [AB]|End)\]", prompt_of(body))
+    question, first, second = (part.strip() for part in parts[1:4])
     if question == "mute":
         return "I would rather not say."
     if question == "biased":
@@ -120,7 +118,10 @@ def test_the_sentence_prefers_only_what_chance_does_not_explain():
 
 def test_a_judging_goes_on_where_a_dying_judge_stopped_it():
     broken = ["biased"]
-    say = lambda body: ("gone", 503) if any(word in prompt_of(body) for word in broken) else opinion(body)  # noqa: E731
+
+    def say(body):
+        return ("gone", 503) if any(word in prompt_of(body) for word in broken) else opinion(body)
+
     with chatting(say) as (url, asked):
         with pytest.raises(EngineFailure, match="answers 503"):
             judge(PAIRS, Endpoint(url))

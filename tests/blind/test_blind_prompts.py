@@ -55,6 +55,10 @@ def test_a_bad_file_is_refused(tmp_path, name, content, says):
 
 def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, says in ((tmp_path / "absent", "No such file"), (tmp_path, "folder|directory"), (tmp_path / "pipe", "pipe")):
+    for path, says in (
+        (tmp_path / "absent", "No such file"),
+        (tmp_path, "folder|directory"),
+        (tmp_path / "pipe", "pipe"),
+    ):
         with pytest.raises(CheckpointError, match=says):
             read_prompts(path)

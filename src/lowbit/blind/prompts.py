@@ -37,7 +37,10 @@ def read_prompts(path: Path | None = None) -> tuple[list[Prompt], list[str]]:
     found = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise CheckpointError(f"{path} has no prompts", "write one on each line")
-    once = list({prompt.text: prompt for prompt in reversed(found)}.values())[::-1]
+    first: dict[str, Prompt] = {}
+    for prompt in found:
+        first.setdefault(prompt.text, prompt)
+    once = list(first.values())
     twice = len(found) - len(once)
     return once, [f"{twice} of {len(found)} prompts of {path} came again and were passed over"] if twice else []
 
