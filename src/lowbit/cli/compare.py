@@ -150,12 +150,13 @@ def _blind(
 
     if len(models) != 2:
         raise UsageError(f"--blind compares two models, not {len(models)}", "name two")
+    first, second = models
     output = _BLIND_PAGE if output is None and "judge" not in given else output
     if output is not None:
         refuse_existing_document(output, overwrite)
     return_freed_memory()
     with window_progress("answers", quiet=json) as progress:
-        found = compare_blind(*models, **given, progress=progress, **how)
+        found = compare_blind(first, second, **given, progress=progress, **how)
     if output is not None:
         write_text(render_blind(found), output)
         say(f"page: {output}")
