@@ -9,7 +9,7 @@ import pytest
 from chat_servers import chatting, prompt_of
 
 from lowbit.blind.judge import combine, judge, read_verdict
-from lowbit.blind.result import Judged, Pair, judge_sentence, sign_test
+from lowbit.blind.result import AnswerPair, Judged, judge_sentence, sign_test
 from lowbit.blind.run import compare_blind
 from lowbit.errors import EngineFailure
 from lowbit.tasks.endpoint import Endpoint
@@ -66,12 +66,12 @@ def test_two_verdicts_make_one(first, second, verdict):
 
 
 PAIRS = (
-    Pair("honest", "", "long answer", "no", "a"),
-    Pair("second", "", "no", "longer answer", "b"),
-    Pair("biased", "", "yes", "no", "a"),
-    Pair("mute", "", "yes", "no", "b"),
-    Pair("equal", "", "same", "same", "a"),
-    Pair("drawn", "", "yes", "nah", "a"),
+    AnswerPair("honest", "", "long answer", "no", "a"),
+    AnswerPair("second", "", "no", "longer answer", "b"),
+    AnswerPair("biased", "", "yes", "no", "a"),
+    AnswerPair("mute", "", "yes", "no", "b"),
+    AnswerPair("equal", "", "same", "same", "a"),
+    AnswerPair("drawn", "", "yes", "nah", "a"),
 )
 
 

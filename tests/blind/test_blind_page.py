@@ -14,7 +14,7 @@ import pytest
 
 from browser import CHROMIUM, chromium, probe
 from lowbit.blind.page import page_name, render_blind
-from lowbit.blind.result import BlindTest, Judged, Pair, sign_test
+from lowbit.blind.result import AnswerPair, BlindTest, Judged, sign_test
 from lowbit.blind.seal import seal, unseal
 from lowbit.report.page import TEMPLATES
 
@@ -26,10 +26,12 @@ ORDER = "abba"
 
 def make_test(**changes):
     pairs = tuple(
-        Pair(f"prompt {index}", "facts" if index < 2 else "code", f"first says {index}", f"second says {index}", left)
+        AnswerPair(
+            f"prompt {index}", "facts" if index < 2 else "code", f"first says {index}", f"second says {index}", left
+        )
         for index, left in enumerate(ORDER)
     )
-    same = Pair("prompt 4", "code", "both say so", "both say so", "b")
+    same = AnswerPair("prompt 4", "code", "both say so", "both say so", "b")
     judged = Judged("critic", "http://j", ("a", "b", "flip", "unreadable", None))
     pairs = (*pairs, same)
     test = BlindTest("models/alpha", "models/beta-Q4", pairs, 77, 256, 0.0, 0, judged, ("a note on alpha",))
@@ -81,7 +83,7 @@ def test_nothing_that_can_be_read_tells_which_model_is_which():
 def test_both_sides_are_marked_up_alike():
     """With answers and order swapped, the page is the same but for its name and key."""
     test = make_test()
-    swapped = tuple(Pair(p.prompt, p.kind, p.b, p.a, "b" if p.left == "a" else "a") for p in test.pairs)
+    swapped = tuple(AnswerPair(p.prompt, p.kind, p.b, p.a, "b" if p.left == "a" else "a") for p in test.pairs)
     pages = [render_blind(test), render_blind(make_test(pairs=swapped))]
     plain = [re.sub(r'data-(page|sealed)="[^"]*"', "", page) for page in pages]
     assert plain[0] == plain[1]
@@ -100,7 +102,7 @@ def test_the_page_loads_nothing_and_only_its_own_script_runs():
     "text", ["</script><script>alert(1)</script>", '"><img src=x onerror=y>', "{{ 7 * 7 }}", "a\u202eb"]
 )
 def test_hostile_text_stays_text(text):
-    pairs = (Pair(text, text, text, text + "!", "a"),)
+    pairs = (AnswerPair(text, text, text, text + "!", "a"),)
     html = render_blind(make_test(a=text, b=text, pairs=pairs, judged=None, notes=(text,)))
     assert "<img" not in html
     assert "alert(1)</script>" not in html
@@ -178,7 +180,7 @@ def test_saved_votes_are_read_again():
 def test_the_sentence_prefers_only_what_chance_does_not_explain():
     words = "((a, b) => sentence({ all: { a, b, tie: 1, bad: 0 }, p: signTest(a, b) }, 'X', 'Y'))"
     assert (
-        node(f"{words}(12, 1)") == "12 wins for X, 1 for Y, 1 ties, 0 both bad. Sign test: p = 0.003, X is preferred."
+        node(f"{words}(12, 1)") == "Wins: 12 for X, 1 for Y; ties: 1; both bad: 0. Sign test: p = 0.003, X is preferred."
     )
     assert "no preference" in node(f"{words}(3, 2)")
     assert node(f"{words}(0, 0)") == "Nobody won a pair."
@@ -211,10 +213,10 @@ def test_voting_and_opening_in_a_browser(tmp_path, width):
     assert found["before"] is False
     assert found["standing"] == "3 of 4 voted"
     assert '"1":"left"' in found["kept"]
-    assert found["verdict"].startswith("1 wins for models/alpha, 1 for models/beta-Q4, 1 ties, 0 both bad.")
+    assert found["verdict"].startswith("Wins: 1 for models/alpha, 1 for models/beta-Q4; ties: 1; both bad: 0.")
     assert found["sides"] == ["Left: models/beta-Q4", "Right: models/alpha"]
     assert found["rows"] == ["facts 1 1 0 0 0 0", "code 0 0 1 0 1 1", "all 1 1 1 0 1 1"]
-    assert found["judge"].startswith("Judge critic: 1 wins for models/alpha, 1 for models/beta-Q4, 1 ties")
+    assert found["judge"].startswith("Judge critic: wins: 1 for models/alpha, 1 for models/beta-Q4; ties: 1")
     assert found["judge"].endswith("you agreed on 2 of 2.")
     assert "seed 77" in found["notes"]
     assert found["pressed"] == "left"  # once opened, votes stay

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from lowbit.blind.prompts import LARGEST_FILE, Prompt, read_prompts
+from lowbit.blind.prompts import LARGEST_FILE, BlindPrompt, read_prompts
 from lowbit.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ def test_the_packaged_prompts_are_four_of_each_of_six_kinds():
 
 def test_a_text_has_a_prompt_on_each_line(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffone\r\n\n  two \n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt")[0] == [Prompt("one"), Prompt("two")]
+    assert read_prompts(tmp_path / "p.txt")[0] == [BlindPrompt("one"), BlindPrompt("two")]
 
 
 def test_a_prompt_that_comes_again_is_asked_once_and_said(tmp_path):

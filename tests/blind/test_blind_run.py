@@ -11,7 +11,7 @@ from chat_servers import chatting, prompt_of
 
 import lowbit
 from lowbit.blind.answering import Generation, answer_all, trimmed
-from lowbit.blind.prompts import Prompt
+from lowbit.blind.prompts import BlindPrompt
 from lowbit.blind.run import compare_blind
 from lowbit.errors import CheckpointError, EngineFailure, NonFiniteError, UsageError
 from models import make_model
@@ -26,7 +26,7 @@ def whisper(body):
 
 
 def test_a_model_in_files_answers_as_generate_does(tiny_llama):
-    prompts = [Prompt("The sky is"), Prompt("Two and two")]
+    prompts = [BlindPrompt("The sky is"), BlindPrompt("Two and two")]
     found = answer_all(str(tiny_llama), prompts, Generation(max_tokens=8))
     assert [answer.text for answer in found.answers] == [
         lowbit.generate(tiny_llama, prompt.text, 8).strip() for prompt in prompts
@@ -45,11 +45,11 @@ def test_two_servers_are_asked_for_the_same_and_trimmed_alike(prompts):
 
 
 def compare_blind_order(count, seed):
-    from lowbit.blind.answering import Answer, Answers
+    from lowbit.blind.answering import Answers, Reply
     from lowbit.blind.run import in_order
 
-    answers = Answers("x", [Answer("yes")] * count, [], None)
-    return in_order([Prompt(str(i)) for i in range(count)], answers, answers, seed)
+    answers = Answers("x", [Reply("yes")] * count, [], None)
+    return in_order([BlindPrompt(str(i)) for i in range(count)], answers, answers, seed)
 
 
 def test_the_order_follows_the_seed_alone():
@@ -99,7 +99,7 @@ def test_a_gguf_file_and_its_folder_are_compared(tmp_path, prompts, tiny_llama):
 
 def test_sampling_follows_the_seed_and_leaves_that_of_torch_alone(tiny_llama):
     def say(seed):
-        found = answer_all(str(tiny_llama), [Prompt("a"), Prompt("b")], Generation(12, 1.5, seed))
+        found = answer_all(str(tiny_llama), [BlindPrompt("a"), BlindPrompt("b")], Generation(12, 1.5, seed))
         found.kept.unlink()
         return [answer.text for answer in found.answers]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.blind.prompts import Prompt
+from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions, cache_root
 from lowbit.errors import NonFiniteError, UsageError
@@ -40,7 +40,7 @@ _NO_CHAT = (400, 404, 405, 422, 501)  # what servers answer that have no chat, o
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What a model said.
 
     text     trimmed
@@ -74,7 +74,7 @@ class Answers:
     """identity tells models apart; kept is the file of the answers."""
 
     identity: str
-    answers: list[Answer]
+    answers: list[Reply]
     notes: list[str]
     kept: Path
 
@@ -82,15 +82,15 @@ class Answers:
 Done = Callable[[int], None]
 
 
-def answer_all(model: str, prompts: Sequence[Prompt], how: Generation, done: Done = lambda count: None) -> Answers:
+def answer_all(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done = lambda count: None) -> Answers:
     """The model's answer to each prompt. done  called with the number of prompts that are answered"""
     return _of_server(model, prompts, how, done) if is_url(model) else _of_files(model, prompts, how, done)
 
 
-def trimmed(text: str, cut: bool) -> Answer:
+def trimmed(text: str, cut: bool) -> Reply:
     """As it is shown."""
     spoken = _THOUGHTS.sub("", text.replace("\r\n", "\n"))
-    return Answer(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
+    return Reply(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
 
 
 @contextmanager
@@ -121,8 +121,8 @@ def key_of(*texts: str) -> str:
 
 
 def _asked(
-    identity: str, prompts: Sequence[Prompt], how: Generation, done: Done, ask: Callable[[int, str], Answer]
-) -> tuple[list[Answer], list[str], Path]:
+    identity: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done, ask: Callable[[int, str], Reply]
+) -> tuple[list[Reply], list[str], Path]:
     """Each prompt answered by `ask`, or by what an unfinished run has kept."""
     conditions = f"{identity} {how.max_tokens} {how.temperature} {how.seed if how.temperature else 0}"
     found, before = [], 0
@@ -139,14 +139,14 @@ def _asked(
     return found, [f"{before} answers are from a run that was stopped"] if before else [], path
 
 
-def _kept_answer(value: Any) -> Answer | None:
+def _kept_answer(value: Any) -> Reply | None:
     try:
-        return Answer(**value) if isinstance(value["text"], str) else None
+        return Reply(**value) if isinstance(value["text"], str) else None
     except (TypeError, LookupError):
         return None
 
 
-def _notes(model: str, answers: Sequence[Answer], chat: bool) -> list[str]:
+def _notes(model: str, answers: Sequence[Reply], chat: bool) -> list[str]:
     counts = {
         "were stopped at --max-tokens": sum(answer.cut for answer in answers),
         "had thoughts (<think> … </think>), which are not shown": sum(answer.thought for answer in answers),
@@ -156,7 +156,7 @@ def _notes(model: str, answers: Sequence[Answer], chat: bool) -> list[str]:
     return [*plain, *(f"{model}: {count} of {len(answers)} answers {what}" for what, count in counts.items() if count)]
 
 
-def _of_files(model: str, prompts: Sequence[Prompt], how: Generation, done: Done) -> Answers:
+def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done) -> Answers:
     from lowbit.architecture.loading import load_model, load_tokenizer
 
     checkpoint = open_checkpoint(model, how.options)
@@ -179,7 +179,7 @@ def _of_files(model: str, prompts: Sequence[Prompt], how: Generation, done: Done
 @torch.inference_mode()
 def _written(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, how: Generation
-) -> Answer:
+) -> Reply:
     from transformers import GenerationConfig
 
     ids = prompt_ids(tokenizer, prompt, "auto").to(network.device)
@@ -210,7 +210,7 @@ def _written(
     return trimmed(str(tokenizer.decode(made, skip_special_tokens=True)), len(made) >= room and made[-1] not in stops)
 
 
-def _of_server(model: str, prompts: Sequence[Prompt], how: Generation, done: Done) -> Answers:
+def _of_server(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done) -> Answers:
     server = Endpoint(model)
     identity = f"{server.url} {server.name}"
     chat = _has_chat(server)
@@ -232,7 +232,7 @@ def _has_chat(server: Endpoint) -> bool:
     return True
 
 
-def _told(server: Endpoint, chat: bool, place: int, prompt: str, how: Generation) -> Answer:
+def _told(server: Endpoint, chat: bool, place: int, prompt: str, how: Generation) -> Reply:
     body: dict[str, Any] = {"max_tokens": how.max_tokens, "temperature": how.temperature, "seed": how.seed + place}
     if chat:
         choice = server.choice("/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})

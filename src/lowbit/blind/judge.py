@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowbit.blind.answering import kept, key_of, trimmed
-from lowbit.blind.result import Judged, Pair, Verdict
+from lowbit.blind.result import AnswerPair, Judged, Verdict
 from lowbit.tasks.endpoint import Endpoint
 
 TOKENS = 1024  # of a reply; judges think aloud
@@ -47,7 +47,7 @@ def combine(first: str | None, second: str | None) -> Verdict:
 
 
 def judge(
-    pairs: Sequence[Pair], server: Endpoint, done: Callable[[int], None] = lambda count: None
+    pairs: Sequence[AnswerPair], server: Endpoint, done: Callable[[int], None] = lambda count: None
 ) -> tuple[Judged, Callable[[], None]]:
     """(the verdicts, how to remove the replies that were kept for a run that is stopped).
 

@@ -22,22 +22,22 @@ _FORM = 'write each line as {"prompt": "…"}, with "kind": "…" if you like'
 
 
 @dataclass(frozen=True)
-class Prompt:
+class BlindPrompt:
     """kind is "" where none is given."""
 
     text: str
     kind: str = ""
 
 
-def read_prompts(path: Path | None = None) -> tuple[list[Prompt], list[str]]:
+def read_prompts(path: Path | None = None) -> tuple[list[BlindPrompt], list[str]]:
     """(prompts, notes) of a file; the packaged ones of None."""
     path = PACKAGED if path is None else path
     lines = _text(path).splitlines()
-    read = _of_json if path.suffix == ".jsonl" else lambda line, place: Prompt(line.strip())
+    read = _of_json if path.suffix == ".jsonl" else lambda line, place: BlindPrompt(line.strip())
     found = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise CheckpointError(f"{path} has no prompts", "write one on each line")
-    first: dict[str, Prompt] = {}
+    first: dict[str, BlindPrompt] = {}
     for prompt in found:
         first.setdefault(prompt.text, prompt)
     once = list(first.values())
@@ -58,7 +58,7 @@ def _text(path: Path) -> str:
         raise CheckpointError(f"{path}: {error.strerror or error}", "--prompts takes a file of prompts") from None
 
 
-def _of_json(line: str, place: str) -> Prompt:
+def _of_json(line: str, place: str) -> BlindPrompt:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -69,4 +69,4 @@ def _of_json(line: str, place: str) -> Prompt:
     if not isinstance(kind, str) or set(entry) - {"prompt", "kind"}:
         more = ", ".join(sorted(set(entry) - {"prompt", "kind"})) or "a kind that is no text"
         raise CheckpointError(f"{place} has {more}", _FORM)
-    return Prompt(entry["prompt"].strip(), kind.strip())
+    return BlindPrompt(entry["prompt"].strip(), kind.strip())

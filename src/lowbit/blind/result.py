@@ -23,7 +23,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to a prompt. left  whose answer stands on the left: "a" or "b" """
 
     prompt: str
@@ -86,7 +86,7 @@ class BlindTest:
 
     a: str
     b: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[AnswerPair, ...]
     seed: int
     max_tokens: int
     temperature: float
@@ -115,12 +115,12 @@ class BlindTest:
 
 
 def judge_sentence(judged: Judged, a: str, b: str) -> str:
-    """ "12 wins for A, 5 for B, 4 ties (3 of them flips); sign test p = 0.14" """
+    """ "wins: 12 for A, 5 for B; ties: 4; sign test p = 0.14: neither is preferred; 14% of the verdicts flipped …" """
     wins, losses, ties = judged.count("a"), judged.count("b"), judged.count("tie", "flip", "half")
     if not judged.readable:
         return "no verdict of the judge can be read, so nothing is said of the models"
     favoured = (
         "neither is preferred" if judged.p > 0.05 or wins == losses else f"{a if wins > losses else b} is preferred"
     )
-    return (f"{wins} wins for {a}, {losses} for {b}, {ties} ties; sign test p = {judged.p:.2g}: {favoured}; "
+    return (f"wins: {wins} for {a}, {losses} for {b}; ties: {ties}; sign test p = {judged.p:.2g}: {favoured}; "
             f"{judged.share_of_flips:.0%} of the verdicts flipped with the side")  # fmt: skip

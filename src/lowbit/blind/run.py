@@ -13,8 +13,8 @@ import torch
 
 from lowbit.blind.answering import Answers, Generation, answer_all
 from lowbit.blind.judge import judge as ask_judge
-from lowbit.blind.prompts import Prompt, read_prompts
-from lowbit.blind.result import BlindTest, Pair
+from lowbit.blind.prompts import BlindPrompt, read_prompts
+from lowbit.blind.result import AnswerPair, BlindTest
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
 from lowbit.tasks.endpoint import Endpoint
@@ -79,11 +79,11 @@ def compare_blind(
     return found
 
 
-def in_order(prompts: Sequence[Prompt], first: Answers, second: Answers, seed: int) -> tuple[Pair, ...]:
+def in_order(prompts: Sequence[BlindPrompt], first: Answers, second: Answers, seed: int) -> tuple[AnswerPair, ...]:
     """The pairs; which model stands on the left is drawn for each."""
     draw = random.Random(seed)
     return tuple(
-        Pair(prompt.text, prompt.kind, a.text, b.text, "a" if draw.random() < 0.5 else "b")
+        AnswerPair(prompt.text, prompt.kind, a.text, b.text, "a" if draw.random() < 0.5 else "b")
         for prompt, a, b in zip(prompts, first.answers, second.answers, strict=True)
     )
 

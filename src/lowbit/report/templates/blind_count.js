@@ -76,6 +76,6 @@ const sentence = ({ all, p }, a, b) => {
   if (all.a + all.b === 0) return "Nobody won a pair.";
   const more = all.a > all.b ? a : b;
   const verdict = p > 0.05 ? "no preference that chance would not explain" : `${more} is preferred`;
-  return `${all.a} wins for ${a}, ${all.b} for ${b}, ${all.tie} ties, ${all.bad} both bad. ` +
+  return `Wins: ${all.a} for ${a}, ${all.b} for ${b}; ties: ${all.tie}; both bad: ${all.bad}. ` +
     `Sign test: p = ${p < 0.001 ? p.toExponential(1) : p.toFixed(3)}, ${verdict}.`;
 };
