@@ -66,7 +66,7 @@ def test_a_judge_needs_no_page_and_is_summed_up(servers, prompts, tmp_path):
         done = lowbit(*servers, "--blind", "--prompts", prompts, "--judge", url)
         values = json.loads(lowbit(*servers, "--blind", "--prompts", prompts, "--judge", url, "--json").stdout)
     assert "judge    critic" in done.stdout
-    assert "wins: 0 for A, 3 for B; ties: 0; sign test p = 0.25: neither is preferred; 0% of the verdicts" in done.stdout
+    assert "wins: 0 for A, 3 for B; ties: 0; sign test p = 0.25: neither is preferred; 0% of" in done.stdout
     assert not list(tmp_path.glob("*.html"))
     assert values["judge"]["wins_b"] == 3
     assert [pair["verdict"] for pair in values["pairs"]] == ["b"] * 3

@@ -179,9 +179,8 @@ def test_saved_votes_are_read_again():
 @needs_node
 def test_the_sentence_prefers_only_what_chance_does_not_explain():
     words = "((a, b) => sentence({ all: { a, b, tie: 1, bad: 0 }, p: signTest(a, b) }, 'X', 'Y'))"
-    assert (
-        node(f"{words}(12, 1)") == "Wins: 12 for X, 1 for Y; ties: 1; both bad: 0. Sign test: p = 0.003, X is preferred."
-    )
+    said = "Wins: 12 for X, 1 for Y; ties: 1; both bad: 0. Sign test: p = 0.003, X is preferred."
+    assert node(f"{words}(12, 1)") == said
     assert "no preference" in node(f"{words}(3, 2)")
     assert node(f"{words}(0, 0)") == "Nobody won a pair."
 

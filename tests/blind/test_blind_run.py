@@ -10,6 +10,7 @@ import torch
 from chat_servers import chatting, prompt_of
 
 import lowbit
+from embedding_models import make_embedding_model
 from lowbit.blind.answering import Generation, answer_all, trimmed
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.blind.run import compare_blind
@@ -188,6 +189,12 @@ def test_a_prompt_longer_than_the_model_holds_is_refused(tiny_llama, tmp_path):
         compare_blind(str(tiny_llama), str(tiny_llama), tmp_path / "p.txt")
 
 
+def test_a_model_that_writes_no_text_is_refused(tmp_path, prompts):
+    model = str(make_embedding_model(tmp_path / "embedding", "qwen3"))
+    with pytest.raises(UsageError, match="is a Qwen3Model, which writes no text"):
+        compare_blind(model, model, prompts)
+
+
 def test_likelihoods_that_are_not_finite_are_refused(tmp_path, prompts):
     broken = make_model(tmp_path / "broken")
     from safetensors.torch import load_file, save_file
@@ -205,6 +212,7 @@ def test_likelihoods_that_are_not_finite_are_refused(tmp_path, prompts):
         ({"max_tokens": 0}, "cannot be generated"),
         ({"temperature": -1.0}, "cannot be generated"),
         ({"temperature": float("nan")}, "cannot be generated"),
+        ({"seed": 2**32}, "more than 32 bits"),
         ({"judge_model": "x"}, "names a model of --judge"),
         ({"judge": "localhost"}, "is no address of a server"),
     ],

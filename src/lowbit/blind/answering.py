@@ -29,7 +29,7 @@ from lowbit.checkpoint.base import OpenOptions, cache_root
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.footprint import fingerprint
-from lowbit.evaluation.generation import prompt_ids
+from lowbit.evaluation.generation import prompt_ids, refuse_without_text
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
         simulated = simulation_of(checkpoint)
     finally:
         checkpoint.close()
+    refuse_without_text(network, model)
     with simulated(network):
         answers, notes, path = _asked(
             identity, prompts, how, done,

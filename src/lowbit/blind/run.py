@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import secrets
@@ -50,6 +51,8 @@ def compare_blind(
     """
     if max_tokens < 1 or not (0 <= temperature < math.inf):
         raise UsageError(f"{max_tokens} tokens at temperature {temperature} cannot be generated")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UsageError(f"the seed {seed} has more than 32 bits", "give one from 0 to 4294967295")
     if judge_model is not None and judge is None:
         raise UsageError("--judge-model names a model of --judge, which was not given", "add --judge URL")
     asked, notes = read_prompts(prompts)
@@ -61,6 +64,7 @@ def compare_blind(
         return lambda count: None if progress is None else progress(offset + count, total)
 
     first = answer_all(a, asked, how, told(0))
+    gc.collect()  # before the other model is loaded: modules hold one another in cycles
     second = answer_all(b, asked, how, told(len(asked)))
     order = secrets.randbelow(2**32) if seed is None else seed
     pairs = in_order(asked, first, second, order)
