@@ -85,6 +85,14 @@ def test_the_same_model_twice_is_allowed_and_said(prompts, tiny_llama):
     assert found.same == 3
     assert "both are the same model: what is preferred here is chance" in found.notes
     assert "all answers are the same, word for word: there is nothing to vote on" in found.notes
+    assert not any("was stopped" in note for note in found.notes)
+
+
+def test_the_same_model_twice_says_different_things_where_it_samples(prompts, tiny_llama):
+    found = compare_blind(str(tiny_llama), str(tiny_llama), prompts, max_tokens=12, temperature=1.0, seed=3)
+    assert found.same == 0
+    again = compare_blind(str(tiny_llama), str(tiny_llama), prompts, max_tokens=12, temperature=1.0, seed=3)
+    assert again.pairs == found.pairs
 
 
 def test_models_of_different_tokenizers_are_compared(tmp_path, prompts, tiny_llama):

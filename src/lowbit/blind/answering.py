@@ -71,12 +71,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answers:
-    """identity tells models apart; kept is the file of the answers."""
+    """identity tells models apart; kept is the file of the answers, which had `known` of them before."""
 
     identity: str
     answers: list[Reply]
     notes: list[str]
     kept: Path
+    known: int = 0
 
 
 Done = Callable[[int], None]
@@ -122,7 +123,7 @@ def key_of(*texts: str) -> str:
 
 def _asked(
     identity: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done, ask: Callable[[int, str], Reply]
-) -> tuple[list[Reply], list[str], Path]:
+) -> tuple[list[Reply], int, Path]:
     """Each prompt answered by `ask`, or by what an unfinished run has kept."""
     conditions = f"{identity} {how.max_tokens} {how.temperature} {how.seed if how.temperature else 0}"
     found, before = [], 0
@@ -136,7 +137,7 @@ def _asked(
                 add(key, asdict(answer))
             found.append(answer)
             done(place + 1)
-    return found, [f"{before} answers are from a run that was stopped"] if before else [], path
+    return found, before, path
 
 
 def _kept_answer(value: Any) -> Reply | None:
@@ -169,12 +170,11 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
         checkpoint.close()
     refuse_without_text(network, model)
     with simulated(network):
-        answers, notes, path = _asked(
+        answers, before, path = _asked(
             identity, prompts, how, done,
             lambda place, text: _written(network, tokenizer, place, text, how),
         )  # fmt: skip
-    notes = [f"{model}: {note}" for note in notes]
-    return Answers(identity, answers, notes + _notes(model, answers, bool(tokenizer.chat_template)), path)
+    return Answers(identity, answers, _notes(model, answers, bool(tokenizer.chat_template)), path, before)
 
 
 @torch.inference_mode()
@@ -215,11 +215,10 @@ def _of_server(model: str, prompts: Sequence[BlindPrompt], how: Generation, done
     server = Endpoint(model)
     identity = f"{server.url} {server.name}"
     chat = _has_chat(server)
-    answers, notes, path = _asked(
+    answers, before, path = _asked(
         f"{identity} {chat}", prompts, how, done, lambda place, text: _told(server, chat, place, text, how)
     )
-    notes = [f"{model}: {note}" for note in notes]
-    return Answers(identity, answers, notes + _notes(model, answers, chat), path)
+    return Answers(identity, answers, _notes(model, answers, chat), path, before)
 
 
 def _has_chat(server: Endpoint) -> bool:

@@ -82,7 +82,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class BlindTest:
-    """`seed` of the order of sides; `sampling_seed` of the answers."""
+    """`seed` of the order of sides; `sampling_seed` of the answers: a's to prompt i has it + i, b's the next ones."""
 
     a: str
     b: str

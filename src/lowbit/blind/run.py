@@ -65,10 +65,15 @@ def compare_blind(
 
     first = answer_all(a, asked, how, told(0))
     gc.collect()  # before the other model is loaded: modules hold one another in cycles
-    second = answer_all(b, asked, how, told(len(asked)))
+    # other draws than the first: with the same ones, similar models would say the same by the luck of the draw
+    second = answer_all(b, asked, replace(how, seed=how.seed + len(asked)), told(len(asked)))
     order = secrets.randbelow(2**32) if seed is None else seed
     pairs = in_order(asked, first, second, order)
     notes += [*_of_the_pair(first, second), *first.notes, *second.notes]
+    # greedy answers of one model on both sides are the same file, which the first side has just filled
+    for model, answers in ((a, first), *(((b, second),) if second.kept != first.kept else ())):
+        if answers.known:
+            notes.append(f"{model}: {answers.known} answers are from a run that was stopped")
     if all(pair.same for pair in pairs):
         notes.append("all answers are the same, word for word: there is nothing to vote on")
     found = BlindTest(a, b, pairs, order, max_tokens, temperature, how.seed, notes=tuple(notes))
