@@ -43,7 +43,7 @@ ODD: list[Any] = [
 ]  # fmt: skip
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
-# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}: a short text.
+# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}: a short text; {prompts}: two.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "folder": (
         "inspect {in}", "inspect {in} --json", "estimate {in} --scheme W4A16", "advise {in}",
@@ -54,6 +54,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "quantize {in} -o {out} --scheme W4A16 --method gptq --samples 4 --seqlen 64 --expert-tokens 1 --calib {text}",
         "evaluate {in} --text {text} --windows 1 --window-tokens 16", "generate {in} -p 'one two' --max-tokens 2",
         "imatrix {in} -o {out}.gguf --samples 1 --seqlen 16 --calib {text}",
+        "compare {in} {gguf} --blind --prompts {prompts} --max-tokens 2 --temperature 1 -o {out}.html",
         "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
     ),
     "quantized": (
@@ -102,6 +103,8 @@ class Fuzzed:
         folder.mkdir(parents=True, exist_ok=True)
         self.text = folder / "text.txt"
         self.text.write_text("one two three four five six seven eight nine ten " * 80)
+        self.prompts = folder / "prompts.txt"
+        self.prompts.write_text("one two\nthree\n")
         self.source = make_model(folder / "llama", "llama")
         experts = make_model(folder / "experts", "qwen3_moe", norm_topk_prob=True)
         self.inputs: list[tuple[str, Path]] = [("folder", self.source), ("folder", experts)]
@@ -148,7 +151,7 @@ class Fuzzed:
                 yield Judged(-1, command, original.name, verdict, message)
 
     def _words(self, command: str, damaged: Path, place: Path) -> list[str]:
-        names = {"in": damaged, "out": place / "out", "text": self.text, "source": self.source,
+        names = {"in": damaged, "out": place / "out", "text": self.text, "source": self.source, "prompts": self.prompts,
                  "gguf": self.folder / "q8.gguf"}  # fmt: skip
         return [word.format(**names).strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
 

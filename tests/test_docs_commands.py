@@ -60,12 +60,14 @@ SMALLER = {
     "bench": "--context 8 --batch 1 --tokens 256 --repeats 1",
     "evaluate --tasks": "--task-items 2",
     "evaluate --kv-cache": "--windows 1",
+    "compare --blind": "--max-tokens 4 --overwrite",
 }
 # The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
 SHORT = {
     "quantize": "--calib", "imatrix": "--calib", "refine": "--calib", "finetune": "--data", "evaluate": "--text",
     "compare": "--text", "diagnose": "--text",
 }  # fmt: skip
+WITHOUT_TEXT = ("evaluate --tasks", "compare --blind")
 # More options at the end, for lines with a word.
 SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 # Lines that begin so are parsed, not run.
@@ -75,6 +77,7 @@ ONLY_PARSED: dict[str, str] = {
     "lowbit quantize MODEL -o OUT --scheme W4A4 --method hadamard": "a tied head",
     "lowbit bench OUT --url": "nothing is served",
     "lowbit evaluate OUT --tasks all --url": "nothing is served",
+    "lowbit compare demo:smollm2 smollm2-W4A16 --blind --judge": "nothing is served",
     "lowbit evaluate OUT --tasks mmlu": "the items of lm-eval lie on the Hub",
 }
 # Packages that Python blocks may import beside what the suite has; blocks with them are compiled, not run.
@@ -104,10 +107,10 @@ class Bench:
         words = [self._filled(STANDS_FOR.get(word, word)) for word in words_of(line)]
         if "--help" not in words:
             if words[0] != "quantize" or reads_text(words):
-                kind = next((name for flag in ("--tasks", "--kv-cache") if flag in words
+                kind = next((name for flag in ("--tasks", "--kv-cache", "--blind") if flag in words
                              and (name := f"{words[0]} {flag}") in SMALLER), words[0])  # fmt: skip
                 words += self._filled(SMALLER.get(kind, "")).split()
-                if words[0] in SHORT and SHORT[words[0]] not in words and kind != "evaluate --tasks":
+                if words[0] in SHORT and SHORT[words[0]] not in words and kind not in WITHOUT_TEXT:
                     words += [SHORT[words[0]], SHORT_TEXT]
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)

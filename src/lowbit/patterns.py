@@ -91,3 +91,32 @@ def _re2(text: str) -> Any:
         return re2.compile(_as_python(text), options=options)
     except re2.error:
         return None
+
+
+def pattern_for(names: list[str], every: list[str]) -> str:
+    """A regular expression that matches exactly these names of `every`."""
+    names = sorted(names)
+    prefix = names[0] if len(names) == 1 else _common(names)
+    rests = [name[len(prefix) :] for name in names]
+    shorter = [f"^{re.escape(prefix)}$", f"^{re.escape(prefix)}"] if len(names) == 1 else [f"^{re.escape(prefix)}"]
+    shorter += [_numbered(names), f"^{re.escape(prefix)}({'|'.join(map(re.escape, rests))})$"]
+    for pattern in shorter:
+        if {name for name in every if compiled(pattern).search(name)} == set(names):
+            return pattern
+    return "^(" + "|".join(map(re.escape, names)) + ")$"
+
+
+def _numbered(names: list[str]) -> str:
+    """The same linears of any block: numbers between dots become \\d+."""
+    shapes = sorted({re.sub(r"\.\d+(?=\.)", ".#", name) for name in names})
+    prefix = shapes[0] if len(shapes) == 1 else _common(shapes)
+    rests = [shape[len(prefix) :] for shape in shapes]
+    pattern = re.escape(prefix) + ("" if len(shapes) == 1 else f"({'|'.join(map(re.escape, rests))})")
+    return f"^{pattern.replace(re.escape('#'), chr(92) + 'd+')}$"
+
+
+def _common(names: list[str]) -> str:
+    """The common prefix, up to a dot."""
+    first, last = min(names), max(names)
+    length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return first[: first.rfind(".", 0, length) + 1]

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lowbit.architecture.shape import shape_of
 from lowbit.benchmark.result import Bench
 from lowbit.calibrate.summary import InputSummary, pack_vocabulary
 from lowbit.checkpoint.adapter import adapter_sha256
@@ -21,25 +22,26 @@ from lowbit.files.hashes import as_text
 from lowbit.measure import Meter
 from lowbit.pipeline import TensorResult, Written
 from lowbit.plan.plan import Making, PlannedTensor, Prepared
+from lowbit.registry import load
 from lowbit.report import schema
+from lowbit.report.neighbours import planned_neighbours, with_neighbours_beside
+from lowbit.report.next_steps import next_steps
 from lowbit.report.page import render_html
 from lowbit.rounding.histogram import WeightHistogram
-from lowbit.settings import Settings, command_line
+from lowbit.settings import command_line
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
 from lowbit.verification.result import MMPROJ
 from lowbit.version import __version__
 
-# From few bits to many: in folders, in GGUF files. Schemes with quantized activations have the same sizes.
-NEIGHBOURS = (
-    ("W2A16", "W3A16", "W4A16", "NVFP4A16", "FP8_DYNAMIC", "W8A16"),
-    ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"),
-)
-SHOWN_EACH_SIDE = 2
-# Planning takes milliseconds per thousand tensors and scheme; models with more tensors get no neighbours.
-MOST_TENSORS = 10_000
 # More histograms would make a report of many megabytes; those with the largest errors are kept.
 _HISTOGRAMS = 2000
+# Contexts that the cost of the cache is told for, in tokens, besides the model's longest.
+CONTEXTS = (2048, 8192, 32768)
+# Types of the cache beside 16 bits, in the order of their bits, of which an engine's are told.
+CACHE_TYPES = ("fp8", "q8_0", "q4_0")
+_WRITES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # classes of models that write text
+_CACHE = "lowbit.estimation.serving:cache_of"  # which stands to the right of the report
 # Notes on extreme values in the summary; each tensor has all of its own.
 _EXTREMES = 5
 
@@ -54,7 +56,7 @@ def build_report(
     shown = _kept_histograms(written.histograms, written.results)
     extremes = tuple(f"{name}: {note}" for name, notes in written.notes.items() for note in notes)
     bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
-    return schema.Report(
+    report = schema.Report(
         schema=schema.SCHEMA,
         lowbit=__version__,
         created=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
@@ -105,7 +107,9 @@ def build_report(
         serve=_serve_lines(verification, output),
         command=_command(prepared, output),
         neighbours=planned_neighbours(prepared),
+        cache_costs=None if verification.format == MMPROJ else cache_costs(prepared, verification.engine),
     )  # fmt: skip
+    return report.model_copy(update={"next_steps": next_steps(report, output)})
 
 
 def account_of(what: str, tensors: list[PlannedTensor]) -> schema.Account:
@@ -148,33 +152,29 @@ def _own(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("method", "format", "scheme")}
 
 
-def planned_neighbours(prepared: Prepared) -> tuple[schema.Neighbour, ...]:
-    """The next smaller and next larger schemes in the format of this run, smallest first, with their exact sizes as
-    planned from headers; empty for models of very many tensors.
-
-    The report's chart of size against quality marks them on the axis of size; `lowbit compare` adds the quality of
-    those that exist.
-    """
-    plan, kept = prepared.plan, prepared.plan.settings
-    if len(plan.tensors) > MOST_TENSORS:
-        return ()
-    others = []
-    for name in NEIGHBOURS[plan.format.suffix is not None]:
-        if name == plan.scheme_name:
-            continue
-        settings = Settings(scheme=name, format=plan.format.name, shard_size=kept.shard_size, ignore=kept.ignore)
-        try:
-            other = prepared.plan_again(settings)
-        except LowbitError:  # the scheme does not fit the format, or the model's shapes
-            continue
-        bits = other.bits_per_weight(decoder_only=True)
-        others.append(
-            schema.Neighbour(origin="plan", label=name, scheme=name, bytes=other.file_bytes, bits_per_weight=bits)
-        )
-    others.sort(key=lambda other: other.bytes)
-    smaller = [other for other in others if other.bytes < plan.file_bytes]
-    larger = [other for other in others if other.bytes > plan.file_bytes]
-    return (*smaller[-SHOWN_EACH_SIDE:], *larger[:SHOWN_EACH_SIDE])
+def cache_costs(prepared: Prepared, engine_name: str) -> schema.CacheCosts | None:
+    """Bytes of the KV cache at some contexts, in 16 bits and in the engine's narrower types; None of a model that keeps
+    another kind of state, or none."""
+    config, engine = prepared.checkpoint.config(), find_engine(engine_name)
+    classes = f"{config.get('architectures')} {prepared.plan.model_class}"
+    if not any(kind in classes for kind in _WRITES):
+        return None
+    try:
+        shape = shape_of(config)
+        longest = shape.max_positions or CONTEXTS[-1]
+        contexts = tuple(sorted({min(context, longest) for context in (*CONTEXTS, longest)}))
+        types = ("auto", *(name for name in CACHE_TYPES if name in engine.memory.cache_types))
+        caches = {name: load(_CACHE)(shape, engine, name) for name in types}
+    except LowbitError:
+        return None
+    rows = tuple(
+        schema.CacheCost(type="16 bits" if name == "auto" else name, bits=cache.bits,
+                         bytes=tuple(cache.sequence_bytes(context) for context in contexts))
+        for name, cache in caches.items()
+    )  # fmt: skip
+    whole = caches["auto"]
+    return schema.CacheCosts(engine=engine.name, contexts=contexts, rows=rows, layers=len(whole.layers),
+                             bounded=whole.bounded)  # fmt: skip
 
 
 def write_report(report: schema.Report, output: Path) -> None:
@@ -207,6 +207,8 @@ def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
     if not report_path(output).is_file():
         return None
     report = schema.load(report_path(output)).model_copy(update=parts)
+    report = report.model_copy(update={"neighbours": with_neighbours_beside(report, output)})
+    report = report.model_copy(update={"next_steps": next_steps(report, output)})
     write_report(report, output)
     return report
 

@@ -284,3 +284,19 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
     activation_bits = 16 if activation is None else activation.bits
     name = f"W{weight.bits}A{activation_bits}" + ("" if weight.symmetric else "_ASYM")
     return Scheme(name, weight, activation, "as the checkpoint states it")
+
+
+# Scheme → wider ones of the same engines, in the order to try.
+WIDER: dict[str, tuple[str, ...]] = {
+    "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
+    "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",), "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
+    "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),
+    "FP4": ("INT8",),
+    "TQ1_0": ("TQ2_0", "Q2_K", "Q4_K"), "TQ2_0": ("Q2_K", "Q4_K"),
+    "IQ1_S": ("IQ2_XS", "Q2_K", "Q3_K"), "IQ1_M": ("IQ2_XS", "Q2_K", "Q3_K"), "IQ2_XXS": ("IQ2_S", "Q3_K"),
+    "IQ2_XS": ("IQ3_XXS", "Q3_K"), "IQ2_S": ("IQ3_XXS", "Q3_K"), "IQ3_XXS": ("IQ4_XS", "Q4_K"),
+    "IQ3_S": ("IQ4_XS", "Q4_K"), "IQ4_XS": ("Q5_K", "Q6_K"), "IQ4_NL": ("Q5_0", "Q8_0"),
+    "Q2_K": ("Q3_K", "Q4_K"), "Q3_K": ("Q4_K", "Q5_K"), "Q4_K": ("Q5_K", "Q6_K"), "Q5_K": ("Q6_K", "Q8_0"),
+    "Q6_K": ("Q8_0",), "Q4_0": ("Q5_0", "Q8_0"), "Q4_1": ("Q5_1", "Q8_0"), "Q5_0": ("Q8_0",), "Q5_1": ("Q8_0",),
+    "Q8_0": ("F16",),
+}  # fmt: skip

@@ -9,8 +9,8 @@ from faults import diagnosed, multiply_scales
 import lowbit
 from lowbit.cli.main import app
 from lowbit.cli.options import of_table
-from lowbit.diagnosis.suggestions import WIDER, pattern_for
-from lowbit.schemes import SCHEMES, find_scheme, is_gguf_name
+from lowbit.patterns import pattern_for
+from lowbit.schemes import SCHEMES, WIDER, find_scheme, is_gguf_name
 from lowbit.settings import Settings, make_settings
 from models import make_model
 

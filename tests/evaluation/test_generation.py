@@ -3,6 +3,7 @@ import torch
 from tiny_models import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
 
+from embedding_models import make_embedding_model
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.evaluation.generation import generate, prompt_ids
 
@@ -51,6 +52,11 @@ def test_streamed_pieces_make_up_the_answer(folder):
 def test_senseless_settings_are_refused(folder, max_tokens, temperature):
     with pytest.raises(UsageError):
         generate(folder, "hello", max_tokens, temperature)
+
+
+def test_a_model_that_writes_no_text_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="is a Qwen3Model, which writes no text"):
+        generate(make_embedding_model(tmp_path / "embedding", "qwen3"), "hello", 2)
 
 
 def test_an_empty_prompt_is_refused():

@@ -1,4 +1,7 @@
-"""`lowbit compare A B C --reference M`: several quantized models of one source on one page."""
+"""`lowbit compare A B C --reference M`: several quantized models of one source on one page.
+
+`lowbit compare A B --blind`: the answers of two models, compared by people or a judge who do not know whose is whose.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,82 @@ import typer
 
 from lowbit.cli.console import echo
 from lowbit.cli.options import Json, NoReport, Overwrite, of_judging
+from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
+    from lowbit.blind.result import BlindTest
     from lowbit.report.compared import Comparison
+
+
+_SAMPLES = 3
+_BLIND_PAGE = Path("blind.html")
 
 
 def compare(
     models: Annotated[
-        list[str], typer.Argument(metavar="QUANT...", help="Folders, .gguf files or hub ids: two or more.")
+        list[str],
+        typer.Argument(
+            metavar="QUANT...", help="Folders, .gguf files or hub ids: two or more. With --blind two, or servers."
+        ),
     ],
     how: Annotated[dict[str, Any], of_judging(windows=40, window_tokens=512)],
-    samples: Annotated[int, typer.Option(help="Prompts for every model to answer; 0 for none.", min=0, max=6)] = 3,
+    samples: Annotated[
+        int, typer.Option(help="Prompts for every model to answer; 0 for none.", min=0, max=6)
+    ] = _SAMPLES,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything again, even if a report has the figures.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Page to write, such as compare.html.")] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Write a page to vote on: two models' answers, which is which hidden.")
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --blind: a file with a prompt on each line, or .jsonl. [default: 24 packaged]", metavar="FILE"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="With --blind: longest answer, in tokens. [default: 256]", min=1)
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="With --blind: of sampling. [default: 0, always the most probable token]", min=0),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="With --blind: of the order of sides and of sampling. [default: order drawn anew, 0]", min=0),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="With --blind: a server whose model judges each pair twice, sides swapped.", metavar="URL"),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The judge's name at its server. [default: the first]", metavar="NAME")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Page to write, such as compare.html. [default of --blind without --judge: blind.html]",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
-    """Compare quantized models of one source: size against divergence, metrics, samples, error by block."""
+    """Compare quantized models of one source: size against divergence, metrics, samples, error by block. With --blind,
+    compare the answers of any two."""
+    of_blind = {"prompts": prompts, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "judge": judge,
+                "judge_model": judge_model}  # fmt: skip
+    given = {name: value for name, value in of_blind.items() if value is not None}
+    if blind:
+        _refuse_unread(how, samples, fresh, no_report)
+        _blind(models, how, given, output, overwrite, json)
+        return
+    if given:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise UsageError(f"{flag} is of a blind comparison, but --blind was not given", "add --blind, or leave it out")
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.comparison import add_to_reports
     from lowbit.comparison import compare as run
@@ -58,6 +117,69 @@ def compare(
     echo(f"text       {run_first.text.name}: {run_first.windows} windows × {run_first.window_tokens} tokens")
     print_table(_table(comparison))
     echo(sizes_differ(comparison.models).replace("\u00a0", " "))
+
+
+# What a blind comparison does not read, with its default.
+_OF_A_TEXT = {
+    "reference": None, "text": None, "windows": 40, "window_tokens": 512, "protocol": "full", "bos": "auto",
+    "max_memory": None,
+}  # fmt: skip
+
+
+def _refuse_unread(how: dict[str, Any], samples: int, fresh: bool, no_report: bool) -> None:
+    """UsageError for an option that a blind comparison would not read; takes them out of `how`."""
+    unread = [name for name, default in _OF_A_TEXT.items() if how.pop(name) != default]
+    unread += [
+        name for name, is_given in (("samples", samples != _SAMPLES), ("fresh", fresh), ("no_report", no_report))
+        if is_given
+    ]  # fmt: skip
+    if unread:
+        flag = "--" + unread[0].replace("_", "-")
+        raise UsageError(f"{flag} is not read with --blind", f"leave {flag} or --blind out")
+
+
+def _blind(
+    models: list[str], how: dict[str, Any], given: dict[str, Any], output: Path | None, overwrite: bool, json: bool
+) -> None:
+    from lowbit.blind.page import render_blind
+    from lowbit.blind.run import compare_blind
+    from lowbit.cli.console import print_json, say, window_progress
+    from lowbit.export.atomic import refuse_existing_document
+    from lowbit.measure import return_freed_memory
+    from lowbit.report.schema import write_text
+
+    if len(models) != 2:
+        raise UsageError(f"--blind compares two models, not {len(models)}", "name two")
+    first, second = models
+    output = _BLIND_PAGE if output is None and "judge" not in given else output
+    if output is not None:
+        refuse_existing_document(output, overwrite)
+    return_freed_memory()
+    with window_progress("answers", quiet=json) as progress:
+        found = compare_blind(first, second, **given, progress=progress, **how)
+    if output is not None:
+        write_text(render_blind(found), output)
+        say(f"page: {output}")
+    if json:
+        print_json(found.to_dict())
+        return
+    for note in found.notes:
+        say(f"note: {note}")
+    _say_blind(found, output)
+
+
+def _say_blind(found: BlindTest, output: Path | None) -> None:
+    from lowbit.blind.result import judge_sentence
+
+    echo(f"A        {found.a}\nB        {found.b}")
+    echo(f"prompts  {len(found.pairs)}: {len(found.pairs) - found.same} to vote on, {found.same} with the same answer")
+    if found.judged is not None:
+        judged = found.judged
+        echo(f"judge    {judged.model} at {judged.url}: {judge_sentence(judged, 'A', 'B')}")
+        if count := judged.count("unreadable"):
+            echo(f"         {count} pairs are not counted: the judge did not answer in the form it was asked for")
+    if output is not None:
+        echo(f"vote in {output}; which side is whose stands there, sealed until the votes are opened")
 
 
 def _table(comparison: Comparison) -> Any:

@@ -11,7 +11,6 @@ scheme, group size and format.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -24,28 +23,13 @@ from lowbit.checkpoint.base import OpenOptions
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.pair import Pair
 from lowbit.errors import LowbitError
-from lowbit.patterns import compiled
+from lowbit.patterns import pattern_for
 from lowbit.registry import folder_formats
 from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
-from lowbit.schemes import SCHEMES
+from lowbit.schemes import SCHEMES, WIDER
 from lowbit.settings import command_line
 from lowbit.text import OF_MEMORY
 
-# Scheme → wider ones of the same engines, in the order to try.
-WIDER: dict[str, tuple[str, ...]] = {
-    "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
-    "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
-    "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
-    "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),
-    "FP4": ("INT8",),
-    "TQ1_0": ("TQ2_0", "Q2_K", "Q4_K"), "TQ2_0": ("Q2_K", "Q4_K"),
-    "IQ1_S": ("IQ2_XS", "Q2_K", "Q3_K"), "IQ1_M": ("IQ2_XS", "Q2_K", "Q3_K"), "IQ2_XXS": ("IQ2_S", "Q3_K"),
-    "IQ2_XS": ("IQ3_XXS", "Q3_K"), "IQ2_S": ("IQ3_XXS", "Q3_K"), "IQ3_XXS": ("IQ4_XS", "Q4_K"),
-    "IQ3_S": ("IQ4_XS", "Q4_K"), "IQ4_XS": ("Q5_K", "Q6_K"), "IQ4_NL": ("Q5_0", "Q8_0"),
-    "Q2_K": ("Q3_K", "Q4_K"), "Q3_K": ("Q4_K", "Q5_K"), "Q4_K": ("Q5_K", "Q6_K"), "Q5_K": ("Q6_K", "Q8_0"),
-    "Q6_K": ("Q8_0",), "Q4_0": ("Q5_0", "Q8_0"), "Q4_1": ("Q5_1", "Q8_0"), "Q5_0": ("Q8_0",), "Q5_1": ("Q8_0",),
-    "Q8_0": ("F16",),
-}  # fmt: skip
 WIDENED = 3  # at most so many sets get a suggestion of a wider scheme
 # Findings that mean damaged files.
 DAMAGED = ("nonfinite", "zero", "constant", "scale", "replaced", "unquantized")
@@ -187,35 +171,6 @@ def _one_wider(
                                 bytes=plan.file_bytes - base.file_bytes)  # fmt: skip
         return suggestion, pattern, scheme
     return None
-
-
-def pattern_for(names: list[str], every: list[str]) -> str:
-    """A regular expression that matches exactly these names of `every`."""
-    names = sorted(names)
-    prefix = names[0] if len(names) == 1 else _common(names)
-    rests = [name[len(prefix) :] for name in names]
-    shorter = [f"^{re.escape(prefix)}$", f"^{re.escape(prefix)}"] if len(names) == 1 else [f"^{re.escape(prefix)}"]
-    shorter += [_numbered(names), f"^{re.escape(prefix)}({'|'.join(map(re.escape, rests))})$"]
-    for pattern in shorter:
-        if {name for name in every if compiled(pattern).search(name)} == set(names):
-            return pattern
-    return "^(" + "|".join(map(re.escape, names)) + ")$"
-
-
-def _numbered(names: list[str]) -> str:
-    """The same linears of any block: numbers between dots become \\d+."""
-    shapes = sorted({re.sub(r"\.\d+(?=\.)", ".#", name) for name in names})
-    prefix = shapes[0] if len(shapes) == 1 else _common(shapes)
-    rests = [shape[len(prefix) :] for shape in shapes]
-    pattern = re.escape(prefix) + ("" if len(shapes) == 1 else f"({'|'.join(map(re.escape, rests))})")
-    return f"^{pattern.replace(re.escape('#'), chr(92) + 'd+')}$"
-
-
-def _common(names: list[str]) -> str:
-    """The common prefix, up to a dot."""
-    first, last = min(names), max(names)
-    length = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    return first[: first.rfind(".", 0, length) + 1]
 
 
 def _sources(tensor: Any) -> tuple[str, ...]:

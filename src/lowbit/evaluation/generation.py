@@ -58,6 +58,7 @@ def generate(
         simulated = simulation_of(checkpoint)
     finally:
         checkpoint.close()
+    refuse_without_text(network, str(model))
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -70,6 +71,12 @@ def generate(
     with simulated(network), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
+
+
+def refuse_without_text(network: PreTrainedModel, name: str) -> None:
+    """UsageError for a model that makes embeddings or scores and no text."""
+    if not (hasattr(network, "generate") and network.get_output_embeddings() is not None):
+        raise UsageError(f"{name} is a {type(network).__name__}, which writes no text", "give a model that does")
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> torch.Tensor:

@@ -26,7 +26,8 @@ _TICKS, _PLANNED = 26, 15  # pixels of the size axis below the plot, and of each
 
 @dataclass(frozen=True)
 class Mark:
-    """One model, or a planned one (`kld` None). `own` is the one that the page is about."""
+    """One model, or a planned one (`kld` None), with its published loss in percent. `own` is the one that the page is
+    about."""
 
     label: str
     bytes: int
@@ -36,6 +37,7 @@ class Mark:
     same_top1: float | None = None
     own: bool = False
     href: str | None = None
+    expected_loss: float | None = None
 
 
 def report_marks(report: Report) -> list[Mark]:
@@ -46,7 +48,8 @@ def report_marks(report: Report) -> list[Mark]:
     own = Mark(label, report.totals.bytes_out, report.totals.decoder_bits_per_weight, own=True)
     if evaluation is not None and evaluation.kld_mean is not None:
         own = replace(own, kld=evaluation.kld_mean, kld_se=evaluation.kld_se, same_top1=evaluation.same_top1)
-    return [own, *(Mark(other.label, other.bytes, other.bits_per_weight, other.kld_mean, other.kld_se, other.same_top1)
+    return [own, *(Mark(other.label, other.bytes, other.bits_per_weight, other.kld_mean, other.kld_se, other.same_top1,
+                        expected_loss=other.expected_loss)
                    for other in report.neighbours)]  # fmt: skip
 
 
@@ -192,6 +195,8 @@ def size_rows(marks: Sequence[Mark]) -> list[SizeRow]:
         note = "this model" if mark.own else "planned" if planned else "on the front" if on_front(mark, marks) else ""
         same = DASH if mark.same_top1 is None else percent(mark.same_top1)
         figures = (size(mark.bytes), number(mark.bits_per_weight, 2), plus_minus(mark.kld, mark.kld_se), same)
+        if planned and not mark.own and mark.expected_loss is not None:
+            note += f", {significant(mark.expected_loss, 2)}{NBSP}% worse at 8B"
         kind = "own" if mark.own else "planned" if planned else ""
         rows.append(SizeRow(mark, kind, note, 100 * mark.bytes / max(largest, 1), figures))
     return rows

@@ -34,7 +34,7 @@ SPACES = frozenset("\u00a0\u202f")
 def render_html(report: Report) -> str:
     """The whole page of a report, from doctype to `</html>`."""
     evaluation, calibration = summary.headline_evaluation(report), report.settings.calibration
-    return _render(
+    return render_page(
         "report.html.j2",
         ("report.js", "page.js"),
         report=report,
@@ -51,7 +51,7 @@ def render_html(report: Report) -> str:
 def render_comparison(comparison: Comparison) -> str:
     """The whole page of several models: in words, size against quality, figures, samples, error by block, origins."""
     models = comparison.models
-    return _render(
+    return render_page(
         "comparison.html.j2",
         ("page.js",),
         comparison=comparison,
@@ -61,7 +61,7 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
-def _render(template: str, scripts: tuple[str, ...], **values: object) -> str:
+def render_page(template: str, scripts: tuple[str, ...], **values: object) -> str:
     from markupsafe import Markup
 
     script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)

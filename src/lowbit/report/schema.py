@@ -8,9 +8,9 @@ increases with every change, additions included, so that no reader misreads or d
 
 Ratios and shares are fractions (0.913, not 91.3), sizes are bytes, times are seconds.
 
-Reports of schema 4 to 8 are read too, as reports of schema 9: 4 lacks histograms, samples, neighbours and the command;
+Reports of schema 4 to 9 are read too, as reports of schema 10: 4 lacks histograms, samples, neighbours and the command;
 4 and 5 told settings in fields of their own, which become what was given (`_given_before_6`); checksums came with 7,
-the adapter with 8; none has tasks and speeds.
+the adapter with 8, tasks and speeds with 9; none has the cost of the cache and next steps.
 
 Refused, as CheckpointError on reading and as pydantic's ValidationError on making one: an unknown field, a missing
 one, a number that is negative where it counts something, NaN or inf anywhere, a tensor that was left alone without a
@@ -36,13 +36,13 @@ from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.evaluation.result import Evaluation
 from lowbit.files.regular import open_regular
 from lowbit.records import Count, NonNegative, Record, Share
-from lowbit.report.diagnosis import Diagnosis
+from lowbit.report.diagnosis import Diagnosis, Suggestion
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.tasks.result import TaskResult
 from lowbit.verification.result import Verification
 
-SCHEMA = 9
-EARLIER = (4, 5, 6, 7, 8)  # also read: later fields have defaults, and settings are moved
+SCHEMA = 10
+EARLIER = (4, 5, 6, 7, 8, 9)  # also read: later fields have defaults, and settings are moved
 LARGEST_FILE = 256 * 2**20  # larger files are refused; a model of 100 000 tensors writes about 40 MB
 
 
@@ -238,13 +238,15 @@ class Distillation(Record):
 class Neighbour(Record):
     """Another scheme for the same source: what its files weigh and, where it was measured beside this one, its quality.
 
-    origin     "plan": planned to the byte, not made; "compare": made, and compared by `lowbit compare`
+    origin     "plan": planned to the byte, not made; "compare": made, and compared by `lowbit compare`; "beside": made,
+               measured in the same way, and its report lies in the same folder
     label      what it is called in the chart
     bytes      of the weight files
     kld_mean   nats per token on the text and protocol of this report's headline evaluation; None of a plan
+    expected_loss  percent, published for a model of 8 billion weights (`lowbit.advice.quality`); None without a figure
     """
 
-    origin: Literal["plan", "compare"]
+    origin: Literal["plan", "compare", "beside"]
     label: str
     scheme: str
     bytes: Count
@@ -252,6 +254,29 @@ class Neighbour(Record):
     kld_mean: float | None = None
     kld_se: NonNegative | None = None
     same_top1: Share | None = None
+    expected_loss: NonNegative | None = None
+
+
+class CacheCost(Record):
+    """One type of KV cache. bits  of a value, scales included; bytes  of one sequence, at each context"""
+
+    type: str
+    bits: NonNegative
+    bytes: tuple[Count, ...]
+
+
+class CacheCosts(Record):
+    """What the KV cache of one sequence takes, from the model's shape: nothing is measured.
+
+    engine    whose types these are; contexts  in tokens
+    bounded   layers that keep a window only, of all `layers`
+    """
+
+    engine: str
+    contexts: tuple[Count, ...]
+    rows: tuple[CacheCost, ...]
+    layers: Count
+    bounded: Count
 
 
 class Refinement(Record):
@@ -279,11 +304,13 @@ class Report(Record):
 
     command     the command line that makes it again
     neighbours  other schemes for the same source
-    kv_cache    what KV-cache types cost this output (`lowbit evaluate --kv-cache`)
+    kv_cache    what KV-cache types cost this output in quality (`lowbit evaluate --kv-cache`)
+    cache_costs what they take in bytes; None of a model without such a cache
+    next_steps  commands that follow from the rest
     refinement  of an output of `lowbit refine`
     """
 
-    schema_version: Literal[9] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[10] = Field(default=SCHEMA, alias="schema")
     lowbit: str
     created: AwareDatetime
     source: ReportSource
@@ -304,6 +331,8 @@ class Report(Record):
     command: str | None = None
     neighbours: tuple[Neighbour, ...] = ()
     refinement: Refinement | None = None
+    cache_costs: CacheCosts | None = None
+    next_steps: tuple[Suggestion, ...] = ()
 
 
 def load(path: Path | str) -> Report:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from lowbit.checkpoint.base import cache_root
 from lowbit.errors import EngineFailure, UsageError
 from lowbit.tasks.answering import WRITTEN, choice_tokens, until_end
+from lowbit.tasks.endpoint import Endpoint
 from lowbit.tasks.items import Item
 from lowbit.tasks.sandbox import run_cases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TIMEOUT = 600
 _COMPARED = 12  # texts whose tokens are compared
 
 
@@ -38,10 +36,9 @@ class ServedModel:
     """A model behind `url`, asked with the tokens of `tokenizer`."""
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase):
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self._endpoint = Endpoint(url)
+        self.url, self.name = self._endpoint.url, self._endpoint.name
         self._tokenizer = tokenizer
-        listed = self._ask("/v1/models").get("data")
-        self.name = str(listed[0].get("id")) if isinstance(listed, list) and listed else ""
         self._echo: bool | None = None
 
     def check_tokens(self, texts: Sequence[str]) -> None:
@@ -56,7 +53,7 @@ class ServedModel:
                 "add_special": True,
             }
             try:
-                theirs = self._ask("/tokenize", body).get("tokens")
+                theirs = self._endpoint.ask("/tokenize", body).get("tokens")
             except EngineFailure:  # no such address: the count still tells most of the differences
                 answer = self._complete(text, 1)
                 theirs = answer.get("usage", {}).get("prompt_tokens")
@@ -102,26 +99,10 @@ class ServedModel:
 
     def _complete(self, prompt: str | list[int], tokens: int, **more: Any) -> dict[str, Any]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": True}
-        answer = self._ask("/v1/completions", body | more)
+        answer = self._endpoint.ask("/v1/completions", body | more)
         if not answer.get("choices"):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's completions?")
         return answer
-
-    def _ask(self, place: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + place, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-                found = json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            raise EngineFailure(f"{self.url}{place} answers {error.code}: {error.read(200).decode(errors='replace')}",
-                                "start the server with this model") from None  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
-                                "the same command goes on from the answers that are there") from None  # fmt: skip
-        if not isinstance(found, dict):
-            raise EngineFailure(f"{self.url}{place} answers no JSON object", "is it OpenAI's completions?")
-        return found
 
 
 def _token_logprobs(answer: dict[str, Any]) -> list[Any] | None:

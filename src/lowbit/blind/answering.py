@@ -1,0 +1,244 @@
+"""Answers of one model to prompts: of files, loaded and run here, or of a server.
+
+Greedy unless a temperature is given: always the most probable token, without the penalties of generation_config.json
+(a server may add its own). Prompts go through the chat template, as they are where there is none. All answers are
+trimmed in the same way, so that nothing but their words tells the models apart: white space at both ends, carriage
+returns, and what is thought between <think> and </think>.
+
+Each answer is kept as it comes (`kept`), so that a run goes on behind the last one after a server died; the files go
+when the run is whole. Refused: a prompt that the model's context cannot hold (UsageError), likelihoods that are NaN
+(NonFiniteError), a server that cannot be asked (EngineFailure).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit.blind.prompts import BlindPrompt
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import OpenOptions, cache_root
+from lowbit.errors import NonFiniteError, UsageError
+from lowbit.evaluation.activations import simulation_of
+from lowbit.evaluation.footprint import fingerprint
+from lowbit.evaluation.generation import prompt_ids, refuse_without_text
+from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", flags=re.S)
+_NO_CHAT = (400, 404, 405, 422, 501)  # what servers answer that have no chat, or a model without a template
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said.
+
+    text     trimmed
+    cut      it was stopped at the limit of tokens
+    thought  text between <think> and </think> was taken out
+    """
+
+    text: str
+    cut: bool = False
+    thought: bool = False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are made: the same for both models.
+
+    temperature  0: always the most probable token
+    seed         of the sampling; prompt i has seed + i
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    options: OpenOptions = field(default_factory=OpenOptions)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """identity tells models apart; kept is the file of the answers, which had `known` of them before."""
+
+    identity: str
+    answers: list[Reply]
+    notes: list[str]
+    kept: Path
+    known: int = 0
+
+
+Done = Callable[[int], None]
+
+
+def answer_all(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done = lambda count: None) -> Answers:
+    """The model's answer to each prompt. done  called with the number of prompts that are answered"""
+    return _of_server(model, prompts, how, done) if is_url(model) else _of_files(model, prompts, how, done)
+
+
+def trimmed(text: str, cut: bool) -> Reply:
+    """As it is shown."""
+    spoken = _THOUGHTS.sub("", text.replace("\r\n", "\n"))
+    return Reply(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
+
+
+@contextmanager
+def kept(kind: str, identity: str) -> Iterator[tuple[dict[str, Any], Callable[[str, Any], None], Path]]:
+    """(what an unfinished run has, by key; how to add to it; the file)."""
+    path = cache_root() / "blind" / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            known[str(entry["key"])] = entry["value"]
+        except (ValueError, LookupError, TypeError):  # a last line that a kill cut
+            continue
+    with path.open("a", encoding="utf-8") as file:
+
+        def add(key: str, value: Any) -> None:
+            file.write(json.dumps({"key": key, "value": value}) + "\n")
+            file.flush()
+            known[key] = value
+
+        file.write("\n")  # ends a line that was cut
+        yield known, add, path
+
+
+def key_of(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _asked(
+    identity: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done, ask: Callable[[int, str], Reply]
+) -> tuple[list[Reply], int, Path]:
+    """Each prompt answered by `ask`, or by what an unfinished run has kept."""
+    conditions = f"{identity} {how.max_tokens} {how.temperature} {how.seed if how.temperature else 0}"
+    found, before = [], 0
+    with kept("answers", conditions) as (known, add, path):
+        for place, prompt in enumerate(prompts):
+            key = key_of(prompt.text, str(place) if how.temperature else "")
+            answer = _kept_answer(known.get(key))
+            before += answer is not None
+            if answer is None:
+                answer = ask(place, prompt.text)
+                add(key, asdict(answer))
+            found.append(answer)
+            done(place + 1)
+    return found, before, path
+
+
+def _kept_answer(value: Any) -> Reply | None:
+    try:
+        return Reply(**value) if isinstance(value["text"], str) else None
+    except (TypeError, LookupError):
+        return None
+
+
+def _notes(model: str, answers: Sequence[Reply], chat: bool) -> list[str]:
+    counts = {
+        "were stopped at --max-tokens": sum(answer.cut for answer in answers),
+        "had thoughts (<think> … </think>), which are not shown": sum(answer.thought for answer in answers),
+        "are empty": sum(not answer.text for answer in answers),
+    }
+    plain = [] if chat else [f"{model} has no chat template: it continues the plain prompts"]
+    return [*plain, *(f"{model}: {count} of {len(answers)} answers {what}" for what, count in counts.items() if count)]
+
+
+def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done) -> Answers:
+    from lowbit.architecture.loading import load_model, load_tokenizer
+
+    checkpoint = open_checkpoint(model, how.options)
+    try:
+        identity = f"{fingerprint(checkpoint)} {how.dtype} {how.device}"
+        network = load_model(checkpoint, how.dtype, how.device, how.options)
+        tokenizer = load_tokenizer(checkpoint, how.options)
+        simulated = simulation_of(checkpoint)
+    finally:
+        checkpoint.close()
+    refuse_without_text(network, model)
+    with simulated(network):
+        answers, before, path = _asked(
+            identity, prompts, how, done,
+            lambda place, text: _written(network, tokenizer, place, text, how),
+        )  # fmt: skip
+    return Answers(identity, answers, _notes(model, answers, bool(tokenizer.chat_template)), path, before)
+
+
+@torch.inference_mode()
+def _written(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: int, prompt: str, how: Generation
+) -> Reply:
+    from transformers import GenerationConfig
+
+    ids = prompt_ids(tokenizer, prompt, "auto").to(network.device)
+    longest = getattr(network.config, "max_position_embeddings", None)
+    room = how.max_tokens if longest is None else min(how.max_tokens, longest - ids.shape[1])
+    if room < 1:
+        raise UsageError(f"prompt {place + 1} has {ids.shape[1]} tokens; the model holds {longest}",
+                         "shorten it, or leave it out")  # fmt: skip
+    own = network.generation_config
+    ends = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
+    config = GenerationConfig(**({"do_sample": False} | sampling), repetition_penalty=1.0, max_new_tokens=room,
+                              eos_token_id=ends, pad_token_id=ends[0] if isinstance(ends, list) else ends)  # fmt: skip
+    devices = [network.device.index or 0] if network.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(how.seed + place)
+        try:
+            output: Any = network.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise NonFiniteError(f"the model's likelihoods are not finite at prompt {place + 1}",
+                                 "lowbit diagnose says where they begin") from None  # fmt: skip
+    made = output[0, ids.shape[1] :].tolist()
+    stops = set(ends if isinstance(ends, list) else [ends])
+    return trimmed(str(tokenizer.decode(made, skip_special_tokens=True)), len(made) >= room and made[-1] not in stops)
+
+
+def _of_server(model: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done) -> Answers:
+    server = Endpoint(model)
+    identity = f"{server.url} {server.name}"
+    chat = _has_chat(server)
+    answers, before, path = _asked(
+        f"{identity} {chat}", prompts, how, done, lambda place, text: _told(server, chat, place, text, how)
+    )
+    return Answers(identity, answers, _notes(model, answers, chat), path, before)
+
+
+def _has_chat(server: Endpoint) -> bool:
+    """Whether it takes messages: a model without a chat template is refused by its server."""
+    try:
+        server.choice("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})
+    except EndpointRefusal as refusal:
+        if refusal.status not in _NO_CHAT:
+            raise
+        return False
+    return True
+
+
+def _told(server: Endpoint, chat: bool, place: int, prompt: str, how: Generation) -> Reply:
+    body: dict[str, Any] = {"max_tokens": how.max_tokens, "temperature": how.temperature, "seed": how.seed + place}
+    if chat:
+        choice = server.choice("/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+    else:
+        choice = server.choice("/v1/completions", body | {"prompt": prompt})
+        text = choice.get("text")
+    return trimmed(text if isinstance(text, str) else "", choice.get("finish_reason") == "length")

@@ -1,0 +1,84 @@
+"""A server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Ollama, or a service.
+
+    http://localhost:8000            the first model that it lists
+    http://localhost:11434#qwen3:4b  the model of that name
+
+`LOWBIT_API_KEY` of the environment is sent as a bearer token, to the address asked and not where it redirects to.
+
+Refused: an address that is no http(s) URL (UsageError), a server that cannot be asked or answers no JSON object
+(EngineFailure), one that answers with an error (EndpointRefusal, with the status).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from typing import Any
+
+from lowbit.errors import EngineFailure, UsageError
+
+KEY = "LOWBIT_API_KEY"
+_TIMEOUT = 600  # seconds
+_LARGEST = 64 * 2**20  # bytes of an answer; no model writes as much
+
+
+class EndpointRefusal(EngineFailure):
+    """The server answered with an HTTP error.
+
+    status  its number
+    """
+
+    def __init__(self, message: str, hint: str, status: int):
+        super().__init__(message, hint)
+        self.status = status
+
+
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+class Endpoint:
+    """A model behind an address; `name` is what the server calls it ("" where it lists none)."""
+
+    def __init__(self, address: str, name: str | None = None):
+        url, _, named = address.partition("#")
+        if not is_url(url):
+            raise UsageError(f"{address!r} is no address of a server", "write it as http://localhost:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.name = name or named or self._first_model()
+
+    def _first_model(self) -> str:
+        listed = self.ask("/v1/models").get("data")
+        first = listed[0] if isinstance(listed, list) and listed else None
+        return str(first.get("id", "")) if isinstance(first, dict) else ""
+
+    def ask(self, place: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the server answers at `place`: to a body that is posted, or to a plain request."""
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self.url + place, data, {"Content-Type": "application/json"})
+            if key := os.environ.get(KEY, "").strip():
+                request.add_unredirected_header("Authorization", f"Bearer {key}")
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                found = json.loads(answer.read(_LARGEST))
+        except urllib.error.HTTPError as error:
+            words = error.read(200).decode(errors="replace")
+            hint = f"set {KEY} to its key" if error.code in (401, 403) else "start the server with this model"
+            raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", hint, error.code) from None
+        except (OSError, ValueError, RecursionError, HTTPException) as error:
+            raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
+                                "the same command goes on from the answers that are there") from None  # fmt: skip
+        if not isinstance(found, dict):
+            raise EngineFailure(f"{self.url}{place} answers no JSON object", "is it OpenAI's protocol?")
+        return found
+
+    def choice(self, place: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of an answer; EngineFailure where there is none."""
+        answer = self.ask(place, {"model": self.name} | body)
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")
+        return choices[0]
