@@ -91,7 +91,7 @@ def test_a_good_file_passes(tmp_path):
     checked = verify(write(tmp_path / "x.gguf"), source=source)
     assert checked.ok
     assert {"gguf-finite", "gguf-weights"} <= {check.rule for check in checked.checks}
-    assert verify(tmp_path / "x.gguf").unchecked.keys() == {"gguf-weights", "gguf-checksums"}
+    assert verify(tmp_path / "x.gguf").unchecked.keys() == {"gguf-weights", "gguf-checksums", "gguf-nearest-codes"}
 
 
 def test_a_truncated_file(tmp_path):
