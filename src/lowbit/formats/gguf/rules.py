@@ -85,7 +85,7 @@ def check_tensors(subject: GGUFSubject) -> Finding:
             )
         if block is not None:
             blocks.setdefault(block, set()).add(pattern)
-    if sorted(blocks) != list(range(subject.block_count)):
+    if len(blocks) != subject.block_count or any(block >= len(blocks) for block in blocks):
         problems.append(f"tensors are of blocks {_brief(sorted(blocks))}, block_count is {subject.block_count}")
     names = {tensor.name for tensor in subject.raw.tensors}
     for needed in ("token_embd.weight", "output_norm.weight"):
