@@ -43,7 +43,8 @@ ODD: list[Any] = [
 ]  # fmt: skip
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
-# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}: a short text; {prompts}: two.
+# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}, {other}: short texts; {prompts}: two
+# of them; {source}, {quantized}, {gguf}: a good model, and what was made of it.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "folder": (
         "inspect {in}", "inspect {in} --json", "estimate {in} --scheme W4A16", "advise {in}",
@@ -55,25 +56,68 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "evaluate {in} --text {text} --windows 1 --window-tokens 16", "generate {in} -p 'one two' --max-tokens 2",
         "imatrix {in} -o {out}.gguf --samples 1 --seqlen 16 --calib {text}",
         "compare {in} {gguf} --blind --prompts {prompts} --max-tokens 2 --temperature 1 -o {out}.html",
+        "quantize {in} -o {out} --scheme W4A16 --method gptq --hessian guided --samples 4 --seqlen 64 --expert-tokens 1"
+        " --calib {text}",
+        "quantize {in} -o {out} --scheme W4A16 --method gptq+distill --distill-steps 1 --samples 4 --seqlen 64"
+        " --expert-tokens 1 --calib {text}",
+        "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache fp8_e4m3,q8_0/q4_0",
+        "evaluate {in} --tasks arithmetic --task-items 1",
         "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
+        "finetune {in} -o {out}.gguf --scheme Q4_0 --steps 1 --windows 2 --window-tokens 16 --data {text} --distill",
+        "bench {in} --engine transformers --context 4 --tokens 8 --repeats 1 --warmups 0 --no-report",
+    ),
+    "reference": (
+        "refine {quantized} --reference {in} -o {out} --samples 2 --seqlen 64 --sweeps 1 --windows 1 --window-tokens 32"
+        " --expert-tokens 1 --calib {text} --text {other}",
+        "verify {quantized} --reference {in}", "verify {gguf} --reference {in}",
+        "evaluate {quantized} --reference {in} --text {text} --windows 1 --window-tokens 16 --no-report",
+    ),
+    "adapter": (
+        "quantize {source} -o {out} --scheme W4A16 --adapter {in}",
+        "quantize {source} -o {out}.gguf --scheme Q8_0 --adapter {in} --dry-run",
+        "convert {in} --base {source} -o {out}.gguf --format gguf",
     ),
     "quantized": (
         "inspect {in}", "verify {in} --engine vllm", "verify {in} --engine transformers --reference {source}",
         "convert {in} -o {out} --format float", "convert {in} -o {out} --format gptq",
         "convert {in} -o {out}.gguf --format gguf --scheme Q8_0", "quantize {in} -o {out} --scheme W8A16",
         "evaluate {in} --reference {source} --text {text} --windows 1 --window-tokens 16",
-        "generate {in} -p 'one two' --max-tokens 2", 
+        "generate {in} -p 'one two' --max-tokens 2",
         "compare {in} {gguf} --reference {source} --windows 1 --window-tokens 64 --no-report",
-       
         "diagnose {in} --reference {source} --text {text}",
+        "refine {in} --reference {source} -o {out} --samples 2 --seqlen 64 --sweeps 1 --windows 1 --window-tokens 32"
+        " --calib {text} --text {other}",
+        "refine {in} --reference {source} -o {out} --samples 2 --seqlen 64 --dry-run",
+        "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache int4_per_token_head",
+        "evaluate {in} --tasks facts --task-items 1",
+        "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
+        "advise {in}", "estimate {in} --scheme W4A16",
     ),
     "gguf": (
         "inspect {in}", "verify {in}", "verify {in} --reference {source}", "convert {in} -o {out} --format float",
         "quantize {in} -o {out}.gguf --scheme Q4_0", "quantize {in} -o {out} --scheme W4A16",
-        "generate {in} -p 'one two' --max-tokens 2", "estimate {in} --scheme Q4_K_M",
+        "generate {in} -p 'one two' --max-tokens 2", "estimate {in} --scheme Q4_K_M", "advise {in}",
+        "refine {in} --reference {source} -o {out}.gguf --samples 2 --seqlen 64 --sweeps 1 --windows 1"
+        " --window-tokens 32 --calib {text} --text {other}",
+        "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache q8_0,q4_0",
+        "evaluate {in} --tasks format --task-items 1",
+        "bench {in} --engine llama.cpp --context 4 --tokens 8 --repeats 1 --warmups 0 --no-report",
+    ),
+    "wide": (
+        "generate {in} -p 'one two' --max-tokens 2 --kv-cache int8",
+        "generate {in} -p 'one two' --max-tokens 2 --kv-cache int2_hadamard",
+        "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache int4_hadamard --by-layer",
     ),
     "imatrix": ("imatrix {in} -o {out}.gguf", "quantize {source} -o {out}.gguf --scheme Q4_K_M --imatrix {in}"),
-    "recipe": ("quantize {source} -o {out} --recipe {in} --dry-run",),
+    "recipe": (
+        "quantize {source} -o {out} --recipe {in} --dry-run",
+        "quantize {source} -o {out} --recipe {in} --samples 8 --seqlen 32",
+    ),
+    "text": (
+        "quantize {source} -o {out} --scheme W4A16 --method gptq --samples 4 --seqlen 32 --calib {in} --allow-fallback",
+        "evaluate {source} --text {in} --windows 1 --window-tokens 16", "imatrix {source} -o {out} --calib {in}",
+        "finetune {source} -o {out} --steps 1 --windows 2 --window-tokens 16 --data {in}",
+    ),
 }  # fmt: skip
 
 
@@ -97,6 +141,7 @@ class Fuzzed:
 
     def __init__(self, folder: Path):
         import lowbit
+        from lora import make_adapter
         from models import make_model
 
         self.folder = folder
@@ -105,13 +150,15 @@ class Fuzzed:
         self.text.write_text("one two three four five six seven eight nine ten " * 80)
         self.prompts = folder / "prompts.txt"
         self.prompts.write_text("one two\nthree\n")
+        self.other = folder / "other.txt"
+        self.other.write_text("nine six two ten eight one four seven three five " * 80)
         self.source = make_model(folder / "llama", "llama")
         experts = make_model(folder / "experts", "qwen3_moe", norm_topk_prob=True)
         self.inputs: list[tuple[str, Path]] = [("folder", self.source), ("folder", experts)]
         for scheme in ("W4A16", "FP8_DYNAMIC"):
             lowbit.quantize(self.source, folder / scheme, scheme=scheme)
             self.inputs.append(("quantized", folder / scheme))
-        lowbit.quantize(self.source, folder / "q8.gguf", scheme="Q8_0")
+        lowbit.quantize(self.source, folder / "q4.gguf", scheme="Q4_0")
         lowbit.imatrix(self.source, folder / "imatrix.gguf", calib=self.text, samples=1, seqlen=16)
         recipe = folder / "recipe.yaml"
         recipe.write_text("scheme: W4A16\nmethod: gptq\ngroup_size: 32\nignore: [lm_head]\ndamping: 0.01\n")
@@ -119,8 +166,24 @@ class Fuzzed:
         foreign.write_text(
             "s_stage:\n  s_modifiers:\n    GPTQModifier: {scheme: W4A16, ignore: [lm_head], targets: Linear}\n"
         )
-        self.inputs += [("gguf", folder / "q8.gguf"), ("imatrix", folder / "imatrix.gguf"), ("recipe", recipe),
-                        ("recipe", foreign)]  # fmt: skip
+        recipe_of_stages = folder / "stages.yaml"
+        recipe_of_stages.write_text(
+            "q_stage:\n  q_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n    QuantizationModifier:\n"
+            "      ignore: [lm_head, 're:.*down_proj']\n      config_groups:\n        group_0:\n"
+            "          targets: [Linear]\n"
+            "          weights: {num_bits: 8, type: int, symmetric: true, strategy: channel}\n"
+            "          input_activations: {num_bits: 8, type: int, dynamic: true, strategy: token}\n"
+        )
+        chat = folder / "chat.jsonl"
+        chat.write_text("\n".join(
+            json.dumps({"messages": [{"role": "user", "content": f"{number} one two three " * 9},
+                                     {"role": "assistant", "content": "four five six " * 9}]})
+            for number in range(20)
+        ))  # fmt: skip
+        self.inputs += [("gguf", folder / "q4.gguf"), ("imatrix", folder / "imatrix.gguf"), ("recipe", recipe),
+                        ("recipe", foreign), ("recipe", recipe_of_stages), ("text", chat), ("reference", self.source),
+                        ("wide", make_model(folder / "wide", "falcon3")),
+                        ("adapter", make_adapter(folder / "adapter", self.source, "q_proj", "down_proj"))]  # fmt: skip
         self.samples = {
             path.name: gguf_sample(path.name, path.read_bytes(), folder) for _, path in self.inputs if path.is_file()
             and path.suffix == ".gguf"
@@ -151,8 +214,8 @@ class Fuzzed:
                 yield Judged(-1, command, original.name, verdict, message)
 
     def _words(self, command: str, damaged: Path, place: Path) -> list[str]:
-        names = {"in": damaged, "out": place / "out", "text": self.text, "source": self.source, "prompts": self.prompts,
-                 "gguf": self.folder / "q8.gguf"}  # fmt: skip
+        names = {"in": damaged, "out": place / "out", "text": self.text, "other": self.other, "prompts": self.prompts,
+                 "source": self.source, "quantized": self.folder / "W4A16", "gguf": self.folder / "q4.gguf"}  # fmt: skip
         return [word.format(**names).strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
 
     def _change(self, damaged: Path, rng: random.Random) -> str:
@@ -160,7 +223,7 @@ class Fuzzed:
             if damaged.suffix == ".gguf":
                 damaged.write_bytes(mutate(self.samples[damaged.name], list(self.samples.values()), rng))
                 return "bytes of the GGUF"
-            return _change_text(damaged, rng)
+            return _change_rows(damaged, rng) if damaged.suffix == ".jsonl" else _change_text(damaged, rng)
         files = sorted(path for path in damaged.iterdir() if path.is_file())
         if not files:
             return "nothing is left"
@@ -242,6 +305,26 @@ def _change_text(path: Path, rng: random.Random) -> str:
     )
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     return f"line {index}: {lines[index]!r}"
+
+
+def _change_rows(path: Path, rng: random.Random) -> str:
+    """Another value in all rows, or in one; or a line that is no JSON."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError:
+        return "a line is no JSON any more"
+    if rng.random() < 0.2:
+        line = rng.choice(("{", "", "\0", "[1]", "null", '{"text": "a"}', "{" * 3000, "\udcff"))
+        lines[rng.randrange(len(lines))] = line
+        path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+        return f"a line is {line[:20]!r}"
+    number, odd = rng.randrange(len(list(_places(rows[0])))), rng.choice(ODD)
+    for row in rows if rng.random() < 0.7 else rows[:1]:
+        holder, key = list(_places(row))[number]
+        holder[key] = odd
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return f"{key} of rows → {str(odd)[:40]!r}"
 
 
 def _judged(words: list[str], place: Path) -> tuple[str, str]:

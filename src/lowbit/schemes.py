@@ -289,7 +289,8 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
 # Scheme → wider ones of the same engines, in the order to try.
 WIDER: dict[str, tuple[str, ...]] = {
     "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
-    "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",), "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
+    "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
+    "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
     "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),
     "FP4": ("INT8",),
     "TQ1_0": ("TQ2_0", "Q2_K", "Q4_K"), "TQ2_0": ("Q2_K", "Q4_K"),

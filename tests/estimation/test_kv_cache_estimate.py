@@ -179,3 +179,11 @@ def test_key_values_of_architectures_that_only_llama_cpp_has():
     for wrong in ({"new.ssm.state_size": 16}, {"new.block_count": 0}, {"new.embedding_length": -1}):
         with pytest.raises(ArchitectureError):
             shape_of_gguf(told | wrong)
+
+
+def test_a_billion_layers_are_refused_before_a_shape_has_an_entry_for_each():
+    told = {"general.architecture": "new", "new.embedding_length": 64, "new.attention.head_count": 2}
+    with pytest.raises(ArchitectureError, match="block_count is 1000000000; no model has so many layers"):
+        shape_of_gguf(told | {"new.block_count": 10**9})
+    with pytest.raises(ArchitectureError, match="num_hidden_layers is 1000000000"):
+        shape_of({"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 10**9})

@@ -10,9 +10,11 @@ import pytest
 import torch
 from gguf.constants import GGUFValueType as V
 
-from lowbit.errors import UsageError
+from fuzzing import bounded_memory
+from lowbit.errors import LowbitError, UsageError
 from lowbit.export import Piece
 from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
+from lowbit.formats.gguf.read import open_gguf
 from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_values
 from lowbit.numerics import ggml
 from lowbit.verification import verify
@@ -91,7 +93,7 @@ def test_a_good_file_passes(tmp_path):
     checked = verify(write(tmp_path / "x.gguf"), source=source)
     assert checked.ok
     assert {"gguf-finite", "gguf-weights"} <= {check.rule for check in checked.checks}
-    assert verify(tmp_path / "x.gguf").unchecked.keys() == {"gguf-weights", "gguf-checksums"}
+    assert verify(tmp_path / "x.gguf").unchecked.keys() == {"gguf-weights", "gguf-checksums", "gguf-nearest-codes"}
 
 
 def test_a_truncated_file(tmp_path):
@@ -191,3 +193,20 @@ def test_values_below_what_a_type_holds_are_no_error(tmp_path):
     tensors["blk.0.ffn_gate.weight"][0, 0] = 1e9
     raw = RawCheckpoint(open_raw_gguf(write(tmp_path / "source.gguf", tensors, type_name="F32")), "source.gguf")
     assert failed(write(tmp_path / "x.gguf", tensors), raw) == set()
+
+
+def test_a_billion_blocks_are_counted_and_not_made(tmp_path):
+    path = write(tmp_path / "x.gguf", values=key_values() | {"llama.block_count": (10**9, V.UINT32)})
+    with bounded_memory(1 << 30):
+        checks = {check.rule: check for check in verify(path).failed}
+    assert "tensors are of blocks 0 to 0 (1), block_count is 1000000000" in checks["gguf-tensors"].detail
+
+
+def test_a_billion_blocks_for_prediction_are_counted_and_not_made(tmp_path):
+    values = key_values() | {
+        "llama.block_count": (10**9, V.UINT32),
+        "llama.nextn_predict_layers": (10**9 - 1, V.UINT32),
+    }
+    path = write(tmp_path / "x.gguf", values=values)
+    with bounded_memory(1 << 30), pytest.raises(LowbitError):
+        open_gguf(path)

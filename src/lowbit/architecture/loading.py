@@ -28,7 +28,7 @@ from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.describing import describe_checkpoint
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.inspection import ENLARGE, embedding_rows
-from lowbit.architecture.structure import Architecture, Part, Placement
+from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.view import holds_single_experts
 from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
 from lowbit.checkpoint.companions import beyond_embedding, check_companions, has_tokenizer
@@ -81,6 +81,8 @@ class Loader:
     model         on the meta device but for computed buffers, in evaluation mode
     checkpoint    under the names of the model's family
     architecture  of the model
+    notes         what is not taken of the files, or otherwise than they say
+    beside        stored tensors that the model has no parameter for, as those of blocks for multi-token prediction
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class Loader:
         self.dtype, self.device, options = dtype, device, options or OpenOptions()
         refuse_remote_code(checkpoint.config(), checkpoint.source, options)
         self.architecture, self.checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+        self.notes = tuple(note for note in self.checkpoint.notes if note not in checkpoint.notes)
         self.model = _empty_model(self.checkpoint, dtype, options)
         self.layout = _layout(self.model, self.checkpoint)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
-        _check_names(self.checkpoint, self.model, self._slots, self.architecture)
+        self.beside = _check_names(self.checkpoint, self.model, self._slots, self.architecture)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -276,8 +279,8 @@ def _sources(name: str, placement: Placement, checkpoint: Checkpoint) -> list[tu
 
 def _check_names(
     checkpoint: Checkpoint, model: PreTrainedModel, slots: list[_Slot], architecture: Architecture
-) -> None:
-    """Every parameter has its tensors, every tensor its parameter, with one shape."""
+) -> list[str]:
+    """Every parameter has its tensors, every tensor its parameter, with one shape. Returns the tensors beside them."""
     known: set[str] = set()
     missing = []
     for slot in slots:
@@ -308,6 +311,7 @@ def _check_names(
                     f"{list(expected)}",
                     "config.json and the weights belong to different models",
                 )
+    return [name for name in surplus if architecture.stands_beside(name) and not COMPUTED_BUFFERS.search(name)]
 
 
 def _is_passed_over(name: str, checkpoint: Checkpoint, architecture: Architecture) -> bool:

@@ -35,6 +35,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "value_dim": ("v_head_dim",),
 }
 _MAXIMUM = 1 << 40
+_MOST_LAYERS = 10_000  # a shape has an entry for each; models have at most some hundreds
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
                 f"config.json has no {_SPELLINGS[what][0]}", "is it the config.json of a language model?"
             )
     hidden, heads, layers = found["hidden"], found["heads"], found["layers"]
+    _refuse_absurd(layers, "config.json: " + _SPELLINGS["layers"][0])
     found["kv_heads"] = 1 if values.get("multi_query") else found["kv_heads"] or heads
     found["head_dim"] = found["head_dim"] or hidden // heads
     found["intermediate"] = found["intermediate"] or 4 * hidden
@@ -135,6 +137,7 @@ def shape_of_gguf(metadata: dict[str, Any]) -> ModelShape:
     heads = _gguf_number(found, "attention.head_count")
     if not (hidden and layers and heads):
         raise ArchitectureError(f"{arch}: embedding_length, block_count and attention.head_count are needed")
+    _refuse_absurd(layers, "block_count")
     keys = _gguf_number(found, "attention.key_length") or hidden // heads
     values = _gguf_number(found, "attention.value_length") or keys
     rank = _gguf_number(found, "attention.kv_lora_rank") or None
@@ -150,6 +153,13 @@ def shape_of_gguf(metadata: dict[str, Any]) -> ModelShape:
         experts_per_token=_gguf_number(found, "expert_used_count") if experts else 0,
         expert_intermediate=(_gguf_number(found, "expert_feed_forward_length") or intermediate) if experts else 0,
     )  # fmt: skip
+
+
+def _refuse_absurd(layers: int, key: str) -> None:
+    if layers > _MOST_LAYERS:
+        raise ArchitectureError(
+            f"{key} is {layers}; no model has so many layers", "the file is damaged; get it again from where it comes"
+        )
 
 
 def _gguf_number(found: dict[str, Any], key: str) -> int:

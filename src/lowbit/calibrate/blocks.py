@@ -100,7 +100,7 @@ class BlockRunner:
         self._own_calls: dict[int, list[_Call]] = {}  # first window of a batch → its arguments, where they do depend
         self._own_sizes: dict[int, int] = {}  # first window of a batch → its number of windows
         self._inner: tuple[int, ...] = ()  # hidden states of one token
-        self.model = self._loader.model
+        self.model, self.notes = self._loader.model, self._loader.notes
         # Split fused experts too: every expert has inputs of its own.
         folder = str(checkpoint.folder)
         self.architecture = discover_once(checkpoint.config(), folder, options.trust_remote_code, split_experts=True)

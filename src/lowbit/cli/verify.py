@@ -48,7 +48,6 @@ def verify(
 
 
 def _verify(folder: Path, engine: str | None, reference: str | None, json: bool, options: Any) -> None:
-    from lowbit.checkpoint import open_checkpoint
     from lowbit.cli.console import byte_progress, print_json, say
     from lowbit.verification import default_engine, rules
     from lowbit.verification import verify as verify_folder
@@ -56,9 +55,8 @@ def _verify(folder: Path, engine: str | None, reference: str | None, json: bool,
 
     engine = engine or default_engine(folder)
     rules(engine)
-    source = None if reference is None else open_checkpoint(reference, options)
     with byte_progress(f"verify {folder}", quiet=json) as progress:
-        verification = verify_folder(folder, source=source, engine=engine, options=options, progress=progress)
+        verification = verify_folder(folder, reference=reference, engine=engine, options=options, progress=progress)
     if json:
         print_json(_as_json(verification))
     else:

@@ -6,13 +6,14 @@ quantized as in an engine if the scheme does. The sampling seed is local: torch'
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lowbit.architecture.loading import load_model, load_tokenizer
+from lowbit.architecture.loading import Loader, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation.activations import simulation_of
@@ -20,6 +21,8 @@ from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger("lowbit")
 
 Chat = Literal["auto", "raw"]
 
@@ -53,11 +56,15 @@ def generate(
     options = options or OpenOptions()
     checkpoint = open_checkpoint(str(model), options)
     try:
-        network = load_model(checkpoint, dtype, device, options)
+        loader = Loader(checkpoint, dtype, device, options)
+        loader.fill(lambda name: True)
+        network = loader.model
         tokenizer = load_tokenizer(checkpoint, options)
         simulated = simulation_of(checkpoint)
     finally:
         checkpoint.close()
+    for note in loader.notes:
+        _log.warning("note: %s", note)
     refuse_without_text(network, str(model))
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

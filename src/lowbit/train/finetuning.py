@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lowbit.api import Quantized, refuse_other_name
 from lowbit.architecture import model_dtype
 from lowbit.architecture.inspection import embedding_rows
-from lowbit.architecture.loading import load_model, load_tokenizer
+from lowbit.architecture.loading import Loader, load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions, report_path
 from lowbit.checkpoint.quantized import KINDS
@@ -146,8 +146,11 @@ def finetune(
         if distill and reference is None and checkpoint.kind in KINDS:
             raise UsageError(f"{model} is quantized already: it cannot be its own reference",
                              "name the float model with --reference")  # fmt: skip
-        student = load_model(checkpoint, torch.float32, device, options)
+        loader = Loader(checkpoint, torch.float32, device, options)
+        loader.fill(lambda name: True)
+        student = loader.model
         source, dtype = checkpoint.source, model_dtype(checkpoint)
+        taken = [*loader.notes, *_left_out(loader.beside)]
     finally:
         checkpoint.close()
     teacher = None
@@ -164,8 +167,16 @@ def finetune(
         _log.warning(note)
     return export_trained(
         student, output, tokenizer, threads, overwrite, None, meter, source=source, text=CalibrationText.of(text),
-        notes=(note,),
+        notes=(*taken, note),
     )  # fmt: skip
+
+
+def _left_out(names: list[str]) -> list[str]:
+    """A note on stored tensors that the trained model has no parameter for, and its output therefore lacks."""
+    if not names:
+        return []
+    shown = f"{', '.join(names[:2])}{' …' if len(names) > 2 else ''}"
+    return [f"left out ({len(names)} tensors): transformers builds no place for {shown}"]
 
 
 def train(

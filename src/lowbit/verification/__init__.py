@@ -1,6 +1,6 @@
 """Verification: does the engine load the checkpoint, and are its weights right?
 
-    verify(folder, source=…, engine="vllm") -> Verification
+    verify(folder, reference="model", engine="vllm") -> Verification
 
 The files are opened again and checked by the engine's rules, without knowledge of how they were written. Given the
 source, all decoded weights are compared with it. Memory: one slab of rows per thread. The rules on files, architecture
@@ -9,6 +9,7 @@ and tensors apply to unquantized folders too.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ def rules(engine: str | None = None, format: str | None = None) -> dict[Rule, tu
 def verify(
     folder: str | Path,
     *,
+    reference: str | Path | None = None,
     source: Checkpoint | None = None,
     engine: str | None = None,
     options: OpenOptions | None = None,
@@ -67,8 +69,8 @@ def verify(
     """Check a folder, or a GGUF file, against the rules of an engine.
 
     engine    None: vllm for folders, llama.cpp for GGUF files
-    source    the original model, open, quantized or not (for GGUF files also a raw GGUF); without it weights are not
-              compared
+    reference the original model, quantized or not; without it weights are not compared
+    source    the same, open; for GGUF files also a raw GGUF
     nearest   True where every code must be the nearest one; None: as lowbit-report.json states
     progress  called with (name, bytes done, bytes in all)
 
@@ -76,7 +78,16 @@ def verify(
     """
     from lowbit.verification.subject import Subject, rounded_to_nearest
 
-    folder = first_part(Path(folder))
+    if reference is not None:
+        if source is not None:
+            raise UsageError("reference and source name the same model", "give one of them")
+        from lowbit.checkpoint import open_checkpoint
+
+        with contextlib.closing(open_checkpoint(reference, options or OpenOptions())) as opened:
+            return verify(
+                folder, source=opened, engine=engine, options=options, nearest=nearest, progress=progress
+            )  # fmt: skip
+    folder, options = first_part(Path(folder)), options or OpenOptions()
     engine = engine or default_engine(folder)
     rules(engine)
     reads_gguf = loading_of(engine).reads_gguf
@@ -84,14 +95,15 @@ def verify(
         gguf = ", ".join(name for name in ENGINES if loading_of(name).reads_gguf)
         raise UsageError(f"{folder}: {engine} does not load this kind of model",
                          f"{gguf} loads .gguf files, the other engines folders")  # fmt: skip
+    if nearest is None:
+        nearest = rounded_to_nearest(folder, source, options)
     if reads_gguf:
         if not folder.is_file():
             raise UsageError(f"{folder}: there is no such file", "give a GGUF file; of a split one, its first part")
-        return _checked(load(FORMATS[GGUF].inspect or "")(folder, engine, source, progress))
+        return _checked(load(FORMATS[GGUF].inspect or "")(folder, engine, source, progress, nearest))
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
-    nearest = rounded_to_nearest(folder) if nearest is None else nearest
-    return _checked(Subject(folder, engine, source, nearest, options or OpenOptions(), progress))
+    return _checked(Subject(folder, engine, source, nearest, options, progress))
 
 
 def default_engine(path: Path) -> str:
@@ -116,7 +128,7 @@ def _checked(subject: Subject) -> Verification:
             if rule.needs_source and subject.source is None:
                 reason = reason or "no source was given to compare with"
             elif rule.needs_nearest and not subject.nearest:
-                reason = reason or "nothing says that the codes were rounded to nearest"
+                reason = reason or "nothing says that all codes were rounded to nearest, from this source"
             elif rule.needs_checksums and not subject.checksums:
                 reason = reason or "no report with checksums lies beside it"
             if reason:

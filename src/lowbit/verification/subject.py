@@ -6,6 +6,7 @@ itself. Details of a format come from its `Layout`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.architecture import Architecture, Linear, canonical_view, discover_once, holds_single_experts
-from lowbit.checkpoint.base import REPORT_NAME, Checkpoint, OpenOptions, read_config, read_json_object
+from lowbit.checkpoint.base import IN_MEMORY, Checkpoint, OpenOptions, read_config, read_json_object, report_path
 from lowbit.checkpoint.quantized import (
     FLOATS,
     Expected,
@@ -25,7 +26,7 @@ from lowbit.checkpoint.quantized import (
     tensor_problem,
 )
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.schemes import Scheme
 from lowbit.verification.checksums import kept_checksums
 from lowbit.verification.result import PLAIN, Loading, loading_of
@@ -259,9 +260,30 @@ _QUANTIZED_LEAVES = (
 )  # fmt: skip
 
 
-def rounded_to_nearest(folder: Path) -> bool:
-    """True if the checkpoint's report states round-to-nearest."""
-    if not (folder / REPORT_NAME).is_file():
+# `Checkpoint.kind` of models whose weights nothing has rounded.
+_FLOAT_KINDS = {"safetensors", "pickle", IN_MEMORY}
+
+
+def rounded_to_nearest(output: Path, source: Checkpoint | None, options: OpenOptions) -> bool:
+    """True if the report of an output states that all its codes were rounded to nearest, and from such a source.
+
+    Not so: codes of a method that --method-override names, and those of another source: of the Q8_0 or GPTQ model that
+    the output was made of, where `source` is the 16-bit model. A damaged report states nothing.
+    """
+    path = report_path(output)
+    try:
+        report: Any = read_json_object(path) if path.is_file() else {}
+        if report["settings"]["method"] != "rtn":
+            return False
+        stated = report.get("source")
+        if any(entry.get("method") not in (None, "rtn") for entry in report.get("tensors", ())):
+            return False
+        if source is None or stated is None:  # nothing to compare with, or nothing that speaks of another source
+            return True
+        if (stated.get("adapter") is None) != (options.adapter is None):
+            return False
+        if {stated["kind"], source.kind} <= _FLOAT_KINDS:
+            return True
+        return os.path.realpath(stated["model"]) == os.path.realpath(source.source)
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return False
-    settings = read_json_object(folder / REPORT_NAME).get("settings")
-    return isinstance(settings, dict) and settings.get("method") == "rtn"

@@ -48,7 +48,7 @@ _LANES = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """notes  for the user: fewer windows than requested"""
+    """notes  for the user: what is not taken of the files, fewer windows than requested"""
 
     matrix: ImportanceMatrix
     tokens: int
@@ -97,7 +97,7 @@ def measure_importance(
         measured = _entry([visitor.sums[head.name]], [visitor.counts[head.name]])
         entries |= dict.fromkeys(HEAD_NAMES if runner.architecture.tied else HEAD_NAMES[:1], measured)
     matrix = ImportanceMatrix(dict(sorted(entries.items())), (text.name,), len(ids), ids.shape[1])
-    return Measured(matrix, ids.numel(), notes)
+    return Measured(matrix, ids.numel(), (*runner.notes, *notes))
 
 
 def measure_imatrix_of(

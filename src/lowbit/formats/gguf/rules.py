@@ -21,6 +21,7 @@ from gguf.constants import (
 
 from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
+from lowbit.formats.gguf.nearest_codes import check_nearest
 from lowbit.formats.gguf.table import DERIVED, ROWS
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
@@ -84,7 +85,7 @@ def check_tensors(subject: GGUFSubject) -> Finding:
             )
         if block is not None:
             blocks.setdefault(block, set()).add(pattern)
-    if sorted(blocks) != list(range(subject.block_count)):
+    if len(blocks) != subject.block_count or any(block >= len(blocks) for block in blocks):
         problems.append(f"tensors are of blocks {_brief(sorted(blocks))}, block_count is {subject.block_count}")
     names = {tensor.name for tensor in subject.raw.tensors}
     for needed in ("token_embd.weight", "output_norm.weight"):
@@ -219,5 +220,7 @@ RULES: tuple[Rule, ...] = (
          "ggml_validate_row_data (--check-tensors)"),
     Rule("gguf-weights", "values", GGUF_FILES, "every tensor is as near to its source as its bits allow", check_weights,
          "our own: what no format allows", needs_source=True),
+    Rule("gguf-nearest-codes", "values", (GGUF,), "every code is the nearest one to the source's weight", check_nearest,
+         "our own: round to nearest", needs_source=True, needs_nearest=True),
     *TOWER_RULES,
 )  # fmt: skip

@@ -32,6 +32,7 @@ T = MODEL_TENSOR
 MAX_EXPERTS = 65536
 
 # Beginnings of GGUF names whose weights are vectors, whatever the layout makes of them.
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.")
 _VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE})
 
 
@@ -145,8 +146,12 @@ def _without_prediction(
     blocks = metadata.get(key)
     if type(count) is not int or type(blocks) is not int or not 0 < count < blocks:
         return metadata, tensors
-    predicting = tuple(f"blk.{block}." for block in range(blocks - count, blocks))
-    return metadata | {key: blocks - count}, [each for each in tensors if not each.name.startswith(predicting)]
+
+    def predicts(name: str) -> bool:
+        found = _BLOCK.match(name)
+        return found is not None and blocks - count <= int(found[1]) < blocks
+
+    return metadata | {key: blocks - count}, [each for each in tensors if not predicts(each.name)]
 
 
 def _found(
@@ -162,7 +167,7 @@ def _found(
     derived: dict[MODEL_TENSOR, GGUFTensor] = {}
     found = []
     for tensor in tensors:
-        block = re.match(r"blk\.(0|[1-9]\d{0,5})\.", tensor.name)
+        block = _BLOCK.match(tensor.name)
         pattern = tensor.name if block is None else f"blk.{{bid}}.{tensor.name[block.end() :]}"
         if pattern in computed:
             derived[computed[pattern]] = tensor
