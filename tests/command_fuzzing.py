@@ -43,8 +43,8 @@ ODD: list[Any] = [
 ]  # fmt: skip
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
-# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}, {other}: short texts; {prompts}: two
-# of them; {source}, {quantized}, {gguf}: a good model, and what was made of it.
+# Input → commands that take it. {in}: the input; {out}: a name that is free; {text}, {other}: short texts; {prompts}:
+# two of them; {source}, {quantized}, {gguf}: a good model, and what was made of it.
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "folder": (
         "inspect {in}", "inspect {in} --json", "estimate {in} --scheme W4A16", "advise {in}",
@@ -215,7 +215,8 @@ class Fuzzed:
 
     def _words(self, command: str, damaged: Path, place: Path) -> list[str]:
         names = {"in": damaged, "out": place / "out", "text": self.text, "other": self.other, "prompts": self.prompts,
-                 "source": self.source, "quantized": self.folder / "W4A16", "gguf": self.folder / "q4.gguf"}  # fmt: skip
+                 "source": self.source, "quantized": self.folder / "W4A16",
+                 "gguf": self.folder / "q4.gguf"}  # fmt: skip
         return [word.format(**names).strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
 
     def _change(self, damaged: Path, rng: random.Random) -> str:

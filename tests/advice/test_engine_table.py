@@ -66,7 +66,7 @@ def test_verification_would_let_the_engine_load_it(engine, row):
 
 
 def test_what_verification_refuses_is_not_offered():
-    """TensorRT-LLM takes no packed integers of compressed-tensors, SGLang no MX formats: they are in no writable row."""
+    """TensorRT-LLM takes no packed integers of compressed-tensors, SGLang no MX formats: no writable row has them."""
     for engine, row in FOLDERS:
         if engine.name == "tensorrt-llm":
             assert not {"W8A16", "W8A8"} & set(row.schemes)
