@@ -39,10 +39,20 @@ def settings_of(method, samples=None):
     return settings.model_copy(update={"method": method, "calibration": text})
 
 
-def test_nothing_is_proposed_before_something_was_measured_but_to_measure_it():
-    assert commands(evaluation=()) == [["lowbit", "evaluate", "/models/out", "--reference", "demo:smollm2"]]
-    alone = make_evaluation(kld_mean=None)
-    assert len(commands(evaluation=(alone,))) == 1
+def with_bits(bits):
+    return make_report().totals.model_copy(update={"decoder_bits_per_weight": bits})
+
+
+@pytest.mark.parametrize(
+    ("bits", "method", "better"),
+    [(4.25, "rtn", True), (4.25, "awq", True), (8.0, "rtn", False), (4.25, "gptq", False), (4.25, "sign-sgd", False)],
+)
+def test_before_something_was_measured_few_bits_rounded_to_nearest_are_the_one_thing_to_better(bits, method, better):
+    measure = ["lowbit", "evaluate", "/models/out", "--reference", "demo:smollm2"]
+    good = shlex.split("lowbit quantize demo:smollm2 -o /models/out-good --scheme W4A16 --revision main --quality good")
+    for runs in ((), (make_evaluation(kld_mean=None),)):
+        found = commands(evaluation=runs, totals=with_bits(bits), settings=settings_of(method))
+        assert found == [measure, good][: 1 + better]
 
 
 def test_a_file_that_would_not_load_comes_first():
@@ -185,7 +195,9 @@ def test_every_proposed_command_runs(tmp_path, scheme, name):
     model = make_model(tmp_path / "tiny", num_hidden_layers=1)
     made = lowbit.quantize(model, tmp_path / name, scheme=scheme)
     assert made.report.cache_costs is not None
-    assert [step.command.split()[1] for step in made.report.next_steps] == ["evaluate"]
+    few_bits = made.report.totals.decoder_bits_per_weight < 5  # not in Q4_K_M, whose mix of so small a model is wider
+    assert few_bits == (scheme == "W4A16")
+    assert [step.command.split()[1] for step in made.report.next_steps] == ["evaluate", "quantize"][: 1 + few_bits]
     short = ["--text", SHORT_TEXT, "--windows", "1", "--window-tokens", "32"]
     run(made.report.next_steps[0].command, [*short, "--samples", "0"])
     report = schema.load(report_path(tmp_path / name))

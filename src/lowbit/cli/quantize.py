@@ -66,6 +66,9 @@ def quantize(
     say(f"\nserve it:     {done.report.serve[0].command}")
     if any(line.engine == "lowbit" for line in done.report.serve):  # not a vision tower by itself
         say(f"what it cost: lowbit evaluate {done.path}")
+    for step in done.report.next_steps:
+        if step.command.startswith("lowbit quantize"):
+            say(f"lose less:    {step.command}")
 
 
 def plan_as_json(prepared: Prepared, peak_memory: int) -> dict[str, Any]:

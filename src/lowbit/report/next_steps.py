@@ -1,7 +1,8 @@
 """What to try next with an output, as commands, by what its report has measured.
 
     not verified well             lowbit verify                        the rules that failed, one by one
-    never compared                lowbit evaluate                      and nothing else: nothing is known yet
+    never compared                lowbit evaluate                      or, of fewer than FEW_BITS rounded to nearest,
+                                  lowbit quantize --quality good       which are known to lose more than they need
     mean KLD above LARGE          lowbit diagnose                      which tensors cost it, unless that was done
                                   lowbit quantize, a better method     nearest → good → best (`--quality`)
                                   lowbit quantize, more of the text    where it had fewer windows than by default
@@ -36,6 +37,7 @@ from lowbit.schemes import SCHEMES, WIDER
 from lowbit.settings import Settings
 
 LARGE = 0.02  # nats per token; above, `summary.LEVELS` calls a model worse than its source
+FEW_BITS = 5.0  # a weight of the decoder
 STANDS_OUT = 2.5
 SETS = 3  # at most so many sets get an override
 MOST = 5
@@ -59,10 +61,12 @@ def _steps(report: Report, output: str) -> Iterator[Suggestion]:
     if not report.command:
         return
     run = headline_evaluation(report)
+    of_quantize = known[:2] == ["lowbit", "quantize"] and report.totals.quantized_weights > 0
     if run is None or run.kld_mean is None:
         yield _step("measure what it cost", "evaluate", output, "--reference", source)
+        if of_quantize and report.totals.decoder_bits_per_weight < FEW_BITS and _is_uncalibrated(report):
+            yield _with_text(known)
         return
-    of_quantize = known[:2] == ["lowbit", "quantize"] and report.totals.quantized_weights > 0
     if run.kld_mean > LARGE:
         if report.diagnosis is None:
             yield _step("find out which tensors cost it, and why", "diagnose", output, "--reference", source)
@@ -79,9 +83,8 @@ def _made_better(report: Report, known: list[str]) -> Iterator[Suggestion]:
         smooth = "smoothquant+gptq" if "gptq" in method else "smoothquant"
         yield _step("rounded activations cost most: move their outliers into the weights",
                     *_again(known, "smooth", {"--method": smooth, "--quality": None}))  # fmt: skip
-    elif "gptq" not in method and "distill" not in method and "sign-sgd" not in method:
-        yield _step("choose codes on a text (GPTQ): the same bytes, and longer",
-                    *_again(known, "good", {"--quality": "good", "--method": None}))  # fmt: skip
+    elif _is_uncalibrated(report):
+        yield _with_text(known)
     elif method == ["gptq"]:
         yield _step("learn the scales too: the same bytes, and several times as long",
                     *_again(known, "best", {"--quality": "best", "--method": None}))  # fmt: skip
@@ -95,6 +98,16 @@ def _made_better(report: Report, known: list[str]) -> Iterator[Suggestion]:
         names = ", ".join(f"{name} {number(times, 1)} times" for _, _, (name, times) in found)
         yield _step(f"more bits where the error stands out ({names} the median)",
                     *_again(known, "wider", {}, first=words))  # fmt: skip
+
+
+def _is_uncalibrated(report: Report) -> bool:
+    """True if no text had a say in the codes."""
+    return not {"gptq", "distill", "sign-sgd"} & set(parse_method(report.settings.method).name.split("+"))
+
+
+def _with_text(known: list[str]) -> Suggestion:
+    return _step("choose codes on a text (GPTQ): the same bytes, and longer",
+                 *_again(known, "good", {"--quality": "good", "--method": None}))  # fmt: skip
 
 
 def _smaller(report: Report, known: list[str]) -> Iterator[Suggestion]:
