@@ -74,7 +74,7 @@ class RunOptions(Table):
     ] = None  # fmt: skip
     resume: Annotated[
         bool,
-        Knob("Continue a stopped run after its last finished block", RUNNING, knobs.BLOCKWISE,
+        Knob("Continue a stopped run after its last finished block, or saved state", RUNNING, knobs.BLOCKWISE,
              see="calibration.md#stopping-and-going-on"),
     ] = False  # fmt: skip
 

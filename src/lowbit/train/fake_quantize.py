@@ -72,6 +72,8 @@ class FakeQuantize(nn.Module):
 
     parts    what is quantized in it; the rest passes through
     changes  θ of each part with learned scales, float32, by its number
+
+    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is.
     """
 
     lowbit_fake_quantization = True
@@ -81,6 +83,7 @@ class FakeQuantize(nn.Module):
         self.parts = tuple(parts)
         self.changes = nn.ParameterDict()
         self._fitted: dict[int, Fitted] = {}
+        self._held: dict[int, tuple[Stored, Tensor]] = {}
         for index, each in enumerate(self.parts):
             if learn_scales and learns_scales(each.target):
                 weight = each.of(parameter.detach()).float().contiguous()
@@ -104,12 +107,24 @@ class FakeQuantize(nn.Module):
         return rounded
 
     @torch.no_grad()
+    def hold(self, parameter: Tensor) -> None:
+        """Round a parameter, and keep these codes from now on."""
+        self._held.clear()
+        self._held = {index: self.rounded(index, parameter) for index in range(len(self.parts))}
+
+    def let_go(self) -> None:
+        """Round the parameter itself again, in every forward pass."""
+        self._held.clear()
+
+    @torch.no_grad()
     def rounded(self, index: int, parameter: Tensor) -> tuple[Stored, Tensor]:
         """(what a file keeps of a part, the float32 weight that it decodes to), as the forward pass has them."""
         return self._rounded(index, self.parts[index].of(parameter.detach()).float().contiguous())
 
     def _through(self, index: int, weight: Tensor) -> Tensor:
-        """The rounded weight [N, K] with the gradients of the module docstring."""
+        """The rounded weight [N, K] with the gradients of the module docstring; without any where it is held."""
+        if index in self._held:
+            return self._held[index][1].to(weight.dtype)
         with torch.no_grad():
             plain = weight.detach().float().contiguous()
             stored, decoded = self._rounded(index, plain)
@@ -121,6 +136,8 @@ class FakeQuantize(nn.Module):
         return straight_through(wanted.to(weight.dtype), decoded.to(weight.dtype))
 
     def _rounded(self, index: int, weight: Tensor) -> tuple[Stored, Tensor]:
+        if index in self._held:
+            return self._held[index]
         each = self.parts[index]
         _refuse_not_finite(weight, each.linear)
         if index in self._fitted:
