@@ -100,8 +100,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     format: Annotated[
         str,
-        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
-             "compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, bitnet for "
+             "TERNARY, else compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
