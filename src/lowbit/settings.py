@@ -101,7 +101,8 @@ class Settings(Table):
     format: Annotated[
         str,
         Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, bitnet for "
-             "TERNARY, else compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+             "TERNARY, else compressed-tensors", MAKE, metavar="FORMAT", see="formats.md",
+             choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
