@@ -55,6 +55,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "evaluate {in} --text {text} --windows 1 --window-tokens 16", "generate {in} -p 'one two' --max-tokens 2",
         "imatrix {in} -o {out}.gguf --samples 1 --seqlen 16 --calib {text}",
         "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
+        "finetune {in} -o {out} --lora 2 --lora-init loftq --steps 1 --windows 2 --window-tokens 16 --data {text}",
     ),
     "quantized": (
         "inspect {in}", "verify {in} --engine vllm", "verify {in} --engine transformers --reference {source}",
@@ -65,6 +66,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "compare {in} {gguf} --reference {source} --windows 1 --window-tokens 64 --no-report",
        
         "diagnose {in} --reference {source} --text {text}",
+        "finetune {in} -o {out} --lora 2 --steps 1 --windows 2 --window-tokens 16 --data {text}",
     ),
     "gguf": (
         "inspect {in}", "verify {in}", "verify {in} --reference {source}", "convert {in} -o {out} --format float",

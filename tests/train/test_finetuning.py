@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -58,6 +60,17 @@ def test_the_command(tiny_llama, tmp_path):
     done = CliRunner().invoke(app, [*line.split(), "--steps", "1"])
     assert done.exit_code == 0, done.output
     assert "trained 1 steps" in " ".join(done.output.split())
+
+
+def test_the_command_on_conversations(tiny_llama, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}, of course"}]}
+            for n in range(40)]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    line = f"finetune {tiny_llama} -o {tmp_path}/out --scheme W8A8 --data {tmp_path}/chat.jsonl --windows 8 --steps 1"
+    more = ["--window-tokens=32", "--loss-on=answers", "--save-every=1", "--resume"]  # there is nothing to go on from
+    done = CliRunner().invoke(app, [*line.split(), *more])
+    assert done.exit_code == 0, done.output
+    assert "trained 1 steps on answers" in " ".join(done.output.split())
 
 
 def test_data_in_memory(tiny_llama, tmp_path):

@@ -130,6 +130,15 @@ def test_merging_rounds_again_and_says_the_loss_of_each(tiny_llama, tmp_path, qu
     assert not (tmp_path / "out-base").exists()
 
 
+def test_merging_into_a_gguf_file(tiny_llama, tmp_path):
+    how = {name: SMALL[name] for name in ("data", "course")}
+    done = finetune(tiny_llama, tmp_path / "out.gguf", scheme="Q4_0", lora=LoRA(4, init="loftq", merge=True), **how)
+    before, after, merged = losses(done.report.source.notes)
+    assert after < before
+    assert merged < before
+    assert done.report.output.format == "gguf"
+
+
 def test_merging_after_loftq_takes_its_start_out_again(tiny_llama, tmp_path):
     """Without a step that learns anything, what is merged is the model that it began with, rounded."""
     course = Course(steps=1, windows=4, window_tokens=16, learning_rate=1e-12)
