@@ -35,7 +35,7 @@ from lowbit.train.adapters import LoRA
 from lowbit.train.exporting import export_trained
 from lowbit.train.loop import Course, train
 from lowbit.train.lora_training import Adapted, base_of, refuse_unread, train_adapters
-from lowbit.train.opening import BYTES_UNDER_ADAPTERS, Asked, Opened, is_quantized, open_training
+from lowbit.train.opening import BYTES_UNDER_ADAPTERS, OpenedTraining, TrainingTask, is_quantized, open_training
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import STATE, TrainingStates
 
@@ -85,7 +85,7 @@ def finetune(
     if lora is not None and not course.learn_scales:
         raise UsageError("scales are not learned beside adapters", "leave --fit-scales out")
     chosen = make_settings(None, **settings)
-    asked = Asked(model, data, course, chosen, settings, reference, device, options)
+    asked = TrainingTask(model, data, course, chosen, settings, reference, device, options)
     if lora is not None:
         course = replace(course, learning_rate=2e-4 if course.learning_rate is None else course.learning_rate)
         asked = replace(asked, course=course, bytes=BYTES_UNDER_ADAPTERS,
@@ -119,7 +119,10 @@ def finetune(
 
 
 def _train_weights(
-    asked: Asked, opened: Opened, states: TrainingStates | None, progress: Callable[[int, int], None] | None
+    asked: TrainingTask,
+    opened: OpenedTraining,
+    states: TrainingStates | None,
+    progress: Callable[[int, int], None] | None,
 ) -> str:
     """Train all that is rounded; returns what the summary says of it."""
     student, course = opened.student, asked.course
@@ -157,7 +160,7 @@ def _claimed(output: Path) -> Iterator[Claim]:
             raise
 
 
-def _refuse_outputs(output: Path, asked: Asked, lora: LoRA | None, overwrite: bool) -> None:
+def _refuse_outputs(output: Path, asked: TrainingTask, lora: LoRA | None, overwrite: bool) -> None:
     """What can be refused of the output's name before anything is read."""
     apart = lora is not None and not lora.merge
     if not apart:
@@ -170,7 +173,7 @@ def _refuse_outputs(output: Path, asked: Asked, lora: LoRA | None, overwrite: bo
         _refuse_place(output, asked, overwrite)
 
 
-def _refuse_place(folder: Path, asked: Asked, overwrite: bool) -> None:
+def _refuse_place(folder: Path, asked: TrainingTask, overwrite: bool) -> None:
     refuse_claimed(folder)
     refuse_sources([folder], asked.named_files)
     refuse_existing(folder, overwrite)

@@ -27,7 +27,7 @@ from lowbit.train.adapter_files import Described, write_adapter
 from lowbit.train.adapters import Adapters, LoRA, attach
 from lowbit.train.exporting import export_trained
 from lowbit.train.loop import Trained, held_out_loss, train
-from lowbit.train.opening import Asked, Opened
+from lowbit.train.opening import OpenedTraining, TrainingTask
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import TrainingStates
 
@@ -57,8 +57,8 @@ class TrainedAdapters:
     merged  held-out loss of the merged model, rounded again; None where they stay apart
     """
 
-    asked: Asked
-    opened: Opened
+    asked: TrainingTask
+    opened: OpenedTraining
     adapters: Adapters
     found: Trained
     merged: float | None
@@ -124,7 +124,11 @@ def refuse_unread(lora: LoRA, quantized: bool, given: dict[str, Any], settings: 
 
 
 def train_adapters(
-    asked: Asked, opened: Opened, lora: LoRA, states: TrainingStates | None, progress: Callable[[int, int], None] | None
+    asked: TrainingTask,
+    opened: OpenedTraining,
+    lora: LoRA,
+    states: TrainingStates | None,
+    progress: Callable[[int, int], None] | None,
 ) -> TrainedAdapters:
     """Round the model where it is not yet, put adapters on it, train them, and merge them if that is asked for."""
     student, course = opened.student, asked.course

@@ -37,7 +37,7 @@ BYTES_UNDER_ADAPTERS = 10  # weight, decoded weight, code
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainingTask:
     """What is trained, on what.
 
     settings  that shape the output
@@ -64,7 +64,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedTraining:
     """A model that is going to be trained.
 
     student     float32, in evaluation mode
@@ -92,7 +92,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
     return checkpoint.kind in KINDS or checkpoint.kind == "gguf"
 
 
-def open_training(asked: Asked, checkpoint: Checkpoint, keeps_states: bool) -> Opened:
+def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: bool) -> OpenedTraining:
     """Read everything; UsageError and CheckpointError before the weights are, for what can be told without them."""
     course, options = asked.course, asked.options
     if course.distill and asked.reference is None and checkpoint.kind in KINDS:
@@ -124,11 +124,11 @@ def open_training(asked: Asked, checkpoint: Checkpoint, keeps_states: bool) -> O
     if teacher is not None:
         _refuse_other_vocabulary(student, teacher)
     student.config.name_or_path = ""
-    return Opened(student, tokenizer, text, lesson, linears, checkpoint.source, is_quantized(checkpoint),
+    return OpenedTraining(student, tokenizer, text, lesson, linears, checkpoint.source, is_quantized(checkpoint),
                   model_dtype(checkpoint), teacher, depends_on)  # fmt: skip
 
 
-def _windows(asked: Asked, tokenizer: Any, checkpoint: Checkpoint) -> CalibrationWindows:
+def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> CalibrationWindows:
     course, data = asked.course, asked.data
     loss_on = parse_loss_on(course.loss_on)
     longest, marking = context_length(checkpoint.config()), None if loss_on == "all" else loss_on
@@ -149,7 +149,7 @@ def _maybe_open(path: str | Path | None, options: OpenOptions) -> Iterator[Check
             checkpoint.close()
 
 
-def _teacher(asked: Asked) -> nn.Module:
+def _teacher(asked: TrainingTask) -> nn.Module:
     with _maybe_open(asked.reference or asked.model, asked.options) as checkpoint:
         assert checkpoint is not None
         return load_model(checkpoint, torch.float32, asked.device, asked.options)
@@ -162,7 +162,7 @@ def _refuse_other_vocabulary(student: Any, teacher: Any) -> None:
                          "the reference must be the float model that it was made of")  # fmt: skip
 
 
-def _refuse_too_large(checkpoint: Checkpoint, asked: Asked) -> None:
+def _refuse_too_large(checkpoint: Checkpoint, asked: TrainingTask) -> None:
     """UsageError where the training cannot fit the free memory."""
     weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     needed, free = weights * (asked.bytes + 4 * asked.course.distill), available_memory()
