@@ -63,6 +63,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache fp8_e4m3,q8_0/q4_0",
         "evaluate {in} --tasks arithmetic --task-items 1",
         "finetune {in} -o {out} --scheme W4A16 --steps 1 --windows 2 --window-tokens 16 --data {text}",
+        "finetune {in} -o {out} --lora 2 --lora-init loftq --steps 1 --windows 2 --window-tokens 16 --data {text}",
         "finetune {in} -o {out}.gguf --scheme Q4_0 --steps 1 --windows 2 --window-tokens 16 --data {text} --distill",
         "bench {in} --engine transformers --context 4 --tokens 8 --repeats 1 --warmups 0 --no-report",
     ),
@@ -85,6 +86,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         "generate {in} -p 'one two' --max-tokens 2",
         "compare {in} {gguf} --reference {source} --windows 1 --window-tokens 64 --no-report",
         "diagnose {in} --reference {source} --text {text}",
+        "finetune {in} -o {out} --lora 2 --steps 1 --windows 2 --window-tokens 16 --data {text}",
         "refine {in} --reference {source} -o {out} --samples 2 --seqlen 64 --sweeps 1 --windows 1 --window-tokens 32"
         " --calib {text} --text {other}",
         "refine {in} --reference {source} -o {out} --samples 2 --seqlen 64 --dry-run",

@@ -116,6 +116,11 @@ ROWS = {
     ),
     "instruction": ({"instruction": "Add", "input": "1+1", "output": "2"}, "[user]Add\n\n1+1[assistant]2"),
     "instruction without input": ({"instruction": "Add", "output": "2"}, "[user]Add[assistant]2"),
+    "prompt": ({"prompt": "Add 1+1", "completion": "2"}, "[user]Add 1+1[assistant]2"),
+    "prompt of turns": (
+        {"prompt": [{"role": "user", "content": "Add"}], "completion": [{"role": "assistant", "content": "2"}]},
+        "[user]Add[assistant]2",
+    ),
     "a string": ("plain words", "plain words\n\n"),
 }
 

@@ -48,7 +48,7 @@ SOURCES = {
     "modelopt NVFP4A16": ("modelopt", "NVFP4A16", {}),
 }  # fmt: skip
 # "float" takes anything, and mxfp4 the experts of gpt-oss alone (tests/export/test_mxfp4.py).
-TARGETS = [name for name in folder_formats() if name not in ("float", "mxfp4")]
+TARGETS = [name for name in folder_formats() if name not in ("float", "mxfp4", "bitnet")]
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ class Format:
     fused_experts  True where gpt-oss's experts of a block are one tensor
     kv_cache       granularities of FP8 KV-cache scales that the format stores: "tensor", "head"
     transforms     True if it can state rotations that an engine applies as the model runs
-    nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4)
+    nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4); None: refused
     beside         (file, suffix of tensor names) of old tools that describe the format outside config.json
     """
 
@@ -90,6 +90,10 @@ FORMATS: dict[str, Format] = {
         Format(
             "mxfp4", read=f"{_F}.mxfp4.read:Mxfp4Layout", write=f"{_F}.mxfp4.write", fused_experts=True,
             nearest=("MXFP4A16", "MXFP4A16"),
+        ),
+        Format(
+            "bitnet", "transformers", read=f"{_F}.bitnet.read:BitNetLayout", write=f"{_F}.bitnet.write",
+            rules=f"{_F}.bitnet.rules:RULES",
         ),
         Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True),
         Format(

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 # Storage of a scale. "model": a 16- or 32-bit float, as the file format has it. "nested": 8-bit codes of bitsandbytes'
 # double quantization.
 ScaleFormat = Literal["model", "e8m0", "e4m3", "nested"]
-Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4"]
+Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary"]
 
 
 @dataclass(frozen=True)
 class WeightSpec:
     """How a weight [N, K] is stored.
 
-    number        "int", a minifloat "e4m3" "e5m2" "e2m1", or a codebook of bitsandbytes "nf4" "fp4"
+    number        "int", a minifloat "e4m3" "e5m2" "e2m1", or a codebook of bitsandbytes "nf4" "fp4";
+                  "ternary": −1, 0, 1, with the mean |w| of the matrix for a scale (BitNet b1.58)
     bits          of one code
     symmetric     False: an integer zero point per scale
     granularity   which weights share a scale
@@ -148,6 +149,7 @@ _MXFP8 = WeightSpec("e4m3", 8, Granularity.GROUP, group_size=32, scale_format="e
 _NF4 = WeightSpec("nf4", 4, Granularity.GROUP, group_size=64)
 _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
 _INT4_RANGED = WeightSpec("int", 4, Granularity.GROUP, group_size=128, ranged=True)
+_TERNARY = WeightSpec("ternary", 2, Granularity.TENSOR)
 _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
@@ -198,6 +200,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("NF4", _NF4, None, "4-bit NormalFloat codebook in 64s, as bitsandbytes (QLoRA) has it; weight-only"),
         Scheme("FP4", _FP4, None, "bitsandbytes' 4-bit float codebook in 64s; weight-only"),
         Scheme("INT8", _LLM_INT8, None, "8-bit integers per row, LLM.int8() of bitsandbytes"),
+        Scheme("TERNARY", _TERNARY, _INT8_TOKEN,
+               "-1, 0, 1 with one scale per tensor, as BitNet b1.58; activations 8-bit per token; for training"),
     )
 }  # fmt: skip
 

@@ -74,7 +74,7 @@ class RunOptions(Table):
     ] = None  # fmt: skip
     resume: Annotated[
         bool,
-        Knob("Continue a stopped run after its last finished block", RUNNING, knobs.BLOCKWISE,
+        Knob("Continue a stopped run after its last finished block, or saved state", RUNNING, knobs.BLOCKWISE,
              see="calibration.md#stopping-and-going-on"),
     ] = False  # fmt: skip
 
@@ -100,8 +100,9 @@ class Settings(Table):
     ] = None  # fmt: skip
     format: Annotated[
         str,
-        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, else "
-             "compressed-tensors", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, bitnet for "
+             "TERNARY, else compressed-tensors", MAKE, metavar="FORMAT", see="formats.md",
+             choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,

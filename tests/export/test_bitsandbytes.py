@@ -12,6 +12,7 @@ import torch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import FormatError
+from lowbit.export import not_converted
 from lowbit.export.safetensors_writer import SafetensorsWriter
 from lowbit.formats.bitsandbytes import write as exporter
 from lowbit.kernels.tables import CODEBOOKS
@@ -206,13 +207,13 @@ def test_config_says_what_the_weights_are(scheme):
 
 
 def test_a_tied_head_is_skipped_though_nothing_lists_it():
-    assert exporter.skip_modules(["model.layers.0.q_proj"], []) == ["lm_head"]
-    assert exporter.skip_modules(["model.layers.0.q_proj", "lm_head"], []) == []
+    assert not_converted(["model.layers.0.q_proj"], []) == ["lm_head"]
+    assert not_converted(["model.layers.0.q_proj", "lm_head"], []) == []
 
 
 def test_skip_entries_never_catch_a_quantized_linear():
     """transformers compares ends of names too: "proj" would leave out q_proj; so would "a.1" leave out "a.1.b"."""
-    assert exporter.skip_modules(["model.q_proj", "a.1.b"], ["proj", "a.1"]) == ["^proj$", r"^a\.1$", "lm_head"]
+    assert not_converted(["model.q_proj", "a.1.b"], ["proj", "a.1"]) == ["^proj$", r"^a\.1$", "lm_head"]
 
 
 @pytest.mark.interop
@@ -220,7 +221,7 @@ def test_transformers_skips_the_ignored_linears_and_no_other():
     quantizers_utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
     quantized = [f"model.layers.{i}.{name}" for i in range(12) for name in ("q_proj", "mlp.gate_proj", "mlp.up_proj")]
     ignored = ["lm_head", "proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate", "layers", "head.proj"]
-    entries = exporter.skip_modules(quantized, ignored)
+    entries = not_converted(quantized, ignored)
     assert [name for name in quantized if not quantizers_utils.should_convert_module(name, entries)] == []
     assert [name for name in ignored if quantizers_utils.should_convert_module(name, entries)] == []
 

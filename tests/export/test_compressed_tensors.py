@@ -14,7 +14,9 @@ from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
 
-HELD = {name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC")}
+HELD = {
+    name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC", "TERNARY")
+}
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:

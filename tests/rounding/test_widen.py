@@ -21,7 +21,7 @@ SPECS["W2A16 asymmetric"] = WeightSpec("int", 2, Granularity.GROUP, 64, symmetri
 
 def rounded(spec: WeightSpec):
     weight = torch.randn(128, COLUMNS, generator=torch.Generator().manual_seed(7)) * 0.05
-    return round_to_nearest(weight, spec, grid_for(spec, "bfloat16"), RangeSearch(), measure_range(weight))
+    return round_to_nearest(weight, spec, grid_for(spec, "bfloat16"), RangeSearch(), measure_range(weight, spec))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -9,16 +11,21 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import CheckpointError, LowbitError, NonFiniteError, UsageError
-from lowbit.train import finetuning
-from lowbit.train.finetuning import Course, train
+from lowbit.train import Course, finetuning, opening
+from lowbit.train.loop import Lesson, train
 from models import SHORT_TEXT, make_model
 
-SMALL = {"data": SHORT_TEXT, "windows": 12, "window_tokens": 32, "batch": 4}
+SIZE = {"windows": 12, "window_tokens": 32, "batch": 4}
+
+
+def small(**course):
+    """A course of a few short windows, and its text."""
+    return {"data": SHORT_TEXT, "course": Course(**(SIZE | course))}
 
 
 def test_distillation_lowers_the_divergence_on_windows_it_did_not_see(tiny_llama, tmp_path):
-    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W2A16", group_size=32, distill=True, steps=12,
-                           learning_rate=1e-3, **SMALL)  # fmt: skip
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W2A16", group_size=32,
+                           **small(distill=True, steps=12, learning_rate=1e-3))  # fmt: skip
     assert done.report.settings.method == "qat"
     assert done.report.settings.calibration.name == SHORT_TEXT
     assert done.report.source.model == str(tiny_llama)
@@ -35,15 +42,15 @@ def test_distillation_lowers_the_divergence_on_windows_it_did_not_see(tiny_llama
 
 def test_training_goes_on_from_a_quantized_model(tiny_llama, tmp_path):
     start = lowbit.quantize(tiny_llama, tmp_path / "start", scheme="W4A16", group_size=32).path
-    done = lowbit.finetune(start, tmp_path / "out", scheme="W4A16", group_size=32, steps=2, distill=True,
-                           reference=tiny_llama, **SMALL)  # fmt: skip
+    done = lowbit.finetune(start, tmp_path / "out", scheme="W4A16", group_size=32,
+                           reference=tiny_llama, **small(steps=2, distill=True))  # fmt: skip
     assert lowbit.verify(done.path).ok
     with pytest.raises(UsageError, match="it cannot be its own reference"):
-        lowbit.finetune(start, tmp_path / "other", scheme="W4A16", distill=True, **SMALL)
+        lowbit.finetune(start, tmp_path / "other", scheme="W4A16", **small(distill=True))
 
 
 def test_the_same_seed_makes_the_same_bytes(tiny_llama, tmp_path):
-    paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", steps=1, seed=seed, **SMALL).path
+    paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", **small(steps=1, seed=seed)).path
              for name, seed in (("a.gguf", 0), ("b.gguf", 0))]  # fmt: skip
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -55,14 +62,26 @@ def test_the_command(tiny_llama, tmp_path):
     assert "trained 1 steps" in " ".join(done.output.split())
 
 
+def test_the_command_on_conversations(tiny_llama, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}, of course"}]}
+            for n in range(40)]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    line = f"finetune {tiny_llama} -o {tmp_path}/out --scheme W8A8 --data {tmp_path}/chat.jsonl --windows 8 --steps 1"
+    more = ["--window-tokens=32", "--loss-on=answers", "--save-every=1", "--resume"]  # there is nothing to go on from
+    done = CliRunner().invoke(app, [*line.split(), *more])
+    assert done.exit_code == 0, done.output
+    assert "trained 1 steps on answers" in " ".join(done.output.split())
+
+
 def test_data_in_memory(tiny_llama, tmp_path):
     rows = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(0))
-    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", data=list(rows), windows=6, window_tokens=24)
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", data=list(rows),
+                           course=Course(windows=6, window_tokens=24))  # fmt: skip
     assert done.report.settings.calibration.samples == 6
 
 
 def test_embeddings_and_the_output_layer_stay(tiny_llama, tmp_path):
-    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", steps=2, learning_rate=1e-2, **SMALL)
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **small(steps=2, learning_rate=1e-2))
     before, after = lowbit.inspect(tiny_llama), lowbit.inspect(done.path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(before.read(name), after.read(name))
@@ -101,18 +120,18 @@ class Spoiling(torch.nn.Module):
 def test_a_loss_that_is_not_finite_ends_the_training_before_it_spoils_the_weights():
     ids = torch.arange(64).reshape(8, 8) % 8
     model = Spoiling(3)
-    found = train(model, ids, Course(steps=5, batch=2, learning_rate=1e-2))
+    found = train(model, Lesson(ids), Course(steps=5, batch=2, learning_rate=1e-2))
     assert found.steps == 2
     assert found.stopped == "the loss of step 3 is not finite"
     assert model.weight.isfinite().all()
     assert "stopped: the loss of step 3" in found.sentence("loss")
     with pytest.raises(NonFiniteError, match="the loss of step 1 is not finite"):
-        train(Spoiling(1), ids, Course(steps=5, batch=2, learning_rate=1e-2))
+        train(Spoiling(1), Lesson(ids), Course(steps=5, batch=2, learning_rate=1e-2))
 
 
 def test_too_little_to_learn_from():
     with pytest.raises(CheckpointError, match="nothing is left to learn from"):
-        train(Spoiling(9), torch.zeros(1, 8, dtype=torch.long), Course())
+        train(Spoiling(9), Lesson(torch.zeros(1, 8, dtype=torch.long)), Course())
 
 
 @pytest.mark.parametrize(
@@ -121,6 +140,9 @@ def test_too_little_to_learn_from():
         ({"reference": "x"}, "--reference is read only with --distill"),
         ({"learning_rate": 0.0}, "at rate 0.0"),
         ({"batch": 0}, "of 0 windows"),
+        ({"loss_on": "questions"}, "not taken on 'questions'"),
+        ({"loss_on": "answers"}, "there are no answers in it"),
+        ({"save_every": -1}, "every -1 steps"),
         ({"method": "gptq"}, "method is not read by a training"),
         ({"data": []}, "it is empty"),
         ({"scheme": "Q4_0"}, "written as one GGUF file"),
@@ -129,25 +151,26 @@ def test_too_little_to_learn_from():
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny_llama, tmp_path, asked, said):
+    course = {name: asked.pop(name) for name in list(asked) if name in Course.__dataclass_fields__}
     with pytest.raises(LowbitError, match=said):
-        lowbit.finetune(tiny_llama, tmp_path / "out", **({"scheme": "W4A16"} | SMALL | asked))
+        lowbit.finetune(tiny_llama, tmp_path / "out", **({"scheme": "W4A16"} | small(**course) | asked))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_does_not_fit_is_refused(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "available_memory", lambda: 1000)
+    monkeypatch.setattr(opening, "available_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"training .* weights takes"):
-        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **SMALL)
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **small())
 
 
 def test_a_reference_of_another_vocabulary(tiny_llama, tmp_path):
     other = make_model(tmp_path / "other", vocab_size=512)
     with pytest.raises(UsageError, match="vocabulary of 512"):
-        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", distill=True, reference=other, **SMALL)
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", reference=other, **small(distill=True))
 
 
 def test_an_output_that_is_there_is_not_touched(tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(LowbitError, match="exists already"):
-        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **SMALL)
+        lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", **small())

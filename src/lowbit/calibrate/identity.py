@@ -45,7 +45,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
         "model": source.source,
         "source": {"revision": options.revision},
-        "files": _weight_hashes(source) | file_hashes(set(adapter_files(options))),
+        "files": weight_hashes(source) | file_hashes(set(adapter_files(options))),
         "start": file_hashes(set() if job.start is None else set(job.start.files)),
         "config": source.config(),
         "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
@@ -56,7 +56,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _weight_hashes(source: Checkpoint) -> dict[str, str]:
+def weight_hashes(source: Checkpoint) -> dict[str, str]:
     """SHA-256 of each weight file, or of all tensors of a model in memory, one after the other."""
     if source.kind != IN_MEMORY:
         return file_hashes({info.file for info in source.tensors.values()})

@@ -43,6 +43,8 @@ class Leftover:
             return self.in_use
         if self.path.name.endswith(WORK):
             blocks = f"{self.blocks} finished blocks, which --resume would go on from" if self.blocks else "a record"
+            if not self.blocks and (self.path / "learning.safetensors").exists():
+                blocks = "the state of a training, which --resume would go on from"
             return f"{blocks}; left by {self.owner}" if self.owner else blocks
         return "an output that was being replaced" if ".earlier-" in self.path.name else "an unfinished output"
 

@@ -7,7 +7,7 @@
                                   and, in the header, its results for the report
         states-00007              hidden states before block 7, written now and then
         token-weights.safetensors weights of tokens in the Hessians (`calibrate.gradients`), where the run has any
-        learning.safetensors      what a distillation needs to go on, written now and then
+        learning.safetensors      what a distillation or a training needs to go on, written now and then
         distilled-00003.safetensors   a block with what the distillation learned, read in place of the first
 
 Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
@@ -45,6 +45,7 @@ from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
                     r"|learning\.safetensors|distilled-\d{5}\.safetensors)(\.partial)?")  # fmt: skip
 _WEIGHTS = "token-weights.safetensors"
+_LEARNING = "learning.safetensors"
 _SHOWN = 4  # differences in a message
 _log = logging.getLogger("lowbit")
 
@@ -257,15 +258,15 @@ class BlockStore:
             return weights, json.loads(file.metadata()["missing"])
 
     def save_learning(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write the state of a distillation, replacing an earlier one."""
-        path = self.folder / "learning.safetensors"
+        """Write the state of what learns (a distillation, a training), replacing an earlier one."""
+        path = self.folder / _LEARNING
         beside = path.with_name(path.name + ".partial")
         save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
         self._keep(beside, path)
 
     def load_learning(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last saved state; None if there is none."""
-        path = self.folder / "learning.safetensors"
+        path = self.folder / _LEARNING
         if not self._is_sound(path):
             return None
         with safe_open(path, framework="pt") as file:
@@ -288,6 +289,8 @@ class BlockStore:
         if blocks:
             _log.warning("%d finished blocks of an earlier run are removed; --resume would have gone on from them",
                          len(blocks))  # fmt: skip
+        elif (self.folder / _LEARNING).exists():
+            _log.warning("the state of an earlier training is removed; --resume would have gone on from it")
         for path in self._files():
             path.unlink()
 
@@ -321,10 +324,14 @@ class BlockStore:
         if not path.is_file():
             return False
         sound = self._sums.get(path.name) == _sha256(path)
+        beside = self.folder / f"{path.name}.partial"
+        if not sound and beside.is_file() and self._sums.get(path.name) == _sha256(beside):
+            _rename_durably(beside, path)  # a kill came between the note of its SHA-256 and its name
+            sound = True
         if not sound:
             again = ("hidden states are computed again" if "states" in path.name else
                      "the weights of tokens are computed again" if path.name == _WEIGHTS else
-                     "the distillation begins anew" if "learning" in path.name else
+                     "the learning begins anew" if "learning" in path.name else
                      "its block, and those after it, are done again")  # fmt: skip
             _log.warning("%s is damaged: %s", path, again)
         return sound

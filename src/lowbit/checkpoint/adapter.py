@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.checkpoint.base import OpenOptions, TensorInfo, read_json_object
+from lowbit.checkpoint.base import REPORT_NAME, OpenOptions, TensorInfo, read_json_object
 from lowbit.checkpoint.companions import ADAPTER, ADAPTER_WEIGHTS, adapter_kind, is_lone_adapter
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
@@ -181,6 +181,11 @@ class Adapter:
                 "save it with path_initial_model_for_weight_conversion, or, if MODEL is that changed base, set "
                 "init_lora_weights to true in adapter_config.json",
             )
+        if self._changed_base():
+            raise CheckpointError(
+                f"{where} with a base of its own, {self.base}: LoftQ made its codes up together with it",
+                "no other base goes with it; `lowbit finetune --lora … --merge` writes one checkpoint",
+            )
         unknown = sorted(key for key, value in self.config.items()
                          if value and key not in _TOLD and key not in _VARIANTS)  # fmt: skip
         if unknown:
@@ -188,6 +193,13 @@ class Adapter:
                 f"{where} with {', '.join(unknown)} in adapter_config.json, of which lowbit does not know the meaning",
                 f"{hint}; or remove the field if it changes nothing",
             )
+
+    def _changed_base(self) -> bool:
+        """True where lowbit's report beside it says that its base was changed; PEFT's config cannot say so."""
+        if not (self.folder / REPORT_NAME).is_file():
+            return False
+        lora = read_json_object(self.folder / REPORT_NAME).get("lora")
+        return isinstance(lora, dict) and bool(lora.get("changed_base"))
 
     def _sorted_out(self) -> tuple[list[LowRank], dict[str, str]]:
         """(pairs, replaced parameters)."""

@@ -57,10 +57,10 @@ _LOADING = Loading(
         LEFT_OUT,
         GPT_OSS,
         NO_TRANSFORMS,
-        Rule("transformers-conv1d", "limits", ("compressed-tensors",), "no quantized Conv1D", check_transposed,
+        Rule("transformers-conv1d", "limits", ("compressed-tensors", "bitnet"), "no quantized Conv1D", check_transposed,
              "quantizers/quantizer_compressed_tensors.py (transformers); quantization/lifecycle/apply.py "
              "(compressed-tensors)", limit=True),
-        Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes", "compressed-tensors"),
+        Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes", "bitnet", "compressed-tensors"),
              "no quantized experts that transformers merges", check_experts,
              "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),
     ),
@@ -68,7 +68,7 @@ _LOADING = Loading(
         "modelopt": "transformers 5 does not know quant_method 'modelopt': it warns, skips the quantization, and loads "
                     "the codes as if they were weights",
     },
-    leaves_out=dict.fromkeys(("awq", "bitsandbytes", "fp8"), _leaves_out),
+    leaves_out=dict.fromkeys(("awq", "bitsandbytes", "bitnet", "fp8"), _leaves_out),
     fuses=False,
 )  # fmt: skip
 

@@ -5,12 +5,14 @@ An exporter is a module with the functions of the protocol, or, for variants (GP
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lowbit.patterns import up_to_a_dot
 from lowbit.registry import FORMATS, load
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lowbit.tensors import QuantizedTensor
 
 # Numbers that only one format stores; compressed-tensors is the default for all others.
-_FORMAT_OF_NUMBER = {"nf4": "bitsandbytes", "fp4": "bitsandbytes"}
+_FORMAT_OF_NUMBER = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "ternary": "bitnet"}
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,24 @@ def usual_engine(schemes: dict[str, Scheme]) -> str | None:
 def none_needless(scheme: Scheme) -> tuple[str, ...]:
     """None: a fused linear is stored as a single one is."""
     return ()
+
+
+def not_converted(quantized: list[str], ignored: list[str]) -> list[str]:
+    """Names for transformers that match every ignored linear and no quantized one.
+
+    transformers compares an entry with the beginning of a module's name (as a regex, up to a dot or the end) and with
+    its end. Where a plain name would also catch a quantized linear, an anchored regex takes its place. A tied output
+    head is a linear to transformers though the files do not hold one, hence `lm_head`. SGLang looks fused linears up
+    under the fused name.
+    """
+    entries = []
+    for name in dict.fromkeys([*ignored, *fused_names(ignored), "lm_head"]):
+        if name in quantized:
+            continue
+        plain = up_to_a_dot(name)
+        catches = any(plain.match(linear) or linear.endswith(name) for linear in quantized)
+        entries.append(f"^{re.escape(name)}$" if catches else name)
+    return entries
 
 
 def block_rows(scheme: Scheme, shape: tuple[int, int]) -> int:

@@ -21,6 +21,8 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
     scale_format = model_dtype if spec.scale_format == "model" else spec.scale_format
     if spec.number == "int":
         return IntGrid(spec.bits, spec.symmetric, scale_format, spec.narrow, lowest_zero_point)
+    if spec.number == "ternary":
+        return IntGrid(spec.bits, True, scale_format, narrow=True)
     if spec.number in CODEBOOKS:
         return CodebookGrid(CODEBOOKS[spec.number], scale_format)
     return MinifloatGrid(MINIFLOATS[spec.number], scale_format)

@@ -160,7 +160,12 @@ def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, asked: Sc
     if asked is not None:
         return Choice(asked, reason=f"{asked.name} was asked for, and does not hold codes of {source.name}")
     nearest = FORMATS[exporter.FORMAT].nearest
-    assert nearest is not None, "formats that refuse schemes have a nearest one"
+    if nearest is None:
+        raise FormatError(
+            f"{exporter.FORMAT} does not hold {source.name}, and rounding to what it holds would ruin a model that was "
+            "not trained so",
+            "choose another format, or train with lowbit finetune",
+        )
     scheme = SCHEMES[nearest[source.weight.bits > 4]]
     if scheme.weight.group_size_is_free:  # the source's group size, or one that divides the row
         sizes = (source.weight.group_size, 128, 64, 32)

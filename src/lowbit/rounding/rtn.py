@@ -27,6 +27,7 @@ class TensorRange:
     absmax_sum   Σ of the groups' largest |w|, in float64, whose mean double quantization needs, per tensor: do not join
                  fused sets for it
     groups       number of groups that are not all zero
+                 of ternary weights: Σ |w|, and the number of weights
     """
 
     low: float
@@ -51,6 +52,10 @@ class TensorRange:
 def measure_range(weight: Tensor, spec: WeightSpec | None = None) -> TensorRange:
     """Range of a slab [rows, K], with the mean over groups if `spec` needs it; keeps NaN and inf."""
     nested = spec is not None and spec.scale_format == "nested"
+    if spec is not None and spec.number == "ternary":
+        magnitude = weight.float().abs()
+        largest = magnitude.max().item()
+        return TensorRange(-largest, largest, magnitude.sum(dtype=torch.float64).item(), weight.numel())
     columns = weight.shape[1]
     low, high = kernels.group_range(weight, spec.columns_per_scale(columns) if spec is not None and nested else columns)
     found = TensorRange(low.min().item(), high.max().item())
@@ -113,14 +118,13 @@ def fit_weight(
     importance    float32 [K], weighs squared errors in an "mse" search
 
     BLOCK and TENSOR ranges are always absmax: their only scale format here is FP8, whose relative precision hardly
-    depends on the scale.
+    depends on the scale; of ternary weights the mean |w|, whose multiples by −1, 0 and 1 they become.
     """
     group_size = spec.columns_per_scale(weight.shape[1])
     if spec.granularity is Granularity.TENSOR:
         known = _known(tensor_range)
-        low, high = (
-            torch.tensor([[end]], dtype=torch.float32, device=weight.device) for end in (known.low, known.high)
-        )
+        ends = (-known.mean_absmax, known.mean_absmax) if spec.number == "ternary" else (known.low, known.high)
+        low, high = (torch.tensor([[end]], dtype=torch.float32, device=weight.device) for end in ends)
         return Fitted(grid.params_from_range(low, high).scale, grid, spec.granularity, group_size)
     if spec.granularity is Granularity.BLOCK:
         return Fitted(_block_scale(grid, weight, group_size), grid, spec.granularity, group_size)

@@ -240,8 +240,10 @@ class GridTarget(Target[Fitted]):
 
     @property
     def fused_sets_share(self) -> bool:
-        # kernels for integers take one scale per member (vLLM's convert_to_channelwise)
-        return self.needs_range and not self.is_nested and (self.spec.number != "int" or self.spec.ranged)
+        # kernels for integers take one scale per member (vLLM's convert_to_channelwise), and so does BitNet
+        return (
+            self.needs_range and not self.is_nested and (self.spec.number not in ("int", "ternary") or self.spec.ranged)
+        )
 
     @property
     def is_llm_int8(self) -> bool:

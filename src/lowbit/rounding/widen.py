@@ -1,6 +1,6 @@
 """The same weights on a wider grid, so that one format can hold another's codes bit for bit.
 
-    narrow ⊂ full range      symmetric ⊂ asymmetric (zero point 0)      b bits ⊂ more bits
+    ternary ⊂ 2 bits    narrow ⊂ full range      symmetric ⊂ asymmetric (zero point 0)      b bits ⊂ more bits
     one scale a tensor ⊂ one a row ⊂ one a group of g ⊂ one a group of g / n     double-quantized scales ⊂ floats
     a range beside the scales ⊂ none
 
@@ -27,6 +27,9 @@ _BITS = (4, 8)
 
 def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
     """Specs that hold every weight of `spec` exactly: itself first, then by cost in bytes."""
+    if spec.number == "ternary":
+        yield spec
+        spec = replace(spec, number="int")
     bits = [spec.bits] + [bits for bits in _BITS if spec.number == "int" and bits > spec.bits]
     for width in bits:
         for granularity, group_size in _scalings(spec, columns):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.answers import AnswerMarker, Marking
 from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
 from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
 from lowbit.text.packing import Packer, Renderer, spaced
@@ -37,6 +38,7 @@ HOPELESS_ROWS = 10_000  # rows without text after which a source is given up: da
 # Running text is read up to this many characters per token of the windows, but at least WHOLE_CHARACTERS.
 CHARACTERS_PER_TOKEN = 32
 WHOLE_CHARACTERS = 4_000_000
+_NO_ANSWERS = "give conversations (messages, or prompt and completion), or leave --loss-on out"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class CalibrationWindows:
     text_tokens  tokens in the text that was read
     asked        windows requested
     notes        for the user: fewer windows than requested, skipped parts, the order of rows
+    counted      bool [windows, window_tokens]: the tokens that count in a loss; None: all
     """
 
     ids: Tensor
@@ -57,14 +60,16 @@ class CalibrationWindows:
     text_tokens: int
     asked: int
     notes: tuple[str, ...]
+    counted: Tensor | None = None
 
 
 def calibration_windows(
     source: str | Path | None, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, *, seed: int = 0,
-    longest: int | None = None,
+    longest: int | None = None, marking: Marking | None = None,
 ) -> CalibrationWindows:  # fmt: skip
     """The first `windows` windows of a source, or as many as it has; the packaged text for None.
 
+    marking  which tokens count in a loss (`answers.py`); None: not asked
     source   a short name of `hub.DATASETS`, hub:OWNER/NAME[:CONFIG[:SPLIT]], a file, or a folder
     seed     of the order of rows
     longest  the model's context in tokens; None: unknown
@@ -74,6 +79,7 @@ def calibration_windows(
     check_context(windows, window_tokens, longest)
     characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
     if source is None:
+        _refuse_running(marking, "the packaged text")
         return windows_of_text(read_text(None, "calibration"), tokenizer, windows, window_tokens)
     name, path = str(source), Path(source)
     reading = Reading(name, seed, characters)
@@ -89,11 +95,17 @@ def calibration_windows(
     elif path.suffix.lower() in ROW_SUFFIXES:
         documents = _of_rows(file_rows(path), reading, name, FILE_BUFFER)
     else:
+        _refuse_running(marking, name)
         content = read_plain(path, characters)
         if len(content) == characters:
             reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
         return windows_of_text(Text(name, content), tokenizer, windows, window_tokens, reading.notes)
-    return packed_windows(documents, reading, tokenizer, windows, window_tokens)
+    return packed_windows(documents, reading, tokenizer, windows, window_tokens, marking)
+
+
+def _refuse_running(marking: Marking | None, name: str) -> None:
+    if marking == "answers":
+        raise UsageError(f"{name} is running text: there are no answers in it", _NO_ANSWERS)
 
 
 def check_context(windows: int, window_tokens: int, longest: int | None) -> None:
@@ -230,20 +242,21 @@ def _file_document(path: Path, reading: Reading) -> str:
 
 def packed_windows(
     documents: Iterator[Document], reading: Reading, tokenizer: PreTrainedTokenizerBase, windows: int,
-    window_tokens: int,
+    window_tokens: int, marking: Marking | None = None,
 ) -> CalibrationWindows:  # fmt: skip
     """Documents of a source, packed into windows; no more of them are taken than the windows need."""
-    render = Renderer(tokenizer, reading.characters)
+    marker = None if marking is None else AnswerMarker(tokenizer, reading.characters, marking)
+    render = marker or Renderer(tokenizer, reading.characters)
     packer = Packer(tokenizer, windows, window_tokens)
     digest = hashlib.sha256()
     for document in documents:
-        text, ids = render(document)
+        text, ids, counted = (*render(document), None) if marker is None else marker.marked(document)
         if not ids:
             if render.refused >= HOPELESS_ROWS and not packer.stream:
                 break
             continue
         digest.update((b"\n\n" if packer.stream else b"") + text.encode("utf-8"))
-        packer.add(ids)
+        packer.add(ids, counted)
         if len(packer.cut) == windows:
             break
     documents.close()  # type: ignore[attr-defined]
@@ -262,7 +275,10 @@ def packed_windows(
     ids = torch.tensor(packer.cut, dtype=torch.long)
     refuse_degenerate(ids, tokenizer, reading.name)
     notes += degenerate_notes(ids, tokenizer, reading.name)
-    return CalibrationWindows(ids, reading.name, digest.hexdigest(), tokens, windows, tuple(notes))
+    if marking == "answers" and marker is not None and not marker.split:
+        raise UsageError(f"{reading.name}: there are no answers in it that can be told from the rest", _NO_ANSWERS)
+    counted = torch.tensor(packer.counts) if marker is not None and marker.split else None
+    return CalibrationWindows(ids, reading.name, digest.hexdigest(), tokens, windows, tuple(notes), counted)
 
 
 def some(names: list[str], shown: int = 3) -> str:

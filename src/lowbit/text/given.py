@@ -3,7 +3,7 @@
     item                                                      taken as
     text; {"text": …}; {"messages": …} and other layouts      a document (`rows.py`), packed as documents of a file are
     a list of {role, content}                                 a conversation
-    {"input_ids": …, "attention_mask": …}                     token ids, one row or a padded batch (DataLoader)
+    {"input_ids": …, "attention_mask": …, "labels": …}        token ids, one row or a padded batch (DataLoader)
     a tensor or list of integers, [T] or [rows, T]            token ids
 
 Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless.
@@ -12,6 +12,8 @@ Rows of token ids of one length without masked tokens are the windows, as they a
 is asked for. All others are one stream, cut into windows as documents are, masked tokens left out: padding is in no
 statistic. Without a mask, a run of pad tokens at either end of a row is padding, where the pad token is neither BOS nor
 EOS.
+
+In a loss, tokens whose label is −100 count for nothing, as transformers has it.
 
 Refused: items of two kinds, ids that are no integers or that the model has no row for, a mask of another shape, batches
 of several tensors that do not say which is which, a mapping of splits, data without a token to learn from.
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
+from lowbit.text.answers import Marking
 from lowbit.text.calibration import (
     HOPELESS_ROWS,
     CalibrationWindows,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 OF_MEMORY = " in memory"  # ends the names of such data
 _TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
 _CHARACTERS = 4_000_000  # of one document
+_UNLABELLED = -100  # label of a token that counts for nothing
 
 
 @dataclass
@@ -57,7 +61,7 @@ class GivenText:
     """
 
     data: Any
-    _cut: dict[tuple[int, int | None], CalibrationWindows] = field(default_factory=dict, repr=False)
+    _cut: dict[tuple[Any, ...], CalibrationWindows] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -66,7 +70,7 @@ class GivenText:
 
     def windows(
         self, tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int | None, *, default: int = 512,
-        longest: int | None = None, vocabulary: int | None = None,
+        longest: int | None = None, vocabulary: int | None = None, marking: Marking | None = None,
     ) -> CalibrationWindows:  # fmt: skip
         """The first `windows` windows, or as many as there are.
 
@@ -74,8 +78,9 @@ class GivenText:
         window_tokens  None: the rows of token ids are the windows where they can be, else windows of `default`
         longest        the model's context in tokens; None: unknown
         vocabulary     rows of the embedding; None: unknown
+        marking        which tokens count in a loss (`answers.py`); None: not asked
         """
-        key = (windows, window_tokens)
+        key = (windows, window_tokens, marking)
         if key not in self._cut:
             check_context(windows, window_tokens or default, longest if window_tokens else None)
             items = self._items()
@@ -85,9 +90,9 @@ class GivenText:
             items = chain([first], items)
             usual = min(default, longest or default)
             if _ids_of(first, self.name) is None:
-                cut = self._of_documents(items, tokenizer, windows, window_tokens or usual)
+                cut = self._of_documents(items, tokenizer, windows, window_tokens or usual, marking)
             else:
-                cut = self._of_ids(items, tokenizer, windows, window_tokens, usual)
+                cut = self._of_ids(items, tokenizer, windows, window_tokens, usual, marking)
             _check_ids(cut.ids, self.name, longest, vocabulary)
             if not window_tokens and cut.ids.shape[1] == usual < default:
                 note = f"windows of {usual} tokens, the model's context, and not of {default}"
@@ -109,8 +114,9 @@ class GivenText:
         return iter(data)
 
     def _of_documents(
-        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int
-    ) -> CalibrationWindows:
+        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int,
+        marking: Marking | None,
+    ) -> CalibrationWindows:  # fmt: skip
         if tokenizer is None:
             raise UsageError(f"{self.name} holds texts, and there is no tokenizer", "give tokenizer=")
         reading = Reading(self.name, 0, _CHARACTERS, notes=[f"rows of {self.name} in the order given"])
@@ -121,39 +127,40 @@ class GivenText:
                 if reading.counted(document):
                     yield document
 
-        return packed_windows(documents(), reading, tokenizer, windows, window_tokens)
+        return packed_windows(documents(), reading, tokenizer, windows, window_tokens, marking)
 
     def _of_ids(
         self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, asked: int | None,
-        default: int,
+        default: int, marking: Marking | None,
     ) -> CalibrationWindows:  # fmt: skip
         rows = _IdRows(self.name, tokenizer)
         read = rows.read(items)
-        taken: list[Tensor] = []
+        taken: list[tuple[Tensor, Tensor]] = []
         for row in read:
             taken.append(row)
             if len(taken) == windows:
                 break
         if not taken:
             raise rows.nothing_found()
-        lengths = {len(row) for row in taken}
+        lengths = {len(row) for row, _ in taken}
         notes = [f"rows of {self.name} in the order given"]
-        if asked is None and len(lengths) == 1 and not rows.masked and len(taken[0]) >= 4:
-            ids, tokens = torch.stack(taken), len(taken) * len(taken[0])
+        if asked is None and len(lengths) == 1 and not rows.masked and len(taken[0][0]) >= 4:
+            ids, counted = (torch.stack(parts) for parts in zip(*taken, strict=True))
+            tokens = ids.numel()
             if next(read, None) is not None:
                 notes.append(f"the first {windows} of them were needed")
         else:
             step = asked or default
             packer = _Stream(step) if tokenizer is None else Packer(tokenizer, windows, step)
-            for row in chain(taken, read):
-                packer.add(row.tolist())
+            for row, labelled in chain(taken, read):
+                packer.add(row.tolist(), labelled.tolist())
                 if len(packer.cut) >= windows:
                     break
             tokens = len(packer.stream)
             if not packer.cut:
                 raise CheckpointError(f"{self.name} has {tokens} tokens; one window needs {packer.step}",
                                       "give more, or smaller windows (seqlen)")  # fmt: skip
-            ids = torch.tensor(packer.cut[:windows], dtype=torch.long)
+            ids, counted = torch.tensor(packer.cut[:windows], dtype=torch.long), torch.tensor(packer.counts[:windows])
             notes.append("joined to one stream and cut into windows")
         read.close()
         if tokenizer is not None:
@@ -161,7 +168,11 @@ class GivenText:
             notes += degenerate_notes(ids, tokenizer, self.name)
         notes += rows.notes() + too_few(self.name, tokens, len(ids), ids.shape[1], windows)
         digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-        return CalibrationWindows(ids, self.name, digest, tokens, windows, tuple(notes))
+        if marking == "answers" and not rows.labelled:
+            raise UsageError(f"{self.name} holds token ids without labels: nothing tells which of them are answers",
+                             "give labels, −100 for what counts for nothing, or conversations")  # fmt: skip
+        counts = counted if marking is not None and rows.labelled else None
+        return CalibrationWindows(ids, self.name, digest, tokens, windows, tuple(notes), counts)
 
 
 class _Stream:
@@ -169,46 +180,58 @@ class _Stream:
 
     def __init__(self, window_tokens: int):
         self.step, self.stream, self.cut = window_tokens, list[int](), list[list[int]]()
+        self.counts, self._counted = list[list[bool]](), list[bool]()
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: list[int], counted: list[bool]) -> None:
         self.stream += ids
+        self._counted += counted
         while len(self.stream) >= (len(self.cut) + 1) * self.step:
             start = len(self.cut) * self.step
             self.cut.append(self.stream[start : start + self.step])
+            self.counts.append(self._counted[start : start + self.step])
 
 
 class _IdRows:
-    """Rows of token ids, int64 [T], masked tokens left out; counts what was left out."""
+    """Rows of token ids, int64 [T], masked tokens left out; counts what was left out.
+
+    labelled  rows with labels
+    """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase | None):
         self._name = name
         pad, bos, eos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
         self._pad = pad if pad not in (None, bos, eos) else None
-        self.rows = self.empty = self.masked = self.padded = self.tokens = 0
+        self.rows = self.empty = self.masked = self.padded = self.tokens = self.labelled = 0
 
-    def read(self, items: Iterator[Any]) -> Generator[Tensor, None, None]:
+    def read(self, items: Iterator[Any]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """(ids, whether each has a label, bool) of every row; without labels all have."""
         for item in items:
             found = _ids_of(item, self._name)
             if found is None:
                 raise UsageError(f"{self._name} mixes token ids with a {type(item).__name__}", _TAKEN)
-            ids, mask = found
+            ids, mask, labels = found
             for index, row in enumerate(ids):
-                kept = self._unpadded(row) if mask is None else row[mask[index]]
+                places = self._unpadded(row) if mask is None else mask[index].nonzero()[:, 0]
+                kept = row[places]
+                counted = torch.ones_like(kept, dtype=torch.bool) if labels is None else labels[index][places]
+                self.labelled += labels is not None
                 self.rows += 1
                 self.tokens += len(row)
                 self.masked += len(row) - len(kept)
                 self.padded += 0 if mask is not None else len(row) - len(kept)
                 self.empty += not len(kept)
                 if len(kept):
-                    yield kept
+                    yield kept, counted
                 elif self.empty == self.rows >= HOPELESS_ROWS:
                     raise self.nothing_found()
 
     def _unpadded(self, row: Tensor) -> Tensor:
+        """Indices of the tokens between runs of pad tokens."""
+        every = torch.arange(len(row))
         if self._pad is None:
-            return row
+            return every
         places = (row != self._pad).nonzero()
-        return row[int(places[0]) : int(places[-1]) + 1] if len(places) else row[:0]
+        return every[int(places[0]) : int(places[-1]) + 1] if len(places) else every[:0]
 
     def nothing_found(self) -> CheckpointError:
         return CheckpointError(
@@ -228,13 +251,13 @@ class _IdRows:
         return notes
 
 
-def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
-    """(token ids int64 [rows, T], mask bool [rows, T] or None) of an item; None where it is a document."""
-    mask = None
+def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """(token ids int64 [rows, T], mask and labels as bool [rows, T] or None) of an item; None for a document."""
+    mask = labels = None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             return None
-        item, mask = item["input_ids"], item.get("attention_mask")
+        item, mask, labels = item["input_ids"], item.get("attention_mask"), item.get("labels")
     elif isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
         if len(item) > 1:
             raise UsageError(
@@ -244,7 +267,7 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
         item = next(iter(item))
     if isinstance(item, str) or not isinstance(item, Tensor | list | tuple):
         if hasattr(item, "__array__"):
-            return _as_rows(torch.as_tensor(item), None, name)
+            return _as_rows(torch.as_tensor(item), None, None, name)
         return None
     if isinstance(item, list | tuple):
         first = next(iter(item), None)
@@ -252,7 +275,7 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None] | None:
         if flat and not all(type(each) is int for each in flat):
             return None
         item = _rectangular(item, name) if item else torch.zeros(0, dtype=torch.long)
-    return _as_rows(item, mask, name)
+    return _as_rows(item, mask, labels, name)
 
 
 def _rectangular(item: Any, name: str) -> Tensor:
@@ -262,20 +285,29 @@ def _rectangular(item: Any, name: str) -> Tensor:
         raise UsageError(f"{name} holds a batch of rows of several lengths", "give the rows one by one") from error
 
 
-def _as_rows(ids: Tensor, mask: Any, name: str) -> tuple[Tensor, Tensor | None]:
+def _as_rows(ids: Tensor, mask: Any, labels: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool or ids.dim() not in (1, 2):
         kind = str(ids.dtype).removeprefix("torch.")
         raise UsageError(f"{name} holds a {kind} tensor {list(ids.shape)}; token ids are integers [T] or [rows, T]",
                          _TAKEN)  # fmt: skip
     ids = ids.detach().cpu().to(torch.long)
     rows = ids if ids.dim() == 2 else ids[None]
-    if mask is None:
-        return rows, None
-    mask = torch.as_tensor(mask).cpu()
-    if mask.shape != ids.shape:
+    mask, labels = _beside(mask), _beside(labels)
+    if mask is not None and mask.shape != ids.shape:
         raise UsageError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
                          "both are [rows, T]; a mask of four dimensions is no padding mask")  # fmt: skip
-    return rows, (mask if mask.dim() == 2 else mask[None]).bool()
+    if labels is not None and labels.shape != ids.shape:
+        labels = None  # they are of whole rows
+    mask, labels = (each if each is None or each.dim() == 2 else each[None] for each in (mask, labels))
+    return rows, None if mask is None else mask.bool(), None if labels is None else labels != _UNLABELLED
+
+
+def _beside(values: Any) -> Tensor | None:
+    """What goes with token ids, as a tensor on the CPU; None for what is no tensor of numbers."""
+    try:
+        return None if values is None else torch.as_tensor(values).cpu()
+    except (ValueError, TypeError, RuntimeError):
+        return None
 
 
 def _document(item: Any, name: str) -> Document:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,6 +108,16 @@ class Renderer:
                 raise
             return self._apply_template([_with_parsed_arguments(message) for message in messages])
 
+    def _messages_of(self, document: list[Message]) -> list[Message]:
+        """The turns of a conversation that was rendered, as its template took them."""
+        messages = [message | {"content": self._content(message)} for message in document]
+        if any(message.get("tool_calls") for message in messages):
+            try:
+                self._apply_template(messages)
+            except Exception:  # as in __call__
+                return [_with_parsed_arguments(message) for message in messages]
+        return messages
+
     def _content(self, message: Message) -> Any:
         text = texts_of(message)[0]
         return [{"type": "text", "text": text}] if self._wants_parts and text else text
@@ -123,13 +134,17 @@ class Renderer:
                 shown.append(False)
         return shown == [False, True]
 
-    def _apply_template(self, messages: list[Message]) -> str:
+    def _apply_template(self, messages: list[Message], **more: Any) -> str:
         apply: Callable[..., Any] = self._tokenizer.apply_chat_template
-        template = self._tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            template = FIXED_DATE + template
-        with bounded_template(str(getattr(self._tokenizer, "name_or_path", "the model"))):
-            return _encodable(apply(messages, tokenize=False, chat_template=template))
+        template = self._dated(str(self._tokenizer.get_chat_template()))
+        with self._bounded():
+            return _encodable(apply(messages, tokenize=False, chat_template=template, **more))
+
+    def _dated(self, template: str) -> str:
+        return FIXED_DATE + template if "strftime_now" in template else template
+
+    def _bounded(self) -> AbstractContextManager[None]:
+        return bounded_template(str(getattr(self._tokenizer, "name_or_path", "the model")))
 
     def _ids(self, text: str) -> list[int]:
         return cast("list[int]", self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -152,7 +167,8 @@ def _with_parsed_arguments(message: Message) -> Message:
 class Packer:
     """The stream of all documents' tokens, and the windows cut from it so far.
 
-    step  tokens of the stream in a window
+    step    tokens of the stream in a window
+    counts  of each window, whether its tokens count in a loss; BOS counts for nothing
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int):
@@ -161,10 +177,14 @@ class Packer:
         self.step = window_tokens - len(self._bos)
         self.stream: list[int] = []
         self.cut: list[list[int]] = []
+        self.counts: list[list[bool]] = []
+        self._counted: list[bool] = []
         self._at = 0
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: list[int], counted: list[bool] | None = None) -> None:
+        """Append a document; `counted` says of each token whether it counts, None: all do."""
         self.stream += ids
+        self._counted += [True] * len(ids) if counted is None else counted
         while len(self.cut) < self._windows:
             start = self._at
             if self._bos and self.stream[start : start + 1] == self._bos:
@@ -172,6 +192,7 @@ class Packer:
             if len(self.stream) - start < self.step:
                 return
             self.cut.append(self._bos + self.stream[start : start + self.step])
+            self.counts.append([False] * len(self._bos) + self._counted[start : start + self.step])
             self._at = start + self.step
 
 

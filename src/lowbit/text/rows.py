@@ -4,6 +4,7 @@
     messages                       [{role, content, …}, …]; content is text, a list of parts, or null beside tool calls
     conversations                  [{from, value}, …] (ShareGPT), or as messages
     instruction, output [, input]  user: instruction, blank line, input; assistant: output   (Alpaca)
+    prompt, completion             user: prompt; assistant: completion; or both lists of turns   (TRL)
     text                           plain
 
 The first matching layout wins, so a dataset of conversations that also has a column `text` is rendered with the model's
@@ -35,6 +36,15 @@ def _from_instruction(row: dict[str, Any]) -> list[Message]:
     return _messages(turns) if asked and isinstance(row["output"], str) and row["output"] else []
 
 
+def _from_completion(row: dict[str, Any]) -> list[Message]:
+    turns: list[Any] = []
+    for role, said in (("user", row["prompt"]), ("assistant", row["completion"])):
+        if not said or not isinstance(said, str | list):
+            return []
+        turns += [{"role": role, "content": said}] if isinstance(said, str) else said
+    return _messages(turns)
+
+
 def _from_text(row: dict[str, Any]) -> str:
     text = row["text"]
     return text if isinstance(text, str) and text.strip() else ""
@@ -45,6 +55,7 @@ LAYOUTS: dict[tuple[str, ...], Callable[[dict[str, Any]], Document]] = {
     ("messages",): lambda row: _messages(row["messages"]),
     ("conversations",): lambda row: _messages(row["conversations"]),
     ("instruction", "output"): _from_instruction,
+    ("prompt", "completion"): _from_completion,
     ("text",): _from_text,
 }
 

@@ -15,7 +15,9 @@ Fitted anew in every forward pass by the type's own encoder, from the weights as
 quantization, and grids with `learn_scales=False`. Ternary types take the absmean of BitNet b1.58 (Ma et al. 2024, arXiv
 2402.17764):
 
-    s = mean |w| of the matrix, codes = clamp(rint(w / s), −1, 1)
+    s = mean |w| of the matrix, codes = clamp(rint(w / s), −1, 1)        TQ1_0, TQ2_0, the scheme TERNARY
+
+and, as BitNet has it, every weight gets its gradient, also beyond ±s, where four in ten of them lie.
 
 A weight that is not finite raises NonFiniteError, before its codes would be anything.
 """
@@ -38,7 +40,7 @@ from lowbit.rounding.target import GridTarget, Stored, Target
 from lowbit.schemes import ActivationSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
-TERNARY = ("TQ1_0", "TQ2_0")
+TERNARY = ("TQ1_0", "TQ2_0")  # ggml types; the scheme of that name has its scale from `rounding.rtn`
 # Largest |value| of codes at scale 1; of NVFP4 times that of its group scales.
 _LARGEST = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0 * 448.0}
 
@@ -72,6 +74,8 @@ class FakeQuantize(nn.Module):
 
     parts    what is quantized in it; the rest passes through
     changes  θ of each part with learned scales, float32, by its number
+
+    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is.
     """
 
     lowbit_fake_quantization = True
@@ -81,6 +85,7 @@ class FakeQuantize(nn.Module):
         self.parts = tuple(parts)
         self.changes = nn.ParameterDict()
         self._fitted: dict[int, Fitted] = {}
+        self._held: dict[int, tuple[Stored, Tensor]] = {}
         for index, each in enumerate(self.parts):
             if learn_scales and learns_scales(each.target):
                 weight = each.of(parameter.detach()).float().contiguous()
@@ -104,16 +109,30 @@ class FakeQuantize(nn.Module):
         return rounded
 
     @torch.no_grad()
+    def hold(self, parameter: Tensor) -> None:
+        """Round a parameter, and keep these codes from now on."""
+        self._held.clear()
+        self._held = {index: self.rounded(index, parameter) for index in range(len(self.parts))}
+
+    def let_go(self) -> None:
+        """Round the parameter itself again, in every forward pass."""
+        self._held.clear()
+
+    @torch.no_grad()
     def rounded(self, index: int, parameter: Tensor) -> tuple[Stored, Tensor]:
         """(what a file keeps of a part, the float32 weight that it decodes to), as the forward pass has them."""
         return self._rounded(index, self.parts[index].of(parameter.detach()).float().contiguous())
 
     def _through(self, index: int, weight: Tensor) -> Tensor:
-        """The rounded weight [N, K] with the gradients of the module docstring."""
+        """The rounded weight [N, K] with the gradients of the module docstring; without any where it is held."""
+        if index in self._held:
+            return self._held[index][1].to(weight.dtype)
         with torch.no_grad():
             plain = weight.detach().float().contiguous()
             stored, decoded = self._rounded(index, plain)
-            inside = _inside(self.parts[index].target, plain, stored) if isinstance(stored, QuantizedTensor) else None
+            target = self.parts[index].target
+            clipped = isinstance(stored, QuantizedTensor) and not _is_ternary(target)
+            inside = _inside(target, plain, stored) if clipped and isinstance(stored, QuantizedTensor) else None
         wanted = weight if inside is None else weight * inside
         if inside is not None and str(index) in self.changes:
             change = _per_weight(self.changes[str(index)], stored, weight.shape)
@@ -121,6 +140,8 @@ class FakeQuantize(nn.Module):
         return straight_through(wanted.to(weight.dtype), decoded.to(weight.dtype))
 
     def _rounded(self, index: int, weight: Tensor) -> tuple[Stored, Tensor]:
+        if index in self._held:
+            return self._held[index]
         each = self.parts[index]
         _refuse_not_finite(weight, each.linear)
         if index in self._fitted:
@@ -130,10 +151,18 @@ class FakeQuantize(nn.Module):
             zero_point: Tensor | None = getattr(self, f"zero_point_{index}")
             stored = replace(self._fitted[index], scale=scale, zero_point=zero_point).round(weight)
             return stored, stored.decode()
-        if each.target.name in TERNARY:
+        target = each.target
+        if target.name in TERNARY:
             weight = absmean_ternary(weight)
-        rounded = each.target.nearest(weight)
+        elif _is_ternary(target):
+            target = target.ranged(target.measured(weight))
+        rounded = target.nearest(weight)
         return rounded.stored, rounded.decoded
+
+
+def _is_ternary(target: Target) -> bool:
+    """True for the scheme TERNARY: its scale follows the weights, and all of them learn."""
+    return isinstance(target, GridTarget) and target.spec.number == "ternary"
 
 
 def _inside(target: Target, weight: Tensor, stored: QuantizedTensor) -> Tensor:

@@ -156,7 +156,7 @@ def _with_ranges(targets: dict[str, Target], architecture: Architecture, checkpo
         if not target.needs_range:
             continue
         fused = architecture.linears[name].fused
-        shared = fused is not None and not target.is_nested and not target.is_ggml
+        shared = fused is not None and target.fused_sets_share
         members = [each for each in architecture.fused_sets[fused] if each in targets] if shared and fused else [name]
         extents = []
         for member in members:

@@ -180,6 +180,8 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
     if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
         return ("mxfp4",)
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
+        if info.dtype == torch.uint8 and tensors[f"{owner}.weight_scale"].shape in ((1,), ()):
+            return ("bitnet",)
         if info.dtype in _FP8:
             return ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8")
         if info.dtype == torch.int8:  # a scale per row is [N, 1] in compressed-tensors, [N] in ModelOpt

@@ -24,6 +24,7 @@ _LISTS = {
     "awq": ("modules_to_not_convert",),
     "bitsandbytes": ("llm_int8_skip_modules",),
     "modelopt": ("ignore", "exclude_modules", "modules_to_not_convert"),
+    "bitnet": ("modules_to_not_convert",),
     "fp8": ("ignored_layers", "modules_to_not_convert"),
     "mxfp4": ("modules_to_not_convert",),
     "torchao": ("modules_to_not_convert",),
@@ -83,7 +84,7 @@ def is_accounted_for(subject: Subject, linear: str) -> bool:
         return bool(layers and linear not in layers) or any(
             pattern in linear or fnmatch(linear, pattern) for pattern in listed
         )
-    if subject.format in ("bitsandbytes", "fp8"):
+    if subject.format in ("bitsandbytes", "bitnet", "fp8"):
         return not transformers_converts(linear, listed) or any(path_match(entry, linear) for entry in listed)
     return True
 

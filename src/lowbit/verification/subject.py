@@ -158,7 +158,7 @@ class Subject:
         (GPTQ, AWQ, bitsandbytes …), of the linears that the files hold quantized and config.json does not exclude."""
         if self.format == PLAIN:
             return {}
-        by_files = self.format in ("gptq", "awq", "auto-round", "bitsandbytes", "mxfp4", "torchao", "hqq")
+        by_files = self.format in ("gptq", "awq", "auto-round", "bitsandbytes", "bitnet", "mxfp4", "torchao", "hqq")
         names = self.linears_in_files if by_files else set(self.stored_linears)
         found = {name: self.layout.scheme_of(name) for name in self.stored_linears if name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}

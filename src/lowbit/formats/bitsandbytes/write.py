@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 import torch
 
 from lowbit import kernels
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, fused_names, no_companions, none_needless, usual_engine
+from lowbit.export import Piece, every_zero_point, no_companions, none_needless, not_converted, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import NESTED_BLOCK, dynamic_map
-from lowbit.patterns import up_to_a_dot
 from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
@@ -203,24 +201,6 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
         "bnb_4bit_use_double_quant": scheme.weight.scale_format == "nested",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules(list(schemes), ignored),
+        "llm_int8_skip_modules": not_converted(list(schemes), ignored),
         "llm_int8_threshold": 6.0,
     }
-
-
-def skip_modules(quantized: list[str], ignored: list[str]) -> list[str]:
-    """`llm_int8_skip_modules`: names that match every ignored linear and no quantized one.
-
-    transformers compares an entry with the beginning of a module's name (as a regex, up to a dot or the end) and with
-    its end. Where a plain name would also catch a quantized linear, an anchored regex takes its place. A tied output
-    head is a linear to transformers though the files do not hold one, hence `lm_head`. SGLang looks fused linears up
-    under the fused name.
-    """
-    entries = []
-    for name in dict.fromkeys([*ignored, *fused_names(ignored), "lm_head"]):
-        if name in quantized:
-            continue
-        plain = up_to_a_dot(name)
-        catches = any(plain.match(linear) or linear.endswith(name) for linear in quantized)
-        entries.append(f"^{re.escape(name)}$" if catches else name)
-    return entries

@@ -1,0 +1,150 @@
+"""`lowbit finetune --lora`: adapters on frozen codes, kept apart or merged and rounded again.
+
+    MODEL in 16 bits    rounded to the scheme first; OUT has the adapter, OUT-base the quantized base
+    MODEL quantized     it is the base, and stays where it is; OUT has the adapter
+    merge               OUT is one checkpoint: W + s·B·A of the 16-bit weights (decoded ones of a quantized MODEL),
+                        rounded to the scheme. With LoftQ the part of s·B·A that it began with is taken out again
+
+Losses on the held-out windows are said of each stage: the quantized model with the adapter as it begins, with the
+adapter as it was trained, and merged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.api import Quantized
+from lowbit.errors import UsageError
+from lowbit.measure import Meter
+from lowbit.plan.plan import CalibrationText
+from lowbit.report import schema
+from lowbit.settings import Settings
+from lowbit.train.adapter_files import Described, write_adapter
+from lowbit.train.adapters import Adapters, LoRA, attach
+from lowbit.train.exporting import export_trained
+from lowbit.train.loop import Trained, held_out_loss, train
+from lowbit.train.opening import OpenedTraining, TrainingTask
+from lowbit.train.preparing import prepare, training_of
+from lowbit.train.states import TrainingStates
+
+_log = logging.getLogger("lowbit")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A finished adapter.
+
+    path    its folder, as PEFT reads it
+    base    what it was trained on: OUT-base, or the quantized model that was given
+    report  of a base that was written; None for one that was given
+    notes   on the training, with its losses
+    """
+
+    path: Path
+    base: str
+    report: schema.Report | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """Adapters after their training.
+
+    merged  held-out loss of the merged model, rounded again; None where they stay apart
+    """
+
+    asked: TrainingTask
+    opened: OpenedTraining
+    adapters: Adapters
+    found: Trained
+    merged: float | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        distill = self.asked.course.distill
+        said = self.found.sentence("KL divergence to the float model" if distill else "loss", self.opened.lesson.share)
+        if self.merged is not None:
+            said += f"; merged and rounded again {self.merged:.4g}"
+        return self.adapters.note(), said
+
+    def write(self, output: Path, threads: int | None, overwrite: bool, meter: Meter) -> Quantized | Adapted:
+        """The merged checkpoint, or the base and then its adapter."""
+        if self.found.went_wrong or (self.merged is not None and self.merged > self.found.before):
+            _log.warning(self.notes[1])
+        if self.merged is not None:
+            return self._export(output, threads, overwrite, meter, self.notes)
+        self.adapters.detach()
+        opened, base, report = self.opened, str(self.asked.model), None
+        if not opened.quantized:
+            started = "; its codes make up a model with the adapter only (LoftQ)"
+            note = f"base of the adapter in {output}{started if self.adapters.lora.init == 'loftq' else ''}"
+            done = self._export(base_of(output), threads, overwrite, meter, (note,))
+            base, report = str(done.path), done.report
+        losses = {"before": self.found.before, "after": self.found.after}
+        scheme = None if opened.quantized else self.asked.settings.scheme
+        text = {"name": opened.text.name, "sha256": opened.text.sha256, "notes": list(opened.text.notes)}
+        described = Described(base, str(self.asked.model), scheme, text, losses, self.notes)
+        write_adapter(self.adapters, output, described, opened.tokenizer, overwrite)
+        return Adapted(output, base, report, self.notes)
+
+    def _export(
+        self, output: Path, threads: int | None, overwrite: bool, meter: Meter, notes: tuple[str, ...]
+    ) -> Quantized:
+        opened = self.opened
+        return export_trained(
+            opened.student, output, opened.tokenizer, threads, overwrite, None, meter, source=opened.source,
+            text=CalibrationText.of(opened.text), notes=(*opened.notes, *notes),
+        )  # fmt: skip
+
+
+def base_of(output: Path) -> Path:
+    """The folder of the quantized base, beside that of its adapter."""
+    return output.with_name(f"{output.name}-base")
+
+
+def refuse_unread(lora: LoRA, quantized: bool, given: dict[str, Any], settings: Settings) -> None:
+    """UsageError for what adapters on this model would not read, or cannot be.
+
+    given  settings that were set
+    """
+    if quantized and not lora.merge and given:
+        raise UsageError(f"{', '.join(given)} would not be read: the base is quantized already, and stays as it is",
+                         "leave it out, give the 16-bit model, or add --merge")  # fmt: skip
+    if quantized and lora.init == "loftq":
+        raise UsageError("LoftQ looks for what rounding lost, and a quantized model does not have it",
+                         "give the 16-bit model, or --lora-init zero")  # fmt: skip
+    if not quantized and settings.writes_gguf() and not lora.merge:
+        raise UsageError("adapters are trained beside a folder, whose files PEFT can load",
+                         "quantize to the GGUF file first and give that as MODEL, choose a scheme of folders, or add "
+                         "--merge")  # fmt: skip
+
+
+def train_adapters(
+    asked: TrainingTask,
+    opened: OpenedTraining,
+    lora: LoRA,
+    states: TrainingStates | None,
+    progress: Callable[[int, int], None] | None,
+) -> TrainedAdapters:
+    """Round the model where it is not yet, put adapters on it, train them, and merge them if that is asked for."""
+    student, course = opened.student, asked.course
+
+    def quantize() -> None:
+        prepare(student.requires_grad_(True), learn_scales=False, dtype=opened.dtype, options=asked.options,
+                **asked.given)  # fmt: skip
+
+    if not opened.quantized:
+        quantize()
+    adapters = attach(student, lora, opened.linears if opened.quantized else training_of(student).linears, course.seed)
+    found = train(student, opened.lesson, course, opened.teacher, progress, states)
+    merged = None
+    if lora.merge:
+        adapters.merge()
+        if opened.quantized:
+            quantize()
+        merged = held_out_loss(student, opened.lesson.split()[1], course.batch, opened.teacher)
+    return TrainedAdapters(asked, opened, adapters, found, merged)

@@ -1,0 +1,81 @@
+"""States of a training on disk, so that one that was killed goes on, to the same bytes.
+
+    .NAME.lowbit-work/            beside the output, the work folder of every run (`calibrate.store`)
+        run.json                  what the weights depend on: settings, course, model, text, arithmetic, versions
+        learning.safetensors      the trained parameters, AdamW's moments, states of random numbers; steps done
+
+One state is kept, the last. It is written beside the one before, flushed, and takes its name in one step; its SHA-256
+is in blocks.json. A training whose settings, data, model or versions differ is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.calibrate.identity import file_hashes, weight_hashes
+from lowbit.calibrate.store import BlockStore
+from lowbit.checkpoint.adapter import adapter_files
+from lowbit.train.loop import Course, Lesson
+from lowbit.version import __version__
+
+if TYPE_CHECKING:
+    from lowbit.checkpoint.base import Checkpoint, OpenOptions
+    from lowbit.settings import Settings
+
+
+STATE = "learning.safetensors"  # its name in the work folder
+
+
+class TrainingStates:
+    """The last state of a training.
+
+    every  steps from one state to the next; 0: none is kept
+    """
+
+    def __init__(self, folder: Path, depends_on: dict[str, Any], resume: bool, every: int):
+        self.every = every
+        self._store = BlockStore(folder, depends_on, resume)
+
+    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self._store.save_learning(tensors, facts)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._store.load_learning()
+
+    def remove(self) -> None:
+        """Delete it, once the output is complete."""
+        if self._store.folder.exists():
+            self._store.remove()
+
+
+def training_depends_on(
+    checkpoint: Checkpoint, reference: Checkpoint | None, settings: Settings | None, course: Course, lesson: Lesson,
+    options: OpenOptions, device: str, more: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that can change a byte of the trained weights, as JSON values; reads all weight files once.
+
+    more  of adapters
+    """
+    counted = b"" if lesson.counted is None else lesson.counted.contiguous().numpy().tobytes()
+    digest = hashlib.sha256(lesson.ids.contiguous().numpy().tobytes() + counted).hexdigest()
+    described = {} if settings is None else settings.model_dump(mode="json", exclude={"allow_fallback"})
+    return {
+        "lowbit": {"version": __version__, "training": 1},
+        "settings": described | asdict(course) | more,
+        "model": checkpoint.source,
+        "source": {"revision": options.revision},
+        "files": weight_hashes(checkpoint) | file_hashes(set(adapter_files(options))),
+        "start": {} if reference is None else {f"{reference.source}": str(weight_hashes(reference))},
+        "config": checkpoint.config(),
+        "text": {"the training text": digest},
+        "arithmetic": {"device": device, "threads": torch.get_num_threads(), "kernels": kernels.isa()},
+        "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
+    }  # fmt: skip
