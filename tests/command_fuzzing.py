@@ -322,10 +322,13 @@ def _change_rows(path: Path, rng: random.Random) -> str:
         lines[rng.randrange(len(lines))] = line
         path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
         return f"a line is {line[:20]!r}"
-    number, odd = rng.randrange(len(list(_places(rows[0])))), rng.choice(ODD)
+    key, odd = "nothing", rng.choice(ODD)
+    number = rng.randrange(max(1, len(list(_places(rows[0])))))
     for row in rows if rng.random() < 0.7 else rows[:1]:
-        holder, key = list(_places(row))[number]
-        holder[key] = odd
+        places = list(_places(row))
+        if number < len(places):  # an earlier change may have left another shape
+            holder, key = places[number]
+            holder[key] = odd
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return f"{key} of rows → {str(odd)[:40]!r}"
 

@@ -208,3 +208,13 @@ def test_wrappers_inside_names_are_dropped(folder):
 def test_good_names_stay(folder):
     found = opened(folder)[1]
     assert find_renaming(found.parameters, found) == ({}, [])
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "head_dim"])
+def test_a_size_beyond_the_largest_tensor_is_refused_before_the_model_is_traced(tmp_path, key):
+    """A trace with inputs of a billion columns fills the memory, or fails in torch."""
+    folder = make_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: 10**9}))
+    with pytest.raises(CheckpointError, match=f"{key} is 1000000000, and the largest tensor holds"):
+        lowbit.dry_run(folder, scheme="W4A16")

@@ -54,3 +54,12 @@ def test_half_of_a_surrogate_pair_in_the_config_is_refused(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "name": "\\ud83d\\ude00"}')
     assert read_config(tmp_path)["name"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("null", "null"), ("[]", "a list"), ('"x"', "a string"), ("1", "a number")]
+)
+def test_a_file_that_is_another_json_value_is_named_in_json_s_words(tmp_path, text, found):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"a JSON object is needed, found {found}"):
+        check_companions(tmp_path, "model")

@@ -5,6 +5,9 @@ import json
 import pytest
 from breaking import ATTENTION, BLOCK, assert_breaks, edit_config, edit_tensors, failures, split_groups
 
+from lowbit.verification import verify
+from models import make_model
+
 Q, K, V, OUT = (f"{ATTENTION}.{role}_proj" for role in "qkvo")
 QKV = f"{ATTENTION}.qkv_proj"
 
@@ -280,3 +283,12 @@ def test_fused_set_that_blocks_straddle(tmp_path, monkeypatch):
     narrow = make_model(tmp_path / "narrow", hidden_size=128, num_key_value_heads=2, head_dim=32)
     write_checkpoint(prepare(Request(narrow, make_settings(scheme="FP8_BLOCK"), threads=1)), tmp_path / "out")
     assert_breaks(tmp_path / "out", "fused-blocks", K, "64 rows")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size"])
+def test_numbers_that_the_files_cannot_hold_fail_a_rule_at_once(tmp_path, key):
+    folder = make_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: 10**9}))
+    checks = {check.rule: check for check in verify(folder).failed}
+    assert f"{key} is 1000000000" in checks["architecture"].detail

@@ -211,6 +211,9 @@ def row_range(info: TensorInfo, start: int, stop: int | None) -> tuple[int, int,
     return start, stop, (stop - start, *info.shape[1:]) if info.shape else ()
 
 
+_JSON_NAMES: dict[type, str] = {type(None): "null", bool: "true or false", str: "a string", list: "a list"}
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
@@ -225,7 +228,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed, found a {type(value).__name__}")
+        raise CheckpointError(f"{path}: a JSON object is needed, found {_JSON_NAMES.get(type(value), 'a number')}")
     return value
 
 

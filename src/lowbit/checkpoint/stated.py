@@ -11,12 +11,13 @@ models that see also inside `text_config`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.base import OpenOptions, read_config
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, read_config
 from lowbit.errors import CheckpointError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -26,6 +27,8 @@ _COUNTS = re.compile(r"^(?!.*(size|dim|width|rank)$).*(^|_)(layers?|blocks?|expe
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 # No model has so many; attention heads and experts share a tensor, so that the files bound them loosely.
 _MOST = 4096
+# Sizes of matrices: a dimension cannot be larger than the largest tensor as a whole.
+_SIZES = re.compile(r"^(hidden_size|intermediate_size|vocab_size|head_dim|d_model|d_ff|n_embd|n_inner|ffn_dim)$")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -75,6 +78,19 @@ def refuse_absurd_counts(config: dict[str, Any], source: str, tensors: int | Non
             held = "no model has so many" if tensors is None else f"the files hold {tensors} tensors"
             raise CheckpointError(
                 f"{source}: config.json: {key} is {value}, and {held}", "config.json is damaged, or of another model"
+            )
+
+
+def refuse_absurd_sizes(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a size beyond all numbers of the largest tensor; the model is traced with such inputs."""
+    if not checkpoint.tensors:
+        return
+    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
+    for key, value in _values(checkpoint.config()):
+        if type(value) is int and value > largest and _SIZES.search(key) and value > _MOST:
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json: {key} is {value}, and the largest tensor holds {largest} numbers",
+                "config.json is damaged, or of another model",
             )
 
 

@@ -413,7 +413,8 @@ def _divides(head_dim: int, size: int, name: str, what: str) -> None:
     if head_dim % size:
         raise ShapeError(
             f"cache type {name} has {what}, which do not divide heads of {head_dim} values",
-            "choose a type without blocks along the head, such as fp8_e4m3 or int8_per_token_head",
+            "a type without blocks along the head fits, such as fp8_e4m3 or int8_per_token_head; "
+            "`lowbit evaluate --kv-cache` measures them",
         )
 
 
