@@ -345,5 +345,6 @@ _MEMORY = MemoryModel(
 ENGINE = Engine(
     "vllm", "vLLM", ("cuda", "rocm", "cpu"), _SUPPORT, _MEMORY, _LOADING,
     serve="vllm serve {output}", serve_load=" --max-model-len {context}",
+    serve_cache=" --kv-cache-dtype {keys}", serve_skip=" --kv-cache-dtype-skip-layers {layers}",
     serve_ranks=" --tensor-parallel-size {ranks}", sharing="tensor", batch=8, suits="servers",
 )  # fmt: skip
