@@ -198,21 +198,28 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class KVCacheScheme:
-    """How an engine stores keys and values: FP8 E4M3, scale = largest |value| / 448, static and symmetric.
+    """How an engine stores keys and values, static and symmetric: scale = largest |value| / `reach`.
 
-    per  "tensor": one scale for K and one for V of a layer; "head": one of each for every key-value head
+    per    "tensor": one scale for K and one for V of a layer; "head": one of each for every key-value head
+    reach  the largest value that a scale of 1 covers: 448 of FP8 E4M3; 6 · 448 of NVFP4, whose blocks of 16 have scales
+           in E4M3 below this one
     """
 
     name: str
     per: Literal["tensor", "head"]
     summary: str
+    reach: float = 448.0
+
+    @property
+    def label(self) -> str:
+        return "FP8" if self.reach == _FP8_MAX else "NVFP4"
 
     def scales(self, absmax: Tensor) -> Tensor:
         """float32 [1] or [kv_heads], of the largest |value| of every head, [kv_heads] of any float dtype. Above 0."""
         largest = absmax.double().reshape(-1)
         if self.per == "tensor":
             largest = largest.amax(dim=0, keepdim=True)
-        return (largest / _FP8_MAX).float().clamp(min=_SMALLEST_CACHE_SCALE)
+        return (largest / self.reach).float().clamp(min=_SMALLEST_CACHE_SCALE)
 
 
 _FP8_MAX = 448.0
@@ -223,6 +230,7 @@ KV_CACHE_SCHEMES: dict[str, KVCacheScheme] = {
     for scheme in (
         KVCacheScheme("fp8", "tensor", "FP8 E4M3, one scale per layer for keys and one for values"),
         KVCacheScheme("fp8_per_head", "head", "FP8 E4M3, a scale per layer and key-value head"),
+        KVCacheScheme("nvfp4", "tensor", "FP4 E2M1 in 16s with E4M3 scales, above them one scale per layer", 6 * 448.0),
     )
 }
 

@@ -3,9 +3,9 @@
 import shlex
 
 import pytest
-from cache_figures import make_cache
 from faults import diagnosed
 
+from cache_figures import make_cache
 from lowbit.diagnosis.caches import cache_suggestions, costly_caches, instead, layers_to_skip
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.reporting import add_to_report

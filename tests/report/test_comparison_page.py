@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from cache_figures import make_cache
 from sample import draw, make_evaluation, make_report
 from test_html import HOSTILE, Page
 
+from cache_figures import make_cache
 from lowbit.report.caches import cache_rows
 from lowbit.report.compared import Compared, Comparison, sizes_differ, summary
 from lowbit.report.page import render_comparison
@@ -146,4 +146,6 @@ def test_figures_that_were_measured_otherwise_stand_in_another_row(other):
 
 def test_without_figures_of_caches_there_is_no_section():
     assert 'id="kv-cache"' not in render_comparison(comparison())
-    assert 'id="kv-cache"' in render_comparison(comparison(with_caches("A", make_cache("q4_0", 0.03)), model("B", 9, 1)))
+    assert 'id="kv-cache"' in render_comparison(
+        comparison(with_caches("A", make_cache("q4_0", 0.03)), model("B", 9, 1))
+    )

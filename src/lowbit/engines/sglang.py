@@ -118,6 +118,7 @@ def _leaves_out_bitsandbytes(subject: Subject, unit: EngineUnit) -> bool | None:
 
 
 _LOADING = Loading(
+    cache_scales={"modelopt": ("fp8",), "fp8": ("fp8",)},
     rules=(
         *SERVER_RULES,
         *FUSING,

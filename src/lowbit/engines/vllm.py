@@ -245,6 +245,7 @@ def _leaves_out_fp8(subject: Subject, unit: EngineUnit) -> bool | None:
 
 
 _LOADING = Loading(
+    cache_scales={_CT: ("fp8", "fp8_per_head"), "modelopt": ("fp8", "nvfp4"), "fp8": ("fp8",)},
     rules=(
         *SERVER_RULES,
         *FUSING,

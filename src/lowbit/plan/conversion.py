@@ -128,7 +128,7 @@ def _with_kv_cache(plan: FolderPlan, checkpoint: Checkpoint) -> FolderPlan:
     if stored is None or plan.kv_cache is not None:
         return plan
     scheme, notes = stored.scheme, plan.notes
-    if scheme.per not in plan.format.kv_cache and "tensor" in plan.format.kv_cache:
+    if scheme.per == "head" and scheme.name not in plan.format.kv_cache and "fp8" in plan.format.kv_cache:
         scheme = KV_CACHE_SCHEMES["fp8"]
         notes = (*notes, "scales of the KV cache: one per layer, the largest of the source's, which has one per head")
     reason = unfit_kv_cache(plan.format, scheme)

@@ -211,7 +211,7 @@ class FolderPlan(Plan):
             config["quantization_config"] = quantization
         beside = self.exporter.companion_files(self.schemes, self.ignored)
         if self.kv_cache is not None:
-            beside = state_kv_cache_beside(self.format.name, beside)
+            beside = state_kv_cache_beside(self.format.name, self.kv_cache, beside)
         return {"config.json": config} | beside
 
     def inherited_rules(self, checkpoint: Checkpoint) -> tuple[str, ...]:
