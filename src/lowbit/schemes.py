@@ -149,6 +149,7 @@ _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
 _INT8_TOKEN_ASYM = ActivationSpec("int", 8, "token", symmetric=False)
 _INT8_STATIC = ActivationSpec("int", 8, "tensor", dynamic=False)
+_INT8_STATIC_ASYM = ActivationSpec("int", 8, "tensor", dynamic=False, symmetric=False)
 _INT4_TOKEN = ActivationSpec("int", 4, "token")
 _INT4_GROUP = ActivationSpec("int", 4, "group", group_size=128)
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
@@ -176,6 +177,8 @@ SCHEMES: dict[str, Scheme] = {
                "8-bit integers per tensor; activations 8-bit per token, dynamic"),
         Scheme("W8A8_STATIC", _INT8_CHANNEL, _INT8_STATIC,
                "8-bit integers per row; activations 8-bit per tensor, static"),
+        Scheme("W8A8_STATIC_ASYM", _INT8_CHANNEL, _INT8_STATIC_ASYM,
+               "8-bit integers per row; activations 8-bit with a zero point per tensor, static"),
         Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
         Scheme("W4A4", _int_group(4), _INT4_TOKEN, "4-bit integers, group 128; activations 4-bit per token, dynamic"),
         Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,

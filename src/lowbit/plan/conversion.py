@@ -35,6 +35,7 @@ from lowbit.registry import FORMATS, written_formats
 from lowbit.rounding.widen import widened, wider_specs
 from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, Scheme, scheme_of_specs
 from lowbit.settings import Settings, refuse_unread
+from lowbit.tensors import InputRange
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,26 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         said = "decoded, without the rotation of its input (transform_config)"
         plan = replace(plan, tensors=tuple(replace(t, reason=said) if t.linear and t.linear.name in rotated else t
                                            for t in plan.tensors))  # fmt: skip
-    plan = _with_kv_cache(replace(plan, input_absmax=_input_ranges(plan, checkpoint)), checkpoint)
+    plan = _with_kv_cache(replace(plan, input_ranges=_input_ranges(plan, checkpoint)), checkpoint)
     return prepared(_checked_values(plan, checkpoint, exporter))
 
 
-def _input_ranges(plan: FolderPlan, checkpoint: CanReadCodes) -> dict[str, float]:
+def _input_ranges(plan: FolderPlan, checkpoint: CanReadCodes) -> dict[str, InputRange]:
     """Input ranges recovered from the source's static activation scales; linears without one are calibrated later."""
-    stored, ranges = checkpoint.input_scales, {}
+    stored, zero_points, ranges = checkpoint.input_scales, checkpoint.input_zero_points, {}
     for linear in plan.static_inputs:
         scale = stored.get(f"{linear}.weight")
         if scale is not None:
             spec = plan.schemes[linear].activation
             assert spec is not None, "it needs calibration"
-            largest_code = INT8_MAX if spec.number == "int" else E4M3_MAX
-            ranges[linear] = scale * largest_code * (E2M1_MAX if spec.scale_format == "e4m3" else 1.0)
+            zero_point = zero_points.get(f"{linear}.weight")
+            if not spec.symmetric and zero_point is not None:
+                least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+                ranges[linear] = InputRange(scale * (least - zero_point), scale * (largest - zero_point))
+            elif spec.symmetric:
+                largest_code = INT8_MAX if spec.number == "int" else E4M3_MAX
+                two_level = E2M1_MAX if spec.scale_format == "e4m3" else 1.0
+                ranges[linear] = InputRange.within(scale * largest_code * two_level)
     return ranges
 
 

@@ -33,7 +33,7 @@ from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import NESTED_BLOCK, dynamic_map
 from lowbit.patterns import up_to_a_dot
 from lowbit.schemes import Scheme
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 
 FORMAT = "bitsandbytes"
 lowest_zero_point, companion_files = every_zero_point, no_companions
@@ -127,7 +127,7 @@ def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     kind = storage_format(scheme)
     if kind == "int8":
         pieces = [
