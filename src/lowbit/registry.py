@@ -25,7 +25,7 @@ class Format:
     inspect        single files: "module:class" of the subject of verification
     header         single files: "module:function" that reads the header alone
     fused_experts  True where gpt-oss's experts of a block are one tensor
-    kv_cache       granularities of FP8 KV-cache scales that the format stores: "tensor", "head"
+    kv_cache       KV-cache schemes whose scales the format stores
     transforms     True if it can state rotations that an engine applies as the model runs
     nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4); None: refused
     beside         (file, suffix of tensor names) of old tools that describe the format outside config.json
@@ -67,7 +67,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "compressed-tensors", read=f"{_F}.compressed_tensors.read:CompressedTensorsLayout",
             write=f"{_F}.compressed_tensors.write", rules=f"{_F}.compressed_tensors.rules:RULES",
-            kv_cache=("tensor", "head"), transforms=True, nearest=("W4A16_ASYM", "W8A16"),
+            kv_cache=("fp8", "fp8_per_head"), transforms=True, nearest=("W4A16_ASYM", "W8A16"),
         ),
         Format(
             "gptq", read=f"{_F}.gptq.read:GptqLayout", write=f"{_F}.gptq.write:GPTQ_V1", rules=f"{_F}.gptq.rules:RULES",
@@ -84,7 +84,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "modelopt", read=f"{_F}.modelopt.read:ModelOptLayout", write=f"{_F}.modelopt.write",
-            rules=f"{_F}.modelopt.rules:RULES", kv_cache=("tensor",), nearest=("NVFP4A16", "FP8_DYNAMIC"),
+            rules=f"{_F}.modelopt.rules:RULES", kv_cache=("fp8", "nvfp4"), nearest=("NVFP4A16", "FP8_DYNAMIC"),
             beside=("hf_quant_config.json", ".weight_scale"),
         ),
         Format(

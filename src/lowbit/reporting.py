@@ -202,7 +202,7 @@ def add_tasks(output: Path, found: TaskResult) -> schema.Report | None:
 def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
     """Replace parts of the report and its page; None where the output has no report.
 
-    parts  fields of `Report`: evaluation, diagnosis, neighbours, bench, tasks
+    parts  fields of `Report`: evaluation, kv_cache, diagnosis, neighbours, bench, tasks
     """
     if not report_path(output).is_file():
         return None

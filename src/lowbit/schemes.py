@@ -155,6 +155,7 @@ _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
 _INT8_TOKEN_ASYM = ActivationSpec("int", 8, "token", symmetric=False)
 _INT8_STATIC = ActivationSpec("int", 8, "tensor", dynamic=False)
+_INT8_STATIC_ASYM = ActivationSpec("int", 8, "tensor", dynamic=False, symmetric=False)
 _INT4_TOKEN = ActivationSpec("int", 4, "token")
 _INT4_GROUP = ActivationSpec("int", 4, "group", group_size=128)
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
@@ -182,6 +183,8 @@ SCHEMES: dict[str, Scheme] = {
                "8-bit integers per tensor; activations 8-bit per token, dynamic"),
         Scheme("W8A8_STATIC", _INT8_CHANNEL, _INT8_STATIC,
                "8-bit integers per row; activations 8-bit per tensor, static"),
+        Scheme("W8A8_STATIC_ASYM", _INT8_CHANNEL, _INT8_STATIC_ASYM,
+               "8-bit integers per row; activations 8-bit with a zero point per tensor, static"),
         Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
         Scheme("W4A4", _int_group(4), _INT4_TOKEN, "4-bit integers, group 128; activations 4-bit per token, dynamic"),
         Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,
@@ -208,21 +211,28 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class KVCacheScheme:
-    """How an engine stores keys and values: FP8 E4M3, scale = largest |value| / 448, static and symmetric.
+    """How an engine stores keys and values, static and symmetric: scale = largest |value| / `reach`.
 
-    per  "tensor": one scale for K and one for V of a layer; "head": one of each for every key-value head
+    per    "tensor": one scale for K and one for V of a layer; "head": one of each for every key-value head
+    reach  the largest value that a scale of 1 covers: 448 of FP8 E4M3; 6 · 448 of NVFP4, whose blocks of 16 have scales
+           in E4M3 below this one
     """
 
     name: str
     per: Literal["tensor", "head"]
     summary: str
+    reach: float = 448.0
+
+    @property
+    def label(self) -> str:
+        return "FP8" if self.reach == _FP8_MAX else "NVFP4"
 
     def scales(self, absmax: Tensor) -> Tensor:
         """float32 [1] or [kv_heads], of the largest |value| of every head, [kv_heads] of any float dtype. Above 0."""
         largest = absmax.double().reshape(-1)
         if self.per == "tensor":
             largest = largest.amax(dim=0, keepdim=True)
-        return (largest / _FP8_MAX).float().clamp(min=_SMALLEST_CACHE_SCALE)
+        return (largest / self.reach).float().clamp(min=_SMALLEST_CACHE_SCALE)
 
 
 _FP8_MAX = 448.0
@@ -233,6 +243,7 @@ KV_CACHE_SCHEMES: dict[str, KVCacheScheme] = {
     for scheme in (
         KVCacheScheme("fp8", "tensor", "FP8 E4M3, one scale per layer for keys and one for values"),
         KVCacheScheme("fp8_per_head", "head", "FP8 E4M3, a scale per layer and key-value head"),
+        KVCacheScheme("nvfp4", "tensor", "FP4 E2M1 in 16s with E4M3 scales, above them one scale per layer", 6 * 448.0),
     )
 }
 

@@ -131,8 +131,8 @@ class Settings(Table):
         False
     )
     kv_cache: Annotated[
-        Literal["fp8", "fp8_per_head"] | None,
-        Knob("Store scales for an FP8 KV cache", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
+        Literal["fp8", "fp8_per_head", "nvfp4"] | None,
+        Knob("Store scales for an FP8 or NVFP4 KV cache", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
     ] = None
     shard_size: Annotated[
         Size | None,

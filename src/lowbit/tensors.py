@@ -41,6 +41,34 @@ class Granularity(StrEnum):
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """What a static activation scale covers: low ≤ x ≤ high, with 0 between them. A symmetric scale covers ±absmax."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def within(cls, absmax: float) -> InputRange:
+        """−absmax … absmax."""
+        return cls(-absmax, absmax)
+
+    @property
+    def absmax(self) -> float:
+        return max(-self.low, self.high)
+
+    def affine(self, bits: int) -> tuple[float, int]:
+        """(scale, zero point, a signed code) of an integer grid over the range: x ≈ scale · (code − zero point)."""
+        least, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        scale = (self.high - self.low) / (largest - least)
+        return scale, self.zero_point(scale, bits)
+
+    def zero_point(self, scale: float, bits: int) -> int:
+        """The code of 0 with a scale as it is stored: rint(least code − low / scale), ties to even."""
+        least = -(2 ** (bits - 1))
+        return min(max(round(least - self.low / scale), least), -least - 1)
+
+
+@dataclass(frozen=True)
 class GroupParams:
     """Scale and zero point of every row and group.
 

@@ -133,6 +133,8 @@ def test_static_ranges_that_the_text_exceeds():
     (found,) = clipped_inputs(stats, {name: scheme}, {name: 10 / 127})
     assert (found.tensor, found.largest) == (name, 30)
     assert found.reach == pytest.approx(10)
+    lopsided = clipped_inputs(stats, {name: scheme}, {name: 10 / 127}, {name: -100})
+    assert lopsided == []  # it reaches 10 / 127 · 227 on one side
 
 
 def test_the_nearer_stream_counts_and_halves_are_the_null():

@@ -90,10 +90,48 @@ def test_int8_asymmetric_covers_the_range_of_every_token():
     assert (found - x).square().mean() < (symmetric - x).square().mean()
 
 
-def test_static_asymmetric_activations_are_refused():
-    spec = ActivationSpec("int", 8, "tensor", dynamic=False, symmetric=False)
-    with pytest.raises(CheckpointError, match="asymmetric 8-bit int activations"):
-        quantize_activation(torch.ones(1, 4), spec, 0.5)
+def test_static_asymmetric_activations_use_the_stored_zero_point():
+    """Codes −128 … 127 with zero point −28 and scale 0.5 cover −50 … 77.5."""
+    x = torch.tensor([[1.0, -1.26, 100.0, -100.0, 0.24, 77.6]])
+    found = quantize_activation(x, spec_of("W8A8_STATIC_ASYM"), 0.5, -28)
+    assert found.tolist() == [[1.0, -1.5, 77.5, -50.0, 0.0, 77.5]]
+
+
+def test_static_asymmetric_equals_compressed_tensors():
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    args = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs(
+        num_bits=8, type="int", symmetric=False, strategy="tensor"
+    )
+    x = activations() + 2
+    scale, zero_point = 0.37, -17
+    theirs = forward.fake_quantize(x, torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int8), args)
+    ours = quantize_activation(x, spec_of("W8A8_STATIC_ASYM"), scale, zero_point)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "zero_point"), [(None, 3), (0.5, None)])
+def test_static_asymmetric_needs_its_scale_and_its_zero_point(scale, zero_point):
+    with pytest.raises(UsageError, match="that calibration stored"):
+        quantize_activation(torch.ones(1, 4), spec_of("W8A8_STATIC_ASYM"), scale, zero_point)
+
+
+def test_a_model_without_the_zero_point_of_an_input_is_refused():
+    model, scheme = nn.Sequential(nn.Linear(4, 4)), SCHEMES["W8A8_STATIC_ASYM"]
+    with (
+        pytest.raises(CheckpointError, match=r"0\.weight: scheme W8A8_STATIC_ASYM needs a stored zero point"),
+        simulated_activations(model, {"0.weight": scheme}, {"0.weight": 0.5}),
+    ):
+        pass
+    x = torch.tensor([[-3.0, 0.1, 40.0, 90.0]])
+    with simulated_activations(model, {"0.weight": scheme}, {"0.weight": 0.5}, zero_points={"0.weight": -100}):
+        found = model(x)
+    assert torch.equal(found, model(quantize_activation(x, spec_of("W8A8_STATIC_ASYM"), 0.5, -100)))
+
+
+def test_asymmetric_groups_are_refused():
+    spec = ActivationSpec("int", 8, "group", group_size=4, symmetric=False)
+    with pytest.raises(CheckpointError, match="asymmetric 8-bit int activations, per group"):
+        quantize_activation(torch.ones(1, 4), spec)
 
 
 def test_fp8_per_token():
@@ -157,7 +195,7 @@ def test_dynamic_per_tensor_has_one_scale():
 @pytest.mark.parametrize("name", [n for n, s in SCHEMES.items() if s.activation])
 def test_zeros_stay_zeros_and_dtype_and_shape_stay(name):
     x = activations(576).to(torch.bfloat16)  # 576 = 4.5 groups of 128
-    quantized = quantize_activation(x, spec_of(name), 0.02)
+    quantized = quantize_activation(x, spec_of(name), 0.02, 11)
     assert (quantized.dtype, quantized.shape) == (x.dtype, x.shape)
     assert torch.equal(quantized[1, 4], x[1, 4])
     assert quantized.isfinite().all()

@@ -12,7 +12,7 @@ from lowbit.numerics import grid_for
 from lowbit.numerics.scalar_grids import IntGrid, MinifloatGrid
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor, RangeSearch
 
 HELD = {
     name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC", "TERNARY")
@@ -28,7 +28,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
 @pytest.mark.parametrize("shape", [(160, 256), (96, 128), (33, 384)])
 def test_pack_writes_exactly_what_was_planned(scheme, shape):
     weight = torch.randn(shape) * 0.05
-    packed = exporter.pack("l", quantize(weight, scheme), scheme, 0, shape, torch.bfloat16, input_absmax=2.0)
+    packed = exporter.pack("l", quantize(weight, scheme), scheme, 0, shape, torch.bfloat16, InputRange.within(2.0))
     planned = exporter.stored_tensors("l", shape, scheme, torch.bfloat16)
     assert {(piece.name, piece.values.dtype, tuple(piece.values.shape)) for piece in packed} == {
         (stored.name, stored.dtype, stored.shape) for stored in planned
@@ -40,13 +40,13 @@ def test_slabs_give_the_same_bytes_as_the_whole(scheme):
     shape, step = (320, 256), max(64, exporter.row_multiple(scheme, (320, 256)))
     weight = torch.randn(shape) * 0.05
     whole = {piece.name: piece.values for piece in exporter.pack(
-        "l", quantize(weight, scheme), scheme, 0, shape, torch.bfloat16, 2.0)}  # fmt: skip
+        "l", quantize(weight, scheme), scheme, 0, shape, torch.bfloat16, InputRange.within(2.0))}  # fmt: skip
     pieces = {name: torch.zeros_like(values) for name, values in whole.items()}
     grid = grid_for(scheme.weight, "bfloat16")
     for first in range(0, 320, step):
         slab = weight[first : first + step]
         quantized = round_to_nearest(slab, scheme.weight, grid, RangeSearch(), measure_range(weight))
-        for piece in exporter.pack("l", quantized, scheme, first, shape, torch.bfloat16, 2.0):
+        for piece in exporter.pack("l", quantized, scheme, first, shape, torch.bfloat16, InputRange.within(2.0)):
             pieces[piece.name][piece.row : piece.row + piece.values.shape[0]] = piece.values
     for name, values in whole.items():
         assert torch.equal(pieces[name].reshape(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8)), name
@@ -110,12 +110,30 @@ def test_golden_bytes_mxfp4_scale_is_a_biased_exponent():
 def test_static_scales_are_the_range_over_the_largest_code(name, largest_code):
     scheme = SCHEMES[name]
     quantized = quantize(torch.randn(32, 64), scheme)
-    packed = exporter.pack("l", quantized, scheme, 0, (32, 64), torch.float32, input_absmax=3.5)
+    packed = exporter.pack("l", quantized, scheme, 0, (32, 64), torch.float32, InputRange.within(3.5))
     assert {piece.name: piece.values for piece in packed}["l.input_scale"].tolist() == pytest.approx(
         [3.5 / largest_code]
     )
     activations = exporter.quantization_config({"l": scheme}, [])["config_groups"]["group_0"]["input_activations"]
     assert (activations["strategy"], activations["dynamic"], activations["symmetric"]) == ("tensor", False, True)
+
+
+def test_static_zero_points_stand_for_0_with_the_scale_as_it_is_stored():
+    """The range −1 … 2 on 255 steps: scale 3 / 255, 0 is the code −128 + 85 = −43; in bfloat16 too."""
+    scheme = SCHEMES["W8A8_STATIC_ASYM"]
+    quantized = quantize(torch.randn(32, 64), scheme)
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = exporter.pack("l", quantized, scheme, 0, (32, 64), dtype, InputRange(-1.0, 2.0))
+        values = {piece.name: piece.values for piece in packed}
+        assert values["l.input_scale"].float().item() == pytest.approx(3 / 255, rel=0.004)
+        assert values["l.input_zero_point"].tolist() == [round(-128 + 1 / values["l.input_scale"].float().item())]
+    activations = exporter.quantization_config({"l": scheme}, [])["config_groups"]["group_0"]["input_activations"]
+    assert (activations["strategy"], activations["dynamic"], activations["symmetric"]) == ("tensor", False, False)
+
+
+@pytest.mark.parametrize(("low", "high", "zero_point"), [(0.0, 1.0, -128), (-1.0, 0.0, 127), (-1.0, 1.0, 0)])
+def test_a_zero_point_is_a_code(low, high, zero_point):
+    assert InputRange(low, high).affine(8)[1] == zero_point
 
 
 def test_e5m2_is_refused():

@@ -94,8 +94,66 @@ def test_modelopt_says_it_in_both_files(written):
     assert beside["quantization"]["kv_cache_quant_algo"] == "FP8"
 
 
+def test_modelopt_says_nvfp4_as_modelopt_does(written):
+    """config.json: the name of the algorithm, as `convert_hf_quant_config_format` of ModelOpt writes it."""
+    folder = written("modelopt", "nvfp4")
+    scale = stored(folder)["model.layers.1.self_attn.v_proj.v_scale"]
+    assert (scale.dtype, scale.shape) == (torch.float32, ())
+    assert scale.item() == pytest.approx(9.9 / (6 * 448))
+    assert quantization(folder)["kv_cache_scheme"] == "NVFP4"
+    beside = json.loads((folder / "hf_quant_config.json").read_text())
+    assert beside["quantization"]["kv_cache_quant_algo"] == "NVFP4"
+
+
+def test_nvfp4_scales_are_read_of_either_file(written, tmp_path):
+    """hf_quant_config.json's key in config.json counts too; a name that is no cache of ours is left out with a note."""
+    folder = broken(written("modelopt", "nvfp4"), tmp_path / "other", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["kv_cache_scheme"]
+    for algorithm, known in (("NVFP4", True), ("nvfp4", True), ("INT8", False)):
+        config["quantization_config"]["kv_cache_quant_algo"] = algorithm
+        (folder / "config.json").write_text(json.dumps(config))
+        checkpoint = open_checkpoint(folder)
+        assert (checkpoint.kv_cache is not None) == known  # type: ignore[attr-defined]
+        assert any("left out" in note for note in checkpoint.notes) != known
+
+
+def test_a_cache_in_nvfp4_is_refused_where_engines_take_8_bits():
+    config = config_of("llama", **SIZES)
+    with pytest.raises(FormatError, match="no scales for a KV cache in NVFP4") as refused:
+        stored_kv_scales(FORMATS["compressed-tensors"], KV_CACHE_SCHEMES["nvfp4"], discover_once(config, "llama"),
+                         config)  # fmt: skip
+    assert "--format modelopt" in str(refused.value.hint)
+
+
+def test_nvfp4_scales_that_the_target_lacks_are_dropped_with_a_note(written, tmp_path):
+    made = lowbit.convert(written("modelopt", "nvfp4"), tmp_path / "out", format="compressed-tensors")
+    assert any("KV cache in NVFP4" in note for note in made.report.source.notes)
+    assert not any(name.endswith("k_scale") for name in stored(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "engine", "said"),
+    [
+        ("compressed-tensors", "fp8", "vllm", None),
+        ("compressed-tensors", "fp8_per_head", "vllm", None),
+        ("modelopt", "nvfp4", "vllm", None),
+        ("modelopt", "fp8", "sglang", None),
+        ("compressed-tensors", "fp8", "sglang", "it reads such scales of modelopt and fp8"),
+        ("compressed-tensors", "fp8_per_head", "sglang", "sglang drops scales of a KV cache in FP8, one per head"),
+        ("modelopt", "nvfp4", "sglang", "of modelopt it reads fp8"),
+    ],
+)
+def test_scales_that_an_engine_reads_or_drops(written, format, name, engine, said):
+    [check] = [each for each in verify(written(format, name), engine=engine).checks if each.rule == "cache-scales-read"]
+    assert check.passed == (said is None)
+    assert (check.limit, check.outcome) == (True, "costs")
+    if said is not None:
+        assert said in check.detail
+
+
 @pytest.mark.parametrize("place", [("compressed-tensors", "fp8"), ("compressed-tensors", "fp8_per_head"),
-                                   ("modelopt", "fp8")], ids="-".join)  # fmt: skip
+                                   ("modelopt", "fp8"), ("modelopt", "nvfp4")], ids="-".join)  # fmt: skip
 def test_written_scales_are_read_again_and_pass_every_rule(written, place):
     folder = written(*place)
     checkpoint = open_checkpoint(folder)

@@ -19,7 +19,7 @@ from lowbit.formats.modelopt import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme
-from lowbit.tensors import Granularity, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor, RangeSearch
 
 WRITABLE = {scheme.name: scheme for scheme in exporter.ALGORITHMS.values()}  # W8A16 with a scale per row
 EVERY = pytest.mark.parametrize("scheme", WRITABLE.values(), ids=WRITABLE)
@@ -43,7 +43,7 @@ def fitting(shape: tuple[int, int], scheme: Scheme) -> tuple[int, int]:
 
 
 def packed(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, torch.Tensor]:
-    pieces = exporter.pack("l", quantized, scheme, 0, quantized.shape, DTYPE, ABSMAX)
+    pieces = exporter.pack("l", quantized, scheme, 0, quantized.shape, DTYPE, InputRange.within(ABSMAX))
     return {piece.name.removeprefix("l."): piece.values for piece in pieces}
 
 
@@ -63,7 +63,7 @@ def write(folder: Path, scheme: Scheme, quantized: QuantizedTensor, step: int | 
     writer = SafetensorsWriter(folder, exporter.stored_tensors("l", shape, scheme, DTYPE), 10**9)
     for first in range(0, shape[0], step or shape[0]):
         slab = rows_of(quantized, first, first + (step or shape[0]))
-        for piece in exporter.pack("l", slab, scheme, first, shape, DTYPE, ABSMAX):
+        for piece in exporter.pack("l", slab, scheme, first, shape, DTYPE, InputRange.within(ABSMAX)):
             writer.write(piece)
     writer.close()
     schemes = {"l": scheme}
@@ -78,7 +78,7 @@ def write(folder: Path, scheme: Scheme, quantized: QuantizedTensor, step: int | 
 @pytest.mark.parametrize("shape", [(256, 256), (33, 384), (1, 128), (300, 128)])
 def test_pack_writes_exactly_what_was_planned(scheme, shape):
     shape = fitting(shape, scheme)
-    pieces = exporter.pack("l", quantize(weights(shape), scheme), scheme, 0, shape, DTYPE, ABSMAX)
+    pieces = exporter.pack("l", quantize(weights(shape), scheme), scheme, 0, shape, DTYPE, InputRange.within(ABSMAX))
     planned = exporter.stored_tensors("l", shape, scheme, DTYPE)
     assert {(piece.name, piece.values.dtype, tuple(piece.values.shape)) for piece in pieces} == {
         (stored.name, stored.dtype, stored.shape) for stored in planned

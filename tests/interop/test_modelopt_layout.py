@@ -20,7 +20,7 @@ from lowbit.formats.modelopt import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES
-from lowbit.tensors import RangeSearch
+from lowbit.tensors import InputRange, RangeSearch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "external"))
 import modelopt_convert_hf_config
@@ -84,7 +84,10 @@ def test_their_dequantizer_reads_our_nvfp4(name):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     grid = grid_for(scheme.weight, "float32")
     quantized = round_to_nearest(weight, scheme.weight, grid, RangeSearch(), measure_range(weight, scheme.weight))
-    stored = {p.name: p.values for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, 4.0)}
+    stored = {
+        p.name: p.values
+        for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, InputRange.within(4.0))
+    }
     theirs = modelopt_export.nvfp4_dequantize(
         stored["l.weight"], torch.float32, shape, stored["l.weight_scale"], stored["l.weight_scale_2"], 16
     )

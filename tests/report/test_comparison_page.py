@@ -8,6 +8,8 @@ import pytest
 from sample import draw, make_evaluation, make_report
 from test_html import HOSTILE, Page
 
+from cache_figures import make_cache
+from lowbit.report.caches import cache_rows
 from lowbit.report.compared import Compared, Comparison, sizes_differ, summary
 from lowbit.report.page import render_comparison
 from lowbit.report.plot import block_errors, error_curves
@@ -112,3 +114,38 @@ def test_hostile_text_stays_text(text):
     assert made.open == []
     assert (made.count("script"), made.count("img")) == (1, 0)
     assert not any(key.startswith("on") for _, attributes in made.elements for key in attributes)
+
+
+def with_caches(label, *rows):
+    made = model(label, 113_000_000, 0.2)
+    return Compared(label, made.path, made.evaluations, "report", make_report(2, kv_cache=rows))
+
+
+def test_caches_of_the_reports_are_a_row_each():
+    models = (with_caches("A", make_cache("q8_0", 0.0002), make_cache("q4_0", 0.0317)),
+              with_caches("B", make_cache("q4_0", 0.0471)), model("C", 90_000_000, 0.9, False))  # fmt: skip
+    rows = cache_rows(models)
+    assert [row.name for row in rows] == ["q8_0 at 512", "q4_0 at 512"]
+    assert [cell.replace("\u00a0", " ").split(" ")[0] for cell in rows[1].cells] == ["0.0317", "0.0471", "–"]
+    made = Page(render_comparison(comparison(*models)))
+    assert made.open == []
+    assert "q4_0at512" in re.sub(r"\s+", "", made.text)
+    assert "0.0471" in made.text
+    assert [each["kv_cache"] != [] for each in comparison(*models).to_dict()["models"]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "other", [{"context": 1024}, {"protocol": "second-half"}, {"windows": 8}, {"bos": True}, {"text": "cd"}]
+)
+def test_figures_that_were_measured_otherwise_stand_in_another_row(other):
+    if "text" in other:
+        other = {"text": make_cache("q4_0", 0.03).text.model_copy(update={"sha256": "cd" * 32})}
+    models = with_caches("A", make_cache("q4_0", 0.03)), with_caches("B", make_cache("q4_0", 0.04, **other))
+    assert [[cell is not None for cell in row.figures] for row in cache_rows(models)] == [[True, False], [False, True]]
+
+
+def test_without_figures_of_caches_there_is_no_section():
+    assert 'id="kv-cache"' not in render_comparison(comparison())
+    assert 'id="kv-cache"' in render_comparison(
+        comparison(with_caches("A", make_cache("q4_0", 0.03)), model("B", 9, 1))
+    )

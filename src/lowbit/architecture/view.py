@@ -213,6 +213,11 @@ class _CodesView(_View):
     def input_scales(self) -> dict[str, float]:
         return {self._names[name]: scale for name, scale in self._codes.input_scales.items() if name in self._names}
 
+    @property
+    def input_zero_points(self) -> dict[str, int]:
+        found = self._codes.input_zero_points
+        return {self._names[name]: zero_point for name, zero_point in found.items() if name in self._names}
+
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         return self._codes.read_quantized(self.sources[name].name, start, stop)
 

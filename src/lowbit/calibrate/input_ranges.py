@@ -1,9 +1,11 @@
 """Ranges of the inputs of linears over a calibration text, for static activation scales.
 
     absmax[L] = max over tokens and channels of |x|, x the input of linear L
+    low[L] = min(0, min x), high[L] = max(0, max x)     for scales with a zero point
 
 or a smaller range by percentile or squared error (`range_choice.py`). The model runs one block at a time (`blocks.py`),
-in its own dtype. Each distinct input keeps its least and largest value and, if the method needs it, a histogram of |x|.
+in its own dtype. Each distinct input keeps its least and largest value and, if the method needs it, a histogram of |x|
+of either sign.
 
 Linears that read one input share its range. An expert that no token reached is listed in `unseen` and gets the largest
 range of the other experts of its block, with a note.
@@ -24,11 +26,20 @@ from torch import Tensor
 
 from lowbit.calibrate.blocks import BlockInput, BlockRunner, Progress
 from lowbit.calibrate.kv_cache import CacheRanges, observed_cache
-from lowbit.calibrate.range_choice import BINS, RANGE_METHODS, RangeMethod, histogram, mse_range, percentile_range
+from lowbit.calibrate.range_choice import (
+    BINS,
+    RANGE_METHODS,
+    RangeMethod,
+    mse_ends,
+    mse_range,
+    percentile_range,
+    signed_histogram,
+)
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, NonFiniteError, UsageError
 from lowbit.numerics.hadamard import Rotation
 from lowbit.schemes import ActivationSpec, Number
+from lowbit.tensors import InputRange
 
 # Keeps scales above zero; an input that is always zero is exact with any scale.
 SMALLEST_RANGE = 1e-6
@@ -39,13 +50,13 @@ PERCENTILE = 99.99
 class Ranges:
     """The ranges that one run over a text measured.
 
-    inputs   linear → largest |input| that its static scale covers
+    inputs   linear → the range that its static scale covers
     cache    ranges of the KV cache, None if not requested
     unseen   names of the inputs that no token reached; they have the largest range of the other experts
     notes    sentences on them
     """
 
-    inputs: dict[str, float]
+    inputs: dict[str, InputRange]
     cache: CacheRanges | None
     unseen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -53,7 +64,8 @@ class Ranges:
 
 @dataclass
 class _SeenRange:
-    """Range of one input. counts: int64, bins from `first_bin` on; None without a histogram."""
+    """Range of one input. counts: int64 [2, bins], of x < 0 and of the others, from `first_bin` on; None without a
+    histogram."""
 
     low: float
     high: float
@@ -91,7 +103,7 @@ class InputRanges:
                 f"{source.name}{reader} is {value} for some token of the calibration text",
                 "run it in float32, or look for damage with `lowbit evaluate`",
             )
-        counts = histogram(x).cpu() if self._histograms else None
+        counts = signed_histogram(x).cpu() if self._histograms else None
         seen = self._seen.get(source.name)
         if seen is None:
             seen = self._seen[source.name] = _SeenRange(low, high, counts)
@@ -105,9 +117,9 @@ class InputRanges:
         """Cut the histograms of the block to their occupied bins."""
         for seen in self._of_block:
             if seen.counts is not None:
-                occupied = seen.counts.nonzero()
+                occupied = seen.counts.sum(0).nonzero()
                 first, last = int(occupied[0]), int(occupied[-1])
-                seen.counts, seen.first_bin = seen.counts[first : last + 1].clone(), first
+                seen.counts, seen.first_bin = seen.counts[:, first : last + 1].clone(), first
         self._of_block.clear()
 
     def __contains__(self, name: str) -> bool:
@@ -123,13 +135,31 @@ class InputRanges:
         absmax, seen = self.absmax(name), self._seen[name]
         if method == "minmax" or absmax == 0:
             return max(absmax, SMALLEST_RANGE)
-        if seen.counts is None:
-            raise AssertionError("a range by percentile or error needs histograms")
-        counts = torch.zeros(BINS, dtype=torch.int64)
-        counts[seen.first_bin : seen.first_bin + len(seen.counts)] = seen.counts
+        counts = self._counts(seen).sum(0)
         if method == "percentile":
             return max(percentile_range(counts, absmax, percentile), SMALLEST_RANGE)
         return max(mse_range(counts, absmax, number, bits), SMALLEST_RANGE)
+
+    def ends_of(self, name: str, method: RangeMethod = "minmax", percentile: float = PERCENTILE,
+                bits: int = 8) -> InputRange:  # fmt: skip
+        """The range that a static integer scale with a zero point covers; it holds 0, and has `SMALLEST_RANGE` on a
+        side at least. "percentile": both ends clipped to that of |x|."""
+        seen = self._seen[name]
+        low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+        if method == "percentile" and low < high:
+            beyond = self.range_of(name, "percentile", percentile)
+            low, high = max(low, -beyond), min(high, beyond)
+        elif method == "mse" and low < high:
+            low, high = mse_ends(self._counts(seen), low, high, bits)
+        return InputRange(low, max(high, SMALLEST_RANGE) if low > -SMALLEST_RANGE else high)
+
+    def _counts(self, seen: _SeenRange) -> Tensor:
+        """int64 [2, BINS]."""
+        if seen.counts is None:
+            raise AssertionError("a range by percentile or error needs histograms")
+        counts = torch.zeros(2, BINS, dtype=torch.int64)
+        counts[:, seen.first_bin : seen.first_bin + seen.counts.shape[1]] = seen.counts
+        return counts
 
     def unseen(self, sources: Iterable[BlockInput]) -> list[str]:
         """Names of the inputs that no token reached: experts that the router never chose."""
@@ -174,8 +204,8 @@ def measure_ranges(
             visitor.look(source, x)
         visitor.finish(len(runner.architecture.blocks))
     missing = visitor.unseen(sources.values())
-    inputs: dict[str, float] = {}
-    chosen: dict[tuple[str, ActivationSpec | None], float] = {}
+    inputs: dict[str, InputRange] = {}
+    chosen: dict[tuple[str, ActivationSpec | None], InputRange] = {}
     for linear, source in sources.items():
         key = (source.name, (activations or {}).get(linear))
         if key not in chosen:
@@ -210,7 +240,7 @@ def _sources(runner: BlockRunner, linears: Iterable[str]) -> dict[str, BlockInpu
 def _range(
     visitor: InputRanges, source: BlockInput, inputs: list[BlockInput], method: RangeMethod, percentile: float,
     spec: ActivationSpec | None,
-) -> float:  # fmt: skip
+) -> InputRange:  # fmt: skip
     """The range of an input; for an unreached expert, the largest of the same input of the block's other experts."""
     if method != "minmax" and spec is None:
         raise AssertionError(f"method {method} needs to know how {source.linears[0].name} is quantized")
@@ -227,7 +257,10 @@ def _range(
             f"no token of the calibration text reached any expert of block {source.linears[0].block}",
             "give a longer text",
         )
-    return max(visitor.range_of(name, method, percentile, number, bits) for name in names)
+    if spec is not None and not spec.symmetric:
+        ends = [visitor.ends_of(name, method, percentile, bits) for name in names]
+        return InputRange(min(each.low for each in ends), max(each.high for each in ends))
+    return InputRange.within(max(visitor.range_of(name, method, percentile, number, bits) for name in names))
 
 
 def _unseen_notes(missing: list[str], sources: Iterable[BlockInput]) -> tuple[str, ...]:

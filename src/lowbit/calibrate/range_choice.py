@@ -14,6 +14,10 @@ half; it is symmetric) and m_i the middle of v_i and v_{i+1},
     F(t) = ∫₀ᵗ (u − Q(u))² du = Σ_{i<n} [(m_i − v_i)³ + (v_{i+1} − m_i)³] / 3 + (t − v_n)³ / 3,    v_n nearest to t
 
 which also holds beyond the largest value, where n is the last and everything saturates. In float64.
+
+A scale with a zero point covers low … high in 2^b − 1 equal steps s. `mse_ends` chooses both ends, each over the
+extreme · 2^(−j/16), j < 128, by the least Σ s²/12 of the values inside + Σ (x − end)² of those beyond: inside, the
+error is that of a value anywhere in its step.
 """
 
 from __future__ import annotations
@@ -43,6 +47,12 @@ def histogram(x: Tensor) -> Tensor:
     bits = x.reshape(-1).float().abs().view(torch.int32)
     bins = (bits >> _MANTISSA_BITS_LEFT_OUT).sub_(_FIRST_CODE).clamp_(0, BINS - 1)
     return torch.bincount(bins, minlength=BINS)
+
+
+def signed_histogram(x: Tensor) -> Tensor:
+    """int64 [2, BINS]: |x| of the values below 0, and of the others; x finite, of any shape."""
+    negative = x.reshape(-1) < 0
+    return torch.stack([histogram(x.reshape(-1)[negative]), histogram(x.reshape(-1)[~negative])])
 
 
 def bin_edges() -> Tensor:
@@ -77,6 +87,34 @@ def mse_range(counts: Tensor, absmax: float, number: Number, bits: int) -> float
     width = (high - low).clamp(min=1e-300)
     errors = (integral * scale**3 / width * counts[occupied]).sum(dim=1)
     return ranges[int(errors.argmin())].item()
+
+
+def mse_ends(counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
+    """(low, high) of least expected squared error on 2^bits equal steps; of equal ones the widest.
+
+    counts     int64 [2, BINS], as `signed_histogram` makes them
+    low, high  extremes of the values, low ≤ 0 ≤ high, not both 0
+    """
+    kept = torch.exp2(-torch.arange(_CANDIDATES, dtype=torch.float64) / 16)
+    sides = [_beyond(counts[side], extreme, extreme * kept) for side, extreme in ((0, -low), (1, high))]
+    (below, inside_low), (above, inside_high) = sides
+    step = (-low * kept[:, None] + high * kept[None, :]) / (2**bits - 1)
+    errors = step**2 / 12 * (inside_low[:, None] + inside_high[None, :]) + below[:, None] + above[None, :]
+    first, second = divmod(int(errors.argmin()), _CANDIDATES)
+    return low * kept[first].item(), high * kept[second].item()
+
+
+def _beyond(counts: Tensor, extreme: float, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ (|x| − end)² of the values beyond each end, how many are not beyond it), float64 [ends]; values are spread
+    evenly within their bins."""
+    edges, counts = bin_edges().clamp(max=extreme), counts.double()
+    low, high = edges[:-1], edges[1:]
+    width = (high - low).clamp(min=1e-300)
+    first = (low - ends[:, None]).clamp(min=0)  # [ends, BINS]
+    last = (high - ends[:, None]).clamp(min=0)
+    error = (last**3 - first**3) / (3 * width) * counts
+    beyond = ((last - first) / width).clamp(max=1) * counts
+    return error.sum(1), (counts - beyond).sum(1)
 
 
 def _integral(t: Tensor, values: Tensor, middles: Tensor, prefix: Tensor) -> Tensor:

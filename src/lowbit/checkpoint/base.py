@@ -150,6 +150,11 @@ class CanReadCodes(Protocol):
         """Weight name → static activation scale (multiplier), for schemes that store one."""
         ...
 
+    @property
+    def input_zero_points(self) -> dict[str, int]:
+        """Weight name → zero point of its input, a signed code, for static schemes that store one."""
+        ...
+
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         """Codes and scales of rows start..stop; start divides by `row_multiple`."""
         ...

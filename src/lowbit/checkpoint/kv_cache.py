@@ -1,10 +1,11 @@
-"""Read the scales of an FP8 KV cache in a quantized folder of any format, for conversions.
+"""Read the scales of an FP8 or NVFP4 KV cache in a quantized folder of any format, for conversions.
 
     compressed-tensors   A.k_scale, A.v_scale float [1], or [kv_heads, 1, 1] per head (kv_cache_scheme.strategy)
     modelopt             A.k_proj.k_scale, A.v_proj.v_scale float [] or [1]; A.qkv_proj.k_scale where q, k, v are one
     fp8                  either spelling; config.json does not state it
 
-with A the attention of a layer, "model.layers.3.self_attn". A scale multiplies codes: the range is scale · 448.
+with A the attention of a layer, "model.layers.3.self_attn". A scale multiplies codes: the range is scale · 448 of
+FP8, scale · 6 · 448 of NVFP4 (ModelOpt's alone).
 
 Left out with a note, since weights do not depend on them: scales of another number format, a key's scale without a
 value's, and scales that are not finite and above 0. Scales of queries (q_scale) and zero points, which are 0 in a
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError
-from lowbit.numerics.scales import E4M3_MAX
 from lowbit.schemes import KV_CACHE_SCHEMES, KVCacheScheme
 
 _NAME = re.compile(r"(?:^|.*\.)(\d+)\.self_attn\.(?:(?:[qkv]|qkv)_proj\.|attn\.)?([qkv])_(scale|zero_point)")
@@ -30,7 +30,7 @@ _NAME = re.compile(r"(?:^|.*\.)(\d+)\.self_attn\.(?:(?:[qkv]|qkv)_proj\.|attn\.)
 
 @dataclass(frozen=True)
 class StoredKVCache:
-    """absmax: layer → largest |K| and |V| that the scales cover, float64 [1] or [kv_heads]: scale · 448, exactly."""
+    """absmax: layer → largest |K| and |V| that the scales cover, float64 [1] or [kv_heads]: scale · reach, exactly."""
 
     scheme: KVCacheScheme
     absmax: dict[int, tuple[Tensor, Tensor]]
@@ -47,10 +47,12 @@ def read_kv_cache(stored: Checkpoint, scheme: KVCacheScheme | None) -> tuple[Sto
     found = kv_cache_names(stored)
     names = {place: name for name, place in found.items()}
     if not names:
-        note = "config.json states an FP8 KV cache, but the files hold no scales for it; engines take 1.0"
-        return None, [note] if scheme is not None else []
+        if scheme is None:
+            return None, []
+        note = f"config.json states an {scheme.label} KV cache, but the files hold no scales for it; engines take 1.0"
+        return None, [note]
     if scheme is None:
-        return None, [_left_out("config.json does not say that the cache is FP8, per tensor or per head")]
+        return None, [_left_out("config.json does not say that the cache is FP8 or NVFP4")]
     if len(names) < len(found):
         twice = next(name for name, place in found.items() if names[place] != name)
         return None, [_left_out(f"{twice} and {names[found[twice]]} are both of layer {found[twice][0]}")]
@@ -64,14 +66,14 @@ def read_kv_cache(stored: Checkpoint, scheme: KVCacheScheme | None) -> tuple[Sto
             scale = _values(stored, name)
             if scale is None or (scheme.per == "tensor" and scale.numel() != 1):
                 return None, [_left_out(f"{name} is not one finite number above 0 for each {scheme.per}")]
-            pair.append(scale * E4M3_MAX)
+            pair.append(scale * scheme.reach)
         absmax[layer] = (pair[0], pair[1])
     return StoredKVCache(scheme, absmax), []
 
 
 def kv_cache_scheme(per: str) -> KVCacheScheme:
-    """The scheme with one scale per "tensor" or "head"."""
-    return next(scheme for scheme in KV_CACHE_SCHEMES.values() if scheme.per == per)
+    """The FP8 scheme with one scale per "tensor" or "head"."""
+    return KV_CACHE_SCHEMES["fp8" if per == "tensor" else "fp8_per_head"]
 
 
 def key_value_heads(config: dict[str, Any]) -> int:

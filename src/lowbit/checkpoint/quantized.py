@@ -106,6 +106,10 @@ class Layout(ABC):
         """The static activation scale, a multiplier; None where none is stored."""
         return None
 
+    def input_zero_point(self, linear: str) -> int | None:
+        """The signed code of a static activation scale that stands for 0; None where none is stored."""
+        return None
+
 
 @runtime_checkable
 class HasKVCache(Protocol):
@@ -170,6 +174,12 @@ class QuantizedCheckpoint:
         """Weight name → static activation scale (multiplier), for schemes that store one."""
         found = {weight: self.layout.input_scale(weight.removesuffix(".weight")) for weight in self.schemes}
         return {weight: scale for weight, scale in found.items() if scale is not None}
+
+    @property
+    def input_zero_points(self) -> dict[str, int]:
+        """Weight name → zero point of its input, a signed code, for static schemes that store one."""
+        found = {weight: self.layout.input_zero_point(weight.removesuffix(".weight")) for weight in self.schemes}
+        return {weight: zero_point for weight, zero_point in found.items() if zero_point is not None}
 
     def says_quantized(self, linear: str) -> bool:
         """True where config.json quantizes a linear, whatever the files hold."""

@@ -16,6 +16,7 @@ from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
     from lowbit.blind.result import BlindTest
+    from lowbit.report.caches import CacheRow
     from lowbit.report.compared import Comparison
 
 
@@ -93,6 +94,7 @@ def compare(
     from lowbit.comparison import compare as run
     from lowbit.export.atomic import refuse_existing_document
     from lowbit.measure import return_freed_memory
+    from lowbit.report.caches import cache_rows
     from lowbit.report.compared import sizes_differ
     from lowbit.report.page import render_comparison
     from lowbit.report.schema import write_text
@@ -116,6 +118,8 @@ def compare(
     echo(f"reference  {comparison.reference}")
     echo(f"text       {run_first.text.name}: {run_first.windows} windows × {run_first.window_tokens} tokens")
     print_table(_table(comparison))
+    if rows := cache_rows(comparison.models):
+        print_table(_cache_table(rows, [model.label for model in comparison.models]))
     echo(sizes_differ(comparison.models).replace("\u00a0", " "))
 
 
@@ -207,4 +211,22 @@ def _table(comparison: Comparison) -> Any:
             "yes" if on_front(mark, marks) else "no",
             "from its report" if model.origin == "report" else "measured now",
         )
+    return table
+
+
+def _cache_table(rows: list[CacheRow], labels: list[str]) -> Any:
+    """A row per cache type and context, a column of KLD ± its error per model, as the reports have them."""
+    from rich.table import Table
+
+    texts = dict.fromkeys(row.how for row in rows)
+    caption = "KLD of each model from itself with its cache in 16 bits, as the reports have it; – was not measured"
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("KV cache")
+    for label in ("bits", *labels):
+        table.add_column(label, justify="right")
+    if len(texts) > 1:
+        table.add_column("measured on")
+    for row in rows:
+        how = (row.how,) if len(texts) > 1 else ()
+        table.add_row(row.name, f"{row.first.bits_per_value:.2f}", *row.cells, *how)
     return table

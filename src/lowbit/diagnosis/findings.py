@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Literal
 
+from lowbit.diagnosis.caches import costly_caches
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.inputs import MISMATCH_LEAST, UNSEEN
 from lowbit.diagnosis.pair import FACTOR, ROUNDING, TensorFacts
@@ -307,7 +308,7 @@ def spread(evidence: Evidence) -> Iterator[DiagnosisFinding]:
 
 RULES: tuple[Callable[[Evidence], Iterator[DiagnosisFinding]], ...] = (
     nonfinite, zeroed, constant_rows, scales, replaced, low_bits, calibration, clipped, left_out,
-    outstanding, saturation, outliers, changed, spread,
+    outstanding, saturation, outliers, costly_caches, changed, spread,
 )  # fmt: skip
 
 

@@ -148,8 +148,9 @@ _LARGEST_CODE = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0 * 448.0}
 
 
 def clipped_inputs(
-    stats: Iterable[InputStats], schemes: Mapping[str, Scheme], input_scales: Mapping[str, float]
-) -> list[ClippedInput]:
+    stats: Iterable[InputStats], schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
+    zero_points: Mapping[str, int] | None = None,
+) -> list[ClippedInput]:  # fmt: skip
     """Static activation scales that this text exceeds by far, worst first."""
     found = []
     for each in stats:
@@ -158,7 +159,9 @@ def clipped_inputs(
             scheme = schemes.get(name)
             if name not in input_scales or scheme is None or scheme.activation is None:
                 continue
-            reach = input_scales[name] * _LARGEST_CODE[scheme.activation.number]
+            # Of an asymmetric range the farther end: |x| does not say on which side a value lies.
+            beyond = abs((zero_points or {}).get(name, 0))
+            reach = input_scales[name] * (_LARGEST_CODE[scheme.activation.number] + beyond)
             largest = each.absmax.max().item()
             if largest > CLIPPED_RATIO * reach:
                 found.append(ClippedInput(name, reach, largest))

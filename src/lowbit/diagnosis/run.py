@@ -164,6 +164,7 @@ class _Measuring:
         pair, ties = self.pair, search.tree.tied.values()
         schemes: dict[str, Scheme] = getattr(pair.quantized, "schemes", {})
         scales: dict[str, float] = getattr(pair.quantized, "input_scales", {})
+        zero_points: dict[str, int] = getattr(pair.quantized, "input_zero_points", {})
         rounds_activations = any(scheme.activation is not None for scheme in schemes.values())
         if rounds_activations:
             self.notes.append("activations are quantized at run time: not simulated here (lowbit evaluate does)")
@@ -180,7 +181,7 @@ class _Measuring:
             mismatch=self._mismatch(of_reference, of_judged),
             unseen=self._unseen(),
             outliers=tuple(outlier_inputs(of_reference.values())),
-            clipped=tuple(clipped_inputs(of_reference.values(), schemes, scales)),
+            clipped=tuple(clipped_inputs(of_reference.values(), schemes, scales, zero_points)),
             ends=tuple(each for each in ends if each is not None),
             quantizes_activations=rounds_activations,
             report=self.report,

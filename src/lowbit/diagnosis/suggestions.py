@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.base import OpenOptions
+from lowbit.diagnosis.caches import cache_suggestions
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.pair import Pair
 from lowbit.errors import LowbitError
@@ -95,6 +96,7 @@ def suggest(
     if recipe is not None and not kinds & set(DAMAGED):
         low = {name for finding in findings if finding.kind == "bits" for name in finding.tensors}
         found += _widened(evidence, recipe, frozenset(low))
+    found += cache_suggestions(evidence, quantized)
     if not found:
         command = ["lowbit", "evaluate", quantized, "--reference", reference]
         found.append(Suggestion(text="nothing to repair: evaluate it on more text", command=shlex.join(command)))

@@ -12,6 +12,7 @@ transformers 5.23, llama.cpp of autumn 2026.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,7 +170,8 @@ class Engine:
     kinds     kinds of devices that it runs on
     support   the first row for a scheme and a device counts
     serve     command that loads the checkpoint {output}; serve_load is appended for {batch} sequences of {context}
-              tokens, {tokens} in all; serve_fp8_cache for an FP8 cache, serve_ranks for {ranks} cards
+              tokens, {tokens} in all; serve_fp8_cache for an FP8 cache, serve_cache for one of {keys} and {values},
+              serve_skip for {layers} whose cache stays in 16 bits, serve_ranks for {ranks} cards
     sharing   how it uses several cards
     train     command that loads it to train adapters
     serves    True if `serve` starts a server, which reports then show
@@ -186,6 +188,8 @@ class Engine:
     serve: str
     serve_load: str = ""
     serve_fp8_cache: str = ""
+    serve_cache: str = ""
+    serve_skip: str = ""
     serve_ranks: str = ""
     sharing: Sharing = "layers"
     train: str = ""
@@ -219,6 +223,14 @@ class Engine:
     def trains(self) -> bool:
         """True if adapters can be trained on some scheme."""
         return any(row.finetune for row in self.support)
+
+    def serve_with_cache(self, output: str, keys: str, values: str, skip: Sequence[int] = ()) -> str | None:
+        """The command that loads a checkpoint with a cache of these types, in the engine's spelling, but for layers
+        whose cache stays in 16 bits; None where the engine has no such options."""
+        if not self.serve_cache or (skip and not self.serve_skip):
+            return None
+        line = self.serve_line(output) + self.serve_cache.format(keys=keys, values=values)
+        return line + self.serve_skip.format(layers=" ".join(map(str, skip))) if skip else line
 
     def refuse_ranks(self, shape: ModelShape, device: Device) -> None:
         """UsageError where the heads of a model cannot be divided among the cards."""

@@ -46,5 +46,6 @@ ENGINE = Engine(
     "llama.cpp", "llama.cpp", _KINDS,
     (Support(GGUF_TYPES, "16", "gguf", _DOCS, kinds=("cpu", "cuda", "rocm", "metal"), small_batch=8),),
     _MEMORY, Loading(rules=(), reads_gguf=True),
-    serve="llama-server -m {output}", serve_load=" -c {tokens} -np {batch}", suits="desktops",
+    serve="llama-server -m {output}", serve_load=" -c {tokens} -np {batch}",
+    serve_cache=" -ctk {keys} -ctv {values}", suits="desktops",
 )  # fmt: skip

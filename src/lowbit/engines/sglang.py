@@ -118,6 +118,7 @@ def _leaves_out_bitsandbytes(subject: Subject, unit: EngineUnit) -> bool | None:
 
 
 _LOADING = Loading(
+    cache_scales={"modelopt": ("fp8",), "fp8": ("fp8",)},
     rules=(
         *SERVER_RULES,
         *FUSING,
@@ -173,5 +174,6 @@ _MEMORY = MemoryModel(
 ENGINE = Engine(
     "sglang", "SGLang", ("cuda", "rocm"), _SUPPORT, _MEMORY, _LOADING,
     serve="python -m sglang.launch_server --model-path {output}", serve_load=" --context-length {context}",
-    serve_fp8_cache=" --kv-cache-dtype fp8_e4m3", serve_ranks=" --tp {ranks}", sharing="tensor", batch=8,
+    serve_fp8_cache=" --kv-cache-dtype fp8_e4m3", serve_cache=" --kv-cache-dtype {keys}",
+    serve_ranks=" --tp {ranks}", sharing="tensor", batch=8,
 )  # fmt: skip

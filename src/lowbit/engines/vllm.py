@@ -245,6 +245,7 @@ def _leaves_out_fp8(subject: Subject, unit: EngineUnit) -> bool | None:
 
 
 _LOADING = Loading(
+    cache_scales={_CT: ("fp8", "fp8_per_head"), "modelopt": ("fp8", "nvfp4"), "fp8": ("fp8",)},
     rules=(
         *SERVER_RULES,
         *FUSING,
@@ -345,5 +346,6 @@ _MEMORY = MemoryModel(
 ENGINE = Engine(
     "vllm", "vLLM", ("cuda", "rocm", "cpu"), _SUPPORT, _MEMORY, _LOADING,
     serve="vllm serve {output}", serve_load=" --max-model-len {context}",
+    serve_cache=" --kv-cache-dtype {keys}", serve_skip=" --kv-cache-dtype-skip-layers {layers}",
     serve_ranks=" --tensor-parallel-size {ranks}", sharing="tensor", batch=8, suits="servers",
 )  # fmt: skip

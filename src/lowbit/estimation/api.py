@@ -133,8 +133,8 @@ def _settings(
     if output is not None and settings.format == "auto" and settings.writes_gguf(Path(output)):
         settings = settings.model_copy(update={"format": "gguf"})
     name = None if kv_cache is None else kv_cache.lower()
-    can_store = settings.format == "auto" or bool(FORMATS[settings.format].kv_cache)
-    stored = name in KV_CACHE_SCHEMES and can_store
+    holding = FORMATS["compressed-tensors" if settings.format == "auto" else settings.format].kv_cache
+    stored = name in KV_CACHE_SCHEMES and name in holding
     return make_settings(recipe, **given, kv_cache=name) if stored and not settings.writes_gguf() else settings
 
 

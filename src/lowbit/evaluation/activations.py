@@ -6,6 +6,7 @@
     e4m3, per token   s = max(max|x| / 448, 1/(448·512))    codes = e4m3(x / s), saturating
     e4m3, per group   the same over g channels of a token
     static            s is the stored input scale, for all tokens; int8 and e4m3
+    static, asymmetric   s and z are stored: codes = clamp(rint(x / s) + z, −128, 127), x̂ = s · (codes − z)
     MX (e8m0)         s = 2^(floor(log2 max|x|) − emax) over 32 channels, emax 2 for E2M1 and 8 for E4M3
     NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
     LLM.int8()        channels with some |x| ≥ 6 in the batch stay; the others int8 per token, s = max of |x| < 6 / 127
@@ -23,9 +24,8 @@ Experts that transformers computes in one fused operation are simulated there: x
 (routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and the output
 of its gate, which the second matrix reads.
 
-Refused: a scheme on something that is not a linear, a static scheme without its scale, a static asymmetric one (its
-zero point is not read), and, for fused experts, a static scheme (every expert has a scale of its own) and experts of
-one block with different schemes.
+Refused: a scheme on something that is not a linear, a static scheme without its scale or its zero point, and, for fused
+experts, a static scheme (every expert has a scale of its own) and experts of one block with different schemes.
 """
 
 from __future__ import annotations
@@ -50,17 +50,20 @@ _FP8_SMALLEST_SCALE = 1.0 / (448.0 * 512.0)
 _E8M0_MIN, _E8M0_MAX = -127, 127
 
 
-def quantize_activation(x: Tensor, spec: ActivationSpec, input_scale: float | None = None) -> Tensor:
+def quantize_activation(
+    x: Tensor, spec: ActivationSpec, input_scale: float | None = None, zero_point: int | None = None
+) -> Tensor:
     """x̂, of the shape [..., K] and dtype of x.
 
     input_scale  the stored scale: the static one, or for NVFP4 the scale above the group scales; None for dynamic
                  schemes
+    zero_point   the stored code of 0, of static schemes that are not symmetric
     """
     if spec.needs_calibration and input_scale is None:
         raise UsageError("a static activation scheme needs the scale that calibration stored")
     values = x.to(torch.float32)
     if not spec.symmetric:
-        return _asymmetric(values, spec).to(x.dtype)
+        return _asymmetric(values, spec, input_scale, zero_point).to(x.dtype)
     if spec.per != "group":
         absmax = values.abs().amax(-1, keepdim=True) if spec.per == "token" else values.abs().amax()
         return _encode_decode(values, _scale(absmax, spec, input_scale), spec).to(x.dtype)
@@ -87,14 +90,18 @@ def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
     return torch.where(outliers.any(dim=0), rows, rounded).reshape(x.shape)
 
 
-def _asymmetric(values: Tensor, spec: ActivationSpec) -> Tensor:
-    """Integers that cover [min, max] of every token (or of all), which need not hold 0."""
-    if spec.number != "int" or spec.per == "group" or spec.needs_calibration:
-        kind = "static" if spec.needs_calibration else f"per {spec.per}"
+def _asymmetric(values: Tensor, spec: ActivationSpec, static: float | None, stored: int | None) -> Tensor:
+    """Integers that cover [min, max] of every token (or of all), which need not hold 0; or the stored range."""
+    if spec.number != "int" or spec.per == "group":
         raise CheckpointError(
-            f"asymmetric {spec.bits}-bit {spec.number} activations, {kind}, cannot be simulated",
+            f"asymmetric {spec.bits}-bit {spec.number} activations, per {spec.per}, cannot be simulated",
             "evaluate the weights alone with --activations none",
         )
+    if spec.needs_calibration:
+        if static is None or stored is None:
+            raise UsageError("a static asymmetric scheme needs the scale and the zero point that calibration stored")
+        codes = ((values / static).round() + stored).clamp(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
+        return (codes - stored) * static
     across = (-1,) if spec.per == "token" else tuple(range(values.dim()))
     low, high = values.amin(across, keepdim=True), values.amax(across, keepdim=True)
     least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
@@ -148,6 +155,7 @@ def _round_e2m1(values: Tensor) -> Tensor:
 def simulated_activations(
     model: nn.Module, schemes: Mapping[str, Scheme], input_scales: Mapping[str, float],
     rotations: Mapping[str, InputBasis] | None = None, int8_threshold: float | None = None,
+    zero_points: Mapping[str, int] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside, every linear whose scheme quantizes activations gets x̂ for its x.
 
@@ -155,6 +163,7 @@ def simulated_activations(
     input_scales  weight name → stored scale, for static and local schemes
     rotations     weight name → rotation or scales of its input by the engine; the model has the weight without them
     int8_threshold  of LLM.int8(); None for bitsandbytes' own
+    zero_points   weight name → stored zero point, for static schemes that are not symmetric
     """
     threshold = 6.0 if int8_threshold is None else int8_threshold
     rotations = rotations or {}
@@ -175,7 +184,9 @@ def simulated_activations(
             if scheme.activation is None:
                 hook = _llm_int8_hook(threshold)
             else:
-                hook = _hook(scheme.activation, _stored_scale(name, scheme, input_scales), rotations.get(name))
+                scale, zero_point = _stored_scale(name, scheme, input_scales), (zero_points or {}).get(name)
+                _check_zero_point(name, scheme, zero_point)
+                hook = _hook(scheme.activation, scale, rotations.get(name), zero_point)
             stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
         for (owner, leaf), members in experts.items():
             stack.enter_context(_fused_experts(model.get_submodule(owner), leaf, members))
@@ -270,6 +281,15 @@ def _stored_scale(name: str, scheme: Scheme, input_scales: Mapping[str, float]) 
     return scale
 
 
+def _check_zero_point(name: str, scheme: Scheme, zero_point: int | None) -> None:
+    spec = scheme.activation
+    if spec is not None and spec.needs_calibration and not spec.symmetric and zero_point is None:
+        raise CheckpointError(
+            f"{name}: scheme {scheme.name} needs a stored zero point of its input; there is none",
+            "quantize again with calibration, or evaluate the weights alone with --activations none",
+        )
+
+
 def _llm_int8_hook(threshold: float):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
         return (quantize_llm_int8(args[0], threshold), *args[1:])
@@ -281,16 +301,17 @@ def simulation_of(checkpoint: Checkpoint) -> Callable[[nn.Module], AbstractConte
     """What simulates, inside a model that has the weights of a checkpoint, how an engine rounds its inputs."""
     schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
     rotations, threshold = getattr(checkpoint, "rotations", {}), getattr(checkpoint, "int8_threshold", None)
-    return lambda model: simulated_activations(model, schemes, scales, rotations, threshold)
+    zero_points = getattr(checkpoint, "input_zero_points", {})
+    return lambda model: simulated_activations(model, schemes, scales, rotations, threshold, zero_points)
 
 
-def _hook(spec: ActivationSpec, scale: float | None, rotation: InputBasis | None = None):
+def _hook(spec: ActivationSpec, scale: float | None, rotation: InputBasis | None = None, zero_point: int | None = None):
     def quantize_input(_module: nn.Module, args: tuple) -> tuple:
-        return (quantize_activation(args[0], spec, scale), *args[1:])
+        return (quantize_activation(args[0], spec, scale, zero_point), *args[1:])
 
     def quantize_rotated(_module: nn.Module, args: tuple) -> tuple:
         assert rotation is not None
-        turned = quantize_activation(rotation.inputs(args[0].float()), spec, scale)
+        turned = quantize_activation(rotation.inputs(args[0].float()), spec, scale, zero_point)
         return (rotation.inputs_back(turned).to(args[0].dtype), *args[1:])
 
     if rotation is not None:

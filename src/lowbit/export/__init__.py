@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lowbit.export.safetensors_writer import StoredTensor
     from lowbit.schemes import Scheme
-    from lowbit.tensors import QuantizedTensor
+    from lowbit.tensors import InputRange, QuantizedTensor
 
 # Numbers that only one format stores; compressed-tensors is the default for all others.
 _FORMAT_OF_NUMBER = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "ternary": "bitnet"}
@@ -82,11 +82,11 @@ class Exporter(Protocol):
         first_row: int,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        input_absmax: float | None = None,
+        input_range: InputRange | None = None,
     ) -> list[Piece]:
         """A slab of rows, packed. Tensors that a linear has once come with the slab at row 0.
 
-        input_absmax  largest |input| in calibration, for schemes with static activation scales
+        input_range  of the input in calibration, for schemes with static activation scales
         """
         ...
 

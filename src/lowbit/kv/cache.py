@@ -11,8 +11,9 @@ The first pass, over the prompt, attends to exact keys and values; later ones to
 (`cache_type` names what `lowbit evaluate --kv-cache` simulates). A step decodes the cache of one layer at a time, into
 two buffers that all layers share: what `update` returns is valid until its next call, unless gradients are wanted.
 
-A byte holds codes of tokens (or channels) that lie half a group apart, a quarter with 2 bits, so that unpacking writes
-runs and not every other value. With hadamard=True heads are turned before rounding and back after decoding.
+A byte holds codes of one channel, of tokens that lie half a group apart, a quarter with 2 bits, for keys and for
+values: so unpacking writes runs of whole heads and not every other value. With hadamard=True heads are turned before
+rounding and back after decoding.
 
 Quantized are layers that attend to everything. Layers with a sliding window keep it in the model's dtype, as it is
 bounded, and recurrent layers their state. Supported: batches with padding, beams (reordering, repeating, selecting),
@@ -61,8 +62,8 @@ class _Buffers:
 
 @dataclass
 class _Packed:
-    """Quantized states of one side: codes uint8 [B, heads, n, group · bits / 8, D] of keys (n groups of tokens), or
-    [B, heads, T, D / group, group · bits / 8] of values; scale, low float16, 1 where the codes are."""
+    """Quantized states of one side: codes uint8 [B, heads, n, group · bits / 8, D], of n groups of tokens; scale and
+    low float16, [B, heads, n, 1, D] of keys and [B, heads, T, D / group, 1] of values."""
 
     codes: Tensor
     scale: Tensor
@@ -90,7 +91,7 @@ class QuantizedCacheLayer(DynamicLayer):
 
     @property
     def quantized_tokens(self) -> int:
-        return self._packed["values"].codes.shape[2] if self._packed else 0
+        return self._packed["values"].scale.shape[2] if self._packed else 0
 
     @property
     def nbytes(self) -> int:
@@ -136,15 +137,15 @@ class QuantizedCacheLayer(DynamicLayer):
         if side == "keys":
             groups = values.unflatten(2, (-1, self.group)).transpose(-1, -2)  # [B, heads, n, D, group]
             codes, scale, low = (each.transpose(-1, -2) for each in codec.encode(groups))
-            packed = self._pack(codes, 3)
         else:
             codes, scale, low = codec.encode(values.unflatten(-1, (-1, self.group)))  # [B, heads, T, D / group, group]
-            packed = self._pack(codes, 4)
-        return _Packed(packed, scale.half().contiguous(), low.half().contiguous())
+            codes = codes.flatten(-2).unflatten(2, (-1, self.group))
+        return _Packed(self._pack(codes), scale.half().contiguous(), low.half().contiguous())
 
-    def _pack(self, codes: Tensor, dim: int) -> Tensor:
-        """Runs of a group, `8 / bits` of them, beside each other in the bits of a byte."""
-        runs = codes.to(torch.uint8).chunk(8 // self.bits, dim=dim)
+    def _pack(self, codes: Tensor) -> Tensor:
+        """Runs of the tokens of a group, `8 / bits` of them, beside each other in the bits of a byte; codes
+        [B, heads, n, group, D]."""
+        runs = codes.to(torch.uint8).chunk(8 // self.bits, dim=3)
         packed = runs[0].clone()
         for index, run in enumerate(runs[1:], 1):
             packed |= run << (self.bits * index)
@@ -162,22 +163,23 @@ class QuantizedCacheLayer(DynamicLayer):
         whole = self._buffers.take(side, window, count + window.shape[-2], own=torch.is_grad_enabled())
         scale, low = packed.scale.to(window.dtype), packed.low.to(window.dtype)
         at = whole[:, :, :count]
-        groups = at.unflatten(2, (-1, self.group)) if side == "keys" else at.unflatten(-1, (-1, self.group))
-        codes = self._unpacked(packed.codes, 3 if side == "keys" else 4)
-        torch.addcmul(low, codes.to(window.dtype), scale, out=groups)
+        codes = self._unpacked(packed.codes).to(window.dtype)
+        if side == "keys":
+            groups = at.unflatten(2, (-1, self.group))
+        else:
+            groups, codes = (each.unflatten(-1, (-1, self.group)) for each in (at, codes.flatten(2, 3)))
+        torch.addcmul(low, codes, scale, out=groups)
         if self.rotated:
             at.copy_(hadamard(at, at.shape[-1]))
         whole[:, :, count:] = window
         return whole
 
-    def _unpacked(self, packed: Tensor, dim: int) -> Tensor:
-        """Codes uint8, a group along `dim`."""
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """Codes uint8 [B, heads, n, group, D]."""
         if self.bits == 8:
             return packed
-        shape = list(packed.shape)
-        shape[dim] = self.group
-        codes = packed.new_empty(shape)
-        for index, run in enumerate(codes.chunk(8 // self.bits, dim=dim)):
+        codes = packed.new_empty(*packed.shape[:3], self.group, packed.shape[4])
+        for index, run in enumerate(codes.chunk(8 // self.bits, dim=3)):
             last = (index + 1) * self.bits == 8
             shifted = packed >> (self.bits * index) if index else packed
             if last:

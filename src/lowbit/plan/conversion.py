@@ -36,6 +36,7 @@ from lowbit.registry import FORMATS, written_formats
 from lowbit.rounding.widen import widened, wider_specs
 from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, Scheme, scheme_of_specs
 from lowbit.settings import Settings, refuse_unread
+from lowbit.tensors import InputRange
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,26 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         plan = replace(plan, tensors=tuple(
             replace(t, reason=said[t.linear.name]) if t.linear and t.linear.name in said else t for t in plan.tensors
         ))  # fmt: skip
-    plan = _with_kv_cache(replace(plan, input_absmax=_input_ranges(plan, checkpoint)), checkpoint)
+    plan = _with_kv_cache(replace(plan, input_ranges=_input_ranges(plan, checkpoint)), checkpoint)
     return prepared(_checked_values(plan, checkpoint, exporter))
 
 
-def _input_ranges(plan: FolderPlan, checkpoint: CanReadCodes) -> dict[str, float]:
+def _input_ranges(plan: FolderPlan, checkpoint: CanReadCodes) -> dict[str, InputRange]:
     """Input ranges recovered from the source's static activation scales; linears without one are calibrated later."""
-    stored, ranges = checkpoint.input_scales, {}
+    stored, zero_points, ranges = checkpoint.input_scales, checkpoint.input_zero_points, {}
     for linear in plan.static_inputs:
         scale = stored.get(f"{linear}.weight")
         if scale is not None:
             spec = plan.schemes[linear].activation
             assert spec is not None, "it needs calibration"
-            largest_code = INT8_MAX if spec.number == "int" else E4M3_MAX
-            ranges[linear] = scale * largest_code * (E2M1_MAX if spec.scale_format == "e4m3" else 1.0)
+            zero_point = zero_points.get(f"{linear}.weight")
+            if not spec.symmetric and zero_point is not None:
+                least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
+                ranges[linear] = InputRange(scale * (least - zero_point), scale * (largest - zero_point))
+            elif spec.symmetric:
+                largest_code = INT8_MAX if spec.number == "int" else E4M3_MAX
+                two_level = E2M1_MAX if spec.scale_format == "e4m3" else 1.0
+                ranges[linear] = InputRange.within(scale * largest_code * two_level)
     return ranges
 
 
@@ -130,7 +137,7 @@ def _with_kv_cache(plan: FolderPlan, checkpoint: Checkpoint) -> FolderPlan:
     if stored is None or plan.kv_cache is not None:
         return plan
     scheme, notes = stored.scheme, plan.notes
-    if scheme.per not in plan.format.kv_cache and "tensor" in plan.format.kv_cache:
+    if scheme.per == "head" and scheme.name not in plan.format.kv_cache and "fp8" in plan.format.kv_cache:
         scheme = KV_CACHE_SCHEMES["fp8"]
         notes = (*notes, "scales of the KV cache: one per layer, the largest of the source's, which has one per head")
     reason = unfit_kv_cache(plan.format, scheme)

@@ -43,7 +43,7 @@ from lowbit.rounding.error import squared_error
 from lowbit.rounding.target import Sums
 from lowbit.schemes import ActivationSpec, KVCacheScheme, Scheme, find_kv_cache_scheme
 from lowbit.settings import Settings, check_patterns
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 from lowbit.transform.online import online_rotations
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FolderPlan(Plan):
     """
-    input_absmax  linear → largest |input| in calibration, for schemes with static activation scales
+    input_ranges  linear → range of its input in calibration, for schemes with static activation scales
     kv_cache      scheme of the KV cache; None if it is not quantized
     kv_scales     the stored scales of the KV cache, layer by layer
     kv_absmax     layer → largest |K| and |V| of every head, [kv_heads], from calibration
     """
 
-    input_absmax: dict[str, float] = field(default_factory=dict)
+    input_ranges: dict[str, InputRange] = field(default_factory=dict)
     kv_cache: KVCacheScheme | None = None
     kv_scales: tuple[CacheScales, ...] = ()
     kv_absmax: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class FolderPlan(Plan):
 
     @property
     def static_inputs(self) -> set[str]:
-        return {n for n, spec in self.activations.items() if spec.needs_calibration} - self.input_absmax.keys()
+        return {n for n, spec in self.activations.items() if spec.needs_calibration} - self.input_ranges.keys()
 
     @property
     def needs_kv_ranges(self) -> bool:
@@ -138,7 +138,7 @@ class FolderPlan(Plan):
     def with_ranges(self, ranges: Ranges) -> FolderPlan:
         return replace(
             self,
-            input_absmax=self.input_absmax | ranges.inputs,
+            input_ranges=self.input_ranges | ranges.inputs,
             kv_absmax=self.kv_absmax if ranges.cache is None else ranges.cache.absmax(),
             notes=(*self.notes, *ranges.notes),
         )
@@ -148,9 +148,9 @@ class FolderPlan(Plan):
         if isinstance(rows, QuantizedTensor):
             assert linear is not None
             assert scheme is not None
-            absmax = self.input_absmax.get(linear.name)
+            covered = self.input_ranges.get(linear.name)
             planned = {stored.name for stored in tensor.stored}
-            pieces = self.exporter.pack(linear.name, rows, scheme, first, linear.shape, tensor.dtype, absmax)
+            pieces = self.exporter.pack(linear.name, rows, scheme, first, linear.shape, tensor.dtype, covered)
             pieces = [piece for piece in pieces if piece.name in planned]
             if linear.transposed and self.format.name == "float":  # the model class stores it as [K, N]
                 pieces = [replace(piece, values=piece.values.t(), row=0, column=first) for piece in pieces]
@@ -217,7 +217,7 @@ class FolderPlan(Plan):
             config["quantization_config"] = quantization
         beside = self.exporter.companion_files(self.schemes, self.ignored)
         if self.kv_cache is not None:
-            beside = state_kv_cache_beside(self.format.name, beside)
+            beside = state_kv_cache_beside(self.format.name, self.kv_cache, beside)
         return {"config.json": config} | beside
 
     def inherited_rules(self, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -35,10 +35,10 @@ from lowbit.registry import FORMATS
 from lowbit.rounding.target import Stored, Target
 from lowbit.schemes import Scheme
 from lowbit.settings import Settings
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import InputRange, QuantizedTensor
 
 # Stands for the range of an input: writers store static activation scales beside codes, and a refinement keeps those.
-_SOME = 1.0
+_SOME = InputRange.within(1.0)
 
 
 class KeepsFiles(Protocol):
@@ -156,7 +156,7 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
     names = sorted({scheme.name for scheme in schemes.values()})
     plan = KeptFolderPlan(
         tensors, settings, row, planned.model_class, " + ".join(names), "kept", planned.dtype, architecture,
-        input_absmax=dict.fromkeys(schemes, _SOME), source=source, layout=layout, refined=frozenset(refined),  # type: ignore[possibly-undefined]
+        input_ranges=dict.fromkeys(schemes, _SOME), source=source, layout=layout, refined=frozenset(refined),  # type: ignore[possibly-undefined]
     )  # fmt: skip
 
     def codes(linear: str) -> QuantizedTensor:

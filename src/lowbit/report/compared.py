@@ -85,7 +85,8 @@ class Comparison:
         models = [
             {"label": model.label, "path": model.path, "scheme": model.scheme, "figures_from": model.origin,
              "on_front": on_front(mark, marks),
-             "evaluations": [run.model_dump(mode="json") for run in model.evaluations]}
+             "evaluations": [run.model_dump(mode="json") for run in model.evaluations],
+             "kv_cache": [row.model_dump(mode="json") for row in (model.report.kv_cache if model.report else ())]}
             for model, mark in zip(self.models, marks, strict=True)
         ]  # fmt: skip
         return {"reference": self.reference, "models": models}

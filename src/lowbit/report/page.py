@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.report import chart, compared, details, heatmap, histogram, plot, summary, units
+from lowbit.report.caches import cache_rows
 from lowbit.report.compared import Comparison
 from lowbit.report.schema import Report
 
@@ -57,6 +58,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         marks=[model.mark(f"#model-{index}") for index, model in enumerate(models)],
         samples=details.prompts([(model.label, model.headline.samples) for model in models]),
+        caches=cache_rows(models),
         curves=plot.error_curves({model.label: model.report.tensors for model in models if model.report is not None}),
     )
 

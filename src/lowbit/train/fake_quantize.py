@@ -38,7 +38,7 @@ from lowbit.numerics.straight_through import changed_scale, straight_through
 from lowbit.rounding.rtn import Fitted
 from lowbit.rounding.target import GridTarget, Stored, Target
 from lowbit.schemes import ActivationSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 
 TERNARY = ("TQ1_0", "TQ2_0")  # ggml types; the scheme of that name has its scale from `rounding.rtn`
 # Largest |value| of codes at scale 1; of NVFP4 times that of its group scales.
@@ -195,10 +195,13 @@ def fake_quantize_activation(x: Tensor, spec: ActivationSpec) -> Tensor:
     A static scale is that of the batch: the one that is stored is measured at the export.
     """
     with torch.no_grad():
-        scale = None
-        if spec.needs_calibration:
+        scale = zero_point = None
+        if spec.needs_calibration and spec.symmetric:
             scale = max(x.abs().max().item(), 1e-12) / _LARGEST[spec.number]
-        rounded = quantize_activation(x, spec, scale)
+        elif spec.needs_calibration:
+            covered = InputRange(min(x.min().item(), 0.0), max(x.max().item(), 1e-12))
+            scale, zero_point = covered.affine(spec.bits)
+        rounded = quantize_activation(x, spec, scale, zero_point)
     return straight_through(x, rounded)
 
 

@@ -92,6 +92,7 @@ class Loading:
     fuses        True if it builds one matrix of q, k and v, and one of gate and up
     fused_names  last part of a fused set's name → the engine's name for it, where it differs
     quant_algos  algorithms of ModelOpt that it loads
+    cache_scales format → KV-cache schemes whose stored scales it reads; None: not known, and not checked
     """
 
     rules: tuple[Rule, ...]
@@ -103,6 +104,7 @@ class Loading:
     fuses: bool = True
     fused_names: Mapping[str, str] = field(default_factory=dict)
     quant_algos: tuple[str, ...] = ()
+    cache_scales: Mapping[str, tuple[str, ...]] | None = None
 
 
 def loading_of(engine: str) -> Loading:

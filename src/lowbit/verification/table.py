@@ -40,6 +40,10 @@ COMMON: tuple[Rule, ...] = (
          tensors.check_cache_scales, "CompressedTensorsKVCacheMethod.create_weights, KVCacheScaleParameter of "
          "kv_cache.py, get_cache_scale_mapper of base_config.py (vLLM): absent ones are 1.0 in silence",
          then="misreads"),
+    Rule("cache-scales-read", "limits", _SCALED, "the engine reads the scales of a quantized KV cache",
+         tensors.check_cache_scales_read, "get_quant_method of compressed_tensors.py, modelopt.py, fp8.py (vLLM); of "
+         "compressed_tensors.py and modelopt_quant.py (SGLang), whose compressed-tensors loader has no branch for "
+         "attention; kv_cache_compression (TensorRT-LLM)", limit=True, then="costs"),
     Rule("coverage", "layers", QUANTIZED, "every linear is quantized or left out, in config.json as in the files",
          tensors.check_coverage, "our own: nothing is skipped in silence"),
     Rule("tensors", "layers", ALL, "every tensor is there, with the right dtype and shape", tensors.check_tensors,

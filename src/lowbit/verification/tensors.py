@@ -132,7 +132,7 @@ def check_cache_scales(subject: Subject) -> Finding:
     if not _quantizes_kv_cache(subject) and not (subject.format == "fp8" and places):
         return Finding([], "the cache is not quantized")
     if scheme is None:
-        return Finding([], "the cache is not quantized to FP8 with one scale per tensor or head")
+        return Finding([], "the cache is not quantized to FP8 or NVFP4 with one scale per tensor or head")
     problems = [f"{name} and {places[place]} are both of layer {place[0]}"
                 for name, place in found.items() if places[place] != name]  # fmt: skip
     heads = key_value_heads(subject.config) if scheme.per == "head" else 1
@@ -140,11 +140,32 @@ def check_cache_scales(subject: Subject) -> Finding:
         for leaf in ("k_scale", "v_scale"):
             name = places.get((layer, leaf))
             if name is None:
-                problems.append(f"layer {layer} has no {leaf}; config.json says that the KV cache is FP8")
+                problems.append(f"layer {layer} has no {leaf}; config.json says that the KV cache is {scheme.label}")
                 continue
             problem = _cache_problem(subject, name, heads)
             problems += [] if problem is None else [problem]
-    return Finding(problems, f"FP8, one scale per {scheme.per}, in {len(subject.architecture.blocks)} layers")
+    return Finding(
+        problems, f"{scheme.label}, one scale per {scheme.per}, in {len(subject.architecture.blocks)} layers"
+    )
+
+
+def check_cache_scales_read(subject: Subject) -> Finding:
+    """The engine reads the scales that the files have; where it drops them in silence, the cache is in 16 bits, or in
+    FP8 with scales of 1."""
+    layout, reads = subject.layout, subject.loading.cache_scales
+    scheme = layout.kv_cache if isinstance(layout, HasKVCache) else None
+    if scheme is None or not kv_cache_names(subject.stored):
+        return Finding([], "there are none")
+    if reads is None:
+        return Finding([], f"whether {subject.engine} reads them is not known")
+    read = reads.get(subject.format, ())
+    if scheme.name in read:
+        return Finding([], f"{subject.engine} reads them: {scheme.label}, one per {scheme.per}")
+    instead = [name for name, schemes in reads.items() if scheme.name in schemes]
+    where = f"; it reads such scales of {' and '.join(instead)}" if instead else ""
+    where = f"; of {subject.format} it reads {', '.join(read)}" if read else where
+    return Finding([f"{subject.engine} drops scales of a KV cache in {scheme.label}, one per {scheme.per}, of "
+                    f"{subject.format} folders in silence{where}"], "")  # fmt: skip
 
 
 def _cache_problem(subject: Subject, name: str, heads: int) -> str | None:

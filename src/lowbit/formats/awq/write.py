@@ -36,7 +36,7 @@ from lowbit.export import (
 )
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 from lowbit.version import __version__
 
 FORMAT = "awq"
@@ -88,7 +88,7 @@ def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     """A slab of rows: a strip of columns of every stored tensor."""
     zero_point = quantized.zero_point
     zeros = torch.zeros_like(quantized.scale, dtype=torch.int8) if zero_point is None else zero_point.to(torch.int8)

@@ -27,7 +27,7 @@ from lowbit.errors import FormatError
 from lowbit.export import Piece, every_zero_point, no_companions, not_converted
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import SCHEMES, Scheme
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import InputRange, QuantizedTensor
 
 FORMAT = "bitnet"
 lowest_zero_point, companion_files = every_zero_point, no_companions
@@ -66,7 +66,7 @@ def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     """The whole matrix."""
     return [
         Piece(f"{linear}.weight", pack_rows(quantized.codes)),

@@ -31,7 +31,7 @@ from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import NESTED_BLOCK, dynamic_map
 from lowbit.schemes import Scheme
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 
 FORMAT = "bitsandbytes"
 lowest_zero_point, companion_files, engine_of = every_zero_point, no_companions, usual_engine
@@ -126,7 +126,7 @@ def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     kind = storage_format(scheme)
     if kind == "int8":
         pieces = [

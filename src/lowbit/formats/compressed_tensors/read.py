@@ -93,6 +93,10 @@ class CompressedTensorsLayout(Layout):
             return 1.0 / self.stored.read(f"{linear}.input_global_scale").reshape(-1)[0].item()
         return None
 
+    def input_zero_point(self, linear: str) -> int | None:
+        name = f"{linear}.input_zero_point"
+        return int(self.stored.read(name).reshape(-1)[0].item()) if name in self.stored.tensors else None
+
     def read(self, linear: str, shape: tuple[int, int], start: int, stop: int) -> QuantizedTensor:
         spec = self.quantized_scheme(linear).weight
         scale, global_scale = self._scale(linear, spec.granularity, spec.group_size or 1, start, stop)

@@ -12,7 +12,8 @@ For a linear `L` with weight [N, K], b bits, G groups, in the model's float dtyp
     mxfp4-pack-quantized   L.weight_packed uint8 [N, K/2]  L.weight_scale uint8 [N, K/32], exponent + 127
     mxfp8-quantized        L.weight float8_e4m3fn [N, K]   L.weight_scale uint8 [N, K/32]
 
-Static activation scales add L.input_scale [1] (range of |input| / 448 for E4M3, / 127 for INT8), or, for NVFP4,
+Static activation scales add L.input_scale [1] (range of |input| / 448 for E4M3, / 127 for INT8; with a zero point, L.
+input_zero_point int8 [1], the range of the input / 255), or, for NVFP4,
 L.input_global_scale float32 [1] (a divisor). Scales of a KV cache: kv_cache.py.
 Spec: the compressors of compressed-tensors 0.20. Refused: E5M2 (the format's 8-bit float is E4M3).
 """
@@ -31,7 +32,7 @@ from lowbit.export import Piece, every_zero_point, no_companions, none_needless,
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX, e8m0_codes
 from lowbit.schemes import ActivationSpec, Scheme, WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 
 FORMAT = "compressed-tensors"
 lowest_zero_point, companion_files, engine_of = every_zero_point, no_companions, usual_engine
@@ -111,6 +112,8 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
         local = scheme.activation.dynamic == "local"
         leaf, input_dtype = ("input_global_scale", torch.float32) if local else ("input_scale", dtype)
         stored.append(StoredTensor(f"{linear}.{leaf}", input_dtype, (1,)))
+        if not scheme.activation.symmetric:
+            stored.append(StoredTensor(f"{linear}.input_zero_point", torch.int8, (1,)))
     return stored
 
 
@@ -120,7 +123,7 @@ def row_multiple(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     kind = storage_format(scheme)
     weight = scheme.weight
     stored: list[tuple[str, Tensor, int]] = []
@@ -142,7 +145,7 @@ def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int
     else:
         stored.append(("weight_scale", scale, first_row // weight.block_rows))
     if first_row == 0:
-        stored += _once_per_linear(kind, quantized, scheme.activation, shape, dtype, input_absmax)
+        stored += _once_per_linear(kind, quantized, scheme.activation, shape, dtype, input_range)
     return [Piece(f"{linear}.{leaf}", values, row) for leaf, values, row in stored]
 
 
@@ -172,21 +175,25 @@ def _stored_scale(quantized: QuantizedTensor, weight: WeightSpec, dtype: torch.d
 
 
 def _once_per_linear(kind: str, quantized: QuantizedTensor, activation: ActivationSpec | None, shape: tuple[int, int],
-                     dtype: torch.dtype, input_absmax: float | None) -> list[tuple[str, Tensor, int]]:  # fmt: skip
+                     dtype: torch.dtype, input_range: InputRange | None) -> list[tuple[str, Tensor, int]]:  # fmt: skip
     stored: list[tuple[str, Tensor, int]] = []
     if kind == "pack-quantized":
         stored.append(("weight_shape", torch.tensor(shape, dtype=torch.int64), 0))
     if kind == "nvfp4-pack-quantized":
         stored.append(("weight_global_scale", torch.tensor([1.0 / quantized.global_scale], dtype=torch.float32), 0))
     if activation is not None and activation.needs_calibration:
-        if input_absmax is None:
+        if input_range is None:
             raise AssertionError("a static activation scale was planned but not measured")
         if activation.dynamic == "local":
-            divisor = E4M3_MAX * E2M1_MAX / input_absmax
+            divisor = E4M3_MAX * E2M1_MAX / input_range.absmax
             stored.append(("input_global_scale", torch.tensor([divisor], dtype=torch.float32), 0))
-        else:
+        elif activation.symmetric:
             largest_code = INT8_MAX if activation.number == "int" else E4M3_MAX
-            stored.append(("input_scale", torch.tensor([input_absmax / largest_code]).to(dtype), 0))
+            stored.append(("input_scale", torch.tensor([input_range.absmax / largest_code]).to(dtype), 0))
+        else:
+            scale = torch.tensor([input_range.affine(activation.bits)[0]]).to(dtype)
+            zero_point = input_range.zero_point(scale.item(), activation.bits)
+            stored += [("input_scale", scale, 0), ("input_zero_point", torch.tensor([zero_point], dtype=torch.int8), 0)]
     return stored
 
 

@@ -15,7 +15,7 @@ import torch
 from lowbit.export import Piece, block_rows, every_zero_point, no_companions, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import InputRange, QuantizedTensor
 
 FORMAT = "float"
 row_multiple, lowest_zero_point, companion_files, engine_of = block_rows, every_zero_point, no_companions, usual_engine
@@ -41,7 +41,7 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     """A slab of rows, decoded and cast (to nearest, ties to even)."""
     return [Piece(f"{linear}.weight", quantized.decode().to(dtype), first_row)]
 

@@ -39,7 +39,7 @@ from lowbit.errors import FormatError
 from lowbit.export import Piece, float16_scales, fused_names, none_needless, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme, WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 from lowbit.version import __version__
 
 ROWS_PER_WORDS = {2: 16, 3: 32, 4: 8, 8: 4}  # by bits: the fewest codes that fill whole 32-bit words
@@ -105,7 +105,7 @@ class GptqExporter:
         return ROWS_PER_WORDS[scheme.weight.bits]
 
     def pack(self, linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-             dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+             dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
         """A slab of rows: a strip of columns of every stored tensor; g_idx comes with the slab at row 0.
 
         FormatError where a zero point cannot be stored (see above).

@@ -35,7 +35,7 @@ from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.column_scales import ColumnScales, InputBasis
 from lowbit.numerics.scales import e8m0_values
-from lowbit.schemes import SCHEMES, KVCacheScheme, Scheme, WeightSpec
+from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, KVCacheScheme, Scheme, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor
 
 COMPANION = "hf_quant_config.json"
@@ -246,13 +246,14 @@ def _stated(quantization: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kv_cache(stated: dict[str, Any]) -> KVCacheScheme | None:
-    """FP8, per tensor; None where the cache is not quantized, or in another way (NVFP4)."""
+    """FP8 or NVFP4, a scale per tensor; None where the cache is not quantized, or in another way. config.json has
+    kv_cache_scheme, a mapping for FP8 and the algorithm's name for others; hf_quant_config.json kv_cache_quant_algo."""
     scheme = stated.get("kv_cache_scheme")
     if isinstance(scheme, dict):
         is_fp8 = scheme.get("type") == "float" and scheme.get("num_bits") == 8 and not scheme.get("dynamic")
-    else:
-        is_fp8 = str(stated.get("kv_cache_quant_algo")).upper() == "FP8"
-    return kv_cache_scheme("tensor") if is_fp8 else None
+        return kv_cache_scheme("tensor") if is_fp8 else None
+    algorithm = str(scheme or stated.get("kv_cache_quant_algo")).lower()
+    return KV_CACHE_SCHEMES[algorithm] if algorithm in ("fp8", "nvfp4") else None
 
 
 def _check_companion(stored: Checkpoint, stated: dict[str, Any]) -> None:

@@ -38,7 +38,8 @@ def _stated(raw: dict[str, Any]) -> Stated:
         algorithm, left_out, group_size = raw.get("quant_algo"), raw.get("ignore"), _group_size(raw)
         scheme = raw.get("kv_cache_scheme")
         is_fp8 = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
-        kv_cache = "FP8" if is_fp8 else raw.get("kv_cache_quant_algo")
+        named = scheme if isinstance(scheme, str) else raw.get("kv_cache_quant_algo")
+        kv_cache = "FP8" if is_fp8 else named
     names = frozenset(map(str, left_out)) if isinstance(left_out, list) else frozenset()
     return Stated(str(algorithm or "").upper(), group_size, kv_cache, names)
 

@@ -51,7 +51,7 @@ from lowbit.export import FUSED, Piece, every_zero_point
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX, SCALE_DTYPES, e8m0_codes, e8m0_values
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
-from lowbit.tensors import Granularity, QuantizedTensor
+from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 
 FORMAT = "modelopt"
 lowest_zero_point = every_zero_point
@@ -193,7 +193,7 @@ def _scale_shape(weight: WeightSpec, shape: tuple[int, int]) -> tuple[int, ...]:
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     weight = scheme.weight
     codes, place = _packed(quantized.codes, weight), first_row // 2 if _packs_rows(weight) else first_row
     pieces = [Piece(f"{linear}.weight", codes, place)]
@@ -207,7 +207,7 @@ def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int
         by_row = scale.reshape(-1) if weight.granularity is Granularity.CHANNEL else scale
         pieces.append(Piece(f"{linear}.weight_scale", by_row, first_row))
     if first_row == 0:
-        pieces += _once_per_linear(linear, quantized, scheme, input_absmax)
+        pieces += _once_per_linear(linear, quantized, scheme, input_range)
         if storage_format(scheme) in _AWQ:
             pieces.append(Piece(f"{linear}.pre_quant_scale", torch.ones(shape[1], dtype=dtype)))
     return pieces
@@ -224,17 +224,17 @@ def _packed(codes: Tensor, weight: WeightSpec) -> Tensor:
 
 
 def _once_per_linear(
-    linear: str, quantized: QuantizedTensor, scheme: Scheme, input_absmax: float | None
+    linear: str, quantized: QuantizedTensor, scheme: Scheme, input_range: InputRange | None
 ) -> list[Piece]:
     pieces = []
     if scheme.weight.two_level or scheme.weight.ranged:
         pieces.append(Piece(f"{linear}.weight_scale_2", _global_scale(quantized)))
     if scheme.activation is not None and scheme.activation.needs_calibration:
-        if input_absmax is None:
+        if input_range is None:
             raise AssertionError("a static activation scale was planned but not measured")
         largest_code = INT8_MAX if scheme.activation.number == "int" else E4M3_MAX
         largest_code *= E2M1_MAX if scheme.weight.two_level else 1.0
-        input_scale = torch.tensor(input_absmax / largest_code, dtype=torch.float32)
+        input_scale = torch.tensor(input_range.absmax / largest_code, dtype=torch.float32)
         pieces.append(Piece(f"{linear}.input_scale", input_scale))
     return pieces
 

@@ -30,7 +30,7 @@ from lowbit.export import Piece, block_rows, every_zero_point, no_companions, no
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.numerics.scales import e8m0_codes
 from lowbit.schemes import SCHEMES, Scheme
-from lowbit.tensors import QuantizedTensor
+from lowbit.tensors import InputRange, QuantizedTensor
 
 FORMAT = "mxfp4"
 row_multiple, lowest_zero_point, companion_files, engine_of = block_rows, every_zero_point, no_companions, usual_engine
@@ -71,7 +71,7 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
 
 
 def pack(linear: str, quantized: QuantizedTensor, scheme: Scheme, first_row: int, shape: tuple[int, int],
-         dtype: torch.dtype, input_absmax: float | None = None) -> list[Piece]:  # fmt: skip
+         dtype: torch.dtype, input_range: InputRange | None = None) -> list[Piece]:  # fmt: skip
     """A slab of rows: two codes a byte, the even column in the low nibble, and biased exponents."""
     blocks = kernels.pack_nibbles(quantized.codes).reshape(-1, shape[1] // _BLOCK_COLUMNS, _BLOCK_BYTES)
     return [
