@@ -120,3 +120,27 @@ def test_placeholders_of_pictures_need_no_row(folder):
     added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     path.write_text(json.dumps(stated | {"added_tokens": [*stated["added_tokens"], added]}))
     assert beyond_embedding(folder, 384) is None
+
+
+@pytest.mark.parametrize(
+    "place", ["chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/tools.jinja"]
+)
+def test_a_chat_template_that_does_not_compile_gets_a_note(folder, place):
+    broken = "{% for m in messages %}{{ m.content }\n{% endfor %}"
+    path = folder / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(broken if path.suffix == ".jinja" else json.dumps({"chat_template": broken}))
+    (note,) = check_companions(folder, "model")
+    assert note.startswith(f"{place}: the chat template does not compile (line 1: ")
+
+
+def test_a_chat_template_with_the_tags_of_transformers_compiles(folder):
+    fine = "{% for m in messages %}{%- generation -%}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(fine)
+    assert check_companions(folder, "model") == []
+
+
+def test_a_chat_template_nested_without_end_gets_a_note(folder):
+    (folder / "chat_template.jinja").write_text("{{" + "(" * 20_000 + "}}")
+    (note,) = check_companions(folder, "model")
+    assert "does not compile" in note

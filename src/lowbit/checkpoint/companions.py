@@ -47,6 +47,7 @@ _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".vocab", 
 _LEFT = {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", ADAPTER, REPORT_NAME}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".npz"}
 _TRAINING = re.compile(r"(checkpoint|global_step|runs?|logs?|wandb|original)([-_]?\d+)?$")
+_GENERATION = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
 # Tokens that a processor replaces by what a picture or a sound shows; no row of the embedding is looked up.
 _PLACEHOLDER = re.compile(r"image|audio|video|vision", re.IGNORECASE)
 
@@ -67,10 +68,46 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and name in OBJECTS:
             check_types(path, read_json_object(path))
     load_tokenizer_file(folder)
-    notes = passed_over(folder)
+    notes = passed_over(folder) + broken_templates(folder)
     if not has_tokenizer(folder):
         notes.append(f"there is no tokenizer in {source}; engines will ask for one")
     return notes + adapter_beside(folder, source)
+
+
+def broken_templates(folder: Path) -> list[str]:
+    """A note on each chat template that is no Jinja template; all else works without it."""
+    return [
+        f"{where}: the chat template does not compile ({error}); it is taken as it is, and no chat can be rendered"
+        for where, template in _templates(folder)
+        if (error := _syntax_error(template))
+    ]
+
+
+def _templates(folder: Path) -> Iterator[tuple[str, str]]:
+    """(place, text) of every chat template, wherever transformers looks for one."""
+    for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        if path.is_file() and leads_out(path, folder) is None:
+            yield str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            stated = read_json_object(folder / name).get("chat_template")
+            for one in stated if isinstance(stated, list) else [{"template": stated}]:
+                if isinstance(one, dict) and isinstance(one.get("template"), str):
+                    yield name, one["template"]
+
+
+def _syntax_error(template: str) -> str | None:
+    """What Jinja says of it, with the line. Nothing of it is run."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    known = _GENERATION.sub("", template)  # a tag of transformers
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(known)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "nested too deeply"
+    return None
 
 
 def adapter_beside(folder: Path, source: str) -> list[str]:
