@@ -62,7 +62,7 @@ def figures(section: str) -> set[float]:
     text = LINK.sub("]", SPAN.sub(" ", section))
     text = re.sub(r"\[?arXiv[: ]\S+", " ", text)
     return {
-        round(float(re.sub(r"[ ,]", "", number)) * TIMES.get(unit.strip(), 1), 6)
+        float(f"{float(re.sub(r'[ ,]', '', number)) * TIMES.get(unit.strip(), 1):.12g}")  # 8.03 × 10⁹ = 80.3 × 10⁸
         for number, unit in NUMBER.findall(text)
     }
 
