@@ -68,7 +68,8 @@ def in_basis(pair: TwoModels, linears: Iterable[str]) -> tuple[Checkpoint, tuple
                 "refined",
             )
     points = sum(len(each) for each in folded.scales.values())
-    note = f"{points} points of the file carry scales (AWQ, SmoothQuant); the reference was brought to them"
+    note = (f"{points} points of the file carry scales (of AWQ or SmoothQuant, or left by coarse rounding); "
+            f"the reference was brought to them")  # fmt: skip
     return reference, (note,) if points else ()
 
 
