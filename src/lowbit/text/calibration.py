@@ -79,7 +79,7 @@ def calibration_windows(
     check_context(windows, window_tokens, longest)
     characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
     if source is None:
-        _refuse_running(marking, "the packaged text")
+        refuse_running(marking, "the packaged text")
         return windows_of_text(read_text(None, "calibration"), tokenizer, windows, window_tokens)
     name, path = str(source), Path(source)
     reading = Reading(name, seed, characters)
@@ -95,7 +95,7 @@ def calibration_windows(
     elif path.suffix.lower() in ROW_SUFFIXES:
         documents = _of_rows(file_rows(path), reading, name, FILE_BUFFER)
     else:
-        _refuse_running(marking, name)
+        refuse_running(marking, name)
         content = read_plain(path, characters)
         if len(content) == characters:
             reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
@@ -103,7 +103,7 @@ def calibration_windows(
     return packed_windows(documents, reading, tokenizer, windows, window_tokens, marking)
 
 
-def _refuse_running(marking: Marking | None, name: str) -> None:
+def refuse_running(marking: Marking | None, name: str) -> None:
     if marking == "answers":
         raise UsageError(f"{name} is running text: there are no answers in it", _NO_ANSWERS)
 
