@@ -87,6 +87,7 @@ def calibrate(
         checkpoint = done.decoded(targets, plan.architecture, plan.dtype)
     elif prepared.calibrated is not None and plan.architecture is not None:  # codes of a training
         checkpoint = prepared.calibrated.decoded(targets, plan.architecture, plan.dtype)
+        windows = prepared.calibrated.windows if len(prepared.calibrated.windows.ids) else None
     if not plan.static_inputs and not plan.needs_kv_ranges:
         return prepared
     if windows is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ from lowbit import knobs
 from lowbit.errors import UsageError
 from lowbit.files.regular import read_regular
 from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, translated
-from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Size, Table, is_given
+from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Row, Size, Table, is_given
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.patterns import PatternError, compiled
 from lowbit.registry import written_formats
@@ -498,14 +498,23 @@ def refuse_unread(settings: Settings, run: RunOptions | None = None, facts: Fact
 
     facts  of the run, beyond the settings; None: a quantization to the format they name
     """
+    for table, name, row in _unread(settings, run or RunOptions(), facts):
+        value = "" if row.kind in (bool, dict, tuple) else f" {table.given[name]}"
+        reader = row.knob.reader
+        raise UsageError(f"{row.flag}{value} is read only by {reader.who}", f"{reader.use}; leave it out otherwise")
+
+
+def unread_flags(settings: Settings, facts: Facts | None = None) -> frozenset[str]:
+    """Options of given settings that `refuse_unread` would refuse."""
+    return frozenset(row.flag for _, _, row in _unread(settings, RunOptions(), facts))
+
+
+def _unread(settings: Settings, run: RunOptions, facts: Facts | None) -> Iterator[tuple[Table, str, Row]]:
     known = facts_of(settings, facts or Facts(gguf=settings.writes_gguf()))
-    for table in (settings, run or RunOptions()):
+    for table in (settings, run):
         for name, row in type(table).rows().items():
             if name in table.given and not row.knob.reader.reads(known):
-                value = "" if row.kind in (bool, dict, tuple) else f" {table.given[name]}"
-                reader = row.knob.reader
-                raise UsageError(f"{row.flag}{value} is read only by {reader.who}",
-                                 f"{reader.use}; leave it out otherwise")  # fmt: skip
+                yield table, name, row
 
 
 def facts_of(settings: Settings, facts: Facts) -> Facts:

@@ -11,6 +11,7 @@ from chat_servers import chatting, prompt_of
 
 import lowbit
 from embedding_models import make_embedding_model
+from local_servers import JsonHandler, listening
 from lowbit.blind.answering import Generation, answer_all, trimmed
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.blind.run import compare_blind
@@ -183,6 +184,37 @@ def test_a_server_that_wants_a_key_says_how_to_give_it(prompts):
     with chatting(lambda body: ("who are you", 401)) as (a, _), pytest.raises(EngineFailure) as raised:
         compare_blind(a, a, prompts)
     assert "LOWBIT_API_KEY" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [(429, "too many requests"), (503, "its log says why"), (404, "with this model")]
+)
+def test_a_server_that_refuses_says_what_to_do(prompts, code, hint):
+    with chatting(lambda body: ("no", code)) as (a, _), pytest.raises(EngineFailure, match=str(code)) as raised:
+        compare_blind(f"{a}#tiny", f"{a}#tiny", prompts)
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize("words", [7, ["x"], {"text": "x"}])
+def test_an_answer_that_is_no_text_is_refused(prompts, words):
+    with chatting(lambda body: words) as (a, _), pytest.raises(EngineFailure, match="where the words are due"):
+        compare_blind(a, a, prompts)
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html>", b'{"choices": [{"message": {"content": "\xff"}}]}', b"[" * 100_000, b"NaN"]
+)
+def test_a_server_that_answers_no_json_is_refused(prompts, page):
+    class Handler(JsonHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+    with listening(Handler) as a, pytest.raises(EngineFailure, match="answers no JSON object") as raised:
+        compare_blind(a, a, prompts)
+    assert "OpenAI's protocol" in raised.value.hint
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://no such host", "http://127.0.0.1:notaport"])

@@ -6,6 +6,7 @@ import pytest
 from faults import diagnosed
 
 import lowbit
+from lowbit.train import Course
 from models import make_model
 
 
@@ -22,6 +23,7 @@ from models import make_model
         ("W8A8", {"method": "smoothquant"}),
         ("W4A16", {"group_size": 32, "method": "hadamard+gptq"}),
         ("FP8", {}),
+        ("TERNARY", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("method", "rtn"),
 )
@@ -30,6 +32,16 @@ def test_no_false_alarm(quantized, llama, text, scheme, settings):
     assert [each.title for each in found.findings if each.severity == "fault"] == []
     assert found.healthy
     assert found.verdict.startswith("nothing is broken")
+
+
+def test_a_training_is_no_damage_and_is_not_undone(llama, text, tmp_path):
+    course = Course(steps=1, windows=4, window_tokens=32)
+    trained = lowbit.finetune(llama, tmp_path / "out", scheme="TERNARY", data=str(text), course=course).path
+    found = diagnosed(trained, llama, text, budget=10)
+    assert found.healthy
+    (suggested,) = found.suggestions
+    how = f"--scheme TERNARY --distill --reference {llama}"
+    assert suggested.command == f"lowbit finetune {trained} -o {trained}-further {how}"
 
 
 @pytest.mark.parametrize("scheme", ["Q4_0", "Q2_K"])

@@ -122,3 +122,11 @@ def test_one_zeroed_expert_of_many_is_measured_by_itself(tmp_path, text):
     found = diagnosed(tmp_path / "q", source, text, budget=4)
     assert found.findings[0].title.startswith("expert 11 of model.layers.0.mlp ")
     assert "model.layers.0.mlp.experts.11" in {each.name for each in found.contributions}
+
+
+def test_a_wrong_scale_of_ternary_codes_is_found(quantized, llama, text, tmp_path):
+    folder = shutil.copytree(quantized("TERNARY"), tmp_path / "ternary")
+    multiply_scales(folder, ".layers.1.mlp.up_proj", 2)
+    faults = [each for each in diagnosed(folder, llama, text).findings if each.severity == "fault"]
+    assert [each.tensors for each in faults] == [("model.layers.1.mlp.up_proj.weight",)]
+    assert "2.0 times what it should be" in faults[0].title

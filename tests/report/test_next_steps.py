@@ -144,6 +144,25 @@ def test_what_is_close_may_be_smaller():
     assert commands(evaluation=with_kld(0.004), neighbours=measured) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"calib": "a.txt", "seqlen": 64}, ""),
+        ({"calib": "a.txt", "double_quant": True, "ignore": ("x",)}, "--ignore x"),
+    ],
+)
+def test_options_that_the_changed_run_would_refuse_are_left_out(given, kept):
+    scheme = "W8A8_STATIC"
+    settings = settings_of("rtn").model_copy(update={"scheme": scheme, "given": {"scheme": scheme} | given})
+    neighbours = make_neighbours()
+    smallest = min(neighbours, key=lambda each: each.bytes).model_copy(update={"scheme": "NVFP4A16", "bytes": 1})
+    words = {"calib": "--calib a.txt", "seqlen": "--seqlen 64", "double_quant": "--double-quant"}
+    line = " ".join(words.get(name, "--ignore x") for name in given)
+    found = commands(evaluation=with_kld(0.001), settings=settings, neighbours=(smallest,),
+                     command=f"lowbit quantize m -o /models/out --scheme {scheme} {line}")  # fmt: skip
+    assert found == [shlex.split(f"lowbit quantize m -o /models/out-NVFP4A16 {kept} --scheme NVFP4A16")]
+
+
 def costs(largest, types=("16 bits", "fp8")):
     rows = tuple(CacheCost(type=name, bits=16, bytes=(1000, largest)) for name in types)
     return CacheCosts(engine="vllm", contexts=(2048, 131072), rows=rows, layers=30, bounded=0)

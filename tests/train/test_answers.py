@@ -149,6 +149,20 @@ def test_the_loss_is_the_mean_over_counted_tokens():
     assert held_out_loss(model, lesson, 1, None) == pytest.approx(sum(one) / 2)
 
 
+def test_conversations_mixed_with_running_text(tiny_llama, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}, of course"}]}
+            for n in range(40)]  # fmt: skip
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("\n".join(json.dumps(row) for row in rows))
+    data = f"{chat}:1,packaged/code:3"
+    done = lowbit.finetune(tiny_llama, tmp_path / "out", scheme="W4A16", data=data,
+                           course=Course(steps=1, windows=8, window_tokens=32))  # fmt: skip
+    text = done.report.settings.calibration
+    assert any("2 of " in note and "6 of packaged/code" in note for note in text.notes)
+    (note,) = (note for note in done.report.source.notes if note.startswith("trained 1 steps"))
+    assert 0.75 < float(note.split("(")[1].split("%")[0]) / 100 < 1  # all of the code, and the answers
+
+
 def test_a_training_on_answers_says_so(tiny_llama, tmp_path):
     rows = [{"prompt": f"What is {number} and one", "completion": f"It is {number + 1}."} for number in range(60)]
     course = Course(steps=2, windows=8, window_tokens=48)

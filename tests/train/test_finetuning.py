@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import CheckpointError, LowbitError, NonFiniteError, UsageError
-from lowbit.train import Course, finetuning, opening
+from lowbit.train import Course, LoRA, finetuning, opening
 from lowbit.train.loop import Lesson, train
 from models import SHORT_TEXT, make_model
 
@@ -60,6 +61,33 @@ def test_the_command(tiny_llama, tmp_path):
     done = CliRunner().invoke(app, [*line.split(), "--steps", "1"])
     assert done.exit_code == 0, done.output
     assert "trained 1 steps" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC_ASYM", "W4AFP8_STATIC"])
+def test_static_scales_are_measured_on_the_windows_of_the_training(tmp_path, scheme):
+    source = make_model(tmp_path / "model", max_position_embeddings=64)  # shorter than calibration's usual windows
+    done = lowbit.finetune(source, tmp_path / "out", scheme=scheme, **small(steps=1))
+    text = done.report.settings.calibration
+    assert (text.name, text.samples, text.sequence_length) == (SHORT_TEXT, 12, 32)
+    stored = load_file(done.path / "model.safetensors")
+    ranges = [scale.item() for name, scale in stored.items() if name.endswith("input_scale")]
+    assert len(ranges) == 14
+    assert len(set(ranges)) > 4
+    assert lowbit.evaluate(done.path, reference=source, text=SHORT_TEXT, windows=4, window_tokens=32)[-1].kld_mean < 0.5
+
+
+def test_static_scales_of_an_adapters_base(tmp_path):
+    source = make_model(tmp_path / "model", max_position_embeddings=64)
+    done = lowbit.finetune(source, tmp_path / "out", scheme="W8A8_STATIC_ASYM", lora=LoRA(2), **small(steps=1))
+    assert done.report.settings.calibration.sequence_length == 32
+    assert lowbit.verify(done.base).ok
+
+
+def test_experts_of_a_scheme_that_rounds_inputs(tmp_path):
+    source = make_model(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(UsageError, match="runs inside a fused operation") as caught:
+        lowbit.finetune(source, tmp_path / "out", scheme="TERNARY", **small(steps=1))
+    assert "a scheme that rounds weights only" in caught.value.hint
 
 
 def test_the_command_on_conversations(tiny_llama, tmp_path):
@@ -146,7 +174,7 @@ def test_too_little_to_learn_from():
         ({"method": "gptq"}, "method is not read by a training"),
         ({"data": []}, "it is empty"),
         ({"scheme": "Q4_0"}, "written as one GGUF file"),
-        ({"window_tokens": 9999}, "longer than the model's context"),
+        ({"window_tokens": 9999}, r"\(--window-tokens\) are longer than the model's context"),
         ({"nonsense": 1}, "no setting nonsense"),
     ],
 )

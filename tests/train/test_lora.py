@@ -104,6 +104,10 @@ def test_a_quantized_model_is_the_base_as_it_is(tiny_llama, tmp_path):
     assert not (tmp_path / "out-base").exists()
     before, after = losses(done.notes)
     assert after < before
+    with pytest.raises(LowbitError, match="a LoRA adapter of") as caught:
+        lowbit.load(done.path)
+    assert "its base is quantized" in caught.value.hint  # no command that would refuse it
+    assert "lowbit quantize MODEL" in caught.value.hint
     cut = lowbit.text.calibration_windows(SHORT_TEXT, lowbit.load(base)[1], 12, 32)
     assert held_out(with_adapter(done.base, done.path), cut.ids[-1:]) == pytest.approx(after, rel=1e-3)
 

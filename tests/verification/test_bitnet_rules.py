@@ -67,3 +67,11 @@ def test_a_quantized_conv1d_is_not_loaded(tmp_path):
     source = make_model(tmp_path / "gpt2", "gpt2", n_layer=1, dtype=torch.float32)
     done = lowbit.quantize(source, tmp_path / "out", scheme="TERNARY")
     assert "transformers-conv1d" in failed(done.path)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm", "lmdeploy", "tgi"])
+def test_only_transformers_loads_it(folder, engine):
+    assert lowbit.verify(folder).engine == "transformers"
+    found = lowbit.verify(folder, engine=engine)
+    assert [check.rule for check in found.failed] == ["engine-loader"]
+    assert not found.broken

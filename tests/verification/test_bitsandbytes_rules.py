@@ -21,7 +21,8 @@ def test_good_folders_pass(good, source, scheme, settings, engine):
 def test_vllm_has_no_loader(good):
     from lowbit.verification import verify
 
-    verification = verify(good("NF4"))
+    assert verify(good("NF4")).engine == "transformers"  # which loads it
+    verification = verify(good("NF4"), engine="vllm")
     assert [check.rule for check in verification.failed] == ["engine-loader"]
     assert "vllm-bnb-plugin" in verification.failed[0].detail
     assert not verification.broken

@@ -261,6 +261,6 @@ def test_command_refuses_what_makes_no_sense(arguments):
 
 
 def test_command_says_where_only_the_engine_is_at_fault(good):
-    result = CliRunner().invoke(command(), [str(good("NF4"))])
+    result = CliRunner().invoke(command(), [str(good("NF4")), "--engine", "vllm"])
     assert result.exit_code == 1
     assert "the files are sound" in result.stderr

@@ -270,3 +270,11 @@ def test_one_tampered_integer(broken, source, scheme):
     folder = broken(scheme, **INTEGERS[scheme])
     edit_tensors(folder, lambda tensors: tensors[f"{OUT}.weight"].view(torch.uint8).view(-1)[0].bitwise_xor_(3))
     assert_breaks(folder, "nearest-codes", f"{OUT}.weight[0, 0]", source=source, nearest=True, engine="tensorrt-llm")
+
+
+def test_sglang_drops_the_scales_of_a_cache_that_it_does_not_read(good):
+    from lowbit.verification import verify
+
+    folder = good("W4A16", kv_cache="fp8", calib=SHORT_TEXT, samples=2, seqlen=32)
+    assert [check.rule for check in verify(folder, engine="sglang").failed] == ["cache-scales-read"]
+    assert verify(folder, engine="vllm").ok

@@ -26,7 +26,7 @@ import torch
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions, cache_root
-from lowbit.errors import NonFiniteError, UsageError
+from lowbit.errors import EngineFailure, NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.footprint import fingerprint
 from lowbit.evaluation.generation import prompt_ids, refuse_without_text
@@ -241,4 +241,7 @@ def _told(server: Endpoint, chat: bool, place: int, prompt: str, how: Generation
     else:
         choice = server.choice("/v1/completions", body | {"prompt": prompt})
         text = choice.get("text")
-    return trimmed(text if isinstance(text, str) else "", choice.get("finish_reason") == "length")
+    if text is not None and not isinstance(text, str):
+        raise EngineFailure(f"{server.url} answers a {type(text).__name__} where the words are due",
+                            "is it OpenAI's protocol?")  # fmt: skip
+    return trimmed(text or "", choice.get("finish_reason") == "length")

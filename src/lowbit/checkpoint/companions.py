@@ -131,6 +131,11 @@ def refuse_lone_adapter(folder: Path, source: str) -> None:
         )
         if _is_lora(folder):
             hint = f"merge it into that model as it is quantized: lowbit quantize {base or 'MODEL'} --adapter {source}"
+            if _is_quantized(base):
+                hint = (
+                    "its base is quantized: let PEFT or an engine load the two, or merge it into the 16-bit model that "
+                    f"{base} was made of: lowbit quantize MODEL --adapter {source}"
+                )
         raise CheckpointError(f"{source}: this is {adapter_kind(folder)}, not a model", hint)
 
 
@@ -146,6 +151,14 @@ def is_lone_adapter(folder: Path) -> bool:
 def _stated_base(folder: Path) -> str | None:
     stated = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
     return str(stated) if stated else None
+
+
+def _is_quantized(base: str | None) -> bool:
+    """True where the base lies on this machine and has codes."""
+    if base is None or base.endswith(".gguf"):
+        return base is not None
+    config = Path(base) / "config.json"
+    return config.is_file() and "quantization_config" in read_json_object(config)
 
 
 def _is_lora(folder: Path) -> bool:

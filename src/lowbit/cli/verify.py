@@ -23,7 +23,7 @@ def verify(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(ENGINES)}. [default: vllm; llama.cpp for .gguf]"),
+        typer.Option(help=f"{', '.join(ENGINES)}. [default: vllm, or one that loads the format; llama.cpp for .gguf]"),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare every weight with it.")] = None,
     rules: Annotated[bool, typer.Option("--rules", help="List the rules instead; no folder is needed.")] = False,

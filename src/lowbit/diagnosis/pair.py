@@ -9,7 +9,8 @@ the first tensor that is absent or of another shape.
 
 `look_at_tensors` compares every tensor of the quantized model with the reference's:
 
-    gain      ⟨Ŵ, W⟩ / ⟨W, W⟩        1 if the error is uncorrelated with W; 2 if scales are doubled
+    gain      ⟨Ŵ, W⟩ / ⟨W, W⟩        1 if the error is uncorrelated with W; 2 if scales are doubled. Of ternary codes,
+                                     over that of the reference rounded so, which is 0.6 for normal weights
     error     ‖Ŵ − W‖² / ‖W‖²
     the same per row, for rows that are not nearly 0
 
@@ -227,6 +228,8 @@ def _facts(pair: Pair, name: str) -> TensorFacts:
         sums.add(*(torch.atleast_1d(read(name, start, stop)) for read in (pair.read, pair.read_original)))
     pair.release(name)
     qr, rr = torch.cat(sums.rows, dim=1)
+    usual = _gain_of_rounding(pair, name)
+    qr, whole = qr / usual, sums.qr / usual
     judged = rr > FAINT * rr.mean() if len(shape) > 1 else torch.zeros(len(rr), dtype=torch.bool)
     gains = qr[judged] / rr[judged]
     off = (gains < 1 / ROW_FACTOR) | (gains > ROW_FACTOR)
@@ -235,9 +238,25 @@ def _facts(pair: Pair, name: str) -> TensorFacts:
         name=name, role=pair.architecture.roles[name], block=pair.architecture.block_of(name), shape=shape,
         bits=pair.bits(name), quantized=pair.is_quantized(name), nonfinite=sums.nonfinite,
         zero=sums.qq == 0 and not sums.nonfinite, original_zero=sums.rr == 0, constant_rows=sums.constant_rows,
-        gain=sums.qr / sums.rr if sums.rr > 0 else None, error=max(0.0, error), row_gains=gains[off],
+        gain=whole / sums.rr if sums.rr > 0 else None, error=max(0.0, error), row_gains=gains[off],
         rows=int(judged.sum()),
     )  # fmt: skip
+
+
+def _gain_of_rounding(pair: Pair, name: str) -> float:
+    """The gain of a sound tensor: 1, as errors of rounding have little of the weight in them. Ternary codes at the mean
+    |w| of the matrix are smaller than the weights on the whole, by what rounding the reference so gives."""
+    checkpoint = pair.quantized
+    if not isinstance(checkpoint, CanReadCodes) or name not in checkpoint.schemes:
+        return 1.0
+    if checkpoint.schemes[name].weight.number != "ternary":
+        return 1.0
+    weight = pair.read_original(name).double()
+    scale = weight.abs().mean()
+    rounded = (weight / scale).round().clamp(-1, 1) * scale
+    pair.release(name)
+    gain = ((rounded * weight).sum() / weight.square().sum()).item()
+    return gain if gain > 0 else 1.0
 
 
 def median_bits(facts: Iterable[TensorFacts]) -> float:

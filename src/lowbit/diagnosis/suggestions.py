@@ -30,6 +30,7 @@ from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
 from lowbit.schemes import SCHEMES, WIDER
 from lowbit.settings import command_line
 from lowbit.text import OF_MEMORY
+from lowbit.train.exporting import METHOD
 
 WIDENED = 3  # at most so many sets get a suggestion of a wider scheme
 # Findings that mean damaged files.
@@ -96,6 +97,8 @@ def suggest(
     if recipe is not None and not kinds & set(DAMAGED):
         low = {name for finding in findings if finding.kind == "bits" for name in finding.tensors}
         found += _widened(evidence, recipe, frozenset(low))
+    if _is_trained(evidence) and not kinds & set(DAMAGED):
+        found.append(_trained_further(pair, evidence, options))
     found += cache_suggestions(evidence, quantized)
     if not found:
         command = ["lowbit", "evaluate", quantized, "--reference", reference]
@@ -187,13 +190,33 @@ def _bits(tensors: Any) -> float:
 
 
 def _recipe(pair: Pair, evidence: Evidence, options: OpenOptions) -> Recipe | None:
-    """The recipe of the quantized model; None if its scheme is not one of lowbit's."""
+    """The recipe of the quantized model; None if its scheme is not one of lowbit's, or a training chose its codes."""
+    if _is_trained(evidence):
+        return None
     quantized = Path(pair.quantized.source)
     gguf = pair.judged.checkpoint.kind == "gguf"
     name = f"{quantized.stem}-anew.gguf" if gguf else f"{quantized.name}-anew"
     reported = _reported(evidence.report) if evidence.report else None
     settings = reported or (_seen_gguf(pair) if gguf else _seen(pair))
     return None if settings is None else Recipe(pair.original.source, quantized.with_name(name), settings, options)
+
+
+def _is_trained(evidence: Evidence) -> bool:
+    return ((evidence.report or {}).get("settings") or {}).get("method") == METHOD
+
+
+def _trained_further(pair: Pair, evidence: Evidence, options: OpenOptions) -> Suggestion:
+    """Quantizing the reference anew would lose what was trained, so training goes on."""
+    quantized, settings = pair.quantized.source, (_reported(evidence.report) or {}) if evidence.report else {}
+    gguf = pair.judged.checkpoint.kind == "gguf"
+    path = Path(quantized)
+    output = path.with_name(f"{path.stem}-further.gguf" if gguf else f"{path.name}-further")
+    settings = {name: value for name, value in settings.items() if name not in ("calib", "samples", "seqlen")}
+    how = {"distill": True, "reference": pair.original.source}
+    trust = {name: value for name, value in asdict(options).items() if name != "adapter"}
+    command = command_line("finetune", quantized, output, settings, how, trust)
+    text = "train it further, towards the reference: its codes were trained, and quantizing anew would lose that"
+    return Suggestion(text=text, command=command)
 
 
 def _reported(report: dict[str, Any]) -> dict[str, Any] | None:

@@ -134,6 +134,7 @@ _LOADING = Loading(
         "mxfp4": "TGI has no MXFP4 loader",
         "torchao": "TGI has no torchao loader",
         "hqq": "TGI has no HQQ loader",
+        "bitnet": "TGI does not know quant_method 'bitnet'",
         "auto-round": "TGI does not know quant_method 'auto-round'",
     },
     dtypes_refused=dict.fromkeys((*_PACKED, _CT), ("float32",)),

@@ -11,10 +11,11 @@
     at most LARGE                 lowbit quantize, the next smaller    a planned neighbour
     a cache larger than weights   lowbit evaluate --kv-cache           at the longest context
 
-The commands are that of the report with some words changed, so options of trust, adapters and the like stay. Nothing is
-proposed where that command is not known (a model in memory) or was no `lowbit quantize`. A set stands out if its mean
-error is STANDS_OUT times the median of its scheme; engines fuse some linears, so whole sets are named. What an override
-gains is not known before `lowbit diagnose` has measured it.
+The commands are that of the report with some words changed, so options of trust, adapters and the like stay; those that
+the changed run would not read, and so refuse, go. Nothing is proposed where that command is not known (a model in
+memory) or was no `lowbit quantize`. A set stands out if its mean error is STANDS_OUT times the median of its scheme;
+engines fuse some linears, so whole sets are named. What an override gains is not known before `lowbit diagnose` has
+measured it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 from lowbit.architecture.fused_sets import fused_names
+from lowbit.errors import LowbitError
+from lowbit.knobs import Facts
 from lowbit.methods import parse_method
 from lowbit.patterns import pattern_for
 from lowbit.report.diagnosis import Suggestion
@@ -34,7 +37,7 @@ from lowbit.report.schema import Report, TensorEntry
 from lowbit.report.summary import engine_name, headline_evaluation
 from lowbit.report.units import number, size
 from lowbit.schemes import SCHEMES, WIDER
-from lowbit.settings import Settings
+from lowbit.settings import Settings, make_settings, unread_flags
 
 LARGE = 0.02  # nats per token; above, `summary.LEVELS` calls a model worse than its source
 FEW_BITS = 5.0  # a weight of the decoder
@@ -43,6 +46,7 @@ SETS = 3  # at most so many sets get an override
 MOST = 5
 # Formats in which linears of one model may have schemes of different width, as every engine of theirs reads it.
 _MIXES = ("compressed-tensors", "gguf")
+_SWITCHES = frozenset(row.flag for row in Settings.rows().values() if row.kind is bool)
 _PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a split GGUF
 
 
@@ -65,39 +69,39 @@ def _steps(report: Report, output: str) -> Iterator[Suggestion]:
     if run is None or run.kld_mean is None:
         yield _step("measure what it cost", "evaluate", output, "--reference", source)
         if of_quantize and report.totals.decoder_bits_per_weight < FEW_BITS and _is_uncalibrated(report):
-            yield _with_text(known)
+            yield _with_text(report)
         return
     if run.kld_mean > LARGE:
         if report.diagnosis is None:
             yield _step("find out which tensors cost it, and why", "diagnose", output, "--reference", source)
         if of_quantize:
-            yield from _made_better(report, known)
+            yield from _made_better(report)
     elif of_quantize:
         yield from _smaller(report, known)
     yield from _smaller_cache(report, output)
 
 
-def _made_better(report: Report, known: list[str]) -> Iterator[Suggestion]:
+def _made_better(report: Report) -> Iterator[Suggestion]:
     method = parse_method(report.settings.method).name.split("+")
     if _activations_cost_most(report) and "smoothquant" not in method:
         smooth = "smoothquant+gptq" if "gptq" in method else "smoothquant"
         yield _step("rounded activations cost most: move their outliers into the weights",
-                    *_again(known, "smooth", {"--method": smooth, "--quality": None}))  # fmt: skip
+                    *_again(report, "smooth", {"--method": smooth, "--quality": None}))  # fmt: skip
     elif _is_uncalibrated(report):
-        yield _with_text(known)
+        yield _with_text(report)
     elif method == ["gptq"]:
         yield _step("learn the scales too: the same bytes, and several times as long",
-                    *_again(known, "best", {"--quality": "best", "--method": None}))  # fmt: skip
+                    *_again(report, "best", {"--quality": "best", "--method": None}))  # fmt: skip
     text, usual = report.settings.calibration, Settings().samples
     if text is not None and text.samples < usual and not text.notes:
         yield _step(f"calibrate on {usual} windows of text, not {text.samples}",
-                    *_again(known, f"{usual}-windows", {"--samples": str(usual)}))  # fmt: skip
+                    *_again(report, f"{usual}-windows", {"--samples": str(usual)}))  # fmt: skip
     found = _standing_out(report)
     if found:
         words = [word for pattern, scheme, _ in found for word in ("--override", f"{pattern}={scheme}")]
         names = ", ".join(f"{name} {number(times, 1)} times" for _, _, (name, times) in found)
         yield _step(f"more bits where the error stands out ({names} the median)",
-                    *_again(known, "wider", {}, first=words))  # fmt: skip
+                    *_again(report, "wider", {}, first=words))  # fmt: skip
 
 
 def _is_uncalibrated(report: Report) -> bool:
@@ -105,9 +109,9 @@ def _is_uncalibrated(report: Report) -> bool:
     return not {"gptq", "distill", "sign-sgd"} & set(parse_method(report.settings.method).name.split("+"))
 
 
-def _with_text(known: list[str]) -> Suggestion:
+def _with_text(report: Report) -> Suggestion:
     return _step("choose codes on a text (GPTQ): the same bytes, and longer",
-                 *_again(known, "good", {"--quality": "good", "--method": None}))  # fmt: skip
+                 *_again(report, "good", {"--quality": "good", "--method": None}))  # fmt: skip
 
 
 def _smaller(report: Report, known: list[str]) -> Iterator[Suggestion]:
@@ -117,7 +121,7 @@ def _smaller(report: Report, known: list[str]) -> Iterator[Suggestion]:
     if planned and not {"--override", "--group-size", "--recipe"} & set(known):
         best = max(planned, key=lambda each: each.bytes)
         yield _step(f"as close to the source as this is, {best.scheme} may be enough: {size(best.bytes)}",
-                    *_again(known, best.scheme, {"--scheme": best.scheme}))  # fmt: skip
+                    *_again(report, best.scheme, {"--scheme": best.scheme}))  # fmt: skip
 
 
 def _smaller_cache(report: Report, output: str) -> Iterator[Suggestion]:
@@ -191,11 +195,11 @@ def _fused(names: set[str]) -> dict[str, str]:
     }
 
 
-def _again(
-    known: list[str], suffix: str, changes: Mapping[str, str | None], first: list[str] | None = None
-) -> list[str]:
-    """The words of a `lowbit quantize` with an output of another name, options replaced (None: left out), and `first`
-    before all other options, where the first override that matches counts."""
+def _again(report: Report, suffix: str, changes: Mapping[str, str | None], first: list[str] | None = None) -> list[str]:
+    """The words of the report's `lowbit quantize` with an output of another name, options replaced (None: left out),
+    and `first` before all other options, where the first override that matches counts."""
+    known = shlex.split(report.command or "")
+    left_out = changes.keys() | _unread(report, changes)
     words = known[1:3]
     rest = iter(known[3:])
     for word in rest:
@@ -207,11 +211,23 @@ def _again(
                 str(output.with_name(f"{stem}-{suffix}{output.suffix if output.suffix == '.gguf' else ''}")),
             ]
             words += first or []
-        elif word in changes:
-            next(rest)
+        elif word in left_out:
+            if word not in _SWITCHES:
+                next(rest)
         else:
             words.append(word)
     return [*words, *(each for flag, value in changes.items() if value is not None for each in (flag, value))]
+
+
+def _unread(report: Report, changes: Mapping[str, str | None]) -> frozenset[str]:
+    """Options of the report that the run would refuse once they are changed."""
+    changed = {flag.removeprefix("--").replace("-", "_"): value for flag, value in changes.items()}
+    kept = {name: value for name, value in report.settings.given.items() if name not in changed}
+    try:
+        settings = make_settings(None, **kept, **changed)
+    except LowbitError:  # a report of another version
+        return frozenset()
+    return unread_flags(settings, Facts(gguf=report.output.format == "gguf"))
 
 
 def _step(text: str, *words: str) -> Suggestion:

@@ -25,6 +25,13 @@ _TIMEOUT = 600  # seconds
 _LARGEST = 64 * 2**20  # bytes of an answer; no model writes as much
 
 
+_HINTS = {
+    401: f"set {KEY} to its key",
+    403: f"set {KEY} to its key",
+    429: "too many requests: wait, and run the same command again",
+}
+
+
 class EndpointRefusal(EngineFailure):
     """The server answered with an HTTP error.
 
@@ -63,14 +70,19 @@ class Endpoint:
             if key := os.environ.get(KEY, "").strip():
                 request.add_unredirected_header("Authorization", f"Bearer {key}")
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-                found = json.loads(answer.read(_LARGEST))
+                read = answer.read(_LARGEST)
         except urllib.error.HTTPError as error:
             words = error.read(200).decode(errors="replace")
-            hint = f"set {KEY} to its key" if error.code in (401, 403) else "start the server with this model"
+            hint = _HINTS.get(error.code, "start the server with this model")
+            hint = "the server failed; its log says why" if error.code >= 500 else hint
             raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", hint, error.code) from None
-        except (OSError, ValueError, RecursionError, HTTPException) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
                                 "the same command goes on from the answers that are there") from None  # fmt: skip
+        try:
+            found = json.loads(read)
+        except (ValueError, RecursionError):
+            found = None
         if not isinstance(found, dict):
             raise EngineFailure(f"{self.url}{place} answers no JSON object", "is it OpenAI's protocol?")
         return found

@@ -79,7 +79,7 @@ def calibration_windows(
     check_context(windows, window_tokens, longest)
     characters = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * windows * window_tokens)
     if source is None:
-        _refuse_running(marking, "the packaged text")
+        refuse_running(marking, "the packaged text")
         return windows_of_text(read_text(None, "calibration"), tokenizer, windows, window_tokens)
     name, path = str(source), Path(source)
     reading = Reading(name, seed, characters)
@@ -95,7 +95,7 @@ def calibration_windows(
     elif path.suffix.lower() in ROW_SUFFIXES:
         documents = _of_rows(file_rows(path), reading, name, FILE_BUFFER)
     else:
-        _refuse_running(marking, name)
+        refuse_running(marking, name)
         content = read_plain(path, characters)
         if len(content) == characters:
             reading.notes.append(f"only the first {spaced(characters)} characters of {name} were needed")
@@ -103,19 +103,19 @@ def calibration_windows(
     return packed_windows(documents, reading, tokenizer, windows, window_tokens, marking)
 
 
-def _refuse_running(marking: Marking | None, name: str) -> None:
+def refuse_running(marking: Marking | None, name: str) -> None:
     if marking == "answers":
         raise UsageError(f"{name} is running text: there are no answers in it", _NO_ANSWERS)
 
 
-def check_context(windows: int, window_tokens: int, longest: int | None) -> None:
-    """UsageError for windows of under 4 tokens, or longer than the model's context."""
+def check_context(windows: int, window_tokens: int, longest: int | None, option: str = "--seqlen") -> None:
+    """UsageError for windows of under 4 tokens, or longer than the model's context; `option` sets their length."""
     if windows < 1 or window_tokens < 4:
         raise UsageError(f"{windows} windows of {window_tokens} tokens say nothing", "use at least 1 of 4 tokens")
     if longest is not None and window_tokens > longest:
         raise UsageError(
-            f"windows of {window_tokens} tokens (--seqlen) are longer than the model's context of {longest} tokens",
-            f"use --seqlen {longest} or less",
+            f"windows of {window_tokens} tokens ({option}) are longer than the model's context of {longest} tokens",
+            f"use {option} {longest} or less",
         )
 
 
@@ -267,7 +267,7 @@ def packed_windows(
     if not packer.cut:
         raise CheckpointError(
             f"the text {reading.name!r} has {len(packer.stream)} tokens; one window needs {packer.step}",
-            "give a longer text, or smaller windows (--seqlen)",
+            "give a longer text, or smaller windows (--seqlen; of finetune --window-tokens)",
         )
     tokens = len(packer.stream)
     notes = reading.all_notes() + render.notes()

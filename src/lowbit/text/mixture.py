@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lowbit.errors import UsageError
-from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context
+from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, refuse_running
 from lowbit.text.hub import is_dataset
 from lowbit.text.packaged import alternating, apportioned, packaged_windows
 from lowbit.text.windows import PACKAGED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lowbit.text.answers import Marking
 
 _SHARE = re.compile(r"(?P<source>.+):(?P<share>-?\d+(?:\.\d+)?)$", re.DOTALL)
 
@@ -74,7 +78,7 @@ def _named(source: str, share: float) -> MixedText:
 
 def mixed_windows(
     calib: str | Path | None, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, *, seed: int = 0,
-    longest: int | None = None,
+    longest: int | None = None, marking: Marking | None = None,
 ) -> CalibrationWindows:  # fmt: skip
     """`windows` windows of one text, or of several in their shares; parameters as in `calibration_windows`."""
     parts = parse_mixture(calib)
@@ -82,8 +86,10 @@ def mixed_windows(
     def windows_of(source: str | None, count: int) -> CalibrationWindows:
         if source is None or (source.startswith(f"{PACKAGED}/") and not Path(source).exists()):
             check_context(count, window_tokens, longest)
+            refuse_running(marking, "the packaged text")
             return packaged_windows(tokenizer, count, window_tokens, source and source.removeprefix(f"{PACKAGED}/"))
-        return calibration_windows(source, tokenizer, count, window_tokens, seed=seed, longest=longest)
+        return calibration_windows(source, tokenizer, count, window_tokens, seed=seed, longest=longest,
+                                   marking=marking)  # fmt: skip
 
     if len(parts) == 1:
         return windows_of(parts[0].source, windows)
@@ -96,10 +102,14 @@ def mixed_windows(
         )
     cut = [windows_of(part.source, count) for part, count in zip(parts, counts, strict=True)]
     ids = alternating([each.ids for each in cut])
+    counted = None
+    if any(each.counted is not None for each in cut):  # every token of a text without conversations counts
+        counted = alternating([torch.ones_like(each.ids, dtype=torch.bool) if each.counted is None else each.counted
+                               for each in cut])  # fmt: skip
     notes = tuple(note for each in cut for note in each.notes)
     mixed = ", ".join(f"{len(each.ids)} of {part.name}" for part, each in zip(parts, cut, strict=True))
     digests = "".join(each.sha256 for each in cut)
     return CalibrationWindows(
         ids, str(calib), hashlib.sha256(digests.encode()).hexdigest(), sum(each.text_tokens for each in cut), windows,
-        (f"windows of each text: {mixed}", *notes),
+        (f"windows of each text: {mixed}", *notes), counted,
     )  # fmt: skip

@@ -64,13 +64,13 @@ def export_trained(
     progress: Progress | None,
     meter: Meter,
     source: str = "",
-    text: CalibrationText | None = None,
+    text: CalibrationWindows | None = None,
     notes: tuple[str, ...] = (),
 ) -> Quantized:
     """`export`, with what is known of a training.
 
     source  what the user named, where the model was loaded of it
-    text    that it was trained on
+    text    that it was trained on; static scales are measured on its windows, unless the settings name another
     notes   on the training
     """
     model = unwrapped(model)
@@ -85,13 +85,14 @@ def export_trained(
         prepared = prepare(request, output)
         store = BlockStore(folder, {}, resume=False)
         _fill(store, prepared.plan, fakes)
-        no_text = CalibrationWindows(torch.empty(0, 0, dtype=torch.long), "", "", 0, 0, ())
+        windows = text if "calib" not in training.settings.given else None
+        windows = windows or CalibrationWindows(torch.empty(0, 0, dtype=torch.long), "", "", 0, 0, ())
         prepared = replace(
             prepared,
             plan=replace(prepared.plan, settings=training.settings, notes=(*prepared.plan.notes, *notes)),
             source=source or prepared.source,
-            calibration=text,
-            calibrated=Calibrated(prepared.checkpoint, store, no_text),
+            calibration=None if text is None else CalibrationText.of(text),
+            calibrated=Calibrated(prepared.checkpoint, store, windows),
             made_by=METHOD,
         )
         return write_prepared(prepared, output, overwrite, progress, meter)

@@ -28,7 +28,6 @@ from lowbit.export.atomic import refuse_existing, refuse_existing_files
 from lowbit.files.claim import Claim, claimed, refuse_claimed
 from lowbit.files.system import refuse_sources
 from lowbit.measure import Meter
-from lowbit.plan.plan import CalibrationText
 from lowbit.settings import make_settings
 from lowbit.text.answers import parse_loss_on
 from lowbit.train.adapters import LoRA
@@ -111,7 +110,7 @@ def finetune(
     else:
         done = export_trained(
             opened.student, output, opened.tokenizer, threads, overwrite, None, meter, source=opened.source,
-            text=CalibrationText.of(opened.text), notes=(*opened.notes, note),
+            text=opened.text, notes=(*opened.notes, note),
         )  # fmt: skip
     if states is not None:
         states.remove()

@@ -20,7 +20,6 @@ from typing import Any
 from lowbit.api import Quantized
 from lowbit.errors import UsageError
 from lowbit.measure import Meter
-from lowbit.plan.plan import CalibrationText
 from lowbit.report import schema
 from lowbit.settings import Settings
 from lowbit.train.adapter_files import Described, write_adapter
@@ -97,7 +96,7 @@ class TrainedAdapters:
         opened = self.opened
         return export_trained(
             opened.student, output, opened.tokenizer, threads, overwrite, None, meter, source=opened.source,
-            text=CalibrationText.of(opened.text), notes=(*opened.notes, *notes),
+            text=opened.text, notes=(*opened.notes, *notes),
         )  # fmt: skip
 
 

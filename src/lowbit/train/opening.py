@@ -27,8 +27,9 @@ from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.measure import available_memory
 from lowbit.settings import Settings
-from lowbit.text import CalibrationWindows, GivenText, calibration_windows, context_length
+from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.text.answers import parse_loss_on
+from lowbit.text.calibration import check_context
 from lowbit.train.loop import Course, Lesson
 from lowbit.train.states import training_depends_on
 
@@ -136,9 +137,10 @@ def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> Cal
     course, data = asked.course, asked.data
     loss_on = parse_loss_on(course.loss_on)
     longest, marking = context_length(checkpoint.config()), None if loss_on == "all" else loss_on
+    check_context(course.windows, course.window_tokens, longest, "--window-tokens")
     if data is None or isinstance(data, str | Path):
-        return calibration_windows(data, tokenizer, course.windows, course.window_tokens, seed=course.seed,
-                                   longest=longest, marking=marking)  # fmt: skip
+        return mixed_windows(data, tokenizer, course.windows, course.window_tokens, seed=course.seed,
+                             longest=longest, marking=marking)  # fmt: skip
     return GivenText(data).windows(tokenizer, course.windows, course.window_tokens, longest=longest,
                                    vocabulary=embedding_rows(checkpoint.tensors), marking=marking)  # fmt: skip
 

@@ -189,7 +189,8 @@ def _refuse_fused_activations(activations: dict[str, ActivationSpec], linears: d
     for linear in activations:
         if not linears.get(linear, "").endswith(".weight"):
             raise UsageError(f"{linear} runs inside a fused operation, whose inputs cannot be rounded in training",
-                             "prepare(…, activations=False) trains the weights alone")  # fmt: skip
+                             "take a scheme that rounds weights only; prepare(…, activations=False) of lowbit.train "
+                             "trains the weights alone")  # fmt: skip
 
 
 def _quantize_activations(

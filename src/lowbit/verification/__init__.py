@@ -13,7 +13,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf, read_json_object
 from lowbit.errors import LowbitError, UsageError
 from lowbit.registry import ENGINES, FORMATS, load
 from lowbit.verification.result import (
@@ -68,7 +68,7 @@ def verify(
 ) -> Verification:
     """Check a folder, or a GGUF file, against the rules of an engine.
 
-    engine    None: vllm for folders, llama.cpp for GGUF files
+    engine    None: vllm for folders, one that loads the format where vllm does not, llama.cpp for GGUF files
     reference the original model, quantized or not; without it weights are not compared
     source    the same, open; for GGUF files also a raw GGUF
     nearest   True where every code must be the nearest one; None: as lowbit-report.json states
@@ -107,8 +107,24 @@ def verify(
 
 
 def default_engine(path: Path) -> str:
-    """The first engine of the table that loads such files."""
+    """The engine of the files' format where it has a loader for them, else the first of the table that has."""
+    stated = _stated_format(path)
+    row = FORMATS.get(stated) or FORMATS.get(stated.replace("_", "-"))
+    for name in (*(() if row is None else (row.engine,)), *ENGINES):
+        loading = loading_of(name)
+        if loading.reads_gguf == is_gguf(path) and (row is None or row.name not in loading.no_loader):
+            return name
     return next(name for name in ENGINES if loading_of(name).reads_gguf == is_gguf(path))
+
+
+def _stated_format(folder: Path) -> str:
+    """config.json's quant_method, as far as there is one to read; what is wrong with it, rules say."""
+    try:
+        stated = read_json_object(folder / "config.json").get("quantization_config")
+    except (LowbitError, OSError):
+        return ""
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    return method if isinstance(method, str) else ""
 
 
 def _checked(subject: Subject) -> Verification:

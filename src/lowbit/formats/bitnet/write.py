@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
-from lowbit.export import Piece, every_zero_point, no_companions, not_converted
+from lowbit.export import Piece, every_zero_point, no_companions, none_needless, not_converted, usual_engine
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import SCHEMES, Scheme
 from lowbit.tensors import InputRange, QuantizedTensor
 
 FORMAT = "bitnet"
 lowest_zero_point, companion_files = every_zero_point, no_companions
+needless, engine_of = none_needless, usual_engine
 
 _ROWS = 4  # of the weight in a byte
 
