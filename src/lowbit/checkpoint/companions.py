@@ -92,8 +92,9 @@ def _templates(folder: Path) -> Iterator[tuple[str, str]]:
         if (folder / name).is_file():
             stated = read_json_object(folder / name).get("chat_template")
             for one in stated if isinstance(stated, list) else [{"template": stated}]:
-                if isinstance(one, dict) and isinstance(one.get("template"), str):
-                    yield name, one["template"]
+                template = one.get("template") if isinstance(one, dict) else None
+                if isinstance(template, str):
+                    yield name, template
 
 
 def _syntax_error(template: str) -> str | None:
