@@ -103,7 +103,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
         " --window-tokens 32 --calib {text} --text {other}",
         "evaluate {in} --text {text} --windows 1 --window-tokens 16 --kv-cache q8_0,q4_0",
         "evaluate {in} --tasks format --task-items 1",
-        "bench {in} --engine llama.cpp --context 4 --tokens 8 --repeats 1 --warmups 0 --no-report",
+        "bench {in} --engine llama.cpp --context 4 --tokens 64 --repeats 1 --warmups 0 --no-report",
     ),
     "wide": (
         "generate {in} -p 'one two' --max-tokens 2 --kv-cache int8",
@@ -118,7 +118,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
     "text": (
         "quantize {source} -o {out} --scheme W4A16 --method gptq --samples 4 --seqlen 32 --calib {in} --allow-fallback",
         "evaluate {source} --text {in} --windows 1 --window-tokens 16", "imatrix {source} -o {out} --calib {in}",
-        "finetune {source} -o {out} --steps 1 --windows 2 --window-tokens 16 --data {in}",
+        "finetune {source} -o {out} --steps 1 --windows 2 --window-tokens 64 --data {in}",
     ),
 }  # fmt: skip
 

@@ -40,6 +40,7 @@ STANDS_FOR = {
     "SCHEME": "W4A16",
     "RANGE": "mse",
     "c4.txt": "my-text.txt",
+    "TEXT": SHORT_TEXT,
     "wikitext.txt": "my-text.txt",
     "open_platypus": "{rows}",
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "{model}",
@@ -78,6 +79,8 @@ ONLY_PARSED: dict[str, str] = {
     "lowbit bench OUT --url": "nothing is served",
     "lowbit evaluate OUT --tasks all --url": "nothing is served",
     "lowbit compare demo:smollm2 smollm2-W4A16 --blind --judge": "nothing is served",
+    "lowbit refine peer.gguf": "llama.cpp's encoder makes the file",
+    "lowbit evaluate refined.gguf --reference MODEL --text TEXT": "as above",
     "lowbit evaluate OUT --tasks mmlu": "the items of lm-eval lie on the Hub",
 }
 # Packages that Python blocks may import beside what the suite has; blocks with them are compiled, not run.

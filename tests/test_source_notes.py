@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit.train import Course
 from models import SHORT_TEXT, make_model
 
+COURSE = Course(windows=2, window_tokens=16, steps=1)
 TIED = "config.json ties lm_head.weight to model.embed_tokens.weight, but the files hold two different tensors"
 
 
@@ -47,14 +49,14 @@ def test_an_answer_of_it(tied, caplog):
 
 
 def test_a_finetuned_model_of_it(tied, tmp_path):
-    done = lowbit.finetune(tied, tmp_path / "out", data=SHORT_TEXT, windows=2, window_tokens=16, steps=1)
+    done = lowbit.finetune(tied, tmp_path / "out", data=SHORT_TEXT, course=COURSE)
     assert any(note.startswith(TIED) for note in done.report.source.notes)
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_what_a_finetuned_model_lacks(tmp_path):
     model = with_prediction_block(tmp_path / "model")
-    done = lowbit.finetune(model, tmp_path / "out", data=SHORT_TEXT, windows=2, window_tokens=16, steps=1)
+    done = lowbit.finetune(model, tmp_path / "out", data=SHORT_TEXT, course=COURSE)
     left = [note for note in done.report.source.notes if note.startswith("left out (12 tensors): ")]
     assert len(left) == 1
     assert "mtp.fc.weight" in left[0]

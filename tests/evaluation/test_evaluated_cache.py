@@ -146,7 +146,7 @@ def test_heads_and_gguf_files_that_a_type_does_not_fit(tmp_path, text_file):
     lowbit.quantize(tmp_path / "model", tmp_path / "m.gguf", scheme="F16")
     with pytest.raises(UsageError, match=r"m.gguf is a GGUF file, for llama.cpp; cache type fp8_e5m2 is one of vllm"):
         evaluate_kv_cache(tmp_path / "m.gguf", "fp8_e5m2", contexts=(64,), text=text_file)
-    [row] = evaluate_kv_cache(tmp_path / "m.gguf", "lmdeploy_int4", contexts=(64,), text=text_file, windows=1)
+    [row] = evaluate_kv_cache(tmp_path / "m.gguf", "kvquant4", contexts=(64,), text=text_file, windows=1)
     assert row.kld_mean > 0
 
 

@@ -115,7 +115,8 @@ def test_their_packer_writes_our_bytes(name):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     grid = grid_for(scheme.weight, exporter.scale_format(scheme, torch.bfloat16))
     quantized = round_to_nearest(weight, scheme.weight, grid, RangeSearch(), measure_range(weight, scheme.weight))
-    stored = {p.name: p.values for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, 4.0)}
+    pieces = exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, InputRange.within(4.0))
+    stored = {piece.name: piece.values for piece in pieces}
     theirs = modelopt_export.pack_int4_in_uint8(quantized.decode(), stored["l.weight_scale"].float(), 128)
     assert torch.equal(stored["l.weight"], theirs)
 
@@ -126,7 +127,8 @@ def test_their_int8_is_ours():
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     grid = grid_for(scheme.weight, "float32")
     quantized = round_to_nearest(weight, scheme.weight, grid, RangeSearch())
-    stored = {p.name: p.values for p in exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, 4.0)}
+    pieces = exporter.pack("l", quantized, scheme, 0, shape, torch.bfloat16, InputRange.within(4.0))
+    stored = {piece.name: piece.values for piece in pieces}
     theirs = (quantized.decode() / stored["l.weight_scale"][:, None]).round().clamp(-128, 127).to(torch.int8)
     assert torch.equal(stored["l.weight"], theirs)
 

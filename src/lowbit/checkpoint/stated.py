@@ -27,7 +27,9 @@ _COUNTS = re.compile(r"^(?!.*(size|dim|width|rank)$).*(^|_)(layers?|blocks?|expe
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 # No model has so many; attention heads and experts share a tensor, so that the files bound them loosely.
 _MOST = 4096
-# Sizes of matrices: a dimension cannot be larger than the largest tensor as a whole.
+# Sizes of matrices: a dimension cannot be larger than the largest tensor as a whole. Sizes that models have pass:
+# a tower may state one that it does not use.
+_MOST_WIDE = 1 << 20
 _SIZES = re.compile(r"^(hidden_size|intermediate_size|vocab_size|head_dim|d_model|d_ff|n_embd|n_inner|ffn_dim)$")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
@@ -87,7 +89,7 @@ def refuse_absurd_sizes(checkpoint: Checkpoint) -> None:
         return
     largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
     for key, value in _values(checkpoint.config()):
-        if type(value) is int and value > largest and _SIZES.search(key) and value > _MOST:
+        if type(value) is int and value > largest and value > _MOST_WIDE and _SIZES.search(key):
             raise CheckpointError(
                 f"{checkpoint.source}: config.json: {key} is {value}, and the largest tensor holds {largest} numbers",
                 "config.json is damaged, or of another model",
