@@ -423,5 +423,5 @@ def _power_of_two(head_dim: int, name: str) -> None:
         raise ShapeError(
             f"cache type {name} rotates every head by a Hadamard matrix, whose size is a power of two; heads have "
             f"{head_dim} values",
-            "choose a type without a rotation, such as int8_per_token_head or lmdeploy_int4",
+            "a type without a rotation fits, such as int8_per_token_head or lmdeploy_int4",
         )
