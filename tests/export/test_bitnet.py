@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lowbit
+from bitnet_files import change_bitnet
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.evaluation.activations import simulated_activations
@@ -33,24 +35,9 @@ def ternary(source, tmp_path_factory):
 
 @pytest.fixture
 def damaged(ternary, tmp_path):
-    """A copy of the folder, and functions that change its tensors and its config."""
-    import shutil
-
-    folder = tmp_path / "damaged"
-    shutil.copytree(ternary, folder)
-    (folder / "lowbit-report.json").unlink()
-
-    def change(tensors=None, **config):
-        if tensors is not None:
-            stored = load_file(folder / "model.safetensors")
-            tensors(stored)
-            save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        stated = json.loads((folder / "config.json").read_text())
-        stated["quantization_config"] |= config
-        (folder / "config.json").write_text(json.dumps(stated))
-        return folder
-
-    return change
+    """What makes a copy of the folder with changed tensors and config."""
+    folder = shutil.copytree(ternary, tmp_path / "damaged")
+    return partial(change_bitnet, folder)
 
 
 def test_four_quarters_of_the_rows_share_a_byte():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import lowbit
+from bitnet_files import change_bitnet
 from models import make_model
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -29,14 +27,7 @@ def failed(folder) -> set[str]:
 
 
 def change(folder, tensors=None, **config):
-    (folder / "lowbit-report.json").unlink()
-    if tensors is not None:
-        stored = load_file(folder / "model.safetensors")
-        tensors(stored)
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    stated = json.loads((folder / "config.json").read_text())
-    stated["quantization_config"] |= config
-    (folder / "config.json").write_text(json.dumps(stated))
+    change_bitnet(folder, tensors, **config)
     return failed(folder)
 
 

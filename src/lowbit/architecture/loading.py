@@ -71,7 +71,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The checkpoint's weights in transformers' own model class, in evaluation mode, every parameter of `dtype`."""
     loader = Loader(checkpoint, dtype, device, options)
-    loader.fill(lambda name: True)
+    loader.fill()
     return loader.model
 
 
@@ -106,8 +106,8 @@ class Loader:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
 
-    def fill(self, chosen: Callable[[str], bool]) -> None:
-        """Read every parameter with a chosen name; tied ones get the same Parameter."""
+    def fill(self, chosen: Callable[[str], bool] = lambda name: True) -> None:
+        """Read every parameter with a chosen name, or all; tied ones get the same Parameter."""
         for slot in self._slots:
             if any(chosen(name) for name in slot.names):
                 value = _filled(self.checkpoint, self.model, slot, self.dtype, self.device)

@@ -5,18 +5,15 @@ Greedy unless a temperature is given: always the most probable token, without th
 trimmed in the same way, so that nothing but their words tells the models apart: white space at both ends, carriage
 returns, and what is thought between <think> and </think>.
 
-Each answer is kept as it comes (`kept`), so that a run goes on behind the last one after a server died; the files go
+Each answer is kept as it comes (`tasks.kept`), so that a run goes on behind the last one after a server died; they go
 when the run is whole. Refused: a prompt that the model's context cannot hold (UsageError), likelihoods that are NaN
 (NonFiniteError), a server that cannot be asked (EngineFailure).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +22,13 @@ import torch
 
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import OpenOptions, cache_root
+from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import EngineFailure, NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.footprint import fingerprint
 from lowbit.evaluation.generation import prompt_ids, refuse_without_text
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
+from lowbit.tasks.kept import kept, kept_file, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,40 +92,14 @@ def trimmed(text: str, cut: bool) -> Reply:
     return Reply(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
 
 
-@contextmanager
-def kept(kind: str, identity: str) -> Iterator[tuple[dict[str, Any], Callable[[str, Any], None], Path]]:
-    """(what an unfinished run has, by key; how to add to it; the file)."""
-    path = cache_root() / "blind" / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            known[str(entry["key"])] = entry["value"]
-        except (ValueError, LookupError, TypeError):  # a last line that a kill cut
-            continue
-    with path.open("a", encoding="utf-8") as file:
-
-        def add(key: str, value: Any) -> None:
-            file.write(json.dumps({"key": key, "value": value}) + "\n")
-            file.flush()
-            known[key] = value
-
-        file.write("\n")  # ends a line that was cut
-        yield known, add, path
-
-
-def key_of(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
 def _asked(
     identity: str, prompts: Sequence[BlindPrompt], how: Generation, done: Done, ask: Callable[[int, str], Reply]
 ) -> tuple[list[Reply], int, Path]:
     """Each prompt answered by `ask`, or by what an unfinished run has kept."""
     conditions = f"{identity} {how.max_tokens} {how.temperature} {how.seed if how.temperature else 0}"
     found, before = [], 0
-    with kept("answers", conditions) as (known, add, path):
+    path = kept_file("blind", f"answers-{key_of(conditions)}")
+    with kept(path) as (known, add):
         for place, prompt in enumerate(prompts):
             key = key_of(prompt.text, str(place) if how.temperature else "")
             answer = _kept_answer(known.get(key))

@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowbit.blind.answering import kept, key_of, trimmed
+from lowbit.blind.answering import trimmed
 from lowbit.blind.result import AnswerPair, Judged, Verdict
 from lowbit.tasks.endpoint import Endpoint
+from lowbit.tasks.kept import kept, kept_file, key_of
 
 TOKENS = 1024  # of a reply; judges think aloud
 SYSTEM = (
@@ -55,7 +56,8 @@ def judge(
     """
     verdicts: list[Verdict | None] = []
     before = 0
-    with kept("verdicts", f"{server.url} {server.name}") as (known, add, path):
+    path = kept_file("blind", f"verdicts-{key_of(f'{server.url} {server.name}')}")
+    with kept(path) as (known, add):
         for pair in pairs:
             replies = []
             for first, second in () if pair.same else ((pair.a, pair.b), (pair.b, pair.a)):

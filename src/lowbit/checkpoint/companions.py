@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.base import REPORT_NAME, read_json_object
 from lowbit.checkpoint.companion_types import check_types
@@ -57,6 +57,7 @@ def check_companions(folder: Path, source: str) -> list[str]:
 
     source  what the user typed, for notes
     """
+    stated: dict[str, dict[str, Any]] = {}
     for name in sorted(_NEEDED):
         path = folder / name
         if path.is_symlink() and not path.exists():
@@ -66,35 +67,38 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and not os.access(path, os.R_OK):
             raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
         if path.exists() and name in OBJECTS:
-            check_types(path, read_json_object(path))
+            stated[name] = read_json_object(path)
+            check_types(path, stated[name])
     load_tokenizer_file(folder)
-    notes = passed_over(folder) + broken_templates(folder)
+    notes = passed_over(folder) + broken_templates(folder, stated)
     if not has_tokenizer(folder):
         notes.append(f"there is no tokenizer in {source}; engines will ask for one")
     return notes + adapter_beside(folder, source)
 
 
-def broken_templates(folder: Path) -> list[str]:
-    """A note on each chat template that is no Jinja template; all else works without it."""
+def broken_templates(folder: Path, stated: dict[str, dict[str, Any]]) -> list[str]:
+    """A note on each chat template that is no Jinja template; all else works without it.
+
+    stated  name → content of the folder's JSON files
+    """
     return [
         f"{where}: the chat template does not compile ({error}); it is taken as it is, and no chat can be rendered"
-        for where, template in _templates(folder)
+        for where, template in _templates(folder, stated)
         if (error := _syntax_error(template))
     ]
 
 
-def _templates(folder: Path) -> Iterator[tuple[str, str]]:
+def _templates(folder: Path, stated: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """(place, text) of every chat template, wherever transformers looks for one."""
     for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         if path.is_file() and leads_out(path, folder) is None:
             yield str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            stated = read_json_object(folder / name).get("chat_template")
-            for one in stated if isinstance(stated, list) else [{"template": stated}]:
-                template = one.get("template") if isinstance(one, dict) else None
-                if isinstance(template, str):
-                    yield name, template
+        found = stated.get(name, {}).get("chat_template")
+        for one in found if isinstance(found, list) else [{"template": found}]:
+            template = one.get("template") if isinstance(one, dict) else None
+            if isinstance(template, str):
+                yield name, template
 
 
 def _syntax_error(template: str) -> str | None:

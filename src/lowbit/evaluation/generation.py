@@ -57,7 +57,7 @@ def generate(
     checkpoint = open_checkpoint(str(model), options)
     try:
         loader = Loader(checkpoint, dtype, device, options)
-        loader.fill(lambda name: True)
+        loader.fill()
         network = loader.model
         tokenizer = load_tokenizer(checkpoint, options)
         simulated = simulation_of(checkpoint)

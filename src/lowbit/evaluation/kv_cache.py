@@ -137,7 +137,7 @@ def evaluate_kv_cache(
         variants = _variants(opened, chosen, by_layer)
         way = choose_way([opened.loader], 1 + len(variants), max_memory)
         if not way.block_by_block:
-            opened.loader.fill(lambda _: True)
+            opened.loader.fill()
         rounded: Context = contextlib.nullcontext if activations == "none" else simulation_of(opened.checkpoint)
         facts, origin = _facts(opened, way, opener.options, chosen, rounded)
         order = _key_order(opened) if any(isinstance(each.keys, GgmlBlock) for each in chosen) else None

@@ -125,7 +125,7 @@ def evaluate(
 def _whole(asked: _Comparison) -> dict[Variant, Scores]:
     """Every model in memory."""
     for opened in asked.models:
-        opened.loader.fill(lambda _: True)
+        opened.loader.fill()
     base = None if asked.reference is None else Runner(asked.reference.model)
     model = asked.judged.model
     runners: dict[Variant, Runner] = {}

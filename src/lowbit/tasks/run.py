@@ -45,7 +45,7 @@ class _Suite:
     def of(self, opened: Opened, context: Callable[..., contextlib.AbstractContextManager], done: Callable[[int], None]
            ) -> Outcomes:  # fmt: skip
         """What one model makes of every item; it is filled, asked and emptied."""
-        opened.loader.fill(lambda _: True)
+        opened.loader.fill()
         with context(opened.model):
             if not self.packaged:
                 return harness.outcomes(opened.model, opened.tokenizer, self.names, self.limit, BATCH)

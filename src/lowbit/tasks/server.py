@@ -13,17 +13,15 @@ Refused: a server that makes other tokens of a text than the model's tokenizer (
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.base import cache_root
 from lowbit.errors import EngineFailure, UsageError
 from lowbit.tasks.answering import WRITTEN, choice_tokens, until_end
 from lowbit.tasks.endpoint import Endpoint
 from lowbit.tasks.items import Item
+from lowbit.tasks.kept import kept, kept_file, key_of
 from lowbit.tasks.sandbox import run_cases
 
 if TYPE_CHECKING:
@@ -116,18 +114,13 @@ def served_answers(
 ) -> list[bool]:
     """Whether each item is answered rightly; those that an earlier run has answered are not asked again."""
     served.check_tokens([item.prompt for item in items])
-    path = kept_answers(served, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = _read(path)
-    right = []
-    with path.open("a", encoding="utf-8") as file:
+    path, right = kept_answers(served, seed), []
+    with kept(path) as (known, add):
         for place, item in enumerate(items):
-            key = hashlib.sha256(repr(item).encode()).hexdigest()[:24]
+            key = key_of(repr(item))
             if key not in known:
-                known[key] = served.answer(item)
-                file.write(json.dumps({"item": key, "right": known[key]}) + "\n")
-                file.flush()
-            right.append(known[key])
+                add(key, served.answer(item))
+            right.append(bool(known[key]))
             progress(place + 1)
     path.unlink(missing_ok=True)  # whole: the next run asks again
     return right
@@ -135,18 +128,4 @@ def served_answers(
 
 def kept_answers(served: ServedModel, seed: int) -> Path:
     """Where the answers of an unfinished run lie."""
-    name = hashlib.sha256(f"{served.url} {served.name} {seed}".encode()).hexdigest()[:24]
-    return cache_root() / "tasks" / f"{name}.jsonl"
-
-
-def _read(path: Path) -> dict[str, bool]:
-    """Whole lines; a last one that a kill cut is passed over."""
-    known: dict[str, bool] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                known[str(entry["item"])] = bool(entry["right"])
-            except (ValueError, LookupError, TypeError):
-                continue
-    return known
+    return kept_file("tasks", key_of(f"{served.url} {served.name} {seed}"))

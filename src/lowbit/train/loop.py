@@ -57,10 +57,14 @@ class Course:
     loss_on: str | None = None
 
     def __post_init__(self):
-        rate = 1e-5 if self.learning_rate is None else self.learning_rate
-        if self.batch < 1 or self.steps < 0 or not 0 < rate < 1:
+        if self.batch < 1 or self.steps < 0 or not 0 < self.rate < 1:
             raise UsageError(f"{self.steps} steps of {self.batch} windows at rate {self.learning_rate}",
                              "take at least one window, and a rate such as 1e-5")  # fmt: skip
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, or its default for weights."""
+        return 1e-5 if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,7 @@ def train(
     else:
         before = kept[1]["before"]
     model.train()
-    devices = [parameter.device.index or 0 for parameter in run.parameters.values() if parameter.device.type == "cuda"]
-    with torch.random.fork_rng(sorted(set(devices))):
+    with torch.random.fork_rng(_cuda_devices(run.parameters)):
         torch.manual_seed(course.seed)  # of dropout, where a model has it
         if kept is not None:
             run.restore(*kept)
@@ -176,7 +179,7 @@ class _TrainingSteps:
 
     def __init__(self, model: nn.Module, course: Course, steps: int):
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self.optimizer = _optimizer(self.parameters, course.learning_rate or 1e-5)
+        self.optimizer = _optimizer(self.parameters, course.rate)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.steps, self.done = steps, 0
         self.stopped: str | None = None

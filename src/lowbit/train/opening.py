@@ -116,7 +116,7 @@ def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: boo
             depends_on = training_depends_on(checkpoint, reference, asked.settings, course, lesson, options,
                                              asked.device, asked.more)  # fmt: skip
     loader = Loader(checkpoint, torch.float32, asked.device, options)
-    loader.fill(lambda name: True)
+    loader.fill()
     student: Any = loader.model
     architecture, _ = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts=True)
     linears = {
