@@ -226,9 +226,11 @@ def test_voting_and_opening_in_a_browser(tmp_path, width):
 def test_saved_votes_are_loaded_in_a_browser(tmp_path):
     test = make_test()
     saved = json.dumps({"page": page_name(test), "votes": {"0": "right", "3": "bad"}, "opened": False})
+    # Chromium's virtual time does not wait for the disk, so that a busy machine would be asked before the file is read.
     script = f"""
       const transfer = new DataTransfer();
       transfer.items.add(new File([{json.dumps(saved)}], "votes.json"));
+      File.prototype.text = async () => {json.dumps(saved)};
       $("#load").files = transfer.files;
       $("#load").dispatchEvent(new Event("change"));
       setTimeout(() => parent.postMessage({{ problems, standing: $("#standing").textContent,
