@@ -10,6 +10,8 @@ consecutive groups of them) of the squared gradient of −log p(y) by that outpu
     guided:P       s = f^P         guided:1 is GuidedQuant (arXiv 2505.07004), guided:0.5 is `--hessian guided`
     guided:P:G     the same with an H for each of G groups of rows
     mixed:P        s = P f + 1 − P
+    kronecker:P[:ρ]  guided:P, and errors of rows fed to other rows (`rounding.row_feedback`), the off-diagonals of G
+                   shrunk by ρ; kronecker:0.5 is `--hessian kronecker`
 
 Inputs and gradients are those of the unquantized model, for all blocks, once; no correction. So variants differ in the
 Hessian alone, on the same tokens, and one takes a minute where a whole run takes ten. Standard errors are over tokens.
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit.numerics import grid_for
 from lowbit.numerics.precision import fast_products
+from lowbit.rounding import row_feedback
 from lowbit.rounding.gptq import SEARCH, GPTQOptions, gptq
 from lowbit.rounding.hessian import InputData, row_groups
 from lowbit.rounding.rtn import measure_range
@@ -38,6 +41,7 @@ from lowbit.tensors import LayerStats
 
 TOKENS = 512
 AT_ONCE = 2  # windows
+SHRINKAGE = row_feedback.SHRINKAGE
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
             for s in weights_of(variant, gradients[name]):
                 shares.append((s.sum().square() / s.square().sum() / len(s)).item())
                 parts.append(InputData(statistics(inputs[name], s)))
-            data = InputData(parts[0].stats, tuple(parts) if len(parts) > 1 else ())
+            data = InputData(parts[0].stats, tuple(parts) if len(parts) > 1 else (), rows_of(variant, gradients[name]))
             target = target_of(args.scheme, args.group_size, weight)
             options = GPTQOptions(correction=0.0, search=None if target.is_ggml else SEARCH)
             linears[name].weight.data.copy_(gptq(weight, target, data, options).decoded)
@@ -128,13 +132,25 @@ def weights_of(variant: str, gradient: Tensor) -> list[Tensor]:
     squares = gradient.float().square()
     if kind == "inputs":
         return [torch.ones(len(squares))]
-    power, groups = float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1
+    power, groups = float(numbers[0]), int(numbers[1]) if kind == "guided" and len(numbers) > 1 else 1
     means = [squares[:, rows].mean(dim=1) for rows in row_groups(squares.shape[1], groups)]
     if kind == "mixed":
         return [power * mean / mean.mean() + 1 - power for mean in means]
-    if kind != "guided":
+    if kind not in ("guided", "kronecker"):
         raise SystemExit(f"there is no variant {variant!r}")
     return [mean.pow(power) / mean.pow(power).mean() for mean in means]
+
+
+def rows_of(variant: str, gradient: Tensor) -> tuple[Tensor, ...]:
+    """G of the parts of the rows of a linear."""
+    kind, *numbers = variant.split(":")
+    if kind != "kronecker":
+        return ()
+    row_feedback.SHRINKAGE = float(numbers[1]) if len(numbers) > 1 else SHRINKAGE
+    power = float(numbers[0])
+    return tuple(
+        row_feedback.curvature_of(gradient[:, part], power) for part in row_feedback.parts_of(gradient.shape[1])
+    )
 
 
 def statistics(x: Tensor, s: Tensor) -> LayerStats:

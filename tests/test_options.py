@@ -25,7 +25,7 @@ from lowbit.cli.options import Sections, of_table, with_groups
 from lowbit.errors import UsageError
 from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table
 from lowbit.report import schema
-from lowbit.rounding.gptq import GPTQOptions
+from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions
 from lowbit.schemes import SCHEMES
 from lowbit.settings import RunOptions, Settings, check_patterns, command_line, make_settings, refuse_unread
 
@@ -54,7 +54,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "ignore": st.lists(PATTERNS, max_size=3).map(tuple),
     "percentile": st.floats(50, 100, exclude_min=True),
     "activation_percentile": st.floats(50, 100, exclude_min=True),
-    "hessian": st.sampled_from(["guided", "guided:1", "guided:16"]),
+    "hessian": st.sampled_from(["guided", "guided:1", "guided:16", "kronecker"]),
     "damping": st.floats(0, 1, exclude_min=True),
     "correction": st.floats(0, 1),
     "shrinkage": st.floats(0, 1),
@@ -421,8 +421,9 @@ def test_the_ten_options_that_most_people_need_are_on_the_first_screen(help_text
 
 def test_help_says_the_defaults_that_the_code_has():
     options = GPTQOptions()
-    for name in ("damping", "correction", "refine"):
+    for name in ("damping", "refine"):
         assert ROWS[name].knob.absent == str(getattr(options, name))
+    assert ROWS["correction"].knob.absent == f"{CORRECTION}; {CORRECTION_WITH_ROWS} with --hessian kronecker"
 
 
 def test_help_imports_nothing_heavy():

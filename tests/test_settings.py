@@ -119,4 +119,5 @@ def test_a_level_of_quality_stands_for_a_method_and_is_all_that_is_named():
 @pytest.mark.parametrize("level", QUALITIES)
 def test_every_level_is_a_method_with_settings_of_the_table(level):
     assert QUALITIES[level].keys() <= Settings.model_fields.keys()
-    assert make_settings(quality=level).method == QUALITIES[level]["method"]
+    chosen = make_settings(quality=level)
+    assert {name: getattr(chosen, name) for name in QUALITIES[level]} == QUALITIES[level]

@@ -108,7 +108,7 @@ READS_TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such 
                     lambda run: run.reads_text)  # fmt: skip
 TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, --kv-cache, or --imatrix measure for "
               "GGUF uses it", lambda run: run.reads_text or run.measures)  # fmt: skip
-DRAWS = Reader("sign-SGD, distillation, --hessian guided, and runs that sample rows of --calib",
+DRAWS = Reader("sign-SGD, distillation, --hessian guided or kronecker, and runs that sample rows of --calib",
                "--method sign-sgd or --calib c4 uses it", lambda run: run.draws)  # fmt: skip
 BLOCKWISE = Reader("methods that run a text block by block", "--method gptq, awq, smoothquant or sign-sgd uses it",
                    lambda run: run.blockwise)  # fmt: skip

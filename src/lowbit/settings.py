@@ -40,8 +40,8 @@ MEASURE = "measure"  # value of `imatrix` in place of a file
 # What each level of `quality` stands for; a setting that is given beside it replaces its own.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"method": "rtn"},
-    "good": {"method": "gptq"},
-    "best": {"method": "gptq+distill"},
+    "good": {"method": "gptq", "hessian": "kronecker"},
+    "best": {"method": "gptq+distill", "hessian": "kronecker"},
 }
 # What a refinement reads of the settings: all else is the file's.
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
@@ -178,8 +178,9 @@ class Settings(Table):
     hessian: Annotated[
         str,
         Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the loss "
-             "by the outputs of each linear), guided:4 (of four groups of its outputs)", METHODS, knobs.GPTQ, "WEIGHTS",
-             see="gptq.md#weights-of-tokens"),
+             "by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, and the "
+             "errors of rows fed to other rows by what the loss says of pairs of outputs)", METHODS, knobs.GPTQ,
+             "WEIGHTS", see="gptq.md#weights-of-tokens"),
     ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
@@ -194,7 +195,7 @@ class Settings(Table):
     correction: Annotated[
         float | None, Field(ge=0, le=1),
         Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN,
-             absent="0.75", see="gptq.md"),
+             absent="0.75; 0.4 with --hessian kronecker", see="gptq.md"),
     ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
@@ -318,10 +319,9 @@ class Settings(Table):
     def _hessian(cls, text: str) -> str:
         name, colon, groups = text.partition(":")
         counted = groups.isdecimal() and int(groups) > 0
-        if text != "inputs" and (name != "guided" or (colon and not counted)):
-            raise UsageError(
-                f"there is no Hessian {text!r}", "give inputs, guided, or guided:4 for four groups of outputs"
-            )
+        if text not in ("inputs", "kronecker") and (name != "guided" or (colon and not counted)):
+            raise UsageError(f"there is no Hessian {text!r}",
+                             "give inputs, guided, guided:4 for four groups of outputs, or kronecker")  # fmt: skip
         return text
 
     @field_validator("method_overrides")
@@ -355,6 +355,11 @@ class Settings(Table):
     def hessian_groups(self) -> int:
         """Groups of output rows with a Hessian each, of tokens weighed by gradients; 0 if tokens count alike."""
         return 0 if self.hessian == "inputs" else int(self.hessian.partition(":")[2] or 1)
+
+    @property
+    def feeds_rows(self) -> bool:
+        """True if errors of rows are fed to other rows, by the curvature of the loss in pairs of outputs."""
+        return self.hessian == "kronecker"
 
     @property
     def bytes_per_shard(self) -> int:

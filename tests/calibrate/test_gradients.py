@@ -19,8 +19,10 @@ from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.calibrate.store import BlockStore
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import UsageError
-from lowbit.rounding.gptq import GPTQOptions, gptq
+from lowbit.rounding import row_feedback
+from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions, gptq
 from lowbit.rounding.hessian import InputData, row_groups
+from lowbit.rounding.row_feedback import parts_of
 from lowbit.settings import RunOptions, make_settings
 from models import make_model
 from rounding.gptq_cases import problem, target_of
@@ -49,8 +51,8 @@ def weights_of(model, groups: int = 1, memory: int = PLENTY, runner: BlockRunner
     return token_weights(runner, IDS, dict.fromkeys(linears, groups), 7, memory)
 
 
-def by_autograd(model, groups: int) -> dict[str, torch.Tensor]:
-    """The same of the whole model at once: the definition, without blocks."""
+def by_autograd(model) -> dict[str, torch.Tensor]:
+    """Gradients by the outputs of all linears, of the whole model at once: the definition, without blocks."""
     whole, outputs = load_model(open_checkpoint(model)), {}
     for name, path in module_names(whole, BlockRunner(open_checkpoint(model)).architecture).items():
         keep = lambda _module, _arguments, out, name=name: (out.retain_grad(), outputs.update({name: out}))[1]  # noqa: E731
@@ -59,8 +61,7 @@ def by_autograd(model, groups: int) -> dict[str, torch.Tensor]:
     drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(7))
     labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn)[:, 0]
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    squares = {name: out.grad.square().unflatten(-1, (groups, -1)).mean(-1).sqrt() for name, out in outputs.items()}
-    return {name: each / each.mean(dim=(0, 1)) for name, each in squares.items() if "layers" in name}
+    return {name: out.grad for name, out in outputs.items() if "layers" in name}
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -68,11 +69,28 @@ def by_autograd(model, groups: int) -> dict[str, torch.Tensor]:
 def test_weights_are_the_squared_gradients_of_the_whole_model(family, groups, tmp_path):
     """gemma2 caps its logits and norms what attention puts out."""
     folder = make_model(tmp_path / "model", family, **SMALL)
-    found, expected = weights_of(folder, groups), by_autograd(folder, groups)
+    found = weights_of(folder, groups)
+    squares = {name: grad.square().unflatten(-1, (groups, -1)).mean(-1).sqrt()
+               for name, grad in by_autograd(folder).items()}  # fmt: skip
+    expected = {name: each / each.mean(dim=(0, 1)) for name, each in squares.items()}
     assert not found.missing
     assert found.weights.keys() == expected.keys()
     for name, values in expected.items():
         assert_close(found.weights[name], values, rtol=2e-3, atol=1e-4, msg=name)
+
+
+def test_curvature_of_outputs_is_that_of_the_whole_model(model, monkeypatch):
+    monkeypatch.setattr(row_feedback, "LARGEST_PART", 40)
+    runner, kept = BlockRunner(open_checkpoint(model)), {}
+    linears = [name for name, linear in runner.architecture.linears.items() if linear.block is not None]
+    token_weights(runner, IDS, dict.fromkeys(linears, 1), 7, PLENTY, keep=lambda _index, found: kept.update(found))
+    assert kept.keys() == set(linears)
+    for name, gradient in by_autograd(model).items():
+        for part, found in zip(parts_of(gradient.shape[-1]), kept[name], strict=True):
+            each = gradient[..., part].flatten(0, 1)
+            each = each[each.any(dim=1)]  # no loss depends on the last key
+            expected = (each.T / each.square().mean(dim=1).sqrt()) @ each
+            assert_close(found, expected, rtol=5e-3, atol=1e-3 * expected.abs().max().item(), msg=name)
 
 
 def test_the_inputs_of_all_blocks_may_lie_in_a_file(model):
@@ -152,7 +170,7 @@ def test_equal_weights_change_nothing():
     assert InputData(stats).of("a").stats is stats
 
 
-@pytest.mark.parametrize("hessian", ["guided", "guided:3"])
+@pytest.mark.parametrize("hessian", ["guided", "guided:3", "kronecker"])
 def test_a_run_lowers_the_weighed_error(model, text, tmp_path, hessian):
     report = calibrated(model, tmp_path / "out", text, hessian=hessian)
     errors = [(each.layer_error, each.nearest_error) for each in report.tensors if each.layer_error is not None]
@@ -244,12 +262,28 @@ def test_no_weights_at_all_are_refused(model, text, tmp_path, monkeypatch):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "plain")
 
 
+def test_a_level_of_quality_goes_on_without_gradients(model, text, tmp_path, monkeypatch):
+    nothing = TokenWeights({}, {"model.layers.0.mlp.up_proj": "of a reason"})
+    monkeypatch.setattr(loop, "token_weights", lambda *_arguments: nothing)
+    report = calibrated(model, tmp_path / "out", text, quality="good")
+    noted = [each.name for each in report.tensors if any("of a reason" in note for note in each.notes)]
+    assert noted == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_the_correction_is_smaller_where_rows_are_fed():
+    assert GPTQOptions.of(make_settings(method="gptq")).correction == CORRECTION
+    assert GPTQOptions.of(make_settings(method="gptq", hessian="guided")).correction == CORRECTION
+    assert GPTQOptions.of(make_settings(quality="good")).correction == CORRECTION_WITH_ROWS
+    assert GPTQOptions.of(make_settings(quality="good", correction=0.1)).correction == 0.1
+
+
 class Stopped(Exception):
     pass
 
 
-def test_a_resumed_run_takes_the_weights_it_has(model, text, tmp_path, monkeypatch):
-    calibrated(model, tmp_path / "whole", text, hessian="guided:2")
+@pytest.mark.parametrize("hessian", ["guided:2", "kronecker"])
+def test_a_resumed_run_takes_the_weights_it_has(model, text, tmp_path, monkeypatch, hessian):
+    calibrated(model, tmp_path / "whole", text, hessian=hessian)
     save = BlockStore.save
 
     def save_and_stop(self, index, *arguments):
@@ -260,32 +294,35 @@ def test_a_resumed_run_takes_the_weights_it_has(model, text, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(BlockStore, "save", save_and_stop)
         with pytest.raises(Stopped):
-            calibrated(model, tmp_path / "out", text, hessian="guided:2")
+            calibrated(model, tmp_path / "out", text, hessian=hessian)
     stored = tmp_path / ".out.lowbit-work" / "token-weights.safetensors"
     assert stored.is_file()
     monkeypatch.setattr(loop, "token_weights", lambda *_arguments: pytest.fail("they are stored"))
-    calibrated(model, tmp_path / "out", text, hessian="guided:2", run=RunOptions(resume=True))
+    calibrated(model, tmp_path / "out", text, hessian=hessian, run=RunOptions(resume=True))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert not stored.exists()
 
 
-def test_damaged_weights_are_computed_again(model, text, tmp_path, monkeypatch):
-    calibrated(model, tmp_path / "whole", text, hessian="guided")
+@pytest.mark.parametrize("damaged", ["token-weights.safetensors", "outputs-00002.safetensors"])
+def test_damaged_weights_are_computed_again(model, text, tmp_path, monkeypatch, damaged):
+    calibrated(model, tmp_path / "whole", text, hessian="kronecker")
 
     def damage_and_stop(self, index, *_arguments):
-        path = self.folder / "token-weights.safetensors"
+        path = self.folder / damaged
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         raise Stopped
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockStore, "save", damage_and_stop)
         with pytest.raises(Stopped):
-            calibrated(model, tmp_path / "out", text, hessian="guided")
-    calibrated(model, tmp_path / "out", text, hessian="guided", run=RunOptions(resume=True))
+            calibrated(model, tmp_path / "out", text, hessian="kronecker")
+    calibrated(model, tmp_path / "out", text, hessian="kronecker", run=RunOptions(resume=True))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("value", ["guided:", "guided:0", "guided:-1", "guided:x", "fisher", "", "inputs:2"])
+@pytest.mark.parametrize(
+    "value", ["guided:", "guided:0", "guided:-1", "guided:x", "fisher", "", "inputs:2", "kronecker:2"]
+)
 def test_another_value_is_refused(value):
     with pytest.raises(UsageError, match="there is no Hessian"):
         make_settings(hessian=value)
@@ -306,6 +343,9 @@ def test_memory_counts_a_hessian_for_every_group_of_rows(model):
     assert plain["statistics of inputs"] == 4 * (2 * (64 * 64 + 96 * 96) + 3 * 96 * 96)
     assert guided["statistics of inputs"] == 4 * (2 * (64 * 64 + 96 * 96) + 2 * (2 * 64 * 64 + 96 * 96) + 3 * 96 * 96)
     assert guided["a batch of activations"] > plain["a batch of activations"]
+    kronecker = block_memory(architecture, torch.float32, True, False, 1, outputs=True)
+    rows = 2 * 64 * 64 + 2 * 32 * 32 + 2 * 96 * 96 + 64 * 64  # q, o; k, v; gate, up; down
+    assert kronecker["curvature of outputs"] == 4 * (rows + 3 * row_feedback.LARGEST_PART**2)
     assert weights_memory(architecture, 2, 1000) == 4 * 1000 * 7 * BLOCKS * 2
     assert token_weights_bytes(weights_of(model, 2)) == weights_memory(architecture, 2, IDS.numel())
 

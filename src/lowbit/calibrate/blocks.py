@@ -70,7 +70,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
     except (OSError, RuntimeError) as error:
         raise OutputError(
             f"{nbytes / 1e9:.1f} GB of hidden states cannot be put into {tempfile.gettempdir()}: {error}",
-            "name a larger disk with TMPDIR, allow more memory, or take fewer samples",
+            "name a larger disk with TMPDIR, allow more memory, take fewer samples, or --hessian inputs",
         ) from error
 
 

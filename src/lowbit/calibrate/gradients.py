@@ -13,6 +13,10 @@ of a group replaced by their mean (GuidedQuant); γ = 0 is Σ x xᵀ, which coun
 becomes of it. Squared gradients are heavy-tailed: with γ = 1, H is in effect a sum over a seventh of the tokens, for
 some inputs over one or two. The square root keeps most of the tokens, and measured better than either (docs/log.md).
 
+The same gradients give the curvature of the loss in pairs of outputs, which `rounding.row_feedback` reads:
+
+    G = Σ_t g_t g_tᵀ / (mean over outputs of g_t²)^(1 − γ)      g_t = ∂ℓ/∂z_t, of at most LARGEST_PART outputs at once
+
 The gradients are those of the unquantized model, so they must be known before the first block is rounded:
 
     forward     embed, then block by block; keep the input of every block
@@ -42,12 +46,14 @@ from lowbit.calibrate.block_modules import BlockInput
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
 from lowbit.errors import ArchitectureError, NonFiniteError
 from lowbit.rounding.hessian import row_groups
+from lowbit.rounding.row_feedback import curvature_of, parts_of
 
 LOGIT_BYTES = 16 << 20  # of float32 logits at once
 _DRAWN = 256  # tokens of the vocabulary whose probabilities are summed at once
 _POWER = 0.5  # γ
 PASSES = 3  # windows through a block, for the progress bar: forward, and twice as much for the pass back
 Tick = Callable[[int], None]
+KeepCurvature = Callable[[int, dict[str, tuple[Tensor, ...]]], None]  # block, linear → float32 [n, n] of its parts
 
 
 @dataclass
@@ -67,13 +73,15 @@ class TokenWeights:
 
 
 def token_weights(
-    runner: BlockRunner, ids: Tensor, groups: Mapping[str, int], seed: int, memory: int, tick: Tick | None = None
-) -> TokenWeights:
+    runner: BlockRunner, ids: Tensor, groups: Mapping[str, int], seed: int, memory: int, tick: Tick | None = None,
+    keep: KeepCurvature | None = None,
+) -> TokenWeights:  # fmt: skip
     """Weights of every token of int64 [windows, T] for linears of decoder blocks.
 
     groups  linear → groups of consecutive output channels, as equal as they can be
     seed    of the tokens drawn
     memory  bytes of the inputs of all blocks that may stay in memory
+    keep    takes G of the linears of each block, which is measured only then
 
     Deterministic for a seed, a machine and a number of threads. NonFiniteError if a logit is not finite.
     """
@@ -93,7 +101,10 @@ def token_weights(
             here = {name: linear for name, linear in runner.architecture.linears.items() if linear.block == index}
             wanted = {name: min(groups[name], linear.shape[0]) for name, linear in here.items() if name in groups}
             try:
-                _back_through(runner, index, ids, inputs[index], gradient, wanted, modules, found, tick)
+                curvature = None if keep is None else dict[str, tuple[Tensor, ...]]()
+                _back_through(runner, index, ids, inputs[index], gradient, wanted, modules, found, tick, curvature)
+                if keep is not None and curvature is not None:
+                    keep(index, {name: parts for name, parts in curvature.items() if name in found.weights})
             except (ArchitectureError, NonFiniteError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -172,9 +183,10 @@ def _place_of(drawn: Tensor, sums: Tensor, values: Tensor) -> Tensor:
 
 def _back_through(
     runner: BlockRunner, index: int, ids: Tensor, inputs: Tensor, gradient: Tensor, groups: Mapping[str, int],
-    modules: Mapping[str, str], found: TokenWeights, tick: Tick,
+    modules: Mapping[str, str], found: TokenWeights, tick: Tick, curvature: dict[str, tuple[Tensor, ...]] | None,
 ) -> None:  # fmt: skip
-    """Take the weights of a block's linears, and turn the gradient of its output into that of its input."""
+    """Take the weights of a block's linears, and G where it is wanted; turn the gradient of its output into that of its
+    input."""
     runner.load(index)
     prefix = f"{runner.blocks[index].name}."
     paths: dict[str, str] = {}
@@ -202,9 +214,12 @@ def _back_through(
                 calls = len(outputs.get(name, ()))
                 found.missing[name] = f"it runs {calls} times" if calls > 1 else "no gradient of the loss reaches it"
                 continue
-            weights[name][batch] = _mean_squares(slope.reshape(-1, slope.shape[-1]), groups[name]).reshape(
-                *ids[batch].shape, -1
-            )
+            slope = slope.reshape(-1, slope.shape[-1])
+            weights[name][batch] = _mean_squares(slope, groups[name]).reshape(*ids[batch].shape, -1)
+            if curvature is not None:
+                sums = [curvature_of(slope[:, part], _POWER) for part in parts_of(slope.shape[1])]
+                before = curvature.get(name)
+                curvature[name] = tuple(sums if before is None else map(Tensor.add_, before, sums))
         gradient[batch] = slopes[0]  # the slope of a last linear may be a view of what this replaces
         tick(2 * (batch.stop - batch.start))
     for name, values in weights.items():

@@ -171,6 +171,7 @@ def calibrate(
         run.max_memory,
         max(job.weighed.values(), default=0),
         windows.ids.numel(),
+        job.feeds_rows,
     )
     store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
     runner = BlockRunner(source, job.dtype, run.device, options, memory)
@@ -180,7 +181,9 @@ def calibrate(
         per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
         gradients = PASSES * len(runner.blocks) * len(job.ids) if job.weighed else 0
         work.total = gradients + len(runner.blocks) * per_block
-        weights = _weights_of_tokens(checkpoint, job, options, store, memory, work) if job.weighed else None
+        weights: TokenWeights | None = None
+        if job.weighed:
+            weights = _weights_of_tokens(checkpoint, architecture, job, options, store, memory, work)
         with work.timed("forward"):
             streams = Streams(runner, job.ids, job.compared_windows, None if start is None else start.checkpoint)
         kept_at = time.monotonic()
@@ -207,17 +210,22 @@ def _turned_back(read: Callable[[], Tensor], rotation: Rotation) -> Tensor:
 
 
 def _weights_of_tokens(
-    checkpoint: Checkpoint, job: Job, options: OpenOptions, store: BlockStore, memory: int, work: Work
-) -> TokenWeights:
+    checkpoint: Checkpoint, architecture: Architecture, job: Job, options: OpenOptions, store: BlockStore, memory: int,
+    work: Work,
+) -> TokenWeights:  # fmt: skip
     """The weights of an earlier run, or new ones: of the model as it was given, without what transforms rewrite."""
     known = store.load_weights()
     if known is not None:
-        return TokenWeights(*known)
+        blocks = {architecture.linears[name].block or 0 for name in known[0]} if job.feeds_rows else set[int]()
+        if all(store.has_curvature(block) for block in sorted(blocks) if block >= store.finished):
+            return TokenWeights(*known)
     work.name = "gradients"
     with work.timed("gradients"):
         runner = BlockRunner(checkpoint, job.dtype, job.device, options, memory)
-        weights = token_weights(runner, job.ids, job.weighed, job.settings.seed, memory * ARRAYS_OF_STATES, work.tick)
-    if not weights.weights and not job.settings.allow_fallback:
+        weights = token_weights(runner, job.ids, job.weighed, job.settings.seed, memory * ARRAYS_OF_STATES, work.tick,
+                                store.save_curvature if job.feeds_rows else None)  # fmt: skip
+    asked = "hessian" in job.settings.given  # rather than by a level of quality
+    if not weights.weights and asked and not job.settings.allow_fallback:
         why = Counter(weights.missing.values()).most_common(3)
         raise UsageError(
             f"--hessian {job.settings.hessian} weighs the tokens of none of {len(job.weighed)} linears: "

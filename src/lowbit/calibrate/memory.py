@@ -4,6 +4,7 @@
     products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored;
                with weights of tokens, another H for every group of rows of every linear
     rounding   eight float32 copies of the largest linear
+    outputs    with feedback between rows, G of all linears of a block, and its factors
     gradients  with weights of tokens, before the first block: what autograd keeps of a batch of windows in one block
     rest       the interpreter with torch (resident now), a batch in flight
 
@@ -18,6 +19,7 @@ from lowbit.architecture.structure import Architecture
 from lowbit.calibrate.blocks import BATCH_TOKENS
 from lowbit.errors import UsageError
 from lowbit.measure import available_memory, resident_memory
+from lowbit.rounding.row_feedback import LARGEST_PART, parts_of
 
 _SHARE_OF_FREE = 0.8  # without --max-memory
 _IF_UNKNOWN = 4 << 30  # bytes
@@ -30,7 +32,7 @@ ARRAYS_OF_STATES = 6
 
 def states_memory(
     architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool, max_memory: int | None,
-    groups: int = 0, tokens: int = 0,
+    groups: int = 0, tokens: int = 0, outputs: bool = False,
 ) -> int:  # fmt: skip
     """Bytes that one array of hidden states may take.
 
@@ -38,11 +40,15 @@ def states_memory(
     max_memory  limit of the whole run in bytes; None: a share of the free memory
     groups      of the rows of each linear with an H each; 0: one H for each input
     tokens      of the calibration text, which then have weights
+    outputs     the curvature of the loss in pairs of outputs is known (`rounding.row_feedback`)
 
     UsageError if the rest alone exceeds the limit.
     """
     limit = memory_limit(max_memory)
-    needed = {"the program": resident_memory(), **block_memory(architecture, dtype, both_streams, rewrites, groups)}
+    needed = {
+        "the program": resident_memory(),
+        **block_memory(architecture, dtype, both_streams, rewrites, groups, outputs),
+    }
     if groups:
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
@@ -67,11 +73,17 @@ def weights_memory(architecture: Architecture, groups: int, tokens: int) -> int:
 
 
 def block_memory(
-    architecture: Architecture, dtype: torch.dtype, both_streams: bool, rewrites: bool, groups: int = 0
+    architecture: Architecture,
+    dtype: torch.dtype,
+    both_streams: bool,
+    rewrites: bool,
+    groups: int = 0,
+    outputs: bool = False,
 ) -> dict[str, int]:
     """Bytes of one block at a time, without hidden states and the program; arguments as above."""
     widest = largest = 0  # columns or rows; weights of one linear
     blocks: dict[int, int] = {}
+    curvature: dict[int, int] = {}  # numbers in the G of the linears of a block
     channels: dict[int, int] = {}  # of a block: inputs and outputs of its linears, without experts
     inputs: dict[tuple[int, str], dict[str, int]] = {}  # of every child (attention, MLP): distinct input → its width
     weighed: dict[tuple[int, str], int] = {}  # numbers in the H of groups of rows
@@ -88,8 +100,11 @@ def block_memory(
                 key = (linear.block, child)
                 weighed[key] = weighed.get(key, 0) + columns * columns * min(groups, rows)
         if linear.expert is None:
+            pairs = sum((part.stop - part.start) ** 2 for part in parts_of(rows))
+            curvature[linear.block] = curvature.get(linear.block, 0) + pairs
             channels[linear.block] = channels.get(linear.block, 0) + rows + columns
     weights, squares, factored = max(blocks.values(), default=0), 0, 0
+    known = {"curvature of outputs": 4 * (max(curvature.values(), default=0) + 3 * LARGEST_PART**2)} if outputs else {}
     for child, widths in inputs.items():
         plain = sum(width * width for width in widths.values()) * (2 if both_streams else 1)
         squares = max(squares, plain + weighed.get(child, 0))
@@ -101,4 +116,4 @@ def block_memory(
         "a batch of activations": 4 * BATCH_TOKENS * max(
             _BATCHES * widest, _GRADIENTS * max(channels.values(), default=0) if groups else 0
         ),
-    }  # fmt: skip
+    } | known  # fmt: skip

@@ -81,6 +81,7 @@ class Job:
         # Linear → groups of output rows with a Hessian each, of tokens weighed by the gradient of the loss.
         self.weighed: dict[str, int] = {}
         groups = settings.hessian_groups
+        self.feeds_rows = settings.feeds_rows and self.needs_hessian
         if groups and self.needs_hessian:
             self.weighed = {linear: groups if targets[linear].rows_are_apart else 1
                             for linear, row in self.roundings.items() if row.needs_hessian}  # fmt: skip
@@ -126,6 +127,7 @@ class CalibratedBlock:
         self.transforms: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.inputs: dict[str, dict[str, Any]] = {}
+        self.curvature: dict[str, tuple[Tensor, ...]] = {}  # of the loss in the outputs of a linear (`row_feedback`)
 
     def calibrate(self, store: BlockStore) -> None:
         job, runner, work = self.job, self.runner, self.work
@@ -135,6 +137,8 @@ class CalibratedBlock:
         passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.needs_channels,
                              job.shrinkage)  # fmt: skip
         self._put_kept()
+        if self.weights is not None and job.feeds_rows:
+            self.curvature = store.load_curvature(self.index)
         # Every stage sees the hidden states before this block; the quantized stream moves on only at the end.
         for stage in by_child(passes.stages) if job.measured else passes.stages:
             with work.timed("forward"):
@@ -257,7 +261,7 @@ class CalibratedBlock:
                         )
                     target, rounding = self._target(linear), job.roundings[linear.name]
                     options = job.options[rounding.name]
-                    own, rotation = data.of(linear.name), job.rotations.get(linear.name)
+                    own, rotation = self._data_of(data, linear.name), job.rotations.get(linear.name)
                     start = job.start.codes(linear.name) if job.start is not None else None
                     if rotation is None:
                         rounded, result = round_linear(
@@ -273,6 +277,10 @@ class CalibratedBlock:
                         self._correct_bias(linear, weight, data.stats)
                 stats.pop(source.name, None)
 
+    def _data_of(self, data: InputData, linear: str) -> InputData:
+        """What is known of the input of a linear, and of its outputs."""
+        return replace(data.of(linear), rows=self.curvature[linear]) if linear in self.curvature else data.of(linear)
+
     def _round_rotated(
         self, linear: Linear, weight: Tensor, target: Target, data: InputData, rotation: Rotation
     ) -> tuple[Rounded, LinearResult]:
@@ -280,8 +288,8 @@ class CalibratedBlock:
         rounding, least_tokens = self.job.roundings[linear.name], self.job.settings.expert_tokens
         turned = InputData(None if data.stats is None else rotated_stats(data.stats, rotation))
         rounded, result = round_linear(
-            rotation.columns(weight), target, rounding, turned.of(linear.name), self.job.options[rounding.name],
-            least_tokens,
+            rotation.columns(weight), target, rounding, self._data_of(turned, linear.name),
+            self.job.options[rounding.name], least_tokens,
         )  # fmt: skip
         before = relative_error_of_nearest(weight, target, data.of(linear.name))
         detail = f"online Hadamard rotation of {linear.shape[1]} columns in blocks of {rotation.size}"

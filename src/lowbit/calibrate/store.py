@@ -7,6 +7,7 @@
                                   and, in the header, its results for the report
         states-00007              hidden states before block 7, written now and then
         token-weights.safetensors weights of tokens in the Hessians (`calibrate.gradients`), where the run has any
+        outputs-00012.safetensors the curvature of the loss in the outputs of the block's linears, likewise
         learning.safetensors      what a distillation or a training needs to go on, written now and then
         distilled-00003.safetensors   a block with what the distillation learned, read in place of the first
 
@@ -43,7 +44,8 @@ from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor
 
 STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
-                    r"|learning\.safetensors|distilled-\d{5}\.safetensors)(\.partial)?")  # fmt: skip
+                    r"|outputs-\d{5}\.safetensors|learning\.safetensors|distilled-\d{5}\.safetensors)"
+                    r"(\.partial)?")  # fmt: skip
 _WEIGHTS = "token-weights.safetensors"
 _LEARNING = "learning.safetensors"
 _SHOWN = 4  # differences in a message
@@ -257,6 +259,31 @@ class BlockStore:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return weights, json.loads(file.metadata()["missing"])
 
+    def save_curvature(self, index: int, curvature: dict[str, tuple[Tensor, ...]]) -> None:
+        """Write float32 [n, n] of the parts of a block's linears, in bfloat16: 8 bits say which outputs go together."""
+        tensors = {f"{part}:{name}": values.to(torch.bfloat16).contiguous()
+                   for name, parts in curvature.items() for part, values in enumerate(parts)}  # fmt: skip
+        path = self.folder / f"outputs-{index:05d}.safetensors"
+        beside = path.with_name(path.name + ".partial")
+        save_file(tensors, beside)
+        self._keep(beside, path)
+
+    def has_curvature(self, index: int) -> bool:
+        """True if what `save_curvature` wrote of a block is there and sound."""
+        return self._is_sound(self.folder / f"outputs-{index:05d}.safetensors")
+
+    def load_curvature(self, index: int) -> dict[str, tuple[Tensor, ...]]:
+        """What `save_curvature` wrote of a block, float32; linears that have none are missing."""
+        path = self.folder / f"outputs-{index:05d}.safetensors"
+        if not path.is_file():  # no gradient came so far back
+            return {}
+        found: dict[str, dict[int, Tensor]] = {}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                part, _, name = key.partition(":")
+                found.setdefault(name, {})[int(part)] = file.get_tensor(key).float()
+        return {name: tuple(parts[part] for part in sorted(parts)) for name, parts in found.items()}
+
     def save_learning(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write the state of what learns (a distillation, a training), replacing an earlier one."""
         path = self.folder / _LEARNING
@@ -330,7 +357,8 @@ class BlockStore:
             sound = True
         if not sound:
             again = ("hidden states are computed again" if "states" in path.name else
-                     "the weights of tokens are computed again" if path.name == _WEIGHTS else
+                     "the weights of tokens are computed again"
+                     if path.name == _WEIGHTS or path.name.startswith("outputs-") else
                      "the learning begins anew" if "learning" in path.name else
                      "its block, and those after it, are done again")  # fmt: skip
             _log.warning("%s is damaged: %s", path, again)

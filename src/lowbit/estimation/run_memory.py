@@ -111,7 +111,7 @@ def peak_memory(
         return parts | writing
     rewrites, compute = bool(parse_method(settings.method).transforms), compute_dtype(settings.compute)
     groups = settings.hessian_groups
-    block = block_memory(architecture, compute, two_streams(settings), rewrites, groups)
+    block = block_memory(architecture, compute, two_streams(settings), rewrites, groups, settings.feeds_rows)
     states = hidden_state_bytes(settings, shape)
     if groups:
         parts["weights of tokens"] = weights_memory(architecture, groups, settings.samples * settings.seqlen)

@@ -10,7 +10,8 @@ linear [N, K]:
     Hessian     K² T per input, and 2 K² T for the difference to the unquantized stream; with weights of tokens, K² T
                 more per linear and group of rows
     gradients   with weights of tokens: three passes, and three times the head
-    GPTQ        N K², at a rate of its own: updates of later columns, a sweep of refinement, the errors reported
+    GPTQ        N K², at a rate of its own: updates of later columns, a sweep of refinement, the errors reported; with
+                feedback between rows _ROW_BY_ROW times as much, and N² T for the curvature of the outputs
 
 Rates are constants, or measured in under two seconds:
 
@@ -46,6 +47,7 @@ from lowbit.estimation.run_memory import hidden_state_bytes, source_shape, two_s
 from lowbit.methods import parse_method
 from lowbit.numerics.precision import compute_dtype
 from lowbit.plan.plan import Making, PlannedTensor, Prepared
+from lowbit.rounding.row_feedback import parts_of
 from lowbit.rounding.target import GridTarget, Target
 from lowbit.settings import MEASURE, Settings
 
@@ -54,6 +56,7 @@ _ROWS, _COLUMNS = 128, 2048
 _WRITTEN = 32 << 20
 _SIDE = 768
 _SECONDS = 0.15
+_ROW_BY_ROW = 8  # few rows at a time: the search of their scales dominates
 
 # Weights per second and core if nothing is measured, by the search effort of a format: docs/benchmarks.md, halved for
 # its two cores.
@@ -126,7 +129,9 @@ def _calibration(
             own = 0 if linear.reads in seen else 3 if two else 1
             gram += columns**2 * tokens * share * (own + weighed)
             seen.add(linear.reads)
-        feedback += rows * columns**2 if method.rounding.needs_hessian else 0
+        if method.rounding.needs_hessian:
+            feedback += rows * columns**2 * (_ROW_BY_ROW if settings.feeds_rows and linear.expert is None else 1)
+            gram += sum((part.stop - part.start) ** 2 for part in parts_of(rows)) * tokens if settings.feeds_rows else 0
     per_second = rates.products * threads * _EFFICIENCY
     work = {"forward": products / per_second}
     if groups:

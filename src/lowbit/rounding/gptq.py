@@ -22,6 +22,9 @@ arXiv 2309.01885; CDQuant, arXiv 2406.17542) follow, with scales fixed:
 
 Each step minimises the error exactly in one weight, so the error never grows. If H has no inverse at any damping, the
 weight is rounded to nearest, with a note.
+
+Rows are independent, unless the curvature of the loss in the outputs is known (`InputData.rows`): then each row is
+rounded so by itself, and its error fed to the rows after it (`row_feedback`).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
+from lowbit.rounding.row_feedback import parts_of, rounded_in_order, row_factor
 from lowbit.rounding.target import GgmlTarget, Rounded, Target
 from lowbit.tensors import RangeSearch
 from lowbit.workers import run_all
@@ -46,6 +50,10 @@ if TYPE_CHECKING:
 
 # With --range auto; a finer search gains nothing (docs/gptq.md).
 SEARCH = RangeSearch("wmse", steps=24, smallest=0.5)
+CORRECTION, CORRECTION_WITH_ROWS = (
+    0.75,
+    0.4,
+)  # α where none is given: without and with feedback between rows (docs/log.md)
 _ROWS_PER_THREAD = 64  # at least
 
 
@@ -72,7 +80,7 @@ class GPTQOptions:
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
     block: int = 128
-    correction: float = 0.75
+    correction: float = CORRECTION
     refine: int = 1
     search: RangeSearch | None = None
 
@@ -84,8 +92,11 @@ class GPTQOptions:
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
+        correction = settings.correction
+        if correction is None and settings.feeds_rows:
+            correction = CORRECTION_WITH_ROWS
         given = {"damping": settings.damping, "shrinkage": settings.shrinkage,
-                 "correction": settings.correction, "refine": settings.refine,
+                 "correction": correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -98,18 +109,38 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     groups = [(rows, part.hessian(options.damping, options.shrinkage)) for rows, part in data.by_rows(len(weight))]
     if target.holds_floats:
         return replace(target.nearest(weight), fell_back=True)
+    notes, factors = _row_factors(target, data)
+    if factors:
+        groups = [(rows, groups[0][1]) for rows in parts_of(len(weight))]
     slabs: list[_Slab] = []
-    for rows, hessian in groups:
-        found = _round_group(weight[rows], target, hessian, options)
+    order: list[Tensor] = []
+    for (rows, hessian), factor in zip(groups, factors or [None] * len(groups), strict=True):
+        found = _round_group(weight[rows], target, hessian, options, factor)
         if found is None:
             note = "rounded to nearest: the Hessian has no inverse at any damping"
             return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
         slabs += found
+        if factor is not None:
+            order.append(factor.order + rows.start)
     decoded = torch.cat([slab.decoded for slab in slabs])
     codes = torch.cat([slab.codes for slab in slabs])
     damping = max(slab.damping for slab in slabs)
-    notes = () if damping <= options.damping else (f"damping raised to {damping:g}",)
-    return Rounded(target.with_codes([slab.fitted for slab in slabs], codes), decoded, notes)
+    if damping > options.damping:
+        notes = (*notes, f"damping raised to {damping:g}")
+    rounded = Rounded(target.with_codes([slab.fitted for slab in slabs], codes), decoded, notes)
+    return rounded.in_rows(torch.cat(order).argsort()) if order else rounded
+
+
+def _row_factors(target: Target, data: InputData) -> tuple[tuple[str, ...], list[Factor]]:
+    """(notes, the factors of G for each part of the rows); none where there is no G, or rows cannot wait for others."""
+    if not data.rows:
+        return (), []
+    if not target.rows_are_apart:
+        return ("errors of rows are not fed to other rows: they share scales",), []
+    factors = [row_factor(part) for part in data.rows]
+    if any(factor is None for factor in factors):
+        return ("errors of rows are not fed to other rows: the curvature of the outputs has no inverse",), []
+    return (), [factor for factor in factors if factor is not None]
 
 
 @dataclass(frozen=True)
@@ -122,8 +153,13 @@ class _Slab:
     damping: float
 
 
-def _round_group(weight: Tensor, target: Target, hessian: PreparedHessian, options: GPTQOptions) -> list[_Slab] | None:
-    """Round the rows that share a Hessian; None if it has no factor."""
+def _round_group(
+    weight: Tensor, target: Target, hessian: PreparedHessian, options: GPTQOptions, rows_by: Factor | None = None
+) -> list[_Slab] | None:
+    """Round the rows that share a Hessian; None if it has no factor.
+
+    rows_by  the factor of G: rows are rounded one step after another, and are returned in its order
+    """
     columns, each = weight.shape[1], target.columns_per_code
     run = target.columns_per_fit(columns, options.scales)
     factor = hessian.factor(run if run < columns else each, each, options.act_order)
@@ -134,7 +170,6 @@ def _round_group(weight: Tensor, target: Target, hessian: PreparedHessian, optio
     descent = hessian.descent(factor) if options.refine and each == 1 else None
 
     def round_rows(part: Tensor) -> ScalarRows | LatticeRows:
-        part = part.index_select(1, order)
         rows, w = (ScalarRows if each == 1 else LatticeRows)(target, factor, weighting, part), part.clone()
         for begin, end in runs:
             rows.fit(w, begin, end)
@@ -146,10 +181,14 @@ def _round_group(weight: Tensor, target: Target, hessian: PreparedHessian, optio
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    corrected = hessian.corrected(weight, options.correction)
+    corrected = hessian.corrected(weight, options.correction).index_select(1, order)
     threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
-    one_slab = threads == 1 or weight.device.type != "cpu"
-    done = [round_rows(corrected)] if one_slab else _in_threads(round_rows, corrected.chunk(threads))
+    if rows_by is not None:
+        done = list(rounded_in_order(round_rows, corrected, rows_by))
+    elif threads == 1 or weight.device.type != "cpu":
+        done = [round_rows(corrected)]
+    else:
+        done = _in_threads(round_rows, corrected.chunk(threads))
     stored, stored_codes = order.argsort(), (order[::each] // each).argsort()
     return [
         _Slab(rows.decoded.index_select(1, stored), rows.codes.index_select(1, stored_codes),

@@ -56,10 +56,12 @@ class InputData:
 
     parts  where groups of output rows have Hessians of their own (`row_groups`): one for each; empty otherwise. `stats`
            is then that of the first
+    rows   of one reader: G of each of its consecutive parts (`row_feedback`), float32 [n, n]; empty otherwise
     """
 
     stats: LayerStats | None = None
     parts: tuple[InputData, ...] = ()
+    rows: tuple[Tensor, ...] = ()
     _hessians: dict[tuple[float, float], PreparedHessian] = field(default_factory=dict)
 
     @property
@@ -242,12 +244,17 @@ def prepare(stats: LayerStats, damping: float = 0.01, shrinkage: float = 0.0) ->
     if stats.hessian is None:
         raise AssertionError("error feedback needs the Hessian of the input")
     hessian = stats.hessian.to(torch.float32)
-    diagonal = hessian.diagonal().clone()
-    if not diagonal.isfinite().all() or (stats.drift is not None and not stats.drift.isfinite().all()):
+    if not hessian.diagonal().isfinite().all() or (stats.drift is not None and not stats.drift.isfinite().all()):
         raise NonFiniteError(
-            f"the Hessian of an input of {len(diagonal)} columns over {stats.tokens} tokens has NaN or inf",
+            f"the Hessian of an input of {len(hessian)} columns over {stats.tokens} tokens has NaN or inf",
             "check the model's activations on the calibration text, or run it in float32",
         )
+    return prepared(hessian, damping, shrinkage, stats.drift)
+
+
+def prepared(hessian: Tensor, damping: float, shrinkage: float, drift: Tensor | None = None) -> PreparedHessian:
+    """A finite float32 [K, K], prepared."""
+    diagonal = hessian.diagonal().clone()
     dead = diagonal <= 0
     diagonal = diagonal.clamp(min=0)
     if dead.any():
@@ -255,7 +262,7 @@ def prepare(stats: LayerStats, damping: float = 0.01, shrinkage: float = 0.0) ->
         hessian.diagonal()[dead] = 1.0
     live = diagonal[~dead]
     mean = live.double().mean().item() if live.numel() else 1.0
-    return PreparedHessian(hessian, diagonal, dead, mean, damping, stats.drift, shrinkage)
+    return PreparedHessian(hessian, diagonal, dead, mean, damping, drift, shrinkage)
 
 
 def row_groups(rows: int, groups: int) -> list[slice]:

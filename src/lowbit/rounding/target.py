@@ -63,6 +63,18 @@ class Rounded:
     notes: tuple[str, ...] = ()
     fell_back: bool = False
 
+    def in_rows(self, order: Tensor) -> Rounded:
+        """Its rows in another order, int64 [N]; each row has scales of its own."""
+        stored = self.stored
+        if isinstance(stored, QuantizedTensor):
+            zero_point = None if stored.zero_point is None else stored.zero_point[order]
+            stored = replace(stored, codes=stored.codes[order], scale=stored.scale[order], zero_point=zero_point)
+        elif isinstance(stored, ScaledBlocks):
+            stored = replace(stored, blocks=stored.blocks[order])
+        else:
+            stored = stored[order]
+        return replace(self, stored=stored, decoded=self.decoded[order])
+
 
 @dataclass(frozen=True)
 class ColumnParams:
