@@ -339,7 +339,7 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
 # Other tools' names of a quant_method.
 _SPELLINGS = {
     "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
-    "auto_round": "auto-round", "intel/auto-round": "auto-round",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook",
 }  # fmt: skip
 
 
