@@ -89,8 +89,8 @@ class Settings(Table):
     ] = "W4A16"  # fmt: skip
     method: Annotated[
         str,
-        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined by +: "
-             "awq+gptq", MAKE,
+        Knob("rtn, hqq, gptq, squeezellm, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined "
+             "by +: awq+gptq", MAKE,
              knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
     quality: Annotated[
@@ -178,12 +178,14 @@ class Settings(Table):
 
     method_overrides: Annotated[
         dict[str, str],
-        Knob("Another rounding (rtn, hqq, gptq) for matching linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
+        Knob("Another rounding (rtn, hqq, gptq, squeezellm) for matching linears", METHODS, knobs.OVERRIDES,
+             "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
         str,
-        Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the loss "
-             "by the outputs of each linear), guided:4 (of four groups of its outputs)", METHODS, knobs.GPTQ, "WEIGHTS",
+        Knob("GPTQ, SqueezeLLM: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the "
+             "loss by the outputs of each linear), guided:4 (of four groups of its outputs)", METHODS, knobs.WEIGHTS,
+             "WEIGHTS",
              see="gptq.md#weights-of-tokens"),
     ] = "inputs"  # fmt: skip
     damping: Annotated[
@@ -212,8 +214,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     expert_tokens: Annotated[
         int, Field(ge=1),
-        Knob("GPTQ, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and listed", METHODS,
-             knobs.HESSIAN),
+        Knob("GPTQ, SqueezeLLM, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and "
+             "listed", METHODS, knobs.TOKENS),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
         bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)

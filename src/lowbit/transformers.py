@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.formats.codebook.linear import CodebookLinear
 from lowbit.formats.codebook.read import stated_specs
+from lowbit.schemes import WeightSpec
 
 QUANT_METHOD = "lowbit-codebook"
 
@@ -28,11 +29,11 @@ class CodebookConfig(QuantizationConfigMixin):
     """`quantization_config` of a codebook folder; ValueError where it is not one."""
 
     def __init__(self, version: int = 1, groups: list[dict[str, Any]] | None = None, **others: Any):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version, self.groups = version, groups
         self.specs()
 
-    def specs(self):
+    def specs(self) -> dict[str, WeightSpec]:
         """Linear → `WeightSpec`."""
         return stated_specs({"version": self.version, "groups": self.groups})
 
@@ -45,7 +46,9 @@ class CodebookQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         modules = dict(model.named_modules())
-        for name, spec in self.quantization_config.specs().items():
+        config = self.quantization_config
+        assert isinstance(config, CodebookConfig), "registered for it"
+        for name, spec in config.specs().items():
             linear = modules.get(name)
             if type(linear) is not nn.Linear:
                 found = "no such module" if linear is None else type(linear).__name__
