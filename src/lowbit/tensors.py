@@ -198,7 +198,7 @@ class NestedScale:
 
 
 @dataclass(frozen=True)
-class Outliers:
+class SparseOutliers:
     """Weights that are kept in 16 bits and take the place of what their codes decode to, n in every row.
 
     columns  int64 [N, n]     ascending, each once
@@ -212,8 +212,8 @@ class Outliers:
         """`decoded` float32 [N, K] with these in their places; the argument is not changed."""
         return decoded.scatter(1, self.columns, self.values)
 
-    def rows(self, chosen: Tensor | slice) -> Outliers:
-        return Outliers(self.columns[chosen], self.values[chosen])
+    def rows(self, chosen: Tensor | slice) -> SparseOutliers:
+        return SparseOutliers(self.columns[chosen], self.values[chosen])
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class QuantizedTensor:
     g_idx: Tensor | None = None
     nested: NestedScale | None = None
     table: Tensor | None = None
-    outliers: Outliers | None = None
+    outliers: SparseOutliers | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -281,7 +281,7 @@ class QuantizedTensor:
                 moved[name] = getattr(self, name).to(device)
         outliers = self.outliers
         if outliers is not None:
-            outliers = Outliers(outliers.columns.to(device), outliers.values.to(device))
+            outliers = SparseOutliers(outliers.columns.to(device), outliers.values.to(device))
         return replace(self, **moved, outliers=outliers)
 
     @property

@@ -18,7 +18,7 @@ from lowbit.formats.codebook import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.numerics.fitted_grids import log_tables
 from lowbit.schemes import SCHEMES, WeightSpec
-from lowbit.tensors import Granularity, Outliers, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor, SparseOutliers
 from models import make_model
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -61,7 +61,7 @@ def test_golden_bytes_of_k_means():
     spec = WeightSpec("kmeans", 3, Granularity.CHANNEL, outliers=3)
     codes = torch.arange(32, dtype=torch.uint8)[None] % 8
     table = torch.arange(8).float()[None, None] / 4
-    outliers = Outliers(torch.tensor([[31]]), torch.tensor([[-2.0]]))
+    outliers = SparseOutliers(torch.tensor([[31]]), torch.tensor([[-2.0]]))
     quantized = QuantizedTensor(codes, torch.ones(1, 1), grid_for(spec, "float16"), spec.granularity, 32, table=table,
                                 outliers=outliers)  # fmt: skip
     # eight codes 0 … 7 are 24 bits, 111 110 101 100 011 010 001 000: the bytes 88 C6 FA, four times
@@ -135,8 +135,9 @@ def test_transformers_refuses_the_folder_until_lowbit_is_imported(kmeans, monkey
 @pytest.mark.parametrize("which", ["kmeans", "log", "mixed"])
 def test_transformers_computes_the_logits_of_lowbit(which, source, request, tmp_path):
     """Of a folder with two schemes and GPTQ, too."""
-    import lowbit.transformers  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import lowbit.transformers
 
     if which == "mixed":
         folder = lowbit.quantize(source, tmp_path / "out", scheme="KMEANS4", group_size=32, method="gptq",
@@ -154,8 +155,9 @@ def test_transformers_computes_the_logits_of_lowbit(which, source, request, tmp_
 
 
 def test_transformers_saves_what_it_loaded(kmeans, tmp_path):
-    import lowbit.transformers  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import lowbit.transformers
 
     AutoModelForCausalLM.from_pretrained(kmeans).save_pretrained(tmp_path / "again")
     again, before = load_file(tmp_path / "again" / "model.safetensors"), load_file(kmeans / "model.safetensors")

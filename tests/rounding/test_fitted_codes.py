@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gptq_cases import problem, target_of, with_hessian
 from torch import Tensor
 
-from gptq_cases import problem, target_of, with_hessian
 from lowbit.calibrate.store import _put_together, _taken_apart
 from lowbit.errors import UsageError
 from lowbit.numerics import grid_for

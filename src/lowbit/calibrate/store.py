@@ -40,7 +40,7 @@ from lowbit.files.claim import OWNER
 from lowbit.numerics import ggml
 from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Grid, NestedScale, Outliers, QuantizedTensor
+from lowbit.tensors import Grid, NestedScale, QuantizedTensor, SparseOutliers
 
 STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
                     r"|learning\.safetensors|distilled-\d{5}\.safetensors)(\.partial)?")  # fmt: skip
@@ -426,7 +426,7 @@ def _put_together(parts, scalars, spec: WeightSpec, grid: Grid, columns: int, fi
     table = parts["table"][rows] if "table" in parts else None
     outliers = None
     if "outlier_columns" in parts:
-        outliers = Outliers(parts["outlier_columns"][rows], parts["outlier_values"][rows])
+        outliers = SparseOutliers(parts["outlier_columns"][rows], parts["outlier_values"][rows])
     return QuantizedTensor(codes, parts["scale"][scale_rows], grid, spec.granularity, group_size, zero_point,
                            scalars["global_scale"], g_idx, nested, table, outliers)  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.numerics.scales import decode_scales, global_scale_for, quantize_scales
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, Grid, GroupParams, NestedScale, Outliers, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, Grid, GroupParams, NestedScale, QuantizedTensor, RangeSearch, SparseOutliers
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Fitted:
     global_scale: float = 1.0
     nested: NestedScale | None = None
     table: Tensor | None = None
-    outliers: Outliers | None = None
+    outliers: SparseOutliers | None = None
 
     def with_codes(self, codes: Tensor) -> QuantizedTensor:
         return QuantizedTensor(
@@ -163,7 +163,7 @@ def _fit_tables(weight: Tensor, spec: WeightSpec, grid: Grid, search: RangeSearc
         chosen = cost.topk(min(count, columns), dim=1).indices.sort(dim=1).values
         seen = torch.ones_like(cost) if importance is None else importance.expand(rows, columns)
         importance = seen.scatter(1, chosen, 0.0)
-        outliers = Outliers(chosen, torch.zeros_like(chosen, dtype=torch.float32))
+        outliers = SparseOutliers(chosen, torch.zeros_like(chosen, dtype=torch.float32))
     group_size = spec.columns_per_scale(columns)
     params = grid.fit(weight, group_size, search, importance)
     fitted = Fitted(params.scale, grid, spec.granularity, group_size, table=params.table, outliers=outliers)

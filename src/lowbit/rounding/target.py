@@ -28,7 +28,7 @@ from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, rows_decoder
 from lowbit.rounding.rtn import Fitted, TensorRange, fit_weight, measure_range, needs_tensor_range
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, Grid, Outliers, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, Grid, QuantizedTensor, RangeSearch, SparseOutliers
 
 # The values of codes that stand for one column.
 Levels = IntLevels | MinifloatFormat | Codebook
@@ -314,7 +314,9 @@ class GridTarget(Target[Fitted]):
                                for row in fitted])  # fmt: skip
         if first.outliers is not None:
             kept = [row[0].outliers for row in fitted if row[0].outliers is not None]
-            outliers = Outliers(torch.cat([part.columns for part in kept]), torch.cat([part.values for part in kept]))
+            outliers = SparseOutliers(
+                torch.cat([part.columns for part in kept]), torch.cat([part.values for part in kept])
+            )
         return replace(first, scale=scale, zero_point=zero_point, table=table, outliers=outliers).with_codes(codes)
 
 

@@ -21,7 +21,7 @@ from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.fitted_grids import STEPS, log_tables
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec, scheme_of_specs
-from lowbit.tensors import Granularity, Outliers, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor, SparseOutliers
 
 _HALF = (torch.float16,)
 _KEYS = {"number", "bits", "group_size", "outliers", "linears"}
@@ -151,7 +151,7 @@ def unpacked(spec: WeightSpec, columns: int, parts: Mapping[str, Tensor]) -> Qua
             raise ValueError(f"outlier_columns do not rise within 0 .. {columns - 1}")
         if not bool(values.isfinite().all()):
             raise ValueError("outlier_values holds NaN or inf")
-        outliers = Outliers(chosen, values)
+        outliers = SparseOutliers(chosen, values)
     group_size = spec.columns_per_scale(columns)
     grid = grid_for(spec, "float16")
     return QuantizedTensor(codes, scale, grid, spec.granularity, group_size, table=table, outliers=outliers)
