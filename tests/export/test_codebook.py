@@ -92,8 +92,12 @@ def test_the_folder_says_what_it_holds(kmeans):
     stored = load_file(kmeans / "model.safetensors")
     shapes = {leaf: (stored[f"{NAME}.{leaf}"].dtype, tuple(stored[f"{NAME}.{leaf}"].shape))
               for leaf in ("weight", "table", "outlier_columns", "outlier_values")}  # fmt: skip
-    assert shapes == {"weight": (torch.int32, (192, 12)), "table": (torch.float16, (192, 8)),
-                      "outlier_columns": (torch.uint16, (192, 1)), "outlier_values": (torch.float16, (192, 1))}  # fmt: skip
+    assert shapes == {
+        "weight": (torch.int32, (192, 12)),
+        "table": (torch.float16, (192, 8)),
+        "outlier_columns": (torch.uint16, (192, 1)),
+        "outlier_values": (torch.float16, (192, 1)),
+    }
 
 
 def test_the_report_counts_tables_and_outliers(kmeans):
