@@ -100,9 +100,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     format: Annotated[
         str,
-        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, bitnet for "
-             "TERNARY, codebook for KMEANS4, KMEANS3 and LOG4, else compressed-tensors", MAKE,
-             metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, else compressed-tensors, or the one that holds the "
+             "scheme", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
@@ -545,7 +544,9 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
         activations = [each.activation for each in (scheme, *others)]
         static = any(each is not None and each.needs_calibration for each in activations)
-    numbers = _numbers(settings) if scheme is not None and not converts else frozenset()
+    numbers = frozenset()
+    if scheme is not None:
+        numbers = frozenset({scheme.weight.number}) if converts else _numbers(settings)
     reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
     return replace(
         facts,

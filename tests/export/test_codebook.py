@@ -281,28 +281,3 @@ def test_a_config_that_cannot_be(damaged, config, said):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(damaged("KMEANS3", **config))
     assert said in str(caught.value)
-
-
-def failed(folder) -> set[str]:
-    return {check.rule for check in lowbit.verify(folder, engine="transformers").checks if not check.passed}
-
-
-def test_rules_of_the_format(damaged, kmeans):
-    assert failed(kmeans) == set()
-    assert "codebook-tables" in failed(damaged("KMEANS3", partial(rewrite, "table", lambda tensor: tensor.flip(1))))
-
-
-def test_the_rule_on_outliers(damaged):
-    beyond = partial(rewrite, "outlier_columns", lambda _: torch.full((192, 1), 128, dtype=torch.uint16))
-    assert "codebook-outliers" in failed(damaged("KMEANS3", beyond))
-
-
-def test_other_engines_have_no_loader(kmeans):
-    checks = {check.rule: check for check in lowbit.verify(kmeans, engine="vllm").checks}
-    assert not checks["engine-loader"].passed
-
-
-def test_a_quantized_conv1d_is_not_loaded(tmp_path):
-    source = make_model(tmp_path / "gpt2", "gpt2", n_layer=1)
-    done = lowbit.quantize(source, tmp_path / "out", scheme="LOG4")
-    assert "transformers-conv1d" in failed(done.path)

@@ -9,13 +9,6 @@ from lowbit.verification.result import Finding, Rule
 from lowbit.verification.subject import Subject
 
 
-def check_names(subject: Subject) -> Finding:
-    """Every linear that config.json names is one of the model."""
-    problems = [f"{name} is quantized in the files, and the model has no such linear"
-                for name in subject.schemes if name not in subject.architecture.linears]  # fmt: skip
-    return Finding(problems, f"{len(subject.schemes)} linears")
-
-
 def check_tables(subject: Subject) -> Finding:
     """Values of k-means rise, so that no code stands for less than the one before."""
     problems, count = [], 0
@@ -46,12 +39,10 @@ def check_outliers(subject: Subject) -> Finding:
 
 
 def _specs(subject: Subject) -> list[tuple[str, WeightSpec]]:
-    return [(name, scheme.weight) for name, scheme in subject.schemes.items() if name in subject.architecture.linears]
+    return [(name, scheme.weight) for name, scheme in subject.schemes.items()]
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("codebook-linears", "config", ("codebook",), "every linear of config.json is one of the model", check_names,
-         "CodebookQuantizer (lowbit.transformers)"),
     Rule("codebook-tables", "values", ("codebook",), "values of k-means rise", check_tables,
          "write.py of lowbit's codebook format"),
     Rule("codebook-outliers", "values", ("codebook",), "columns of outliers rise within the weight", check_outliers,
