@@ -100,8 +100,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     format: Annotated[
         str,
-        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, else compressed-tensors, or the one that holds the "
-             "scheme", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, else compressed-tensors, or the one that holds "
+             "the scheme", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
