@@ -19,7 +19,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.formats.codebook.linear import CodebookLinear
 from lowbit.formats.codebook.read import stated_specs
-from lowbit.schemes import WeightSpec
 
 QUANT_METHOD = "lowbit-codebook"
 
@@ -31,11 +30,7 @@ class CodebookConfig(QuantizationConfigMixin):
     def __init__(self, version: int = 1, groups: list[dict[str, Any]] | None = None, **others: Any):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version, self.groups = version, groups
-        self.specs()
-
-    def specs(self) -> dict[str, WeightSpec]:
-        """Linear → `WeightSpec`."""
-        return stated_specs({"version": self.version, "groups": self.groups})
+        stated_specs({"version": version, "groups": groups})
 
 
 @register_quantizer(QUANT_METHOD)
@@ -46,9 +41,7 @@ class CodebookQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         modules = dict(model.named_modules())
-        config = self.quantization_config
-        assert isinstance(config, CodebookConfig), "registered for it"
-        for name, spec in config.specs().items():
+        for name, spec in stated_specs(self.quantization_config.to_dict()).items():
             linear = modules.get(name)
             if type(linear) is not nn.Linear:
                 found = "no such module" if linear is None else type(linear).__name__
