@@ -48,6 +48,8 @@ class Facts:
     draws          draws random numbers
     measures       measures an importance matrix
     nests          the scales of the scheme can be quantized too
+    keeps_outliers weights can stay in 16 bits beside the codes
+    searches       some scheme has ranges
     by_percentile, activations_by_percentile   choice of weight ranges, and of static activation scales
     """
 
@@ -70,6 +72,8 @@ class Facts:
     draws: bool = False
     measures: bool = False
     nests: bool = False
+    keeps_outliers: bool = False
+    searches: bool = True
     by_percentile: bool = False
     activations_by_percentile: bool = False
 
@@ -99,8 +103,10 @@ OVERRIDES = Reader(
 GROUPS = Reader("folders (of conversions: with --scheme)", "ggml types and sources of conversions fix the group size",
                 lambda run: not run.gguf and run.takes_scheme)  # fmt: skip
 NESTED = Reader("the schemes NF4 and FP4", "--scheme NF4 uses it", lambda run: run.nests)
-RANGES = Reader("folders whose weights are rounded", "encoders of ggml types do their own search, and codes that are "
-                "kept keep their scales", lambda run: not run.gguf and run.rounds)  # fmt: skip
+RANGES = Reader("folders whose weights are rounded within a range", "encoders of ggml types do their own search, "
+                "codes that are kept keep their scales, and k-means has no range",
+                lambda run: not run.gguf and run.rounds and run.searches)  # fmt: skip
+OUTLIERS = Reader("the schemes KMEANS4 and KMEANS3", "--scheme KMEANS4 uses it", lambda run: run.keeps_outliers)
 RANGE_PERCENTILE = Reader("--range percentile, for folders", "--range percentile uses it",
                           lambda run: run.by_percentile and RANGES.reads(run))  # fmt: skip
 FOLDERS = Reader("folders", "llama.cpp takes the type of its cache when it starts", lambda run: not run.gguf)
@@ -117,6 +123,10 @@ STATIC = Reader("schemes with static activation scales", "--scheme FP8 or W8A8_S
 STATIC_PERCENTILE = Reader("--activation-range percentile, for static schemes", "--activation-range percentile uses it",
                            lambda run: run.static and run.activations_by_percentile)  # fmt: skip
 GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundings)
+WEIGHTS = Reader("GPTQ and SqueezeLLM", "--method gptq uses it",
+                 lambda run: bool(run.roundings & {"gptq", "squeezellm"}))  # fmt: skip
+TOKENS = Reader("GPTQ, SqueezeLLM and lowbit refine", "--method gptq uses it",
+                lambda run: bool(run.roundings & {"gptq", "squeezellm", "refine"}))  # fmt: skip
 HESSIAN = Reader(
     "GPTQ and lowbit refine", "--method gptq uses it", lambda run: bool(run.roundings & {"gptq", "refine"})
 )

@@ -1,6 +1,6 @@
 """Methods: transforms that rewrite weights, the rounding that chooses codes, and what learns behind it.
 
-    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   gptq+distill …
+    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   squeezellm   gptq+distill …
 
 A method is transforms in the order given, then one rounding, then at most one finish; the default is rounding to
 nearest. A row names its function as "module:function", imported when it runs, and its needs; other code tests these
@@ -55,6 +55,7 @@ class Rounding:
     needs_hessian  needs calibration text; linears that too few tokens reach are rounded to nearest. Its options say
                    whether it also `needs_drift`
     grids_only     does not work on ggml types
+    scales_only    moves scales of fixed values, and has no way for values that are fitted (k-means, logarithmic)
     learns         tunes all linears of a block together, starting from the codes of one of `starts`, or of rtn
     refines        starts from the codes of a finished file, which its function takes as a fifth argument; for
                    `lowbit refine` alone
@@ -68,6 +69,7 @@ class Rounding:
     aliases: tuple[str, ...] = ()
     needs_hessian: bool = False
     grids_only: bool = False
+    scales_only: bool = False
     learns: bool = False
     refines: bool = False
     starts: tuple[str, ...] = ()
@@ -114,14 +116,17 @@ TRANSFORMS = {row.name: row for row in (
 ROUNDINGS = {row.name: row for row in (
     Rounding("rtn", "lowbit.rounding.target:nearest", "round to nearest, no data"),
     Rounding("hqq", "lowbit.rounding.hqq:hqq", "half-quadratic search of scales and zero points, no data",
-             "mobiusml.github.io/hqq_blog", "lowbit.rounding.hqq:HqqOptions", grids_only=True),
+             "mobiusml.github.io/hqq_blog", "lowbit.rounding.hqq:HqqOptions", grids_only=True, scales_only=True),
     Rounding("gptq", "lowbit.rounding.gptq:gptq",
              "rounding with error feedback through the Hessian of the inputs", "2210.17323",
              "lowbit.rounding.gptq:GPTQOptions", needs_hessian=True),
+    Rounding("squeezellm", "lowbit.rounding.squeezellm:squeezellm",
+             "round to nearest; k-means tables and ranges weighed by the Hessian's diagonal", "2306.07629",
+             "lowbit.rounding.squeezellm:SqueezeOptions", needs_hessian=True),
     Rounding("sign-sgd", "lowbit.rounding.sign_sgd:sign_sgd_block",
              "rounding and ranges learned block by block by signed gradients (AutoRound); slow", "2309.05516",
-             "lowbit.rounding.sign_sgd:SignSGDOptions", ("autoround", "signsgd"), grids_only=True, learns=True,
-             starts=("gptq",)),
+             "lowbit.rounding.sign_sgd:SignSGDOptions", ("autoround", "signsgd"), grids_only=True, scales_only=True,
+             learns=True, starts=("gptq",)),
 )}  # fmt: skip
 FINISHES = {row.name: row for row in (
     Finish("distill", "lowbit.distillation.stage:distill_store",
@@ -130,7 +135,8 @@ FINISHES = {row.name: row for row in (
 RTN = ROUNDINGS["rtn"]
 REFINE = Rounding("refine", "lowbit.rounding.descent:refine",
                   "coordinate descent from the codes of a finished file", "2309.01885",
-                  "lowbit.rounding.descent:RefineOptions", needs_hessian=True, refines=True)  # fmt: skip
+                  "lowbit.rounding.descent:RefineOptions", needs_hessian=True, refines=True,
+                  scales_only=True)  # fmt: skip
 _BY_NAME = {
     name: row for row in (*TRANSFORMS.values(), *ROUNDINGS.values(), REFINE) for name in (row.name, *row.aliases)
 }

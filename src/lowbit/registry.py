@@ -95,6 +95,10 @@ FORMATS: dict[str, Format] = {
             "bitnet", "transformers", read=f"{_F}.bitnet.read:BitNetLayout", write=f"{_F}.bitnet.write",
             rules=f"{_F}.bitnet.rules:RULES",
         ),
+        Format(
+            "codebook", "transformers", read=f"{_F}.codebook.read:CodebookLayout", write=f"{_F}.codebook.write",
+            rules=f"{_F}.codebook.rules:RULES",
+        ),
         Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True),
         Format(
             "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", refine=f"{_F}.gguf.refining:keep_file",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # Storage of a scale. "model": a 16- or 32-bit float, as the file format has it. "nested": 8-bit codes of bitsandbytes'
 # double quantization.
 ScaleFormat = Literal["model", "e8m0", "e4m3", "nested"]
-Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary"]
+Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary", "kmeans", "log"]
+# Numbers whose table of values is fitted to the weights; no engine's own format holds them.
+FITTED_NUMBERS = ("kmeans", "log")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class WeightSpec:
 
     number        "int", a minifloat "e4m3" "e5m2" "e2m1", or a codebook of bitsandbytes "nf4" "fp4";
                   "ternary": −1, 0, 1, with the mean |w| of the matrix for a scale (BitNet b1.58)
+                  "kmeans": 2^b values of a row or group, found by k-means (SqueezeLLM); there is no scale
+                  "log": 0 and ±base^−e, the base chosen for each group
     bits          of one code
     symmetric     False: an integer zero point per scale
     granularity   which weights share a scale
@@ -38,6 +42,7 @@ class WeightSpec:
     narrow        integers without their most negative code: scale · (2^(b−1) − 1) is the largest weight exactly
     ranged        True: beside the group scales lies one float32 per tensor, its largest weight over 448 or above: an
                   engine that multiplies in FP8 divides the weights by it (ModelOpt's W4A8_AWQ)
+    outliers      percent of the weights of every row that are kept in 16 bits beside the codes; 0 for none
     """
 
     number: Number
@@ -48,6 +53,7 @@ class WeightSpec:
     scale_format: ScaleFormat = "model"
     narrow: bool = False
     ranged: bool = False
+    outliers: float = 0.0
 
     @property
     def two_level(self) -> bool:
@@ -57,7 +63,22 @@ class WeightSpec:
     @property
     def group_size_is_free(self) -> bool:
         """MX and NVFP4 fix the group size; so does a square block."""
-        return self.number == "int" and self.granularity is Granularity.GROUP and self.scale_format == "model"
+        grouped = self.granularity is Granularity.GROUP
+        return self.has_free_groups and grouped and self.scale_format == "model"
+
+    @property
+    def has_free_groups(self) -> bool:
+        """True where --group-size may say how many columns share a scale or table."""
+        return self.number in ("int", *FITTED_NUMBERS) and self.scale_format == "model" and not self.narrow
+
+    @property
+    def is_fitted(self) -> bool:
+        """True if the values of codes are fitted to the weights."""
+        return self.number in FITTED_NUMBERS
+
+    def outliers_per_row(self, columns: int) -> int:
+        """The nearest whole number of weights to the share of `outliers`, at least 1; 0 without any."""
+        return max(1, round(columns * self.outliers / 100)) if self.outliers else 0
 
     @property
     def block_rows(self) -> int:
@@ -119,7 +140,10 @@ class Scheme:
         weight = self.weight
         if weight.group_size == group_size:
             return self
-        if weight.number != "int" or weight.scale_format != "model" or weight.narrow:
+        if weight.outliers and group_size != -1:
+            raise UsageError("--outliers are chosen for a row with one table, not for groups of it",
+                             "leave --group-size or --outliers out")  # fmt: skip
+        if not weight.has_free_groups:
             fixed = "one scale per row" if weight.group_size is None else f"group size {weight.group_size}"
             raise UsageError(f"scheme {self.name} has {fixed} by definition; {group_size} was asked for",
                              "leave --group-size out, or choose an integer scheme such as W4A16")  # fmt: skip
@@ -150,6 +174,16 @@ _NF4 = WeightSpec("nf4", 4, Granularity.GROUP, group_size=64)
 _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
 _INT4_RANGED = WeightSpec("int", 4, Granularity.GROUP, group_size=128, ranged=True)
 _TERNARY = WeightSpec("ternary", 2, Granularity.TENSOR)
+
+
+def _log(bits: int) -> WeightSpec:
+    return WeightSpec("log", bits, Granularity.GROUP, group_size=128)
+
+
+def _kmeans(bits: int) -> WeightSpec:
+    return WeightSpec("kmeans", bits, Granularity.CHANNEL)
+
+
 _LLM_INT8 = WeightSpec("int", 8, Granularity.CHANNEL, narrow=True)
 
 _INT8_TOKEN = ActivationSpec("int", 8, "token")
@@ -205,6 +239,9 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("INT8", _LLM_INT8, None, "8-bit integers per row, LLM.int8() of bitsandbytes"),
         Scheme("TERNARY", _TERNARY, _INT8_TOKEN,
                "-1, 0, 1 with one scale per tensor, as BitNet b1.58; activations 8-bit per token; for training"),
+        Scheme("KMEANS4", _kmeans(4), None, "16 values per row, found by k-means (SqueezeLLM); weight-only"),
+        Scheme("KMEANS3", _kmeans(3), None, "8 values per row, found by k-means (SqueezeLLM); weight-only"),
+        Scheme("LOG4", _log(4), None, "4-bit logarithmic: 0 and powers of a base, chosen in 128s; weight-only"),
     )
 }  # fmt: skip
 
@@ -294,6 +331,8 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
             own = replace(own, granularity=weight.granularity, group_size=weight.group_size)
         if own.number in ("nf4", "fp4"):
             own = replace(own, scale_format=weight.scale_format, group_size=weight.group_size)
+        if own.is_fitted:
+            own = replace(own, granularity=weight.granularity, group_size=weight.group_size, outliers=weight.outliers)
         if own == weight and scheme.activation == activation:
             return replace(scheme, weight=weight)
     activation_bits = 16 if activation is None else activation.bits
@@ -305,6 +344,7 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
 WIDER: dict[str, tuple[str, ...]] = {
     "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
     "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
+    "KMEANS3": ("KMEANS4",), "LOG4": ("KMEANS4",),
     "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
     "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),
     "FP4": ("INT8",),

@@ -89,8 +89,8 @@ class Settings(Table):
     ] = "W4A16"  # fmt: skip
     method: Annotated[
         str,
-        Knob("rtn, hqq, gptq, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined by +: "
-             "awq+gptq", MAKE,
+        Knob("rtn, hqq, gptq, squeezellm, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined "
+             "by +: awq+gptq", MAKE,
              knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
     quality: Annotated[
@@ -100,9 +100,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     format: Annotated[
         str,
-        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, bitsandbytes for NF4, FP4 and INT8, bitnet for "
-             "TERNARY, else compressed-tensors", MAKE, metavar="FORMAT", see="formats.md",
-             choices=("auto", *written_formats())),
+        Knob("Output format; auto: gguf for GGUF types and NAME.gguf, else compressed-tensors, or the one that holds "
+             "the scheme", MAKE, metavar="FORMAT", see="formats.md", choices=("auto", *written_formats())),
     ] = "auto"  # fmt: skip
     group_size: Annotated[
         int | None,
@@ -130,6 +129,11 @@ class Settings(Table):
     double_quant: Annotated[bool, Knob("NF4 and FP4: quantize the scales too, as QLoRA does", STORE, knobs.NESTED)] = (
         False
     )
+    outliers: Annotated[
+        float | None, Field(gt=0, le=5),
+        Knob("KMEANS4 and KMEANS3: percent of the weights of each row that stay in 16 bits", STORE, knobs.OUTLIERS,
+             "PERCENT", "none", "codebooks.md"),
+    ] = None  # fmt: skip
     kv_cache: Annotated[
         Literal["fp8", "fp8_per_head", "nvfp4"] | None,
         Knob("Store scales for an FP8 or NVFP4 KV cache", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
@@ -173,14 +177,15 @@ class Settings(Table):
 
     method_overrides: Annotated[
         dict[str, str],
-        Knob("Another rounding (rtn, hqq, gptq) for matching linears", METHODS, knobs.OVERRIDES, "REGEX=METHOD"),
+        Knob("Another rounding (rtn, hqq, gptq, squeezellm) for matching linears", METHODS, knobs.OVERRIDES,
+             "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
         str,
-        Knob("GPTQ: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the loss "
-             "by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, and the "
-             "errors of rows fed to other rows by what the loss says of pairs of outputs)", METHODS, knobs.GPTQ,
-             "WEIGHTS", see="gptq.md#weights-of-tokens"),
+        Knob("GPTQ, SqueezeLLM: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the "
+             "loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, and "
+             "GPTQ feeds the errors of rows to other rows by what the loss says of pairs of outputs)", METHODS,
+             knobs.WEIGHTS, "WEIGHTS", see="gptq.md#weights-of-tokens"),
     ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
@@ -208,8 +213,8 @@ class Settings(Table):
     ] = None  # fmt: skip
     expert_tokens: Annotated[
         int, Field(ge=1),
-        Knob("GPTQ, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and listed", METHODS,
-             knobs.HESSIAN),
+        Knob("GPTQ, SqueezeLLM, refine: experts that see fewer tokens are rounded to nearest (refine: kept) and "
+             "listed", METHODS, knobs.TOKENS),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
         bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
@@ -392,19 +397,27 @@ class Settings(Table):
         return parse_method(self.method).rounding
 
     def base_scheme(self) -> Scheme:
-        """The scheme with the user's group size and double quantization."""
+        """The scheme with the user's group size, double quantization and outliers."""
         scheme = find_scheme(self.scheme)
         if self.double_quant:
             if scheme.weight.number not in ("nf4", "fp4"):
                 raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
             scheme = replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
+        if self.outliers is not None and "kmeans" not in _numbers(self):
+            raise UsageError(f"scheme {scheme.name} keeps no outliers", "--outliers is for KMEANS4 and KMEANS3")
+        scheme = self._with_outliers(scheme)
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
+
+    def _with_outliers(self, scheme: Scheme) -> Scheme:
+        if self.outliers is None or scheme.weight.number != "kmeans":
+            return scheme
+        return replace(scheme, weight=replace(scheme.weight, outliers=self.outliers))
 
     def override_for(self, linear: str) -> Scheme | None:
         """Scheme of the first override whose regex is found in the module name."""
         for pattern, name in self.overrides.items():
             if compiled(pattern).search(linear):
-                scheme = find_scheme(name)
+                scheme = self._with_outliers(find_scheme(name))
                 if self.group_size is not None and scheme.weight.group_size_is_free:
                     scheme = scheme.with_group_size(self.group_size)
                 return scheme
@@ -418,7 +431,7 @@ class Settings(Table):
         """The range search; "auto" searches for codes of 4 bits or fewer. For more bits, and for NF4 and FP4, a search
         gains nothing or does harm (measured: docs/log.md)."""
         if self.range == "auto":
-            if weight.bits > 4 or weight.number in ("nf4", "fp4"):
+            if weight.bits > 4 or weight.number in ("nf4", "fp4", "kmeans"):
                 return RangeSearch("absmax")
             return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
@@ -535,6 +548,9 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
         activations = [each.activation for each in (scheme, *others)]
         static = any(each is not None and each.needs_calibration for each in activations)
+    numbers = frozenset()
+    if scheme is not None:
+        numbers = frozenset({scheme.weight.number}) if converts else _numbers(settings)
     reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
     return replace(
         facts,
@@ -552,9 +568,17 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
+        keeps_outliers="kmeans" in numbers,
+        searches=numbers != {"kmeans"},
         by_percentile=settings.range == "percentile",
         activations_by_percentile=settings.activation_range == "percentile",
     )
+
+
+def _numbers(settings: Settings) -> frozenset[str]:
+    """The numbers of the scheme and of the overrides, GGUF types left out."""
+    names = (settings.scheme, *settings.overrides.values())
+    return frozenset(find_scheme(name).weight.number for name in names if not is_gguf_name(name))
 
 
 def command_line(command: str, source: str, output: str | Path, *options: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     x ≈ scale * (codes - zero_point)                      integer grids
     x ≈ scale * value(codes)                              minifloat and codebook grids
+    x ≈ scale * table[codes]                              grids with fitted tables (k-means, logarithmic)
     with scale = scale * global_scale for two-level grids (NVFP4)
 
 Shapes: N = out_features, K = in_features, g = group size, G = ceil(K / g) groups. Weights are [N, K] row-major, as in
@@ -75,11 +76,13 @@ class GroupParams:
     scale        float32 [N, G]   > 0; multiplies on decode; already rounded to a value that the format stores
     zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids
     global_scale float            second level: scale [N, G] is stored as (scale / global_scale); 1 where there is none
+    table        float32 [N, G, 2^b]   value of every code at scale 1, of grids that fit it; else None
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     global_scale: float = 1.0
+    table: Tensor | None = None
 
 
 RangeMethod = Literal["absmax", "mse", "wmse", "percentile"]
@@ -195,6 +198,25 @@ class NestedScale:
 
 
 @dataclass(frozen=True)
+class SparseOutliers:
+    """Weights that are kept in 16 bits and take the place of what their codes decode to, n in every row.
+
+    columns  int64 [N, n]     ascending, each once
+    values   float32 [N, n]   each of them a float16
+    """
+
+    columns: Tensor
+    values: Tensor
+
+    def placed(self, decoded: Tensor) -> Tensor:
+        """`decoded` float32 [N, K] with these in their places; the argument is not changed."""
+        return decoded.scatter(1, self.columns, self.values)
+
+    def rows(self, chosen: Tensor | slice) -> SparseOutliers:
+        return SparseOutliers(self.columns[chosen], self.values[chosen])
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """A weight after rounding: logical, unpacked, on a named grid.
 
@@ -206,6 +228,8 @@ class QuantizedTensor:
     group_size   g; K where one scale spans the row
     g_idx        int32 [K]   the group of every column, where it is not column // g (GPTQ with activation order)
     nested       how the scales themselves are quantized, where they are (bitsandbytes' double quantization)
+    table        float32 [N, G, 2^b]   see `GroupParams`
+    outliers     what stands beside the codes in 16 bits; None where nothing does
     """
 
     codes: Tensor
@@ -217,6 +241,8 @@ class QuantizedTensor:
     global_scale: float = 1.0
     g_idx: Tensor | None = None
     nested: NestedScale | None = None
+    table: Tensor | None = None
+    outliers: SparseOutliers | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -228,11 +254,13 @@ class QuantizedTensor:
             scale=self._per_row_and_group(self.scale),
             zero_point=None if self.zero_point is None else self._per_row_and_group(self.zero_point),
             global_scale=self.global_scale,
+            table=self.table,
         )
 
     def decode(self) -> Tensor:
-        """The weights the codes stand for, float32 [N, K]."""
-        return self.grid.decode(self.codes, *self.grouped())
+        """The weights that the codes and the outliers stand for, float32 [N, K]."""
+        decoded = self.grid.decode(self.codes, *self.grouped())
+        return decoded if self.outliers is None else self.outliers.placed(decoded)
 
     def grouped(self) -> tuple[GroupParams, int]:
         """(params, g): the params of every g consecutive columns of every row, as kernels take them.
@@ -248,10 +276,13 @@ class QuantizedTensor:
 
     def to(self, device) -> QuantizedTensor:
         moved = {name: getattr(self, name).to(device) for name in ("codes", "scale")}
-        for name in ("zero_point", "g_idx"):
+        for name in ("zero_point", "g_idx", "table"):
             if getattr(self, name) is not None:
                 moved[name] = getattr(self, name).to(device)
-        return replace(self, **moved)
+        outliers = self.outliers
+        if outliers is not None:
+            outliers = SparseOutliers(outliers.columns.to(device), outliers.values.to(device))
+        return replace(self, **moved, outliers=outliers)
 
     @property
     def columns_per_scale(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowbit
-from bitnet_files import change_bitnet
+from changed_folders import change_folder
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.evaluation.activations import simulated_activations
@@ -37,7 +37,7 @@ def ternary(source, tmp_path_factory):
 def damaged(ternary, tmp_path):
     """What makes a copy of the folder with changed tensors and config."""
     folder = shutil.copytree(ternary, tmp_path / "damaged")
-    return partial(change_bitnet, folder)
+    return partial(change_folder, folder)
 
 
 def test_four_quarters_of_the_rows_share_a_byte():

@@ -96,11 +96,14 @@ def test_a_part_knows_nothing_of_the_others(monkeypatch):
         assert_close(together.decoded[part], alone.decoded)
 
 
-def test_scales_that_rows_share_keep_rows_apart_and_say_so():
+@pytest.mark.parametrize(
+    ("scheme", "why"), [("FP8", "they share scales"), ("KMEANS4", "tables are fitted to all rows at once")]
+)
+def test_rows_that_cannot_wait_for_others_stay_apart_and_say_so(scheme, why):
     weight, stats = problem()
-    target = target_of("FP8", weight)
+    target = target_of(scheme, weight)
     rounded = gptq(weight, target, InputData(stats, rows=(curvature(40),)))
-    assert rounded.notes == ("errors of rows are not fed to other rows: they share scales",)
+    assert rounded.notes == (f"errors of rows are not fed to other rows: {why}",)
     assert_close(rounded.decoded, gptq(weight, target, InputData(stats)).decoded)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowbit
-from bitnet_files import change_bitnet
+from changed_folders import change_folder
 from models import make_model
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -27,7 +27,7 @@ def failed(folder) -> set[str]:
 
 
 def change(folder, tensors=None, **config):
-    change_bitnet(folder, tensors, **config)
+    change_folder(folder, tensors, **config)
     return failed(folder)
 
 

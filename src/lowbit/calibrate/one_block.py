@@ -70,7 +70,7 @@ class Job:
                 self.needs_hessian |= row.needs_hessian
                 if row.needs_hessian:
                     needs_drift |= options.needs_drift
-                    self.shrinkage = options.shrinkage
+                    self.shrinkage = max(self.shrinkage, options.shrinkage)
         self.before = tuple(row for row in self.method.transforms if row.outside is not None)
         self.measured = tuple(row for row in self.method.transforms if row.needs_statistics)
         # Windows that the unquantized model runs on too.

@@ -41,7 +41,7 @@ from lowbit.files.claim import OWNER
 from lowbit.numerics import ggml
 from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Grid, NestedScale, QuantizedTensor
+from lowbit.tensors import Grid, NestedScale, QuantizedTensor, SparseOutliers
 
 STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
                     r"|outputs-\d{5}\.safetensors|learning\.safetensors|distilled-\d{5}\.safetensors)"
@@ -421,6 +421,10 @@ def _taken_apart(stored: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, 
     if stored.nested is not None:
         parts |= {"nested_codes": stored.nested.codes, "nested_absmax": stored.nested.absmax}
         scalars |= {"nested_offset": stored.nested.offset, "nested_block": stored.nested.block}
+    if stored.table is not None:
+        parts["table"] = stored.table
+    if stored.outliers is not None:
+        parts |= {"outlier_columns": stored.outliers.columns, "outlier_values": stored.outliers.values}
     return parts, scalars
 
 
@@ -447,8 +451,12 @@ def _put_together(parts, scalars, spec: WeightSpec, grid: Grid, columns: int, fi
         nested = NestedScale(nested_codes, absmax, scalars["nested_offset"], block)
     zero_point = parts["zero_point"][scale_rows] if "zero_point" in parts else None
     g_idx = parts["g_idx"][:] if "g_idx" in parts else None
+    table = parts["table"][rows] if "table" in parts else None
+    outliers = None
+    if "outlier_columns" in parts:
+        outliers = SparseOutliers(parts["outlier_columns"][rows], parts["outlier_values"][rows])
     return QuantizedTensor(codes, parts["scale"][scale_rows], grid, spec.granularity, group_size, zero_point,
-                           scalars["global_scale"], g_idx, nested)  # fmt: skip
+                           scalars["global_scale"], g_idx, nested, table, outliers)  # fmt: skip
 
 
 def _check_same(folder: Path, described: dict[str, Any]) -> None:

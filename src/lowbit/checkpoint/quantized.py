@@ -22,6 +22,7 @@ from lowbit.checkpoint.base import Checkpoint, TensorInfo, read_json_object
 from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
+from lowbit.checkpoint.unreadable import find_unreadable
 from lowbit.errors import CheckpointError
 from lowbit.numerics.column_scales import InputBasis
 from lowbit.registry import FORMATS, load
@@ -339,7 +340,7 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
 # Other tools' names of a quant_method.
 _SPELLINGS = {
     "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
-    "auto_round": "auto-round", "intel/auto-round": "auto-round",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook",
 }  # fmt: skip
 
 
@@ -350,6 +351,10 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
     method = _SPELLINGS.get(method, method)
+    unreadable = find_unreadable(method)
+    if unreadable is not None:
+        raise CheckpointError(f"{stored.source}: config.json says {stated}, whose files cannot be read: "
+                              f"{unreadable.why}", unreadable.instead)  # fmt: skip
     if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",

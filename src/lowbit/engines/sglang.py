@@ -134,6 +134,7 @@ _LOADING = Loading(
     no_loader={
         "hqq": "SGLang has no HQQ loader",
         "bitnet": "SGLang has no loader for quant_method 'bitnet'",
+        "codebook": "SGLang has no loader for lowbit's codebook folders",
         "torchao": "SGLang quantizes with torchao while it loads, but reads no torchao checkpoint",
     },
     dtypes_refused=dict.fromkeys(("gptq", "awq", "fp8", "modelopt", "mxfp4"), ("float32",)),

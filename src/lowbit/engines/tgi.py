@@ -135,6 +135,7 @@ _LOADING = Loading(
         "torchao": "TGI has no torchao loader",
         "hqq": "TGI has no HQQ loader",
         "bitnet": "TGI does not know quant_method 'bitnet'",
+        "codebook": "TGI has no loader for lowbit's codebook folders",
         "auto-round": "TGI does not know quant_method 'auto-round'",
     },
     dtypes_refused=dict.fromkeys((*_PACKED, _CT), ("float32",)),

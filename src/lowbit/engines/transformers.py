@@ -57,10 +57,11 @@ _LOADING = Loading(
         LEFT_OUT,
         GPT_OSS,
         NO_TRANSFORMS,
-        Rule("transformers-conv1d", "limits", ("compressed-tensors", "bitnet"), "no quantized Conv1D", check_transposed,
-             "quantizers/quantizer_compressed_tensors.py (transformers); quantization/lifecycle/apply.py "
-             "(compressed-tensors)", limit=True),
-        Rule("transformers-experts", "limits", ("gptq", "awq", "bitsandbytes", "bitnet", "compressed-tensors"),
+        Rule("transformers-conv1d", "limits", ("compressed-tensors", "bitnet", "codebook"), "no quantized Conv1D",
+             check_transposed, "quantizers/quantizer_compressed_tensors.py (transformers); "
+             "quantization/lifecycle/apply.py (compressed-tensors)", limit=True),
+        Rule("transformers-experts", "limits",
+             ("gptq", "awq", "bitsandbytes", "bitnet", "compressed-tensors", "codebook"),
              "no quantized experts that transformers merges", check_experts,
              "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),
     ),

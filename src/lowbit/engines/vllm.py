@@ -268,6 +268,7 @@ _LOADING = Loading(
         "bitsandbytes": "vLLM 0.32 has no bitsandbytes loader of its own; the package vllm-bnb-plugin adds one",
         "hqq": "vLLM 0.32 has no HQQ loader",
         "bitnet": "vLLM 0.32 has no loader for quant_method 'bitnet'",
+        "codebook": "vLLM has no loader for lowbit's codebook folders",
     },
     gpt_oss_only={"mxfp4": "vLLM 0.32 takes quant_method 'mxfp4' for gpt-oss only"},
     dtypes_refused={

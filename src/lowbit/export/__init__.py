@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from lowbit.tensors import InputRange, QuantizedTensor
 
 # Numbers that only one format stores; compressed-tensors is the default for all others.
-_FORMAT_OF_NUMBER = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "ternary": "bitnet"}
+_FORMAT_OF_NUMBER = {
+    "nf4": "bitsandbytes", "fp4": "bitsandbytes", "ternary": "bitnet", "kmeans": "codebook", "log": "codebook",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
     lowest_zero_point  the least zero point that the file can store, if it is not the lowest code
     """
     from lowbit.kernels.tables import CODEBOOKS, MINIFLOATS
+    from lowbit.numerics.fitted_grids import KMeansGrid, LogGrid
     from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
 
     scale_format = model_dtype if spec.scale_format == "model" else spec.scale_format
@@ -23,6 +24,8 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
         return IntGrid(spec.bits, spec.symmetric, scale_format, spec.narrow, lowest_zero_point)
     if spec.number == "ternary":
         return IntGrid(spec.bits, True, scale_format, narrow=True)
+    if spec.is_fitted:
+        return (KMeansGrid if spec.number == "kmeans" else LogGrid)(spec.bits, scale_format)
     if spec.number in CODEBOOKS:
         return CodebookGrid(CODEBOOKS[spec.number], scale_format)
     return MinifloatGrid(MINIFLOATS[spec.number], scale_format)

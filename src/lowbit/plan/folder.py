@@ -27,7 +27,7 @@ from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError, FormatError, UsageError
-from lowbit.export import Exporter, Piece, find_exporter
+from lowbit.export import Exporter, Piece, default_format, find_exporter
 from lowbit.export.atomic import atomic_folder, refuse_existing
 from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
@@ -286,12 +286,28 @@ def make_plan(
     )  # fmt: skip
     if fixed is None:
         _check_overrides(plan)
+        plan = replace(plan, notes=(*plan.notes, *_bits_as_codes(plan)))
     _check_one_scheme(plan, architecture.fused_sets, "engines load these as one matrix, and would misread it")
     _check_one_scheme(plan, architecture.expert_sets, "engines stack the experts of a block, and would misread them")
     exporter.quantization_config(plan.schemes, plan.ignored)  # FormatError before anything runs
     if settings.kv_cache is None:
         return plan
     return with_kv_cache(plan, find_kv_cache_scheme(settings.kv_cache), checkpoint.config())
+
+
+def _bits_as_codes(plan: FolderPlan) -> tuple[str, ...]:
+    """Of a folder of decoded weights, a note on what their codes, scales and tables would take."""
+    decoded = [(t.linear, t.scheme) for t in plan.tensors if t.linear is not None and t.scheme is not None]
+    if plan.format.name != "float" or not decoded:
+        return ()
+    weights = stored = 0
+    for linear, scheme in decoded:
+        exporter = find_exporter(default_format(scheme))
+        stored += sum(s.nbytes for s in exporter.stored_tensors(linear.name, linear.shape, scheme, plan.dtype))
+        weights += linear.shape[0] * linear.shape[1]
+    holders = ", ".join(dict.fromkeys(default_format(scheme) for _, scheme in decoded))
+    return (f"decoded to 16-bit floats; as codes (--format {holders}) the quantized linears take "
+            f"{8 * stored / weights:.3f} bits per weight",)  # fmt: skip
 
 
 def with_kv_cache(plan: FolderPlan, scheme: KVCacheScheme, config: dict[str, Any]) -> FolderPlan:

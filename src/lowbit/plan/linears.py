@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
-from lowbit.errors import CheckpointError, ShapeError
+from lowbit.errors import CheckpointError, ShapeError, UsageError
 from lowbit.export import Exporter
-from lowbit.methods import RTN
+from lowbit.methods import RTN, Rounding, parse_method
 from lowbit.numerics import grid_for
 from lowbit.plan.plan import Making, PlannedTensor
 from lowbit.rounding.target import GridTarget, Target
@@ -129,6 +129,8 @@ class LinearPlanner:
                 return replace(tensor, reason=reason, unfit=True)
         blockwise = self.settings.is_blockwise and linear.block is not None
         rounding = self.settings.rounding_of(linear.name)
+        if scheme.weight.is_fitted:
+            _refuse_scales_only(linear, scheme, rounding, parse_method(self.settings.method).learned)
         turned = linear.transposed and not is_decoded(self.checkpoint, tensor.name)
         return replace(
             tensor,
@@ -140,6 +142,14 @@ class LinearPlanner:
             multiple=math.lcm(tensor.multiple, self.exporter.row_multiple(scheme, linear.shape)),
             **stored_as(linear, scheme, self.dtype, self.exporter, self.settings),
         )
+
+
+def _refuse_scales_only(linear: Linear, scheme: Scheme, *roundings: Rounding | None) -> None:
+    """UsageError for a method that moves the scales of fixed values, where values are fitted."""
+    for rounding in roundings:
+        if rounding is not None and rounding.scales_only:
+            raise UsageError(f"{linear.name}: {rounding.name} moves the scales of fixed values, and those of "
+                             f"{scheme.name} are fitted to the weights", "take --method gptq, or rtn")  # fmt: skip
 
 
 def stored_as(

@@ -142,6 +142,13 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
     shapes = {linear.name: linear for linear in architecture.linears.values()}
     schemes = {weight.removesuffix(".weight"): scheme for weight, scheme in checkpoint.schemes.items()
                if weight.removesuffix(".weight") in shapes}  # fmt: skip
+    fitted = next((scheme.name for scheme in schemes.values() if scheme.weight.is_fitted), None)
+    if fitted is not None:
+        raise UsageError(
+            f"{checkpoint.source} has the scheme {fitted}: a refinement moves the scales of fixed values, and those of "
+            f"{fitted} are fitted to the weights",
+            "quantize it again, with more --samples: lowbit quantize MODEL --method gptq -o OUT",
+        )
     settings = settings.model_copy(update={"format": row.name})
     planned = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint), schemes)
     # Variants of a format (GPTQ v1, v2) have rows of their own; the one that reproduces the first linear is the file's.

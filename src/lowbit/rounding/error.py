@@ -11,6 +11,8 @@ from lowbit.tensors import QuantizedTensor
 
 def squared_error(weight: Tensor, quantized: QuantizedTensor) -> tuple[float, float, float]:
     """(Σ (w − ŵ)², Σ w², max |w − ŵ|) of rows of a weight; not finite where the weight is not."""
+    if quantized.table is not None:
+        return squared_error_of(weight.float(), quantized.decode())
     grid, (params, columns) = quantized.grid, quantized.grouped()
     assert isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid)
     number = None if isinstance(grid, IntGrid) else grid.format

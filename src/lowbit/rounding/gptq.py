@@ -12,7 +12,9 @@ needed. Two orders:
 
 ggml types are always compensated, block by block, with their encoder as the fit; types that round 8 or 4 columns to a
 lattice point spread the error of all of these at once. Scales that rows share, or that are codes themselves, are
-static. A *run* is the columns fitted at once: the group of a scale, a ggml block, or all columns with static scales.
+static. Tables of values (k-means, logarithmic) are fitted as scales are: one of a whole row before its first column,
+as GPTVQ does in one dimension (arXiv 2402.15319); outliers keep the compensated weight in 16 bits. A *run* is the
+columns fitted at once: the group of a scale, a ggml block, or all columns with static scales.
 
 GPTQ rounds each column once. Where codes stand for single columns, `refine` sweeps of coordinate descent (QuantEase,
 arXiv 2309.01885; CDQuant, arXiv 2406.17542) follow, with scales fixed:
@@ -36,13 +38,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.kernels import feedback
+from lowbit.kernels import feedback, reference
 from lowbit.kernels.tables import MinifloatFormat
+from lowbit.numerics.fitted_grids import ascending_values
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
 from lowbit.rounding.row_feedback import parts_of, rounded_in_order, row_factor
 from lowbit.rounding.target import GgmlTarget, Rounded, Target
-from lowbit.tensors import RangeSearch
+from lowbit.tensors import GroupParams, RangeSearch
 from lowbit.workers import run_all
 
 if TYPE_CHECKING:
@@ -137,6 +140,8 @@ def _row_factors(target: Target, data: InputData) -> tuple[tuple[str, ...], list
         return (), []
     if not target.rows_are_apart:
         return ("errors of rows are not fed to other rows: they share scales",), []
+    if target.fits_tables:
+        return ("errors of rows are not fed to other rows: tables are fitted to all rows at once",), []
     factors = [row_factor(part) for part in data.rows]
     if any(factor is None for factor in factors):
         return ("errors of rows are not fed to other rows: the curvature of the outputs has no inverse",), []
@@ -169,8 +174,10 @@ def _round_group(
     weighting = _weighting(hessian, factor, options)
     descent = hessian.descent(factor) if options.refine and each == 1 else None
 
+    kind = TableRows if target.fits_tables else ScalarRows if each == 1 else LatticeRows
+
     def round_rows(part: Tensor) -> ScalarRows | LatticeRows:
-        rows, w = (ScalarRows if each == 1 else LatticeRows)(target, factor, weighting, part), part.clone()
+        rows, w = kind(target, factor, weighting, part), part.clone()
         for begin, end in runs:
             rows.fit(w, begin, end)
             rows.round(w, (begin, end, options.block), factor.spread)
@@ -260,6 +267,48 @@ class ScalarRows:
         else:
             assert levels is not None, f"{self.target.name} has no levels"
             feedback.feedback_codebook(w, spread, span, self.scale, levels, *out)
+
+
+class TableRows(ScalarRows):
+    """Rows whose values are fitted, by row or by group; in torch, column by column.
+
+    values  place of a column → (its values ascending [N, 2^b], their middles [N, 2^b − 1], the code of each [N, 2^b])
+    kept    bool [N, K] in rounding order: outliers; None where there are none
+    """
+
+    def __init__(self, target: Target, factor: Factor, weighting: Tensor | None, w: Tensor):
+        super().__init__(target, factor, weighting, w)
+        self.values: list[tuple[Tensor, Tensor, Tensor]] = [()] * w.shape[1]  # type: ignore[list-item]
+        self.kept: Tensor | None = None
+
+    def fit(self, w: Tensor, begin: int, end: int) -> None:
+        columns = self.order[begin:end]
+        fitted = fit_run(self.target, w, columns, begin, self.weighting)
+        first = int(columns.min())
+        self.fitted[first] = fitted
+        params = self.target.column_params(fitted, w[:, begin:end])
+        ascending, codes = ascending_values(GroupParams(params.scale, table=params.table))
+        middles = (ascending[..., 1:] + ascending[..., :-1]) / 2
+        groups = [tuple(each[:, group].contiguous() for each in (ascending, middles, codes))
+                  for group in range(ascending.shape[1])]  # fmt: skip
+        for place, column in enumerate(columns.tolist(), begin):
+            self.values[place] = groups[(column - first) // params.columns]
+        if fitted.outliers is not None:
+            kept = torch.zeros(w.shape, dtype=torch.bool, device=w.device).scatter(1, fitted.outliers.columns, True)
+            self.kept = kept.index_select(1, self.order)
+
+    def round(self, w: Tensor, span: feedback.Span, spread: Tensor, descend: bool = False) -> None:
+        reference.feedback(w, spread, span, descend, self.codes, self.decoded, self._nearest)
+        if self.kept is not None:  # one run holds all columns
+            self.fitted[0] = self.fitted[0].keeping(self.decoded.index_select(1, self.order.argsort()))
+
+    def _nearest(self, w: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        ascending, middles, codes = self.values[here.start]
+        index = torch.searchsorted(middles, w.contiguous())
+        value = ascending.gather(1, index)
+        if self.kept is not None:
+            value = torch.where(self.kept[:, here], self.target.grid.storable(w), value)  # type: ignore[attr-defined]
+        return codes.gather(1, index).to(torch.uint8), value
 
 
 class LatticeRows:

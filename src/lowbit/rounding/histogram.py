@@ -126,8 +126,10 @@ def rows_decoder(quantized: QuantizedTensor) -> RowReader:
     def decode(chosen: Tensor) -> Tensor:
         params, columns = quantized.grouped()
         zero_point = None if params.zero_point is None else params.zero_point[chosen]
-        part = GroupParams(params.scale[chosen], zero_point, params.global_scale)
-        return quantized.grid.decode(quantized.codes[chosen], part, columns)
+        table = None if params.table is None else params.table[chosen]
+        part = GroupParams(params.scale[chosen], zero_point, params.global_scale, table)
+        decoded = quantized.grid.decode(quantized.codes[chosen], part, columns)
+        return decoded if quantized.outliers is None else quantized.outliers.rows(chosen).placed(decoded)
 
     return decode
 

@@ -10,12 +10,13 @@ A change is relative (`numerics.straight_through`): a scale becomes start · exp
 which the format stores it, and the gradient passes through that rounding. So a file is what was trained, and changes
 of zero are the weight as it came.
 
-    grids            scale                   float16, bfloat16, float32, E4M3 within its tensor scale, E8M0 …
+    grids            scale                   float16, bfloat16, float32, E4M3 within its tensor scale, E8M0 …; of
+                                             logarithmic codes too
                      absmax                  of double quantization, float32 per block of scales
     ggml types       d, dmin, m, scales, minima, e    halves, integer sub-scales, E8M0, E4M3 (`numerics.ggml.learnable`)
 
 Fixed: codes and zero points; tensor scales, which fused sets share (NVFP4's second level, FP8 with a scale per tensor);
-the mean that double quantization subtracts. Floats (F16 …) have no parameters.
+the mean that double quantization subtracts; the values of k-means, and outliers. Floats (F16 …) have no parameters.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import ggml
+from lowbit.numerics.fitted_grids import KMeansGrid
 from lowbit.numerics.ggml.learnable import changed, parameter_names
 from lowbit.numerics.ggml.types import Blocks, GgmlType, family, find_type
 from lowbit.numerics.scales import NESTED_BLOCK, decode_scales
 from lowbit.numerics.straight_through import changed_scale, straight_through
 from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
-from lowbit.tensors import Granularity, GroupParams, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor
 
 Changes = Mapping[str, Tensor]
 
@@ -131,13 +133,14 @@ class _GridWeight(Learnable):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._stored.nested is not None:
             return {"absmax": tuple(self._stored.nested.absmax.shape)}
-        if self._stored.granularity is Granularity.TENSOR:
+        if self._stored.granularity is Granularity.TENSOR or isinstance(self._stored.grid, KMeansGrid):
             return {}
         return {"scale": tuple(self._stored.scale.shape)}
 
     def decoded(self, changes: Changes) -> Tensor:
         params, group = replace(self._stored, scale=self._scale(changes)).grouped()
-        return _multiplied(self._values, params.scale, group)
+        decoded = _multiplied(self._values, params.scale, group)
+        return decoded if self._stored.outliers is None else self._stored.outliers.placed(decoded)
 
     def stored(self, changes: Changes) -> QuantizedTensor:
         with torch.no_grad():
@@ -151,7 +154,7 @@ class _GridWeight(Learnable):
     def _values(self) -> Tensor:
         """The unscaled values of the codes, float32 [N, K]."""
         params, group = self._stored.grouped()
-        ones = GroupParams(torch.ones_like(params.scale), params.zero_point)
+        ones = replace(params, scale=torch.ones_like(params.scale))
         return self._stored.grid.decode(self._stored.codes, ones, group)
 
     def _scale(self, changes: Changes) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.numerics.scales import decode_scales, global_scale_for, quantize_scales
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, Grid, GroupParams, NestedScale, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, Grid, GroupParams, NestedScale, QuantizedTensor, RangeSearch, SparseOutliers
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,13 @@ class Fitted:
     zero_point: Tensor | None = None
     global_scale: float = 1.0
     nested: NestedScale | None = None
+    table: Tensor | None = None
+    outliers: SparseOutliers | None = None
 
     def with_codes(self, codes: Tensor) -> QuantizedTensor:
         return QuantizedTensor(
             codes, self.scale, self.grid, self.granularity, self.group_size, self.zero_point, self.global_scale,
-            nested=self.nested,
+            nested=self.nested, table=self.table, outliers=self.outliers,
         )  # fmt: skip
 
     def grouped(self, weight: Tensor) -> tuple[GroupParams, int]:
@@ -103,8 +105,17 @@ class Fitted:
         return self.with_codes(weight).grouped()
 
     def round(self, weight: Tensor) -> QuantizedTensor:
-        """The nearest codes of a weight [N, K], given these scales."""
-        return self.with_codes(self.grid.round(weight, *self.grouped(weight)))
+        """The nearest codes of a weight [N, K], given these scales; its own values where outliers are kept."""
+        codes = self.grid.round(weight, *self.grouped(weight))
+        if self.outliers is None:
+            return self.with_codes(codes)
+        return self.keeping(weight).with_codes(codes)
+
+    def keeping(self, weight: Tensor) -> Fitted:
+        """With the outliers' values taken from a weight [N, K]."""
+        assert self.outliers is not None
+        kept = self.grid.storable(weight.gather(1, self.outliers.columns).float())  # type: ignore[attr-defined]
+        return replace(self, outliers=replace(self.outliers, values=kept))
 
 
 def fit_weight(
@@ -121,6 +132,8 @@ def fit_weight(
     depends on the scale; of ternary weights the mean |w|, whose multiples by −1, 0 and 1 they become.
     """
     group_size = spec.columns_per_scale(weight.shape[1])
+    if spec.is_fitted:
+        return _fit_tables(weight, spec, grid, search, importance)
     if spec.granularity is Granularity.TENSOR:
         known = _known(tensor_range)
         ends = (-known.mean_absmax, known.mean_absmax) if spec.number == "ternary" else (known.low, known.high)
@@ -139,6 +152,22 @@ def fit_weight(
     if spec.ranged:
         global_scale = _range_over_fp8(grid, _known(tensor_range))
     return Fitted(params.scale, grid, spec.granularity, group_size, params.zero_point, global_scale, nested)
+
+
+def _fit_tables(weight: Tensor, spec: WeightSpec, grid: Grid, search: RangeSearch, importance: Tensor | None) -> Fitted:
+    """Tables and scales; outliers are chosen first, and the tables do not see them."""
+    rows, columns = weight.shape
+    count, outliers = spec.outliers_per_row(columns), None
+    if count:
+        cost = weight.float().square() if importance is None else weight.float().square() * importance
+        chosen = cost.topk(min(count, columns), dim=1).indices.sort(dim=1).values
+        seen = torch.ones_like(cost) if importance is None else importance.expand(rows, columns)
+        importance = seen.scatter(1, chosen, 0.0)
+        outliers = SparseOutliers(chosen, torch.zeros_like(chosen, dtype=torch.float32))
+    group_size = spec.columns_per_scale(columns)
+    params = grid.fit(weight, group_size, search, importance)
+    fitted = Fitted(params.scale, grid, spec.granularity, group_size, table=params.table, outliers=outliers)
+    return fitted if outliers is None else fitted.keeping(weight)
 
 
 def _known(tensor_range: TensorRange | None) -> TensorRange:

@@ -28,7 +28,7 @@ from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, rows_decoder
 from lowbit.rounding.rtn import Fitted, TensorRange, fit_weight, measure_range, needs_tensor_range
 from lowbit.schemes import WeightSpec
-from lowbit.tensors import Granularity, Grid, QuantizedTensor, RangeSearch
+from lowbit.tensors import Granularity, Grid, QuantizedTensor, RangeSearch, SparseOutliers
 
 # The values of codes that stand for one column.
 Levels = IntLevels | MinifloatFormat | Codebook
@@ -80,13 +80,14 @@ class Rounded:
 class ColumnParams:
     """Params of `Target.fit` for each of G groups of `columns` consecutive columns.
 
-    scale, offset  float32 [N, G];  zero_point  int32 [N, G];  None if there is none
+    scale, offset  float32 [N, G];  zero_point  int32 [N, G];  table  float32 [N, G, 2^b];  None if there is none
     """
 
     scale: Tensor
     columns: int
     offset: Tensor | None = None
     zero_point: Tensor | None = None
+    table: Tensor | None = None
 
 
 class Target(ABC, Generic[Params]):
@@ -104,7 +105,7 @@ class Target(ABC, Generic[Params]):
     @property
     @abstractmethod
     def levels(self) -> Levels | None:
-        """The values of codes of single columns; None for lattices and floats."""
+        """The values of codes of single columns; None for lattices, floats and fitted tables."""
 
     @property
     def is_ggml(self) -> bool:
@@ -134,6 +135,11 @@ class Target(ABC, Generic[Params]):
     @property
     def fused_sets_share(self) -> bool:
         """True if scales need the range of the whole fused set, because engines have one for all its members."""
+        return False
+
+    @property
+    def fits_tables(self) -> bool:
+        """True if the values of codes are fitted to the weights of each row or group; then there are no `levels`."""
         return False
 
     @property
@@ -232,7 +238,13 @@ class GridTarget(Target[Fitted]):
         return self.grid.columns_per_code
 
     @property
-    def levels(self) -> Levels:
+    def fits_tables(self) -> bool:
+        return self.spec.is_fitted
+
+    @property
+    def levels(self) -> Levels | None:
+        if self.fits_tables:
+            return None
         if isinstance(self.grid, IntGrid):
             return IntLevels(self.grid.qmin, self.grid.qmax)
         assert isinstance(self.grid, MinifloatGrid | CodebookGrid)
@@ -297,7 +309,7 @@ class GridTarget(Target[Fitted]):
 
     def column_params(self, fitted: Fitted, weight: Tensor) -> ColumnParams:
         params, columns = fitted.grouped(weight)
-        return ColumnParams(params.scale, columns, zero_point=params.zero_point)
+        return ColumnParams(params.scale, columns, zero_point=params.zero_point, table=params.table)
 
     def with_codes(self, fitted: Sequence[Sequence[Fitted]], codes: Tensor) -> QuantizedTensor:
         first = fitted[0][0]
@@ -308,7 +320,16 @@ class GridTarget(Target[Fitted]):
         if first.zero_point is not None:
             zero_point = torch.cat([torch.cat([part.zero_point for part in row if part.zero_point is not None], dim=1)
                                     for row in fitted])  # fmt: skip
-        return replace(first, scale=scale, zero_point=zero_point).with_codes(codes)
+        table, outliers = None, None
+        if first.table is not None:
+            table = torch.cat([torch.cat([part.table for part in row if part.table is not None], dim=1)
+                               for row in fitted])  # fmt: skip
+        if first.outliers is not None:
+            kept = [row[0].outliers for row in fitted if row[0].outliers is not None]
+            outliers = SparseOutliers(
+                torch.cat([part.columns for part in kept]), torch.cat([part.values for part in kept])
+            )
+        return replace(first, scale=scale, zero_point=zero_point, table=table, outliers=outliers).with_codes(codes)
 
 
 # A block scale of NVFP4 is at most 448, and its values at most 6. A power of two puts the largest weight at half of

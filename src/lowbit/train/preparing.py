@@ -102,6 +102,10 @@ def prepare(
         targets = _with_ranges(plan.targets, plan.architecture, checkpoint)
         if not targets:
             raise UsageError("no linear of a decoder block is quantized", "loosen ignore, or choose another scheme")
+        fitted = next((name for name, target in targets.items() if target.fits_tables), None)
+        if fitted is not None:
+            raise UsageError(f"{fitted} has values that are fitted to its weights, which a training would fit anew in "
+                             f"every step", "train with W4A16, or another scheme of fixed values")  # fmt: skip
         fakes: dict[str, FakeQuantize] = {}
         for parameter, parts in _parts(model, targets, plan.architecture).items():
             values = model.get_parameter(parameter)

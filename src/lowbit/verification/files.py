@@ -179,6 +179,8 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
         return named
     if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
         return ("mxfp4",)
+    if leaf == "weight" and info.dtype == torch.int32:
+        return ("codebook",)
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
         if info.dtype == torch.uint8 and tensors[f"{owner}.weight_scale"].shape in ((1,), ()):
             return ("bitnet",)

@@ -227,7 +227,10 @@ class _Judge:
     ) -> None:
         self.compared = True
         grid, codes = quantized.grid, quantized.codes
-        error, weight = _squared_error(original, codes, group, params, grid)
+        if quantized.table is None:
+            error, weight = _squared_error(original, codes, group, params, grid)
+        else:
+            error, weight, _ = squared_error_in_double(original, quantized.decode())
         self.squared_error += error
         self.squared_weight += weight
         if self.nearest:

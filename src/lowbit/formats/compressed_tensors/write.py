@@ -64,7 +64,7 @@ def storage_format(scheme: Scheme) -> str:
     raise FormatError(
         f"compressed-tensors cannot hold {weight.number} weights with {weight.scale_format} scales ({scheme.name})",
         "its 8-bit float is E4M3 and its 4-bit float needs E4M3 or power-of-two scales; NF4, FP4 and INT8 are of "
-        "--format bitsandbytes, TERNARY of --format bitnet",
+        "--format bitsandbytes, TERNARY of --format bitnet, KMEANS4, KMEANS3 and LOG4 of --format codebook",
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from lowbit.export import Piece, block_rows, every_zero_point, no_companions, none_needless, usual_engine
+from lowbit.export import (
+    Piece,
+    block_rows,
+    every_zero_point,
+    float16_scales,
+    no_companions,
+    none_needless,
+    usual_engine,
+)
 from lowbit.export.safetensors_writer import StoredTensor
 from lowbit.schemes import Scheme
 from lowbit.tensors import InputRange, QuantizedTensor
@@ -32,8 +40,8 @@ def unfit(shape: tuple[int, int], scheme: Scheme) -> str | None:
 
 
 def scale_format(scheme: Scheme, dtype: torch.dtype) -> str:
-    """Scales are not stored; they are as fine as they come."""
-    return "float32"
+    """Scales are not stored; they are as fine as they come. Fitted values are those of a codebook folder."""
+    return float16_scales(scheme, dtype) if scheme.weight.is_fitted else "float32"
 
 
 def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> list[StoredTensor]:

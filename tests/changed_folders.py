@@ -1,4 +1,4 @@
-"""Changes of a BitNet folder, for tests of its reader and of its rules."""
+"""Changes of a quantized folder, for tests of its reader and of its rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def change_bitnet(folder: Path, tensors: Callable[[dict[str, Tensor]], object] | None = None, **config: Any) -> Path:
+def change_folder(folder: Path, tensors: Callable[[dict[str, Tensor]], object] | None = None, **config: Any) -> Path:
     """The folder, its tensors changed in place by a function and its quantization_config by keys, without a report."""
     (folder / "lowbit-report.json").unlink(missing_ok=True)
     if tensors is not None:

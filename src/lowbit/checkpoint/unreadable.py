@@ -1,0 +1,60 @@
+"""Quantized folders that lowbit knows by name and cannot read: why, and what to do instead.
+
+A format is read where its layout is fixed, by a specification or by the loader of an engine that all files must suit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """why follows "config.json says NAME, whose files cannot be read:"; instead is the hint."""
+
+    why: str
+    instead: str
+
+
+_START = "start from the 16-bit checkpoint"
+
+# quant_method, in lower case.
+UNREADABLE: dict[str, Unreadable] = {
+    "quark": Unreadable(
+        "AMD Quark states every tensor in classes of its own, and how codes are packed and scales are stored differs "
+        "between its versions",
+        f"{_START}, or run it as it is: vLLM, or transformers with the package amd-quark",
+    ),
+    "aqlm": Unreadable(
+        "a weight is a sum of vectors out of learned codebooks (AQLM), which no format that lowbit writes can hold",
+        f"{_START}, or run it as it is: transformers with the package aqlm",
+    ),
+    "vptq": Unreadable(
+        "weights are vectors out of learned codebooks, behind permutations and norms of channels (VPTQ), which no "
+        "format that lowbit writes can hold",
+        f"{_START}, or run it as it is: transformers with the package vptq",
+    ),
+    "quip": Unreadable(
+        "weights are points of a lattice in a rotated basis (QuIP#), and the layout is that of its authors' kernels, "
+        "without a version",
+        f"{_START}, or run it as it is with the quip-sharp repository",
+    ),
+    "spqr": Unreadable(
+        "groups, their scales and sparse outliers lie as its own kernel reads them (SpQR)",
+        f"{_START}, or run it as it is: transformers with the package spqr_quant",
+    ),
+    "higgs": Unreadable(
+        "weights are points of a grid in a rotated basis, packed for the kernels of FLUTE (HIGGS)",
+        f"{_START}, or run it as it is: transformers with the package flute-kernel",
+    ),
+    "quanto": Unreadable(
+        "optimum-quanto keeps tensors of its own classes, whose packing it chooses by device",
+        f"{_START}, or run it as it is with optimum-quanto",
+    ),
+}  # fmt: skip
+_SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip", "amd-quark": "quark"}
+
+
+def find_unreadable(method: str) -> Unreadable | None:
+    """The entry of a quant_method in lower case, other spellings included; None for one that is not known at all."""
+    return UNREADABLE.get(_SPELLINGS.get(method, method))
