@@ -32,17 +32,13 @@ from torch import Tensor, nn
 
 from lowbit.architecture.structure import Part
 from lowbit.errors import NonFiniteError
-from lowbit.evaluation.activations import quantize_activation
 from lowbit.kernels.tables import Codebook, MinifloatFormat
 from lowbit.numerics.straight_through import changed_scale, straight_through
 from lowbit.rounding.rtn import Fitted
 from lowbit.rounding.target import GridTarget, Stored, Target
-from lowbit.schemes import ActivationSpec
-from lowbit.tensors import Granularity, InputRange, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor
 
 TERNARY = ("TQ1_0", "TQ2_0")  # ggml types; the scheme of that name has its scale from `rounding.rtn`
-# Largest |value| of codes at scale 1; of NVFP4 times that of its group scales.
-_LARGEST = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0 * 448.0}
 
 
 @dataclass(frozen=True)
@@ -187,22 +183,6 @@ def absmean_ternary(weight: Tensor) -> Tensor:
     if not scale > 0:
         return torch.zeros_like(weight)
     return (weight / scale).round().clamp(-1, 1) * scale
-
-
-def fake_quantize_activation(x: Tensor, spec: ActivationSpec) -> Tensor:
-    """x̂ as an engine computes it, of the shape and dtype of x, with the gradient of x.
-
-    A static scale is that of the batch: the one that is stored is measured at the export.
-    """
-    with torch.no_grad():
-        scale = zero_point = None
-        if spec.needs_calibration and spec.symmetric:
-            scale = max(x.abs().max().item(), 1e-12) / _LARGEST[spec.number]
-        elif spec.needs_calibration:
-            covered = InputRange(min(x.min().item(), 0.0), max(x.max().item(), 1e-12))
-            scale, zero_point = covered.affine(spec.bits)
-        rounded = quantize_activation(x, spec, scale, zero_point)
-    return straight_through(x, rounded)
 
 
 def _per_weight(change: Tensor, stored: Stored, shape: torch.Size) -> Tensor:
