@@ -1,6 +1,6 @@
 """Methods: transforms that rewrite weights, the rounding that chooses codes, and what learns behind it.
 
-    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   gptq+distill …
+    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   gptq+distill   spinquant+gptq …
 
 A method is transforms in the order given, then one rounding, then at most one finish; the default is rounding to
 nearest. A row names its function as "module:function", imported when it runs, and its needs; other code tests these
@@ -163,6 +163,11 @@ class Method:
     def needs_text(self) -> bool:
         """True if calibration text runs through the model, block by block."""
         return bool(self.transforms) or self.rounding.needs_text or bool(self.learned or self.finish)
+
+    @property
+    def learns_rotations(self) -> bool:
+        """True if rotations of the whole model are learned from the text, before anything is rounded."""
+        return any(row.learns for row in self.transforms)
 
 
 def parse_method(text: str) -> Method:

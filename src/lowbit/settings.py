@@ -553,13 +553,13 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
         learns=learns,
         distills=bool(methods) and methods[0].finish is not None,
-        turns=bool(methods) and any(row.learns for row in methods[0].transforms),
+        turns=bool(methods) and methods[0].learns_rotations,
         corrects=settings.correction != 0,
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
         draws=learns
-        or any(method.finish or any(row.learns for row in method.transforms) for method in methods)
+        or any(method.finish or method.learns_rotations for method in methods)
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),

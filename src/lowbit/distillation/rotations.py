@@ -5,7 +5,7 @@
 by SGD along the Cayley transform (`numerics.stiefel`), from random Hadamard matrices. Rotations alone change no logit:
 the divergence is all from rounding. Inputs of linears are rounded in the forward pass as the engine will; weights where
 the run rounds them to nearest, or where nothing else is rounded. GPTQ adapts to weights that are rotated already, so
-that rotations learned for activations alone serve it better (the paper's section 4.3).
+that rotations learned for activations alone serve it better, as the paper found.
 
 The paper takes the loss of the text; here it is the divergence, for which a text of any kind will do, and whose value
 on held-out windows decides: the rotations of the best evaluation count, those of the start among them. The rate falls
@@ -19,29 +19,33 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.architecture import Architecture
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.store import BlockStore
 from lowbit.calibrate.stream import RotationJob
 from lowbit.distillation.descent import EVALUATIONS, PASSES, Split, windows_per_step
 from lowbit.distillation.divergence import TokenDivergence
-from lowbit.distillation.memory import distill_memory, distillation_dtype
+from lowbit.distillation.memory import DistillMemory, distill_memory, distillation_dtype
 from lowbit.distillation.rotated import MATRIX, RESIDUAL, VALUES, RotatedStudent, rotations_of
 from lowbit.distillation.student import Changes
 from lowbit.errors import NonFiniteError
 from lowbit.numerics.hadamard import make_rotation
 from lowbit.numerics.stiefel import cayley_step
+from lowbit.rounding.target import Target
 from lowbit.settings import Settings
 from lowbit.transform.rotate import StreamRotations, residual_rotation, value_point
 
 RATE = 1.5
 KEEP_EVERY = 60.0  # seconds between two saved states
 _DECAY = 0.9  # of the momentum
+_MATRICES = 9  # of [H, H], float64: now, best, momentum, gradient, and what a step takes
 _NAME = "spinquant"
 _STATE = "rotations"  # in the folder of the run
 
@@ -50,6 +54,18 @@ def rotation_steps(settings: Settings, windows: int, tokens: int) -> int:
     """Steps over so many windows of so many tokens: the user's number, or those of a few passes."""
     split = Split.of(windows, _NAME)
     return settings.rotation_steps or PASSES * max(1, len(split.train) // windows_per_step(windows, tokens))
+
+
+def rotation_memory(
+    architecture: Architecture, targets: Mapping[str, Target], dtype: torch.dtype, windows: int, tokens: int
+) -> DistillMemory:
+    """Memory of learning over so many windows of so many tokens: as of a distillation, and matrices of the width of the
+    stream. UsageError for too few windows."""
+    Split.of(windows, _NAME)
+    memory = distill_memory(architecture, dict(targets), dtype, windows, tokens)
+    embeddings = (shape for name, shape in architecture.parameters.items() if architecture.roles[name] == "embedding")
+    width = max(shape[-1] for shape in embeddings)
+    return replace(memory, needed=memory.needed | {"rotations": _MATRICES * 8 * width * width})
 
 
 @dataclass
@@ -124,8 +140,8 @@ def _descend(job: RotationJob, store: BlockStore, steps: int, state: RotationSta
     windows, tokens = job.ids.shape
     split, size = Split.of(windows, _NAME), windows_per_step(windows, tokens)
     dtype = distillation_dtype(job.settings)
-    share = distill_memory(job.architecture, dict(job.targets), dtype, windows, tokens).share(
-        job.run.max_memory, _NAME, "take hadamard, which learns nothing")  # fmt: skip
+    memory = rotation_memory(job.architecture, job.targets, dtype, windows, tokens)
+    share = memory.share(job.run.max_memory, _NAME, "take hadamard, which learns nothing")
     runs = (dtype, job.run.device, job.options, share.states)
     student = RotatedStudent(job, BlockRunner(job.checkpoint, *runs), share.resident, share.graphs)
     divergence = TokenDivergence(BlockRunner(job.checkpoint, *runs), student, job.progress)
