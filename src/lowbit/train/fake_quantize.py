@@ -12,8 +12,8 @@ the precision of the file with the gradient of what was rounded (`numerics.strai
 and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
 
 Fitted anew in every forward pass by the type's own encoder, from the weights as they are: ggml types, double
-quantization, and grids with `learn_scales=False`. Ternary types take the absmean of BitNet b1.58 (Ma et al. 2024, arXiv
-2402.17764):
+quantization, scales below one of their row (QoQ), and grids with `learn_scales=False`. Ternary types take the absmean
+of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764):
 
     s = mean |w| of the matrix, codes = clamp(rint(w / s), −1, 1)        TQ1_0, TQ2_0, the scheme TERNARY
 
@@ -62,7 +62,9 @@ class QuantizedPart:
 
 def learns_scales(target: Target) -> bool:
     """True for grids with scales of their own: of rows, groups or blocks, stored as numbers."""
-    return isinstance(target, GridTarget) and not target.is_nested and target.spec.granularity != Granularity.TENSOR
+    if not isinstance(target, GridTarget) or target.is_nested or target.spec.scale_format == "qoq":
+        return False
+    return target.spec.granularity != Granularity.TENSOR
 
 
 class FakeQuantize(nn.Module):
