@@ -75,7 +75,7 @@ SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 ONLY_PARSED: dict[str, str] = {
     "lowbit bench OUT --engine vllm": "the suite has no vLLM",
     'lowbit generate smollm2-W4A16 -p "The sky is blue because" --raw --max-tokens 8 --kv-cache': "heads of 32 values",
-    "lowbit quantize MODEL -o OUT --scheme W4A4 --method hadamard": "a tied head",
+    "lowbit quantize MODEL -o OUT --scheme W4A4 --method hadamard": "its text is the reader's",
     "lowbit bench OUT --url": "nothing is served",
     "lowbit evaluate OUT --tasks all --url": "nothing is served",
     "lowbit compare demo:smollm2 smollm2-W4A16 --blind --judge": "nothing is served",

@@ -24,6 +24,7 @@ from lowbit.cli.main import app
 from lowbit.cli.options import Sections, of_table, with_groups
 from lowbit.errors import UsageError
 from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table
+from lowbit.methods import parse_method
 from lowbit.report import schema
 from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions
 from lowbit.schemes import SCHEMES
@@ -60,6 +61,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "shrinkage": st.floats(0, 1),
     "distill_rate": st.floats(0, 0.1, exclude_min=True),
     "outliers": st.floats(0, 5, exclude_min=True),
+    "rotation_rate": st.floats(0, 100, exclude_min=True),
     "group_size": st.integers(-1, 4096),
     "shard_size": st.integers(1_000_000, 10**13),
     "seed": st.integers(-(10**9), 10**9),
@@ -79,10 +81,17 @@ def values_of(row: Row) -> st.SearchStrategy[Any]:
     return TEXT
 
 
-SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(row) for name, row in ROWS.items()}).map(
-    # a level of quality stands for a method
-    lambda values: make_settings(None, **{k: v for k, v in values.items() if k != "method" or "quality" not in values})
-)
+def some_settings(values: dict[str, Any]) -> Settings:
+    """Without what contradicts another: a level of quality stands for a method, and some methods change outputs."""
+    if "quality" in values:
+        values.pop("method", None)
+    if values.get("hessian") == "kronecker" and any(row.online is None for row in parse_method(
+        values.get("method", "rtn")).transforms):  # fmt: skip
+        del values["hessian"]
+    return make_settings(None, **values)
+
+
+SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(row) for name, row in ROWS.items()}).map(some_settings)
 
 
 @given(SETTINGS)
@@ -203,6 +212,8 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "bias_correction": (True, {}, BLOCKWISE),
     "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
     "hessian": ("guided:4", {}, CORRECTED),
+    "rotation_steps": (9, {"method": "spinquant+gptq"}, QUANTIZED),
+    "rotation_rate": (0.5, {"method": "spinquant+gptq"}, QUANTIZED),
     "damping": (0.02, {}, HESSIAN),
     "shrinkage": (0.02, {}, HESSIAN),
     "correction": (0.5, {}, HESSIAN),

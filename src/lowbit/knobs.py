@@ -40,6 +40,7 @@ class Facts:
     roundings      of the method and its overrides
     learns         optimises blocks by sign-SGD
     distills       learns scales of the whole model
+    turns          learns rotations
     corrects       GPTQ corrects errors of the rounded prefix
     static         some scheme stores static activation scales
     reads_text     runs a text through the model, other than for an importance matrix
@@ -64,6 +65,7 @@ class Facts:
     roundings: frozenset[str] = frozenset({"rtn"})
     learns: bool = False
     distills: bool = False
+    turns: bool = False
     corrects: bool = True
     static: bool = False
     reads_text: bool = False
@@ -114,7 +116,8 @@ READS_TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such 
                     lambda run: run.reads_text)  # fmt: skip
 TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, --kv-cache, or --imatrix measure for "
               "GGUF uses it", lambda run: run.reads_text or run.measures)  # fmt: skip
-DRAWS = Reader("sign-SGD, distillation, --hessian guided or kronecker, and runs that sample rows of --calib",
+DRAWS = Reader("sign-SGD, distillation, learned rotations, --hessian guided or kronecker, and runs that sample rows of "
+               "--calib",
                "--method sign-sgd or --calib c4 uses it", lambda run: run.draws)  # fmt: skip
 BLOCKWISE = Reader("methods that run a text block by block", "--method gptq, awq, smoothquant or sign-sgd uses it",
                    lambda run: run.blockwise)  # fmt: skip
@@ -135,6 +138,7 @@ CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq u
 REFINE = Reader("lowbit refine", "lowbit refine FILE --reference MODEL uses it", lambda run: "refine" in run.roundings)
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
 DISTILL = Reader("distillation", "--method gptq+distill uses it", lambda run: run.distills)
+ROTATIONS = Reader("learned rotations", "--method spinquant+gptq uses it", lambda run: run.turns)
 GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",
               lambda run: run.gguf and not run.mmproj)  # fmt: skip
 HEADER = Reader("GGUF files of language models made of a folder",

@@ -1,6 +1,7 @@
 """Methods: transforms that rewrite weights, the rounding that chooses codes, and what learns behind it.
 
-    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   squeezellm   gptq+distill …
+    rtn   gptq   awq   awq+gptq   smoothquant+gptq   rotate+gptq   gptq+sign-sgd   hqq   squeezellm
+    gptq+distill   spinquant+gptq …
 
 A method is transforms in the order given, then one rounding, then at most one finish; the default is rounding to
 nearest. A row names its function as "module:function", imported when it runs, and its needs; other code tests these
@@ -23,8 +24,9 @@ class Transform:
 
     function  (block: BlockTensors, facts: ModelFacts, fake_quantize: FakeQuantize) → list[TransformNote]
     paper     arXiv
-    outside   (checkpoint, facts) → embedding, final norm and head, rewritten; for transforms of the residual stream,
-              which use no statistics and run before any measurement
+    stream    (facts) → StreamRotations, of the residual stream: folded before any measurement; `function` gets them as
+              a fourth argument
+    learns    `stream` learns them from the text: (RotationJob, BlockStore) → StreamRotations
     refuses   (facts) → None; UsageError names why a model does not allow it, before any work
     online    (architecture, quantized linears) → linear → rotation of its input that the engine applies as the model
               runs; `function` is then empty, since only what is rounded is rotated. For formats that state it
@@ -35,13 +37,14 @@ class Transform:
     summary: str
     paper: str
     aliases: tuple[str, ...] = ()
-    outside: str | None = None
+    stream: str | None = None
+    learns: bool = False
     refuses: str | None = None
     online: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
-        return self.outside is None and self.online is None
+        return self.stream is None and self.online is None
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,13 @@ TRANSFORMS = {row.name: row for row in (
               "scales that protect weights which meet large activations", "2306.00978"),
     Transform("rotate", "lowbit.transform.rotate:apply_values",
               "a Hadamard rotation of each value head (QuaRot)", "2404.00456"),
-    Transform("hadamard", "lowbit.transform.rotate:apply_residual",
+    Transform("hadamard", "lowbit.transform.rotate:apply_stream",
               "a Hadamard rotation of the residual stream (QuaRot)", "2404.00456", ("quarot",),
-              outside="lowbit.transform.rotate:rotated_outside", refuses="lowbit.transform.rotate:refuse_residual"),
+              stream="lowbit.transform.rotate:hadamard_rotations", refuses="lowbit.transform.rotate:refuse_residual"),
+    Transform("spinquant", "lowbit.transform.rotate:apply_stream",
+              "rotations of the residual stream and of each value head, learned from the unquantized model; slow",
+              "2405.16406", stream="lowbit.distillation.rotations:learned_rotations", learns=True,
+              refuses="lowbit.transform.rotate:refuse_residual"),
     Transform("hadamard-down", "",
               "a Hadamard rotation of the input of down_proj, by the engine as the model runs (R4 of QuaRot)",
               "2404.00456", ("r4",), online="lowbit.transform.online:down_rotations",
@@ -164,6 +171,11 @@ class Method:
         """True if calibration text runs through the model, block by block."""
         return bool(self.transforms) or self.rounding.needs_text or bool(self.learned or self.finish)
 
+    @property
+    def learns_rotations(self) -> bool:
+        """True if rotations of the whole model are learned from the text, before anything is rounded."""
+        return any(row.learns for row in self.transforms)
+
 
 def parse_method(text: str) -> Method:
     """ "smoothquant+gptq" → Method; UsageError names what is unknown or stands in the wrong order."""
@@ -193,6 +205,12 @@ def parse_method(text: str) -> Method:
         pairs = [f"{start}+{row.name}" for row in ROUNDINGS.values() for start in row.starts]
         raise UsageError(f"method {text!r} rounds twice",
                          f"only {' and '.join(pairs)} does: the second starts from the first")  # fmt: skip
+    streams = [row.name for row in transforms if row.stream is not None]
+    if len(streams) > 1:
+        raise UsageError(f"method {text!r} rotates the residual stream twice", f"take one of {' and '.join(streams)}")
+    if any(row.learns for row in transforms) and TRANSFORMS["rotate"] in transforms:
+        raise UsageError(f"method {text!r} rotates values twice: spinquant learns a rotation of each value head",
+                         "leave rotate out")  # fmt: skip
     online = next((row.name for row in transforms if row.online is not None), None)
     if online is not None and (learned or finish):
         what = learned or finish

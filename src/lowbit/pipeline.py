@@ -76,6 +76,7 @@ def calibrate(
             output,
             progress,
             given=prepared.text,
+            activations=plan.activations,
         )
         if finish is not None:
             done, distilled = load(finish.function)(done, job)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Storage of a scale. "model": a 16- or 32-bit float, as the file format has it. "nested": 8-bit codes of bitsandbytes'
-# double quantization.
-ScaleFormat = Literal["model", "e8m0", "e4m3", "nested"]
+# double quantization. "qoq": such a float, which is an integer of 1 to 16 times one float per row (QServe).
+ScaleFormat = Literal["model", "e8m0", "e4m3", "nested", "qoq"]
 Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary", "kmeans", "log"]
 # Numbers whose table of values is fitted to the weights; no engine's own format holds them.
 FITTED_NUMBERS = ("kmeans", "log")
@@ -38,7 +38,7 @@ class WeightSpec:
     symmetric     False: an integer zero point per scale
     granularity   which weights share a scale
     group_size    columns per scale (GROUP) or side of the square (BLOCK); None for TENSOR and CHANNEL
-    scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4), "nested"
+    scale_format  "model" float, "e8m0" power of two (MX), "e4m3" with one float32 per tensor (NVFP4), "nested", "qoq"
     narrow        integers without their most negative code: scale · (2^(b−1) − 1) is the largest weight exactly
     ranged        True: beside the group scales lies one float32 per tensor, its largest weight over 448 or above: an
                   engine that multiplies in FP8 divides the weights by it (ModelOpt's W4A8_AWQ)
@@ -64,12 +64,12 @@ class WeightSpec:
     def group_size_is_free(self) -> bool:
         """MX and NVFP4 fix the group size; so does a square block."""
         grouped = self.granularity is Granularity.GROUP
-        return self.has_free_groups and grouped and self.scale_format == "model"
+        return self.has_free_groups and grouped
 
     @property
     def has_free_groups(self) -> bool:
         """True where --group-size may say how many columns share a scale or table."""
-        return self.number in ("int", *FITTED_NUMBERS) and self.scale_format == "model" and not self.narrow
+        return self.number in ("int", *FITTED_NUMBERS) and self.scale_format in ("model", "qoq") and not self.narrow
 
     @property
     def is_fitted(self) -> bool:
@@ -173,6 +173,7 @@ _MXFP8 = WeightSpec("e4m3", 8, Granularity.GROUP, group_size=32, scale_format="e
 _NF4 = WeightSpec("nf4", 4, Granularity.GROUP, group_size=64)
 _FP4 = WeightSpec("fp4", 4, Granularity.GROUP, group_size=64)
 _INT4_RANGED = WeightSpec("int", 4, Granularity.GROUP, group_size=128, ranged=True)
+_INT4_QOQ = WeightSpec("int", 4, Granularity.GROUP, group_size=128, scale_format="qoq")
 _TERNARY = WeightSpec("ternary", 2, Granularity.TENSOR)
 
 
@@ -220,6 +221,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W8A8_STATIC_ASYM", _INT8_CHANNEL, _INT8_STATIC_ASYM,
                "8-bit integers per row; activations 8-bit with a zero point per tensor, static"),
         Scheme("W4A8", _int_group(4), _INT8_TOKEN, "4-bit integers, group 128; activations 8-bit per token, dynamic"),
+        Scheme("W4A8_QOQ", _INT4_QOQ, _INT8_TOKEN,
+               "4-bit integers, group 128, scales int8 below one per row (QoQ); activations 8-bit per token, dynamic"),
         Scheme("W4A4", _int_group(4), _INT4_TOKEN, "4-bit integers, group 128; activations 4-bit per token, dynamic"),
         Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,
                "4-bit integers, group 128; activations 4-bit per 128 of a token, dynamic"),
@@ -343,7 +346,7 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
 # Scheme → wider ones of the same engines, in the order to try.
 WIDER: dict[str, tuple[str, ...]] = {
     "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
-    "W4A8": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
+    "W4A8": ("W8A8",), "W4A8_QOQ": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
     "KMEANS3": ("KMEANS4",), "LOG4": ("KMEANS4",),
     "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
     "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),

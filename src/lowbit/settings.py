@@ -89,8 +89,8 @@ class Settings(Table):
     ] = "W4A16"  # fmt: skip
     method: Annotated[
         str,
-        Knob("rtn, hqq, gptq, squeezellm, awq, smoothquant, rotate, hadamard, hadamard-down, sign-sgd, distill, joined "
-             "by +: awq+gptq", MAKE,
+        Knob("rtn, hqq, gptq, squeezellm, awq, smoothquant, rotate, hadamard, spinquant, hadamard-down, sign-sgd, "
+             "distill, joined by +: awq+gptq", MAKE,
              knobs.METHOD, "METHOD", see="calibration.md#methods"),
     ] = "rtn"  # fmt: skip
     quality: Annotated[
@@ -152,7 +152,12 @@ class Settings(Table):
     samples: Annotated[int, Field(ge=1), Knob("Number of calibration windows", CALIBRATION, knobs.TEXT)] = 128
     seqlen: Annotated[int, Field(ge=4), Knob("Tokens per window", CALIBRATION, knobs.TEXT)] = 512
     seed: Annotated[
-        int, Knob("Seed for sampling calibration rows, for sign-SGD and distillation", CALIBRATION, knobs.DRAWS)
+        int,
+        Knob(
+            "Seed for sampling calibration rows, for sign-SGD, distillation and learned rotations",
+            CALIBRATION,
+            knobs.DRAWS,
+        ),
     ] = 0
     compute: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -239,6 +244,16 @@ class Settings(Table):
         Knob("Distillation: relative change of a scale in a step, at the start", METHODS, knobs.DISTILL,
              absent="0.001", see="distill.md"),
     ] = None  # fmt: skip
+    rotation_steps: Annotated[
+        int | None, Field(ge=1),
+        Knob("Learned rotations: steps of about 2048 tokens", METHODS, knobs.ROTATIONS,
+             absent="3 passes over the windows", see="transforms.md#learned-rotations"),
+    ] = None  # fmt: skip
+    rotation_rate: Annotated[
+        float | None, Field(gt=0, le=100),
+        Knob("Learned rotations: largest step along the Cayley transform, at the start", METHODS, knobs.ROTATIONS,
+             absent="1.5", see="transforms.md#learned-rotations"),
+    ] = None  # fmt: skip
 
     imatrix: Annotated[
         str | None,
@@ -292,6 +307,16 @@ class Settings(Table):
             raise UsageError(f"--quality {values['quality']} stands for --method {preset['method']}, not for {asked}",
                              "leave one of the two out")  # fmt: skip
         return preset | {name: value for name, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _outputs_as_given(self) -> Settings:
+        if not self.feeds_rows:
+            return self
+        turning = [row.name for row in parse_method(self.method).transforms if row.online is None]
+        if turning:
+            raise UsageError(f"--hessian kronecker knows the outputs of the model as given, which {turning[0]} changes",
+                             f"take --hessian guided, or leave {turning[0]} out")  # fmt: skip
+        return self
 
     @property
     def given(self) -> dict[str, Any]:
@@ -559,12 +584,13 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
         learns=learns,
         distills=bool(methods) and methods[0].finish is not None,
+        turns=bool(methods) and methods[0].learns_rotations,
         corrects=settings.correction != 0,
         static=static,
         reads_text=reads_text,
         writes_text=reads_text and settings.calib == "self",
         draws=learns
-        or any(method.finish for method in methods)
+        or any(method.finish or method.learns_rotations for method in methods)
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),

@@ -143,7 +143,7 @@ class Grid(Protocol):
         """1 for scalar grids; 4 or 8 for vector codebooks."""
         ...
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         """The params that just cover [low, high]; float32 tensors of any one shape."""
         ...
 
@@ -153,7 +153,7 @@ class Grid(Protocol):
         group_size: int,
         search: RangeSearch,
         importance: Tensor | None = None,
-        global_scale: float = 1.0,
+        global_scale: float | Tensor = 1.0,
     ) -> GroupParams:
         """Params of each row and group of weight [N, K]; importance float32 [K] weighs the squared errors."""
         ...

@@ -328,6 +328,15 @@ def test_another_value_is_refused(value):
         make_settings(hessian=value)
 
 
+@pytest.mark.parametrize("transform", ["awq", "smoothquant", "hadamard", "rotate", "spinquant"])
+def test_transforms_that_change_outputs_refuse_feedback_between_rows(transform):
+    with pytest.raises(
+        UsageError, match=f"kronecker knows the outputs of the model as given, which {transform} changes"
+    ):
+        make_settings(method=f"{transform}+gptq", hessian="kronecker")
+    assert make_settings(method="hadamard-down+gptq", hessian="kronecker").feeds_rows  # which turns an input alone
+
+
 def test_methods_without_a_hessian_refuse_it(model, tmp_path):
     import lowbit
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from calibrate.calibrated import TEXT, calibrated, write_text
@@ -187,10 +187,22 @@ def test_kv_cache_scales_are_measured_and_stored(tiny_llama, tmp_path, text):
     assert (stored["model.layers.1.self_attn.k_scale"] > 0).all()
 
 
-def test_hadamard_needs_an_untied_head(tmp_path, text):
+@pytest.mark.parametrize("output", ["out", "out.gguf"])
+def test_hadamard_unties_a_head_and_says_so(tmp_path, text, output):
     model = make_model(tmp_path / "model", "llama", tie_word_embeddings=True)
-    with pytest.raises(UsageError):
-        calibrated(model, tmp_path / "out", text, "hadamard+gptq")
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"] += torch.rand(128)
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    settings = {"scheme": "Q8_0", "group_size": None} if output.endswith("gguf") else {"scheme": "W8A16"}
+    report = calibrated(model, tmp_path / output, text, "hadamard+gptq", **settings)
+    assert report.verification.ok
+    assert any(
+        "lm_head.weight becomes a tensor of its own, 49,152 more weights" in each for each in report.source.notes
+    )
+    assert divergence(tmp_path / output, model) < 1e-3
+
+
+def test_hadamard_gains_where_rounding_is_coarse(tmp_path, text):
     model = make_model(tmp_path / "untied", "llama", tie_word_embeddings=False)
     calibrated(model, tmp_path / "out", text, "hadamard+gptq")
     lowbit.quantize(model, tmp_path / "rtn", scheme="W4A16", group_size=32)

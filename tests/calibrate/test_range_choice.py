@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.calibrate.range_choice import BINS, bin_edges, histogram, mse_range, percentile_range
-from lowbit.evaluation.activations import quantize_activation
+from lowbit.numerics.activations import quantize_activation
 from lowbit.schemes import ActivationSpec
 
 

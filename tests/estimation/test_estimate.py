@@ -113,6 +113,9 @@ def test_a_calibrated_run_takes_more_of_everything(tiny_llama):
     distilled = lowbit.estimate(tiny_llama, scheme="W4A16", method="gptq+distill").run
     assert distilled.seconds > calibrated.seconds
     assert distilled.peak_memory > calibrated.peak_memory
+    turned = lowbit.estimate(tiny_llama, scheme="W4A16", method="spinquant+gptq").run
+    assert turned.seconds > calibrated.seconds
+    assert turned.peak_memory > calibrated.peak_memory
     more = lowbit.estimate(tiny_llama, scheme="W4A16", method="gptq", samples=1024).run
     assert more.memory["hidden states"] == 8 * calibrated.memory["hidden states"]
     bound = lowbit.estimate(tiny_llama, scheme="W4A16", method="gptq", samples=1024, max_memory=more.peak_memory // 2)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.evaluation.activations import quantize_activation, quantize_llm_int8, simulated_activations
+from lowbit.evaluation.activations import simulated_activations
+from lowbit.numerics.activations import quantize_activation, quantize_llm_int8
 from lowbit.numerics.column_scales import ColumnScales
 from lowbit.schemes import SCHEMES, ActivationSpec
 

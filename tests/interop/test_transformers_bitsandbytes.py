@@ -227,7 +227,7 @@ def test_blocks_that_cross_rows_decode_as_bitsandbytes_decodes_them(tmp_path, ne
 
 def test_inputs_of_int8_linears_are_rounded_as_bitsandbytes_rounds_them(written):
     """Its product, on the CPU, against ours of x̂ and the decoded weight; x with two outlier columns."""
-    from lowbit.evaluation.activations import quantize_llm_int8
+    from lowbit.numerics.activations import quantize_llm_int8
 
     checkpoint = open_codes(written("INT8"))
     codes = load_file(written("INT8") / "model.safetensors")

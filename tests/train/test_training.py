@@ -16,10 +16,11 @@ from lowbit.architecture.structure import Part
 from lowbit.errors import CheckpointError, NonFiniteError, UsageError
 from lowbit.export import default_format
 from lowbit.numerics import ggml, grid_for
+from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.rounding.target import GridTarget, ScaledBlocks
 from lowbit.schemes import SCHEMES, is_gguf_name
 from lowbit.tensors import QuantizedTensor, RangeSearch
-from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart, absmean_ternary, fake_quantize_activation
+from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart, absmean_ternary
 from models import SHORT_TEXT, SIZES, make_model
 
 IDS = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))

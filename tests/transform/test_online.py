@@ -13,8 +13,9 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.transform_config import parse_transform_config
 from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.evaluation import load_model
-from lowbit.evaluation.activations import quantize_activation, simulated_activations
+from lowbit.evaluation.activations import simulated_activations
 from lowbit.methods import parse_method
+from lowbit.numerics.activations import quantize_activation
 from lowbit.numerics.hadamard import Rotation, make_rotation, sylvester
 from lowbit.settings import RunOptions
 from lowbit.tensors import LayerStats

@@ -13,8 +13,9 @@ from lowbit.numerics.hadamard import make_rotation
 from lowbit.tensors import LayerStats
 from lowbit.transform.rotate import (
     RotateOptions,
-    apply_residual,
+    apply_stream,
     apply_values,
+    hadamard_rotations,
     residual_refusal,
     residual_rotation,
     rotate_block,
@@ -153,7 +154,7 @@ def test_values_are_left_alone_where_rounding_gains_nothing(folder):
 def test_the_transform_of_the_stream_says_what_it_did(folder):
     model = Model(make_model(folder / "note", "llama", dtype=torch.float32))
     block = model.block(1)
-    (note,) = apply_residual(block, model.facts, coarse, RotateOptions(seed=5))
+    (note,) = apply_stream(block, model.facts, coarse, hadamard_rotations(model.facts, 5))
     assert note.applied
     assert note.error_before is None
     assert note.point == "model.layers.1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -20,10 +22,11 @@ from lowbit.errors import CheckpointError
 
 
 def describe_checkpoint(
-    checkpoint: Checkpoint, trust_remote_code: bool = False, split_experts: bool | None = False
+    checkpoint: Checkpoint, trust_remote_code: bool = False, split_experts: bool | None = False, unties: bool = False
 ) -> tuple[Architecture, Checkpoint]:
     """(architecture, the checkpoint as that names things), after the one look at a source that all commands take.
 
+    unties         give tied tensors, the head, one of their own
     split_experts  describe experts one by one also where the files hold them in one tensor; None: unless engines read
                    them as one tensor only (gpt-oss)
 
@@ -40,21 +43,32 @@ def describe_checkpoint(
     found = inspect_source(view, architecture)
     new = tuple(note for note in (*notes, *found.notes) if note not in view.notes)
     changes = Changes(frozenset(found.left_out), untied(config) if found.unties else None, new)
+    if unties and architecture.tied and not found.unties:
+        changes = replace(changes, config=untied(config), notes=(*new, *_tie_notes(view, architecture)),
+                          copied=dict(architecture.tied))  # fmt: skip
+        found.unties = True
     if found.unties:
         architecture = discover_once(untied(config), folder, trust_remote_code, split)
     return architecture, canonical_view(view, architecture, changes)
 
 
+def _tie_notes(view: Checkpoint, architecture: Architecture) -> list[str]:
+    sizes = {alias: math.prod(view.tensors[stored].shape) for alias, stored in architecture.tied.items()}
+    return [f"{alias} becomes a tensor of its own, {size:,} more weights: config.json ties it to "
+            f"{architecture.tied[alias]}, and a rotation gives the two different values"
+            for alias, size in sizes.items()]  # fmt: skip
+
+
 def open_described(
-    model: ModelSource, options: OpenOptions, split_experts: bool | None = False
+    model: ModelSource, options: OpenOptions, split_experts: bool | None = False, unties: bool = False
 ) -> tuple[Checkpoint, Architecture]:
-    """An open model under the names of its architecture; experts as `describe_checkpoint` has them.
+    """An open model under the names of its architecture; experts and ties as `describe_checkpoint` has them.
 
     CheckpointError where config.json quantizes a linear that the files hold in 16 bits: one of the two is wrong.
     """
     checkpoint = open_checkpoint(model, options)
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts)
+    architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts, unties)
     if not isinstance(checkpoint, CanReadCodes):
         return checkpoint, architecture
     for linear in architecture.linears.values():

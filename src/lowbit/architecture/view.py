@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a view changes beside names. config: stands for config.json; None: as it is"""
+    """What a view changes beside names.
+
+    config  stands for config.json; None: as it is
+    copied  tied name → the name that it is stored under: it becomes a tensor of its own
+    """
 
     left_out: frozenset[str] = frozenset()
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    copied: dict[str, str] = field(default_factory=dict)
 
 
 def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: Changes | None = None) -> Checkpoint:
@@ -71,6 +76,7 @@ def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: 
     for alias, stored in architecture.tied.items():  # a tied tensor may be stored under either name
         if alias in sources and stored not in sources:
             sources[stored] = sources.pop(alias)
+    sources |= {alias: sources[stored] for alias, stored in changes.copied.items()}
     wide = any(info.dtype is torch.float64 for info in checkpoint.tensors.values())
     same = all(name == source.name and source.part is None for name, source in sources.items())
     if same and not wide and changes == Changes():

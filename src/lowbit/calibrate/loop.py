@@ -1,7 +1,8 @@
 """The calibrated loop. One block at a time: measure its inputs, transform, round, store, run the rounded block.
 
+    find or learn rotations of the residual stream, if the method has any   stream
     for each block that no earlier run finished:
-        rotate the residual stream, if the method does                      transform
+        fold them                                                           transform
         for each child (attention, MLP), if the method has transforms:
             statistics of its inputs → scales                               transform
         for each distinct input:
@@ -41,6 +42,7 @@ from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
 from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockStore, LinearResult
+from lowbit.calibrate.stream import RotationJob, outside_blocks, stream_rotations
 from lowbit.calibrate.summary import coverage_notes
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
@@ -49,8 +51,8 @@ from lowbit.errors import UsageError
 from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, parse_method
 from lowbit.numerics.hadamard import Rotation
-from lowbit.registry import load
 from lowbit.rounding.target import Target
+from lowbit.schemes import ActivationSpec
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
@@ -137,6 +139,7 @@ def calibrate(
     progress: Progress | None = None,
     given: GivenText | None = None,
     start: StartModel | None = None,
+    activations: dict[str, ActivationSpec] | None = None,
 ) -> Calibrated:
     """Run the calibration text through the model, block by block, and round every target by the method.
 
@@ -144,6 +147,7 @@ def calibrate(
     dtypes   stored name → dtype of the tensors written as floats
     given    what stands for the calibration text in memory
     start    the finished model whose codes are refined
+    activations  linear → rounding of its input at run time, for rotations that are learned
     output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
 
     Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
@@ -152,14 +156,8 @@ def calibrate(
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          "loosen --ignore, or take --method rtn")  # fmt: skip
     windows = read_windows(checkpoint, settings, options, run, progress, given)
-    method, outside = parse_method(settings.method), dict[str, Replacement]()
-    for transform in method.transforms:
-        if transform.outside is not None:
-            rewritten = load(transform.outside)(checkpoint, model_facts(architecture))
-            outside |= {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
-    source = OverlaidCheckpoint(checkpoint, outside)
-    rotations = online_rotations(method, architecture, targets)
-    job = Job(source, targets, dtypes, windows.ids, settings, run.device, start, rotations)
+    rotations = online_rotations(parse_method(settings.method), architecture, targets)
+    job = Job(checkpoint, targets, dtypes, windows.ids, settings, run.device, start, rotations)
     if job.needs_hessian:
         widest = max(architecture.linears[name].shape[1] for name in targets)
         windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
@@ -174,8 +172,15 @@ def calibrate(
         job.feeds_rows,
     )
     store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
-    runner = BlockRunner(source, job.dtype, run.device, options, memory)
     work = Work(progress)
+    with work.timed("rotations"):
+        nearest = frozenset(name for name, row in job.roundings.items() if row is RTN)
+        turning = RotationJob(checkpoint, architecture, targets, nearest, activations or {}, rotations, windows.ids,
+                              settings, options, run, progress)  # fmt: skip
+        stream = stream_rotations(job.method, turning, store)
+    outside = {} if stream is None else outside_blocks(checkpoint, architecture, stream, dtypes)
+    job.turn(OverlaidCheckpoint(checkpoint, outside), stream)
+    runner = BlockRunner(job.checkpoint, job.dtype, run.device, options, memory)
     if store.finished < len(runner.blocks):
         facts = model_facts(runner.architecture) if job.method.transforms else None
         per_block = max(_steps(job, block) for block in runner.blocks) * len(job.ids)
@@ -234,11 +239,6 @@ def _weights_of_tokens(
         )
     store.save_weights(weights.weights, weights.missing)
     return weights
-
-
-def _written(values: Tensor, dtype: torch.dtype) -> Replacement:
-    values = values.to(dtype)
-    return Replacement(lambda: values, dtype)
 
 
 def refuse_fallback(job: Job, results: list[LinearResult]) -> None:

@@ -34,17 +34,18 @@ from lowbit.settings import Settings
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, TransformNote
 from lowbit.transform.facts import ModelFacts
-from lowbit.transform.rotate import rotated_stats
+from lowbit.transform.rotate import StreamRotations, rotated_stats
 
 
 class Job:
     """The linears to round, and how.
 
-    checkpoint      under the architecture's names, tensors outside the blocks already rewritten
+    checkpoint      under the architecture's names; after `turn`, tensors outside the blocks are rewritten
     ids             int64 [windows, tokens]
     roundings       linear → its rounding: that of the first matching override, else the method's
     options         name of a rounding → its options
     before          transforms that rewrite a block before measuring; `measured` are those that need statistics
+    stream          the rotations of `before`
     shrinkage       of the Hessians of error feedback
     rotations       linear → rotation of its input by the engine: its weight is rounded rotated, everything else sees it
                     rotated back
@@ -71,7 +72,8 @@ class Job:
                 if row.needs_hessian:
                     needs_drift |= options.needs_drift
                     self.shrinkage = max(self.shrinkage, options.shrinkage)
-        self.before = tuple(row for row in self.method.transforms if row.outside is not None)
+        self.stream: StreamRotations | None = None
+        self.before = tuple(row for row in self.method.transforms if row.stream is not None)
         self.measured = tuple(row for row in self.method.transforms if row.needs_statistics)
         # Windows that the unquantized model runs on too.
         self.compared_windows = min(len(ids), settings.correction_samples or len(ids)) if needs_drift else 0
@@ -87,6 +89,10 @@ class Job:
                             for linear, row in self.roundings.items() if row.needs_hessian}  # fmt: skip
         int8 = any(target.is_llm_int8 for target in targets.values())
         self.needs_channels = bool(self.method.transforms) or settings.bias_correction or int8
+
+    def turn(self, checkpoint: Checkpoint, stream: StreamRotations | None) -> None:
+        """Work on a checkpoint whose tensors outside the blocks are rotated, with the rotations of its blocks."""
+        self.checkpoint, self.stream = checkpoint, stream
 
 
 class Work:
@@ -218,7 +224,8 @@ class CalibratedBlock:
         points = set(stats) | {str(linear.fed_by) for linear in self.linears if linear.reads in stats}
         for transform in transforms:
             with self.work.timed("transform"):
-                notes = load(transform.function)(block, self.facts, self._fake_quantize)
+                given = () if transform.stream is None else (self.job.stream,)
+                notes = load(transform.function)(block, self.facts, self._fake_quantize, *given)
             self.transforms += [asdict(note) for note in notes if note.point in points or note.applied]
         changed = {name: values for name, values in block.tensors.items() if values is not before[name]}
         if self.job.before and transforms is self.job.measured:

@@ -9,6 +9,7 @@
         token-weights.safetensors weights of tokens in the Hessians (`calibrate.gradients`), where the run has any
         outputs-00012.safetensors the curvature of the loss in the outputs of the block's linears, likewise
         learning.safetensors      what a distillation or a training needs to go on, written now and then
+        rotations.safetensors     the same of rotations that are learned, and at their end what they are
         distilled-00003.safetensors   a block with what the distillation learned, read in place of the first
 
 Every file is flushed, then renamed into place. Codes of up to 4 bits are packed (`pack_dense`). A resumed run reads the
@@ -44,7 +45,7 @@ from lowbit.schemes import WeightSpec
 from lowbit.tensors import Grid, NestedScale, QuantizedTensor, SparseOutliers
 
 STORED = re.compile(r"(run\.json|blocks\.json|block-\d{5}\.safetensors|token-weights\.safetensors|states-\d{5}"
-                    r"|outputs-\d{5}\.safetensors|learning\.safetensors|distilled-\d{5}\.safetensors)"
+                    r"|outputs-\d{5}\.safetensors|(learning|rotations)\.safetensors|distilled-\d{5}\.safetensors)"
                     r"(\.partial)?")  # fmt: skip
 _WEIGHTS = "token-weights.safetensors"
 _LEARNING = "learning.safetensors"
@@ -284,16 +285,16 @@ class BlockStore:
                 found.setdefault(name, {})[int(part)] = file.get_tensor(key).float()
         return {name: tuple(parts[part] for part in sorted(parts)) for name, parts in found.items()}
 
-    def save_learning(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write the state of what learns (a distillation, a training), replacing an earlier one."""
-        path = self.folder / _LEARNING
+    def save_learning(self, tensors: dict[str, Tensor], facts: dict[str, Any], what: str = "learning") -> None:
+        """Write the state of what learns (a distillation, a training; "rotations"), replacing an earlier one."""
+        path = self.folder / f"{what}.safetensors"
         beside = path.with_name(path.name + ".partial")
         save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
         self._keep(beside, path)
 
-    def load_learning(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load_learning(self, what: str = "learning") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last saved state; None if there is none."""
-        path = self.folder / _LEARNING
+        path = self.folder / f"{what}.safetensors"
         if not self._is_sound(path):
             return None
         with safe_open(path, framework="pt") as file:

@@ -68,11 +68,11 @@ class Split:
     held_out: Tensor
 
     @classmethod
-    def of(cls, windows: int) -> Split:
-        """One window in eight judges, at least 2 and at most 16; UsageError for too few windows."""
+    def of(cls, windows: int, what: str = "distill") -> Split:
+        """One window in eight judges, at least 2 and at most 16; UsageError for too few windows. what: asks for them"""
         if windows < _LEAST_WINDOWS:
             raise UsageError(
-                f"distill needs {_LEAST_WINDOWS} windows of text, some of which only judge; there "
+                f"{what} needs {_LEAST_WINDOWS} windows of text, some of which only judge; there "
                 f"{'is' if windows == 1 else 'are'} {windows}",
                 "give more --samples, or a longer text",
             )
@@ -81,6 +81,13 @@ class Split:
         train = torch.ones(windows, dtype=torch.bool)
         train[held_out] = False
         return cls(train.nonzero()[:, 0], held_out)
+
+    def batch(self, step: int, size: int, seed: int) -> Tensor:
+        """The windows of a step: every one once in a pass, in an order of the pass."""
+        number, place = divmod(step, len(self.train) // size)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        order = torch.randperm(len(self.train), generator=generator)
+        return self.train[order[place * size : (place + 1) * size]].sort().values
 
 
 def windows_per_step(windows: int, tokens: int) -> int:
@@ -251,7 +258,9 @@ class _AdamRun:
     def one_step(self, state: State) -> float:
         """A step, and an evaluation where one is due; returns the KL of the batch."""
         found = _zeros(state.changes)
-        loss = self.divergence.gradients(self._windows(state.step), state.changes, found)
+        loss = self.divergence.gradients(
+            self.split.batch(state.step, self.batch, self.options.seed), state.changes, found
+        )
         finite = math.isfinite(loss) and all(
             bool(torch.isfinite(gradient).all()) for each in found.values() for gradient in each.values()
         )
@@ -264,14 +273,6 @@ class _AdamRun:
         if state.step % self.every == 0 or state.step == self.steps:
             self._evaluate(state)
         return loss
-
-    def _windows(self, step: int) -> Tensor:
-        """The batch of a step: every window once in a pass, in an order of the pass."""
-        per_pass = len(self.split.train) // self.batch
-        number, place = divmod(step, per_pass)
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.split.train), generator=generator)
-        return self.split.train[order[place * self.batch : (place + 1) * self.batch]].sort().values
 
     def _rate(self, step: int) -> float:
         warm = max(1, round(_WARM_UP * self.steps))

@@ -57,7 +57,7 @@ class DistillMemory:
     everything: int
     graphs: int
 
-    def share(self, limit: int | None) -> MemoryShare:
+    def share(self, limit: int | None, what: str = "distill", instead: str = "leave +distill out") -> MemoryShare:
         """What to do under a limit of the whole process, in bytes; None: a share of the free memory. UsageError if what
         is needed exceeds it."""
         program, most = resident_memory(), memory_limit(limit)
@@ -66,9 +66,9 @@ class DistillMemory:
         if left < 0:
             shown = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needed.items())
             raise UsageError(
-                f"distill needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); "
+                f"{what} needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); "
                 f"{'--max-memory allows' if limit else 'there are'} {most / 1e9:.2f} GB",
-                "allow more, or leave +distill out",
+                f"allow more, or {instead}",
             )
         resident = self.everything <= left // 2
         left -= self.everything if resident else 0

@@ -79,10 +79,14 @@ class Student:
                 self._load(index)
                 self._put(index, changes)
 
+    def embedded(self, windows: Tensor, changes: Changes) -> Tensor:
+        """The input of the first block, [len(windows), T, H]."""
+        return self._states.values[windows]
+
     @torch.no_grad()
     def forward(self, windows: Tensor, changes: Changes) -> Tensor:
         """Hidden states [len(windows), T, H] behind the last block."""
-        x = self._states.values[windows]
+        x = self.embedded(windows, changes)
         for index in range(len(self.runner.blocks)):
             self._enter(index, changes)
             x = torch.cat([self.runner.forward(index, x[batch]) for batch in batches_of(x)])
@@ -91,7 +95,7 @@ class Student:
 
     def forward_kept(self, windows: Tensor, changes: Changes) -> tuple[list[Kept], Tensor]:
         """(what `backward` needs of every block, hidden states behind the last one)."""
-        x, kept = self._states.values[windows], list[Kept]()
+        x, kept = self.embedded(windows, changes), list[Kept]()
         for index in range(len(self.runner.blocks)):
             self._enter(index, changes)
             before = [x[batch].clone().requires_grad_(self.keeps_graphs) for batch in batches_of(x)]
@@ -102,8 +106,9 @@ class Student:
             self._leave(index)
         return kept, x
 
-    def backward(self, kept: list[Kept], gradient: Tensor, changes: Changes, found: Changes) -> None:
-        """Add the gradients in all changes of blocks to `found`; empties `kept`.
+    def backward(self, kept: list[Kept], gradient: Tensor, changes: Changes, found: Changes) -> Tensor:
+        """Add the gradients in all changes of blocks to `found`; takes from `kept` what it used. Returns the gradient
+        of the input of the first block.
 
         kept      of `forward_kept`
         gradient  of the hidden states behind the last block
@@ -122,6 +127,7 @@ class Student:
             gradient = passed
             self.collect(index, changes, found)
             self._leave(index)
+        return gradient
 
     def collect(self, index: int, changes: Changes, found: Changes) -> None:
         """Turn the gradients that the tensors of a part hold into gradients of their changes."""

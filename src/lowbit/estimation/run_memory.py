@@ -39,6 +39,7 @@ from lowbit.architecture.shape import ModelShape, shape_of, shape_of_gguf
 from lowbit.calibrate.memory import block_memory, weights_memory
 from lowbit.checkpoint.base import cache_root
 from lowbit.distillation.memory import distill_memory, distillation_dtype
+from lowbit.distillation.rotations import rotation_memory
 from lowbit.errors import ArchitectureError, LowbitError
 from lowbit.export.safetensors_writer import ASSEMBLED_BYTES
 from lowbit.formats.gguf.subject import SLAB_WEIGHTS as VERIFIED_WEIGHTS
@@ -117,9 +118,11 @@ def peak_memory(
         parts["weights of tokens"] = weights_memory(architecture, groups, settings.samples * settings.seqlen)
     if max_memory is not None:
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
-    if parse_method(settings.method).finish:
+    method = parse_method(settings.method)
+    if method.finish or method.learns_rotations:
         exact, tokens = distillation_dtype(settings), settings.samples * settings.seqlen
-        learning = distill_memory(architecture, prepared.plan.targets, exact, settings.samples, settings.seqlen).needed
+        memory = rotation_memory if method.learns_rotations else distill_memory
+        learning = memory(architecture, prepared.plan.targets, exact, settings.samples, settings.seqlen).needed
         held = 2 * tokens * shape.hidden * exact.itemsize
         if sum(learning.values()) + held > sum(block.values()) + states:
             return parts | learning | {"hidden states": held} | writing

@@ -42,6 +42,7 @@ from lowbit.architecture.shape import ModelShape
 from lowbit.architecture.structure import Linear
 from lowbit.distillation.descent import EVALUATIONS, PASSES, Split, windows_per_step
 from lowbit.distillation.memory import distillation_dtype
+from lowbit.distillation.rotations import rotation_steps
 from lowbit.estimation.result import Run
 from lowbit.estimation.run_memory import hidden_state_bytes, source_shape, two_streams
 from lowbit.methods import parse_method
@@ -143,14 +144,20 @@ def _calibration(
         batch = min(8, settings.samples) * settings.seqlen
         weights = sum(math.prod(linear.shape) for linear in linears)
         work["learning"] = 6 * weights * batch * settings.iterations / per_second
+    dtype, exact = compute_dtype(settings.compute), distillation_dtype(settings)
+    slower = _PRODUCTS.get(dtype, _PRODUCTS[torch.float32]) / _PRODUCTS.get(exact, _PRODUCTS[torch.float32])
+    if method.learns_rotations:
+        steps = rotation_steps(settings, settings.samples, settings.seqlen)
+        folded = 8 * steps * shape.hidden * sum(math.prod(linear.shape) for linear in linears)  # and back
+        work["rotations"] = (_descent(steps, settings, shape, linears) + folded) * slower / per_second
     if method.finish:
-        dtype, exact = compute_dtype(settings.compute), distillation_dtype(settings)
-        slower = _PRODUCTS.get(dtype, _PRODUCTS[torch.float32]) / _PRODUCTS.get(exact, _PRODUCTS[torch.float32])
-        work["distillation"] = _distillation(settings, shape, linears) * slower / per_second
+        batch = windows_per_step(settings.samples, settings.seqlen)
+        steps = settings.distill_steps or PASSES * (len(Split.of(settings.samples).train) // batch)
+        work["distillation"] = _descent(steps, settings, shape, linears) * slower / per_second
     return work
 
 
-def _distillation(settings: Settings, shape: ModelShape, linears: list[Linear]) -> float:
+def _descent(steps: int, settings: Settings, shape: ModelShape, linears: list[Linear]) -> float:
     """Floating point operations. Of a step: two forward passes and a backward pass through blocks, the teacher's head,
     the student's with its gradient. Of an evaluation: a forward pass and both heads."""
     weights = sum(
@@ -159,7 +166,6 @@ def _distillation(settings: Settings, shape: ModelShape, linears: list[Linear]) 
     )  # fmt: skip
     head, split = shape.vocab * shape.hidden, Split.of(settings.samples)
     batch = windows_per_step(settings.samples, settings.seqlen)
-    steps = settings.distill_steps or PASSES * (len(split.train) // batch)
     trained, judged = steps * batch, (EVALUATIONS + 1) * len(split.held_out)
     windows = trained * (8 * weights + 6 * head) + judged * (2 * weights + 4 * head) + settings.samples * 2 * weights
     return windows * settings.seqlen

@@ -1,24 +1,8 @@
-"""Simulates the activation quantization of an engine at run time: x̂ = decode(encode(x)) before each linear.
+"""Simulates the activation quantization of an engine at run time: x̂ = decode(encode(x)) before each linear
+(`numerics.activations` has the formulas).
 
-    int, per token    s = max|x| / (2^(b−1) − 1)   codes = clamp(rint(x / s), −2^(b−1), 2^(b−1) − 1); 127 of 8 bits
-    int, per group    the same over g channels of a token
-    int, asymmetric   s = (max x − min x) / 255    codes = clamp(rint(x / s) + z, −128, 127), z = rint(−128 − min x / s)
-    e4m3, per token   s = max(max|x| / 448, 1/(448·512))    codes = e4m3(x / s), saturating
-    e4m3, per group   the same over g channels of a token
-    static            s is the stored input scale, for all tokens; int8 and e4m3
-    static, asymmetric   s and z are stored: codes = clamp(rint(x / s) + z, −128, 127), x̂ = s · (codes − z)
-    MX (e8m0)         s = 2^(floor(log2 max|x|) − emax) over 32 channels, emax 2 for E2M1 and 8 for E4M3
-    NVFP4 (local)     s = e4m3(max|x| / 6 / s_global) · s_global over 16 channels; codes = e2m1(x / s)
-    LLM.int8()        channels with some |x| ≥ 6 in the batch stay; the others int8 per token, s = max of |x| < 6 / 127
     behind an online rotation V (transform_config)    x̂ = decode(encode(x V)) Vᵀ, for a weight that is rotated back
     behind scales p (pre_quant_scale)    x̂ = decode(encode(x · p)) / p, for a weight whose columns are scaled back
-
-All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
-zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
-  int8: vLLM divides by 127 (csrc/quantization/w8a8/int8/scaled_quant.cu); compressed-tensors' simulation by 127.5.
-  e4m3: vLLM keeps s at least 1/(448·512) (input_quant_fp8.py); compressed-tensors has no such floor.
-  MX:   the OCP Microscaling specification 1.0, section 6.3, takes the floor, so that values above 1.75 · 2^emax
-        (E4M3) or 6 (E2M1) saturate; compressed-tensors goes one power of two up where max|x| has a mantissa ≥ 1.75.
 
 Experts that transformers computes in one fused operation are simulated there: x̂ replaces the input of the operation
 (routing copies tokens, and a dynamic scale depends on its token alone, so every expert sees the same x̂) and the output
@@ -34,121 +18,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.checkpoint.base import Checkpoint
-from lowbit.errors import ArchitectureError, CheckpointError, UsageError
+from lowbit.errors import ArchitectureError, CheckpointError
+from lowbit.numerics.activations import quantize_activation, quantize_llm_int8
 from lowbit.numerics.column_scales import InputBasis
 from lowbit.schemes import ActivationSpec, Scheme
-
-_MAX = {"e4m3": 448.0, "e2m1": 6.0}
-_MX_EMAX = {"e4m3": 8, "e2m1": 2}
-_FP8_SMALLEST_SCALE = 1.0 / (448.0 * 512.0)
-_E8M0_MIN, _E8M0_MAX = -127, 127
-
-
-def quantize_activation(
-    x: Tensor, spec: ActivationSpec, input_scale: float | None = None, zero_point: int | None = None
-) -> Tensor:
-    """x̂, of the shape [..., K] and dtype of x.
-
-    input_scale  the stored scale: the static one, or for NVFP4 the scale above the group scales; None for dynamic
-                 schemes
-    zero_point   the stored code of 0, of static schemes that are not symmetric
-    """
-    if spec.needs_calibration and input_scale is None:
-        raise UsageError("a static activation scheme needs the scale that calibration stored")
-    values = x.to(torch.float32)
-    if not spec.symmetric:
-        return _asymmetric(values, spec, input_scale, zero_point).to(x.dtype)
-    if spec.per != "group":
-        absmax = values.abs().amax(-1, keepdim=True) if spec.per == "token" else values.abs().amax()
-        return _encode_decode(values, _scale(absmax, spec, input_scale), spec).to(x.dtype)
-    assert spec.group_size is not None, "a group scheme names its group size"
-    columns = values.shape[-1]
-    groups = F.pad(values, (0, -columns % spec.group_size)).unflatten(-1, (-1, spec.group_size))
-    scale = _scale(groups.abs().amax(-1, keepdim=True), spec, input_scale)
-    return _encode_decode(groups, scale, spec).flatten(-2)[..., :columns].to(x.dtype)
-
-
-def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
-    """x̂ of bitsandbytes' INT8, of the shape [..., K] and dtype of x; all tokens are one batch.
-
-    threshold  channels with some |x| of at least this in the batch stay as they are; 0 for none. The others are rounded
-               to float16 first
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    values = rows.to(torch.float16).to(torch.float32)
-    outliers = values.abs() >= threshold if threshold > 0 else torch.zeros_like(values, dtype=torch.bool)
-    values = values.masked_fill(outliers, 0.0)
-    absmax = values.abs().amax(-1, keepdim=True)
-    codes = (values * (127.0 / torch.where(absmax > 0, absmax, torch.ones_like(absmax)))).round()
-    rounded = (codes * (absmax / 127.0)).to(x.dtype)
-    return torch.where(outliers.any(dim=0), rows, rounded).reshape(x.shape)
-
-
-def _asymmetric(values: Tensor, spec: ActivationSpec, static: float | None, stored: int | None) -> Tensor:
-    """Integers that cover [min, max] of every token (or of all), which need not hold 0; or the stored range."""
-    if spec.number != "int" or spec.per == "group":
-        raise CheckpointError(
-            f"asymmetric {spec.bits}-bit {spec.number} activations, per {spec.per}, cannot be simulated",
-            "evaluate the weights alone with --activations none",
-        )
-    if spec.needs_calibration:
-        if static is None or stored is None:
-            raise UsageError("a static asymmetric scheme needs the scale and the zero point that calibration stored")
-        codes = ((values / static).round() + stored).clamp(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
-        return (codes - stored) * static
-    across = (-1,) if spec.per == "token" else tuple(range(values.dim()))
-    low, high = values.amin(across, keepdim=True), values.amax(across, keepdim=True)
-    least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
-    scale = (high - low) / (largest - least)
-    scale = torch.where(scale > 0, scale, torch.where(high != 0, high.abs(), torch.ones_like(high)))
-    zero_point = (least - low / scale).round()
-    codes = ((values / scale).round() + zero_point).clamp(least, largest)
-    return (codes - zero_point) * scale
-
-
-def _scale(absmax: Tensor, spec: ActivationSpec, input_scale: float | None) -> Tensor:
-    """The scale that multiplies the codes; 0 for zeros."""
-    if spec.scale_format == "e8m0":
-        _, exponent = torch.frexp(absmax)  # absmax = m · 2^exponent, 0.5 ≤ m < 1: floor(log2 absmax) = exponent − 1
-        power = (exponent - 1 - _MX_EMAX[spec.number]).clamp(_E8M0_MIN, _E8M0_MAX)
-        return torch.where(absmax > 0, torch.exp2(power.to(torch.float32)), absmax)
-    if not spec.needs_calibration:
-        scale = absmax / _largest(spec)
-        return scale.clamp(min=_FP8_SMALLEST_SCALE) if spec.number == "e4m3" else scale
-    assert input_scale is not None, "checked by the caller"
-    if spec.scale_format == "e4m3":
-        relative = (absmax / (_largest(spec) * input_scale)).clamp(max=_MAX["e4m3"])
-        return relative.to(torch.float8_e4m3fn).to(torch.float32) * input_scale
-    return torch.full_like(absmax, input_scale)
-
-
-def _largest(spec: ActivationSpec) -> float:
-    """The largest code."""
-    return float(2 ** (spec.bits - 1) - 1) if spec.number == "int" else _MAX[spec.number]
-
-
-def _encode_decode(values: Tensor, scale: Tensor, spec: ActivationSpec) -> Tensor:
-    scaled = values / torch.where(scale > 0, scale, torch.ones_like(scale))
-    if spec.number == "int":
-        low, high = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
-        return scaled.round().clamp(low, high) * scale
-    limit = _largest(spec)
-    scaled = scaled.clamp(-limit, limit)
-    codes = scaled.to(torch.float8_e4m3fn).to(torch.float32) if spec.number == "e4m3" else _round_e2m1(scaled)
-    return codes * scale
-
-
-def _round_e2m1(values: Tensor) -> Tensor:
-    """Nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign of the value (|value| ≤ 6); ties to the even code."""
-    magnitude = values.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.copysign((magnitude / step).round() * step, values)
 
 
 @contextlib.contextmanager

@@ -45,8 +45,9 @@ class _SearchedGrid:
 
     def fit(
         self: Grid, weight: Tensor, group_size: int, search: RangeSearch, importance: Tensor | None = None,
-        global_scale: float = 1.0,
+        global_scale: float | Tensor = 1.0,
     ) -> GroupParams:  # fmt: skip
+        """global_scale: of two levels; of scales in steps of each row (qoq) those, [N, 1]"""
         if search.method == "percentile":
             low, high = _percentile_range(weight, group_size, search.percentile, self.symmetric)
             return self.params_from_range(low, high, global_scale)
@@ -94,18 +95,19 @@ class IntGrid(_SearchedGrid):
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         steps = self.qmax - self.qmin
         if self.symmetric:
             covering = torch.maximum(-low, high) * (2.0 / steps)
-            return GroupParams(storable_scale(covering, self.scale_format, global_scale), global_scale=global_scale)
+            scale = storable_scale(covering, self.scale_format, global_scale)
+            return GroupParams(scale, global_scale=_second_level(global_scale))
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         lowest = self.qmin if self.lowest_zero_point is None else self.lowest_zero_point
         below = lowest - self.qmin  # steps that the range must reach below zero
         low = torch.minimum(low, -high * (below / (steps - below)))
         scale = storable_scale((high - low) / steps, self.scale_format, global_scale)
         zero_point = (self.qmin - torch.round(low / scale)).clamp(lowest, self.qmax)
-        return GroupParams(scale, zero_point.to(torch.int32), global_scale)
+        return GroupParams(scale, zero_point.to(torch.int32), _second_level(global_scale))
 
     def clip_ratios(self, search: RangeSearch) -> list[float]:
         """Fine steps from 1 down."""
@@ -161,9 +163,10 @@ class MinifloatGrid(_TableGrid):
     format: MinifloatFormat
     scale_format: str = "bfloat16"
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         covering = torch.maximum(-low, high) / self.format.max_value
-        return GroupParams(storable_scale(covering, self.scale_format, global_scale), global_scale=global_scale)
+        scale = storable_scale(covering, self.scale_format, global_scale)
+        return GroupParams(scale, global_scale=_second_level(global_scale))
 
     def clip_ratios(self, search: RangeSearch) -> list[float]:
         """A power-of-two scale has one neighbour worth trying."""
@@ -191,10 +194,10 @@ class CodebookGrid(_TableGrid):
     format: Codebook
     scale_format: str = "float32"
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         stored_as = "float32" if self.scale_format == "nested" else self.scale_format
         scale = storable_scale(torch.maximum(-low, high), stored_as, global_scale)
-        return GroupParams(scale, global_scale=global_scale)
+        return GroupParams(scale, global_scale=_second_level(global_scale))
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.round_codebook(weight, group_size, params.scale, self.format)
@@ -206,12 +209,17 @@ class CodebookGrid(_TableGrid):
         return kernels.error_codebook(weight, group_size, params.scale, self.format, importance, by_magnitude)
 
 
+def _second_level(global_scale: float | Tensor) -> float:
+    """What scales are stored below; steps of rows are a part of them."""
+    return 1.0 if isinstance(global_scale, Tensor) else global_scale
+
+
 class _Best:
     """The best range of every group so far."""
 
     def __init__(
         self, grid: Grid, weight: Tensor, group_size: int, importance: Tensor | None, by_magnitude: bool,
-        global_scale: float, low: Tensor, high: Tensor,
+        global_scale: float | Tensor, low: Tensor, high: Tensor,
     ):  # fmt: skip
         self.grid, self.global_scale, self.weight = grid, global_scale, weight
         self.error_of = lambda rows, params: grid.error(rows, params, group_size, importance, by_magnitude)
@@ -231,7 +239,8 @@ class _Best:
         count, rows = len(ratios), self.low.shape[0]
         low = torch.cat([base[0] * ratio for ratio, _ in ratios])
         high = torch.cat([base[1] * ratio for _, ratio in ratios])
-        params = self.grid.params_from_range(low, high, self.global_scale)
+        above = self.global_scale
+        params = self.grid.params_from_range(low, high, above.repeat(count, 1) if isinstance(above, Tensor) else above)
         error = self.error_of(self.weight.repeat(count, 1) if count > 1 else self.weight, params)
         error, chosen = error.reshape(count, rows, -1).min(dim=0)  # of equals the first, which is the widest
         better = error < self.error
@@ -244,7 +253,7 @@ class _Best:
         zero_point = params.zero_point
         if zero_point is not None and self.params.zero_point is not None:
             zero_point = merged(zero_point, self.params.zero_point)
-        self.params = GroupParams(merged(params.scale, self.params.scale), zero_point, self.global_scale)
+        self.params = GroupParams(merged(params.scale, self.params.scale), zero_point, self.params.global_scale)
 
 
 def _percentile_range(weight: Tensor, group_size: int, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:

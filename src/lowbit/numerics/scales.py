@@ -9,6 +9,11 @@ multiplies with.
     float32_over_127             a float32 divided by 127: bitsandbytes' INT8 stores the numerator
     e8m0      2^(u − 127), u in 0..254        the smallest power of two ≥ the wanted scale (nothing saturates)
     e4m3      float8 e4m3fn × global_scale    nearest even, within 2^-9 .. 448 of the global scale
+    qoq       m × the step of the row         m in 1..16, nearest even (QoQ: Lin et al. 2024, arXiv 2405.04532)
+
+The step of a row is its largest |w| / 119, rounded up to four significant bits. A code of four bits times m is an int8,
+so that a kernel multiplies int8 by int8 and the step once per row; 119 is the paper's protective range: the group with
+the largest weight gets m = 16. m and step together have eight significant bits, which bfloat16 holds.
 
 Double quantization: the float32 scales of a weight, themselves quantized to 8 bits (Dettmers et al. 2023, "QLoRA").
 
@@ -45,21 +50,31 @@ SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 # Eight significant bits above float16's smallest subnormal, so that a bfloat16 from here on is a float16 too.
 _SMALLEST_IN_BOTH = 2.0**-17
 NESTED_BLOCK = 256
+QOQ_RANGE = 119.0  # |w| over the step of its row
+QOQ_LARGEST = 16
+_SMALLEST_STEP = 2.0**-20  # four significant bits times m are then normal numbers of bfloat16, and float16 holds them
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against division by 0, where all scales of a block equal the offset
 
 
-def storable_scale(wanted: Tensor, scale_format: str, global_scale: float = 1.0) -> Tensor:
-    """Float32 scales that `scale_format` stores exactly, nearest to `wanted` (float32, any shape).
+def storable_scale(wanted: Tensor, scale_format: str, global_scale: float | Tensor = 1.0) -> Tensor:
+    """Float32 scales that `scale_format` stores exactly, nearest to `wanted` (float32, any shape; of qoq [N, G]).
 
-    global_scale (1 but for two-level grids) where `wanted` is 0: an all-zero group. NaN where it is NaN or inf, so that
-    bad weights stay visible.
+    global_scale (1 but for two-level grids; of qoq the steps, [N, 1]) where `wanted` is 0: an all-zero group. NaN where
+    it is NaN or inf, so that bad weights stay visible.
     """
     scale = _nearest(wanted, scale_format, global_scale)
     scale = torch.where(wanted.isfinite(), scale, torch.full_like(scale, math.nan))
-    return torch.where(wanted == 0, torch.full_like(scale, global_scale), scale)
+    return torch.where(wanted == 0, torch.ones_like(scale) * global_scale, scale)
 
 
-def _nearest(wanted: Tensor, scale_format: str, global_scale: float) -> Tensor:
+def row_steps(absmax: Tensor) -> Tensor:
+    """Float32 steps of the scales of rows (qoq), of their largest |w|, float32 of any shape; 1 for a row of zeros."""
+    fraction, exponent = torch.frexp(absmax / QOQ_RANGE)
+    step = torch.ldexp((fraction * 16).ceil() / 16, exponent)
+    return torch.where(absmax > 0, step.clamp(min=_SMALLEST_STEP), torch.ones_like(step))
+
+
+def _nearest(wanted: Tensor, scale_format: str, global_scale: float | Tensor) -> Tensor:
     if scale_format == "bfloat16_in_float16":
         largest = 65280.0  # of bfloat16's numbers that float16 holds
         return wanted.clamp(min=_SMALLEST_IN_BOTH, max=largest).to(torch.bfloat16).to(torch.float32)
@@ -75,6 +90,8 @@ def _nearest(wanted: Tensor, scale_format: str, global_scale: float) -> Tensor:
     if scale_format == "e4m3":
         relative = (wanted / global_scale).clamp(E4M3_SMALLEST, E4M3_MAX)
         return relative.to(torch.float8_e4m3fn).to(torch.float32) * global_scale
+    if scale_format == "qoq":
+        return (wanted / global_scale).round().clamp(1, QOQ_LARGEST) * global_scale
     raise ValueError(f"unknown scale format {scale_format!r}")
 
 

@@ -230,7 +230,7 @@ def prepare_folder(request: Request) -> Prepared:
     threads, settings = request.worker_threads, request.settings
     format = output_format(settings)
     split = True if format.fused_experts else False if format.name == "float" else None
-    checkpoint, architecture = open_described(request.model, request.options, split)
+    checkpoint, architecture = open_described(request.model, request.options, split, request.unties)
     if checkpoint.kind in KINDS:
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     dtype = model_dtype(checkpoint)

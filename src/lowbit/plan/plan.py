@@ -39,6 +39,7 @@ from lowbit.schemes import ActivationSpec, Scheme
 from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows, GivenText
 from lowbit.transform.facts import model_facts
+from lowbit.transform.rotate import needs_own_head
 
 if TYPE_CHECKING:
     from lowbit.calibrate.input_ranges import Ranges
@@ -384,6 +385,7 @@ class Request:
     preview  True if nothing will be written: an importance matrix is then promised, not measured
     lacks_tokenizer  in a preview: the model has no tokenizer, and its bytes are left out
     text     the calibration text, where it is in memory
+    unties   give a tied head a tensor of its own
     """
 
     model: ModelSource
@@ -395,6 +397,7 @@ class Request:
     name: str | None = None
     lacks_tokenizer: bool = False
     text: GivenText | None = None
+    unties: bool = False
 
     @property
     def worker_threads(self) -> int:
@@ -465,4 +468,6 @@ def prepare(request: Request, output: Path | None = None) -> Prepared:
         for transform in transforms:
             if transform.refuses is not None:
                 load(transform.refuses)(facts)
+            if transform.stream is not None and needs_own_head(prepared.checkpoint, facts):
+                prepared = load(format.plan)(replace(request, unties=True))
     return replace(prepared, text=request.text)

@@ -15,8 +15,9 @@ of zero are the weight as it came.
                      absmax                  of double quantization, float32 per block of scales
     ggml types       d, dmin, m, scales, minima, e    halves, integer sub-scales, E8M0, E4M3 (`numerics.ggml.learnable`)
 
-Fixed: codes and zero points; tensor scales, which fused sets share (NVFP4's second level, FP8 with a scale per tensor);
-the mean that double quantization subtracts; the values of k-means, and outliers. Floats (F16 …) have no parameters.
+Fixed: codes and zero points; scales that are integers below one of their row (QoQ); tensor scales, which fused sets
+share (NVFP4's second level, FP8 with a scale per tensor); the mean that double quantization subtracts; the values of
+k-means, and outliers. Floats (F16 …) have no parameters.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def count_parameters(target: Target, shape: tuple[int, int]) -> int:
         groups = math.prod(target.spec.granularity.scale_shape(rows, columns, target.spec.columns_per_scale(columns)))
         if target.is_nested:
             return -(-groups // NESTED_BLOCK)
-        return 0 if target.spec.granularity is Granularity.TENSOR else groups
+        fixed = target.spec.granularity is Granularity.TENSOR or target.spec.scale_format == "qoq"
+        return 0 if fixed else groups
     kind = find_type(target.name)
     one = family(kind).unpack(kind, torch.zeros((1, kind.size), dtype=torch.uint8))
     return rows * (columns // kind.weights) * sum(one.stored[name].shape[1] for name in parameter_names(one))
@@ -133,7 +135,9 @@ class _GridWeight(Learnable):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._stored.nested is not None:
             return {"absmax": tuple(self._stored.nested.absmax.shape)}
-        if self._stored.granularity is Granularity.TENSOR or isinstance(self._stored.grid, KMeansGrid):
+        grid = self._stored.grid
+        whole = self._stored.granularity is Granularity.TENSOR
+        if whole or isinstance(grid, KMeansGrid) or grid.scale_format == "qoq":  # type: ignore[attr-defined]
             return {}
         return {"scale": tuple(self._stored.scale.shape)}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.numerics.scales import decode_scales, global_scale_for, quantize_scales
+from lowbit.numerics.scales import decode_scales, global_scale_for, quantize_scales, row_steps
 from lowbit.schemes import WeightSpec
 from lowbit.tensors import Granularity, Grid, GroupParams, NestedScale, QuantizedTensor, RangeSearch, SparseOutliers
 
@@ -142,7 +142,10 @@ def fit_weight(
     if spec.granularity is Granularity.BLOCK:
         return Fitted(_block_scale(grid, weight, group_size), grid, spec.granularity, group_size)
     global_scale = _global_scale(grid, _known(tensor_range)) if spec.two_level else 1.0
-    params = grid.fit(weight, group_size, search, importance, global_scale)
+    if spec.scale_format == "qoq":
+        params = grid.fit(weight, group_size, search, importance, row_steps(weight.float().abs().amax(1, keepdim=True)))
+    else:
+        params = grid.fit(weight, group_size, search, importance, global_scale)
     nested = None
     if spec.scale_format == "nested":
         low, high = kernels.group_range(weight, group_size)

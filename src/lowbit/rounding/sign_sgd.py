@@ -185,7 +185,7 @@ class _Tuned:
         self.columns = weight.shape[1]
         params, self.group_size = stored.grouped()
         # Each row and group has a scale of its own that can move in small steps.
-        fine = stored.grid.scale_format not in ("e8m0", "nested") and stored.nested is None  # type: ignore[attr-defined]
+        fine = stored.grid.scale_format not in ("e8m0", "nested", "qoq") and stored.nested is None  # type: ignore[attr-defined]
         self.scale_is_free = fine and stored.granularity in (Granularity.GROUP, Granularity.CHANNEL)
         self.global_scale = params.global_scale
         self.scale0, self.zero0 = params.scale.float(), params.zero_point

@@ -300,6 +300,7 @@ class GridTarget(Target[Fitted]):
 
     def columns_per_fit(self, columns: int, scales: Literal["auto", "static", "compensated"]) -> int:
         at_once = scales == "static" or (scales == "auto" and self.spec.scale_format == "e8m0")
+        at_once |= self.spec.scale_format == "qoq"  # whose steps are of whole rows
         if at_once or self.spec.granularity is not Granularity.GROUP or not self.rows_are_apart:
             return columns
         return min(self.spec.columns_per_scale(columns), columns)

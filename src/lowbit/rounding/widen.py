@@ -45,7 +45,8 @@ def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
 
 def _scale_kinds(spec: WeightSpec) -> Iterator[tuple[ScaleFormat, bool]]:
     """Formats of scales, and whether a range of the tensor lies beside them, which changes no value."""
-    formats: list[ScaleFormat] = ["nested", "model"] if spec.scale_format == "nested" else [spec.scale_format]
+    plain = spec.scale_format in ("nested", "qoq")  # which floats hold too
+    formats: list[ScaleFormat] = [spec.scale_format, *(["model"] if plain else [])]
     for scale_format in formats:
         for ranged in dict.fromkeys((spec.ranged, False)):
             yield scale_format, ranged

@@ -12,8 +12,8 @@ the precision of the file with the gradient of what was rounded (`numerics.strai
 and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
 
 Fitted anew in every forward pass by the type's own encoder, from the weights as they are: ggml types, double
-quantization, and grids with `learn_scales=False`. Ternary types take the absmean of BitNet b1.58 (Ma et al. 2024, arXiv
-2402.17764):
+quantization, scales below one of their row (QoQ), and grids with `learn_scales=False`. Ternary types take the absmean
+of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764):
 
     s = mean |w| of the matrix, codes = clamp(rint(w / s), −1, 1)        TQ1_0, TQ2_0, the scheme TERNARY
 
@@ -32,17 +32,13 @@ from torch import Tensor, nn
 
 from lowbit.architecture.structure import Part
 from lowbit.errors import NonFiniteError
-from lowbit.evaluation.activations import quantize_activation
 from lowbit.kernels.tables import Codebook, MinifloatFormat
 from lowbit.numerics.straight_through import changed_scale, straight_through
 from lowbit.rounding.rtn import Fitted
 from lowbit.rounding.target import GridTarget, Stored, Target
-from lowbit.schemes import ActivationSpec
-from lowbit.tensors import Granularity, InputRange, QuantizedTensor
+from lowbit.tensors import Granularity, QuantizedTensor
 
 TERNARY = ("TQ1_0", "TQ2_0")  # ggml types; the scheme of that name has its scale from `rounding.rtn`
-# Largest |value| of codes at scale 1; of NVFP4 times that of its group scales.
-_LARGEST = {"int": 127.0, "e4m3": 448.0, "e2m1": 6.0 * 448.0}
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,9 @@ class QuantizedPart:
 
 def learns_scales(target: Target) -> bool:
     """True for grids with scales of their own: of rows, groups or blocks, stored as numbers."""
-    return isinstance(target, GridTarget) and not target.is_nested and target.spec.granularity != Granularity.TENSOR
+    if not isinstance(target, GridTarget) or target.is_nested or target.spec.scale_format == "qoq":
+        return False
+    return target.spec.granularity != Granularity.TENSOR
 
 
 class FakeQuantize(nn.Module):
@@ -187,22 +185,6 @@ def absmean_ternary(weight: Tensor) -> Tensor:
     if not scale > 0:
         return torch.zeros_like(weight)
     return (weight / scale).round().clamp(-1, 1) * scale
-
-
-def fake_quantize_activation(x: Tensor, spec: ActivationSpec) -> Tensor:
-    """x̂ as an engine computes it, of the shape and dtype of x, with the gradient of x.
-
-    A static scale is that of the batch: the one that is stored is measured at the export.
-    """
-    with torch.no_grad():
-        scale = zero_point = None
-        if spec.needs_calibration and spec.symmetric:
-            scale = max(x.abs().max().item(), 1e-12) / _LARGEST[spec.number]
-        elif spec.needs_calibration:
-            covered = InputRange(min(x.min().item(), 0.0), max(x.max().item(), 1e-12))
-            scale, zero_point = covered.affine(spec.bits)
-        rounded = quantize_activation(x, spec, scale, zero_point)
-    return straight_through(x, rounded)
 
 
 def _per_weight(change: Tensor, stored: Stored, shape: torch.Size) -> Tensor:

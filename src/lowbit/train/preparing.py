@@ -28,13 +28,14 @@ from lowbit.architecture.in_memory import model_in_memory, unwrapped
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
 from lowbit.knobs import Facts
+from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.plan.plan import Plan, Request
 from lowbit.plan.plan import prepare as plan_output
 from lowbit.rounding.rtn import TensorRange
 from lowbit.rounding.target import Target
 from lowbit.schemes import ActivationSpec
 from lowbit.settings import Settings, make_settings, refuse_unread
-from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart, fake_quantize_activation
+from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart
 
 _ATTRIBUTE = "lowbit_training"
 # The method whose plan has a target for every linear that codes can be given for; nothing of it is run.

@@ -26,11 +26,13 @@ rotated basis.
 
 The residual stream cannot be rotated (`residual_refusal`) under LayerNorm, which subtracts the mean, with norms after
 attention or MLP, or if something else reads or writes the stream (images, prediction blocks). A head that is tied to
-the embedding must become a tensor of its own, V · H more weights, since only the head takes the final norm's weight.
+the embedding becomes a tensor of its own, V · H more weights, since only the head takes the final norm's weight
+(`needs_own_head`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,18 +48,34 @@ from lowbit.transform.facts import ModelFacts, ScalingPoint
 from lowbit.transform.fold import scaled_stats
 from lowbit.transform.loss import RoundingLoss, quick_products
 
+_ROWS = 512  # sampled per linear, for the errors
+
 
 @dataclass(frozen=True)
 class RotateOptions:
     """
     seed    of the random signs, the same for the whole model
-    always  rotate values even if rounding does not gain; the residual stream is rotated in all blocks or none
-    rows    sampled rows per linear for the errors
+    always  rotate values even if rounding does not gain
     """
 
     seed: int = 0
     always: bool = False
-    rows: int = 512
+
+
+@dataclass(frozen=True)
+class StreamRotations:
+    """The rotations of a whole model, which are folded before anything is measured.
+
+    name      of the transform that they belong to
+    residual  of the residual stream, [H, H]
+    values    block → of the values of every head, [d, d]; blocks without one keep theirs
+    detail    what they are, for the report
+    """
+
+    name: str
+    residual: Rotation
+    values: Mapping[int, Rotation]
+    detail: str
 
 
 def apply_values(
@@ -72,11 +90,11 @@ def apply_values(
         if not point.feeds_output_projection:
             continue
         linears = [linear for linear in block.linears if linear.name == point.feeder] + list(point.readers)
-        before = _errors(block, linears, fake_quantize, options)
+        before = _errors(block, linears, fake_quantize)
         kept = BlockTensors(block.linears, dict(block.tensors), dict(block.stats), block.dtypes)
         rotation = make_rotation(point.columns // facts.heads, options.seed)
         rotate_values(block, point, rotation)
-        after = _errors(block, linears, fake_quantize, options)
+        after = _errors(block, linears, fake_quantize)
         applied = options.always or before is None or after is None or after < before
         if not applied:
             block.tensors, block.stats = kept.tensors, kept.stats
@@ -85,19 +103,36 @@ def apply_values(
     return notes
 
 
-def apply_residual(
-    block: BlockTensors, facts: ModelFacts, fake_quantize: FakeQuantize, options: RotateOptions | None = None
+def apply_stream(
+    block: BlockTensors, facts: ModelFacts, fake_quantize: FakeQuantize, rotations: StreamRotations
 ) -> list[TransformNote]:
-    """Rotate a block's side of the residual stream; call `rotate_outside` with the same seed. UsageError as there."""
-    options = options or RotateOptions()
-    rotation = residual_rotation(facts, options.seed)
-    before = _errors(block, block.linears, fake_quantize, options)
-    rotate_block(block, rotation, facts)
-    after = _errors(block, block.linears, fake_quantize, options)
+    """Rotate a block's side of the residual stream, and its values where there is a rotation for them."""
+    before = _errors(block, block.linears, fake_quantize)
+    turn_block(block, facts, rotations)
+    after = _errors(block, block.linears, fake_quantize)
     name = facts.architecture.blocks[block.linears[0].block or 0]
+    return [TransformNote(name, rotations.name, before, after, True, rotations.detail)]
+
+
+def turn_block(block: BlockTensors, facts: ModelFacts, rotations: StreamRotations) -> None:
+    """Fold the rotations of a model into one block. Gradients pass, to the bases of the rotations."""
+    index = block.linears[0].block or 0
+    point = value_point(facts, index)
+    if point is not None and index in rotations.values:
+        rotate_values(block, point, rotations.values[index])
+    rotate_block(block, rotations.residual, facts)
+
+
+def value_point(facts: ModelFacts, block: int) -> ScalingPoint | None:
+    """Where the values of a block's attention can be rotated."""
+    return next((point for point in facts.points(block)[0] if point.feeds_output_projection), None)
+
+
+def hadamard_rotations(facts: ModelFacts, seed: int = 0) -> StreamRotations:
+    """A Hadamard rotation of the residual stream, and none of values."""
+    rotation = residual_rotation(facts, seed)
     kind = "Hadamard" if rotation.hadamard else "random orthogonal"
-    detail = f"{kind} rotation of {rotation.size} channels, seed {options.seed}"
-    return [TransformNote(name, "hadamard", before, after, True, detail)]
+    return StreamRotations("hadamard", rotation, {}, f"{kind} rotation of {rotation.size} channels, seed {seed}")
 
 
 def residual_rotation(facts: ModelFacts, seed: int = 0) -> Rotation:
@@ -179,12 +214,18 @@ def rotate_outside(tensors: dict[str, Tensor], rotation: Rotation, facts: ModelF
     return turned
 
 
-def rotated_outside(checkpoint: Checkpoint, facts: ModelFacts) -> dict[str, Tensor]:
+def needs_own_head(checkpoint: Checkpoint, facts: ModelFacts) -> bool:
+    """True for a tied head whose final norm has weights, which only the head may take once the stream is rotated."""
+    norm = checkpoint.read(facts.outside.norm)
+    return facts.outside.head not in checkpoint.tensors and not bool((norm == norm[0]).all())
+
+
+def rotated_outside(checkpoint: Checkpoint, facts: ModelFacts, rotation: Rotation) -> dict[str, Tensor]:
     """Stored name → embedding, final norm and head of a model whose residual stream is rotated, float32."""
     outside = facts.outside
     tensors = {name: checkpoint.read(name).float() for name in (outside.embedding, outside.norm, outside.head)
                if name in checkpoint.tensors}  # fmt: skip
-    return rotate_outside(tensors, residual_rotation(facts), facts)
+    return rotate_outside(tensors, rotation, facts)
 
 
 def reads_residual(linear: Linear, facts: ModelFacts) -> bool:
@@ -272,13 +313,13 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
 
 
 def _errors(
-    block: BlockTensors, linears: list[Linear] | tuple[Linear, ...], fake_quantize: FakeQuantize, options: RotateOptions
+    block: BlockTensors, linears: list[Linear] | tuple[Linear, ...], fake_quantize: FakeQuantize
 ) -> float | None:
     """Mean relative rounding error of the linears; None without statistics."""
     errors = []
     with quick_products():
         for linear in linears:
-            loss = RoundingLoss(block, [linear], fake_quantize, options.rows)
+            loss = RoundingLoss(block, [linear], fake_quantize, _ROWS)
             if loss.rounded:
                 errors.append(loss.relative(loss.at(None)))
     return sum(errors) / len(errors) if errors else None

@@ -332,7 +332,7 @@ class _Mapped:
 def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     """A Hugging Face model, opened and mapped to GGUF."""
     settings = request.settings
-    checkpoint, architecture = open_described(request.model, request.options, split_experts=True)
+    checkpoint, architecture = open_described(request.model, request.options, True, request.unties)
     check_patterns("--method-override", settings.method_overrides, architecture.linears)
     mapped = describe_gguf(checkpoint, architecture)
     float_type = "BF16" if model_dtype(checkpoint) is torch.bfloat16 else "F16"
