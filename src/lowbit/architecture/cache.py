@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.architecture.discover import discover
-from lowbit.architecture.structure import Architecture, Linear, Part, Placement
+from lowbit.architecture.structure import Architecture, FusedTensor, Linear, Part, Placement
 from lowbit.checkpoint.base import cache_root
 from lowbit.version import __version__
 
 # Files that the result depends on.
 _SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
-            "perturb.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
+            "perturb.py", "conversions.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
 
 
 def discover_once(
@@ -68,7 +68,11 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
     parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
     layout = {
-        name: Placement(**{**row, "shape": tuple(row["shape"]), "parts": tuple(Part(**part) for part in row["parts"])})
+        name: Placement(
+            tuple(row["shape"]),
+            _parts(row),
+            tuple(FusedTensor(each["name"], tuple(each["shape"]), _parts(each)) for each in row["fused"]),
+        )
         for name, row in kept.pop("layout").items()
     }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
@@ -77,6 +81,10 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
         **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings,
         passed_over=passed_over,
     )  # fmt: skip
+
+
+def _parts(row: dict[str, Any]) -> tuple[Part, ...]:
+    return tuple(Part(**part) for part in row["parts"])
 
 
 def _keep(path: Path, architecture: Architecture) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lowbit.architecture.building import build_without_weights
-from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.disk_layout import disk_layout, saved_names
 from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.fused_sets import fused_names
@@ -83,6 +83,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs, heads,
+        saved_names(model, layout, split_experts),
     )  # fmt: skip
 
 
@@ -146,11 +147,14 @@ class _Stored:
 
 
 def _stored(modules: dict[str, nn.Module], layout: dict[str, Placement]) -> dict[str, _Stored]:
-    return {
-        name: _Stored(part.shape_in(placement.shape), expert, parameter.rpartition(".")[0], parameter)
-        for parameter, placement in layout.items()
-        for name, part, expert in placement.pieces()
-    }
+    """Stored tensor → what is known of it; of one with rows of several parameters, by the first."""
+    found: dict[str, _Stored] = {}
+    for parameter, placement in layout.items():
+        for name, part, expert in placement.pieces():
+            if name not in found:
+                number = None if expert is None else part.first + expert
+                found[name] = _Stored(part.shape_in(placement.shape), number, parameter.rpartition(".")[0], parameter)
+    return found
 
 
 def _by_block(paths: list[str], stored: dict[str, _Stored]) -> dict[str, dict[str, _Stored]]:

@@ -96,7 +96,8 @@ class FolderPlan(Plan):
         left += [name for name in beside if name not in architecture.linears]
         left += architecture.expert_containers
         # vLLM looks for the names of the files, transformers for those of its modules
-        return left + [architecture.loaded_names[name] for name in left if name in architecture.loaded_names]
+        joined = [name for name in architecture.loaded_names if f"{name}.weight" not in architecture.parameters]
+        return left + [loaded for name in left + joined for loaded in architecture.loaded_names.get(name, ())]
 
     @cached_property
     def shares(self) -> dict[str, Share]:
