@@ -97,7 +97,16 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
             "lowbit quantizes decoders that transformers builds of repeated blocks",
         )
     names = {module: name for name, module in model.named_modules()}
-    return [f"{names[found]}.{index}" for index in range(len(found))]
+    stored = _with_own_weights(model, names[found])
+    return [f"{stored}.{index}" for index in range(len(found))]
+
+
+def _with_own_weights(model: PreTrainedModel, blocks: str) -> str:
+    """The list of blocks whose weights files hold, where `blocks` shares all of them with another (DiffusionGemma)."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    matrices = [name for name, value in model.get_submodule(blocks).named_parameters(blocks) if value.dim() > 1]
+    paths = {tied[name].removesuffix(name.removeprefix(blocks)) if name in tied else blocks for name in matrices}
+    return paths.pop() if len(paths) == 1 else blocks
 
 
 def _largest_list(model: nn.Module | None) -> nn.ModuleList | None:
@@ -323,9 +332,10 @@ def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str
     """Parameters that share memory with another, by the model's own declaration, under their stored names."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {
-        layout[name].parts[0].name: layout[source].parts[0].name
+        alias: stored
         for name, source in tied.items()
-        if name in layout and source in layout and layout[name].parts and layout[source].parts
+        if name in layout and source in layout
+        for (alias, _, _), (stored, _, _) in zip(layout[name].pieces(), layout[source].pieces(), strict=False)
     }
 
 
