@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lowbit.errors import UsageError
@@ -159,6 +160,7 @@ class Method:
         return bool(self.transforms) or self.rounding.needs_text or bool(self.learned or self.finish)
 
 
+@cache  # asked for every linear of a model
 def parse_method(text: str) -> Method:
     """ "smoothquant+gptq" → Method; UsageError names what is unknown or stands in the wrong order."""
     transforms: list[Transform] = []

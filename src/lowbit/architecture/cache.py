@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,16 @@ def _path(config: dict[str, Any], split_experts: bool) -> Path:
 
 def _kept(path: Path) -> Architecture | None:
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        state = path.stat()
+        return _parsed(path, state.st_mtime_ns, state.st_ino)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+@lru_cache(maxsize=2)
+def _parsed(path: Path, changed: int, inode: int) -> Architecture:
+    """The architecture in a file of this state: a command asks several times, and a large one takes a second."""
+    return _from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _key(config: dict[str, Any], split_experts: bool) -> str:

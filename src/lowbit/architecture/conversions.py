@@ -111,7 +111,7 @@ class Conversions:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RowSequence:
     """Rows start, start + step, … of a parameter, at rows at, at + stride, … of a stored tensor."""
 
     start: int
@@ -197,13 +197,13 @@ def _index(rows: np.ndarray, own: np.ndarray, shape: Shape) -> tuple[int | None,
     return int(expert.flat[0]), 0, row
 
 
-def _runs(index: np.ndarray, places: np.ndarray) -> tuple[_Run, ...]:
+def _runs(index: np.ndarray, places: np.ndarray) -> tuple[_RowSequence, ...]:
     """Both as arithmetic sequences; taken in the order of either, whichever gives fewer."""
     order = np.argsort(index, kind="stable")
     return min(_sequences(index, places), _sequences(index[order], places[order]), key=len)
 
 
-def _sequences(index: np.ndarray, places: np.ndarray) -> tuple[_Run, ...]:
+def _sequences(index: np.ndarray, places: np.ndarray) -> tuple[_RowSequence, ...]:
     steps, strides = np.diff(index), np.diff(places)
     found, first = [], 0
     while first < len(index):
@@ -212,7 +212,7 @@ def _sequences(index: np.ndarray, places: np.ndarray) -> tuple[_Run, ...]:
             step, stride = int(steps[first]), int(strides[first])
             same = (steps[first:] == step) & (strides[first:] == stride)
             stop = first + 1 + (int(np.argmin(same)) if not same.all() else len(same))
-        found.append(_Run(int(index[first]), step, stop - first, int(places[first]), stride))
+        found.append(_RowSequence(int(index[first]), step, stop - first, int(places[first]), stride))
         first = stop
     return tuple(found)
 

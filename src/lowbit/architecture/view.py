@@ -132,10 +132,10 @@ def _spelled(name: str, architecture: Architecture) -> str:
         placed = each in architecture.fused_tensors
         return placed or each in architecture.parameters or each in architecture.tied
 
-    fitting = [(prefix, spelled) for prefix, spelled in architecture.spellings if name.startswith(prefix)]
-    others = [spelled + name.removeprefix(prefix) for prefix, spelled in fitting]
     if is_known(name):
         return name
+    fitting = [(prefix, spelled) for prefix, spelled in architecture.spellings if name.startswith(prefix)]
+    others = (spelled + name.removeprefix(prefix) for prefix, spelled in fitting)
     return architecture.saved_names.get(name) or next((other for other in others if is_known(other)), name)
 
 
@@ -158,7 +158,8 @@ class _View:
                 shape = source.part.shape_in(tuple(info.shape))
                 info = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
             dtype = torch.float32 if info.dtype is torch.float64 else info.dtype
-            self.tensors[name] = replace(info, name=name, dtype=dtype)
+            same = info.name == name and info.dtype is dtype
+            self.tensors[name] = info if same else replace(info, name=name, dtype=dtype)
 
     @property
     def folder(self) -> Path:

@@ -116,7 +116,11 @@ class FolderPlan(Plan):
 
     @property
     def file_bytes(self) -> int:
-        return sum(file_sizes(self.stored, self.settings.bytes_per_shard))
+        return sum(self._file_sizes)
+
+    @cached_property
+    def _file_sizes(self) -> list[int]:
+        return file_sizes(self.stored, self.settings.bytes_per_shard)
 
     @property
     def activations(self) -> dict[str, ActivationSpec]:
@@ -195,7 +199,7 @@ class FolderPlan(Plan):
 
     @property
     def largest_file(self) -> int:
-        return max(file_sizes(self.stored, self.settings.bytes_per_shard))
+        return max(self._file_sizes)
 
     def container(self, work: Path, output: Path) -> SafetensorsWriter:
         return SafetensorsWriter(work, self.stored, self.settings.bytes_per_shard)
