@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, ConversionOps, PermuteForRope
 
 from lowbit.architecture import discover
-from lowbit.architecture.conversions import Conversions, Group
+from lowbit.architecture.conversions import Conversions, ConvertedGroup
 from lowbit.architecture.describing import describe_checkpoint
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.in_memory import model_in_memory
@@ -134,7 +134,7 @@ class Doubled(ConversionOps):
 def parts_of(operations, members, sources, targets, heads=2):
     model = SimpleNamespace(config=SimpleNamespace(num_attention_heads=heads))
     converter = SimpleNamespace(operations=operations, source_patterns=sources, target_patterns=targets)
-    return Conversions(model).parts(Group(converter, f"x.{targets[0]}", members))
+    return Conversions(model).parts(ConvertedGroup(converter, f"x.{targets[0]}", members))
 
 
 def stored_by(parts, values, name):

@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass
-class Group:
+class ConvertedGroup:
     """Parameters that transformers converts together.
 
     converter  the reversed `WeightConverter`
@@ -57,7 +57,7 @@ class Conversions:
         self.model = model
         self._known: dict[object, dict[int, list[Part]] | None] = {}
 
-    def parts(self, group: Group) -> dict[str, tuple[Part, ...]]:
+    def parts(self, group: ConvertedGroup) -> dict[str, tuple[Part, ...]]:
         """Parameter → its parts in stored tensors; nothing where their rows cannot be followed."""
         key = (id(group.converter), tuple((pattern, shape) for pattern, _, shape in group.members))
         if key not in self._known:
@@ -73,7 +73,7 @@ class Conversions:
             for member, parts in found.items()
         }
 
-    def _followed(self, group: Group) -> dict[int, list[Part]] | None:
+    def _followed(self, group: ConvertedGroup) -> dict[int, list[Part]] | None:
         shapes = [shape for _, _, shape in group.members]
         numbered = [_numbers(shapes, _COLUMNS)]
         if sum(map(math.prod, shapes)) <= _FEW:
@@ -91,7 +91,7 @@ class Conversions:
                 continue
         return None
 
-    def _converted(self, group: Group, numbers: list[Tensor]) -> dict[str, Tensor]:
+    def _converted(self, group: ConvertedGroup, numbers: list[Tensor]) -> dict[str, Tensor]:
         values: dict[str, Any] = {}
         for (pattern, _, _), each in zip(group.members, numbers, strict=True):
             values.setdefault(pattern, []).append(each)

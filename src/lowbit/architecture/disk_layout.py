@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lowbit.architecture.conversions import Conversions, Group
+from lowbit.architecture.conversions import Conversions, ConvertedGroup
 from lowbit.architecture.families import Family, family_of
 from lowbit.architecture.structure import FusedTensor, Part, Placement
 from lowbit.architecture.trace import is_experts, lies_transposed
@@ -115,14 +115,14 @@ def _stored_parts(
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     found: dict[str, tuple[Part, ...]] = {}
-    groups: dict[str, Group] = {}
+    groups: dict[str, ConvertedGroup] = {}
     for name, shape in shapes.items():
         key, pattern = apply_converters(name, converters)
         if pattern is None:
             found[name] = (Part(apply_renamings(name, renamings)),)
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            groups.setdefault(key, Group(converter, key)).members.append((pattern, name, shape))
+            groups.setdefault(key, ConvertedGroup(converter, key)).members.append((pattern, name, shape))
     conversions = Conversions(model)
     for group in groups.values():
         for name, parts in conversions.parts(group).items():
