@@ -28,7 +28,7 @@ class Family:
     on_hub         (what transformers' rules give backwards, what files have): beginnings of names where the two differ,
                    because a rule that was meant for a tower also fits the decoder's names
     fused_only     engines and transformers read experts as one tensor only, and pass over others in silence (seen with
-                   vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py; read in step3p5.py)
+                   vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py); of Step loaders map stacked names only
     expert_names   (end of a fused tensor's name, the same of expert "*"): where experts taken apart get names other
                    than NAME.*.gate_proj, .up_proj and .down_proj, one for each of its parts
     """
