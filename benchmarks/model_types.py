@@ -2,6 +2,8 @@
 
     python benchmarks/model_types.py [TYPE ...] [--json FILE] [--write docs/models.md] [--workers 2] [--keep FOLDER]
 
+Given types, --write renews their rows and leaves the others.
+
 For each type a tiny random model (tests/tiny_types.py) goes through these stages, in a process of its own with limits
 of time and memory; a stage that fails leaves its reason, and what needs its output is left out:
 
@@ -26,7 +28,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import sys
@@ -70,8 +71,7 @@ def main() -> int:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.write:
         text = args.write.read_text(encoding="utf-8")
-        table = f"<!-- types -->\n\n{markdown(rows)}\n\n<!-- end -->"
-        args.write.write_text(re.sub(r"<!-- types -->.*?<!-- end -->", lambda _: table, text, flags=re.S), "utf-8")
+        args.write.write_text(renewed(text, rows, whole=not args.types), encoding="utf-8")
     print(summary(rows))
     return int(any(row.get("crashed") for row in rows))
 
@@ -324,6 +324,17 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         flush=True,
     )
     return row
+
+
+def renewed(text: str, rows: list[dict[str, Any]], whole: bool) -> str:
+    """A document with the table of these rows; `whole`: with no others."""
+    head, _, rest = text.partition("<!-- types -->")
+    table, _, tail = rest.partition("<!-- end -->")
+    titles, rule, *new = markdown(rows).splitlines()
+    kept = [] if whole else table.strip().splitlines()[2:]
+    by_type = {line.split("|")[1].strip(" `"): line for line in (*kept, *new)}
+    lines = [titles, rule, *(by_type[name] for name in sorted(by_type))]
+    return head + "<!-- types -->\n\n" + "\n".join(lines) + "\n\n<!-- end -->" + tail
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lowbit.errors import UsageError
@@ -177,6 +178,7 @@ class Method:
         return any(row.learns for row in self.transforms)
 
 
+@cache  # asked for every linear of a model
 def parse_method(text: str) -> Method:
     """ "smoothquant+gptq" → Method; UsageError names what is unknown or stands in the wrong order."""
     transforms: list[Transform] = []

@@ -46,6 +46,14 @@ def test_another_config_is_discovered_anew_and_quantization_config_does_not_matt
     assert found == ["llama", "llama"]
 
 
+def test_a_file_of_the_cache_is_read_once_while_it_stays_the_same(found, tmp_path):
+    discover_once(config("llama"), "x")
+    assert discover_once(config("llama"), "x") is discover_once(config("llama"), "x")
+    (kept,) = (tmp_path / "architecture").iterdir()
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"heads": 77}))
+    assert discover_once(config("llama"), "x").heads == 77
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"blocks": 3}'])
 def test_damaged_cache_is_discovered_anew(found, tmp_path, damage):
     discover_once(config("llama"), "x")

@@ -12,12 +12,9 @@ from lowbit.errors import ArchitectureError
 from tiny_type_rows import NOT_MADE
 from tiny_types import model_types, tiny_config
 
-_UNKNOWN, _BUILD = "in a way that lowbit does not know", "cannot build a model"
+_BUILD = "cannot build a model"
 # type → what the refusal says
-REFUSED = {
-    **dict.fromkeys(("ernie4_5_vl_moe", "hrm_text", "inkling2", "inkling2_text", "molmo2", "step3p7"), _UNKNOWN),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "inkling_mm_model", "perception_lm"), _BUILD),  # needs timm, or scipy
-}
+REFUSED = dict.fromkeys(("fast_vlm", "gemma3n", "inkling_mm_model", "perception_lm"), _BUILD)  # needs timm, or scipy
 # type → share of the weights of decoder blocks in linears, where parameters have a form of their own
 OTHER_FORMS = {"dbrx": 0.19, "jetmoe": 0.04, "minimax": 0.7, "xlnet": 0.3}
 THIRD = [name for number, name in enumerate(model_types()) if number % 3 == 0 and name not in NOT_MADE]

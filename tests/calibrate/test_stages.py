@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.calibrate.block_modules import BlockInput, observed
+from lowbit.calibrate.block_modules import Block, BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import by_child, count_stages, find_idle, find_stages
@@ -124,3 +124,12 @@ def test_statistics_are_behind_what_was_rounded_before(folder, architecture, roo
     runner.load(0)
     run_through(runner, 0, before, IDS)
     torch.testing.assert_close(streams.unquantized.values, before.values)
+
+
+def test_two_kinds_of_experts_in_one_child_are_one_stage():
+    mlp = torch.nn.ModuleDict({"text": torch.nn.Identity(), "vision": torch.nn.Identity()})
+    mlp.forward = lambda x: mlp["text"](x)
+    module = torch.nn.ModuleDict({"mlp": mlp})
+    experts = {f"mlp.{kind}": {(0, "input"): BlockInput(f"{kind}.0.input", ())} for kind in mlp}
+    (stage,) = find_stages(Block("block", module, experts=experts), lambda: mlp(torch.ones(1, 2, 4)))
+    assert [source.name for source in stage.inputs] == ["text.0.input", "vision.0.input"]

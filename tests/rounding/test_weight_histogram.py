@@ -96,3 +96,8 @@ def test_integers_and_unfinished_tensors_have_none():
     histograms.add("half", (1000, 64), 0, 500, lambda rows: torch.ones(len(rows), 64))
     histograms.add("none", (0, 64), 0, 0, lambda rows: torch.ones(len(rows), 64))
     assert histograms.done == {}
+
+
+def test_subnormal_weights_are_counted():
+    values = torch.tensor([0.0, 1e-41, -1e-41, 1e-45])
+    assert counts(weight_histogram(values, torch.zeros(4), 1)).sum() > 0

@@ -14,18 +14,19 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lowbit.architecture.discover import discover
-from lowbit.architecture.structure import Architecture, Linear, Part, Placement
+from lowbit.architecture.structure import Architecture, FusedTensor, Linear, Part, Placement
 from lowbit.checkpoint.base import cache_root
 from lowbit.version import __version__
 
 # Files that the result depends on.
 _SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
-            "perturb.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
+            "perturb.py", "conversions.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
 
 
 def discover_once(
@@ -51,9 +52,16 @@ def _path(config: dict[str, Any], split_experts: bool) -> Path:
 
 def _kept(path: Path) -> Architecture | None:
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        state = path.stat()
+        return _parsed(path, state.st_mtime_ns, state.st_ino)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+@lru_cache(maxsize=2)
+def _parsed(path: Path, changed: int, inode: int) -> Architecture:
+    """The architecture in a file of this state: a command asks several times, and a large one takes a second."""
+    return _from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _key(config: dict[str, Any], split_experts: bool) -> str:
@@ -68,7 +76,11 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     linears = {name: Linear(**{**row, "shape": tuple(row["shape"])}) for name, row in kept.pop("linears").items()}
     parameters = {name: tuple(shape) for name, shape in kept.pop("parameters").items()}
     layout = {
-        name: Placement(**{**row, "shape": tuple(row["shape"]), "parts": tuple(Part(**part) for part in row["parts"])})
+        name: Placement(
+            tuple(row["shape"]),
+            _parts(row),
+            tuple(FusedTensor(each["name"], tuple(each["shape"]), _parts(each)) for each in row["fused"]),
+        )
         for name, row in kept.pop("layout").items()
     }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
@@ -77,6 +89,10 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
         **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings,
         passed_over=passed_over,
     )  # fmt: skip
+
+
+def _parts(row: dict[str, Any]) -> tuple[Part, ...]:
+    return tuple(Part(**part) for part in row["parts"])
 
 
 def _keep(path: Path, architecture: Architecture) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from lowbit.architecture.cache import discover_once
+from lowbit.architecture.disk_layout import fit_rows
 from lowbit.architecture.families import family_of
 from lowbit.architecture.inspection import inspect_source, untied
 from lowbit.architecture.structure import Architecture
@@ -40,6 +41,7 @@ def describe_checkpoint(
     notes = [] if checkpoint.kind == "gguf" else check_companions(checkpoint.folder, checkpoint.source)
     architecture = discover_once(config, folder, trust_remote_code, split)
     view = canonical_view(checkpoint, architecture)
+    architecture = _fitted(architecture, view)
     found = inspect_source(view, architecture)
     new = tuple(note for note in (*notes, *found.notes) if note not in view.notes)
     changes = Changes(frozenset(found.left_out), untied(config) if found.unties else None, new)
@@ -48,7 +50,7 @@ def describe_checkpoint(
                           copied=dict(architecture.tied))  # fmt: skip
         found.unties = True
     if found.unties:
-        architecture = discover_once(untied(config), folder, trust_remote_code, split)
+        architecture = _fitted(discover_once(untied(config), folder, trust_remote_code, split), view)
     return architecture, canonical_view(view, architecture, changes)
 
 
@@ -57,6 +59,16 @@ def _tie_notes(view: Checkpoint, architecture: Architecture) -> list[str]:
     return [f"{alias} becomes a tensor of its own, {size:,} more weights: config.json ties it to "
             f"{architecture.tied[alias]}, and a rotation gives the two different values"
             for alias, size in sizes.items()]  # fmt: skip
+
+
+def _fitted(architecture: Architecture, view: Checkpoint) -> Architecture:
+    """The architecture with the rows of joined tensors as these files cut them."""
+    fitted = fit_rows(architecture.layout, {name: info.shape for name, info in view.tensors.items()})
+    if not fitted:
+        return architecture
+    shapes = {name: part.shape_in(placed.shape) for placed in fitted.values() for name, part, _ in placed.pieces()}
+    parameters = {name: shapes.get(name, shape) for name, shape in architecture.parameters.items()}
+    return replace(architecture, parameters=parameters, layout=architecture.layout | fitted)
 
 
 def open_described(

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lowbit.architecture.building import build_without_weights
-from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.disk_layout import disk_layout, saved_names
 from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.fused_sets import fused_names
@@ -83,6 +83,7 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs, heads,
+        saved_names(model, layout, split_experts),
     )  # fmt: skip
 
 
@@ -96,7 +97,16 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
             "lowbit quantizes decoders that transformers builds of repeated blocks",
         )
     names = {module: name for name, module in model.named_modules()}
-    return [f"{names[found]}.{index}" for index in range(len(found))]
+    stored = _with_own_weights(model, names[found])
+    return [f"{stored}.{index}" for index in range(len(found))]
+
+
+def _with_own_weights(model: PreTrainedModel, blocks: str) -> str:
+    """The list of blocks whose weights files hold, where `blocks` shares all of them with another (DiffusionGemma)."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    matrices = [name for name, value in model.get_submodule(blocks).named_parameters(blocks) if value.dim() > 1]
+    paths = {tied[name].removesuffix(name.removeprefix(blocks)) if name in tied else blocks for name in matrices}
+    return paths.pop() if len(paths) == 1 else blocks
 
 
 def _largest_list(model: nn.Module | None) -> nn.ModuleList | None:
@@ -146,11 +156,14 @@ class _Stored:
 
 
 def _stored(modules: dict[str, nn.Module], layout: dict[str, Placement]) -> dict[str, _Stored]:
-    return {
-        name: _Stored(part.shape_in(placement.shape), expert, parameter.rpartition(".")[0], parameter)
-        for parameter, placement in layout.items()
-        for name, part, expert in placement.pieces()
-    }
+    """Stored tensor → what is known of it; of one with rows of several parameters, by the first."""
+    found: dict[str, _Stored] = {}
+    for parameter, placement in layout.items():
+        for name, part, expert in placement.pieces():
+            if name not in found:
+                number = None if expert is None else part.first + expert
+                found[name] = _Stored(part.shape_in(placement.shape), number, parameter.rpartition(".")[0], parameter)
+    return found
 
 
 def _by_block(paths: list[str], stored: dict[str, _Stored]) -> dict[str, dict[str, _Stored]]:
@@ -319,9 +332,10 @@ def _tied(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, str
     """Parameters that share memory with another, by the model's own declaration, under their stored names."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {
-        layout[name].parts[0].name: layout[source].parts[0].name
+        alias: stored
         for name, source in tied.items()
-        if name in layout and source in layout and layout[name].parts and layout[source].parts
+        if name in layout and source in layout
+        for (alias, _, _), (stored, _, _) in zip(layout[name].pieces(), layout[source].pieces(), strict=False)
     }
 
 

@@ -25,13 +25,16 @@ _WITHOUT_PREFIX = (("", "transformer."),)
 class Family:
     """
     spellings      (found, canonical): beginnings of names that some files of this family spell differently
+    on_hub         (what transformers' rules give backwards, what files have): beginnings of names where the two differ,
+                   because a rule that was meant for a tower also fits the decoder's names
     fused_only     engines and transformers read experts as one tensor only, and pass over others in silence (seen with
-                   vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py)
+                   vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py); of Step loaders map stacked names only
     expert_names   (end of a fused tensor's name, the same of expert "*"): where experts taken apart get names other
                    than NAME.*.gate_proj, .up_proj and .down_proj, one for each of its parts
     """
 
     spellings: tuple[tuple[str, str], ...] = ()
+    on_hub: tuple[tuple[str, str], ...] = ()
     fused_only: bool = False
     expert_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -56,7 +59,9 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": _FUSED_ONLY,
     "granitemoehybrid": _GRANITE_HYBRID,
     "granitemoeshared": _FUSED_ONLY,
+    "kimi_k25": Family(on_hub=(("language_model.model.blocks.", "language_model.model.layers."),)),
     "opt": Family((("decoder.", "model.decoder."),)),
+    "step3p7": _FUSED_ONLY,
 }
 
 

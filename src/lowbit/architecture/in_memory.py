@@ -23,7 +23,6 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,17 +57,24 @@ _STORED_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 _SAVE_FIRST = "save it with save_pretrained, and give the folder"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _StatePlace:
-    """Where a stored tensor lies: a tensor of the model, the part of it, the expert; and the dtype it is read in."""
+    """Where a stored tensor lies: the dtype it is read in, its shape, and (tensor of the model, part of it, expert) of
+    everything that lies in it."""
 
-    tensor: Tensor
-    part: Part
-    expert: int | None
     dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: list[tuple[Tensor, Part, int | None]]
 
     def values(self) -> Tensor:
-        return self.part.of(self.tensor if self.expert is None else self.tensor[self.expert])
+        """A view where one piece is all of it, else put together."""
+        tensor, part, expert = self.pieces[0]
+        if part.total is None:
+            return part.of(tensor if expert is None else tensor[expert])
+        values = tensor.new_empty(self.shape)
+        for tensor, part, expert in self.pieces:
+            part.of_stored(values).copy_(part.of(tensor if expert is None else tensor[expert]))
+        return values
 
 
 class ModelInMemory(StatedConfig):
@@ -105,7 +111,7 @@ class ModelInMemory(StatedConfig):
         self._remove()
 
     def _info(self, name: str, place: _StatePlace) -> TensorInfo:
-        shape = tuple(place.values().shape)
+        shape = place.shape
         stored = _STORED_NAME.get(place.dtype, str(place.dtype).removeprefix("torch."))
         nbytes = math.prod(shape) * place.dtype.itemsize
         return TensorInfo(name, shape, place.dtype, stored, nbytes, Path(self.source))
@@ -141,7 +147,7 @@ def model_in_memory(
         refuse_remote_code(config, f"{type(model).__name__} in memory", options or OpenOptions())
         twin = build_without_weights(config, str(folder), (options or OpenOptions()).trust_remote_code)
         notes += _refuse_replaced(model, twin)
-        return ModelInMemory(model, folder, dict(_places(model, twin, state, dtype)), notes)
+        return ModelInMemory(model, folder, _places(model, twin, state, dtype), notes)
     except BaseException:
         shutil.rmtree(folder.parent, ignore_errors=True)
         raise
@@ -273,8 +279,9 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
 
 def _places(
     model: PreTrainedModel, twin: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None
-) -> Iterator[tuple[str, _StatePlace]]:
-    """(stored name, place) of everything that `save_pretrained` would write; the twin says under which names."""
+) -> dict[str, _StatePlace]:
+    """Stored name → place of everything that `save_pretrained` would write; the twin says under which names."""
+    places: dict[str, _StatePlace] = {}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, placement in disk_layout(twin).items():
@@ -289,7 +296,9 @@ def _places(
             )
         own = tensor.dtype if dtype is None or tensor.dtype is not model.dtype else dtype
         for stored, part, expert in placement.pieces():
-            yield stored, _StatePlace(tensor, part, expert, own)
+            place = places.setdefault(stored, _StatePlace(own, part.shape_in(tuple(tensor.shape)), []))
+            place.pieces.append((tensor, part, expert))
+    return places
 
 
 def _folder_name(model: PreTrainedModel) -> str:

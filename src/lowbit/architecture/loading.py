@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.describing import describe_checkpoint
-from lowbit.architecture.disk_layout import disk_layout
+from lowbit.architecture.disk_layout import disk_layout, fit_rows
 from lowbit.architecture.inspection import ENLARGE, embedding_rows
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.view import holds_single_experts
@@ -130,34 +130,40 @@ class Loader:
         find  parameter name → tensor to write to; by default the model's parameter
         """
         find = self.model.get_parameter if find is None else find
-        for stored, parameter, place in self._places(set(values)):
-            place(find(parameter).data).copy_(values[stored])
+        for stored, part, parameter, place in self._places(set(values)):
+            place(find(parameter).data).copy_(part.of_stored(values[stored]))
 
     def watch(self, names: Collection[str]) -> None:
         """Have the filled parameters that hold these stored tensors collect gradients."""
-        for _, parameter, _ in self._places(names):
+        for _, _, parameter, _ in self._places(names):
             self.model.get_parameter(parameter).requires_grad_()
 
     def take_gradients(self, names: Collection[str]) -> dict[str, Tensor]:
         """Stored name → gradient with the stored shape, of the watched tensors that got one; the next ones begin at
         zero."""
-        found, used = {}, set()
-        for stored, name, place in self._places(names):
+        found: dict[str, Tensor] = {}
+        used = set()
+        for stored, part, name, place in self._places(names):
             gradient = self.model.get_parameter(name).grad
-            if gradient is not None:
+            if gradient is None:
+                continue
+            used.add(name)
+            if part.total is None:
                 found[stored] = place(gradient)
-                used.add(name)
+            else:
+                whole = found.setdefault(stored, gradient.new_zeros(part.shape_in(tuple(gradient.shape))))
+                part.of_stored(whole).copy_(place(gradient))
         for name in used:
             self.model.get_parameter(name).grad = None
         return found
 
-    def _places(self, names: Collection[str]) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]:
-        """(stored name, parameter, view of the stored tensor in a tensor of the parameter's shape)."""
+    def _places(self, names: Collection[str]) -> Iterator[tuple[str, Part, str, Callable[[Tensor], Tensor]]]:
+        """(stored name, part, parameter, view of the part in a tensor of the parameter's shape)."""
         for slot in self._slots:
             for stored, part, expert in (piece for source in slot.sources for piece in source):
                 if stored in names:
                     turned = _lies_transposed(self.checkpoint, self.model, slot, stored)
-                    yield stored, slot.names[0], partial(_place, part, expert, turned)
+                    yield stored, part, slot.names[0], partial(_place, part, expert, turned)
 
 
 def _place(part: Part, expert: int | None, turned: bool, values: Tensor) -> Tensor:
@@ -168,6 +174,7 @@ def _place(part: Part, expert: int | None, turned: bool, values: Tensor) -> Tens
 def _layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Placement]:
     """transformers parameter → placement in the checkpoint; ArchitectureError where that is not known."""
     layout = disk_layout(model, holds_single_experts(checkpoint))
+    layout |= fit_rows(layout, {name: info.shape for name, info in checkpoint.tensors.items()})
     unknown = [name for name, placement in layout.items() if not placement.parts]
     if unknown:
         raise ArchitectureError(
@@ -349,10 +356,10 @@ def _filled(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, dtype: 
     for name, part, expert in whole[0]:
         place = part.of(value if expert is None else value[expert])
         place = place.t() if _lies_transposed(checkpoint, model, slot, name) else place
-        for rows, slab in _slabs(checkpoint, name, tuple(place.shape)):
+        for rows, slab in _slabs(checkpoint, name, tuple(place.shape), part):
             place[rows] = slab.to(device=place.device, dtype=place.dtype)
     for (other, _, _), *_ in whole[1:]:
-        for rows, slab in _slabs(checkpoint, other, tuple(value.shape)):
+        for rows, slab in _slabs(checkpoint, other, tuple(value.shape), Part(other)):
             if not torch.equal(value[rows], slab.to(device=value.device, dtype=value.dtype)):
                 raise CheckpointError(
                     f"{checkpoint.source}: config.json ties {other} to {whole[0][0][0]}, but the file stores two "
@@ -362,14 +369,23 @@ def _filled(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, dtype: 
     return value
 
 
-def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Any, Tensor]]:
-    """(index of the rows, the rows) of a tensor, SLAB_BYTES at a time; its pages are released after each slab."""
+def _slabs(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], part: Part) -> Iterator[tuple[Any, Tensor]]:
+    """(index of the rows, the rows) of a part of a tensor, of this shape, SLAB_BYTES at a time; its pages are released
+    after each slab."""
     if not shape:
         yield ..., checkpoint.read(name)
         return
     for start, stop in row_slabs(shape, SLAB_BYTES // 4, SLAB_ROWS):
-        yield slice(start, stop), checkpoint.read(name, start, stop)
+        yield slice(start, stop), _rows(checkpoint, name, part, start, stop)
         checkpoint.release(name)
+
+
+def _rows(checkpoint: Checkpoint, name: str, part: Part, start: int, stop: int) -> Tensor:
+    """Rows start … stop of a part (entries of its first dimension)."""
+    if part.total is None or part.dim:
+        return part.of_stored(checkpoint.read(name, start, stop))
+    first, last = (part.at + row * part.stride for row in (start, stop - 1))
+    return checkpoint.read(name, first, last + 1)[:: part.stride]
 
 
 def _put(model: nn.Module, names: list[str], value: Tensor) -> None:

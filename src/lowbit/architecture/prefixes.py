@@ -45,6 +45,7 @@ def _spellings(architecture: Architecture) -> dict[str, bool]:
     known = {name: architecture.block_of(name) is not None for name in (*architecture.parameters, *architecture.tied)}
     for name, placement in architecture.layout.items():
         known.setdefault(name, any(architecture.block_of(part.name) is not None for part in placement.parts))
+    known |= {saved: known[name] for saved, name in architecture.saved_names.items() if name in known}
     for found, canonical in architecture.spellings:
         others = {found + name.removeprefix(canonical): known[name] for name in known if name.startswith(canonical)}
         known = others | known

@@ -62,6 +62,10 @@ class Part:
 
     start, step, rows   rows start, start + step, … (`rows` of them) of the parameter, or of parameter[expert]
     transposed          the matrix (every matrix of a 3-D tensor) is transposed before its rows are counted
+    dim                 the dimension in which rows are counted: 1 for those of every matrix of a 3-D tensor
+    first               what files call expert 0
+    at, stride, total   these rows lie at rows at, at + stride, … of a stored tensor of `total` rows, which holds more
+                        than them: rows of other parameters, or the same in another order; None: they are all of it
     """
 
     name: str
@@ -69,6 +73,11 @@ class Part:
     step: int = 1
     rows: int | None = None
     transposed: bool = False
+    dim: int = 0
+    first: int = 0
+    at: int = 0
+    stride: int = 1
+    total: int | None = None
 
     @property
     def per_expert(self) -> bool:
@@ -82,45 +91,66 @@ class Part:
         """The view of this part in `values`, the parameter (of one expert)."""
         if self.transposed:
             values = values.transpose(-1, -2)
-        return values if self.rows is None else values[self.start : self.start + self.rows * self.step : self.step]
+        return values if self.rows is None else values[self._along(self.start, self.step)]
+
+    def of_stored(self, values: Tensor) -> Tensor:
+        """The view of this part in `values`, the stored tensor."""
+        return values if self.total is None else values[self._along(self.at, self.stride)]
 
     def shape_in(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of this part (of one expert) in a parameter of this shape."""
+        """Shape of the stored tensor (of one expert) for a parameter of this shape."""
         shape = shape[1:] if self.per_expert else shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
-        return shape if self.rows is None else (self.rows, *shape[1:])
+        rows = self.rows if self.total is None else self.total
+        return shape if rows is None else (*shape[: self.dim], rows, *shape[self.dim + 1 :])
+
+    def _along(self, start: int, step: int) -> tuple[slice, ...]:
+        assert self.rows is not None
+        return (*(slice(None),) * self.dim, slice(start, start + self.rows * step, step))
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor in which files may hold experts of a parameter together: its shape, and the parts that lie in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def turned(self) -> FusedTensor:
+        """The same with the last two dimensions the other way round."""
+        parts = tuple(replace(part, transposed=not part.transposed) for part in self.parts)
+        return FusedTensor(self.name, (*self.shape[:-2], self.shape[-1], self.shape[-2]), parts)
+
+    def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
+        """As those of a `Placement`."""
+        return _pieces(self.parts, self.shape)
 
 
 @dataclass(frozen=True)
 class Placement:
     """A parameter of the transformers model: its shape and its stored tensors; no parts if lowbit does not know them.
 
-    fused             the one tensor in which files may hold all of it; None where that has the parameter's name
-    fused_transposed  that tensor has the last two dimensions of the parameter the other way round
+    fused  the tensors in which files may hold all of it, where it is described expert by expert; none where that has
+           the parameter's own name and rows
     """
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    fused: str | None = None
-    fused_transposed: bool = False
-
-    def in_fused(self) -> Placement:
-        """The parts as they lie in the fused tensor of the files."""
-        return self.turned() if self.fused_transposed else self
-
-    def turned(self) -> Placement:
-        """The parts in a tensor with the last two dimensions the other way round."""
-        parts = tuple(replace(part, transposed=not part.transposed) for part in self.parts)
-        return Placement((*self.shape[:-2], self.shape[-1], self.shape[-2]), parts)
+    fused: tuple[FusedTensor, ...] = ()
 
     def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
-        """(stored name, part, expert) of every stored tensor in it."""
-        for part in self.parts:
-            if part.per_expert:
-                for expert in range(self.shape[0]):
-                    yield part.name.replace("*", str(expert)), part, expert
-            else:
-                yield part.name, part, None
+        """(stored name, part, expert) of every stored tensor in it; a name may come several times, with other rows."""
+        return _pieces(self.parts, self.shape)
+
+
+def _pieces(parts: tuple[Part, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, Part, int | None]]:
+    for part in parts:
+        if part.per_expert:
+            for expert in range(shape[0]):
+                yield part.name.replace("*", str(expert + part.first)), part, expert
+        else:
+            yield part.name, part, None
 
 
 @dataclass(frozen=True)
@@ -139,6 +169,7 @@ class Architecture:
     norms        norm → what it computes: "rms" x/rms(x) · w, "rms_plus_one" x/rms(x) · (1 + w), "layer" LayerNorm
     untraced     why inputs of linears are not known; None where the model ran
     block_outputs  entries of the tuple that a block returns; 0 for a tensor
+    saved_names    name that `save_pretrained` writes → the stored name, of those without the prefix that the hub has
     heads          query heads of attention, with which `fed_rows` were tested; 0 where config.json states none
     """
 
@@ -157,6 +188,7 @@ class Architecture:
     untraced: str | None = None
     block_outputs: int = 0
     heads: int = 0
+    saved_names: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:
@@ -190,22 +222,29 @@ class Architecture:
     @property
     def files_fuse_experts(self) -> bool:
         """True if files hold experts in one tensor, so that taking them apart makes another description."""
-        return "experts" in self.roles.values() or any(place.fused is not None for place in self.layout.values())
+        return "experts" in self.roles.values() or any(place.fused for place in self.layout.values())
 
     @cached_property
-    def loaded_names(self) -> dict[str, str]:
-        """Module in files → its name in transformers, where that differs."""
-        names = {}
+    def loaded_names(self) -> dict[str, tuple[str, ...]]:
+        """Module in files → its names in transformers, where they differ: several where files join matrices."""
+        names: dict[str, dict[str, None]] = {}
         for parameter, placement in self.layout.items():
-            part = placement.parts[0] if len(placement.parts) == 1 else None
-            if part is not None and part.whole and part.name != parameter and parameter.endswith(".weight"):
-                names[part.name.removesuffix(".weight")] = parameter.removesuffix(".weight")
-        return names
+            stored = {part.name for part in placement.parts}
+            module, weight = next(iter(stored), ""), ".weight"
+            if len(stored) != 1 or any(part.per_expert for part in placement.parts) or not parameter.endswith(weight):
+                continue
+            if module not in (parameter, "") and (module.endswith(weight) or not placement.parts[0].whole):
+                names.setdefault(module.removesuffix(weight), {})[parameter.removesuffix(weight)] = None
+        return {module: tuple(found) for module, found in names.items()}
 
     @cached_property
-    def fused_placements(self) -> dict[str, Placement]:
-        """Tensor that files may hold instead of several of `parameters` → the placement of these in it."""
-        return {placement.fused or name: placement.in_fused() for name, placement in self.layout.items()}
+    def fused_tensors(self) -> dict[str, FusedTensor]:
+        """Tensor that files may hold instead of several of `parameters` → what lies in it."""
+        return {
+            fused.name: fused
+            for name, placement in self.layout.items()
+            for fused in placement.fused or (FusedTensor(name, placement.shape, placement.parts),)
+        }
 
     def block_of(self, name: str) -> int | None:
         """Index of a parameter's decoder block or multi-token prediction block; None outside blocks."""

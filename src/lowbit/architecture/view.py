@@ -112,22 +112,22 @@ def canonical_sources(name: str, info: TensorInfo, architecture: Architecture) -
         turned = parameter is not None and len(parameter) == 3 and _is_turned(info, parameter)
         yield name, CanonicalSource(info.name, Part(name, transposed=True) if turned else None)
         return
-    placement = architecture.fused_placements.get(name)
-    if placement is None:
+    fused = architecture.fused_tensors.get(name)
+    if fused is None or not fused.parts or any(part.total is not None for part in fused.parts):
         yield name, CanonicalSource(info.name)
-    elif all(part.whole and not part.transposed for part in placement.parts):
-        yield placement.parts[0].name, CanonicalSource(info.name)
+    elif all(part.whole and not part.transposed for part in fused.parts):
+        yield fused.parts[0].name, CanonicalSource(info.name)
     else:
         # transformers transposes fused experts by their shape (`Transpose` with check_dims), so files have both
-        if _is_turned(info, placement.shape):
-            placement = placement.turned()
-        if tuple(info.shape) != placement.shape:
+        if _is_turned(info, fused.shape):
+            fused = fused.turned()
+        if tuple(info.shape) != fused.shape:
             raise CheckpointError(
                 f"{info.file}: {name} has shape {list(info.shape)}; the experts of this model, fused, are "
-                f"{list(placement.shape)}",
+                f"{list(fused.shape)}",
                 "convert it with the program that wrote it, so that every expert has its own matrices",
             )
-        for canonical, part, expert in placement.pieces():
+        for canonical, part, expert in fused.pieces():
             yield canonical, CanonicalSource(info.name, part, expert)
 
 
@@ -135,12 +135,14 @@ def _spelled(name: str, architecture: Architecture) -> str:
     """The name as the architecture spells it."""
 
     def is_known(each: str) -> bool:
-        placed = each in architecture.fused_placements
+        placed = each in architecture.fused_tensors
         return placed or each in architecture.parameters or each in architecture.tied
 
+    if is_known(name):
+        return name
     fitting = [(prefix, spelled) for prefix, spelled in architecture.spellings if name.startswith(prefix)]
     others = (spelled + name.removeprefix(prefix) for prefix, spelled in fitting)
-    return name if is_known(name) else next((other for other in others if is_known(other)), name)
+    return architecture.saved_names.get(name) or next((other for other in others if is_known(other)), name)
 
 
 def _is_turned(info: TensorInfo, shape: tuple[int, ...]) -> bool:
@@ -162,7 +164,8 @@ class _View:
                 shape = source.part.shape_in(tuple(info.shape))
                 info = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
             dtype = torch.float32 if info.dtype is torch.float64 else info.dtype
-            self.tensors[name] = replace(info, name=name, dtype=dtype)
+            same = info.name == name and info.dtype is dtype
+            self.tensors[name] = info if same else replace(info, name=name, dtype=dtype)
 
     @property
     def folder(self) -> Path:

@@ -55,7 +55,9 @@ class Stage:
 
 def find_stages(block: Block, run: Callable[[], object]) -> list[Stage]:
     """Stages in the order of computation; `run` sends a window through the block. Unreached inputs come last."""
-    experts = {path.split(".")[0]: sources for path, sources in block.experts.items()}
+    experts: dict[str, list[BlockInput]] = {}
+    for path, sources in block.experts.items():  # of text and of images, in one MLP
+        experts.setdefault(path.split(".")[0], []).extend(sources.values())
     children: dict[str, list[str]] = {child: [] for child in experts}
     for path in block.inputs:
         children.setdefault(path.split(".")[0], []).append(path)
@@ -64,17 +66,17 @@ def find_stages(block: Block, run: Callable[[], object]) -> list[Stage]:
     stages: list[Stage] = []
     for child in sorted(children, key=lambda path: places.get(path, len(order))):
         paths = sorted(children[child], key=lambda path: places.get(path, len(order)))
-        sources, out = [block.inputs[path] for path in paths], outputs.get(child)
+        inputs, out = [block.inputs[path] for path in paths], outputs.get(child)
         others = len(out) - 1 if isinstance(out, tuple) else None
         form = OutputForm(others, out is not None and _first(out).dim() == 2)
         if child in experts:
-            stages.append(Stage(child, (*sources, *experts[child].values()), form))
+            stages.append(Stage(child, (*inputs, *experts[child]), form))
             continue
-        stages += [Stage(child, (source,), form, last=False) for source in sources[:-1]]
+        stages += [Stage(child, (source,), form, last=False) for source in inputs[:-1]]
         # Whether the child returns the output of its last linear unchanged.
         end, known = paths[-1], paths[-1] in outputs and child in outputs
         ends = known and torch.equal(_first(outputs[end]).flatten(), _first(outputs[child]).flatten())
-        stages.append(Stage(child, (sources[-1],), form, end=end if ends else None))
+        stages.append(Stage(child, (inputs[-1],), form, end=end if ends else None))
     return stages
 
 

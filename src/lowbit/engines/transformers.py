@@ -19,7 +19,7 @@ def check_experts(subject: Subject) -> Finding:
     """Experts that transformers merges into one parameter are not quantized: it replaces linears only."""
     merged = [name for name, placement in subject.architecture.layout.items()
               if any(part.per_expert for part in placement.parts)
-              and (subject.format != "compressed-tensors" or placement.fused is not None)]  # fmt: skip
+              and (subject.format != "compressed-tensors" or placement.fused)]  # fmt: skip
     quantized = [name for members in subject.architecture.expert_sets.values() for name in members
                  if name in subject.schemes]  # fmt: skip
     if merged and quantized:

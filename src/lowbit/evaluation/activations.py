@@ -49,14 +49,14 @@ def simulated_activations(
     experts: dict[tuple[str, str], dict[str, Scheme]] = {}
     with contextlib.ExitStack() as stack:
         for name, scheme in active.items():
-            owner, leaf, is_expert = places.get(name, (name.removesuffix(".weight"), "weight", False))
+            owners, leaf, is_expert = places.get(name, ((name.removesuffix(".weight"),), "weight", False))
             if is_expert and name in rotations:
                 raise CheckpointError(
                     f"{name}: the rotated or scaled input of an expert cannot be simulated in a fused operation",
                     "evaluate the weights alone with --activations none",
                 )
             if is_expert:
-                experts.setdefault((owner, leaf), {})[name] = scheme
+                experts.setdefault((owners[0], leaf), {})[name] = scheme
                 continue
             if scheme.activation is None:
                 hook = _llm_int8_hook(threshold)
@@ -64,23 +64,26 @@ def simulated_activations(
                 scale, zero_point = _stored_scale(name, scheme, input_scales), (zero_points or {}).get(name)
                 _check_zero_point(name, scheme, zero_point)
                 hook = _hook(scheme.activation, scale, rotations.get(name), zero_point)
-            stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
+            for owner in owners:
+                stack.callback(_linear(model, owner).register_forward_pre_hook(hook).remove)
         for (owner, leaf), members in experts.items():
             stack.enter_context(_fused_experts(model.get_submodule(owner), leaf, members))
         yield
 
 
-def _places(model: nn.Module) -> dict[str, tuple[str, str, bool]]:
-    """Weight name, as files have it → (module, its parameter, whether that holds all experts); nothing for a module
-    that is none of transformers', whose names are taken as they are."""
+def _places(model: nn.Module) -> dict[str, tuple[tuple[str, ...], str, bool]]:
+    """Weight name, as files have it → (modules: several where files join matrices, their parameter, whether that holds
+    all experts); nothing for a module that is none of transformers', whose names are taken as they are."""
     from transformers import PreTrainedModel
 
-    places: dict[str, tuple[str, str, bool]] = {}
+    places: dict[str, tuple[tuple[str, ...], str, bool]] = {}
     if not isinstance(model, PreTrainedModel):
         return places
     for parameter, placement in disk_layout(model, split_experts=True).items():
         owner, _, leaf = parameter.rpartition(".")
-        places.update({stored: (owner, leaf, expert is not None) for stored, _, expert in placement.pieces()})
+        for stored, _, expert in placement.pieces():
+            owners = places[stored][0] if stored in places else ()
+            places[stored] = (tuple(dict.fromkeys((*owners, owner))), leaf, expert is not None)
     return places
 
 

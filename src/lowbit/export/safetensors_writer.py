@@ -15,8 +15,10 @@ Within a shard wide dtypes come first, so that every tensor is aligned to its ow
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -45,10 +47,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
@@ -83,7 +82,7 @@ class SafetensorsWriter:
 
     def __init__(self, folder: Path, tensors: list[StoredTensor], shard_size: int):
         self._folder = folder
-        self._shards = _plan_shards(folder, tensors, shard_size)
+        self._shards = list(_plan_shards(folder, tensors, shard_size))
         self._by_name = {tensor.name: (shard, tensor) for shard in self._shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
         self._lock = Lock()
@@ -198,7 +197,7 @@ def file_sizes(tensors: list[StoredTensor], shard_size: int) -> list[int]:
     return [shard.size for shard in _plan_shards(Path(), tensors, shard_size)]
 
 
-def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> list[_Shard]:
+def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> Iterator[_Shard]:
     contents: list[list[StoredTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -211,7 +210,8 @@ def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> 
     names = (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    return [_layout(folder / name, inside) for name, inside in zip(names, contents, strict=True)]
+    for name, inside in zip(names, contents, strict=True):
+        yield _layout(folder / name, inside)
 
 
 def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:

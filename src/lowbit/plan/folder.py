@@ -96,7 +96,8 @@ class FolderPlan(Plan):
         left += [name for name in beside if name not in architecture.linears]
         left += architecture.expert_containers
         # vLLM looks for the names of the files, transformers for those of its modules
-        return left + [architecture.loaded_names[name] for name in left if name in architecture.loaded_names]
+        joined = [name for name in architecture.loaded_names if f"{name}.weight" not in architecture.parameters]
+        return left + [loaded for name in left + joined for loaded in architecture.loaded_names.get(name, ())]
 
     @cached_property
     def shares(self) -> dict[str, Share]:
@@ -115,7 +116,11 @@ class FolderPlan(Plan):
 
     @property
     def file_bytes(self) -> int:
-        return sum(file_sizes(self.stored, self.settings.bytes_per_shard))
+        return sum(self._file_sizes)
+
+    @cached_property
+    def _file_sizes(self) -> list[int]:
+        return file_sizes(self.stored, self.settings.bytes_per_shard)
 
     @property
     def activations(self) -> dict[str, ActivationSpec]:
@@ -194,7 +199,7 @@ class FolderPlan(Plan):
 
     @property
     def largest_file(self) -> int:
-        return max(file_sizes(self.stored, self.settings.bytes_per_shard))
+        return max(self._file_sizes)
 
     def container(self, work: Path, output: Path) -> SafetensorsWriter:
         return SafetensorsWriter(work, self.stored, self.settings.bytes_per_shard)

@@ -179,7 +179,7 @@ def _parts(model: Any, targets: dict[str, Target], architecture: Architecture) -
     for parameter, placement in disk_layout(model, split_experts=True).items():
         for stored, part, expert in placement.pieces():
             linear = stored.removesuffix(".weight")
-            if stored.endswith(".weight") and linear in targets and parameter not in tied:
+            if stored.endswith(".weight") and linear in targets and parameter not in tied and part.total is None:
                 turned = architecture.linears[linear].transposed
                 each = QuantizedPart(linear, targets[linear], part, expert, turned)
                 found.setdefault(parameter, []).append(each)

@@ -17,6 +17,7 @@ REFUSED: dict[str, str] = {
         "llama.cpp wants keys and values of its own in every block, and the last blocks of this model share those of "
         "others",
     ),
+    "kimi_linear": "lowbit does not write the Kimi Delta Attention of llama.cpp's kimi-linear",
     "minimax": "the gguf package has no names for the tensors of llama.cpp's minimax-01",
     **dict.fromkeys(("recurrent_gemma", "zamba", "zamba2"), _NO_ARCHITECTURE),
 }
