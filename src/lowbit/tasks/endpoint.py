@@ -28,8 +28,10 @@ _LARGEST = 64 * 2**20  # bytes of an answer; no model writes as much
 _HINTS = {
     401: f"set {KEY} to its key",
     403: f"set {KEY} to its key",
+    404: "start the server with this model, and under this name",
     429: "too many requests: wait, and run the same command again",
 }
+_TOO_LONG = ("context", "too long", "maximum length")  # what servers say of a prompt that they cannot hold
 
 
 class EndpointRefusal(EngineFailure):
@@ -73,9 +75,8 @@ class Endpoint:
                 read = answer.read(_LARGEST)
         except urllib.error.HTTPError as error:
             words = error.read(200).decode(errors="replace")
-            hint = _HINTS.get(error.code, "start the server with this model")
-            hint = "the server failed; its log says why" if error.code >= 500 else hint
-            raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", hint, error.code) from None
+            raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", _hint(error.code, words),
+                                  error.code) from None  # fmt: skip
         except (OSError, ValueError, HTTPException) as error:
             raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
                                 "the same command goes on from the answers that are there") from None  # fmt: skip
@@ -94,3 +95,12 @@ class Endpoint:
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")
         return choices[0]
+
+
+def _hint(status: int, words: str) -> str:
+    """What to do about an error of the server that says `words`."""
+    if any(each in words.lower() for each in _TOO_LONG):
+        return "shorten the prompt, or start the server with a longer context (-c, --max-model-len)"
+    if status >= 500:
+        return "the server failed; its log says why"
+    return _HINTS.get(status, "the server does not take this question; its words say why")

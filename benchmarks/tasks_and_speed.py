@@ -1,0 +1,139 @@
+"""What one small model can still do, and how fast it is, in five schemes: two tables in Markdown.
+
+usage: tasks_and_speed.py tasks WORK [--model demo:smollm2] [--rows "W4A16 gptq,Q2_K rtn"] [--items N] [--samples 16]
+       tasks_and_speed.py speed WORK [--model demo:smollm2] [--rows …] [--rounds 5] [--context 128] [--tokens 32]
+
+    WORK  a folder for the files; those that are there are not made again, answers that are there not asked again
+
+tasks: the packaged items of `lowbit evaluate --tasks`, asked once of the reference and of each file, paired.
+speed: `lowbit bench` in transformers (folders) and llama.cpp (GGUF). The files of an engine run in turns, the 16-bit
+file first in every round; a figure is the median over rounds of the ratio to the 16-bit file of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+import lowbit
+from lowbit.benchmark.result import BenchRow
+from lowbit.checkpoint.base import OpenOptions
+from lowbit.evaluation.opening import Opener
+from lowbit.evaluation.perplexity import variants_of
+from lowbit.tasks.answering import answers
+from lowbit.tasks.items import CATEGORIES, Item, packaged_items
+from lowbit.tasks.result import rows_of
+
+ROWS = "W8A8 rtn,W4A16 rtn,W4A16 gptq,Q4_K_M rtn,Q2_K rtn"
+_FILE_TYPES = "Q"  # how the names of llama.cpp's file types begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tasks", "speed"])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="demo:smollm2")
+    parser.add_argument("--rows", default=ROWS, help="SCHEME METHOD, separated by commas")
+    parser.add_argument("--samples", type=int, default=16, help="windows of the packaged text for calibrated methods")
+    parser.add_argument("--items", type=int, help="of each category; all by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    files = {row: made(args, *row.split()) for row in args.rows.split(",")}
+    print_tasks(args, files) if args.what == "tasks" else print_speed(args, files)
+
+
+def made(args: argparse.Namespace, scheme: str, method: str) -> Path:
+    """The file of a row, in WORK."""
+    gguf = scheme.startswith(_FILE_TYPES)
+    path = args.work / f"{scheme}-{method}{'.gguf' if gguf else ''}"
+    if not path.exists():
+        samples = {} if method == "rtn" else {"samples": args.samples}
+        lowbit.quantize(args.model, path, scheme=scheme, method=method, **samples)
+    return path
+
+
+def size(path: Path) -> int:
+    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
+    items = packaged_items(0, CATEGORIES)
+    if args.items is not None:
+        items = [each for name in CATEGORIES for each in [i for i in items if i.category == name][: args.items]]
+    categories = [item.category for item in items]
+    reference = answered(args, "reference", args.model, items)
+    print("| | MB | " + " | ".join(CATEGORIES) + " | all | difference | lost | gained | p |")
+    print("|---|---:|" + "---:|" * (len(CATEGORIES) + 5))
+    shares = " | ".join(str(row.right) for row in rows_of(categories, reference, None))
+    print(f"| reference (of {', '.join(str(categories.count(name)) for name in CATEGORIES)}) | | {shares} | | | | |")
+    for row, path in files.items():
+        rows = rows_of(categories, answered(args, path.name, path, items), reference)
+        last = rows[-1]
+        shares = " | ".join(f"{each.right} (−{each.lost} +{each.gained})" for each in rows[:-1])
+        difference = f"{100 * (last.difference or 0):+.1f} % ± {100 * (last.difference_se or 0):.1f} %"
+        flips = f"{last.lost} | {last.gained} | {last.p:.2g}"
+        print(f"| {row} | {size(path) / 1e6:.1f} | {shares} | {last.right} | {difference} | {flips} |", flush=True)
+
+
+def answered(args: argparse.Namespace, name: str, path: Path | str, items: list[Item]) -> list[bool]:
+    """Whether a model has each item right, with activations as the scheme rounds them; kept in WORK."""
+    kept = args.work / f"{name}.{len(items)}.answers.json"
+    if not kept.exists():
+        with contextlib.ExitStack() as stack:
+            opened = Opener(stack, torch.float32, "cpu", OpenOptions()).open(path)
+            context = list(variants_of(opened.checkpoint, "auto").values())[-1]
+            opened.loader.fill()
+            with context(opened.model):
+                kept.write_text(json.dumps(answers(opened.model, opened.tokenizer, items)))
+        gc.collect()
+    return json.loads(kept.read_text())
+
+
+def print_speed(args: argparse.Namespace, files: dict[str, Path]) -> None:
+    print("| | engine | MB | prefill ÷ 16 bits | decode ÷ 16 bits | decode of the 16-bit file, tok/s |")
+    print("|---|---|---:|---:|---:|---:|")
+    for engine, gguf in (("transformers", False), ("llama.cpp", True)):
+        chosen = {row: path for row, path in files.items() if (path.suffix == ".gguf") is gguf}
+        if not chosen:
+            continue
+        base = sixteen_bits(args, gguf)
+        rounds = [{name: timed(args, path) for name, path in {"16 bits": base, **chosen}.items()}
+                  for _ in range(args.rounds)]  # fmt: skip
+        for name, path in {"16 bits": base, **chosen}.items():
+            ratios = [[getattr(each[name], what) / getattr(each["16 bits"], what) for each in rounds]
+                      for what in ("prefill", "decode")]  # fmt: skip
+            shown = " | ".join(f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios)
+            own = statistics.median(each["16 bits"].decode for each in rounds)
+            print(f"| {name} | {engine} | {size(path) / 1e6:.1f} | {shown} | {own:.1f} |", flush=True)
+
+
+def sixteen_bits(args: argparse.Namespace, gguf: bool) -> Path:
+    """The model in 16 bits, as the engine reads it."""
+    path = args.work / ("F16.gguf" if gguf else "BF16")
+    if gguf and not path.exists():
+        lowbit.quantize(args.model, path, scheme="F16", format="gguf")
+    elif not path.exists():
+        model, tokenizer = lowbit.load(args.model, dtype="bfloat16")
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def timed(args: argparse.Namespace, path: Path) -> BenchRow:
+    """One run of the load, after one that does not count."""
+    found = lowbit.bench(path, engine=None if path.suffix == ".gguf" else "transformers", contexts=(args.context,),
+                         tokens=args.tokens, repeats=1, warmups=1, threads=torch.get_num_threads())  # fmt: skip
+    return found.rows[0]
+
+
+if __name__ == "__main__":
+    main()
