@@ -1,9 +1,10 @@
 """What one small model can still do, and how fast it is, in five schemes: two tables in Markdown.
 
-usage: tasks_and_speed.py tasks WORK [--model demo:smollm2] [--rows "W4A16 gptq,Q2_K rtn"] [--items N] [--samples 16]
+usage: tasks_and_speed.py tasks WORK [--model demo:smollm2] [--rows "W4A16 gptq,Q2_K rtn"] [--items N] [--seconds S]
        tasks_and_speed.py speed WORK [--model demo:smollm2] [--rows …] [--rounds 5] [--context 128] [--tokens 32]
 
     WORK  a folder for the files; those that are there are not made again, answers that are there not asked again
+    S     each model is asked for at most so long; the same command goes on, and prints the table when all is answered
 
 tasks: the packaged items of `lowbit evaluate --tasks`, asked once of the reference and of each file, paired.
 speed: `lowbit bench` in transformers (folders) and llama.cpp (GGUF). The files of an engine run in turns, the 16-bit
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +30,11 @@ from lowbit.evaluation.opening import Opener
 from lowbit.evaluation.perplexity import variants_of
 from lowbit.tasks.answering import answers
 from lowbit.tasks.items import CATEGORIES, Item, packaged_items
+from lowbit.tasks.kept import kept, key_of
 from lowbit.tasks.result import rows_of
 
 ROWS = "W8A8 rtn,W4A16 rtn,W4A16 gptq,Q4_K_M rtn,Q2_K rtn"
+_AT_ONCE = 4  # items; their choices are two batches
 _FILE_TYPES = "Q"  # how the names of llama.cpp's file types begin
 
 
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", default=ROWS, help="SCHEME METHOD, separated by commas")
     parser.add_argument("--samples", type=int, default=16, help="windows of the packaged text for calibrated methods")
     parser.add_argument("--items", type=int, help="of each category; all by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
@@ -70,13 +75,16 @@ def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
     if args.items is not None:
         items = [each for name in CATEGORIES for each in [i for i in items if i.category == name][: args.items]]
     categories = [item.category for item in items]
-    reference = answered(args, "reference", args.model, items)
+    for name, path in (("reference", args.model), *((path.name, path) for path in files.values())):
+        if not ask(args, name, path, items):
+            sys.exit(f"{name}: not all of {len(items)} items are answered yet; run the same command again")
+    reference = kept_answers(args, "reference", items)
     print("| | MB | " + " | ".join(CATEGORIES) + " | all | difference | lost | gained | p |")
     print("|---|---:|" + "---:|" * (len(CATEGORIES) + 5))
     shares = " | ".join(str(row.right) for row in rows_of(categories, reference, None))
     print(f"| reference (of {', '.join(str(categories.count(name)) for name in CATEGORIES)}) | | {shares} | | | | |")
     for row, path in files.items():
-        rows = rows_of(categories, answered(args, path.name, path, items), reference)
+        rows = rows_of(categories, kept_answers(args, path.name, items), reference)
         last = rows[-1]
         shares = " | ".join(f"{each.right} (−{each.lost} +{each.gained})" for each in rows[:-1])
         difference = f"{100 * (last.difference or 0):+.1f} % ± {100 * (last.difference_se or 0):.1f} %"
@@ -84,18 +92,32 @@ def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
         print(f"| {row} | {size(path) / 1e6:.1f} | {shares} | {last.right} | {difference} | {flips} |", flush=True)
 
 
-def answered(args: argparse.Namespace, name: str, path: Path | str, items: list[Item]) -> list[bool]:
-    """Whether a model has each item right, with activations as the scheme rounds them; kept in WORK."""
-    kept = args.work / f"{name}.{len(items)}.answers.json"
-    if not kept.exists():
+def ask(args: argparse.Namespace, name: str, path: Path | str, items: list[Item]) -> bool:
+    """Ask a model what is missing, with activations as the scheme rounds them; whether all is answered then."""
+    with kept(args.work / f"{name}.answers.jsonl") as (known, add):
+        missing = [item for item in items if key_of(repr(item)) not in known]
+        if not missing:
+            return True
         with contextlib.ExitStack() as stack:
             opened = Opener(stack, torch.float32, "cpu", OpenOptions()).open(path)
             context = list(variants_of(opened.checkpoint, "auto").values())[-1]
             opened.loader.fill()
+            stop = time.monotonic() + args.seconds
             with context(opened.model):
-                kept.write_text(json.dumps(answers(opened.model, opened.tokenizer, items)))
+                for begin in range(0, len(missing), _AT_ONCE):
+                    some = missing[begin : begin + _AT_ONCE]
+                    for item, right in zip(some, answers(opened.model, opened.tokenizer, some), strict=True):
+                        add(key_of(repr(item)), right)
+                    if time.monotonic() > stop:
+                        break
         gc.collect()
-    return json.loads(kept.read_text())
+        return all(key_of(repr(item)) in known for item in items)
+
+
+def kept_answers(args: argparse.Namespace, name: str, items: list[Item]) -> list[bool]:
+    """Whether a model has each item right."""
+    with kept(args.work / f"{name}.answers.jsonl") as (known, _):
+        return [bool(known[key_of(repr(item))]) for item in items]
 
 
 def print_speed(args: argparse.Namespace, files: dict[str, Path]) -> None:

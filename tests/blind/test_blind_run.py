@@ -223,10 +223,18 @@ def test_an_address_where_nobody_answers_is_refused(address, prompts):
         compare_blind(address, address, prompts)
 
 
+def test_llama_cpp_computes_every_prompt_alone_and_others_are_not_told_to(prompts):
+    """Else an answer depends on what was asked before, and a run that goes on gives others."""
+    for owner, told in (("llamacpp", False), ("vllm", None)):
+        with chatting(lambda body: "yes", owner=owner) as (url, asked):
+            compare_blind(url, url, prompts)
+        assert {body.get("cache_prompt") for body in asked} == {told}
+
+
 def test_a_server_that_is_down_is_noticed_before_the_other_model_is_loaded(prompts, monkeypatch):
     monkeypatch.setattr("lowbit.blind.run.answer_all", lambda *_: pytest.fail("asked already"))
     with pytest.raises(EngineFailure, match="cannot be asked"):
-        compare_blind("demo:smollm2", "http://127.0.0.1:9", prompts)
+        compare_blind("demo:smollm2", "http://127.0.0.1:9#named", prompts)
 
 
 def test_a_prompt_longer_than_the_server_holds_says_what_to_do(prompts):

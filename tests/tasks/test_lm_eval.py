@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lowbit[eval]'")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
 QUESTIONS = [("2 + 2", ["3", "4", "5", "6"], 1), ("the capital of Spain", ["Madrid", "Rome", "Paris", "Oslo"], 0),
-             ("the opposite of hot", ["warm", "red", "cold", "dry"], 2), ("7 - 4", ["1", "2", "4", "3"], 3)]  # fmt: skip
+             ("not hot", ["warm", "red", "cold", "dry"], 2), ("7 - 4", ["1", "2", "4", "3"], 3)]  # fmt: skip
 TASK = r"""
 task: letters
 dataset_path: json
@@ -27,7 +27,7 @@ doc_to_text: "Question: {{{{question}}}}\nAnswer:"
 doc_to_choice: {choice}
 doc_to_target: answer
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -57,12 +57,21 @@ class Endpoint:
         if not is_url(url):
             raise UsageError(f"{address!r} is no address of a server", "write it as http://localhost:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.name = name or named or self._first_model()
+        models = self._models(needed=not (name or named))
+        self.name = name or named or (str(models[0].get("id", "")) if models else "")
+        # llama.cpp computes a prompt in other pieces where its cache holds the beginning, and then may say other words
+        alone = any(model.get("owned_by") == "llamacpp" for model in models)
+        self._always: dict[str, Any] = {"cache_prompt": False} if alone else {}
 
-    def _first_model(self) -> str:
-        listed = self.ask("/v1/models").get("data")
-        first = listed[0] if isinstance(listed, list) and listed else None
-        return str(first.get("id", "")) if isinstance(first, dict) else ""
+    def _models(self, needed: bool) -> list[dict[str, Any]]:
+        """What it lists. needed: False where a server may refuse to list"""
+        try:
+            listed = self.ask("/v1/models").get("data")
+        except EndpointRefusal:
+            if needed:
+                raise
+            return []
+        return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
 
     def ask(self, place: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the server answers at `place`: to a body that is posted, or to a plain request."""
@@ -90,7 +99,7 @@ class Endpoint:
 
     def choice(self, place: str, body: dict[str, Any]) -> dict[str, Any]:
         """The first choice of an answer; EngineFailure where there is none."""
-        answer = self.ask(place, {"model": self.name} | body)
+        answer = self.ask(place, {"model": self.name} | self._always | body)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")

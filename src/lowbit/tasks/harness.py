@@ -4,8 +4,8 @@ lm-eval is the field's own judge, so its figures are those that others publish; 
 quantized model is paired here with what it makes of it with the reference. Data come from the Hub, or from its
 cache. A name that ends in .yaml is a task file of lm-eval's own form, with data that it names.
 
-Refused: lm-eval not installed, a task that it does not know (with the nearest), data that cannot be had, by name; a task
-file that is not there or defines no task.
+Refused: lm-eval not installed, a task that it does not know (with the nearest), data that cannot be had, by name; a
+task file that is not there or defines no task.
 """
 
 from __future__ import annotations
