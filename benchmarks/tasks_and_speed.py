@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", default=ROWS, help="SCHEME METHOD, separated by commas")
     parser.add_argument("--samples", type=int, default=16, help="windows of the packaged text for calibrated methods")
     parser.add_argument("--items", type=int, help="of each category; all by default")
+    parser.add_argument("--categories", default=",".join(CATEGORIES))
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
@@ -71,18 +72,18 @@ def size(path: Path) -> int:
 
 
 def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
-    items = packaged_items(0, CATEGORIES)
-    if args.items is not None:
-        items = [each for name in CATEGORIES for each in [i for i in items if i.category == name][: args.items]]
+    names = tuple(args.categories.split(","))
+    every = [[item for item in packaged_items(0, names) if item.category == name][: args.items] for name in names]
+    items = [item for some in every for item in some]
     categories = [item.category for item in items]
     for name, path in (("reference", args.model), *((path.name, path) for path in files.values())):
         if not ask(args, name, path, items):
             sys.exit(f"{name}: not all of {len(items)} items are answered yet; run the same command again")
     reference = kept_answers(args, "reference", items)
-    print("| | MB | " + " | ".join(CATEGORIES) + " | all | difference | lost | gained | p |")
-    print("|---|---:|" + "---:|" * (len(CATEGORIES) + 5))
+    print("| | MB | " + " | ".join(names) + " | all | difference | lost | gained | p |")
+    print("|---|---:|" + "---:|" * (len(names) + 5))
     shares = " | ".join(str(row.right) for row in rows_of(categories, reference, None))
-    print(f"| reference (of {', '.join(str(categories.count(name)) for name in CATEGORIES)}) | | {shares} | | | | |")
+    print(f"| reference (of {', '.join(str(categories.count(name)) for name in names)}) | | {shares} | | | | |")
     for row, path in files.items():
         rows = rows_of(categories, kept_answers(args, path.name, items), reference)
         last = rows[-1]
