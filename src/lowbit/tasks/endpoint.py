@@ -87,8 +87,9 @@ class Endpoint:
             raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", _hint(error.code, words),
                                   error.code) from None  # fmt: skip
         except (OSError, ValueError, HTTPException) as error:
-            raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
-                                "the same command goes on from the answers that are there") from None  # fmt: skip
+            raise EngineFailure(f"{self.url}{place} cannot be asked: {getattr(error, 'reason', error)}",
+                                "start the server; the same command then goes on from the answers that are there",
+                                ) from None  # fmt: skip
         try:
             found = json.loads(read)
         except (ValueError, RecursionError):
