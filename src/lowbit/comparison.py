@@ -136,7 +136,8 @@ def _report(path: str) -> schema.Report | None:
 
 def _named_source(report: schema.Report | None, path: str) -> schema.ReportSource:
     if report is None:
-        raise UsageError(f"{path} has no report that names its source", "give it: --reference MODEL")
+        raise UsageError(f"{path} has no report that names its source",
+                         f"give --reference MODEL, or --reference {path} if that is the unquantized one")  # fmt: skip
     return report.source
 
 

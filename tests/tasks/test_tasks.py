@@ -205,3 +205,8 @@ def test_a_task_without_right_and_wrong_is_refused(folder, monkeypatch):
     _stand_in(monkeypatch, lambda **how: {"samples": {"mmlu": [{"doc_id": 0, "bleu": 0.3}]}})
     with pytest.raises(UsageError, match="no metric of right and wrong"):
         evaluate_tasks(folder, tasks=["mmlu"])
+
+
+def test_a_dtype_by_name_is_refused(tiny_llama):
+    with pytest.raises(UsageError, match="'bfloat16' is no dtype of torch"):
+        lowbit.load(tiny_llama, dtype="bfloat16")
