@@ -130,7 +130,8 @@ def task_sentence(result: TaskResult) -> str:
     amount = "" if row.difference == 0 else f" {abs(100 * row.difference):.1f} % ± {100 * row.difference_se:.1f} %"
     first = result.first_to_suffer
     suffers = "" if first is None else f"; {first.category} suffers most"
-    chance = ": no more than chance" if row.lost + row.gained and row.p > _SURE else ""
+    flipped = bool(row.lost or row.gained)
+    chance = ": no more than chance" if flipped and row.p > _SURE else ""
     flips = f"{row.lost} lost, {row.gained} gained, p = {row.p:.2g}{chance}"
     return f"{verb}{amount} of the answers ({flips}){suffers}"
 
