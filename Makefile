@@ -57,5 +57,5 @@ $(VENV)/.installed: $(CORE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,interop,docs]'
+	$(PIP) --editable '.[dev,eval,interop,docs]'
 	touch $@

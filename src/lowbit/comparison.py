@@ -55,7 +55,7 @@ def compare(
     The other parameters are those of `lowbit.evaluate`. Raises LowbitError.
     """
     if len(models) < 2:
-        raise UsageError(f"{len(models)} models cannot be compared", "name two or more")
+        raise UsageError("one model alone cannot be compared" if models else "no model was named", "name two or more")
     options = options or OpenOptions()
     paths = [str(model) for model in models]
     reports = [_report(path) for path in paths]
@@ -136,7 +136,8 @@ def _report(path: str) -> schema.Report | None:
 
 def _named_source(report: schema.Report | None, path: str) -> schema.ReportSource:
     if report is None:
-        raise UsageError(f"{path} has no report that names its source", "give it: --reference MODEL")
+        raise UsageError(f"{path} has no report that names its source",
+                         f"give --reference MODEL, or --reference {path} if that is the unquantized one")  # fmt: skip
     return report.source
 
 

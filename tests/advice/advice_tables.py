@@ -18,7 +18,9 @@ def _cells(*cells: str) -> str:
 
 def device_row(device: Device) -> str:
     capability = "–" if device.compute_capability is None else ".".join(map(str, device.compute_capability))
-    peaks = (f"{device.peak[each] / 1e12:g}" if device.has(each) else "–" for each in ("bf16", "fp8", "int8", "fp4"))
+    peaks = [f"{device.peak[each] / 1e12:g}" if device.has(each) else "–" for each in ("bf16", "fp8", "int8", "fp4")]
+    if not device.has("bf16") and device.has("fp16"):
+        peaks[0] = f"{device.peak['fp16'] / 1e12:g} (FP16)"
     memory, bandwidth = f"{device.memory_bytes / 2**30:g}", f"{device.bandwidth / 1e9:g}"
     return _cells(f"`{device.name}`", device.label, memory, bandwidth, *peaks, capability)
 

@@ -151,8 +151,9 @@ def test_a_server_that_answers_something_else(folder, how, says):
 
 
 def test_no_server(folder):
-    with pytest.raises(EngineFailure, match="cannot be asked"):
+    with pytest.raises(EngineFailure, match=r"^http://127.0.0.1:9/v1/models cannot be asked: ") as caught:
         bench(folder, url="http://127.0.0.1:9", contexts=(8,), tokens=4)
+    assert "server running" in caught.value.hint
 
 
 @pytest.mark.parametrize(

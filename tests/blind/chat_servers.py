@@ -14,13 +14,15 @@ Say = Callable[[dict[str, Any]], Any]
 
 
 @contextmanager
-def chatting(say: Say, names: tuple[str, ...] = ("tiny",), chat: bool = True) -> Iterator[tuple[str, list[dict]]]:
+def chatting(
+    say: Say, names: tuple[str, ...] = ("tiny",), chat: bool = True, owner: str = "somebody"
+) -> Iterator[tuple[str, list[dict]]]:
     """(address, bodies that were posted). chat: False for a server that refuses messages, as of a base model"""
     asked: list[dict[str, Any]] = []
 
     class Handler(JsonHandler):
         def do_GET(self):
-            self.send_json({"data": [{"id": name} for name in names]})
+            self.send_json({"data": [{"id": name, "owned_by": owner} for name in names]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -223,6 +223,27 @@ def test_an_address_where_nobody_answers_is_refused(address, prompts):
         compare_blind(address, address, prompts)
 
 
+def test_llama_cpp_computes_every_prompt_alone_and_others_are_not_told_to(prompts):
+    """Else an answer depends on what was asked before, and a run that goes on gives others."""
+    for owner, told in (("llamacpp", False), ("vllm", None)):
+        with chatting(lambda body: "yes", owner=owner) as (url, asked):
+            compare_blind(url, url, prompts)
+        assert {body.get("cache_prompt") for body in asked} == {told}
+
+
+def test_a_server_that_is_down_is_noticed_before_the_other_model_is_loaded(prompts, monkeypatch):
+    monkeypatch.setattr("lowbit.blind.run.answer_all", lambda *_: pytest.fail("asked already"))
+    with pytest.raises(EngineFailure, match="cannot be asked"):
+        compare_blind("demo:smollm2", "http://127.0.0.1:9#named", prompts)
+
+
+def test_a_prompt_longer_than_the_server_holds_says_what_to_do(prompts):
+    said = "request (3030 tokens) exceeds the available context size (1024 tokens), try increasing it"
+    with chatting(lambda body: (said, 500)) as (url, _), pytest.raises(EngineFailure, match="exceeds") as caught:
+        compare_blind(url, url, prompts)
+    assert "shorten the prompt" in caught.value.hint
+
+
 def test_a_prompt_longer_than_the_model_holds_is_refused(tiny_llama, tmp_path):
     (tmp_path / "p.txt").write_text("word " * 400)
     with pytest.raises(UsageError, match=r"prompt 1 has .* tokens; the model holds 256"):

@@ -74,10 +74,16 @@ def test_a_server_answers_as_the_model_behind_it_does(loaded, echo):
     model, tokenizer = loaded
     with serving(model, tokenizer, echo) as (url, asked):
         served = ServedModel(url, tokenizer)
-        found = served_answers(served, ITEMS, 0)
+        found, before = served_answers(served, ITEMS, 0)
         assert not kept_answers(served, 0).exists()
-    assert found == answers(model, tokenizer, ITEMS)
+    assert (found, before) == (answers(model, tokenizer, ITEMS), 0)
     assert len(asked) == 4 * len(ITEMS) or not echo
+
+
+def test_answers_of_another_file_at_the_same_address_are_not_taken_over(loaded):
+    with serving(*loaded) as (url, _):
+        places = {kept_answers(ServedModel(url, loaded[1], of), 0) for of in ("one", "two")}
+    assert len(places) == 2
 
 
 def test_a_run_goes_on_where_a_dying_server_stopped_it(loaded):
@@ -92,7 +98,7 @@ def test_a_run_goes_on_where_a_dying_server_stopped_it(loaded):
     with serving(model, tokenizer) as (url, asked):
         again = ServedModel(url, tokenizer)
         kept_answers(again, 0).write_text(path.read_text())  # the same server has another port here
-        assert served_answers(again, ITEMS, 0) == answers(model, tokenizer, ITEMS)
+        assert served_answers(again, ITEMS, 0) == (answers(model, tokenizer, ITEMS), 3)
         assert len(asked) == 4 * (len(ITEMS) - 3)
 
 

@@ -143,6 +143,7 @@ def test_options_that_are_not_read_are_refused(folder, words, says):
 
 def test_without_lm_eval_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    harness._manager.cache_clear()
     with pytest.raises(DependencyError, match="mmlu") as caught:
         evaluate_tasks(folder, tasks=["mmlu"])
     assert "lowbit[eval]" in caught.value.hint
@@ -152,18 +153,19 @@ def _stand_in(monkeypatch, evaluate):
     """Modules that look like lm-eval 0.4.13."""
     names = ("lm_eval", "lm_eval.tasks", "lm_eval.models", "lm_eval.models.huggingface")
     modules = {name: types.ModuleType(name) for name in names}
-    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(all_tasks=["mmlu", "gsm8k"])
+    modules["lm_eval.tasks"].TaskManager = lambda include_defaults: types.SimpleNamespace(all_tasks=["mmlu", "gsm8k"])
     modules["lm_eval.models.huggingface"].HFLM = lambda pretrained, tokenizer, batch_size: pretrained
     modules["lm_eval"].simple_evaluate = evaluate
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
+    harness._manager.cache_clear()
     monkeypatch.setattr(harness.metadata, "version", lambda name: "0.4.13")
 
 
 def test_lm_evals_items_are_paired_by_task_filter_and_document(folder, monkeypatch):
     calls = []
 
-    def evaluate(model, tasks, limit, log_samples, bootstrap_iters):
+    def evaluate(model, tasks, limit, log_samples, bootstrap_iters, task_manager):
         assert log_samples
         calls.append(tasks)
         flipped = len(calls) - 1  # of the second model the first document is wrong
@@ -203,3 +205,8 @@ def test_a_task_without_right_and_wrong_is_refused(folder, monkeypatch):
     _stand_in(monkeypatch, lambda **how: {"samples": {"mmlu": [{"doc_id": 0, "bleu": 0.3}]}})
     with pytest.raises(UsageError, match="no metric of right and wrong"):
         evaluate_tasks(folder, tasks=["mmlu"])
+
+
+def test_a_dtype_by_name_is_refused(tiny_llama):
+    with pytest.raises(UsageError, match="'bfloat16' is no dtype of torch"):
+        lowbit.load(tiny_llama, dtype="bfloat16")

@@ -55,6 +55,8 @@ def load(
     """Open a model of any readable format as (transformers model, tokenizer); quantized weights are decoded."""
     from lowbit.checkpoint import open_checkpoint
 
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"{dtype!r} is no dtype of torch", "write it as torch.bfloat16")
     options = options or OpenOptions()
     checkpoint = open_checkpoint(str(path), options)
     try:

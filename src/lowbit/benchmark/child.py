@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from lowbit.benchmark.drivers import DRIVERS, BenchJob, LlamaBench
+from lowbit.benchmark.drivers import DRIVERS, BenchJob, EngineError, LlamaBench
 from lowbit.measure import peak_memory
 
 _OUT_OF_MEMORY = (
@@ -42,7 +42,8 @@ def main() -> None:
         _measure(job, events)
         code = 0
     except BaseException as error:  # whatever an engine raises goes to the caller in words
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        words = "" if isinstance(error, EngineError) else f"{type(error).__name__}: "
+        text = f"{words}{error}" if str(error) else type(error).__name__
         _emit(events, failed=text, memory=_is_memory(error))
     for stream in (events, sys.stderr):
         with contextlib.suppress(OSError):

@@ -231,7 +231,7 @@ def _http(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         raise EngineError(f"{url} answers {error.code}: {error.read(300).decode(errors='replace')}") from None
     except (OSError, ValueError) as error:
-        raise EngineError(f"{url} cannot be asked: {error}") from None
+        raise EngineError(f"{url} cannot be asked: {getattr(error, 'reason', error)}") from None
     if not isinstance(found, dict):
         raise EngineError(f"{url} answers no JSON object")
     return found

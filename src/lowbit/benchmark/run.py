@@ -206,7 +206,7 @@ def _run(
             for line in process.stdout:
                 event = json.loads(line)
                 if "failed" in event:
-                    raise _failure(engine, event["failed"], event["memory"])
+                    raise _failure(engine, event["failed"], event["memory"], job.url)
                 ready = event.get("ready", ready)
                 done = event.get("done", done)
                 rows += [event["row"]] if "row" in event else []
@@ -218,7 +218,7 @@ def _run(
                 log.seek(max(0, log.tell() - 400))
                 last = log.read().decode(errors="replace").strip().replace("\n", " / ")
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                raise _failure(engine, f"its process {how}. {last}", code == -9)
+                raise _failure(engine, f"its process {how}. {last}", code == -9, job.url)
         finally:
             process.kill()
             process.wait()
@@ -231,7 +231,9 @@ def _environment(job: BenchJob) -> dict[str, str]:
     return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _failure(engine: str, text: str, memory: bool) -> EngineFailure:
+def _failure(engine: str, text: str, memory: bool, url: str | None) -> EngineFailure:
+    if url is not None:
+        return EngineFailure(text, "is the server running at this address, and is it this model's?")
     if memory:
         return EngineFailure(f"{engine} ran out of memory: {text}",
                              "give a smaller --batch or --context; lowbit estimate says what fits")  # fmt: skip
@@ -242,7 +244,8 @@ def _row(measured: dict[str, Any], job: BenchJob) -> BenchRow:
     context, batch = measured["context"], measured["batch"]
     prompt, answer = batch * context, batch * job.tokens
     if statistics.median(measured["decode"]) < _LEAST_SECONDS:
-        raise UsageError(f"{job.tokens} tokens are made too quickly to be timed", "give more --tokens")
+        more = "give more --tokens" + ("" if job.warmups else ", and a warm-up: the first run is slower than the rest")
+        raise UsageError(f"{job.tokens} tokens are made too quickly to be timed", more)
     # A single run may be lost in the noise of the prefill; the quickest is then bounded by the least time.
     prefill, decode = measured["prefill"], [max(each, _LEAST_SECONDS) for each in measured["decode"]]
     return BenchRow(

@@ -18,7 +18,7 @@ from lowbit.blind.prompts import BlindPrompt, read_prompts
 from lowbit.blind.result import AnswerPair, BlindTest
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
-from lowbit.tasks.endpoint import Endpoint
+from lowbit.tasks.endpoint import Endpoint, is_url
 
 Progress = Callable[[int, int], None]
 
@@ -56,7 +56,9 @@ def compare_blind(
     if judge_model is not None and judge is None:
         raise UsageError("--judge-model names a model of --judge, which was not given", "add --judge URL")
     asked, notes = read_prompts(prompts)
-    judging = None if judge is None else Endpoint(judge, judge_model)  # asked now, before an hour of answers
+    for each in filter(is_url, (a, b)):  # asked now, before an hour of answers
+        Endpoint(each)
+    judging = None if judge is None else Endpoint(judge, judge_model)
     how = Generation(max_tokens, temperature, seed or 0, dtype, device, options or OpenOptions())
     total = len(asked) * (2 if judging is None else 3)
 

@@ -52,7 +52,7 @@ def evaluate(
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Run tasks instead: all, some of arithmetic,facts,format,code; or lm-eval's: mmlu,gsm8k …"),
+        typer.Option(help="Run tasks instead: all, some of arithmetic,facts,format,code; or lm-eval's: mmlu,my.yaml …"),
     ] = None,
     task_items: Annotated[int | None, typer.Option(help="Items of each task. [default: all]", min=1)] = None,
     task_seed: Annotated[int, typer.Option(help="Seed of the packaged items.")] = 0,

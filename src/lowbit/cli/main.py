@@ -180,7 +180,8 @@ def _usage_error(error: Exception) -> NoReturn:
         sys.exit(2)
     command = getattr(getattr(error, "ctx", None), "command_path", "lowbit")
     message = show().rstrip(".")
-    _fail(message[:1].lower() + message[1:], f"{command} --help lists the options", getattr(error, "exit_code", 2))
+    listed = "commands" if message.lower().startswith("no such command") else "options"
+    _fail(message[:1].lower() + message[1:], f"{command} --help lists the {listed}", getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, hint: str, exit_code: int) -> NoReturn:

@@ -28,8 +28,10 @@ _LARGEST = 64 * 2**20  # bytes of an answer; no model writes as much
 _HINTS = {
     401: f"set {KEY} to its key",
     403: f"set {KEY} to its key",
+    404: "start the server with this model, and under this name",
     429: "too many requests: wait, and run the same command again",
 }
+_TOO_LONG = ("context", "too long", "maximum length")  # what servers say of a prompt that they cannot hold
 
 
 class EndpointRefusal(EngineFailure):
@@ -55,12 +57,21 @@ class Endpoint:
         if not is_url(url):
             raise UsageError(f"{address!r} is no address of a server", "write it as http://localhost:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.name = name or named or self._first_model()
+        models = self._models(needed=not (name or named))
+        self.name = name or named or (str(models[0].get("id", "")) if models else "")
+        # llama.cpp computes a prompt in other pieces where its cache holds the beginning, and then may say other words
+        alone = any(model.get("owned_by") == "llamacpp" for model in models)
+        self._always: dict[str, Any] = {"cache_prompt": False} if alone else {}
 
-    def _first_model(self) -> str:
-        listed = self.ask("/v1/models").get("data")
-        first = listed[0] if isinstance(listed, list) and listed else None
-        return str(first.get("id", "")) if isinstance(first, dict) else ""
+    def _models(self, needed: bool) -> list[dict[str, Any]]:
+        """What it lists. needed: False where a server may refuse to list"""
+        try:
+            listed = self.ask("/v1/models").get("data")
+        except EndpointRefusal:
+            if needed:
+                raise
+            return []
+        return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
 
     def ask(self, place: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the server answers at `place`: to a body that is posted, or to a plain request."""
@@ -73,12 +84,12 @@ class Endpoint:
                 read = answer.read(_LARGEST)
         except urllib.error.HTTPError as error:
             words = error.read(200).decode(errors="replace")
-            hint = _HINTS.get(error.code, "start the server with this model")
-            hint = "the server failed; its log says why" if error.code >= 500 else hint
-            raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", hint, error.code) from None
+            raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", _hint(error.code, words),
+                                  error.code) from None  # fmt: skip
         except (OSError, ValueError, HTTPException) as error:
-            raise EngineFailure(f"{self.url}{place} cannot be asked: {error}",
-                                "the same command goes on from the answers that are there") from None  # fmt: skip
+            raise EngineFailure(f"{self.url}{place} cannot be asked: {getattr(error, 'reason', error)}",
+                                "start the server; the same command then goes on from the answers that are there",
+                                ) from None  # fmt: skip
         try:
             found = json.loads(read)
         except (ValueError, RecursionError):
@@ -89,8 +100,17 @@ class Endpoint:
 
     def choice(self, place: str, body: dict[str, Any]) -> dict[str, Any]:
         """The first choice of an answer; EngineFailure where there is none."""
-        answer = self.ask(place, {"model": self.name} | body)
+        answer = self.ask(place, {"model": self.name} | self._always | body)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")
         return choices[0]
+
+
+def _hint(status: int, words: str) -> str:
+    """What to do about an error of the server that says `words`."""
+    if any(each in words.lower() for each in _TOO_LONG):
+        return "shorten the prompt, or start the server with a longer context (-c, --max-model-len)"
+    if status >= 500:
+        return "the server failed; its log says why"
+    return _HINTS.get(status, "the server does not take this question; its words say why")

@@ -1,15 +1,19 @@
 """Other tasks (mmlu, gsm8k, hellaswag …) by lm-eval, over a model that lowbit has loaded.
 
 lm-eval is the field's own judge, so its figures are those that others publish; what it makes of each item with the
-quantized model is paired here with what it makes of it with the reference. Data come from the Hub, or from its cache.
+quantized model is paired here with what it makes of it with the reference. Data come from the Hub, or from its
+cache. A name that ends in .yaml is a task file of lm-eval's own form, with data that it names.
 
-Refused: lm-eval not installed, a task that it does not know (with the nearest), data that cannot be had, by name.
+Refused: lm-eval not installed, a task that it does not know (with the nearest), data that cannot be had, by name; a
+task file that is not there or defines no task.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import DependencyError, EngineFailure, LowbitError, UsageError
@@ -17,6 +21,7 @@ from lowbit.errors import DependencyError, EngineFailure, LowbitError, UsageErro
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_FILE = ".yaml"
 # The metric of an item that says right or wrong, the first that it has.
 _METRICS = ("acc", "exact_match", "pass@1", "prompt_level_strict_acc", "acc_norm", "em", "f1")
 _OFFLINE = ("connection", "offline", "couldn't reach", "couldn't find", "localentrynotfound", "name resolution",
@@ -26,32 +31,75 @@ _OFFLINE = ("connection", "offline", "couldn't reach", "couldn't find", "localen
 def check_tasks(names: tuple[str, ...]) -> str:
     """The name of the suite; DependencyError or UsageError where the tasks cannot be run."""
     try:
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+        manager = _manager(_files_only(names))
     except ImportError as error:
         raise DependencyError(
             f"{', '.join(names)}: tasks beyond the packaged ones need lm-eval ({error})",
             "pip install 'lowbit[eval]'; the packaged tasks are arithmetic, facts, format, code",
         ) from None
-    known = TaskManager().all_tasks
+    known = manager.all_tasks
     for name in names:
-        if name not in known:
+        if name.endswith(_FILE):
+            _check_file(name, manager)
+        elif name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             raise UsageError(f"lm-eval has no task {name!r}", f"did you mean {', '.join(near)}?" if near else
                              "lm-eval ls tasks lists them")  # fmt: skip
     return f"lm-eval {metadata.version('lm_eval')}"
 
 
+def _files_only(names: tuple[str, ...]) -> bool:
+    return all(name.endswith(_FILE) for name in names)
+
+
+@functools.cache
+def _manager(files_only: bool) -> Any:
+    """lm-eval's index of tasks; reading its own takes ten seconds, and task files need none of them."""
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+
+    return TaskManager(include_defaults=not files_only)
+
+
+def _check_file(name: str, manager: Any) -> None:
+    """UsageError unless the file is there and lm-eval finds a task in it."""
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise UsageError(
+            f"{name}: there is no such task file", "give the path of a task's YAML, or a name of lm-eval's"
+        )
+    try:
+        manager.load(str(path))
+    except Exception as error:  # YAML, fields, functions, data: whatever lm-eval says of them
+        text = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{name}: lm-eval cannot load this task: {text[:300]}",
+                         "paths of data_files are absolute, or from the folder that you are in") from None  # fmt: skip
+
+
 def outcomes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], limit: int | None, batch: int
 ) -> dict[tuple[str, str, str], bool]:
     """(task, filter, document) → right, of every item."""
+    return {
+        (task, str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
+        for task, found in samples(model, tokenizer, names, limit, batch).items()
+        for sample in found
+    }
+
+
+def samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], limit: int | None, batch: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Task → what lm-eval keeps of each item: the document, the answers, its metrics."""
     import lm_eval  # type: ignore[import-not-found]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
     try:
         judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        found: Any = lm_eval.simple_evaluate(model=judged, tasks=list(names), limit=limit, log_samples=True,
-                                             bootstrap_iters=0)  # fmt: skip
+        tasks = [str(Path(name).absolute()) if name.endswith(_FILE) else name for name in names]
+        found: Any = lm_eval.simple_evaluate(
+            model=judged, tasks=tasks, limit=limit, log_samples=True, bootstrap_iters=0,
+            task_manager=_manager(_files_only(names)),
+        )  # fmt: skip
     except LowbitError:
         raise
     except Exception as error:  # a task may raise anything: its data, its template, its metric
@@ -63,11 +111,7 @@ def outcomes(
             ) from None
         raise EngineFailure(f"lm-eval failed on {', '.join(names)}: {text[:300]}",
                             "run one task at a time to see which") from None  # fmt: skip
-    return {
-        (task, str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
-        for task, samples in found["samples"].items()
-        for sample in samples
-    }
+    return found["samples"]
 
 
 def _is_right(task: str, sample: dict[str, Any]) -> bool:

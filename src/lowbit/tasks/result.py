@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ALL = "all"
+_SURE = 0.05  # a p above it is what chance gives
 
 
 class TaskRow(Record):
@@ -121,7 +122,7 @@ def rows_of(categories: list[str], right: list[bool], reference: list[bool] | No
 
 
 def task_sentence(result: TaskResult) -> str:
-    """ "loses 3.4 % ± 1.2 % of the answers (12 lost, 4 gained, p = 0.08); arithmetic suffers most" """
+    """ "loses 3.4 % ± 1.2 % of the answers (12 lost, 4 gained, p = 0.08: no more than chance); format suffers most" """
     row = result.rows[-1]
     if row.difference is None or row.difference_se is None or row.p is None:
         return f"{row.right} of {row.items} right; there is no reference to compare with"
@@ -129,7 +130,10 @@ def task_sentence(result: TaskResult) -> str:
     amount = "" if row.difference == 0 else f" {abs(100 * row.difference):.1f} % ± {100 * row.difference_se:.1f} %"
     first = result.first_to_suffer
     suffers = "" if first is None else f"; {first.category} suffers most"
-    return f"{verb}{amount} of the answers ({row.lost} lost, {row.gained} gained, p = {row.p:.2g}){suffers}"
+    flipped = bool(row.lost or row.gained)
+    chance = ": no more than chance" if flipped and row.p > _SURE else ""
+    flips = f"{row.lost} lost, {row.gained} gained, p = {row.p:.2g}{chance}"
+    return f"{verb}{amount} of the answers ({flips}){suffers}"
 
 
 def task_table(result: TaskResult) -> Table:

@@ -31,11 +31,11 @@ _COMPARED = 12  # texts whose tokens are compared
 
 
 class ServedModel:
-    """A model behind `url`, asked with the tokens of `tokenizer`."""
+    """A model behind `url`, asked with the tokens of `tokenizer`. of  tells it from others served there before"""
 
-    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, of: str = ""):
         self._endpoint = Endpoint(url)
-        self.url, self.name = self._endpoint.url, self._endpoint.name
+        self.url, self.name, self.of = self._endpoint.url, self._endpoint.name, of
         self._tokenizer = tokenizer
         self._echo: bool | None = None
 
@@ -111,21 +111,22 @@ def _token_logprobs(answer: dict[str, Any]) -> list[Any] | None:
 
 def served_answers(
     served: ServedModel, items: Sequence[Item], seed: int, progress: Callable[[int], None] = lambda done: None
-) -> list[bool]:
-    """Whether each item is answered rightly; those that an earlier run has answered are not asked again."""
+) -> tuple[list[bool], int]:
+    """(whether each item is answered rightly, how many of them a run that was stopped had answered)."""
     served.check_tokens([item.prompt for item in items])
-    path, right = kept_answers(served, seed), []
+    path, right, before = kept_answers(served, seed), [], 0
     with kept(path) as (known, add):
         for place, item in enumerate(items):
             key = key_of(repr(item))
+            before += key in known
             if key not in known:
                 add(key, served.answer(item))
             right.append(bool(known[key]))
             progress(place + 1)
     path.unlink(missing_ok=True)  # whole: the next run asks again
-    return right
+    return right, before
 
 
 def kept_answers(served: ServedModel, seed: int) -> Path:
     """Where the answers of an unfinished run lie."""
-    return kept_file("tasks", key_of(f"{served.url} {served.name} {seed}"))
+    return kept_file("tasks", key_of(f"{served.url} {served.name} {served.of} {seed}"))

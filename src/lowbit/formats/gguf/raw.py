@@ -206,7 +206,7 @@ def stored_types_note(tensors: list[GGUFTensor]) -> list[str]:
     if all(name in NATIVE_DTYPE for name in counts):
         return []
     listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-    return [f"the source is already quantized: its tensors are stored as {listed} and decoded to float32"]
+    return [f"already quantized: its tensors are stored as {listed} and decoded to float32"]
 
 
 def open_raw_gguf(path: str | Path) -> RawGGUF:
