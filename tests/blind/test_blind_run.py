@@ -84,7 +84,7 @@ def test_a_model_without_chat_template_continues_plain_prompts_and_that_is_said(
 def test_the_same_model_twice_is_allowed_and_said(prompts, tiny_llama):
     found = compare_blind(str(tiny_llama), str(tiny_llama), prompts, max_tokens=3)
     assert found.same == 3
-    assert "both are the same model: what is preferred here is chance" in found.notes
+    assert "both are the same model, given twice: what is preferred here is chance" in found.notes
     assert "all answers are the same, word for word: there is nothing to vote on" in found.notes
     assert not any("was stopped" in note for note in found.notes)
 

@@ -66,6 +66,16 @@ def test_counts_that_the_files_cannot_hold_are_refused_before_anything_is_built(
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "moe_intermediate_size"])
+def test_sizes_beyond_the_largest_tensor_are_refused_by_every_command_that_opens(folder, key):
+    edit_config(folder, **{key: 10**9})
+    for look in (open_checkpoint, lowbit.advise, lambda model: lowbit.estimate(model, scheme="W4A16")):
+        with pytest.raises(CheckpointError, match=rf"{key} is 1000000000, and the largest tensor holds \d+ numbers"):
+            look(folder)
+    with pytest.raises(CheckpointError, match=rf"{key} is 1000000000, and no model is so wide"):
+        lowbit.advise(json.loads((folder / "config.json").read_text()))
+
+
 def test_a_count_deep_inside_is_found(folder):
     edit_config(folder, vision_config={"encoder": {"depth": 10**9}})
     with pytest.raises(CheckpointError, match="depth is 1000000000"):
