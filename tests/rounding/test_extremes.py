@@ -7,9 +7,12 @@ import torch
 
 from lowbit.calibrate.linear import round_linear
 from lowbit.methods import ROUNDINGS
+from lowbit.numerics import grid_for
 from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
-from lowbit.rounding.target import GgmlTarget
+from lowbit.rounding.target import GgmlTarget, GridTarget
+from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
 
 
 def found(values: torch.Tensor, type_name: str) -> str | None:
@@ -23,6 +26,19 @@ def test_a_clipped_value(type_name, largest):
     values = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     values[1, 3] = 1e7
     assert found(values, type_name) == f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+
+
+def test_a_value_that_crowds_out_all_others_of_its_group():
+    """3e38 fits a bfloat16 scale; its 31 neighbours do not fit beside it."""
+    values = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    values[1, 40] = 3e38
+    spec = SCHEMES["W4A16"].with_group_size(32).weight
+    target = GridTarget(spec, grid_for(spec, "bfloat16"), RangeSearch())
+    rows, sums = target.encode(values)
+    said = find_extreme(values, rows, sums, target, "W4A16", 10) or ""
+    assert said.startswith("3e+38 at [11, 40] sets the scale that it shares with 31 other weights, which became zero")
+    values[1, 40] = 3.0
+    assert find_extreme(values, *target.encode(values), target, "W4A16", 10) is None
 
 
 def test_values_below_the_smallest_step():

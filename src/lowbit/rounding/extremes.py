@@ -1,9 +1,10 @@
-"""What a number format cannot hold: values beyond its largest, and values below its smallest step.
+"""What a number format cannot hold: values beyond its largest, values below its smallest step, and both in one group.
 
 Rounding goes on with them, so they are looked for where the error of a slab gives a reason, and said.
 
     clipped   a value that decodes to the same number when it is twice as large, or half
     flushed   a slab of weights that all decode to zero
+    crowded   a value so large that all others that share its scale decode to zero
 """
 
 from __future__ import annotations
@@ -41,4 +42,20 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     again = target.reader(target.encode(other)[0])(torch.tensor([row]))[0, column].item()
     if abs(became) < abs(value) and abs(abs(again) - abs(became)) <= 0.01 * abs(became):
         return f"{value:.6g} at [{first_row + row}, {column}] became {became:.6g}, the largest that {name} holds there"
+    lost = _crowded_out(values, decoded, row, column, target)
+    if lost:
+        return (
+            f"{value:.6g} at [{first_row + row}, {column}] sets the scale that it shares with {lost} other weights, "
+            f"which became zero; --ignore keeps the tensor in 16 bits"
+        )
     return None
+
+
+def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> int:
+    """How many weights other than 0 share a scale with [row, column], if all of them decode to zero; else 0."""
+    width = target.columns_per_fit(values.shape[1], "compensated") if target.rows_are_apart else values.shape[1]
+    columns = slice(column - column % width, column - column % width + width)
+    rows = slice(row, row + 1) if target.rows_are_apart else slice(None)
+    others = values[rows, columns].abs() < values[row, column].abs()
+    others &= values[rows, columns] != 0
+    return int(others.sum()) if not bool((decoded[rows, columns] != 0)[others].any()) else 0
