@@ -116,9 +116,7 @@ def test_an_expert_that_few_tokens_reach_is_rounded_to_nearest_and_listed(tmp_pa
 
 
 def test_a_text_too_short_for_every_linear_is_refused_before_a_block_is_run(tiny_llama, tmp_path, text):
-    with pytest.raises(
-        UsageError, match=r"would round none of 14 linears: the text has 576 tokens, .* 600"
-    ) as said:
+    with pytest.raises(UsageError, match=r"would round none of 14 linears: the text has 576 tokens, .* 600") as said:
         calibrated(tiny_llama, tmp_path / "out", text, expert_tokens=600)
     assert "--allow-fallback" in said.value.hint
     assert not list(tmp_path.glob("*out*"))

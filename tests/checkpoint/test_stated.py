@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from lowbit.architecture.shape import shape_of
 from lowbit.checkpoint import OpenOptions, open_checkpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
@@ -74,6 +75,14 @@ def test_sizes_beyond_the_largest_tensor_are_refused_by_every_command_that_opens
             look(folder)
     with pytest.raises(CheckpointError, match=rf"{key} is 1000000000, and no model is so wide"):
         lowbit.advise(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", ["x"]), ("torch_dtype", 16), ("dtype", True)])
+def test_a_dtype_that_is_no_name_is_refused(folder, key, value):
+    edit_config(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"config.json: {key} is .*; the name of a dtype is needed"):
+        open_checkpoint(folder)
+    assert shape_of(json.loads((folder / "config.json").read_text())).hidden == 128
 
 
 def test_a_count_deep_inside_is_found(folder):

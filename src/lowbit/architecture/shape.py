@@ -195,9 +195,10 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoConfig
 
         parsed = AutoConfig.for_model(**plain).get_text_config(decoder=True)
+        complete = parsed.to_dict()
     except Exception:  # a model type that transformers does not know, or whatever its validators raise
         return raw
-    return {**parsed.to_dict(), **({"multi_query": True} if getattr(parsed, "multi_query", False) else {})}
+    return {**complete, **({"multi_query": True} if getattr(parsed, "multi_query", False) else {})}
 
 
 def _number(values: dict[str, Any], names: tuple[str, ...]) -> int | None:

@@ -3,6 +3,7 @@ a quantization.
 
     "num_hidden_layers": 1000000000        refused: the files hold 21 tensors
     "hidden_size": 1000000000              refused: the largest tensor holds 32768 numbers
+    "dtype": ["x"]                         refused: transformers fails on it long after the config is read
     "attn_implementation": "org/kernel"    dropped with a note: transformers would download and run it
     "quantization_config" over floats      dropped with a note (`quantized.open_quantized`)
 
@@ -35,6 +36,7 @@ _SIZES = re.compile(
     r"^(hidden_size|(moe_|shared_expert_)?intermediate_size|vocab_size|head_dim|d_model|d_ff|n_embd|n_inner|ffn_dim"
     r"|ffn_hidden_size)$"
 )
+_DTYPES = ("dtype", "torch_dtype")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -63,6 +65,12 @@ def check_stated(checkpoint: Any, options: OpenOptions) -> None:
     if not (checkpoint.folder / "config.json").exists():
         return
     config = checkpoint.config()
+    for key, value in _values(config):
+        if key in _DTYPES and not (value is None or isinstance(value, str)):
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json: {key} is {str(value)[:80]}; the name of a dtype is needed",
+                'write "dtype": "bfloat16", or take the key out',
+            )
     refuse_absurd(config, checkpoint.source, [info.shape for info in checkpoint.tensors.values()])
     kernels = hub_kernels(config)
     if kernels and not options.trust_remote_code:
