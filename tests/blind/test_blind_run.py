@@ -242,8 +242,11 @@ def test_likelihoods_that_are_not_finite_are_refused(tmp_path, prompts):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NonFiniteError, match="prompt 1"):
-        compare_blind(str(broken), str(broken), prompts, temperature=1.0)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NonFiniteError, match="prompt 1"):
+            compare_blind(str(broken), str(broken), prompts, temperature=temperature)
+    with pytest.raises(NonFiniteError, match="at the prompt"):
+        lowbit.generate(str(broken), "one two", max_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Rounding goes on with them, so they are looked for where the error of a slab giv
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from lowbit.rounding.target import Stored, Sums, Target
 
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
 _SUSPICIOUS = 256.0
+_SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
+
+
+def tells_of_extremes(note: str) -> bool:
+    """Whether a note is one of `find_extreme`."""
+    return bool(re.search(r" (became [\d.]|sets the scale that it shares)|: they became zero$", note))
 
 
 def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name: str, first_row: int) -> str | None:
@@ -27,7 +34,7 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     """
     error, weight, largest_error = sums
     flushed = weight > 0 and error >= 0.99 * weight
-    if not flushed and largest_error <= _SUSPICIOUS:
+    if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
     decoded = target.reader(rows)(torch.arange(len(values)))
     if flushed and not bool(decoded.any()):
@@ -35,7 +42,8 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
             f"the values of rows {first_row}..{first_row + len(values)}, at most {values.abs().max().item():.3g}, are "
             f"below half of the smallest step of {name}: they became zero"
         )
-    row, column = divmod(int((values.float() - decoded).abs().argmax()), values.shape[1])
+    off = (values.float() - decoded if largest_error > _SUSPICIOUS else values).abs()
+    row, column = divmod(int(off.argmax()), values.shape[1])
     value, became = values[row, column].item(), decoded[row, column].item()
     other = values.float().clone()
     other[row, column] *= 2 if math.isfinite(value * 2) and abs(value) < 1e38 else 0.5
