@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
-# Damaged files, then whole commands on damaged models, five minutes each (LOWBIT_FUZZ_SECONDS: 3600 makes some 90,000
+# Damaged files, then whole commands on damaged models, five minutes each (LOWBIT_FUZZ_SECONDS: 3600 makes some 60,000
 # tries of commands on a quiet core), from a new seed each time; a failure names the seed and the try.
 fuzz: $(VENV)/.installed-dev
 	LOWBIT_FUZZ_SECONDS=$${LOWBIT_FUZZ_SECONDS:-300} LOWBIT_FUZZ_SEED=$${LOWBIT_FUZZ_SEED:-$$(date +%s)} \
