@@ -269,3 +269,10 @@ def test_no_model_is_asked_if_the_prompts_are_bad(tmp_path):
     with chatting(shout) as (a, asked), pytest.raises(CheckpointError):
         compare_blind(a, a, tmp_path / "absent")
     assert not asked
+
+
+def test_a_config_with_an_empty_list_of_end_tokens_has_those_of_the_tokenizer(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("generation_config.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": []}))
+    assert len(answer_all(str(folder), [BlindPrompt("one two")], Generation(max_tokens=2)).answers) == 1

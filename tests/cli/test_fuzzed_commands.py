@@ -45,6 +45,7 @@ def _fuzz(*how: object) -> None:
     [
         ("generation_config.json", "eos_token_id", "2", "a token id, or a list of them"),
         ("generation_config.json", "eos_token_id", [2, None], "a token id, or a list of them"),
+        ("generation_config.json", "eos_token_id", [], "a token id, or a list of them"),
         ("generation_config.json", "temperature", "hot", "a number"),
         ("generation_config.json", "do_sample", 1, "true or false"),
         ("tokenizer_config.json", "model_max_length", "512", "a number"),

@@ -162,7 +162,8 @@ def _written(
         raise UsageError(f"prompt {place + 1} has {ids.shape[1]} tokens; the model holds {longest}",
                          "shorten it, or leave it out")  # fmt: skip
     own = network.generation_config
-    ends = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    stated = None if own is None else own.eos_token_id
+    ends = tokenizer.eos_token_id if stated is None or stated == [] else stated
     sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
     config = GenerationConfig(**({"do_sample": False} | sampling), repetition_penalty=1.0, max_new_tokens=room,
                               eos_token_id=ends, pad_token_id=ends[0] if isinstance(ends, list) else ends)  # fmt: skip
