@@ -5,7 +5,15 @@ import torch
 
 from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.text import calibration_windows, cut_windows, mixed_windows, parse_mixture, read_text
+from lowbit.text import (
+    calibration_windows,
+    cut_windows,
+    mixed_windows,
+    parse_mixture,
+    read_text,
+    stream_text,
+    stream_windows,
+)
 from lowbit.text.packaged import SHARES, apportioned, filled, packaged_domains, packaged_windows
 
 
@@ -160,8 +168,17 @@ def test_one_domain_of_the_packaged_text_can_be_named():
     assert "prose, technical, code, languages, dialogue" in caught.value.hint
 
 
-def test_an_importance_matrix_takes_the_packaged_text_by_name_and_refuses_mixtures():
-    assert read_text("packaged", "calibration").sha256 == read_text(None, "calibration").sha256
-    with pytest.raises(UsageError, match="no text 'a:1,b:1'") as caught:
-        read_text("a:1,b:1", "calibration")
-    assert "not on a mixture" in caught.value.hint
+def test_an_importance_matrix_takes_the_packaged_text_by_name_and_mixtures(texts):
+    """Of one running text the windows of llama-imatrix, of several those that calibration would take."""
+    tokenizer = byte_tokenizer()
+    assert stream_text("packaged").sha256 == read_text(None, "calibration").sha256  # type: ignore[union-attr]
+    assert torch.equal(stream_windows(texts[0], tokenizer, 2, 16).ids,
+                       cut_windows(read_text(texts[0]), tokenizer, 2, 16, "second-half").ids)  # fmt: skip
+    both = f"{texts[0]}:3,{texts[1]}:1"
+    found, wanted = stream_windows(both, tokenizer, 4, 16), mixed_windows(both, tokenizer, 4, 16)
+    assert torch.equal(found.ids, wanted.ids)
+    assert found.sha256 == wanted.sha256
+    assert found.notes[0].startswith("windows of each text: 3 of ")
+    for calib, what in (("no-such-file:1,packaged:1", "no text 'no-such-file'"), ("self", "self is not for")):
+        with pytest.raises(UsageError, match=what):
+            stream_windows(calib, tokenizer, 4, 16)

@@ -271,7 +271,7 @@ def test_ignored_tensors_of_a_gguf_keep_their_bytes(model, tmp_path):
 def test_a_preview_measures_nothing(model, monkeypatch):
     from lowbit.formats.gguf import imatrix
 
-    monkeypatch.setattr(imatrix, "measure_imatrix_of", lambda *_: pytest.fail("a dry run measures"))
+    monkeypatch.setattr(imatrix, "measure_importance", lambda *_: pytest.fail("a dry run measures"))
     assert lowbit.dry_run(model, scheme="IQ2_XS", imatrix="measure").plan.file_bytes
 
 

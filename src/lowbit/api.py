@@ -29,6 +29,7 @@ from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
 from lowbit.registry import load
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
+from lowbit.rounding.extremes import tells_of_extremes
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import parse_mixture
 from lowbit.verification import verify
@@ -231,6 +232,20 @@ def dry_convert(
     return prepare(request)
 
 
+# Rules that compare weights with the source's: they fail too where no number of the format is near.
+_COMPARED = ("relative-error", "nearest-codes", "gguf-weights", "gguf-nearest-codes")
+
+
+def _extremes(prepared: Prepared, written: Written) -> list[str]:
+    """Tensors with values that the format cannot hold, and what became of them; large values first, which make their
+    neighbours zero."""
+    found = {name: note for name, notes in written.notes.items() for note in notes}
+    for record in () if prepared.calibrated is None else prepared.calibrated.store.records.values():
+        for name, result in record.linears.items():
+            found |= {f"{name}.weight": note for note in result.notes if tells_of_extremes(note)}
+    return [f"{name}: {found[name]}" for name in sorted(found, key=lambda name: found[name].startswith("the values"))]
+
+
 def write_prepared(
     prepared: Prepared,
     output: Path,
@@ -259,6 +274,14 @@ def write_prepared(
         # Limits of the engine are reported and the output stays; broken files are an error.
         inherited = plan.inherited_rules(prepared.checkpoint)
         for failed in (check for check in verification.broken if check.rule not in inherited):
+            lost = _extremes(prepared, written) if failed.rule in _COMPARED else []
+            if lost:
+                raise VerificationError(
+                    f"{output}: {plan.scheme_name} of {plan.format.name} cannot hold the source's weights: {lost[0]}"
+                    f"{f'; and {len(lost) - 1} more such tensors' if len(lost) > 1 else ''}",
+                    f"keep it in 16 bits with --ignore {lost[0].partition(':')[0]}, or repair it; the output was "
+                    f"removed",
+                )
             raise VerificationError(
                 f"{output}: the output breaks the rule {failed.rule!r}: {failed.detail}",
                 "this is a bug of lowbit, or a damaged disk; please report it. The output was removed",

@@ -58,6 +58,7 @@ def compare(
         raise UsageError("one model alone cannot be compared" if models else "no model was named", "name two or more")
     options = options or OpenOptions()
     paths = [str(model) for model in models]
+    _refuse_twice(paths)
     reports = [_report(path) for path in paths]
     source = str(reference)
     if reference is None:
@@ -84,6 +85,14 @@ def compare(
         )  # fmt: skip
         found.append(Compared(path, path, tuple(measured), "measured", report))
     return Comparison(source, named(found))
+
+
+def _refuse_twice(paths: Sequence[str]) -> None:
+    """UsageError for one model under two spellings: it would be measured twice, and be told apart by nothing."""
+    places = [Path(path).resolve() if Path(path).exists() else path for path in paths]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise UsageError(f"{paths[index]} was given twice", "name every model once")
 
 
 def add_to_reports(comparison: Comparison) -> list[Path]:

@@ -6,6 +6,7 @@ import datetime
 import platform
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from lowbit.checkpoint.adapter import adapter_sha256
 from lowbit.checkpoint.base import HTML_NAME, IN_MEMORY, report_path
 from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
+from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.files.hashes import as_text
 from lowbit.measure import Meter
 from lowbit.pipeline import TensorResult, Written
@@ -189,6 +191,15 @@ def add_bench(output: Path, found: Bench) -> schema.Report | None:
         return None
     kept = [each for each in schema.load(report_path(output)).bench if each.place != found.place]
     return add_to_report(output, bench=(*kept, found))
+
+
+def add_caches(output: Path, found: Sequence[CacheEvaluation]) -> schema.Report | None:
+    """Add what cache types cost, in place of earlier figures of the same types at the same lengths."""
+    if not report_path(output).is_file():
+        return None
+    new = {row.place for row in found}
+    kept = [row for row in schema.load(report_path(output)).kv_cache if row.place not in new]
+    return add_to_report(output, kv_cache=(*kept, *found))
 
 
 def add_tasks(output: Path, found: TaskResult) -> schema.Report | None:

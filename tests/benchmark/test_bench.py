@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lowbit.benchmark.result import Bench, rate, spread
 from lowbit.benchmark.run import _row, bench
 from lowbit.checkpoint.base import HTML_NAME, report_path
 from lowbit.cli.main import app
-from lowbit.errors import DependencyError, EngineFailure, UsageError
+from lowbit.errors import CheckpointError, DependencyError, EngineFailure, UnsafeError, UsageError
 from lowbit.report import schema
 
 SHORT = {"contexts": (8,), "tokens": 4, "repeats": 2, "warmups": 1, "threads": 1}
@@ -215,6 +216,22 @@ def test_a_format_without_a_loader_is_refused(folder, tmp_path):
     (made / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="cannot load"):
         bench(made, engine="transformers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, CheckpointError, "num_hidden_layers is 1000000000, and the files hold 49"),
+        ({"hidden_size": 10**9}, CheckpointError, "hidden_size is 1000000000, and the largest tensor"),
+        ({"attn_implementation": "org/kernel"}, UnsafeError, "a kernel of the Hub.*org/kernel"),
+    ],
+)
+def test_a_config_that_the_files_deny_or_that_asks_for_code_starts_no_engine(folder, tmp_path, changes, error, says):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(error, match=says):
+        bench(damaged, engine="transformers", **SHORT)
 
 
 def test_lists_of_numbers(folder):

@@ -84,7 +84,7 @@ def test_a_model_without_chat_template_continues_plain_prompts_and_that_is_said(
 def test_the_same_model_twice_is_allowed_and_said(prompts, tiny_llama):
     found = compare_blind(str(tiny_llama), str(tiny_llama), prompts, max_tokens=3)
     assert found.same == 3
-    assert "both are the same model: what is preferred here is chance" in found.notes
+    assert "both are the same model, given twice: what is preferred here is chance" in found.notes
     assert "all answers are the same, word for word: there is nothing to vote on" in found.notes
     assert not any("was stopped" in note for note in found.notes)
 
@@ -263,8 +263,11 @@ def test_likelihoods_that_are_not_finite_are_refused(tmp_path, prompts):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NonFiniteError, match="prompt 1"):
-        compare_blind(str(broken), str(broken), prompts, temperature=1.0)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NonFiniteError, match="prompt 1"):
+            compare_blind(str(broken), str(broken), prompts, temperature=temperature)
+    with pytest.raises(NonFiniteError, match="at the prompt"):
+        lowbit.generate(str(broken), "one two", max_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -287,3 +290,10 @@ def test_no_model_is_asked_if_the_prompts_are_bad(tmp_path):
     with chatting(shout) as (a, asked), pytest.raises(CheckpointError):
         compare_blind(a, a, tmp_path / "absent")
     assert not asked
+
+
+def test_a_config_with_an_empty_list_of_end_tokens_has_those_of_the_tokenizer(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("generation_config.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": []}))
+    assert len(answer_all(str(folder), [BlindPrompt("one two")], Generation(max_tokens=2)).answers) == 1

@@ -9,7 +9,7 @@ import torch
 
 from gguf_models import make_case
 from lowbit.checkpoint import open_checkpoint
-from lowbit.formats.gguf.imatrix import measure_importance
+from lowbit.formats.gguf.imatrix import measure_importance, text_of
 from lowbit.formats.gguf.imatrix_file import read_imatrix, write_imatrix
 from lowbit.text import Text
 
@@ -21,7 +21,8 @@ CASES = ("llama", "qwen3_moe")
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_tensors_counts_and_values_are_measured(tmp_path, case):
     recorded = read_imatrix(RECORDED / f"{case}.gguf")
-    found = measure_importance(open_checkpoint(make_case(tmp_path / case, case)), TEXT, 3, 64).matrix
+    checkpoint = open_checkpoint(make_case(tmp_path / case, case))
+    found = measure_importance(checkpoint, text_of(checkpoint, TEXT, 3, 64)).matrix
     assert (found.chunks, found.chunk_tokens, found.datasets) == (3, 64, ("text.txt",))
     assert (recorded.chunk_tokens, recorded.datasets) == (64, ("text.txt",))
     assert list(found.entries) == list(recorded.entries)

@@ -13,7 +13,7 @@ from checkpoint.checkpoint_files import write_tiny_gguf
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import ArchitectureError, CheckpointError, NonFiniteError, OutputError
-from lowbit.formats.gguf.imatrix import measure_importance
+from lowbit.formats.gguf.imatrix import measure_importance, text_of
 from lowbit.formats.gguf.imatrix_file import read_imatrix
 from lowbit.formats.gguf.table import MODEL_TYPES, row_of_model
 from lowbit.text import Text
@@ -23,7 +23,8 @@ TEXT = Text("sample", "Twelve windows of text that says nothing at all, again an
 
 
 def measure(folder, windows=3, tokens=32, **how):
-    return measure_importance(open_checkpoint(folder), TEXT, windows, tokens, **how)
+    checkpoint = open_checkpoint(folder)
+    return measure_importance(checkpoint, text_of(checkpoint, TEXT, windows, tokens), **how)
 
 
 def test_values_are_the_mean_squares_of_a_run_by_hand(tiny_llama):
@@ -133,13 +134,13 @@ def test_a_gguf_model_is_measured_through_its_hugging_face_names(tmp_path):
 
 def test_a_text_too_short_for_one_window_is_refused(tiny_llama):
     with pytest.raises(CheckpointError, match="one window needs 32"):
-        measure_importance(open_checkpoint(tiny_llama), Text("short", "few words"), 3, 32)
+        text_of(open_checkpoint(tiny_llama), Text("short", "few words"), 3, 32)
 
 
 def test_a_text_too_short_for_all_windows_is_said(tiny_llama):
     measured = measure(tiny_llama, windows=1000)
     assert measured.matrix.chunks < 1000
-    assert f"{measured.matrix.chunks} windows of 32, not 1000" in measured.notes[0]
+    assert f"{measured.matrix.chunks} windows of 32, not the 1000 asked for" in measured.notes[0]
 
 
 def test_inputs_that_are_not_finite_are_named(tiny_llama, tmp_path):

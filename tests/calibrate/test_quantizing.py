@@ -115,10 +115,11 @@ def test_an_expert_that_few_tokens_reach_is_rounded_to_nearest_and_listed(tmp_pa
     assert any("tokens reached it" in note for note in report.source.notes)
 
 
-def test_a_run_in_which_every_linear_fell_back_is_an_error_that_says_why(tiny_llama, tmp_path, text):
-    with pytest.raises(UsageError, match=r"gptq rounded none of the 14 linears .* 576 tokens .*\(14 linears\)"):
+def test_a_text_too_short_for_every_linear_is_refused_before_a_block_is_run(tiny_llama, tmp_path, text):
+    with pytest.raises(UsageError, match=r"would round none of 14 linears: the text has 576 tokens, .* 600") as said:
         calibrated(tiny_llama, tmp_path / "out", text, expert_tokens=600)
-    assert not (tmp_path / "out").exists()
+    assert "--allow-fallback" in said.value.hint
+    assert not list(tmp_path.glob("*out*"))
     report = calibrated(tiny_llama, tmp_path / "out", text, expert_tokens=600, allow_fallback=True,
                         run=RunOptions(resume=True))  # fmt: skip
     assert {entry.method for entry in report.tensors if entry.scheme is not None} == {"rtn"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from lowbit.architecture.shape import shape_of
 from lowbit.checkpoint import OpenOptions, open_checkpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.errors import CheckpointError
@@ -64,6 +65,24 @@ def test_counts_that_the_files_cannot_hold_are_refused_before_anything_is_built(
     edit_config(folder, **{key: value})
     with pytest.raises(CheckpointError, match=rf"config.json: {key} is {value}, and the files hold 21 tensors"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "moe_intermediate_size"])
+def test_sizes_beyond_the_largest_tensor_are_refused_by_every_command_that_opens(folder, key):
+    edit_config(folder, **{key: 10**9})
+    for look in (open_checkpoint, lowbit.advise, lambda model: lowbit.estimate(model, scheme="W4A16")):
+        with pytest.raises(CheckpointError, match=rf"{key} is 1000000000, and the largest tensor holds \d+ numbers"):
+            look(folder)
+    with pytest.raises(CheckpointError, match=rf"{key} is 1000000000, and no model is so wide"):
+        lowbit.advise(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", ["x"]), ("torch_dtype", 16), ("dtype", True)])
+def test_a_dtype_that_is_no_name_is_refused(folder, key, value):
+    edit_config(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"config.json: {key} is .*; the name of a dtype is needed"):
+        open_checkpoint(folder)
+    assert shape_of(json.loads((folder / "config.json").read_text())).hidden == 128
 
 
 def test_a_count_deep_inside_is_found(folder):

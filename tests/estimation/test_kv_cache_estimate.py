@@ -12,7 +12,7 @@ import lowbit
 from gguf_models import make_case
 from lowbit.architecture.shape import shape_of, shape_of_gguf
 from lowbit.engines import find_engine
-from lowbit.errors import ArchitectureError, UsageError
+from lowbit.errors import ArchitectureError, CheckpointError, UsageError
 from lowbit.estimation.serving import CACHE_BITS, cache_of
 from lowbit.formats.gguf.raw import RawGGUF
 from lowbit.numerics.ggml import TYPES
@@ -185,5 +185,9 @@ def test_a_billion_layers_are_refused_before_a_shape_has_an_entry_for_each():
     told = {"general.architecture": "new", "new.embedding_length": 64, "new.attention.head_count": 2}
     with pytest.raises(ArchitectureError, match="block_count is 1000000000; no model has so many layers"):
         shape_of_gguf(told | {"new.block_count": 10**9})
-    with pytest.raises(ArchitectureError, match="num_hidden_layers is 1000000000"):
-        shape_of({"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 10**9})
+    with pytest.raises(ArchitectureError, match="embedding_length is 1000000000; no model has so many"):
+        shape_of_gguf(told | {"new.block_count": 2, "new.embedding_length": 10**9})
+    for key in ("num_hidden_layers", "hidden_size", "num_local_experts"):
+        config = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2} | {key: 10**9}
+        with pytest.raises(CheckpointError, match=f"{key} is 1000000000, and no model"):
+            shape_of(config)

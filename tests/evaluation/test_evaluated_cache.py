@@ -21,6 +21,7 @@ from lowbit.evaluation.metrics import token_kld
 from lowbit.kv import CACHE_TYPES
 from lowbit.kv.simulated import simulated_cache
 from lowbit.report import schema
+from lowbit.reporting import add_caches
 from lowbit.text import cut_windows, read_text
 
 app = typer.Typer()
@@ -114,6 +115,22 @@ def test_the_command_prints_a_table_and_puts_it_into_the_report(folder, text_fil
     assert [row["context"] for row in rows] == [32, 32, 64, 64]
     assert [row.type for row in schema.load(out).kv_cache] == ["q8_0/q4_0", "int4_per_token_head"] * 2
     assert "int4_per_token_head" in (out / "report.html").read_text()
+
+
+def test_later_figures_join_earlier_ones_and_replace_those_of_their_type_and_length(folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    lowbit.quantize(folder, out, scheme="W8A16", group_size=32)
+    rows = evaluate_kv_cache(out, "q8_0,q4_0", contexts=(32,), text=text_file, windows=1)
+    add_caches(out, rows)
+    later = rows[0].model_copy(update={"kld_mean": 9.0}), rows[0].model_copy(update={"context": 64})
+    add_caches(out, later)
+    found = {(row.type, row.context): row.kld_mean for row in schema.load(out).kv_cache}
+    assert list(found) == [("q4_0", 32), ("q8_0", 32), ("q8_0", 64)]
+    assert found["q8_0", 32] == 9.0
+    other = rows[0].model_copy(update={"context": 128, "text": rows[0].text.model_copy(update={"name": "other.txt"})})
+    add_caches(out, [other])
+    assert "<td>other.txt</td>" in (out / "report.html").read_text()
+    assert add_caches(folder, rows) is None, "it has no report"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.evaluation.activations import simulated_activations
 from lowbit.formats.bitnet import write as exporter
+from lowbit.formats.compressed_tensors.write import storage_format
 from lowbit.schemes import SCHEMES
 from lowbit.train.fake_quantize import absmean_ternary
 from models import SHORT_TEXT, make_model
@@ -160,6 +162,18 @@ def test_the_command_trains_it(source, tmp_path):
     (note,) = (note for note in done.report.source.notes if note.startswith("trained 4 steps"))
     assert "rose" not in note
     assert lowbit.verify(done.path, engine="transformers").ok
+
+
+def test_compressed_tensors_holds_the_codes_as_what_engines_multiply(ternary, tmp_path):
+    """Three values as 8-bit codes with one scale: vLLM loads no 2-bit weights with 8-bit activations."""
+    done = lowbit.convert(ternary, tmp_path / "out", format="compressed-tensors")
+    assert {entry.scheme for entry in done.report.tensors if entry.scheme} == {"W8A8_TENSOR"}
+    assert all(entry.repacked for entry in done.report.tensors if entry.scheme)
+    assert lowbit.verify(done.path, engine="vllm").ok
+    assert torch.equal(lowbit.inspect(done.path).read(f"{NAME}.weight"), lowbit.inspect(ternary).read(f"{NAME}.weight"))
+    two_bits = replace(SCHEMES["W2A16"], name="W2A8", activation=SCHEMES["W8A8"].activation)
+    with pytest.raises(FormatError, match=r"2-bit integers with 8-bit activations \(W2A8\), but no engine loads them"):
+        storage_format(two_bits)
 
 
 def test_codes_survive_on_wider_grids(ternary, tmp_path):

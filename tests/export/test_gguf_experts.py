@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from gguf_cases_experts import CASES
 from gguf_models import describe_folder, make_case, write_plain
-from lowbit.checkpoint import open_gguf
+from lowbit.checkpoint import open_checkpoint, open_gguf
 from lowbit.errors import ArchitectureError
-from lowbit.formats.gguf.imatrix import measure_imatrix_of
+from lowbit.formats.gguf.imatrix import measure_importance, text_of
 from lowbit.formats.gguf.table import REFUSED as TYPES_REFUSED
 from lowbit.formats.gguf.table import row_of_model
 from models import SHORT_TEXT, make_model
@@ -88,7 +88,8 @@ def test_keys_and_values_of_latent_attention_are_split_as_the_converter_does(tmp
 
 
 def test_importance_of_the_values_stands_once_for_each_head_and_the_keys_have_none(tmp_path):
-    matrix = measure_imatrix_of(make_case(tmp_path / "hf", "deepseek_v3"), SHORT_TEXT, samples=1, seqlen=32)
+    checkpoint = open_checkpoint(make_case(tmp_path / "hf", "deepseek_v3"))
+    matrix = measure_importance(checkpoint, text_of(checkpoint, SHORT_TEXT, 1, 32)).matrix
     values = matrix.entries["blk.1.attn_v_b.weight"].values
     assert values.shape == (4, 96)
     assert torch.equal(values, values[:1].expand(4, 96))

@@ -21,7 +21,8 @@ from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.families.seeing import AROUND
 from lowbit.formats.gguf.mix import MixFacts, TensorShape, choose_types
 from lowbit.formats.gguf.model import describe_gguf
-from lowbit.formats.gguf.raw import rows_and_columns
+from lowbit.formats.gguf.raw import RawGGUF, rows_and_columns
+from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
 from lowbit.formats.gguf.table import MODEL_TYPES, ROWS, gguf_names
 from models import make_model
 
@@ -73,6 +74,16 @@ def test_the_model_of_the_file_computes_what_the_original_does(cases, case):
         expected = load_model(open_safetensors(folder))(ids).logits
         found = load_model(back)(ids).logits
     assert torch.allclose(found, expected, atol=1e-5) if "A_log" in str(back.tensors) else torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_key_values_state_the_shapes_of_the_tensors(cases, case):
+    """The rule `gguf-shapes` has no false alarm in any family."""
+    _, model, _, path = cases(case)
+    metadata = RawGGUF(path).metadata
+    for tensor in model.tensors:
+        pattern, block = named_pattern(tensor.name)
+        assert not denied_shape(model.arch, metadata, pattern, block, tensor.shape), tensor.name
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import lowbit
 from lowbit.calibrate.linear import round_linear
+from lowbit.errors import VerificationError
 from lowbit.methods import ROUNDINGS
-from lowbit.rounding.extremes import find_extreme
+from lowbit.numerics import grid_for
+from lowbit.rounding.extremes import find_extreme, tells_of_extremes
 from lowbit.rounding.hessian import InputData
-from lowbit.rounding.target import GgmlTarget
+from lowbit.rounding.target import GgmlTarget, GridTarget
+from lowbit.schemes import SCHEMES
+from lowbit.tensors import RangeSearch
+from models import SHORT_TEXT
 
 
 def found(values: torch.Tensor, type_name: str) -> str | None:
@@ -22,7 +31,25 @@ def found(values: torch.Tensor, type_name: str) -> str | None:
 def test_a_clipped_value(type_name, largest):
     values = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     values[1, 3] = 1e7
+    assert tells_of_extremes(found(values, type_name) or "")
     assert found(values, type_name) == f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+
+
+def test_a_value_that_crowds_out_all_others_of_its_group():
+    """3e38 fits a bfloat16 scale; its 31 neighbours do not fit beside it."""
+    values = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    values[1, 40] = 3e38
+    spec = SCHEMES["W4A16"].with_group_size(32).weight
+    target = GridTarget(spec, grid_for(spec, "bfloat16"), RangeSearch())
+    rows, sums = target.encode(values)
+    said = find_extreme(values, rows, sums, target, "W4A16", 10) or ""
+    assert said.startswith("3e+38 at [11, 40] sets the scale that it shares with 31 other weights, which became zero")
+    assert tells_of_extremes(said)
+    spec = SCHEMES["NF4"].weight  # which has a code for the largest value itself, so that it is not off
+    exact = GridTarget(spec, grid_for(spec, "float32"), RangeSearch())
+    assert "63 other weights" in (find_extreme(values, *exact.encode(values), exact, "NF4", 10) or "")
+    values[1, 40] = 3.0
+    assert find_extreme(values, *target.encode(values), target, "W4A16", 10) is None
 
 
 def test_values_below_the_smallest_step():
@@ -42,3 +69,17 @@ def test_what_a_type_cannot_hold_is_noted_by_methods_that_calibrate(type_name, r
     target = GgmlTarget(type_name)
     rounded, result = round_linear(weight, target, ROUNDINGS[rounding], InputData(), None, 0)
     assert any("1e+07 at [2, 9] became" in note for note in result.notes), (rounded.fell_back, result.notes)
+
+
+@pytest.mark.parametrize(
+    "how", [{"format": "gptq"}, {"method": "gptq", "samples": 4, "seqlen": 48, "calib": SHORT_TEXT, "format": "gptq"}]
+)
+def test_weights_beyond_all_scales_of_a_format_are_the_input_s_fault(tiny_llama, tmp_path, how):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"W4A16 of gptq cannot hold .*down_proj.weight: 3.*e.38 at") as caught:
+        lowbit.quantize(model, tmp_path / "out", scheme="W4A16", group_size=32, **how)
+    assert "--ignore model.layers.1.mlp.down_proj.weight" in caught.value.hint
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,8 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.export import Piece
 from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
 from lowbit.formats.gguf.read import open_gguf
+from lowbit.formats.gguf.rules import check_shapes
+from lowbit.formats.gguf.subject import GGUFSubject
 from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_values
 from lowbit.numerics import ggml
 from lowbit.verification import verify
@@ -126,6 +128,25 @@ def test_tensors_that_are_not_the_architectures(tmp_path, change, why):
 def test_a_matrix_of_another_width(tmp_path):
     tensors = weights() | {"blk.0.ffn_up.weight": torch.randn(HIDDEN, 2 * WIDTH)}
     assert failed(write(tmp_path / "x.gguf", tensors)) == {"gguf-shapes"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("feed_forward_length", 2 * HIDDEN, {"ffn_gate", "ffn_up", "ffn_down"}),
+        ("feed_forward_length", [HIDDEN + 1], {"ffn_gate", "ffn_up", "ffn_down"}),
+        ("attention.head_count_kv", 2, {"attn_k", "attn_v"}),
+        ("attention.key_length", 8, {"attn_q", "attn_k", "attn_v", "attn_output"}),
+        ("attention.value_length", 32, {"attn_v", "attn_output"}),
+        ("attention.head_count", 0, set()),  # nothing that a count could deny
+    ],
+)
+def test_heads_and_mlps_that_the_key_values_deny(tmp_path, key, value, names):
+    listed = (value, V.ARRAY, V.UINT32) if isinstance(value, list) else (value, V.UINT32)
+    path = write(tmp_path / "x.gguf", values=key_values() | {f"llama.{key}": listed})
+    problems = check_shapes(GGUFSubject(path, "llama.cpp", None)).problems
+    assert {problem.split(".")[2] for problem in problems} == names
+    assert failed(path) == ({"gguf-shapes"} if names else set())
 
 
 def test_quantized_blocks_without_a_version(tmp_path):

@@ -18,7 +18,7 @@ from lowbit.checkpoint import open_checkpoint, refuse_remote_code
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
 from lowbit.checkpoint.companions import check_companions
 from lowbit.checkpoint.opening import ModelSource
-from lowbit.checkpoint.stated import refuse_absurd_sizes
+from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError
 
 
@@ -37,7 +37,7 @@ def describe_checkpoint(
         split_experts = not family_of(checkpoint.config().get("model_type")).fused_only
     split = split_experts or holds_single_experts(checkpoint)
     config, folder = checkpoint.config(), str(checkpoint.folder)
-    refuse_absurd_sizes(checkpoint)
+    refuse_absurd(config, checkpoint.source, [info.shape for info in checkpoint.tensors.values()])
     notes = [] if checkpoint.kind == "gguf" else check_companions(checkpoint.folder, checkpoint.source)
     architecture = discover_once(config, folder, trust_remote_code, split)
     view = canonical_view(checkpoint, architecture)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.checkpoint.stated import MOST_WIDE, refuse_absurd
 from lowbit.errors import ArchitectureError
 
 # what → the names that config.json files have for it, the common one first
@@ -35,6 +36,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "value_dim": ("v_head_dim",),
 }
 _MAXIMUM = 1 << 40
+_TOKENS_OR_BLOCKS = ("context_length", "attention.sliding_window", "block_count")  # bounded elsewhere, or by nothing
 _MOST_LAYERS = 10_000  # a shape has an entry for each; models have at most some hundreds
 
 
@@ -91,17 +93,18 @@ class ModelShape:
 def shape_of(config: dict[str, Any]) -> ModelShape:
     """The shape of a model, from its parsed config.json; of one that sees images, of its text model.
 
-    Raises ArchitectureError where the numbers are absent or no positive integers.
+    Raises ArchitectureError where the numbers are absent or no positive integers, CheckpointError where no model is so
+    large.
     """
     values = _complete(config)
     found: dict[str, Any] = {what: _number(values, names) for what, names in _SPELLINGS.items()}
+    refuse_absurd(config, "this model")
     for what in ("hidden", "layers", "heads"):
         if found[what] is None:
             raise ArchitectureError(
                 f"config.json has no {_SPELLINGS[what][0]}", "is it the config.json of a language model?"
             )
     hidden, heads, layers = found["hidden"], found["heads"], found["layers"]
-    _refuse_absurd(layers, "config.json: " + _SPELLINGS["layers"][0])
     found["kv_heads"] = 1 if values.get("multi_query") else found["kv_heads"] or heads
     found["head_dim"] = found["head_dim"] or hidden // heads
     found["intermediate"] = found["intermediate"] or 4 * hidden
@@ -137,7 +140,11 @@ def shape_of_gguf(metadata: dict[str, Any]) -> ModelShape:
     heads = _gguf_number(found, "attention.head_count")
     if not (hidden and layers and heads):
         raise ArchitectureError(f"{arch}: embedding_length, block_count and attention.head_count are needed")
-    _refuse_absurd(layers, "block_count")
+    if layers > _MOST_LAYERS:
+        raise ArchitectureError(
+            f"block_count is {layers}; no model has so many layers",
+            "the file is damaged; get it again from where it comes",
+        )
     keys = _gguf_number(found, "attention.key_length") or hidden // heads
     values = _gguf_number(found, "attention.value_length") or keys
     rank = _gguf_number(found, "attention.kv_lora_rank") or None
@@ -155,21 +162,15 @@ def shape_of_gguf(metadata: dict[str, Any]) -> ModelShape:
     )  # fmt: skip
 
 
-def _refuse_absurd(layers: int, key: str) -> None:
-    if layers > _MOST_LAYERS:
-        raise ArchitectureError(
-            f"{key} is {layers}; no model has so many layers", "the file is damaged; get it again from where it comes"
-        )
-
-
 def _gguf_number(found: dict[str, Any], key: str) -> int:
     """A number, the largest of a list of them, or 0."""
     value = found.get(key, 0)
     listed = list(value) if hasattr(value, "__len__") and not isinstance(value, str) else [value]
     numbers = [int(each) for each in listed if not isinstance(each, str | bool)]
     largest = max(numbers, default=0)
-    if not 0 <= largest < _MAXIMUM:
-        raise ArchitectureError(f"{key} is {largest}; a positive integer is needed")
+    if not 0 <= largest <= (_MAXIMUM if key in _TOKENS_OR_BLOCKS else MOST_WIDE):
+        wrong = "no model has so many" if largest > 0 else "a positive integer is needed"
+        raise ArchitectureError(f"{key} is {largest}; {wrong}", "the file is damaged; get it again from where it comes")
     return largest
 
 
@@ -194,9 +195,10 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoConfig
 
         parsed = AutoConfig.for_model(**plain).get_text_config(decoder=True)
+        complete = parsed.to_dict()
     except Exception:  # a model type that transformers does not know, or whatever its validators raise
         return raw
-    return {**parsed.to_dict(), **({"multi_query": True} if getattr(parsed, "multi_query", False) else {})}
+    return {**complete, **({"multi_query": True} if getattr(parsed, "multi_query", False) else {})}
 
 
 def _number(values: dict[str, Any], names: tuple[str, ...]) -> int | None:

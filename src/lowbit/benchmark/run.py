@@ -17,15 +17,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lowbit.benchmark.drivers import BenchJob
 from lowbit.benchmark.result import Bench, BenchRow
+from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import first_part, is_gguf, read_config
+from lowbit.checkpoint.stated import hub_kernels, refuse_absurd
 from lowbit.engines import find_engine
-from lowbit.errors import DependencyError, EngineFailure, UsageError
+from lowbit.errors import DependencyError, EngineFailure, UnsafeError, UsageError
 from lowbit.formats.gguf.raw import RawGGUF
 from lowbit.hardware import this_processor
 from lowbit.verification.result import loading_of
@@ -83,6 +86,7 @@ def bench(
     driver = "server" if url is not None else _driver_of(name, max(batches))
     if url is None:
         _refuse_format(path, name)
+        _refuse_damaged(path, trust_remote_code)
     vocabulary, longest = _sizes(path)
     if longest is not None and max(contexts) + tokens > longest:
         raise UsageError(f"{max(contexts)} tokens and {tokens} more are beyond the {longest} that the model was made "
@@ -155,6 +159,24 @@ def _refuse_format(path: Path, engine: str) -> None:
     if format in loading.no_loader:
         raise UsageError(f"{engine} cannot load {path}: {loading.no_loader[format]}",
                          f"lowbit verify {path} --engine {engine} says more; --engine names another")  # fmt: skip
+
+
+def _refuse_damaged(path: Path, trust_remote_code: bool) -> None:
+    """CheckpointError for numbers of config.json that the files deny: engines build a billion layers one by one.
+    UnsafeError for kernels of the Hub, which an engine would download and run."""
+    if is_gguf(path):
+        return
+    config = read_config(path)
+    shapes = None
+    if any(path.glob("*.safetensors")):
+        with closing(open_safetensors(path)) as stored:
+            shapes = [info.shape for info in stored.tensors.values()]
+    refuse_absurd(config, str(path), shapes)
+    kernels = hub_kernels(config)
+    if kernels and not trust_remote_code:
+        raise UnsafeError(f"{path}: config.json asks for a kernel of the Hub, which the engine would download and run: "
+                          f"{', '.join(kernels)}",
+                          "take attn_implementation out of config.json, or give --trust-remote-code")  # fmt: skip
 
 
 def _sizes(path: Path) -> tuple[int, int | None]:

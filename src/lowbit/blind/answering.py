@@ -23,10 +23,10 @@ import torch
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import EngineFailure, NonFiniteError, UsageError
+from lowbit.errors import EngineFailure, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.footprint import fingerprint
-from lowbit.evaluation.generation import prompt_ids, refuse_without_text
+from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 from lowbit.tasks.kept import kept, kept_file, key_of
 
@@ -162,22 +162,18 @@ def _written(
         raise UsageError(f"prompt {place + 1} has {ids.shape[1]} tokens; the model holds {longest}",
                          "shorten it, or leave it out")  # fmt: skip
     own = network.generation_config
-    ends = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    stated = None if own is None else own.eos_token_id
+    ends = tokenizer.eos_token_id if stated is None or stated == [] else stated
     sampling = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
     config = GenerationConfig(**({"do_sample": False} | sampling), repetition_penalty=1.0, max_new_tokens=room,
                               eos_token_id=ends, pad_token_id=ends[0] if isinstance(ends, list) else ends)  # fmt: skip
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(how.seed + place)
-        try:
-            output: Any = network.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), generation_config=config
-            )
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise NonFiniteError(f"the model's likelihoods are not finite at prompt {place + 1}",
-                                 "lowbit diagnose says where they begin") from None  # fmt: skip
+        output: Any = network.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), generation_config=config,
+            logits_processor=finite_scores(f"prompt {place + 1}"),
+        )  # fmt: skip
     made = output[0, ids.shape[1] :].tolist()
     stops = set(ends if isinstance(ends, list) else [ends])
     return trimmed(str(tokenizer.decode(made, skip_special_tokens=True)), len(made) >= room and made[-1] not in stops)

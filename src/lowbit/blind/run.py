@@ -71,7 +71,7 @@ def compare_blind(
     second = answer_all(b, asked, replace(how, seed=how.seed + len(asked)), told(len(asked)))
     order = secrets.randbelow(2**32) if seed is None else seed
     pairs = in_order(asked, first, second, order)
-    notes += [*_of_the_pair(first, second), *first.notes, *second.notes]
+    notes += dict.fromkeys((*_of_the_pair(first, second), *first.notes, *second.notes))
     # greedy answers of one model on both sides are the same file, which the first side has just filled
     for model, answers in ((a, first), *(((b, second),) if second.kept != first.kept else ())):
         if answers.known:
@@ -102,4 +102,4 @@ def in_order(prompts: Sequence[BlindPrompt], first: Answers, second: Answers, se
 def _of_the_pair(first: Answers, second: Answers) -> list[str]:
     if first.identity != second.identity:
         return []
-    return ["both are the same model: what is preferred here is chance"]
+    return ["both are the same model, given twice: what is preferred here is chance"]

@@ -158,6 +158,8 @@ def calibrate(
     windows = read_windows(checkpoint, settings, options, run, progress, given)
     rotations = online_rotations(parse_method(settings.method), architecture, targets)
     job = Job(checkpoint, targets, dtypes, windows.ids, settings, run.device, start, rotations)
+    if not settings.allow_fallback:
+        refuse_too_few_tokens(job)
     if job.needs_hessian:
         widest = max(architecture.linears[name].shape[1] for name in targets)
         windows = replace(windows, notes=(*windows.notes, *coverage_notes(windows.ids.numel(), widest)))
@@ -241,6 +243,22 @@ def _weights_of_tokens(
     return weights
 
 
+_MORE_TOKENS = "give more or longer windows (--samples, --seqlen) or lower --expert-tokens"
+_KEEPS = "--allow-fallback keeps the output, rounded to nearest"
+
+
+def refuse_too_few_tokens(job: Job) -> None:
+    """UsageError, before any block is run, if the whole text is too short for every linear of a rounding."""
+    least, given = job.settings.expert_tokens, job.ids.numel()
+    asked = Counter(row.name for row in job.roundings.values() if row.needs_hessian)
+    if given >= least or not asked:
+        return
+    name, count = asked.most_common(1)[0]
+    verb, keeps = ("refine", "") if job.start is not None else ("round", f"; {_KEEPS}")
+    raise UsageError(f"{name} would {verb} none of {count} linears: the text has {given} tokens, and a linear needs "
+                     f"{least}", _MORE_TOKENS + keeps)  # fmt: skip
+
+
 def refuse_fallback(job: Job, results: list[LinearResult]) -> None:
     """UsageError if the user asked for a rounding and it rounded no linear."""
     asked = Counter(row.name for row in job.roundings.values() if row is not RTN)
@@ -251,14 +269,12 @@ def refuse_fallback(job: Job, results: list[LinearResult]) -> None:
         if name not in used:
             notes = Counter(note for result in results for note in result.notes if "nearest" in note or "kept" in note)
             why = "; ".join(f"{note} ({times} linears)" for note, times in notes.most_common(3))
-            tokens = "give more or longer windows (--samples, --seqlen) or lower --expert-tokens"
             if job.start is not None:
-                raise UsageError(f"none of the {count} linears was refined: {why}", tokens)
+                raise UsageError(f"none of the {count} linears was refined: {why}", _MORE_TOKENS)
             raise UsageError(
                 f"{name} rounded none of the {count} linears it was asked for: "
                 f"{why or 'nothing but floats and fused operations'}",
-                f"{tokens if 'tokens reached' in why else 'choose another method or type'}; --allow-fallback keeps "
-                f"the output, rounded to nearest",
+                f"{_MORE_TOKENS if 'tokens reached' in why else 'choose another method or type'}; {_KEEPS}",
             )
 
 

@@ -23,7 +23,7 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
 
-_IDS = (lambda v: _is_id(v) or (isinstance(v, list) and all(map(_is_id, v))), "a token id, or a list of them")
+_IDS = (lambda v: _is_id(v) or (isinstance(v, list) and v and all(map(_is_id, v))), "a token id, or a list of them")
 _ID = (_is_id, "a token id")
 _NUMBER = (_is_number, "a number")
 _COUNT = (_is_id, "a whole number")

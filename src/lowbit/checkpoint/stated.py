@@ -2,6 +2,8 @@
 a quantization.
 
     "num_hidden_layers": 1000000000        refused: the files hold 21 tensors
+    "hidden_size": 1000000000              refused: the largest tensor holds 32768 numbers
+    "dtype": ["x"]                         refused: transformers fails on it long after the config is read
     "attn_implementation": "org/kernel"    dropped with a note: transformers would download and run it
     "quantization_config" over floats      dropped with a note (`quantized.open_quantized`)
 
@@ -13,11 +15,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, read_config
+from lowbit.checkpoint.base import OpenOptions, read_config
 from lowbit.errors import CheckpointError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -29,8 +31,12 @@ _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 _MOST = 4096
 # Sizes of matrices: a dimension cannot be larger than the largest tensor as a whole. Sizes that models have pass:
 # a tower may state one that it does not use.
-_MOST_WIDE = 1 << 20
-_SIZES = re.compile(r"^(hidden_size|intermediate_size|vocab_size|head_dim|d_model|d_ff|n_embd|n_inner|ffn_dim)$")
+MOST_WIDE = 1 << 20
+_SIZES = re.compile(
+    r"^(hidden_size|(moe_|shared_expert_)?intermediate_size|vocab_size|head_dim|d_model|d_ff|n_embd|n_inner|ffn_dim"
+    r"|ffn_hidden_size)$"
+)
+_DTYPES = ("dtype", "torch_dtype")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -55,44 +61,50 @@ class StatedConfig:
 
 
 def check_stated(checkpoint: Any, options: OpenOptions) -> None:
-    """Refuse counts of config.json that the open files (a `StatedConfig`) deny, and drop kernels of the Hub."""
+    """Refuse numbers of config.json that the open files (a `StatedConfig`) deny, and drop kernels of the Hub."""
     if not (checkpoint.folder / "config.json").exists():
         return
     config = checkpoint.config()
-    refuse_absurd_counts(config, checkpoint.source, len(checkpoint.tensors))
-    kernels = sorted({value for key, value in _values(config) if key in _KERNELS and _names_a_kernel(value)})
+    for key, value in _values(config):
+        if key in _DTYPES and not (value is None or isinstance(value, str)):
+            raise CheckpointError(
+                f"{checkpoint.source}: config.json: {key} is {str(value)[:80]}; the name of a dtype is needed",
+                'write "dtype": "bfloat16", or take the key out',
+            )
+    refuse_absurd(config, checkpoint.source, [info.shape for info in checkpoint.tensors.values()])
+    kernels = hub_kernels(config)
     if kernels and not options.trust_remote_code:
         note = f"config.json asks for a kernel of the Hub, which was neither loaded nor kept: {', '.join(kernels)}"
         checkpoint.restate(_without(config, lambda key, value: key in _KERNELS and _names_a_kernel(value)), note)
 
 
-def refuse_absurd_counts(config: dict[str, Any], source: str, tensors: int | None = None) -> None:
-    """CheckpointError for a number of layers, experts or heads that the files cannot hold; transformers would build
-    them one by one.
+def hub_kernels(config: dict[str, Any]) -> list[str]:
+    """Kernels of the Hub (org/name) that transformers would download and run for this config.json."""
+    return sorted({value for key, value in _values(config) if key in _KERNELS and _names_a_kernel(value)})
 
-    tensors  how many the files hold; None where there are no files
+
+def refuse_absurd(config: dict[str, Any], source: str, shapes: Collection[Sequence[int]] | None = None) -> None:
+    """CheckpointError for a number of layers, experts or heads that the files cannot hold (transformers would build
+    them one by one), and for a size beyond all numbers of the largest tensor (the model is traced with such inputs).
+
+    shapes  of the tensors in the files; None where there are no files
     """
+    tensors = None if shapes is None else len(shapes)
+    largest = None if shapes is None else max(map(math.prod, shapes), default=0)
     for key, value in _values(config):
-        if type(value) is not int or not _COUNTS.search(key):
+        if type(value) is not int:
             continue
-        most = max(_MOST, tensors or 0) if tensors is None or not _LAYERS.search(key) else max(tensors, 1)
-        if value > most:
+        if _COUNTS.search(key):
+            most = max(_MOST, tensors or 0) if tensors is None or not _LAYERS.search(key) else max(tensors, 1)
             held = "no model has so many" if tensors is None else f"the files hold {tensors} tensors"
+        elif _SIZES.search(key):
+            most = max(MOST_WIDE, largest or 0)
+            held = "no model is so wide" if largest is None else f"the largest tensor holds {largest} numbers"
+        else:
+            continue
+        if value > most:
             raise CheckpointError(
                 f"{source}: config.json: {key} is {value}, and {held}", "config.json is damaged, or of another model"
-            )
-
-
-def refuse_absurd_sizes(checkpoint: Checkpoint) -> None:
-    """CheckpointError for a size beyond all numbers of the largest tensor; the model is traced with such inputs."""
-    if not checkpoint.tensors:
-        return
-    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
-    for key, value in _values(checkpoint.config()):
-        if type(value) is int and value > largest and value > _MOST_WIDE and _SIZES.search(key):
-            raise CheckpointError(
-                f"{checkpoint.source}: config.json: {key} is {value}, and the largest tensor holds {largest} numbers",
-                "config.json is damaged, or of another model",
             )
 
 

@@ -104,11 +104,12 @@ def _evaluate_cache(
     model: str, types: str, context: str | None, by_layer: bool, activations: ActivationsOption, how: dict[str, Any],
     json: bool, no_report: bool,
 ) -> None:  # fmt: skip
-    from lowbit.checkpoint.base import report_path
-    from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress
+    from lowbit.checkpoint.base import HTML_NAME, report_path
+    from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.evaluation.cache_result import cache_heading, cache_sentence, cache_table, layer_lines
     from lowbit.evaluation.kv_cache import evaluate_kv_cache, parse_contexts
     from lowbit.measure import return_freed_memory
+    from lowbit.reporting import add_caches
 
     return_freed_memory()
     window, _ = how.pop("window_tokens"), how.pop("reference")
@@ -118,8 +119,8 @@ def _evaluate_cache(
         rows = evaluate_kv_cache(
             model, types, contexts=contexts, by_layer=by_layer, activations=rounded, progress=progress, **how
         )
-    if not no_report and report_path(Path(model)).is_file():
-        add_to_report(Path(model), json, kv_cache=tuple(rows))
+    if not no_report and add_caches(Path(model), rows) is not None and not json:
+        say(f"added to {report_path(Path(model), HTML_NAME)}")
     if json:
         print_json([row.model_dump(mode="json") for row in rows])
         return

@@ -25,7 +25,7 @@ from lowbit.checkpoint.hub import DEMO_PREFIX, is_hub_id, local_copy
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.checkpoint.pickle import pickle_files
 from lowbit.checkpoint.remote import copy_side_files, folder_for_copies, remote_headers, safetensors_without_weights
-from lowbit.checkpoint.stated import refuse_absurd_counts, stated_quantization
+from lowbit.checkpoint.stated import refuse_absurd, stated_quantization
 from lowbit.errors import ArchitectureError, FormatError, LowbitError
 from lowbit.formats.gguf.raw import RawGGUF
 from lowbit.plan.plan import Prepared, Request, prepare
@@ -170,7 +170,7 @@ def _has_no_weights(folder: Path) -> bool:
 def _from_config(config: dict[str, Any], folder: Path | None, source: str, options: OpenOptions) -> Iterator[Path]:
     """A folder like `folder` with a model.safetensors that has the shapes of the model, and no weights."""
     refuse_remote_code(config, source, options)
-    refuse_absurd_counts(config, source)
+    refuse_absurd(config, source)
     if stated_quantization(config) is not None:
         raise ArchitectureError(
             f"{source}: config.json is of a quantized model and does not describe its tensors",

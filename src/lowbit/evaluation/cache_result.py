@@ -68,6 +68,11 @@ class CacheEvaluation(Record):
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it stands in a report: a newer figure of the same type and length replaces it."""
+        return self.type, self.context
+
 
 def cache_heading(rows: Sequence[CacheEvaluation]) -> str:
     """Model, text and what is compared, one line each."""

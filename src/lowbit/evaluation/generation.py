@@ -7,6 +7,7 @@ quantized as in an engine if the scheme does. The sampling seed is local: torch'
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +16,12 @@ import torch
 
 from lowbit.architecture.loading import Loader, load_tokenizer
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import CheckpointError, LowbitError, UsageError
+from lowbit.errors import CheckpointError, LowbitError, NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger("lowbit")
 
@@ -112,6 +113,20 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
     return ids.to(torch.long)
 
 
+def finite_scores(what: str) -> LogitsProcessorList:
+    """For `generate`: NonFiniteError at a NaN or inf among the scores of the next token; the most probable of these is
+    token 0, again and again. what  the model writes, in the message"""
+    from transformers import LogitsProcessorList
+
+    def check(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not bool((scores < math.inf).all()):
+            raise NonFiniteError(f"the model's likelihoods are not finite at {what}",
+                                 "lowbit diagnose says where they begin")  # fmt: skip
+        return scores
+
+    return LogitsProcessorList([check])
+
+
 @torch.inference_mode()
 def _complete(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, max_tokens: int,
@@ -131,6 +146,7 @@ def _complete(
         max_new_tokens=max_tokens,
         pad_token_id=pad,
         streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        logits_processor=finite_scores("the prompt, or after it"),
         **settings,
     )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

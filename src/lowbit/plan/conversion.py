@@ -34,7 +34,7 @@ from lowbit.plan.linears import stored_as
 from lowbit.plan.plan import SLAB_WEIGHTS, Making, PlannedTensor, Prepared, Request
 from lowbit.registry import FORMATS, written_formats
 from lowbit.rounding.widen import widened, wider_specs
-from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, Scheme, scheme_of_specs
+from lowbit.schemes import KV_CACHE_SCHEMES, SCHEMES, ActivationSpec, Scheme, WeightSpec, scheme_of_specs
 from lowbit.settings import Settings, refuse_unread
 from lowbit.tensors import InputRange
 
@@ -155,9 +155,11 @@ def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, asked: Sc
 
     asked  the user's scheme; exact only if it holds the source's codes
     """
-    for weight in wider_specs(source.weight, shape[1]):
-        for activation in dict.fromkeys((source.activation, None)):
+    for activation in dict.fromkeys((source.activation, None)):
+        for weight in wider_specs(source.weight, shape[1]):
             same = weight == source.weight and activation == source.activation
+            if not same and not _multiplied(weight, activation):
+                continue
             scheme = source if same else scheme_of_specs(weight, activation)
             if asked is not None and scheme.weight != asked.weight:
                 continue
@@ -178,6 +180,12 @@ def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, asked: Sc
         sizes = (source.weight.group_size, 128, 64, 32)
         scheme = scheme.with_group_size(next((size for size in sizes if size and shape[1] % size == 0), -1))
     return Choice(scheme, f"{exporter.FORMAT} has no {source.name}")
+
+
+def _multiplied(weight: WeightSpec, activation: ActivationSpec | None) -> bool:
+    """False for integers of under 8 bits with 8-bit integer activations: kernels take 8 and 8, and a code takes a byte
+    either way."""
+    return activation is None or activation.number != "int" or activation.bits != 8 or weight.bits == 8
 
 
 def _holds(exporter: Exporter, scheme: Scheme, shape: tuple[int, int]) -> bool:

@@ -1,14 +1,16 @@
-"""What a number format cannot hold: values beyond its largest, and values below its smallest step.
+"""What a number format cannot hold: values beyond its largest, values below its smallest step, and both in one group.
 
 Rounding goes on with them, so they are looked for where the error of a slab gives a reason, and said.
 
     clipped   a value that decodes to the same number when it is twice as large, or half
     flushed   a slab of weights that all decode to zero
+    crowded   a value so large that all others that share its scale decode to zero
 """
 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ from lowbit.rounding.target import Stored, Sums, Target
 
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
 _SUSPICIOUS = 256.0
+_SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
+
+
+def tells_of_extremes(note: str) -> bool:
+    """Whether a note is one of `find_extreme`."""
+    return bool(re.search(r" (became [\d.]|sets the scale that it shares)|: they became zero$", note))
 
 
 def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name: str, first_row: int) -> str | None:
@@ -26,7 +34,7 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     """
     error, weight, largest_error = sums
     flushed = weight > 0 and error >= 0.99 * weight
-    if not flushed and largest_error <= _SUSPICIOUS:
+    if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
     decoded = target.reader(rows)(torch.arange(len(values)))
     if flushed and not bool(decoded.any()):
@@ -34,11 +42,28 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
             f"the values of rows {first_row}..{first_row + len(values)}, at most {values.abs().max().item():.3g}, are "
             f"below half of the smallest step of {name}: they became zero"
         )
-    row, column = divmod(int((values.float() - decoded).abs().argmax()), values.shape[1])
+    off = (values.float() - decoded if largest_error > _SUSPICIOUS else values).abs()
+    row, column = divmod(int(off.argmax()), values.shape[1])
     value, became = values[row, column].item(), decoded[row, column].item()
     other = values.float().clone()
     other[row, column] *= 2 if math.isfinite(value * 2) and abs(value) < 1e38 else 0.5
     again = target.reader(target.encode(other)[0])(torch.tensor([row]))[0, column].item()
     if abs(became) < abs(value) and abs(abs(again) - abs(became)) <= 0.01 * abs(became):
         return f"{value:.6g} at [{first_row + row}, {column}] became {became:.6g}, the largest that {name} holds there"
+    lost = _crowded_out(values, decoded, row, column, target)
+    if lost:
+        return (
+            f"{value:.6g} at [{first_row + row}, {column}] sets the scale that it shares with {lost} other weights, "
+            f"which became zero; --ignore keeps the tensor in 16 bits"
+        )
     return None
+
+
+def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> int:
+    """How many weights other than 0 share a scale with [row, column], if all of them decode to zero; else 0."""
+    width = target.columns_per_fit(values.shape[1], "compensated") if target.rows_are_apart else values.shape[1]
+    columns = slice(column - column % width, column - column % width + width)
+    rows = slice(row, row + 1) if target.rows_are_apart else slice(None)
+    others = values[rows, columns].abs() < values[row, column].abs()
+    others &= values[rows, columns] != 0
+    return int(others.sum()) if not bool((decoded[rows, columns] != 0)[others].any()) else 0

@@ -8,6 +8,8 @@ The windows alternate, so that any first part of them (`--correction-samples`) i
 as it is typed is one source, commas or not. Every window counts alike, so what a source lacks in windows it lacks in
 weight: a note says so.
 
+Importance matrices take the same sources (`stream_windows`); one running text is cut for them as llama-imatrix cuts it.
+
 Refused: shares that are not above 0, a source given twice, `self` in a mixture, and fewer windows than sources.
 """
 
@@ -22,10 +24,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbit.errors import UsageError
-from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, refuse_running
-from lowbit.text.hub import is_dataset
+from lowbit.text.calibration import CalibrationWindows, calibration_windows, check_context, refuse_running, too_few
+from lowbit.text.hub import DATASETS, is_dataset
 from lowbit.text.packaged import alternating, apportioned, packaged_windows
-from lowbit.text.windows import PACKAGED
+from lowbit.text.rows import ROW_SUFFIXES
+from lowbit.text.windows import PACKAGED, Text, cut_windows, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,3 +116,43 @@ def mixed_windows(
         ids, str(calib), hashlib.sha256(digests.encode()).hexdigest(), sum(each.text_tokens for each in cut), windows,
         (f"windows of each text: {mixed}", *notes), counted,
     )  # fmt: skip
+
+
+def stream_text(calib: str | Path | None) -> Text | None:
+    """The one running text that `--calib` names; None where it names rows, documents or several texts.
+
+    UsageError for what the module refuses, for "self", and for a text that is not there.
+    """
+    parts = parse_mixture(calib)
+    for part in parts:
+        if part.source == "self" and not Path("self").exists():
+            raise UsageError("--calib self is not for importance matrices: they are measured on a text that is there",
+                             "give a file, FILE:SHARE,FILE:SHARE, or packaged")  # fmt: skip
+        packaged = part.source is None or part.source.startswith(f"{PACKAGED}/")
+        if not (packaged or is_dataset(str(part.source)) or Path(str(part.source)).exists()):
+            raise UsageError(
+                f"there is no text {part.source!r}: no such file or folder",
+                f"give a text file, a folder, one of {', '.join(DATASETS)}, hub:OWNER/NAME:CONFIG:SPLIT, or several as "
+                f"FILE:SHARE,FILE:SHARE",
+            )
+    source = parts[0].source
+    path = None if source is None else Path(source)
+    if len(parts) > 1 or (path is not None and (path.is_dir() or path.suffix.lower() in ROW_SUFFIXES)):
+        return None
+    if path is not None and not path.exists() and source != "wikitext" and not str(source).startswith("hub:"):
+        return None
+    return read_text(source, packaged="calibration")
+
+
+def stream_windows(
+    calib: str | Path | Text | None, tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int, *,
+    seed: int = 0, longest: int | None = None,
+) -> CalibrationWindows:  # fmt: skip
+    """Windows for an importance matrix: of one running text those of llama-imatrix (consecutive, the first token of
+    each replaced by BOS), of anything else those of `mixed_windows`."""
+    text = calib if isinstance(calib, Text) else stream_text(calib)
+    if text is None:
+        return mixed_windows(str(calib), tokenizer, windows, window_tokens, seed=seed, longest=longest)
+    cut = cut_windows(text, tokenizer, windows, window_tokens, "second-half")
+    notes = tuple(too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows))
+    return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, notes)

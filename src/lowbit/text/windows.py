@@ -84,7 +84,7 @@ def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") 
         return Text(name, running_text(find_dataset(name, split)))
     path = Path(name)
     if not path.is_file():
-        one = "; importance matrices are measured on one text, not on a mixture" if "," in name else ""
+        one = "; figures are of one text, not of a mixture" if "," in name else ""
         raise UsageError(
             f"there is no text {name!r}: no such file",
             f"give a text file, wikitext, or hub:OWNER/NAME:CONFIG:SPLIT{one}",

@@ -26,7 +26,7 @@ from lowbit.checkpoint.quantized import (
     tensor_problem,
 )
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
-from lowbit.checkpoint.stated import refuse_absurd_counts, refuse_absurd_sizes
+from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.schemes import Scheme
 from lowbit.verification.checksums import kept_checksums
@@ -118,8 +118,7 @@ class Subject:
     @cached_property
     def architecture(self) -> Architecture:
         """Experts are described one by one where the files hold blocks, single experts, or decoded floats."""
-        refuse_absurd_counts(self.config, str(self.folder), len(self.stored.tensors))
-        refuse_absurd_sizes(self.stored)
+        refuse_absurd(self.config, str(self.folder), [info.shape for info in self.stored.tensors.values()])
         split = self.known_format in ("mxfp4", PLAIN) or holds_single_experts(self.stored)
         return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
 

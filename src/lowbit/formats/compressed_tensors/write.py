@@ -54,6 +54,12 @@ def storage_format(scheme: Scheme) -> str:
                 "choose W4AFP8, or --format modelopt",
             )
         bytes_wanted = activation is not None and activation.number == "int" and activation.bits == 8
+        if bytes_wanted and weight.bits not in (4, 8):
+            raise FormatError(
+                f"compressed-tensors holds {weight.bits}-bit integers with 8-bit activations ({scheme.name}), but no "
+                f"engine loads them: kernels multiply 8-bit weights, on some processors 4-bit ones",
+                "choose W8A8 or W4A8, or integers without activations such as W2A16",
+            )
         return "int-quantized" if bytes_wanted else "pack-quantized"
     if weight.number == "e2m1" and weight.two_level:
         return "nvfp4-pack-quantized"
@@ -81,6 +87,8 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
     rows, columns = shape
     weight = scheme.weight
     scale_shape = weight.granularity.scale_shape(rows, columns, weight.columns_per_scale(columns))
+    if weight.granularity is Granularity.TENSOR:
+        scale_shape = (1,)
     kind = storage_format(scheme)
     if kind == "pack-quantized":
         stored = [
@@ -94,8 +102,6 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
     elif kind in ("int-quantized", "float-quantized", "mxfp8-quantized"):
         code = torch.int8 if kind == "int-quantized" else torch.float8_e4m3fn
         scale_dtype = torch.uint8 if kind == "mxfp8-quantized" else dtype
-        if weight.granularity is Granularity.TENSOR:
-            scale_shape = (1,)
         stored = [
             StoredTensor(f"{linear}.weight", code, shape),
             StoredTensor(f"{linear}.weight_scale", scale_dtype, scale_shape),

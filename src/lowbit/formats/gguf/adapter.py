@@ -34,7 +34,7 @@ from lowbit.checkpoint.adapter import Adapter, open_adapter
 from lowbit.checkpoint.base import OpenOptions, TensorInfo, read_config, refuse_remote_code
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.checkpoint.stated import refuse_absurd_counts
+from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError, FormatError, OutputError, UsageError
 from lowbit.export import Piece
 from lowbit.export.atomic import atomic_files
@@ -201,7 +201,7 @@ def _open_base(adapter: Adapter, base: str | Path | None, options: OpenOptions) 
         folder = local_copy(named, options) if files is None else download_files(named, options, wanted)
     config = read_config(folder)
     refuse_remote_code(config, named, options)
-    refuse_absurd_counts(config, named)
+    refuse_absurd(config, named)
     return _Base(named, folder, config)
 
 

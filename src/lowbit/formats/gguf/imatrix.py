@@ -30,7 +30,6 @@ from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import MAX_MEMORY, BlockInput, BlockRunner, Progress
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
-from lowbit.checkpoint.opening import ModelSource
 from lowbit.errors import NonFiniteError, OutputError, UsageError
 from lowbit.export.atomic import atomic_files
 from lowbit.files.claim import refuse_claimed
@@ -40,7 +39,7 @@ from lowbit.formats.gguf.importance import HEAD_NAMES, ImportanceEntry, Importan
 from lowbit.formats.gguf.layout import Lookup, RowLayout
 from lowbit.formats.gguf.row import GGUFArchitecture
 from lowbit.formats.gguf.table import look_up, row_of_model
-from lowbit.text import CalibrationWindows, Text, cut_windows, read_text
+from lowbit.text import CalibrationWindows, Text, context_length, parse_mixture, stream_windows
 
 # Rows whose squares are added to sums of their own, which are added up at the end.
 _LANES = 64
@@ -57,9 +56,7 @@ class Measured:
 
 def measure_importance(
     checkpoint: Checkpoint,
-    text: Text | CalibrationWindows,
-    windows: int = 128,
-    window_tokens: int = 512,
+    text: CalibrationWindows,
     *,
     process_output: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -68,22 +65,14 @@ def measure_importance(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Run the first windows of a text through a model.
+    """Run windows of a text through a model.
 
-    text        or windows of calibration data in memory, which are run as they are
     max_memory  bytes of hidden states that stay in memory; more go to a temporary file
     progress    called with (block, windows done, windows in all), the windows of all blocks
     """
     row = row_of_model(checkpoint.config(), checkpoint.source)
     get = look_up(checkpoint.config(), checkpoint.source)
-    if isinstance(text, CalibrationWindows):
-        ids, notes = text.ids, text.notes
-    else:
-        cut = cut_windows(text, load_tokenizer(checkpoint, options), windows, window_tokens, "second-half")
-        ids, notes = cut.ids, () if len(cut.ids) == windows else (
-            f"the text {text.name!r} has {cut.text_tokens} tokens: {len(cut.ids)} windows of {window_tokens}, "
-            f"not {windows}",
-        )  # fmt: skip
+    ids = text.ids
     runner = BlockRunner(checkpoint, dtype, device, options, max_memory)
     linears = [linear for source in runner.inputs for linear in source.linears]
     visitor = _SquaredSums()
@@ -97,24 +86,16 @@ def measure_importance(
         measured = _entry([visitor.sums[head.name]], [visitor.counts[head.name]])
         entries |= dict.fromkeys(HEAD_NAMES if runner.architecture.tied else HEAD_NAMES[:1], measured)
     matrix = ImportanceMatrix(dict(sorted(entries.items())), (text.name,), len(ids), ids.shape[1])
-    return Measured(matrix, ids.numel(), (*runner.notes, *notes))
+    return Measured(matrix, ids.numel(), (*runner.notes, *text.notes))
 
 
-def measure_imatrix_of(
-    model: ModelSource,
-    calib: str | Path | None = None,
-    samples: int = 128,
-    seqlen: int = 512,
-    options: OpenOptions | None = None,
-    progress: Progress | None = None,
-) -> ImportanceMatrix:
-    """The matrix of a model, measured on a text (None: the packaged calibration text)."""
-    checkpoint = open_checkpoint(model, options)
-    try:
-        text = read_text(calib, packaged="calibration")
-        return measure_importance(checkpoint, text, samples, seqlen, options=options, progress=progress).matrix
-    finally:
-        checkpoint.close()
+def text_of(
+    checkpoint: Checkpoint, calib: str | Path | Text | None, samples: int, seqlen: int,
+    options: OpenOptions | None = None, seed: int = 0,
+) -> CalibrationWindows:  # fmt: skip
+    """The windows of a text for this model; calib  as `lowbit quantize --calib` takes it, but for "self" """
+    return stream_windows(calib, load_tokenizer(checkpoint, options), samples, seqlen, seed=seed,
+                          longest=context_length(checkpoint.config()))  # fmt: skip
 
 
 class _SquaredSums:
@@ -216,7 +197,7 @@ def imatrix(
     """Measure the importance matrix of a model and write it in a form that llama.cpp and lowbit read.
 
     model           any that `lowbit.inspect` opens; or an imatrix file, which is then merged or converted only
-    calib           a text as `lowbit.text.read_text` takes it; the packaged calibration text for None
+    calib           a text, or several in shares, as `lowbit quantize --calib` takes them; None: the packaged text
     samples, seqlen windows of text, tokens in each
     process_output  measure the output head too
     merge_with      imatrix files of the same model, added to the measurement
@@ -230,7 +211,8 @@ def imatrix(
         raise UsageError(f"there is no form {form!r} of imatrix", f"choose one of {', '.join(FORMS)}")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; an imatrix is one file", "name a file with -o")
-    refuse_sources([output], [Path(each) for each in (model, calib, *merge_with) if each is not None])
+    texts = [part.source for part in parse_mixture(calib) if part.source is not None]
+    refuse_sources([output], [Path(each) for each in (model, *texts, *merge_with)])
     _refuse_existing(output, overwrite)
     others = [read_imatrix(path) for path in merge_with]
     names = [str(model), *map(str, merge_with)]
@@ -241,7 +223,7 @@ def imatrix(
         checkpoint = open_checkpoint(model, options)
         try:
             measured = measure_importance(
-                checkpoint, read_text(calib, packaged="calibration"), samples, seqlen, process_output=process_output,
+                checkpoint, text_of(checkpoint, calib, samples, seqlen, options), process_output=process_output,
                 dtype=dtype or torch.float32, device=device, max_memory=max_memory, options=options, progress=progress,
             )  # fmt: skip
         finally:

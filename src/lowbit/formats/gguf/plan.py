@@ -64,7 +64,7 @@ from lowbit.registry import FORMATS, load
 from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import SCHEMES
 from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
-from lowbit.text import CalibrationWindows, read_text
+from lowbit.text import stream_text
 
 if TYPE_CHECKING:
     from lowbit.calibrate.store import BlockStore
@@ -206,15 +206,8 @@ def prepare_gguf(request: Request) -> Prepared:
         checkpoint, context = RawCheckpoint(raw, request.name or str(request.model)), _of_file(raw, settings.modelfile)
     else:
         checkpoint, context = _of_model(request)
-    windows = None
-    if request.text is not None and settings.imatrix == MEASURE and not request.preview:
-        windows = given_windows(request.text, open_checkpoint(request.model, options), settings, options)
-    matrix = _importance_matrix(request, windows, {entry.name: entry.shape for entry in context.entries})
+    matrix, calibration = _importance_matrix(request, {entry.name: entry.shape for entry in context.entries})
     plan = context.plan(settings, matrix)
-    calibration = None
-    if settings.imatrix == MEASURE and matrix is not None and not request.preview:
-        text = windows or read_text(settings.calib, packaged="calibration")
-        calibration = CalibrationText(text.name, text.sha256, matrix.chunks, matrix.chunk_tokens)
     return Prepared(
         checkpoint, plan, threads, lambda others: replace(context.plan(others, None), key_values=plan.key_values),
         options, request.name or checkpoint.source, calibration,
@@ -494,23 +487,29 @@ def model_facts(arch: str, metadata: dict[str, Any], float_type: str) -> MixFact
 
 
 def _importance_matrix(
-    request: Request, windows: CalibrationWindows | None, shapes: Mapping[str, Sequence[int]]
-) -> ImportanceMatrix | None:
-    """Read from a file, or measured on the calibration text if the settings ask for it; a preview promises one."""
-    settings = request.settings
+    request: Request, shapes: Mapping[str, Sequence[int]]
+) -> tuple[ImportanceMatrix | None, CalibrationText | None]:
+    """(the matrix, the text it was measured on now): of a file, or measured if the settings ask for it; a preview only
+    promises one."""
+    settings, options = request.settings, request.options
     if settings.imatrix is None:
-        return None
+        return None, None
     if settings.imatrix != MEASURE:
-        return read_imatrix(Path(settings.imatrix))
+        return read_imatrix(Path(settings.imatrix)), None
     if request.preview:
-        name = read_text(settings.calib, packaged="calibration").name if request.text is None else request.text.name
+        text = stream_text(settings.calib) if request.text is None else request.text
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-        return promised_matrix(matrices, name, settings.samples, settings.seqlen)
-    from lowbit.formats.gguf.imatrix import measure_imatrix_of, measure_importance
+        name = str(settings.calib) if text is None else text.name
+        return promised_matrix(matrices, name, settings.samples, settings.seqlen), None
+    from lowbit.formats.gguf.imatrix import measure_importance, text_of
 
-    if windows is not None:
-        source = open_checkpoint(request.model, request.options)  # under its own names
-        return measure_importance(source, windows, options=request.options, progress=request.progress).matrix
-    return measure_imatrix_of(
-        request.model, settings.calib, settings.samples, settings.seqlen, request.options, request.progress
-    )
+    source = open_checkpoint(request.model, options)  # under its own names
+    try:
+        if request.text is not None:
+            windows = given_windows(request.text, source, settings, options)
+        else:
+            windows = text_of(source, settings.calib, settings.samples, settings.seqlen, options, settings.seed)
+        matrix = measure_importance(source, windows, options=options, progress=request.progress).matrix
+    finally:
+        source.close()
+    return matrix, CalibrationText.of(windows)

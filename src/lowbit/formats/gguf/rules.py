@@ -22,6 +22,7 @@ from gguf.constants import (
 from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
 from lowbit.formats.gguf.nearest_codes import check_nearest
+from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
 from lowbit.formats.gguf.table import DERIVED, ROWS
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
@@ -78,7 +79,7 @@ def check_tensors(subject: GGUFSubject) -> Finding:
     known = {TENSOR_NAMES[kind] for kind in kinds}
     problems, blocks = [], {}
     for tensor in subject.raw.tensors:
-        pattern, block = _pattern(tensor.name)
+        pattern, block = named_pattern(tensor.name)
         if pattern not in known:
             problems.append(
                 f"{tensor.name}: {subject.arch} has no such tensor; llama.cpp loads none it does not expect"
@@ -95,16 +96,22 @@ def check_tensors(subject: GGUFSubject) -> Finding:
 
 
 def check_shapes(subject: GGUFSubject) -> Finding:
-    """The embedding is as wide as embedding_length; matrices that read the hidden state are, too."""
-    width, problems = subject.raw.metadata.get(f"{subject.arch}.embedding_length"), []
+    """The embedding and what reads the hidden state are as wide as embedding_length; heads and MLPs are as large as the
+    key-values state."""
+    metadata, problems = subject.raw.metadata, []
+    width = metadata.get(f"{subject.arch}.embedding_length")
     if not isinstance(width, int):
         return Finding([], "nothing to compare with: embedding_length is not stated")
     for tensor in subject.raw.tensors:
-        pattern = _pattern(tensor.name)[0]
+        pattern, block = named_pattern(tensor.name)
+        if not tensor.name.endswith(".weight"):
+            continue
         reads_hidden = pattern in ("token_embd", "output", "blk.{bid}.attn_q", "blk.{bid}.ffn_up", "blk.{bid}.ffn_gate")
-        if reads_hidden and tensor.name.endswith(".weight") and tensor.shape[-1:] != (width,):
+        if reads_hidden and tensor.shape[-1:] != (width,):
             problems.append(f"{tensor.name}: rows of {tensor.shape[-1]}, embedding_length is {width}")
-    return Finding(problems, f"rows fit embedding_length {width}")
+        denied = denied_shape(subject.arch, metadata, pattern, block, tensor.shape) if subject.arch in _ROWS else ""
+        problems += [f"{tensor.name}: {denied}"] if denied else []
+    return Finding(problems, f"widths, heads and MLPs are those stated; embedding_length {width}")
 
 
 def check_types(subject: GGUFSubject) -> Finding:
@@ -182,13 +189,6 @@ def check_weights(subject: GGUFSubject) -> Finding:
     return Finding(problems, f"{len(errors)} tensors; the worst is {worst}, {100 * errors.get(worst, 0):.3g} % off")
 
 
-def _pattern(name: str) -> tuple[str, int | None]:
-    """("blk.{bid}.attn_q", 3) of blk.3.attn_q.weight."""
-    stem = name.rpartition(".")[0] if name.endswith((".weight", ".bias", ".scale", ".input_scale")) else name
-    found = re.match(r"blk\.(\d{1,6})\.", stem)
-    return (stem, None) if found is None else (f"blk.{{bid}}.{stem[found.end() :]}", int(found[1]))
-
-
 def _length(value: Any) -> int:
     return len(value) if hasattr(value, "__len__") and not isinstance(value, str) else 0
 
@@ -206,7 +206,7 @@ RULES: tuple[Rule, ...] = (
          check_architecture, "load_arch, load_hparams of llama-model.cpp"),
     Rule("gguf-tensors", "format", (GGUF,), "tensors are those of the architecture, in every block", check_tensors,
          "done_getting_tensors of llama-model-loader.cpp"),
-    Rule("gguf-shapes", "format", (GGUF,), "rows are as wide as the hidden state", check_shapes,
+    Rule("gguf-shapes", "format", (GGUF,), "widths, heads and MLPs are those that are stated", check_shapes,
          "check_tensor_dims of llama-model-loader.cpp"),
     Rule("gguf-types", "format", GGUF_FILES, "types are known and the version of quantization is stated", check_types,
          "ggml.h, enum ggml_type; GGML_QNT_VERSION"),
