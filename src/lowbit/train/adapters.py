@@ -14,7 +14,6 @@ are modules of their own; experts inside one parameter are quantized, and get no
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,43 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.errors import UsageError
 from lowbit.train.fake_quantize import FakeQuantize
+from lowbit.train.options import LoRA
 
-INITS = ("zero", "loftq")
 _LOFTQ_STEPS = 5
 _SPARE, _POWERS = 16, 4  # of the randomized SVD: further directions, and multiplications by R·Rᵀ
 _NAME = "lowbit_adapter"
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Which adapters are trained.
-
-    rank   r
-    alpha  s = alpha / r; None: twice the rank
-    init   "zero" or "loftq"
-    merge  merge them into the 16-bit weights, and round these again, instead of keeping them apart
-    """
-
-    rank: int
-    alpha: float | None = None
-    init: str = "zero"
-    merge: bool = False
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise UsageError(f"adapters of rank {self.rank} change nothing", "give a rank such as 16")
-        if self.alpha is not None and not (0 < self.alpha < math.inf):
-            raise UsageError(f"alpha {self.alpha} is not a positive number", "give one such as twice the rank")
-        if self.init not in INITS:
-            raise UsageError(f"adapters do not begin as {self.init!r}", f"choose one of {', '.join(INITS)}")
-
-    @property
-    def effective_alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
-
-    @property
-    def scale(self) -> float:
-        return self.effective_alpha / self.rank
 
 
 class LowRankUpdate(nn.Module):

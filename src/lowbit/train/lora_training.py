@@ -23,10 +23,11 @@ from lowbit.measure import Meter
 from lowbit.report import schema
 from lowbit.settings import Settings
 from lowbit.train.adapter_files import Described, write_adapter
-from lowbit.train.adapters import Adapters, LoRA, attach
+from lowbit.train.adapters import Adapters, attach
 from lowbit.train.exporting import export_trained
 from lowbit.train.loop import Trained, held_out_loss, train
 from lowbit.train.opening import OpenedTraining, TrainingTask
+from lowbit.train.options import LoRA
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import TrainingStates
 

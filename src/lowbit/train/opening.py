@@ -17,8 +17,6 @@ import torch
 from torch import nn
 
 from lowbit.architecture import model_dtype
-from lowbit.architecture.describing import describe_checkpoint
-from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import Loader, load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
@@ -30,7 +28,8 @@ from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.text.answers import parse_loss_on
 from lowbit.text.calibration import check_context
-from lowbit.train.loop import Course, Lesson
+from lowbit.train.loop import Lesson
+from lowbit.train.options import Course
 from lowbit.train.states import training_depends_on
 
 BYTES_PER_WEIGHT = 20  # weight, gradient, two moments, rounded weight
@@ -115,15 +114,15 @@ def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: boo
         with _maybe_open(asked.reference, options) as reference:
             depends_on = training_depends_on(checkpoint, reference, asked.settings, course, lesson, options,
                                              asked.device, asked.more)  # fmt: skip
-    loader = Loader(checkpoint, torch.float32, asked.device, options)
+    loader = Loader(checkpoint, torch.float32, asked.device, options, split_experts=True)
     loader.fill()
     student: Any = loader.model
-    architecture, _ = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts=True)
+    known = loader.architecture.linears
     linears = {
         linear: parameter
-        for parameter, placement in disk_layout(student, split_experts=True).items()
+        for parameter, placement in loader.layout.items()
         for linear in (stored.removesuffix(".weight") for stored, _, _ in placement.pieces())
-        if linear in architecture.linears and architecture.linears[linear].block is not None
+        if linear in known and known[linear].block is not None
     }
     teacher = _teacher(asked) if course.distill else None
     if teacher is not None:
