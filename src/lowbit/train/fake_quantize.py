@@ -75,7 +75,8 @@ class FakeQuantize(nn.Module):
     parts    what is quantized in it; the rest passes through
     changes  θ of each part with learned scales, float32, by its number
 
-    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is.
+    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is, and compute in
+    the dtype that it had then.
     """
 
     lowbit_fake_quantization = True
@@ -86,6 +87,7 @@ class FakeQuantize(nn.Module):
         self.changes = nn.ParameterDict()
         self._fitted: dict[int, Fitted] = {}
         self._held: dict[int, tuple[Stored, Tensor]] = {}
+        self._computes = parameter.dtype
         for index, each in enumerate(self.parts):
             if learn_scales and learns_scales(each.target):
                 weight = each.of(parameter.detach()).float().contiguous()
@@ -103,7 +105,7 @@ class FakeQuantize(nn.Module):
             only = self.parts[0]
             weight = self._through(0, only.of(parameter))
             return weight.t() if only.turned else weight
-        rounded = parameter.clone()
+        rounded = parameter.to(self._computes if self._held else parameter.dtype, copy=True)
         for index, each in enumerate(self.parts):
             each.of(rounded).copy_(self._through(index, each.of(parameter)))
         return rounded
@@ -112,7 +114,19 @@ class FakeQuantize(nn.Module):
     def hold(self, parameter: Tensor) -> None:
         """Round a parameter, and keep these codes from now on."""
         self._held.clear()
+        self._computes = parameter.dtype
         self._held = {index: self.rounded(index, parameter) for index in range(len(self.parts))}
+
+    @torch.no_grad()
+    def shift(self, shift: Tensor) -> None:
+        """Move the minima of held codes by float32 [N, G]; of a parameter that is one linear.
+
+        NonFiniteError where one leaves the range of what the file stores.
+        """
+        (only,), (stored, _) = self.parts, self._held[0]
+        moved = only.target.shifted(stored, shift)
+        _refuse_not_finite(moved.decoded, only.linear)
+        self._held[0] = (moved.stored, moved.decoded)
 
     def let_go(self) -> None:
         """Round the parameter itself again, in every forward pass."""
@@ -126,7 +140,7 @@ class FakeQuantize(nn.Module):
     def _through(self, index: int, weight: Tensor) -> Tensor:
         """The rounded weight [N, K] with the gradients of the module docstring; without any where it is held."""
         if index in self._held:
-            return self._held[index][1].to(weight.dtype)
+            return self._held[index][1].to(self._computes)
         with torch.no_grad():
             plain = weight.detach().float().contiguous()
             stored, decoded = self._rounded(index, plain)

@@ -7,7 +7,7 @@
 
 Trained are the linears that the scheme quantizes, their scales, and the norms between them; embeddings and the output
 layer stay. The loop is `loop.py`, what it keeps for `resume` is `states.py`. Computes in float32, writes in the dtype
-of the model. Memory: 20 bytes per weight, 24 with a distillation; of adapters 10 and 14.
+of the model. Memory: 20 bytes per weight, 24 with a distillation; of adapters of a 16-bit model 8 and 12.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lowbit.text.answers import parse_loss_on
 from lowbit.train.exporting import export_trained
 from lowbit.train.loop import train
 from lowbit.train.lora_training import Adapted, base_of, refuse_unread, train_adapters
-from lowbit.train.opening import BYTES_UNDER_ADAPTERS, OpenedTraining, TrainingTask, is_quantized, open_training
+from lowbit.train.opening import OpenedTraining, TrainingTask, is_quantized, open_training
 from lowbit.train.options import Course, LoRA
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import STATE, TrainingStates
@@ -89,7 +89,7 @@ def finetune(
     if lora is not None:
         course = replace(course, learning_rate=2e-4 if course.learning_rate is None else course.learning_rate)
         more = {f"lora {name}": value for name, value in asdict(lora).items() if is_given(value)}
-        asked = replace(asked, course=course, bytes=BYTES_UNDER_ADAPTERS, more=more)
+        asked = replace(asked, course=course, adapters=True, more=more)
     _refuse_outputs(output, asked, lora, overwrite)
     checkpoint = open_checkpoint(model, options)
     try:

@@ -33,7 +33,7 @@ from lowbit.train.options import Course
 from lowbit.train.states import training_depends_on
 
 BYTES_PER_WEIGHT = 20  # weight, gradient, two moments, rounded weight
-BYTES_UNDER_ADAPTERS = 10  # weight, decoded weight, code
+BYTES_UNDER_ADAPTERS = 6  # decoded weight, code; the weight beside them has the dtype of the files
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainingTask:
 
     settings  that shape the output
     given     those of them that were set, with `scheme`
-    bytes     of memory for each weight
+    adapters  are trained, beside frozen codes
     more      that weights depend on, for `resume`: of adapters
     """
 
@@ -54,7 +54,7 @@ class TrainingTask:
     reference: str | Path | None
     device: str
     options: OpenOptions
-    bytes: int = BYTES_PER_WEIGHT
+    adapters: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,7 +178,8 @@ def _refuse_other_vocabulary(student: Any, teacher: Any) -> None:
 def _refuse_too_large(checkpoint: Checkpoint, asked: TrainingTask) -> None:
     """UsageError where the training cannot fit the free memory."""
     weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    needed, free = weights * (asked.bytes + 4 * asked.course.distill), available_memory()
+    each = BYTES_UNDER_ADAPTERS + model_dtype(checkpoint).itemsize if asked.adapters else BYTES_PER_WEIGHT
+    needed, free = weights * (each + 4 * asked.course.distill), available_memory()
     if free is not None and needed > free:
         raise UsageError(f"training {weights / 1e9:.2f}e9 weights takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
                          f"free", "take a smaller model, or lowbit.train with an optimizer that shards")  # fmt: skip
