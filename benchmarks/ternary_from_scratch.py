@@ -1,6 +1,6 @@
 """A small model trained from scratch with ternary weights, beside the same training unquantized: two loss curves.
 
-usage: ternary_from_scratch.py [--steps 400] [--hidden 128] [--layers 4] [--rate 3e-3] [--out build/ternary]
+usage: ternary_from_scratch.py [--steps 1000] [--hidden 64] [--layers 2] [--rate 3e-3] [--out build/ternary]
 
 A Llama of bytes (256 tokens), the same start, batches and rates for both. Trained on the packaged calibration text,
 judged on the packaged evaluation text, in nats per byte. One has the fake quantization of BitNet (`prepare(model,
@@ -30,9 +30,9 @@ WARMUP = 20  # steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=Path("build/ternary"))
     args = parser.parse_args()

@@ -127,7 +127,7 @@ def _train_weights(
     """Train all that is rounded; returns what the summary says of it."""
     student, course = opened.student, asked.course
     prepare(student.requires_grad_(True), learn_scales=not course.fit_scales, dtype=opened.dtype, options=asked.options,
-            **asked.given)  # fmt: skip
+            scales=opened.scales, **asked.given)  # fmt: skip
     _freeze_outside(student)
     found = train(student, opened.lesson, course, opened.teacher, progress, states)
     note = found.sentence("KL divergence to the float model" if course.distill else "loss", opened.lesson.share)

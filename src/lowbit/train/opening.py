@@ -7,7 +7,7 @@ none does are left out, and said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from lowbit.architecture import model_dtype
 from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import Loader, load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.measure import available_memory
+from lowbit.rounding.rtn import Fitted
 from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.text.answers import parse_loss_on
@@ -69,6 +70,7 @@ class OpenedTraining:
 
     student     float32, in evaluation mode
     linears     linear of a decoder block → name of the parameter that holds it
+    scales      of these, where MODEL is a folder of codes: linear → its scales there
     quantized   MODEL has codes already
     dtype       of its floats
     teacher     of a distillation
@@ -81,6 +83,7 @@ class OpenedTraining:
     text: CalibrationWindows
     lesson: Lesson
     linears: dict[str, str]
+    scales: dict[str, Fitted]
     source: str
     quantized: bool
     dtype: torch.dtype
@@ -124,11 +127,12 @@ def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: boo
         for linear in (stored.removesuffix(".weight") for stored, _, _ in placement.pieces())
         if linear in known and known[linear].block is not None
     }
+    scales = _scales(loader.checkpoint, linears)
     teacher = _teacher(asked) if course.distill else None
     if teacher is not None:
         _refuse_other_vocabulary(student, teacher)
     student.config.name_or_path = ""
-    return OpenedTraining(student, tokenizer, text, lesson, linears, checkpoint.source, is_quantized(checkpoint),
+    return OpenedTraining(student, tokenizer, text, lesson, linears, scales, checkpoint.source, is_quantized(checkpoint),
                   model_dtype(checkpoint), teacher, depends_on, (*loader.notes, *_left_out(loader.beside)))  # fmt: skip
 
 
@@ -142,6 +146,19 @@ def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> Cal
                              longest=longest, marking=marking)  # fmt: skip
     return GivenText(data).windows(tokenizer, course.windows, course.window_tokens, longest=longest,
                                    vocabulary=embedding_rows(checkpoint.tensors), marking=marking)  # fmt: skip
+
+
+def _scales(checkpoint: Checkpoint, linears: Iterable[str]) -> dict[str, Fitted]:
+    """Linear → the scales that a folder of codes holds of it, where its groups are of consecutive columns."""
+    if not isinstance(checkpoint, CanReadCodes):
+        return {}
+    found = {}
+    for linear in linears:
+        if f"{linear}.weight" in checkpoint.schemes:
+            stored = checkpoint.read_quantized(f"{linear}.weight")
+            if stored.g_idx is None:
+                found[linear] = Fitted.of(stored)
+    return found
 
 
 def _left_out(names: list[str]) -> list[str]:
