@@ -1,6 +1,6 @@
 """What a short training gains on the model as it was quantized: text that it did not see, of three domains.
 
-usage: training_gains.py [ROW…] [--model demo:smollm2] [--steps 12] [--windows 2] [--work build/training-gains]
+usage: training_gains.py [ROW…] [--model demo:smollm2] [--steps 8] [--windows 2] [--work build/training-gains]
 
     ROW        W2A16, W4A16, Q2_K (quantized, then QAF and QAD of that), LoRA (QLoRA on NF4: base, adapter, merged), QA
                (QA-LoRA on Q4_1: base, merged); all of them in this order unless given
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", default=[*RATES, "LoRA", "QA"])
     parser.add_argument("--model", default="demo:smollm2")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/training-gains"))
     args = parser.parse_args()

@@ -8,8 +8,8 @@ the precision of the file with the gradient of what was rounded (`numerics.strai
 
     ∂ŵ/∂θ = ŵ − w within the range, ŵ beyond it            LSQ's gradient times s
 
-s₀ is fitted to the weights, or, of a model that was quantized to the same grid, the scale that it has: fitted to decoded
-weights it would be another one, and every code would change before the first step.
+s₀ is fitted to the weights, or, of a model that was quantized to the same grid, the scale that it has: fitted to
+decoded weights it would be another one, and every code would change before the first step.
 
 θ is relative, which takes the place of LSQ's gradient scale: one learning rate fits scales of every size. Zero points,
 and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
@@ -186,10 +186,8 @@ def _known(scales: Fitted | None, target: GridTarget, weight: Tensor) -> Fitted 
     """Scales of the same grid for a weight, in the precision of the target; None where they are of another one."""
     if scales is None or scales.nested is not None or scales.grid.name != target.grid.name:
         return None
-    if (scales.granularity, scales.group_size) != (
-        target.spec.granularity,
-        target.spec.columns_per_scale(weight.shape[1]),
-    ):
+    group_size = target.spec.columns_per_scale(weight.shape[1])
+    if (scales.granularity, scales.group_size) != (target.spec.granularity, group_size):
         return None
     return replace(scales, grid=target.grid, scale=scales.scale.to(weight.device))
 

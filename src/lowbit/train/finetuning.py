@@ -1,7 +1,7 @@
 """`finetune`: train a model under fake quantization on a text, or adapters beside it, and export what was trained.
 
     QAT    MODEL in 16 bits, loss of the next token
-    QAF    MODEL a quantized folder or GGUF file: training starts from its decoded weights
+    QAF    MODEL a quantized folder or GGUF file: training starts from its decoded weights, and its scales
     QAD    distill: KL(float model ‖ trained model) of every position; the float model is `reference`, or MODEL
     LoRA   the codes stay; low-rank matrices beside them are trained (`lora_training.py`)
 

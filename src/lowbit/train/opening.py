@@ -132,8 +132,10 @@ def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: boo
     if teacher is not None:
         _refuse_other_vocabulary(student, teacher)
     student.config.name_or_path = ""
-    return OpenedTraining(student, tokenizer, text, lesson, linears, scales, checkpoint.source, is_quantized(checkpoint),
-                  model_dtype(checkpoint), teacher, depends_on, (*loader.notes, *_left_out(loader.beside)))  # fmt: skip
+    return OpenedTraining(
+        student, tokenizer, text, lesson, linears, scales, checkpoint.source, is_quantized(checkpoint),
+        model_dtype(checkpoint), teacher, depends_on, (*loader.notes, *_left_out(loader.beside)),
+    )  # fmt: skip
 
 
 def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> CalibrationWindows:
