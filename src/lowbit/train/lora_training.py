@@ -161,8 +161,9 @@ def train_adapters(
     student, course = opened.student, asked.course
 
     def quantize() -> None:
-        prepare(student.requires_grad_(True), learn_scales=False, dtype=opened.dtype, options=asked.options,
-                **asked.given)  # fmt: skip
+        # scales that a folder has are kept; else they are fitted to the weights
+        prepare(student.requires_grad_(True), learn_scales=bool(opened.scales), dtype=opened.dtype,
+                options=asked.options, scales=opened.scales, **asked.given)  # fmt: skip
 
     rounds_first = lora.qa or not opened.quantized
     if rounds_first:
