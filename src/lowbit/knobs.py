@@ -4,6 +4,8 @@ The table is the fields of `lowbit.settings.Settings` and `RunOptions`, each wit
 
     damping: Annotated[float | None, Field(gt=0, le=1), Knob("Share of mean(diag H) added to H", GPTQ_PANEL, GPTQ)]
 
+Options of a training are a table too, of dataclasses (`Options`; `lowbit.train.options`).
+
 The options of the command line (`lowbit.cli.options`), recipes, the settings in a report, the printer of command lines
 (`lowbit.settings.command_line`) and the errors for settings that a run would not read are all derived from it.
 """
@@ -11,9 +13,9 @@ The options of the command line (`lowbit.cli.options`), recipes, the settings in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -158,6 +160,7 @@ class Knob:
     absent   description of the default None
     see      link into the documents
     choices  values that it takes, where its type does not say so
+    flag     on the command line, where its name does not say it
     """
 
     help: str
@@ -167,6 +170,7 @@ class Knob:
     absent: str | None = None
     see: str | None = None
     choices: tuple[str, ...] = ()
+    flag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Row:
 
     @property
     def flag(self) -> str:
-        return flag_of(self.name, self.kind is dict)
+        return self.knob.flag or flag_of(self.name, self.kind is dict)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -210,23 +214,47 @@ class Table(BaseModel):
     @classmethod
     def rows(cls) -> dict[str, Row]:
         """By name, in the order of the fields."""
-        found = {}
-        for name, field in cls.model_fields.items():
-            knob = next(each for each in field.metadata if isinstance(each, Knob))
-            kind: Any = field.annotation
-            if NoneType in get_args(kind):
-                kind = next(each for each in get_args(kind) if each is not NoneType)
-            if get_origin(kind) is Annotated:
-                kind = get_args(kind)[0]
-            kind = get_origin(kind) if get_origin(kind) in (dict, tuple) else kind
-            found[name] = Row(name, kind, None if field.default_factory else field.default, knob)
-        return found
+        return {
+            name: Row(name, _kind(field.annotation), None if field.default_factory else field.default,
+                      next(each for each in field.metadata if isinstance(each, Knob)))
+            for name, field in cls.model_fields.items()
+        }  # fmt: skip
 
     @property
     def given(self) -> dict[str, Any]:
         """The settings that were set, in the order of the table; `make_settings(**given)` equals self."""
         return {name: getattr(self, name) for name in type(self).model_fields
                 if name in self.model_fields_set and is_given(getattr(self, name))}  # fmt: skip
+
+
+class Options:
+    """A dataclass whose fields carry a `Knob` each."""
+
+    @classmethod
+    def rows(cls) -> dict[str, Row]:
+        """By name, in the order of the fields."""
+        hints = get_type_hints(cls, include_extras=True)
+        found = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            kind, knob = get_args(hints[field.name])
+            found[field.name] = Row(field.name, _kind(kind), field.default, knob)
+        return found
+
+
+class HasRows(Protocol):
+    """A `Table` or `Options`."""
+
+    @classmethod
+    def rows(cls) -> dict[str, Row]: ...
+
+
+def _kind(annotation: Any) -> Any:
+    """The type of one value, of the type of a field."""
+    if NoneType in get_args(annotation):
+        annotation = next(each for each in get_args(annotation) if each is not NoneType)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) if get_origin(annotation) in (dict, tuple) else annotation
 
 
 def is_given(value: Any) -> bool:

@@ -15,11 +15,10 @@ from lowbit.cli import language
 from lowbit.cli.main import app
 from lowbit.errors import UsageError
 from lowbit.knobs import PANELS
-from lowbit.settings import RunOptions, Settings
 
 PROGRAM: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = PROGRAM.commands
-ROWS = [row for table in (Settings, RunOptions) for row in table.rows().values()]
+ROWS = [row for table in language.tables() for row in table.rows().values()]
 OF_ROWS = {row.help for row in ROWS}
 PARAMS = [(name, param) for name, command in [("", PROGRAM), *COMMANDS.items()] for param in command.params]
 # What --help shows → section of the catalogue.

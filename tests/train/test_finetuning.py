@@ -50,6 +50,27 @@ def test_training_goes_on_from_a_quantized_model(tiny_llama, tmp_path):
         lowbit.finetune(start, tmp_path / "other", scheme="W4A16", **small(distill=True))
 
 
+@pytest.mark.parametrize(("scheme", "method"), [("W2A16", "gptq"), ("W4A16_ASYM", "rtn"), ("NVFP4A16", "rtn")])
+def test_training_begins_with_the_codes_and_scales_of_a_quantized_model(tiny_llama, tmp_path, scheme, method):
+    """Scales fitted to decoded weights are others: at 2 bits all of the start was lost."""
+    text = {"calib": SHORT_TEXT, "samples": 8, "seqlen": 32} if method == "gptq" else {}
+    start = lowbit.quantize(tiny_llama, tmp_path / "start", scheme=scheme, method=method, **text).path
+    done = lowbit.finetune(start, tmp_path / "out", scheme=scheme, **small(steps=1, learning_rate=1e-12))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (done.path, start))
+    kept = [name for name in theirs if name.endswith(("weight_scale", "weight_zero_point"))]
+    assert len(kept) >= 14
+    assert [name for name in kept if not torch.equal(ours[name], theirs[name])] == []
+    trained, quantized = lowbit.inspect(done.path), lowbit.inspect(start)
+    linears = [name.replace("weight_scale", "weight") for name in kept if name.endswith("weight_scale")]
+    assert [name for name in linears if not torch.equal(trained.read(name), quantized.read(name))] == []
+
+
+def test_scales_of_another_grid_are_fitted_anew(tiny_llama, tmp_path):
+    start = lowbit.quantize(tiny_llama, tmp_path / "start", scheme="W4A16", group_size=32).path
+    done = lowbit.finetune(start, tmp_path / "out", scheme="W8A16", group_size=64, **small(steps=1))
+    assert lowbit.verify(done.path).ok
+
+
 def test_the_same_seed_makes_the_same_bytes(tiny_llama, tmp_path):
     paths = [lowbit.finetune(tiny_llama, tmp_path / name, scheme="Q4_0", **small(steps=1, seed=seed)).path
              for name, seed in (("a.gguf", 0), ("b.gguf", 0))]  # fmt: skip

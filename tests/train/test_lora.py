@@ -134,6 +134,17 @@ def test_merging_rounds_again_and_says_the_loss_of_each(tiny_llama, tmp_path, qu
     assert not (tmp_path / "out-base").exists()
 
 
+def test_merging_nothing_into_a_quantized_folder_leaves_its_weights(tiny_llama, tmp_path):
+    """Its scales are kept; fitted to decoded weights they would be others."""
+    base = lowbit.quantize(tiny_llama, tmp_path / "base", scheme="W2A16", group_size=32).path
+    course = Course(steps=1, windows=4, window_tokens=16, learning_rate=1e-12)
+    done = finetune(base, tmp_path / "out", scheme="W2A16", group_size=32, data=SHORT_TEXT, course=course,
+                    lora=LoRA(4, merge=True))  # fmt: skip
+    before, after = lowbit.inspect(base), lowbit.inspect(done.path)
+    changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
+    assert changed == []
+
+
 def test_merging_into_a_gguf_file(tiny_llama, tmp_path):
     how = {name: SMALL[name] for name in ("data", "course")}
     done = finetune(tiny_llama, tmp_path / "out.gguf", scheme="Q4_0", lora=LoRA(4, init="loftq", merge=True), **how)

@@ -84,7 +84,10 @@ class Loader:
     checkpoint    under the names of the model's family
     architecture  of the model
     notes         what is not taken of the files, or otherwise than they say
+    layout        parameter of the model → its placement in the checkpoint
     beside        stored tensors that the model has no parameter for, as those of blocks for multi-token prediction
+
+    split_experts  name experts one by one also where the files hold them in one tensor
     """
 
     def __init__(
@@ -93,11 +96,12 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         options: OpenOptions | None = None,
+        split_experts: bool = False,
     ):
         _check_device(device)
         self.dtype, self.device, options = dtype, device, options or OpenOptions()
         refuse_remote_code(checkpoint.config(), checkpoint.source, options)
-        self.architecture, self.checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code)
+        self.architecture, self.checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts)
         self.notes = tuple(note for note in self.checkpoint.notes if note not in checkpoint.notes)
         self.model = _empty_model(self.checkpoint, dtype, options)
         self.layout = _layout(self.model, self.checkpoint)

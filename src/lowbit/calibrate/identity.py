@@ -1,12 +1,12 @@
-"""What every byte of a calibrated run depends on, so that --resume never joins blocks of two different runs.
+"""What every byte of a calibrated run, or of a training, depends on, so that --resume never joins two different runs.
 
     settings    every setting of the table, by name
     source      the revision, and what the user typed, which is told but not compared
     files       SHA-256 of every weight file, all of it, and of an adapter's files; of a model in memory, of its tensors
-    start       the same of the model that refinement starts from
+    start       the same of the model that refinement starts from, or of the float model of a distillation
     config      config.json
-    text        SHA-256 of the token ids
-    targets     linear → grid or ggml type
+    text        SHA-256 of the token ids, of a training also of those that count in its loss
+    targets     linear → grid or ggml type; a training has none
     arithmetic  dtype, device, threads, instruction set
     versions    of lowbit, torch and transformers
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lowbit import kernels
 from lowbit.checkpoint.adapter import adapter_files
@@ -31,6 +32,7 @@ from lowbit.version import __version__
 if TYPE_CHECKING:
     from lowbit.calibrate.one_block import Job
     from lowbit.checkpoint.base import Checkpoint, OpenOptions
+    from lowbit.settings import Settings
 
 _LONGEST_VALUE = 60  # characters of a value in a message
 _SLAB_WEIGHTS = 8_000_000
@@ -39,21 +41,44 @@ _ABSENT = object()
 
 def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
     """Everything that can change a byte of the result, as JSON values; reads all weight files once."""
-    source, settings = job.checkpoint, job.settings
+    return identity(
+        job.checkpoint, options,
+        store={"store": 3},
+        settings=settings_of(job.settings),
+        start=file_hashes(set() if job.start is None else set(job.start.files)),
+        text={"the calibration text": job.ids},
+        targets={name: repr(target) for name, target in sorted(job.targets.items())},
+        arithmetic={"dtype": str(job.dtype), "device": job.device},
+    )  # fmt: skip
+
+
+def identity(
+    source: Checkpoint, options: OpenOptions, *, store: dict[str, int], settings: dict[str, Any],
+    start: dict[str, str], text: dict[str, Tensor], targets: dict[str, str], arithmetic: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """The topics of the module docstring; what all runs share is found here.
+
+    store  number of the layout of what is kept; a change of it is another version of lowbit
+    text   what it is called → its tensor
+    """
     return {
-        "lowbit": {"version": __version__, "store": 3},
-        "settings": settings.model_dump(mode="json", exclude={"allow_fallback"}),
+        "lowbit": {"version": __version__, **store},
+        "settings": settings,
         "model": source.source,
         "source": {"revision": options.revision},
         "files": weight_hashes(source) | file_hashes(set(adapter_files(options))),
-        "start": file_hashes(set() if job.start is None else set(job.start.files)),
+        "start": start,
         "config": source.config(),
-        "text": {"the calibration text": hashlib.sha256(job.ids.contiguous().numpy().tobytes()).hexdigest()},
-        "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
-        "arithmetic": {"dtype": str(job.dtype), "device": job.device, "threads": torch.get_num_threads(),
-                       "kernels": kernels.isa()},
+        "text": {name: hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() for name, held in text.items()},
+        "targets": targets,
+        "arithmetic": {**arithmetic, "threads": torch.get_num_threads(), "kernels": kernels.isa()},
         "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
-    }  # fmt: skip
+    }
+
+
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """Those that bytes depend on, as JSON values."""
+    return settings.model_dump(mode="json", exclude={"allow_fallback"})
 
 
 def weight_hashes(source: Checkpoint) -> dict[str, str]:

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 from lowbit.errors import UsageError
-from lowbit.knobs import Row, is_given
+from lowbit.knobs import HasRows, Row, is_given
 
 VARIABLE = "LOWBIT_LANG"
 LANGUAGES = ("en", "zh")
@@ -40,14 +40,20 @@ def catalogue() -> dict[str, dict[str, str]]:
 @cache
 def translations() -> dict[str, str]:
     """Every text that --help may show → its Chinese; the helps of settings are composed as `Row.help` composes them."""
-    from lowbit.settings import RunOptions, Settings
-
     sections = catalogue()
-    rows = [row for table in (Settings, RunOptions) for row in table.rows().values()]
+    rows = [row for table in tables() for row in table.rows().values()]
     return (
         {row.help: _help_of_row(row) for row in rows if row.knob.help in sections["settings"]}
         | sections["headings"] | sections["commands"] | sections["options"]
     )  # fmt: skip
+
+
+def tables() -> tuple[type[HasRows], ...]:
+    """Every table of options."""
+    from lowbit.settings import RunOptions, Settings
+    from lowbit.train.options import Course, LoRA
+
+    return Settings, RunOptions, Course, LoRA
 
 
 def _help_of_row(row: Row) -> str:

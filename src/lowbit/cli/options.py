@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lowbit.cli.language import help_in_chinese, language
 from lowbit.errors import UsageError
-from lowbit.knobs import MAKE, PANELS, RUNNING, TRUST, Row, Table, is_given, parse_bytes
+from lowbit.knobs import MAKE, PANELS, RUNNING, TRUST, HasRows, Row, is_given, parse_bytes
 from lowbit.settings import RunOptions, Settings
 
 
@@ -59,7 +59,7 @@ class OptionGroup:
     value: Callable[[dict[str, Any]], Any]
 
 
-def of_table(table: type[Table], only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> OptionGroup:
+def of_table(table: type[HasRows], only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> OptionGroup:
     """An option for each row of a table (or `only` some); the value is what was given, by the rows' names."""
     rows = {_typed_name(row): row for row in table.rows().values()
             if row.name not in without and (not only or row.name in only)}  # fmt: skip

@@ -94,6 +94,12 @@ class Fitted:
     table: Tensor | None = None
     outliers: SparseOutliers | None = None
 
+    @classmethod
+    def of(cls, stored: QuantizedTensor) -> Fitted:
+        """The scales of a weight that was rounded before."""
+        return cls(stored.scale, stored.grid, stored.granularity, stored.group_size, stored.zero_point,
+                   stored.global_scale, stored.nested)  # fmt: skip
+
     def with_codes(self, codes: Tensor) -> QuantizedTensor:
         return QuantizedTensor(
             codes, self.scale, self.grid, self.granularity, self.group_size, self.zero_point, self.global_scale,

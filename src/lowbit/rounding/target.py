@@ -123,6 +123,11 @@ class Target(ABC, Generic[Params]):
         return True
 
     @property
+    def columns_per_minimum(self) -> int | None:
+        """Columns that share a minimum stored as a float of its own, which can be `shifted`; None if none is stored."""
+        return None
+
+    @property
     def needs_range(self) -> bool:
         """True if scales need the range of the whole tensor."""
         return False
@@ -168,6 +173,11 @@ class Target(ABC, Generic[Params]):
     @abstractmethod
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         """Round to nearest; importance float32 [K] weighs the squared errors that scales are chosen by."""
+
+    def shifted(self, stored: Stored, shift: Tensor) -> Rounded:
+        """With the minimum of every group moved by float32 [N, G], and rounded as it is stored; codes stay. Of targets
+        with `columns_per_minimum`."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Stored, Sums]:
@@ -375,6 +385,10 @@ class GgmlTarget(Target[Blocks]):
         return self.grid.kind.family == "plain"
 
     @property
+    def columns_per_minimum(self) -> int | None:
+        return self.grid.kind.group if self.grid.float_minima else None
+
+    @property
     def needs_range(self) -> bool:
         return self.scaled
 
@@ -388,6 +402,11 @@ class GgmlTarget(Target[Blocks]):
     def nearest(self, weight: Tensor, importance: Tensor | None = None) -> Rounded:
         blocks = ggml.encode(self.type_name, self._divided(weight), importance)
         return Rounded(self._stored(blocks), ggml.decode(self.type_name, blocks) * self.scale)
+
+    def shifted(self, stored: Stored, shift: Tensor) -> Rounded:
+        assert isinstance(stored, Tensor)
+        blocks = self.grid.shifted(stored, shift)
+        return Rounded(blocks, ggml.decode(self.type_name, blocks))
 
     def encode(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Stored, Sums]:
         blocks, sums = ggml.encode_measured(self.type_name, self._divided(rows), importance)

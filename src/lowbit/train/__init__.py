@@ -9,14 +9,35 @@ lowbit.train.compress_gradients(ddp, bits=4)    gradients between processes in f
 lowbit.train.Course, LoRA, Adapted              how `lowbit.finetune` trains, which adapters, and what comes of these
 """
 
-from lowbit.train.adapters import LoRA
-from lowbit.train.exporting import export
-from lowbit.train.fake_quantize import FakeQuantize
-from lowbit.train.gradients import compress_gradients
-from lowbit.train.loop import Course
-from lowbit.train.lora_training import Adapted
-from lowbit.train.preparing import prepare, remove
+from __future__ import annotations
 
-__all__ = [
-    "Adapted", "Course", "FakeQuantize", "LoRA", "compress_gradients", "export", "prepare", "remove",
-]  # fmt: skip
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "Adapted": "lora_training", "Course": "options", "FakeQuantize": "fake_quantize", "LoRA": "options",
+    "compress_gradients": "gradients", "export": "exporting", "prepare": "preparing", "remove": "preparing",
+}  # fmt: skip
+
+__all__ = [*_NAMES]
+
+if TYPE_CHECKING:
+    from lowbit.train.exporting import export as export
+    from lowbit.train.fake_quantize import FakeQuantize as FakeQuantize
+    from lowbit.train.gradients import compress_gradients as compress_gradients
+    from lowbit.train.lora_training import Adapted as Adapted
+    from lowbit.train.options import Course as Course
+    from lowbit.train.options import LoRA as LoRA
+    from lowbit.train.preparing import prepare as prepare
+    from lowbit.train.preparing import remove as remove
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when it is first used: the options of a training are read without torch."""
+    if name not in _NAMES:
+        raise AttributeError(f"module 'lowbit.train' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lowbit.train.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,6 +8,9 @@ the precision of the file with the gradient of what was rounded (`numerics.strai
 
     ∂ŵ/∂θ = ŵ − w within the range, ŵ beyond it            LSQ's gradient times s
 
+s₀ is fitted to the weights, or, of a model that was quantized to the same grid, the scale that it has: fitted to
+decoded weights it would be another one, and every code would change before the first step.
+
 θ is relative, which takes the place of LSQ's gradient scale: one learning rate fits scales of every size. Zero points,
 and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
 
@@ -24,8 +27,9 @@ A weight that is not finite raises NonFiniteError, before its codes would be any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -72,24 +76,30 @@ class FakeQuantize(nn.Module):
 
     parts    what is quantized in it; the rest passes through
     changes  θ of each part with learned scales, float32, by its number
+    scales   linear → its scales in the model that training starts from; passed over where the grid is another
 
-    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is.
+    `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is, and compute in
+    the dtype that it had then.
     """
 
     lowbit_fake_quantization = True
 
-    def __init__(self, parameter: Tensor, parts: Sequence[QuantizedPart], learn_scales: bool = True):
+    def __init__(
+        self, parameter: Tensor, parts: Sequence[QuantizedPart], learn_scales: bool = True,
+        scales: Mapping[str, Fitted] = MappingProxyType({}),
+    ):  # fmt: skip
         super().__init__()
         self.parts = tuple(parts)
         self.changes = nn.ParameterDict()
         self._fitted: dict[int, Fitted] = {}
         self._held: dict[int, tuple[Stored, Tensor]] = {}
+        self._computes = parameter.dtype
         for index, each in enumerate(self.parts):
             if learn_scales and learns_scales(each.target):
                 weight = each.of(parameter.detach()).float().contiguous()
                 _refuse_not_finite(weight, each.linear)
                 assert isinstance(each.target, GridTarget)
-                fitted = each.target.fit(weight)
+                fitted = _known(scales.get(each.linear), each.target, weight) or each.target.fit(weight)
                 self.register_buffer(f"scale_{index}", fitted.scale)
                 self.register_buffer(f"zero_point_{index}", fitted.zero_point)
                 self._fitted[index] = replace(fitted, scale=fitted.scale[:0], zero_point=None)
@@ -101,7 +111,7 @@ class FakeQuantize(nn.Module):
             only = self.parts[0]
             weight = self._through(0, only.of(parameter))
             return weight.t() if only.turned else weight
-        rounded = parameter.clone()
+        rounded = parameter.to(self._computes if self._held else parameter.dtype, copy=True)
         for index, each in enumerate(self.parts):
             each.of(rounded).copy_(self._through(index, each.of(parameter)))
         return rounded
@@ -110,7 +120,19 @@ class FakeQuantize(nn.Module):
     def hold(self, parameter: Tensor) -> None:
         """Round a parameter, and keep these codes from now on."""
         self._held.clear()
+        self._computes = parameter.dtype
         self._held = {index: self.rounded(index, parameter) for index in range(len(self.parts))}
+
+    @torch.no_grad()
+    def shift(self, shift: Tensor) -> None:
+        """Move the minima of held codes by float32 [N, G]; of a parameter that is one linear.
+
+        NonFiniteError where one leaves the range of what the file stores.
+        """
+        (only,), (stored, _) = self.parts, self._held[0]
+        moved = only.target.shifted(stored, shift)
+        _refuse_not_finite(moved.decoded, only.linear)
+        self._held[0] = (moved.stored, moved.decoded)
 
     def let_go(self) -> None:
         """Round the parameter itself again, in every forward pass."""
@@ -124,7 +146,7 @@ class FakeQuantize(nn.Module):
     def _through(self, index: int, weight: Tensor) -> Tensor:
         """The rounded weight [N, K] with the gradients of the module docstring; without any where it is held."""
         if index in self._held:
-            return self._held[index][1].to(weight.dtype)
+            return self._held[index][1].to(self._computes)
         with torch.no_grad():
             plain = weight.detach().float().contiguous()
             stored, decoded = self._rounded(index, plain)
@@ -156,6 +178,16 @@ class FakeQuantize(nn.Module):
             target = target.ranged(target.measured(weight))
         rounded = target.nearest(weight)
         return rounded.stored, rounded.decoded
+
+
+def _known(scales: Fitted | None, target: GridTarget, weight: Tensor) -> Fitted | None:
+    """Scales of the same grid for a weight, in the precision of the target; None where they are of another one."""
+    if scales is None or scales.nested is not None or scales.grid.name != target.grid.name:
+        return None
+    group_size = target.spec.columns_per_scale(weight.shape[1])
+    if (scales.granularity, scales.group_size) != (target.spec.granularity, group_size):
+        return None
+    return replace(scales, grid=target.grid, scale=scales.scale.to(weight.device))
 
 
 def _is_ternary(target: Target) -> bool:

@@ -1,13 +1,13 @@
 """`finetune`: train a model under fake quantization on a text, or adapters beside it, and export what was trained.
 
     QAT    MODEL in 16 bits, loss of the next token
-    QAF    MODEL a quantized folder or GGUF file: training starts from its decoded weights
+    QAF    MODEL a quantized folder or GGUF file: training starts from its decoded weights, and its scales
     QAD    distill: KL(float model ‖ trained model) of every position; the float model is `reference`, or MODEL
     LoRA   the codes stay; low-rank matrices beside them are trained (`lora_training.py`)
 
 Trained are the linears that the scheme quantizes, their scales, and the norms between them; embeddings and the output
 layer stay. The loop is `loop.py`, what it keeps for `resume` is `states.py`. Computes in float32, writes in the dtype
-of the model. Memory: 20 bytes per weight, 24 with a distillation; of adapters 10 and 14.
+of the model. Memory: 20 bytes per weight, 24 with a distillation; of adapters of a 16-bit model 8 and 12.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from lowbit.errors import UsageError
 from lowbit.export.atomic import refuse_existing, refuse_existing_files
 from lowbit.files.claim import Claim, claimed, refuse_claimed
 from lowbit.files.system import refuse_sources
+from lowbit.knobs import is_given
 from lowbit.measure import Meter
 from lowbit.settings import make_settings
 from lowbit.text.answers import parse_loss_on
-from lowbit.train.adapters import LoRA
 from lowbit.train.exporting import export_trained
-from lowbit.train.loop import Course, train
+from lowbit.train.loop import train
 from lowbit.train.lora_training import Adapted, base_of, refuse_unread, train_adapters
-from lowbit.train.opening import BYTES_UNDER_ADAPTERS, OpenedTraining, TrainingTask, is_quantized, open_training
+from lowbit.train.opening import OpenedTraining, TrainingTask, is_quantized, open_training
+from lowbit.train.options import Course, LoRA
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import STATE, TrainingStates
 
@@ -81,14 +82,14 @@ def finetune(
         raise UsageError("--reference is read only with --distill", "add --distill, or leave it out")
     if save_every < 0:
         raise UsageError(f"a state every {save_every} steps cannot be kept", "give 100, or 0 for none")
-    if lora is not None and not course.learn_scales:
+    if lora is not None and course.fit_scales:
         raise UsageError("scales are not learned beside adapters", "leave --fit-scales out")
     chosen = make_settings(None, **settings)
     asked = TrainingTask(model, data, course, chosen, settings, reference, device, options)
     if lora is not None:
         course = replace(course, learning_rate=2e-4 if course.learning_rate is None else course.learning_rate)
-        asked = replace(asked, course=course, bytes=BYTES_UNDER_ADAPTERS,
-                        more={f"lora {name}": value for name, value in asdict(lora).items()})  # fmt: skip
+        more = {f"lora {name}": value for name, value in asdict(lora).items() if is_given(value)}
+        asked = replace(asked, course=course, adapters=True, more=more)
     _refuse_outputs(output, asked, lora, overwrite)
     checkpoint = open_checkpoint(model, options)
     try:
@@ -125,8 +126,8 @@ def _train_weights(
 ) -> str:
     """Train all that is rounded; returns what the summary says of it."""
     student, course = opened.student, asked.course
-    prepare(student.requires_grad_(True), learn_scales=course.learn_scales, dtype=opened.dtype, options=asked.options,
-            **asked.given)  # fmt: skip
+    prepare(student.requires_grad_(True), learn_scales=not course.fit_scales, dtype=opened.dtype, options=asked.options,
+            scales=opened.scales, **asked.given)  # fmt: skip
     _freeze_outside(student)
     found = train(student, opened.lesson, course, opened.teacher, progress, states)
     note = found.sentence("KL divergence to the float model" if course.distill else "loss", opened.lesson.share)

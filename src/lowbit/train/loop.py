@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.errors import CheckpointError, NonFiniteError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError
+from lowbit.train.options import Course
 
 # One in so many windows is held out, at most MOST_HELD_OUT.
 _HELD_OUT, _MOST_HELD_OUT = 8, 16
@@ -31,40 +32,6 @@ _HELD_OUT, _MOST_HELD_OUT = 8, 16
 SCALE_RATE = 30.0
 _WARMUP = 0.1
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a model is trained.
-
-    steps          optimizer steps; 0: once through the windows
-    batch          windows per step
-    learning_rate  of weights and norms; scales have `SCALE_RATE` times it. None: 1e-5, of adapters 2e-4
-    windows        of `window_tokens` tokens, some of which are held out
-    distill        towards the next-token distribution of the float model; else the loss of the next token
-    learn_scales   learn scales of grids; False: fit them to the weights in every forward pass
-    loss_on        "answers" of conversations, "all" tokens; None: answers where there are any
-    """
-
-    steps: int = 0
-    batch: int = 4
-    learning_rate: float | None = None
-    seed: int = 0
-    windows: int = 128
-    window_tokens: int = 512
-    distill: bool = False
-    learn_scales: bool = True
-    loss_on: str | None = None
-
-    def __post_init__(self):
-        if self.batch < 1 or self.steps < 0 or not 0 < self.rate < 1:
-            raise UsageError(f"{self.steps} steps of {self.batch} windows at rate {self.learning_rate}",
-                             "take at least one window, and a rate such as 1e-5")  # fmt: skip
-
-    @property
-    def rate(self) -> float:
-        """The learning rate, or its default for weights."""
-        return 1e-5 if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)

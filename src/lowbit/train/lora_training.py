@@ -4,6 +4,7 @@
     MODEL quantized     it is the base, and stays where it is; OUT has the adapter
     merge               OUT is one checkpoint: W + s·B·A of the 16-bit weights (decoded ones of a quantized MODEL),
                         rounded to the scheme. With LoftQ the part of s·B·A that it began with is taken out again
+    QA-LoRA             OUT is one GGUF file: the codes and scales of the rounded MODEL, and shifted minima
 
 Losses on the held-out windows are said of each stage: the quantized model with the adapter as it begins, with the
 adapter as it was trained, and merged.
@@ -20,13 +21,17 @@ from typing import Any
 from lowbit.api import Quantized
 from lowbit.errors import UsageError
 from lowbit.measure import Meter
+from lowbit.numerics.ggml import TYPES
 from lowbit.report import schema
+from lowbit.rounding.target import GgmlTarget
+from lowbit.schemes import find_scheme, is_gguf_name
 from lowbit.settings import Settings
 from lowbit.train.adapter_files import Described, write_adapter
-from lowbit.train.adapters import Adapters, LoRA, attach
+from lowbit.train.adapters import Adapters, attach
 from lowbit.train.exporting import export_trained
 from lowbit.train.loop import Trained, held_out_loss, train
 from lowbit.train.opening import OpenedTraining, TrainingTask
+from lowbit.train.options import LoRA
 from lowbit.train.preparing import prepare, training_of
 from lowbit.train.states import TrainingStates
 
@@ -67,7 +72,7 @@ class TrainedAdapters:
         distill = self.asked.course.distill
         said = self.found.sentence("KL divergence to the float model" if distill else "loss", self.opened.lesson.share)
         if self.merged is not None:
-            said += f"; merged and rounded again {self.merged:.4g}"
+            said += f"; merged{'' if self.adapters.lora.qa else ' and rounded again'} {self.merged:.4g}"
         return self.adapters.note(), said
 
     def write(self, output: Path, threads: int | None, overwrite: bool, meter: Meter) -> Quantized | Adapted:
@@ -116,10 +121,33 @@ def refuse_unread(lora: LoRA, quantized: bool, given: dict[str, Any], settings: 
     if quantized and lora.init == "loftq":
         raise UsageError("LoftQ looks for what rounding lost, and a quantized model does not have it",
                          "give the 16-bit model, or --lora-init zero")  # fmt: skip
+    if lora.qa and not any(_has_float_minima(name) for name in (settings.scheme, *settings.overrides.values())):
+        types = " or ".join(_FLOAT_MINIMA)
+        raise UsageError(f"QA-LoRA shifts the minima of groups, and {_without_minima(settings.scheme)}",
+                         f"take --scheme {types} and -o NAME.gguf, whose minima are floats; without --qa-lora the "
+                         f"merged weights are rounded again")  # fmt: skip
     if not quantized and settings.writes_gguf() and not lora.merge:
         raise UsageError("adapters are trained beside a folder, whose files PEFT can load",
                          "quantize to the GGUF file first and give that as MODEL, choose a scheme of folders, or add "
                          "--merge")  # fmt: skip
+
+
+# ggml types whose minima are floats; files of these types hold their linears in them.
+_FLOAT_MINIMA = tuple(name for name in TYPES if GgmlTarget(name).columns_per_minimum is not None)
+
+
+def _has_float_minima(scheme: str) -> bool:
+    return scheme.upper() in _FLOAT_MINIMA
+
+
+def _without_minima(scheme: str) -> str:
+    """Why a scheme cannot take a shift exactly."""
+    if is_gguf_name(scheme):
+        return f"the types of {scheme.upper()} have integer codes for these, or none"
+    spec = find_scheme(scheme).weight
+    if spec.number == "int" and not spec.symmetric:
+        return f"the zero points of {scheme} are integers"
+    return f"{scheme} stores none"
 
 
 def train_adapters(
@@ -133,17 +161,20 @@ def train_adapters(
     student, course = opened.student, asked.course
 
     def quantize() -> None:
-        prepare(student.requires_grad_(True), learn_scales=False, dtype=opened.dtype, options=asked.options,
-                **asked.given)  # fmt: skip
+        # scales that a folder has are kept; else they are fitted to the weights
+        prepare(student.requires_grad_(True), learn_scales=bool(opened.scales), dtype=opened.dtype,
+                options=asked.options, scales=opened.scales, **asked.given)  # fmt: skip
 
-    if not opened.quantized:
+    rounds_first = lora.qa or not opened.quantized
+    if rounds_first:
         quantize()
-    adapters = attach(student, lora, opened.linears if opened.quantized else training_of(student).linears, course.seed)
+    linears = training_of(student).linears if rounds_first else opened.linears
+    adapters = attach(student, lora, linears, course.seed, opened.dtype)
     found = train(student, opened.lesson, course, opened.teacher, progress, states)
     merged = None
     if lora.merge:
         adapters.merge()
-        if opened.quantized:
+        if not rounds_first:
             quantize()
         merged = held_out_loss(student, opened.lesson.split()[1], course.batch, opened.teacher)
     return TrainedAdapters(asked, opened, adapters, found, merged)

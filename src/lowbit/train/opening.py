@@ -7,7 +7,7 @@ none does are left out, and said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,24 +17,24 @@ import torch
 from torch import nn
 
 from lowbit.architecture import model_dtype
-from lowbit.architecture.describing import describe_checkpoint
-from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import Loader, load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.measure import available_memory
+from lowbit.rounding.rtn import Fitted
 from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.text.answers import parse_loss_on
 from lowbit.text.calibration import check_context
-from lowbit.train.loop import Course, Lesson
+from lowbit.train.loop import Lesson
+from lowbit.train.options import Course
 from lowbit.train.states import training_depends_on
 
 BYTES_PER_WEIGHT = 20  # weight, gradient, two moments, rounded weight
-BYTES_UNDER_ADAPTERS = 10  # weight, decoded weight, code
+BYTES_UNDER_ADAPTERS = 6  # decoded weight, code; the weight beside them has the dtype of the files
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainingTask:
 
     settings  that shape the output
     given     those of them that were set, with `scheme`
-    bytes     of memory for each weight
+    adapters  are trained, beside frozen codes
     more      that weights depend on, for `resume`: of adapters
     """
 
@@ -55,7 +55,7 @@ class TrainingTask:
     reference: str | Path | None
     device: str
     options: OpenOptions
-    bytes: int = BYTES_PER_WEIGHT
+    adapters: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,6 +70,7 @@ class OpenedTraining:
 
     student     float32, in evaluation mode
     linears     linear of a decoder block → name of the parameter that holds it
+    scales      of these, where MODEL is a folder of codes: linear → its scales there
     quantized   MODEL has codes already
     dtype       of its floats
     teacher     of a distillation
@@ -82,6 +83,7 @@ class OpenedTraining:
     text: CalibrationWindows
     lesson: Lesson
     linears: dict[str, str]
+    scales: dict[str, Fitted]
     source: str
     quantized: bool
     dtype: torch.dtype
@@ -115,22 +117,25 @@ def open_training(asked: TrainingTask, checkpoint: Checkpoint, keeps_states: boo
         with _maybe_open(asked.reference, options) as reference:
             depends_on = training_depends_on(checkpoint, reference, asked.settings, course, lesson, options,
                                              asked.device, asked.more)  # fmt: skip
-    loader = Loader(checkpoint, torch.float32, asked.device, options)
+    loader = Loader(checkpoint, torch.float32, asked.device, options, split_experts=True)
     loader.fill()
     student: Any = loader.model
-    architecture, _ = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts=True)
+    known = loader.architecture.linears
     linears = {
         linear: parameter
-        for parameter, placement in disk_layout(student, split_experts=True).items()
+        for parameter, placement in loader.layout.items()
         for linear in (stored.removesuffix(".weight") for stored, _, _ in placement.pieces())
-        if linear in architecture.linears and architecture.linears[linear].block is not None
+        if linear in known and known[linear].block is not None
     }
+    scales = _scales(loader.checkpoint, linears)
     teacher = _teacher(asked) if course.distill else None
     if teacher is not None:
         _refuse_other_vocabulary(student, teacher)
     student.config.name_or_path = ""
-    return OpenedTraining(student, tokenizer, text, lesson, linears, checkpoint.source, is_quantized(checkpoint),
-                  model_dtype(checkpoint), teacher, depends_on, (*loader.notes, *_left_out(loader.beside)))  # fmt: skip
+    return OpenedTraining(
+        student, tokenizer, text, lesson, linears, scales, checkpoint.source, is_quantized(checkpoint),
+        model_dtype(checkpoint), teacher, depends_on, (*loader.notes, *_left_out(loader.beside)),
+    )  # fmt: skip
 
 
 def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> CalibrationWindows:
@@ -143,6 +148,19 @@ def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> Cal
                              longest=longest, marking=marking)  # fmt: skip
     return GivenText(data).windows(tokenizer, course.windows, course.window_tokens, longest=longest,
                                    vocabulary=embedding_rows(checkpoint.tensors), marking=marking)  # fmt: skip
+
+
+def _scales(checkpoint: Checkpoint, linears: Iterable[str]) -> dict[str, Fitted]:
+    """Linear → the scales that a folder of codes holds of it, where its groups are of consecutive columns."""
+    if not isinstance(checkpoint, CanReadCodes):
+        return {}
+    found = {}
+    for linear in linears:
+        if f"{linear}.weight" in checkpoint.schemes:
+            stored = checkpoint.read_quantized(f"{linear}.weight")
+            if stored.g_idx is None:
+                found[linear] = Fitted.of(stored)
+    return found
 
 
 def _left_out(names: list[str]) -> list[str]:
@@ -179,7 +197,8 @@ def _refuse_other_vocabulary(student: Any, teacher: Any) -> None:
 def _refuse_too_large(checkpoint: Checkpoint, asked: TrainingTask) -> None:
     """UsageError where the training cannot fit the free memory."""
     weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    needed, free = weights * (asked.bytes + 4 * asked.course.distill), available_memory()
+    each = BYTES_UNDER_ADAPTERS + model_dtype(checkpoint).itemsize if asked.adapters else BYTES_PER_WEIGHT
+    needed, free = weights * (each + 4 * asked.course.distill), available_memory()
     if free is not None and needed > free:
         raise UsageError(f"training {weights / 1e9:.2f}e9 weights takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
                          f"free", "take a smaller model, or lowbit.train with an optimizer that shards")  # fmt: skip

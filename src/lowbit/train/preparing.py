@@ -13,9 +13,10 @@ frozen; methods and importance matrices, whose place training takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lowbit.knobs import Facts
 from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.plan.plan import Plan, Request
 from lowbit.plan.plan import prepare as plan_output
-from lowbit.rounding.rtn import TensorRange
+from lowbit.rounding.rtn import Fitted, TensorRange
 from lowbit.rounding.target import Target
 from lowbit.schemes import ActivationSpec
 from lowbit.settings import Settings, make_settings, refuse_unread
@@ -73,6 +74,7 @@ def prepare(
     activations: bool = True,
     dtype: torch.dtype | None = None,
     options: OpenOptions | None = None,
+    scales: Mapping[str, Fitted] = MappingProxyType({}),
     **settings: Any,
 ) -> Any:
     """Put fake quantization on the linears of a transformers model, in place; returns the model.
@@ -82,6 +84,7 @@ def prepare(
     activations   fake-quantize the inputs of linears too, where the scheme quantizes them
     dtype         of scales and of what stays unquantized in the output; None: the model's own. A model that is trained
                   in float32 may be written in bfloat16
+    scales        linear → scales that learned ones begin with, of a model that was quantized before
     settings      format, group_size, ignore, overrides, range …: those of `lowbit.quantize` that shape its output
     """
     model = unwrapped(model)
@@ -110,7 +113,7 @@ def prepare(
         fakes: dict[str, FakeQuantize] = {}
         for parameter, parts in _parts(model, targets, plan.architecture).items():
             values = model.get_parameter(parameter)
-            fakes[parameter] = FakeQuantize(values, parts, learn_scales).to(values.device)
+            fakes[parameter] = FakeQuantize(values, parts, learn_scales, scales).to(values.device)
             training.linears |= {part.linear: parameter for part in parts}
         if activations:
             _refuse_fused_activations(plan.activations, training.linears)

@@ -10,21 +10,16 @@ is in blocks.json. A training whose settings, data, model or versions differ is 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lowbit import kernels
-from lowbit.calibrate.identity import file_hashes, weight_hashes
+from lowbit.calibrate.identity import identity, settings_of, weight_hashes
 from lowbit.calibrate.store import BlockStore
-from lowbit.checkpoint.adapter import adapter_files
-from lowbit.train.loop import Course, Lesson
-from lowbit.version import __version__
+from lowbit.train.loop import Lesson
+from lowbit.train.options import Course
 
 if TYPE_CHECKING:
     from lowbit.checkpoint.base import Checkpoint, OpenOptions
@@ -57,25 +52,20 @@ class TrainingStates:
 
 
 def training_depends_on(
-    checkpoint: Checkpoint, reference: Checkpoint | None, settings: Settings | None, course: Course, lesson: Lesson,
+    checkpoint: Checkpoint, reference: Checkpoint | None, settings: Settings, course: Course, lesson: Lesson,
     options: OpenOptions, device: str, more: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that can change a byte of the trained weights, as JSON values; reads all weight files once.
 
     more  of adapters
     """
-    counted = b"" if lesson.counted is None else lesson.counted.contiguous().numpy().tobytes()
-    digest = hashlib.sha256(lesson.ids.contiguous().numpy().tobytes() + counted).hexdigest()
-    described = {} if settings is None else settings.model_dump(mode="json", exclude={"allow_fallback"})
-    return {
-        "lowbit": {"version": __version__, "training": 1},
-        "settings": described | asdict(course) | more,
-        "model": checkpoint.source,
-        "source": {"revision": options.revision},
-        "files": weight_hashes(checkpoint) | file_hashes(set(adapter_files(options))),
-        "start": {} if reference is None else {f"{reference.source}": str(weight_hashes(reference))},
-        "config": checkpoint.config(),
-        "text": {"the training text": digest},
-        "arithmetic": {"device": device, "threads": torch.get_num_threads(), "kernels": kernels.isa()},
-        "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
-    }  # fmt: skip
+    counted = {} if lesson.counted is None else {"what counts of it": lesson.counted}
+    return identity(
+        checkpoint, options,
+        store={"training": 2},
+        settings=settings_of(settings) | asdict(course) | more,
+        start={} if reference is None else {f"{reference.source}": str(weight_hashes(reference))},
+        text={"the training text": lesson.ids, **counted},
+        targets={},
+        arithmetic={"device": device},
+    )  # fmt: skip

@@ -19,7 +19,7 @@ it has already corrected, block by block, and `join` the params; `at` gives the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -105,6 +105,17 @@ class GgmlGrid:
     def levels(self) -> IntLevels | Codebook | None:
         """The values that scales multiply, for types that round single columns; None for floats and lattices."""
         return _LEVELS.get(self.name)
+
+    @property
+    def float_minima(self) -> bool:
+        """True if every group has a minimum m of its own, as a half: it can be any number (Q4_1, Q5_1)."""
+        return "m" in family(self.kind).unpack(self.kind, torch.zeros((1, self.kind.size), dtype=torch.uint8)).stored
+
+    def shifted(self, blocks: Tensor, shift: Tensor) -> Tensor:
+        """Blocks with m + shift, rounded to half, in place of m; codes and scales stay. shift  float32 [N, G]"""
+        codes, params = self.unpack(blocks)
+        moved = (params.stored["m"].float() + shift).half()
+        return self.pack(codes, replace(params, stored={**params.stored, "m": moved}))
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
         """Params of weight [N, K], K whole blocks; importance float32 [K] weights the squared errors."""
