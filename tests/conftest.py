@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import hypothesis
 import pytest
@@ -27,16 +31,46 @@ _NEEDS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run; mark as slow what `sampled` leaves out."""
     import torch
 
+    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        if item.get_closest_marker("sampled"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
         for marker, (module, reason) in _NEEDS.items():
             if item.get_closest_marker(marker) and importlib.util.find_spec(module) is None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+    for matrix in matrices.values():
+        for item in left_out(matrix):
+            item.add_marker(pytest.mark.slow)
+
+
+def left_out(matrix: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases of a test marked `sampled(n, keep=(...), shared=False)` that are not in the default suite.
+
+    One in n is, rounded up, drawn by the hash of its name: a new case changes what is drawn by one at most. Where the
+    tests of a module share what they make of a case, `shared` draws the same cases for all of them. Cases whose id has
+    a word of `keep` are always in.
+    """
+    marker = matrix[0].get_closest_marker("sampled")
+    assert marker is not None
+    (part,), keep, shared = marker.args, marker.kwargs.get("keep", ()), marker.kwargs.get("shared", False)
+
+    def place(item: pytest.Item) -> int:
+        test, _, case = item.nodeid.rpartition("::")[2].partition("[")
+        return crc32(f"{'' if shared else test}[{case}".encode())
+
+    drawn = sorted(matrix, key=place)
+    return [
+        item
+        for item in drawn[-(-len(drawn) // part) :]
+        if not any(word in item.nodeid.partition("[")[2] for word in keep)
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,5 +90,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Rebuilt GGUF folders go to a cache of the test run's own."""
-    os.environ["LOWBIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Discovered architectures and rebuilt GGUF folders go to a cache of the test run's own, one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["LOWBIT_CACHE"] = str((own.parent if PARALLEL else own) / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Files of tests need not outlive a crash of the machine, and waiting for the disk takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

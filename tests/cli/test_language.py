@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from commands import start
+from commands import GUARD, start
 from lowbit.cli import language
 from lowbit.cli.main import app
 from lowbit.errors import UsageError
@@ -143,7 +143,7 @@ def test_english_help_does_not_read_the_catalogue():
 def test_a_terminal_that_cannot_show_the_help_is_told_so(wanted):
     """English too: its help has an ellipsis."""
     asked = start("quantize", "--help", LOWBIT_LANG=wanted, PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
-    stderr = asked.communicate(timeout=60)[1]
+    stderr = asked.communicate(timeout=GUARD)[1]
     assert asked.returncode == 1
     assert stderr.startswith("error: standard output is latin-1, which cannot show ")
     assert stderr.endswith("hint: use a UTF-8 locale, or set PYTHONIOENCODING=utf-8\n")

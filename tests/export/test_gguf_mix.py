@@ -95,6 +95,7 @@ CASES = [(title, variant) for title, model in GOLDEN["models"].items() for varia
 WHY_NEVER_QUANTIZED = cache(mix.why_never_quantized)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("title", "variant"), CASES)
 def test_types_equal_those_of_llama_quantize(title, variant, monkeypatch):
     monkeypatch.setattr(mix, "why_never_quantized", WHY_NEVER_QUANTIZED)
@@ -152,6 +153,7 @@ def test_one_and_two_bits_as_llama_quant_cpp_has_them():
 RECORDED = [rule for rule in RULES if not NEWER & {*rule.file_types}]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", RECORDED, ids=lambda rule: " ".join((*rule.kinds, rule.type_name, *rule.when)))
 def test_every_rule_is_told_by_the_recorded_models(rule, monkeypatch):
     """Without the rule, or with one file type less in it, some recorded type would be another."""

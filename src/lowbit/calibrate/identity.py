@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from lowbit import kernels
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import IN_MEMORY, row_slabs
 from lowbit.files.hashes import file_digests
-from lowbit.version import __version__
+from lowbit.version import __version__, version_of
 
 if TYPE_CHECKING:
     from lowbit.calibrate.one_block import Job
@@ -52,7 +51,7 @@ def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
         "targets": {name: repr(target) for name, target in sorted(job.targets.items())},
         "arithmetic": {"dtype": str(job.dtype), "device": job.device, "threads": torch.get_num_threads(),
                        "kernels": kernels.isa()},
-        "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
+        "versions": {"torch": torch.__version__, "transformers": version_of("transformers")},
     }  # fmt: skip
 
 
