@@ -8,10 +8,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from zlib import crc32
 
 import hypothesis
 import pytest
+
+from sampling import left_out
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,31 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
     for matrix in matrices.values():
-        for item in left_out(matrix):
-            item.add_marker(pytest.mark.slow)
-
-
-def left_out(matrix: list[pytest.Item]) -> list[pytest.Item]:
-    """The cases of a test marked `sampled(n, keep=(...), shared=False)` that are not in the default suite.
-
-    One in n is, rounded up, drawn by the hash of its name: a new case changes what is drawn by one at most. Where the
-    tests of a module share what they make of a case, `shared` draws the same cases for all of them. Cases whose id has
-    a word of `keep` are always in.
-    """
-    marker = matrix[0].get_closest_marker("sampled")
-    assert marker is not None
-    (part,), keep, shared = marker.args, marker.kwargs.get("keep", ()), marker.kwargs.get("shared", False)
-
-    def place(item: pytest.Item) -> int:
-        test, _, case = item.nodeid.rpartition("::")[2].partition("[")
-        return crc32(f"{'' if shared else test}[{case}".encode())
-
-    drawn = sorted(matrix, key=place)
-    return [
-        item
-        for item in drawn[-(-len(drawn) // part) :]
-        if not any(word in item.nodeid.partition("[")[2] for word in keep)
-    ]
+        sampled = matrix[0].get_closest_marker("sampled")
+        assert sampled is not None
+        slow = left_out([item.nodeid for item in matrix], *sampled.args, **sampled.kwargs)
+        for item in matrix:
+            if item.nodeid in slow:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
