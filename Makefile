@@ -1,11 +1,11 @@
-# make demo | test | fuzz | lint | bench | models | docs — each makes the environment it needs.
+# make demo | test | test-all | fuzz | lint | bench | models | docs — each makes the environment it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CORE   := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp)
 
-.PHONY: demo test fuzz lint format bench models docs clean
+.PHONY: demo test test-all fuzz lint format bench models docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lowbit demo
@@ -13,11 +13,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
+# With what is marked slow: whole matrices, whole-command fuzzing, peak memory, every width of a page.
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --dist loadscope -m ""
+
 # Damaged files, then whole commands on damaged models, five minutes each (LOWBIT_FUZZ_SECONDS: 3600 makes some 60,000
 # tries of commands on a quiet core), from a new seed each time; a failure names the seed and the try.
 fuzz: $(VENV)/.installed-dev
 	LOWBIT_FUZZ_SECONDS=$${LOWBIT_FUZZ_SECONDS:-300} LOWBIT_FUZZ_SEED=$${LOWBIT_FUZZ_SEED:-$$(date +%s)} \
-		$(BIN)/python -m pytest -s -m "" -k 'damaged_files or no_command_fails' tests/checkpoint tests/calibrate tests/cli
+		$(BIN)/python -m pytest -s -m "" -o faulthandler_timeout=0 -k 'damaged_files or no_command_fails' tests/checkpoint tests/calibrate tests/cli
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

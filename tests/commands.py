@@ -11,8 +11,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,6 +22,8 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["lowbit.cli.main", "lowbit.api", "lowbit.evaluation", "transformers.models.llama.modeling_llama", "rich.progress"]
 )
+# Seconds after which a process counts as hanging. A guard: what runs here takes seconds, on a busy machine minutes.
+GUARD = 1200
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,28 @@ def command(scratch: Path, *arguments: object, without: str = "", **environment:
     """Run `lowbit ARGUMENTS` to its end, with streams in `scratch`; the package `without` seems not installed."""
     streams = scratch / "stdout", scratch / "stderr"
     run = process(_child, [str(a) for a in arguments], streams, without, environment)
-    run.join(120)
+    end([run])
     return Outcome(run.exitcode, *(stream.read_text(encoding="utf-8") for stream in streams))
 
 
 def process(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """`function(*arguments)` running in a process that has torch and transformers from its start."""
-    run = _FORKS.Process(target=function, args=arguments)
+    run = _FORKS.Process(target=function, args=arguments, daemon=True)  # Python waits for others before it ends
     run.start()
     return run
+
+
+def end(runs: list[BaseProcess], seconds: float = GUARD) -> None:
+    """Wait until all have ended; AssertionError if one hangs. Where one fails, the rest waits for it in vain."""
+    until = time.monotonic() + seconds
+    waiting = {run.sentinel: run for run in runs}
+    while waiting and not any(run.exitcode for run in runs) and time.monotonic() < until:
+        for sentinel in wait(list(waiting), until - time.monotonic()):
+            waiting.pop(sentinel).join()
+    for run in waiting.values():
+        run.kill()
+        run.join()
+    assert time.monotonic() < until, f"still running after {seconds:.0f} s: {[run.name for run in waiting.values()]}"
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:

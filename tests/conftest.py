@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from sampling import left_out
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,16 +32,27 @@ _NEEDS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run; mark as slow what `sampled` leaves out."""
     import torch
 
+    matrices: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        if item.get_closest_marker("sampled"):
+            matrices[item.nodeid.partition("[")[0]].append(item)
         for marker, (module, reason) in _NEEDS.items():
             if item.get_closest_marker(marker) and importlib.util.find_spec(module) is None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+    for matrix in matrices.values():
+        sampled = matrix[0].get_closest_marker("sampled")
+        assert sampled is not None
+        slow = left_out([item.nodeid for item in matrix], *sampled.args, **sampled.kwargs)
+        for item in matrix:
+            if item.nodeid in slow:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,5 +72,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Rebuilt GGUF folders go to a cache of the test run's own."""
-    os.environ["LOWBIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Discovered architectures and rebuilt GGUF folders go to a cache of the test run's own, one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["LOWBIT_CACHE"] = str((own.parent if PARALLEL else own) / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Files of tests need not outlive a crash of the machine, and waiting for the disk takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -57,6 +57,7 @@ def opened(folder: Path):
     return architecture, canonical_view(checkpoint, architecture)
 
 
+@pytest.mark.sampled(2, shared=True)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_verifies_and_only_the_linears_of_the_decoder_are_quantized(models, architecture):
     _, quantized = models(architecture)
@@ -68,6 +69,7 @@ def test_verifies_and_only_the_linears_of_the_decoder_are_quantized(models, arch
     assert {len(known.blocks), len({known.block_of(name) for name in wanted})} == {2}
 
 
+@pytest.mark.sampled(2, shared=True)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_everything_else_survives_to_the_bit(models, architecture):
     """Biases, q/k norms, sinks, routers, embeddings and whatever else a family has."""
@@ -79,6 +81,7 @@ def test_everything_else_survives_to_the_bit(models, architecture):
         assert torch.equal(source.read(name), quantized.read(name)), name
 
 
+@pytest.mark.sampled(2, shared=True)
 @pytest.mark.interop
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt2"}))
 def test_transformers_loads_it_and_computes_what_our_decoded_weights_give(models, architecture):
@@ -115,6 +118,7 @@ def save(tensors: dict[str, torch.Tensor], config: dict, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("architecture", [*EXPERTS, "gemma3", "qwen2_5_vl", "gpt_neox"])
 def test_a_file_with_transformers_own_names_gives_the_same_bytes(models, architecture, tmp_path):
     """Fused 3-D experts, and the prefixes of vision-language models, as a saved state_dict has them."""

@@ -56,6 +56,7 @@ def types_in(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.type_name for tensor in open_raw_gguf(path).tensors}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_file_type_is_written_verified_and_read_back(model, imatrix, tmp_path, file_type):
     done = lowbit.quantize(model, tmp_path / "x.gguf", scheme=file_type, format="gguf", imatrix=str(imatrix))

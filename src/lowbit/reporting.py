@@ -8,7 +8,6 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from lowbit.settings import command_line
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
 from lowbit.verification.result import MMPROJ
-from lowbit.version import __version__
+from lowbit.version import __version__, version_of
 
 # More histograms would make a report of many megabytes; those with the largest errors are kept.
 _HISTOGRAMS = 2000
@@ -234,7 +233,7 @@ def versions() -> dict[str, str]:
         "lowbit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version_of("transformers"),
         "kernels": kernels.isa(),
     }
 

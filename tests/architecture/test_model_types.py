@@ -1,5 +1,5 @@
-"""The structure of a third of all model types that transformers builds; `make models` takes all of them, and on through
-quantize, verify, transformers and GPTQ."""
+"""The structure of a third of all model types that transformers builds, and of a ninth by default; `make models` takes
+all of them, and on through quantize, verify, transformers and GPTQ."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ OTHER_FORMS = {"dbrx": 0.19, "jetmoe": 0.04, "minimax": 0.7, "xlnet": 0.3}
 THIRD = [name for number, name in enumerate(model_types()) if number % 3 == 0 and name not in NOT_MADE]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("part", range(8))
 def test_linears_of_every_type_are_found_with_their_inputs(part):
     for model_type in THIRD[part::8]:

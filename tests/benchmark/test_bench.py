@@ -49,7 +49,7 @@ def test_seconds_become_tokens_per_second():
 
 def test_llama_cpp_itself(gguf):
     pytest.importorskip("xllamacpp")
-    found = bench(gguf, batches=(1, 2), **{**SHORT, "tokens": 96})
+    found = bench(gguf, batches=(1, 2), **{**SHORT, "tokens": 200})
     assert found.engine == "llama.cpp"
     assert found.through.startswith("xllamacpp")
     assert [(row.batch, row.context) for row in found.rows] == [(1, 8), (2, 8)]
@@ -63,7 +63,7 @@ def test_llama_cpp_itself(gguf):
 
 @pytest.mark.interop
 def test_transformers_itself(folder):
-    found = bench(folder, engine="transformers", contexts=(16,), batches=(1, 2), tokens=4, repeats=2, warmups=1)
+    found = bench(folder, engine="transformers", contexts=(16,), batches=(1, 2), tokens=64, repeats=2, warmups=1)
     assert (found.engine, [row.batch for row in found.rows]) == ("transformers", [1, 2])
     assert all(row.prefill > 0 and row.decode > 0 for row in found.rows)
 
@@ -75,7 +75,7 @@ def test_vllm_is_asked_through_its_own_calls(folder, tmp_path, monkeypatch):
     assert found.through == "vllm 0.32.0"
     assert [(row.context, row.batch) for row in found.rows] == [(8, 1), (8, 3), (16, 1), (16, 3)]
     for row in found.rows:
-        assert row.decode_each == pytest.approx(200, rel=0.5)
+        assert row.decode_each == pytest.approx(200)
         assert row.decode == pytest.approx(row.batch * row.decode_each)
 
 
@@ -142,7 +142,8 @@ def test_a_running_server(folder):
     with server() as address:
         found = bench(folder, url=address + "/v1", contexts=(8,), batches=(2,), tokens=8, repeats=2)
     assert (found.engine, found.through, found.peak_memory_bytes) == ("vllm", address, None)
-    assert found.rows[0].decode_each == pytest.approx(250, rel=0.5)
+    row = found.rows[0]
+    assert 0 < row.decode_least <= row.decode <= row.decode_most
 
 
 @pytest.mark.parametrize(("how", "says"), [({"short": 1}, "ignore_eos"), ({"status": 500}, "answers 500")])

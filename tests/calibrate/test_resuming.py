@@ -45,6 +45,7 @@ def whole(model, text, tmp_path_factory):
     return files_of(out)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("states_every", [0.0, 1e9], ids=["with states", "without states"])
 @pytest.mark.parametrize("stop_at", range(BLOCKS))
 def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_at, states_every):
@@ -70,7 +71,9 @@ def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_a
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(0.0, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)]
+)
 def test_killed_at_some_moment(model, text, whole, tmp_path, seconds):
     run = process(one_thread, model, tmp_path / "out", text)
     while run.is_alive() and not list(tmp_path.glob(".out.lowbit-work/block-00000*")):
@@ -139,6 +142,21 @@ def stopped_after(blocks, model, out, text, monkeypatch, **settings):
     return out.with_name(f".{out.name}.lowbit-work")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model, text, tmp_path_factory) -> dict[str, str]:
+    """What GPTQ makes that nothing stops."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    calibrated(model, out, text, "gptq")
+    return files_of(out)
+
+
+@pytest.fixture(scope="module")
+def stopped(model, text, tmp_path_factory):
+    """The work folder of a run of GPTQ that was stopped behind its last block, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        return stopped_after(3, model, tmp_path_factory.mktemp("stopped") / "out", text, patch, method="gptq")
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -170,11 +188,10 @@ def _swap(path):
     ],
 )
 def test_damaged_files_of_the_store_are_done_again(
-    model, text, tmp_path, monkeypatch, caplog, damage, which, again_from
+    model, text, stopped, undisturbed, tmp_path, monkeypatch, caplog, damage, which, again_from
 ):
     """Whatever became of a file, the output is that of an undisturbed run."""
-    store = stopped_after(3, model, tmp_path / "out", text, monkeypatch, method="gptq")
-    calibrated(model, tmp_path / "whole", text, "gptq")
+    store = shutil.copytree(stopped, tmp_path / stopped.name)
     damage(store / which)
     finished, save = [], BlockStore.save
     monkeypatch.setattr(
@@ -183,7 +200,7 @@ def test_damaged_files_of_the_store_are_done_again(
     calibrated(model, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
     assert finished == list(range(again_from, BLOCKS))
     assert which.startswith("block-") or "damaged" in caplog.text or which == "blocks.json"
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == undisturbed
     assert not store.exists()
 
 

@@ -36,7 +36,11 @@ def cpu_seconds(pid):
 
 @pytest.mark.parametrize(
     ("signals", "code"),
-    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT, signal.SIGTERM], 130)],
+    [
+        pytest.param([signal.SIGINT], 130, marks=pytest.mark.slow),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGINT, signal.SIGINT, signal.SIGTERM], 130),
+    ],
     ids=["Ctrl-C", "SIGTERM", "impatient"],
 )
 def test_stopped_in_the_middle(larger_llama, tmp_path, signals, code):

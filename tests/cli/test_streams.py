@@ -8,7 +8,7 @@ import re
 import pytest
 
 from checkpoint.checkpoint_files import write_tiny_gguf
-from commands import start
+from commands import GUARD, start
 
 ESCAPE = "\x1b"
 
@@ -69,7 +69,7 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_llama):
     process.stdout.readline()
     process.stdout.close()
     stderr = process.stderr.read()
-    assert process.wait(60) in (0, 1, 141)
+    assert process.wait(GUARD) in (0, 1, 141)
     assert "Traceback" not in stderr
     assert "Exception" not in stderr
 

@@ -10,6 +10,7 @@ from lowbit.train import Course
 from models import make_model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("scheme", "settings"),
     [

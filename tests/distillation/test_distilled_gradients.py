@@ -50,6 +50,7 @@ def checkpoint_weight(runner: BlockRunner, name: str) -> torch.Tensor:
     return runner._loader.checkpoint.read(f"{name}.weight").float()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("resident", "graphs"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral", "gpt2"])
 def test_gradients_foretell_differences(tmp_path, family, resident, graphs):

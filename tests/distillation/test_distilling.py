@@ -88,6 +88,7 @@ def test_a_folder_is_what_was_trained(model, wide, text, tmp_path, scheme, metho
     assert any(note.startswith("distillation of ") for note in report.source.notes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scheme", ["Q2_K", "Q4_0", "IQ3_S", "IQ2_XS", "IQ4_XS", "Q4_K_M"])
 def test_a_gguf_file_is_what_was_trained(wide, text, tmp_path, scheme):
     """Its embedding is rounded too, which the student sees."""

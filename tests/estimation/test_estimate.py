@@ -211,6 +211,7 @@ def test_the_command_prints_every_part_and_every_assumption(tiny_llama):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.parametrize(("scheme", "output"), [("FP8_DYNAMIC", "out"), ("Q8_0", "out.gguf")])
 def test_peak_memory_is_within_fifteen_percent(tmp_path, scheme, output):

@@ -49,6 +49,7 @@ def written(model: str | Path, output: Path, **settings) -> int | LowbitError:
     return bytes_in(output)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("format", [name for name in folder_formats() if name != "mxfp4"])
 def test_every_scheme_of_a_format(model, tmp_path, format):
     held = 0
@@ -82,6 +83,7 @@ def imatrix(model, tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_gguf_type(model, imatrix, tmp_path, file_type):
     settings: dict = {"scheme": file_type, "format": "gguf"}
@@ -155,6 +157,7 @@ def test_a_parsed_config_is_enough(model):
     assert "61 bytes a token" in found.notes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "Q8_0"])
 def test_the_demo_model(tmp_path, scheme):

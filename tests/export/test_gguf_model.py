@@ -42,6 +42,7 @@ def cases(tmp_path_factory):
     return get
 
 
+@pytest.mark.sampled(4, shared=True)
 @pytest.mark.parametrize("case", READABLE)
 def test_every_tensor_comes_back_bit_for_bit(cases, case):
     _, _, checkpoint, path = cases(case)
@@ -63,6 +64,7 @@ def test_every_tensor_comes_back_bit_for_bit(cases, case):
             assert torch.equal(back.read(name, start, stop), found[start:stop]), (name, start, stop)
 
 
+@pytest.mark.sampled(4, shared=True)
 @pytest.mark.parametrize("case", READABLE)
 def test_the_model_of_the_file_computes_what_the_original_does(cases, case):
     folder, _, _, path = cases(case)
@@ -76,6 +78,7 @@ def test_the_model_of_the_file_computes_what_the_original_does(cases, case):
     assert torch.allclose(found, expected, atol=1e-5) if "A_log" in str(back.tensors) else torch.equal(found, expected)
 
 
+@pytest.mark.sampled(4, shared=True)
 @pytest.mark.parametrize("case", CASES)
 def test_the_key_values_state_the_shapes_of_the_tensors(cases, case):
     """The rule `gguf-shapes` has no false alarm in any family."""
@@ -99,6 +102,7 @@ def test_any_rows_are_the_rows_of_the_whole(cases, case):
             assert torch.equal(tensor.read(checkpoint, first, last), whole[first:last]), (tensor.name, first, last)
 
 
+@pytest.mark.sampled(4, shared=True)
 @pytest.mark.parametrize("case", CASES)
 def test_names_and_order_are_those_of_the_gguf_package(cases, case):
     _, model, _, _ = cases(case)
@@ -326,6 +330,7 @@ def test_the_document_lists_every_model_around_a_decoder():
     assert listed == [(model_type, around.model_class) for model_type, around in AROUND.items()]
 
 
+@pytest.mark.sampled(3, shared=True)
 @pytest.mark.parametrize("case", [
     "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm_ocr", "glm4v_moe", "paddleocr_vl", "llava", "internvl",
     "smolvlm", "voxtral",

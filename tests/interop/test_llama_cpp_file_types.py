@@ -63,6 +63,7 @@ def imatrix(part, tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.sampled(6, keep=("Q4_K_M",))
 @pytest.mark.demo_model
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_a_part_of_the_demo_model_in_every_file_type(file_type, part, imatrix, tmp_path):
@@ -72,6 +73,7 @@ def test_a_part_of_the_demo_model_in_every_file_type(file_type, part, imatrix, t
     assert expected_difference(theirs, ours) < (0.002 if file_type == "F32" else 0.25), (theirs, ours)
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_whole_demo_model(tmp_path):
     path = lowbit.quantize(DEMO, tmp_path / "x.gguf", scheme="Q4_K_M", format="gguf").path
@@ -91,6 +93,7 @@ def whole_rows(tmp_path_factory) -> tuple[Path, Path]:
     return model, folder / "tiny.imatrix"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_a_model_without_fallbacks_in_every_file_type(file_type, whole_rows, tmp_path):
     model, matrix = whole_rows
@@ -101,6 +104,7 @@ def test_a_model_without_fallbacks_in_every_file_type(file_type, whole_rows, tmp
     assert expected_difference(theirs, ours) < (1e-5 if file_type == "F32" else 0.05), (theirs, ours)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_every_architecture_quantized(case, tmp_path):
     path = lowbit.quantize(make_case(tmp_path / "hf", case), tmp_path / "x.gguf", scheme="Q8_0").path
@@ -108,6 +112,7 @@ def test_every_architecture_quantized(case, tmp_path):
     assert expected_difference(theirs, ours) < 0.05, (theirs, ours)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_every_architecture_in_nvfp4(case, tmp_path):
     """llama.cpp multiplies by every scale that lies beside a matrix: 2⁻⁹ or so of these, which would show if it did

@@ -46,6 +46,7 @@ def tensors(path: Path) -> dict[str, bytes]:
     return {name: values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, values in found.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_only_codes_and_scales_of_linears_change(name, model, refine, tmp_path):
     start, out = tmp_path / name, tmp_path / f"refined-{name}"

@@ -22,7 +22,9 @@ def html():
     return render_html(make_report())
 
 
-@pytest.mark.parametrize("width", [1280, 390, 320])
+@pytest.mark.parametrize(
+    "width", [pytest.param(1280, marks=pytest.mark.slow), 390, pytest.param(320, marks=pytest.mark.slow)]
+)
 def test_nothing_overflows_sideways(html, tmp_path, width):
     found = probe(html, tmp_path, width=width)
     assert found["width"] == width

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 
 import pytest
 
@@ -88,9 +87,7 @@ def test_code_is_run_apart(code, why):
 
 
 def test_code_that_does_not_end_is_stopped():
-    began = time.monotonic()
     assert run_cases("while True: pass", ADD, seconds=1) == (False, "too long")
-    assert time.monotonic() - began < 30
 
 
 def test_mcnemar_is_the_exact_binomial_test():

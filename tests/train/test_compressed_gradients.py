@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import distributed, nn
 
 import lowbit
-from commands import process
+from commands import GUARD, end, process
 from lowbit.errors import UsageError
 from lowbit.train.gradients import (
     BLOCK,
@@ -81,7 +84,9 @@ def test_a_model_that_sends_nothing():
 def train_on_two(rank: int, folder: str) -> None:
     """One of two processes: regression on data of its own, in every way; results as JSON."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=GUARD)
+    )
     generator = torch.Generator().manual_seed(100 + rank)
     x, mixing = (
         torch.randn(64, 32, generator=generator),
@@ -105,11 +110,23 @@ def train_on_two(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def fail_or_wait(rank: int) -> None:
+    if rank == 0:
+        raise SystemExit(3)
+    threading.Event().wait()
+
+
+def test_a_rank_that_fails_is_not_waited_for():
+    """Its peer would wait in a collective: the test that started both has to end."""
+    runs = [process(fail_or_wait, rank) for rank in range(2)]
+    end(runs)
+    assert [run.exitcode for run in runs] == [3, -signal.SIGKILL]
+
+
 def test_two_processes_train_as_with_32_bits(tmp_path):
     runs = [process(train_on_two, rank, str(tmp_path)) for rank in range(2)]
-    for run in runs:
-        run.join(120)
-        assert run.exitcode == 0
+    end(runs)
+    assert [run.exitcode for run in runs] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for name in WAYS:
         assert first[name]["sum"] == second[name]["sum"], f"{name}: the ranks hold different weights"

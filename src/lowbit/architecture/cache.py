@@ -14,15 +14,14 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
-from functools import lru_cache
-from importlib import metadata
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from lowbit.architecture.discover import discover
 from lowbit.architecture.structure import Architecture, FusedTensor, Linear, Part, Placement
 from lowbit.checkpoint.base import cache_root
-from lowbit.version import __version__
+from lowbit.version import __version__, version_of
 
 # Files that the result depends on.
 _SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
@@ -35,11 +34,11 @@ def discover_once(
     """`discover`, cached by config.json."""
     if trust_remote_code:
         return discover(config, folder, trust_remote_code, split_experts)
-    path, other = (_path(config, split) for split in (split_experts, not split_experts))
+    path = _path(config, split_experts)
     architecture = _kept(path)
     if architecture is not None:
         return architecture
-    architecture = _kept(other)
+    architecture = _kept(_path(config, not split_experts))
     if architecture is None or architecture.files_fuse_experts:
         architecture = discover(config, folder, split_experts=split_experts)
         _keep(path, architecture)
@@ -65,11 +64,14 @@ def _parsed(path: Path, changed: int, inode: int) -> Architecture:
 
 
 def _key(config: dict[str, Any], split_experts: bool) -> str:
-    here = Path(__file__).parent
     parts = [json.dumps({k: v for k, v in config.items() if k != "quantization_config"}, sort_keys=True, default=str)]
-    parts += [str(split_experts), metadata.version("transformers"), __version__]
-    parts += [(here / name).read_text(encoding="utf-8") for name in _SOURCES]
+    parts += [str(split_experts), version_of("transformers"), __version__, *_sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@cache
+def _sources() -> list[str]:
+    return [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in _SOURCES]
 
 
 def _from_json(kept: dict[str, Any]) -> Architecture:

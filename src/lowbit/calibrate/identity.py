@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from lowbit import kernels
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import IN_MEMORY, row_slabs
 from lowbit.files.hashes import file_digests
-from lowbit.version import __version__
+from lowbit.version import __version__, version_of
 
 if TYPE_CHECKING:
     from lowbit.calibrate.one_block import Job
@@ -72,7 +71,7 @@ def identity(
         "text": {name: hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest() for name, held in text.items()},
         "targets": targets,
         "arithmetic": {**arithmetic, "threads": torch.get_num_threads(), "kernels": kernels.isa()},
-        "versions": {"torch": torch.__version__, "transformers": metadata.version("transformers")},
+        "versions": {"torch": torch.__version__, "transformers": version_of("transformers")},
     }
 
 

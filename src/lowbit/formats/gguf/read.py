@@ -16,7 +16,6 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from lowbit.formats.gguf.raw import NATIVE_DTYPE, open_raw_gguf, stored_types_no
 from lowbit.formats.gguf.rope import rope_parameters
 from lowbit.formats.gguf.to_hf import MappedModel, MappedTensor, map_to_hf
 from lowbit.formats.gguf.tokenizer import generation_config, write_tokenizer
+from lowbit.version import version_of
 
 MAX_HEAD_DIM = 65536
 
@@ -219,7 +219,7 @@ def rebuild_folder(file: MappedFile, header: GGUFHeader, config: dict[str, Any])
     """The cached folder of a GGUF file, written if it does not exist. config: config.json without token ids"""
     cache = cache_root() / "gguf"
     digest = hashlib.sha256(file.view(0, header.data_start))
-    digest.update(json.dumps([REBUILD_VERSION, version("transformers"), config], sort_keys=True).encode())
+    digest.update(json.dumps([REBUILD_VERSION, version_of("transformers"), config], sort_keys=True).encode())
     target = cache / digest.hexdigest()[:32]
     if target.is_dir():
         return target
