@@ -75,7 +75,7 @@ class KMeansGrid(_FittedGrid):
 
     def fit(
         self, weight: Tensor, group_size: int, search: RangeSearch, importance: Tensor | None = None,
-        global_scale: float = 1.0,
+        global_scale: float | Tensor = 1.0,
     ) -> GroupParams:  # fmt: skip
         """importance float32 [K] or [N, K]; there is no range to search."""
         rows, columns = weight.shape
@@ -91,7 +91,7 @@ class KMeansGrid(_FittedGrid):
             values = values.to(torch.bfloat16).float()
         return values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).to(torch.float16).float()
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         """Values evenly spaced over the range."""
         shares = torch.linspace(0, 1, 1 << self.bits, device=low.device)
         table = self.storable(low[..., None] + (high - low)[..., None] * shares)
@@ -114,7 +114,7 @@ class LogGrid(_FittedGrid):
 
     def fit(
         self, weight: Tensor, group_size: int, search: RangeSearch, importance: Tensor | None = None,
-        global_scale: float = 1.0,
+        global_scale: float | Tensor = 1.0,
     ) -> GroupParams:  # fmt: skip
         """The best scale with every base, by the range search of codebooks; then the best base. Ties: the smaller."""
         by_magnitude = search.method == "wmse"
@@ -133,7 +133,7 @@ class LogGrid(_FittedGrid):
         assert step is not None
         return GroupParams(best, table=log_tables(self.bits, step))
 
-    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float = 1.0) -> GroupParams:
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
         """Base 2; the largest weight is a value."""
         grid = CodebookGrid(log_codebook(self.bits, 8), self.scale_format)
         scale = grid.params_from_range(low, high).scale

@@ -204,6 +204,7 @@ def _inside(target: Target, weight: Tensor, stored: QuantizedTensor) -> Tensor:
     elif isinstance(levels, Codebook):
         low, high = min(levels.values), max(levels.values)
     else:
+        assert levels is not None, "values that are fitted are not trained"
         low, high = float(levels.lowest), float(levels.highest)
     params, group = stored.grouped()
     zero = 0.0 if params.zero_point is None else params.zero_point

@@ -97,8 +97,8 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
             StoredTensor(f"{linear}.weight_shape", torch.int64, (2,)),
         ]
         if not weight.symmetric:
-            packed_rows = -(-rows * weight.bits // 32)
-            stored.append(StoredTensor(f"{linear}.weight_zero_point", torch.int32, (packed_rows, scale_shape[1])))
+            packed_rows, groups = -(-rows * weight.bits // 32), scale_shape[-1]
+            stored.append(StoredTensor(f"{linear}.weight_zero_point", torch.int32, (packed_rows, groups)))
     elif kind in ("int-quantized", "float-quantized", "mxfp8-quantized"):
         code = torch.int8 if kind == "int-quantized" else torch.float8_e4m3fn
         scale_dtype = torch.uint8 if kind == "mxfp8-quantized" else dtype
