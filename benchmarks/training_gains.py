@@ -72,9 +72,11 @@ def runs_of(row: str, args: argparse.Namespace) -> list[Run]:
         ]
     if row == "LoRA":
         adapter, base, merged = work / "NF4-adapter", work / "NF4-adapter-base", work / "NF4-merged"
-        train = ("finetune", model, "-o", str(adapter), "--lora", "16", "--scheme", "NF4", *course)
-        merge = ("quantize", model, "--adapter", str(adapter), "-o", str(merged), "--scheme", "NF4")
+        floats = work / "float"  # the demo model is a GGUF file of codes, which would be the base as it is
+        train = ("finetune", str(floats), "-o", str(adapter), "--lora", "16", "--scheme", "NF4", *course)
+        merge = ("quantize", str(floats), "--adapter", str(adapter), "-o", str(merged), "--scheme", "NF4")
         return [
+            Run("decoded to 16 bits", floats, ("convert", model, "-o", str(floats), "--format", "float")),
             Run("NF4, base of an adapter of rank 16", base, train),
             Run("NF4 with the adapter beside it", base, (), adapter),
             Run("NF4, the adapter merged and rounded again", merged, merge),
