@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -68,6 +69,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import make_model
 
     return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A command that runs in this process takes the messages of the package for itself: until its test ends."""
+    log = logging.getLogger("lowbit")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -142,21 +142,6 @@ def stopped_after(blocks, model, out, text, monkeypatch, **settings):
     return out.with_name(f".{out.name}.lowbit-work")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(model, text, tmp_path_factory) -> dict[str, str]:
-    """What GPTQ makes that nothing stops."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    calibrated(model, out, text, "gptq")
-    return files_of(out)
-
-
-@pytest.fixture(scope="module")
-def stopped(model, text, tmp_path_factory):
-    """The work folder of a run of GPTQ that was stopped behind its last block, to be copied."""
-    with pytest.MonkeyPatch.context() as patch:
-        return stopped_after(3, model, tmp_path_factory.mktemp("stopped") / "out", text, patch, method="gptq")
-
-
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -188,10 +173,11 @@ def _swap(path):
     ],
 )
 def test_damaged_files_of_the_store_are_done_again(
-    model, text, stopped, undisturbed, tmp_path, monkeypatch, caplog, damage, which, again_from
+    model, text, tmp_path, monkeypatch, caplog, damage, which, again_from
 ):
     """Whatever became of a file, the output is that of an undisturbed run."""
-    store = shutil.copytree(stopped, tmp_path / stopped.name)
+    store = stopped_after(3, model, tmp_path / "out", text, monkeypatch, method="gptq")
+    calibrated(model, tmp_path / "whole", text, "gptq")
     damage(store / which)
     finished, save = [], BlockStore.save
     monkeypatch.setattr(
@@ -200,7 +186,7 @@ def test_damaged_files_of_the_store_are_done_again(
     calibrated(model, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
     assert finished == list(range(again_from, BLOCKS))
     assert which.startswith("block-") or "damaged" in caplog.text or which == "blocks.json"
-    assert files_of(tmp_path / "out") == undisturbed
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert not store.exists()
 
 
