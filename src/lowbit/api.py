@@ -268,6 +268,11 @@ def write_prepared(
             engine=plan.engine,
             options=prepared.options,
             # of a GGUF it takes ten times as long as rounding did, so `lowbit verify --reference` alone looks
+            errors={
+                name: result.relative_error
+                for name, result in written.results.items()
+                if result.linear is not None and result.linear.method != "rtn"
+            },
             nearest=not (plan.settings.is_blockwise or plan.settings.method != "rtn" or prepared.made_by)
             and plan.format.name not in ("float", "gguf"),
         )

@@ -347,6 +347,22 @@ def test_weights_of_another_layer(broken, source, scheme):
     assert_breaks(folder, "relative-error", f"{O_PROJ}.weight", source=source)
 
 
+def test_error_feedback_may_leave_more_than_its_bits_allow(broken, source):
+    """At 2 bits it moves weights further than 1.0 of their size; the report says how far, and no other tensor may."""
+    from lowbit.verification import verify
+
+    folder = broken("W4A16")
+
+    def edit(tensors):
+        for name in [name for name in tensors if name.startswith(O_PROJ)]:
+            tensors[name] = tensors[name.replace("o_proj", "q_proj")].clone()
+
+    edit_tensors(folder, edit)
+    found = verify(folder, source=source, errors={f"{O_PROJ}.weight": 2.1})
+    assert not [check for check in found.broken if check.rule == "relative-error"]
+    assert_breaks(folder, "relative-error", f"{O_PROJ}.weight", source=source, errors={f"{O_PROJ}.weight": 1.0})
+
+
 def test_source_of_another_shape(broken, tmp_path):
     from lowbit.checkpoint import open_safetensors
     from models import make_model

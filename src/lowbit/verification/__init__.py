@@ -10,6 +10,7 @@ and tensors apply to unquantized folders too.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ def verify(
     engine: str | None = None,
     options: OpenOptions | None = None,
     nearest: bool | None = None,
+    errors: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a folder, or a GGUF file, against the rules of an engine.
@@ -72,6 +74,8 @@ def verify(
     reference the original model, quantized or not; without it weights are not compared
     source    the same, open; for GGUF files also a raw GGUF
     nearest   True where every code must be the nearest one; None: as lowbit-report.json states
+    errors    tensor → ‖W − Ŵ‖² / ‖W‖² that rounding left, which may be more than its bits alone allow: at 2 bits error
+              feedback moves weights far. None: as lowbit-report.json states
     progress  called with (name, bytes done, bytes in all)
 
     Raises UsageError for an unknown engine or a path that is no folder; problems of the files are in the result.
@@ -85,7 +89,7 @@ def verify(
 
         with contextlib.closing(open_checkpoint(reference, options or OpenOptions())) as opened:
             return verify(
-                folder, source=opened, engine=engine, options=options, nearest=nearest, progress=progress
+                folder, source=opened, engine=engine, options=options, nearest=nearest, errors=errors, progress=progress
             )  # fmt: skip
     folder, options = first_part(Path(folder)), options or OpenOptions()
     engine = engine or default_engine(folder)
@@ -100,10 +104,10 @@ def verify(
     if reads_gguf:
         if not folder.is_file():
             raise UsageError(f"{folder}: there is no such file", "give a GGUF file; of a split one, its first part")
-        return _checked(load(FORMATS[GGUF].inspect or "")(folder, engine, source, progress, nearest))
+        return _checked(load(FORMATS[GGUF].inspect or "")(folder, engine, source, progress, nearest, errors))
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
-    return _checked(Subject(folder, engine, source, nearest, options, progress))
+    return _checked(Subject(folder, engine, source, nearest, options, progress, errors))
 
 
 def default_engine(path: Path) -> str:

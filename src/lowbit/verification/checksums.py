@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from lowbit.checkpoint.base import read_json_object, report_path
 from lowbit.errors import CheckpointError
 from lowbit.files.hashes import CHUNK, DIGEST, file_digests, from_text
 from lowbit.verification.result import Finding
+
+_RTN = "rtn"
+_LEARNED = 1.2  # the report states the error of rounding, before distillation or training
 
 
 def kept_checksums(output: Path, part: str = "files") -> dict[str, tuple[int, bytes]]:
@@ -25,6 +29,23 @@ def kept_checksums(output: Path, part: str = "files") -> dict[str, tuple[int, by
         return {file["name"]: (file["bytes"], from_text(file["hashes"])) for file in stated or () if file.get("hashes")}
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return {}
+
+
+def stated_errors(output: Path) -> dict[str, float]:
+    """Tensor → ‖W − Ŵ‖² / ‖W‖² by the report beside an output, of calibrated ones; empty without a report."""
+    report = report_path(output)
+    try:
+        entries: Any = read_json_object(report)["tensors"] if report.is_file() else ()
+        found = {entry["name"]: float(entry["relative_error"]) for entry in entries
+                 if entry.get("relative_error") and entry.get("method") not in (None, _RTN)}  # fmt: skip
+        return {name: error for name, error in found.items() if 0 <= error < math.inf}
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+        return {}
+
+
+def error_bound(by_bits: float, left: float | None) -> float:
+    """The largest ‖W − Ŵ‖ / ‖W‖ allowed: that of the bits, or what rounding left and learning may have added."""
+    return by_bits if left is None else max(by_bits, _LEARNED * math.sqrt(left))
 
 
 def check_checksums(

@@ -7,6 +7,7 @@ itself. Details of a format come from its `Layout`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.schemes import Scheme
-from lowbit.verification.checksums import kept_checksums
+from lowbit.verification.checksums import kept_checksums, stated_errors
 from lowbit.verification.result import PLAIN, Loading, loading_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 class Subject:
     """source    the original checkpoint, for comparison; None without one
     nearest   True if every code must be the nearest one: the weights were rounded without error feedback
+    errors    tensor → ‖W − Ŵ‖² / ‖W‖² that rounding left; None: as the report states
     """
 
     folder: Path
@@ -50,6 +52,11 @@ class Subject:
     nearest: bool
     options: OpenOptions
     progress: Progress | None = None
+    errors: Mapping[str, float] | None = None
+
+    @cached_property
+    def errors_left(self) -> Mapping[str, float]:
+        return stated_errors(self.folder) if self.errors is None else self.errors
 
     @cached_property
     def loading(self) -> Loading:

@@ -36,6 +36,7 @@ from lowbit.errors import CheckpointError
 from lowbit.numerics.precision import squared_error_in_double
 from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
 from lowbit.tensors import Grid, GroupParams, QuantizedTensor
+from lowbit.verification.checksums import error_bound
 from lowbit.verification.result import PLAIN
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def _survey_linear(subject: Subject, linear: str) -> Survey:
         return survey
     survey.decoded += 1
     if judge.compared:
-        bound, said = LARGEST_RELATIVE_ERROR[judge.bits], f" at {judge.bits} bits"
+        bound = error_bound(LARGEST_RELATIVE_ERROR[judge.bits], subject.errors_left.get(f"{linear}.weight"))
+        said = f" at {judge.bits} bits"
         survey.compare(linear, judge.squared_error, judge.squared_weight, bound, said)
     return survey
 
@@ -318,7 +320,8 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
     if source is not None:
         source.release(name)
         if rounded:
-            survey.compare(linear, error, weight, LARGEST_RELATIVE_ERROR[2])
+            bound = error_bound(LARGEST_RELATIVE_ERROR[2], subject.errors_left.get(f"{linear}.weight"))
+            survey.compare(linear, error, weight, bound)
     return survey
 
 

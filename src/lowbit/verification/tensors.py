@@ -12,6 +12,7 @@ import math
 from lowbit.checkpoint.kv_cache import key_value_heads, kv_cache_names
 from lowbit.checkpoint.quantized import FLOATS, HasKVCache, tensor_problem
 from lowbit.registry import FORMATS
+from lowbit.verification.checksums import error_bound
 from lowbit.verification.left_out import is_accounted_for
 from lowbit.verification.result import Finding
 from lowbit.verification.subject import Subject
@@ -204,8 +205,8 @@ def check_relative_error(subject: Subject) -> Finding:
     errors = subject.survey.relative_errors
     worst = max(errors, key=lambda name: errors[name], default="")
     bits = subject.schemes[worst].weight.bits if worst in subject.schemes else 2
-    bound = LARGEST_RELATIVE_ERROR[bits]
-    return Finding(subject.survey.relative, f"at most {errors.get(worst, 0.0):.4f} ({worst}; {bound} is allowed)")
+    bound = error_bound(LARGEST_RELATIVE_ERROR[bits], subject.errors_left.get(f"{worst}.weight"))
+    return Finding(subject.survey.relative, f"at most {errors.get(worst, 0.0):.4f} ({worst}; {bound:.3g} is allowed)")
 
 
 def check_unquantized(subject: Subject) -> Finding:

@@ -26,7 +26,7 @@ from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
 from lowbit.formats.gguf.table import DERIVED, ROWS
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
-from lowbit.verification.checksums import check_checksums
+from lowbit.verification.checksums import check_checksums, error_bound
 from lowbit.verification.result import GGUF, GGUF_FILES, Finding, Rule
 
 if TYPE_CHECKING:
@@ -180,9 +180,10 @@ def check_weights(subject: GGUFSubject) -> Finding:
     for name, error in errors.items():
         kind = TYPES.get(subject.type_of(name))
         bound = next(limit for bits, limit in _LARGEST_ERROR if kind is None or kind.bits_per_weight <= bits)
+        bound = error_bound(bound, subject.errors_left.get(name))
         if not error <= bound:
             problems.append(
-                f"{name}: relative error {error:.3g} of the weights; at most {bound} in {kind and kind.name}"
+                f"{name}: relative error {error:.3g} of the weights; at most {bound:.3g} in {kind and kind.name}"
             )
     problems += [f"{name}: is not in the source" for name in subject.survey.without_source]
     worst = max(errors, key=lambda name: errors[name], default="")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
-from lowbit.verification.checksums import kept_checksums
+from lowbit.verification.checksums import kept_checksums, stated_errors
 from lowbit.verification.result import GGUF, MMPROJ
 from lowbit.verification.survey import Progress
 from lowbit.workers import run_all
@@ -57,6 +57,11 @@ class GGUFSubject:
     source: Checkpoint | None
     progress: Progress | None = None
     nearest: bool = False
+    errors: Mapping[str, float] | None = None
+
+    @cached_property
+    def errors_left(self) -> Mapping[str, float]:
+        return stated_errors(self.folder) if self.errors is None else self.errors
 
     @cached_property
     def known_format(self) -> str:
