@@ -37,13 +37,17 @@ class Server:
         params.verbosity = 0
         params.cpuparams.n_threads = 1
         self._server = xllamacpp.Server(params)
+        # A server that is dropped before its loop runs waits for it for ever; an answer shows that it does.
+        self._ask("completion", prompt=[1], n_predict=1)
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
-        address = f"{self._server.listening_address}/tokenize"
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        return self._ask("tokenize", content=text, add_special=add_special, parse_special=True)["tokens"]
+
+    def _ask(self, what: str, **body: object) -> dict:
+        address = f"{self._server.listening_address}/{what}"
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["tokens"]
+            return json.load(answer)
 
 
 def write_model(path: Path, key_values: dict[str, tuple]) -> Path:
