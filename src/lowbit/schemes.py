@@ -347,7 +347,7 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
 WIDER: dict[str, tuple[str, ...]] = {
     "W2A16": ("W3A16", "W4A16", "W8A16"), "W3A16": ("W4A16", "W8A16"), "W4A16": ("W8A16",), "W4A16_ASYM": ("W8A16",),
     "W4A8": ("W8A8",), "W4A8_QOQ": ("W8A8",), "W4AFP8": ("FP8_DYNAMIC",), "W4AFP8_STATIC": ("FP8",),
-    "KMEANS3": ("KMEANS4",), "LOG4": ("KMEANS4",),
+    "KMEANS3": ("KMEANS4",), "KMEANS4": ("W8A16",), "LOG4": ("W8A16",),
     "NVFP4": ("FP8_DYNAMIC",), "NVFP4A16": ("FP8_DYNAMIC", "W8A16"),
     "MXFP4": ("MXFP8", "FP8_DYNAMIC"), "MXFP4A16": ("MXFP8", "FP8_DYNAMIC", "W8A16"), "NF4": ("INT8",),
     "FP4": ("INT8",),

@@ -14,9 +14,8 @@ from lowbit.rounding.rtn import measure_range, round_to_nearest
 from lowbit.schemes import SCHEMES, Scheme, WeightSpec
 from lowbit.tensors import Granularity, InputRange, QuantizedTensor, RangeSearch
 
-HELD = {
-    name: scheme for name, scheme in SCHEMES.items() if name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC", "TERNARY")
-}
+HELD = {name: scheme for name, scheme in SCHEMES.items() if not scheme.weight.is_fitted
+        and name not in ("NF4", "FP4", "INT8", "W4AFP8_STATIC", "TERNARY")}  # fmt: skip
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from calibrate.calibrated import calibrated, write_text
 from lowbit.checkpoint import open_checkpoint
-from lowbit.evaluation import activations, load_model
+from lowbit.evaluation import load_model
 from lowbit.evaluation.activations import simulated_activations
+from lowbit.numerics import activations
 from lowbit.numerics.hadamard import sylvester
 from models import make_model
 

@@ -276,4 +276,4 @@ def test_search_finds_the_bottom_of_a_valley(least, centre, duo, exhaustive):
 def test_every_transform_of_the_table_can_be_called():
     for row in TRANSFORMS.values():
         assert callable(load(row.online or row.function))
-        assert row.outside is None or callable(load(row.outside))
+        assert row.stream is None or callable(load(row.stream))

@@ -90,7 +90,7 @@ _STATED: dict[str, tuple[int, Callable[[_Sizes], tuple[int, ...]], str]] = {
 def denied_shape(arch: str, metadata: dict[str, Any], pattern: str, block: int | None, shape: Sequence[int]) -> str:
     """Why the key-values deny a tensor's shape ([…, N, K]), in words; "" where they do not, or say nothing of it.
 
-    pattern  "blk.{bid}.attn_q", of a weight
+    pattern  "blk.{bid}.attn_q", of a weight, or of the bias of stacked experts [experts, N]
     """
     kind = pattern.removeprefix("blk.{bid}.")
     if block is None or kind not in _STATED or len(shape) < 2:
@@ -102,6 +102,8 @@ def denied_shape(arch: str, metadata: dict[str, Any], pattern: str, block: int |
     experts = sizes.number("expert_count")
     if kind.endswith("_exps") and experts is not None and shape[0] != experts:
         return f"{shape[0]} experts, expert_count is {experts}"
+    if kind.endswith("_exps") and len(shape) == 2:  # biases
+        return "" if axis == -1 else denied_shape(arch, metadata, pattern, block, (*shape, 0))
     matrices = 2 if arch in _TWO_IN_ONE.get(kind, ()) else 1
     fitting = [size * matrices for size in find(sizes)]
     if not fitting or shape[axis] in fitting:
