@@ -83,3 +83,11 @@ def test_weights_beyond_all_scales_of_a_format_are_the_input_s_fault(tiny_llama,
         lowbit.quantize(model, tmp_path / "out", scheme="W4A16", group_size=32, **how)
     assert "--ignore model.layers.1.mlp.down_proj.weight" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slab_of_zeros_is_named():
+    """Which no error shows: zeros are what they become."""
+    values = torch.zeros(2, 256)
+    assert found(values, "Q4_0") == "the weights of rows 10..12 are all zero in the source"
+    values[1, 3] = 0.1
+    assert found(values, "Q4_0") is None

@@ -5,6 +5,7 @@ Rounding goes on with them, so they are looked for where the error of a slab giv
     clipped   a value that decodes to the same number when it is twice as large, or half
     flushed   a slab of weights that all decode to zero
     crowded   a value so large that all others that share its scale decode to zero
+    empty     a slab of zeros, which a damaged or unfinished checkpoint may have in place of weights
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     values  [rows, K]; rows: what they were rounded to; sums: of the errors; name: of the number format
     """
     error, weight, largest_error = sums
+    if weight == 0 == error:
+        return f"the weights of rows {first_row}..{first_row + len(values)} are all zero in the source"
     flushed = weight > 0 and error >= 0.99 * weight
     if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
