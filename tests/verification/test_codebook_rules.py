@@ -27,6 +27,11 @@ def test_a_good_folder_for_transformers_and_no_other_engine(folder):
     assert failed(folder, "vllm") == {"engine-loader"}
 
 
+def test_without_an_engine_a_folder_is_checked_for_the_one_that_loads_it(folder):
+    found = lowbit.verify(folder)
+    assert (found.engine, [check.rule for check in found.checks if not check.passed]) == ("transformers", [])
+
+
 def test_values_that_fall(folder):
     def turn(tensors):
         tensors[f"{NAME}.table"] = tensors[f"{NAME}.table"].flip(1).contiguous()

@@ -53,12 +53,19 @@ def states_memory(
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
     if left < 0:
-        shown = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needed.items())
+        shown = ", ".join(f"{what} {_size(count)}" for what, count in needed.items())
+        allowed = f"{'--max-memory allows' if max_memory else 'there are'} {_size(limit)}"
         raise UsageError(
-            f"the run needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); --max-memory allows {limit / 1e9:.2f} GB",
+            f"the run needs {_size(sum(needed.values()))} ({shown}); {allowed}",
             "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
         )
     return left // ARRAYS_OF_STATES
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest of GB, MB and kB of which there is a tenth."""
+    power, unit = next(((10**p, unit) for p, unit in ((9, "GB"), (6, "MB")) if count >= 10 ** (p - 1)), (1000, "kB"))
+    return f"{count / power:.2f} {unit}"
 
 
 def memory_limit(max_memory: int | None) -> int:

@@ -344,13 +344,18 @@ _SPELLINGS = {
 }  # fmt: skip
 
 
+def usual_name(method: str) -> str:
+    """The name of the format that config.json's quant_method means, in the registry's spelling; others as they are."""
+    return _SPELLINGS.get(method.lower(), method.lower())
+
+
 def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     """quant_method, other tools' spellings included; CheckpointError for an unknown one."""
     stated = quantization.get("quant_method")
     method = str(stated).lower() if stated is not None else "none"
     if stated is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
-    method = _SPELLINGS.get(method, method)
+    method = usual_name(method)
     unreadable = find_unreadable(method)
     if unreadable is not None:
         raise CheckpointError(f"{stored.source}: config.json says {stated}, whose files cannot be read: "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf, read_json_object
+from lowbit.checkpoint.quantized import usual_name
 from lowbit.errors import LowbitError, UsageError
 from lowbit.registry import ENGINES, FORMATS, load
 from lowbit.verification.result import (
@@ -113,7 +114,7 @@ def verify(
 def default_engine(path: Path) -> str:
     """The engine of the files' format where it has a loader for them, else the first of the table that has."""
     stated = _stated_format(path)
-    row = FORMATS.get(stated) or FORMATS.get(stated.replace("_", "-"))
+    row = FORMATS.get(usual_name(stated)) or FORMATS.get(stated.replace("_", "-"))
     for name in (*(() if row is None else (row.engine,)), *ENGINES):
         loading = loading_of(name)
         if loading.reads_gguf == is_gguf(path) and (row is None or row.name not in loading.no_loader):
