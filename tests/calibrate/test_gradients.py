@@ -271,10 +271,12 @@ def test_a_level_of_quality_goes_on_without_gradients(model, text, tmp_path, mon
 
 
 def test_the_correction_is_smaller_where_rows_are_fed():
-    assert GPTQOptions.of(make_settings(method="gptq")).correction == CORRECTION
-    assert GPTQOptions.of(make_settings(method="gptq", hessian="guided")).correction == CORRECTION
-    assert GPTQOptions.of(make_settings(quality="good")).correction == CORRECTION_WITH_ROWS
-    assert GPTQOptions.of(make_settings(quality="good", correction=0.1)).correction == 0.1
+    """By linear: one without a gradient is rounded as without feedback."""
+    options = GPTQOptions.of(make_settings(quality="good"))
+    assert (options.share_corrected(False), options.share_corrected(True)) == (CORRECTION, CORRECTION_WITH_ROWS)
+    given = GPTQOptions.of(make_settings(quality="good", correction=0.1))
+    assert (given.share_corrected(False), given.share_corrected(True)) == (0.1, 0.1)
+    assert not GPTQOptions.of(make_settings(method="gptq", correction=0.0)).needs_drift
 
 
 class Stopped(Exception):

@@ -72,7 +72,8 @@ class GPTQOptions:
     weighting   weights of squared errors in the scale search: diag H ("diagonal"), the cost after later columns have
                 compensated ("cost"), or none ("none")
     block       columns whose changes are spread over later blocks at once; affects only rounding errors and time
-    correction  α, the share of the quantized prefix's error to correct, 0 to 1; no effect without `drift`
+    correction  α, the share of the quantized prefix's error to correct, 0 to 1; no effect without `drift`. None: less
+                where rows are fed than where they are not
     refine      sweeps of coordinate descent after the last column
     search      range search that replaces the target's own, which suits rounding to nearest
     """
@@ -83,23 +84,26 @@ class GPTQOptions:
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
     block: int = 128
-    correction: float = CORRECTION
+    correction: float | None = None
     refine: int = 1
     search: RangeSearch | None = None
 
     @property
     def needs_drift(self) -> bool:
         """True if the unquantized model must run beside the quantized one."""
-        return self.correction > 0
+        return self.correction != 0
+
+    def share_corrected(self, feeds_rows: bool) -> float:
+        """α of a linear whose rows are fed, or not."""
+        if self.correction is not None:
+            return self.correction
+        return CORRECTION_WITH_ROWS if feeds_rows else CORRECTION
 
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
-        correction = settings.correction
-        if correction is None and settings.feeds_rows:
-            correction = CORRECTION_WITH_ROWS
         given = {"damping": settings.damping, "shrinkage": settings.shrinkage,
-                 "correction": correction, "refine": settings.refine,
+                 "correction": settings.correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -188,7 +192,7 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    corrected = hessian.corrected(weight, options.correction).index_select(1, order)
+    corrected = hessian.corrected(weight, options.share_corrected(rows_by is not None)).index_select(1, order)
     threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:
         done = list(rounded_in_order(round_rows, corrected, rows_by))
