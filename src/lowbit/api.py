@@ -22,7 +22,7 @@ from lowbit.files.system import check_disk, refuse_sources
 from lowbit.formats.gguf.raw import RawCheckpoint, open_raw_gguf
 from lowbit.knobs import Facts
 from lowbit.measure import Meter
-from lowbit.methods import parse_method
+from lowbit.methods import RTN, parse_method
 from lowbit.pipeline import Written, calibrate, write_checkpoint
 from lowbit.plan.conversion import prepare_conversion
 from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
@@ -271,7 +271,7 @@ def write_prepared(
             errors={
                 name: result.relative_error
                 for name, result in written.results.items()
-                if result.linear is not None and result.linear.method != "rtn"
+                if result.linear is not None and result.linear.method != RTN.name
             },
             nearest=not (plan.settings.is_blockwise or plan.settings.method != "rtn" or prepared.made_by)
             and plan.format.name not in ("float", "gguf"),

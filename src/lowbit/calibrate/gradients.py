@@ -101,9 +101,9 @@ def token_weights(
             here = {name: linear for name, linear in runner.architecture.linears.items() if linear.block == index}
             wanted = {name: min(groups[name], linear.shape[0]) for name, linear in here.items() if name in groups}
             try:
-                curvature = None if keep is None else dict[str, tuple[Tensor, ...]]()
-                _back_through(runner, index, ids, inputs[index], gradient, wanted, modules, found, tick, curvature)
-                if keep is not None and curvature is not None:
+                curvature = _back_through(runner, index, ids, inputs[index], gradient, wanted, modules, found, tick,
+                                          keep is not None)  # fmt: skip
+                if keep is not None:
                     keep(index, {name: parts for name, parts in curvature.items() if name in found.weights})
             except (ArchitectureError, NonFiniteError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
@@ -183,10 +183,10 @@ def _place_of(drawn: Tensor, sums: Tensor, values: Tensor) -> Tensor:
 
 def _back_through(
     runner: BlockRunner, index: int, ids: Tensor, inputs: Tensor, gradient: Tensor, groups: Mapping[str, int],
-    modules: Mapping[str, str], found: TokenWeights, tick: Tick, curvature: dict[str, tuple[Tensor, ...]] | None,
-) -> None:  # fmt: skip
-    """Take the weights of a block's linears, and G where it is wanted; turn the gradient of its output into that of its
-    input."""
+    modules: Mapping[str, str], found: TokenWeights, tick: Tick, measures_pairs: bool,
+) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
+    """Take the weights of a block's linears, and turn the gradient of its output into that of its input; returns G of
+    the linears, if it `measures_pairs`."""
     runner.load(index)
     prefix = f"{runner.blocks[index].name}."
     paths: dict[str, str] = {}
@@ -196,6 +196,7 @@ def _back_through(
         else:
             found.missing[name] = "it runs inside a fused operation"
     weights = {name: torch.empty(*ids.shape, groups[name]) for name in paths}
+    curvature: dict[str, tuple[Tensor, ...]] = {}
     for batch in batches_of(ids):
         x = inputs[batch].to(runner.device).detach().requires_grad_()
         with torch.enable_grad(), _outputs_of(runner.blocks[index].module, paths) as outputs:
@@ -216,7 +217,7 @@ def _back_through(
                 continue
             slope = slope.reshape(-1, slope.shape[-1])
             weights[name][batch] = _mean_squares(slope, groups[name]).reshape(*ids[batch].shape, -1)
-            if curvature is not None:
+            if measures_pairs:
                 sums = [curvature_of(slope[:, part], _POWER) for part in parts_of(slope.shape[1])]
                 before = curvature.get(name)
                 curvature[name] = tuple(sums if before is None else map(Tensor.add_, before, sums))
@@ -229,6 +230,7 @@ def _back_through(
             continue
         values.pow_(_POWER)
         found.weights[name] = values.div_(values.mean(dim=(0, 1)))
+    return curvature
 
 
 def _mean_squares(slope: Tensor, groups: int) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
-from lowbit.rounding.gptq import SEARCH, GPTQOptions, gptq
+from lowbit.rounding.gptq import CORRECTION, SEARCH, GPTQOptions, gptq
 from lowbit.rounding.held import Held, HeldBlocks, ScalePart, hold, joined
 from lowbit.rounding.hessian import SHRINKAGE, Curvature, Factor, InputData
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
@@ -58,7 +58,7 @@ class RefineOptions:
 
     damping: float = 0.01
     shrinkage: float = SHRINKAGE
-    correction: float = 0.75
+    correction: float = CORRECTION
     sweeps: int = 4
     anew: bool = True
     reround: bool = True

@@ -10,9 +10,9 @@ from typing import Any
 from lowbit.checkpoint.base import read_json_object, report_path
 from lowbit.errors import CheckpointError
 from lowbit.files.hashes import CHUNK, DIGEST, file_digests, from_text
+from lowbit.methods import RTN
 from lowbit.verification.result import Finding
 
-_RTN = "rtn"
 _LEARNED = 1.2  # the report states the error of rounding, before distillation or training
 
 
@@ -37,7 +37,7 @@ def stated_errors(output: Path) -> dict[str, float]:
     try:
         entries: Any = read_json_object(report)["tensors"] if report.is_file() else ()
         found = {entry["name"]: float(entry["relative_error"]) for entry in entries
-                 if entry.get("relative_error") and entry.get("method") not in (None, _RTN)}  # fmt: skip
+                 if entry.get("relative_error") and entry.get("method") not in (None, RTN.name)}  # fmt: skip
         return {name: error for name, error in found.items() if 0 <= error < math.inf}
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         return {}
