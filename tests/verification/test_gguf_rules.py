@@ -144,7 +144,7 @@ def test_a_matrix_of_another_width(tmp_path):
 def test_heads_and_mlps_that_the_key_values_deny(tmp_path, key, value, names):
     listed = (value, V.ARRAY, V.UINT32) if isinstance(value, list) else (value, V.UINT32)
     path = write(tmp_path / "x.gguf", values=key_values() | {f"llama.{key}": listed})
-    problems = check_shapes(GGUFSubject(path, "llama.cpp", None)).problems
+    problems = check_shapes(GGUFSubject(folder=path, engine="llama.cpp")).problems
     assert {problem.split(".")[2] for problem in problems} == names
     assert failed(path) == ({"gguf-shapes"} if names else set())
 

@@ -38,7 +38,7 @@ def why_refused(prepared: Prepared, engine: Engine, options: OpenOptions, ranks:
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
         tensors = {tensor.name: (_NAMES[tensor.dtype], tensor.shape) for tensor in plan.stored}
         safetensors_without_weights(folder / "model.safetensors", tensors)
-        subject = Subject(folder, engine.name, None, False, options)
+        subject = Subject(folder=folder, engine=engine.name, options=options)
         try:
             return _first_problem(subject, engine, ranks)
         finally:

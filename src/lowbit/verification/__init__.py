@@ -32,7 +32,7 @@ from lowbit.verification.result import (
 )
 
 if TYPE_CHECKING:
-    from lowbit.verification.subject import Subject
+    from lowbit.verification.subject import Output
     from lowbit.verification.survey import Progress
 
 __all__ = ["Check", "Finding", "Rule", "Verification", "rules", "verify"]
@@ -102,13 +102,15 @@ def verify(
                          f"{gguf} loads .gguf files, the other engines folders")  # fmt: skip
     if nearest is None:
         nearest = rounded_to_nearest(folder, source, options)
+    given = {"folder": folder, "engine": engine, "source": source, "nearest": nearest, "progress": progress,
+             "errors": errors}  # fmt: skip
     if reads_gguf:
         if not folder.is_file():
             raise UsageError(f"{folder}: there is no such file", "give a GGUF file; of a split one, its first part")
-        return _checked(load(FORMATS[GGUF].inspect or "")(folder, engine, source, progress, nearest, errors))
+        return _checked(load(FORMATS[GGUF].inspect or "")(**given))
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
-    return _checked(Subject(folder, engine, source, nearest, options, progress, errors))
+    return _checked(Subject(**given, options=options))
 
 
 def default_engine(path: Path) -> str:
@@ -132,11 +134,8 @@ def _stated_format(folder: Path) -> str:
     return method if isinstance(method, str) else ""
 
 
-def _checked(subject: Subject) -> Verification:
-    """Check the engine's rules for the format; for an unknown format, the rules for all quantized formats.
-
-    subject  a `GGUFSubject` for GGUF files, which has the attributes used here
-    """
+def _checked(subject: Output) -> Verification:
+    """Check the engine's rules for the format; for an unknown format, the rules for all quantized formats."""
     checks: list[Check] = []
     unchecked: dict[str, str] = {}
     failed_gate = ""

@@ -1,4 +1,4 @@
-"""`Subject`: the folder under verification, opened lazily, step by step.
+"""`Subject`: the folder under verification, opened lazily, step by step; `Output`: that, or a GGUF file.
 
 It is independent of how the files were written: it opens the files, parses config.json and builds the architecture
 itself. Details of a format come from its `Layout`.
@@ -7,6 +7,7 @@ itself. Details of a format come from its `Layout`.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,34 +40,51 @@ if TYPE_CHECKING:
     from lowbit.verification.survey import Progress, Survey
 
 
-@dataclass
-class Subject:
-    """source    the original checkpoint, for comparison; None without one
+@dataclass(kw_only=True)
+class Output(ABC):
+    """An output under verification.
+
+    folder    the folder, or the GGUF file
+    source    the original checkpoint, for comparison; None without one
     nearest   True if every code must be the nearest one: the weights were rounded without error feedback
     errors    tensor → ‖W − Ŵ‖² / ‖W‖² that rounding left; None: as the report states
     """
 
     folder: Path
     engine: str
-    source: Checkpoint | None
-    nearest: bool
-    options: OpenOptions
+    source: Checkpoint | None = None
+    nearest: bool = False
     progress: Progress | None = None
     errors: Mapping[str, float] | None = None
+
+    @property
+    @abstractmethod
+    def known_format(self) -> str | None:
+        """The format, by which rules are chosen; None where it cannot be told."""
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     @cached_property
     def errors_left(self) -> Mapping[str, float]:
         return stated_errors(self.folder) if self.errors is None else self.errors
 
     @cached_property
-    def loading(self) -> Loading:
-        """The engine's loader."""
-        return loading_of(self.engine)
-
-    @cached_property
     def checksums(self) -> dict[str, tuple[int, bytes]]:
         """File → (bytes, digests) by the report; empty without one."""
         return kept_checksums(self.folder)
+
+
+@dataclass(kw_only=True)
+class Subject(Output):
+    """A folder under verification."""
+
+    options: OpenOptions
+
+    @cached_property
+    def loading(self) -> Loading:
+        """The engine's loader."""
+        return loading_of(self.engine)
 
     @cached_property
     def stored(self) -> SafetensorsCheckpoint:
@@ -101,7 +119,6 @@ class Subject:
 
     @property
     def known_format(self) -> str | None:
-        """The format; None where it cannot be told."""
         try:
             return self.format
         except LowbitError:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,9 +30,8 @@ from lowbit.formats.gguf.table import row_of_model
 from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
-from lowbit.verification.checksums import kept_checksums, stated_errors
 from lowbit.verification.result import GGUF, MMPROJ
-from lowbit.verification.survey import Progress
+from lowbit.verification.subject import Output
 from lowbit.workers import run_all
 
 SLAB_WEIGHTS = 1 << 20
@@ -48,20 +46,9 @@ class GGUFSurvey:
     without_source: list[str] = field(default_factory=list)
 
 
-@dataclass
-class GGUFSubject:
-    """source  the original: a checkpoint, a GGUF file as it is, or nothing to compare with"""
-
-    folder: Path  # the file; called as in `Subject`
-    engine: str
-    source: Checkpoint | None
-    progress: Progress | None = None
-    nearest: bool = False
-    errors: Mapping[str, float] | None = None
-
-    @cached_property
-    def errors_left(self) -> Mapping[str, float]:
-        return stated_errors(self.folder) if self.errors is None else self.errors
+@dataclass(kw_only=True)
+class GGUFSubject(Output):
+    """A GGUF file under verification; its source is a checkpoint, or a GGUF file as it is."""
 
     @cached_property
     def known_format(self) -> str:
@@ -74,11 +61,6 @@ class GGUFSubject:
     @cached_property
     def raw(self) -> RawGGUF:
         return open_raw_gguf(self.folder)
-
-    @cached_property
-    def checksums(self) -> dict[str, tuple[int, bytes]]:
-        """File → (bytes, digests) by the report; empty without one."""
-        return kept_checksums(self.folder)
 
     @property
     def arch(self) -> str:
