@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.calibrate import loop
 from lowbit.calibrate.input_ranges import measure_ranges
 from lowbit.calibrate.store import TensorResult, joined_results
+from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import Replacement
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.quantized import FLOATS
@@ -59,25 +60,16 @@ def calibrate(
     windows = None
     if settings.is_blockwise:
         assert plan.architecture is not None, "methods that work block by block need Hugging Face names"
-        dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
+        task = CalibrationTask(
+            checkpoint=checkpoint, architecture=plan.architecture, targets=targets, dtypes=plan.float_dtypes,
+            settings=settings, options=prepared.options, run=run, progress=progress, text=prepared.text,
+            activations=plan.activations,
+        )  # fmt: skip
         finish = parse_method(settings.method).finish
-        job = FinishJob(checkpoint, plan.architecture, targets, dtypes, settings, prepared.options, run,
-                        partial(_rounded_outside, plan), progress)  # fmt: skip
+        job = FinishJob(**vars(task), rounded=partial(_rounded_outside, plan))
         if finish is not None:
             check_distillation(job)
-        done = loop.calibrate(
-            checkpoint,
-            plan.architecture,
-            targets,
-            dtypes,
-            settings,
-            prepared.options,
-            run,
-            output,
-            progress,
-            given=prepared.text,
-            activations=plan.activations,
-        )
+        done = loop.calibrate(task, output)
         if finish is not None:
             done, distilled = load(finish.function)(done, job)
             prepared = replace(prepared, distilled=distilled)

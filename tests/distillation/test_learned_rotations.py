@@ -42,9 +42,9 @@ def make_job(folder, activations=None, rounds=False, online=None) -> RotationJob
     target = GridTarget(spec, grid_for(spec, "float32"), RangeSearch())
     linears = [linear.name for linear in architecture.linears.values() if linear.block is not None]
     return RotationJob(
-        checkpoint, architecture, dict.fromkeys(linears, target) if rounds else {}, frozenset(),
-        {} if activations is None else dict.fromkeys(linears, activations), online or {}, IDS, Settings(),
-        OpenOptions(), RunOptions(),
+        checkpoint=checkpoint, architecture=architecture, targets=dict.fromkeys(linears, target) if rounds else {},
+        dtypes={}, settings=Settings(), options=OpenOptions(), run=RunOptions(), nearest=frozenset(),
+        activations={} if activations is None else dict.fromkeys(linears, activations), online=online or {}, ids=IDS,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Stage 5: run a text through the model, block by block, and round the weights by the statistics of their inputs.
 
+task.py           what a run works on
 loop.py           text, memory, the loop over blocks, and its result
 one_block.py      one block by the method: measure, transform, round, store
 linear.py         one linear: weight + statistics + target → codes

@@ -40,10 +40,10 @@ from lowbit.calibrate.memory import ARRAYS_OF_STATES, states_memory
 from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
-from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockStore, LinearResult
 from lowbit.calibrate.stream import RotationJob, outside_blocks, stream_rotations
 from lowbit.calibrate.summary import coverage_notes
+from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.companions import has_tokenizer
@@ -52,7 +52,6 @@ from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, parse_method
 from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.target import Target
-from lowbit.schemes import ActivationSpec
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
 from lowbit.transform.facts import model_facts
@@ -127,37 +126,21 @@ def given_windows(
     )  # fmt: skip
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    targets: dict[str, Target],
-    dtypes: dict[str, torch.dtype],
-    settings: Settings,
-    options: OpenOptions,
-    run: RunOptions,
-    output: Path,
-    progress: Progress | None = None,
-    given: GivenText | None = None,
-    start: StartModel | None = None,
-    activations: dict[str, ActivationSpec] | None = None,
-) -> Calibrated:
+def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
     """Run the calibration text through the model, block by block, and round every target by the method.
 
-    targets  linear of a decoder block → the grid or ggml type of its codes; linears without a target stay unchanged
-    dtypes   stored name → dtype of the tensors written as floats
-    given    what stands for the calibration text in memory
-    start    the finished model whose codes are refined
-    activations  linear → rounding of its input at run time, for rotations that are learned
-    output   path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
+    output  path of the output; a hidden folder beside it holds the codes until `BlockStore.remove`
 
     Raises LowbitError if the method does not fit the model or the memory limit, or rounded no linear at all.
     """
+    checkpoint, architecture, targets, settings = task.checkpoint, task.architecture, task.targets, task.settings
+    options, run = task.options, task.run
     if not targets:
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          "loosen --ignore, or take --method rtn")  # fmt: skip
-    windows = read_windows(checkpoint, settings, options, run, progress, given)
+    windows = read_windows(checkpoint, settings, options, run, task.progress, task.text)
     rotations = online_rotations(parse_method(settings.method), architecture, targets)
-    job = Job(checkpoint, targets, dtypes, windows.ids, settings, run.device, start, rotations)
+    job = Job(task, windows.ids, rotations)
     if not settings.allow_fallback:
         refuse_too_few_tokens(job)
     if job.needs_hessian:
@@ -174,13 +157,12 @@ def calibrate(
         job.feeds_rows,
     )
     store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
-    work = Work(progress)
+    work = Work(task.progress)
     with work.timed("rotations"):
         nearest = frozenset(name for name, row in job.roundings.items() if row is RTN)
-        turning = RotationJob(checkpoint, architecture, targets, nearest, activations or {}, rotations, windows.ids,
-                              settings, options, run, progress)  # fmt: skip
+        turning = RotationJob(**vars(task), nearest=nearest, online=rotations, ids=windows.ids)
         stream = stream_rotations(job.method, turning, store)
-    outside = {} if stream is None else outside_blocks(checkpoint, architecture, stream, dtypes)
+    outside = {} if stream is None else outside_blocks(task, stream)
     job.turn(OverlaidCheckpoint(checkpoint, outside), stream)
     runner = BlockRunner(job.checkpoint, job.dtype, run.device, options, memory)
     if store.finished < len(runner.blocks):
@@ -190,9 +172,9 @@ def calibrate(
         work.total = gradients + len(runner.blocks) * per_block
         weights: TokenWeights | None = None
         if job.weighed:
-            weights = _weights_of_tokens(checkpoint, architecture, job, options, store, memory, work)
+            weights = _weights_of_tokens(task, job, store, memory, work)
         with work.timed("forward"):
-            streams = Streams(runner, job.ids, job.compared_windows, None if start is None else start.checkpoint)
+            streams = Streams(runner, job.ids, job.compared_windows, task.start and task.start.checkpoint)
         kept_at = time.monotonic()
         for index in range(store.load_states(streams.all), len(runner.blocks)):
             work.name, work.done = runner.blocks[index].name, gradients + index * per_block
@@ -207,8 +189,8 @@ def calibrate(
                 kept_at = time.monotonic()
     if not settings.allow_fallback:
         refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
-    rewritten = {name: Replacement(partial(store.tensor, name), dtypes[name]) for name in store.rewritten()}
-    floats = checkpoint if start is None else start.checkpoint  # what the output has in 16 bits
+    rewritten = {name: Replacement(partial(store.tensor, name), task.dtypes[name]) for name in store.rewritten()}
+    floats = (task.start or task).checkpoint  # what the output has in 16 bits
     return Calibrated(OverlaidCheckpoint(floats, outside | rewritten), store, windows, work.seconds, rotations)
 
 
@@ -216,19 +198,16 @@ def _turned_back(read: Callable[[], Tensor], rotation: Rotation) -> Tensor:
     return rotation.back(read())
 
 
-def _weights_of_tokens(
-    checkpoint: Checkpoint, architecture: Architecture, job: Job, options: OpenOptions, store: BlockStore, memory: int,
-    work: Work,
-) -> TokenWeights:  # fmt: skip
+def _weights_of_tokens(task: CalibrationTask, job: Job, store: BlockStore, memory: int, work: Work) -> TokenWeights:
     """The weights of an earlier run, or new ones: of the model as it was given, without what transforms rewrite."""
     known = store.load_weights()
     if known is not None:
-        blocks = {architecture.linears[name].block or 0 for name in known[0]} if job.feeds_rows else set[int]()
+        blocks = {task.architecture.linears[name].block or 0 for name in known[0]} if job.feeds_rows else set[int]()
         if all(store.has_curvature(block) for block in sorted(blocks) if block >= store.finished):
             return TokenWeights(*known)
     work.name = "gradients"
     with work.timed("gradients"):
-        runner = BlockRunner(checkpoint, job.dtype, job.device, options, memory)
+        runner = BlockRunner(task.checkpoint, job.dtype, job.device, task.options, memory)
         weights = token_weights(runner, job.ids, job.weighed, job.settings.seed, memory * ARRAYS_OF_STATES, work.tick,
                                 store.save_curvature if job.feeds_rows else None)  # fmt: skip
     asked = "hessian" in job.settings.given  # rather than by a level of quality

@@ -17,9 +17,9 @@ from lowbit.calibrate.gradients import TokenWeights
 from lowbit.calibrate.linear import linear_result, relative_error_of_nearest, round_linear
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
 from lowbit.calibrate.stages import Stage, by_child
-from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import BlockRecord, BlockStore, LinearResult
 from lowbit.calibrate.summary import summaries_of
+from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import StoredTensors
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import NonFiniteError
@@ -30,7 +30,6 @@ from lowbit.registry import load
 from lowbit.rounding.bias_correction import corrected_bias, why_not_corrected
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.target import LinearSlot, Rounded, Target
-from lowbit.settings import Settings
 from lowbit.tensors import LayerStats
 from lowbit.transform.block import BlockTensors, TransformNote
 from lowbit.transform.facts import ModelFacts
@@ -53,12 +52,11 @@ class Job:
     start           the finished model that refinement starts from
     """
 
-    def __init__(self, checkpoint: Checkpoint, targets: dict[str, Target], dtypes: dict[str, torch.dtype], ids: Tensor,
-                 settings: Settings, device: str, start: StartModel | None = None,
-                 rotations: dict[str, Rotation] | None = None):  # fmt: skip
-        self.start, self.rotations = start, rotations or {}
-        self.checkpoint, self.targets, self.dtypes, self.ids = checkpoint, targets, dtypes, ids
+    def __init__(self, task: CalibrationTask, ids: Tensor, rotations: dict[str, Rotation]):
+        settings, device, targets = task.settings, task.run.device, task.targets
+        self.checkpoint, self.targets, self.dtypes, self.ids = task.checkpoint, targets, task.dtypes, ids
         self.settings, self.device, self.dtype = settings, device, compute_dtype(settings.compute, device)
+        self.start, self.rotations = task.start, rotations
         self.method: Method = parse_method(settings.method)
         self.roundings: dict[str, Rounding] = {}
         self.options: dict[str, Any] = {}

@@ -9,44 +9,28 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.architecture import Architecture
-from lowbit.calibrate.blocks import Progress
 from lowbit.calibrate.store import BlockStore
+from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import Replacement
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.methods import Method
 from lowbit.numerics.hadamard import Rotation
 from lowbit.registry import load
-from lowbit.rounding.target import Target
-from lowbit.schemes import ActivationSpec
-from lowbit.settings import RunOptions, Settings
 from lowbit.transform.facts import ModelFacts, model_facts
 from lowbit.transform.rotate import StreamRotations, rotated_outside
 
 
-@dataclass(frozen=True)
-class RotationJob:
-    """What rotations are for.
+@dataclass(frozen=True, kw_only=True)
+class RotationJob(CalibrationTask):
+    """A task whose rotations are found before anything is measured.
 
-    checkpoint   the unquantized model
-    targets      rounded linear → what its codes are of
-    nearest      those that are rounded to nearest
-    activations  linear → rounding of its input
-    online       linear → rotation of its input by the engine
-    ids          int64 [windows, tokens]
+    nearest  linears that are rounded to nearest
+    online   linear → rotation of its input by the engine
+    ids      int64 [windows, tokens]
     """
 
-    checkpoint: Checkpoint
-    architecture: Architecture
-    targets: Mapping[str, Target]
     nearest: frozenset[str]
-    activations: Mapping[str, ActivationSpec]
     online: Mapping[str, Rotation]
     ids: Tensor
-    settings: Settings
-    options: OpenOptions
-    run: RunOptions
-    progress: Progress | None = None
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -65,12 +49,10 @@ def stream_rotations(method: Method, job: RotationJob, store: BlockStore) -> Str
     return load(row.stream)(job, store) if row.learns else load(row.stream)(job.facts)
 
 
-def outside_blocks(
-    checkpoint: Checkpoint, architecture: Architecture, rotations: StreamRotations, dtypes: dict[str, torch.dtype]
-) -> dict[str, Replacement]:
+def outside_blocks(task: CalibrationTask, rotations: StreamRotations) -> dict[str, Replacement]:
     """Embedding, final norm and head, rotated, in the dtypes of the output."""
-    rewritten = rotated_outside(checkpoint, model_facts(architecture), rotations.residual)
-    return {name: _written(values, dtypes[name]) for name, values in rewritten.items()}
+    rewritten = rotated_outside(task.checkpoint, model_facts(task.architecture), rotations.residual)
+    return {name: _written(values, task.dtypes[name]) for name, values in rewritten.items()}
 
 
 def _written(values: Tensor, dtype: torch.dtype) -> Replacement:

@@ -16,42 +16,31 @@ from functools import cache, partial
 
 import torch
 
-from lowbit.architecture.structure import Architecture, Linear
+from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner, Progress
 from lowbit.calibrate.loop import Calibrated
 from lowbit.calibrate.store import BlockRecord, BlockStore
+from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
-from lowbit.checkpoint.base import Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.base import Checkpoint, is_decoded
 from lowbit.distillation.descent import Distilled, DistillOptions, State, distill, outcome
 from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.memory import DistillMemory, distill_memory, distillation_dtype
 from lowbit.distillation.student import Changes, LearnedTensor, Parts, Student
 from lowbit.rounding.learnable import Learnable, LearnableVector, learnable
 from lowbit.rounding.target import Stored, Target
-from lowbit.settings import RunOptions, Settings
 
 LEARNED_ROLES = ("norm", "bias")
 
 
-@dataclass(frozen=True)
-class FinishJob:
-    """A run whose linears are rounded.
+@dataclass(frozen=True, kw_only=True)
+class FinishJob(CalibrationTask):
+    """A task whose linears are rounded.
 
-    source    the unquantized model
-    targets   rounded linear → what its codes are of
-    dtypes    stored name → dtype of the tensors written as floats
-    rounded   checkpoint → tensors outside the blocks that the output rounds, as a reader of it will see them
+    rounded  checkpoint → tensors outside the blocks that the output rounds, as a reader of it will see them
     """
 
-    source: Checkpoint
-    architecture: Architecture
-    targets: dict[str, Target]
-    dtypes: dict[str, torch.dtype]
-    settings: Settings
-    options: OpenOptions
-    run: RunOptions
     rounded: Callable[[Checkpoint], dict[str, Replacement]]
-    progress: Progress | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +73,7 @@ def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, D
         runs = (job.dtype, job.run.device, job.options, share.states)
         base = OverlaidCheckpoint(calibrated.checkpoint, job.rounded(calibrated.checkpoint))
         student = Student(BlockRunner(base, *runs), ids, parts, share.resident, share.graphs)
-        divergence = TokenDivergence(BlockRunner(job.source, *runs), student, job.progress)
+        divergence = TokenDivergence(BlockRunner(job.checkpoint, *runs), student, job.progress)
         done = distill(student, divergence, options, keeper, _shown(job.progress))
     _write(store, opened, done.changes, job)
     rewritten = {name: Replacement(partial(store.tensor, name), job.dtypes[name]) for name in store.rewritten()}

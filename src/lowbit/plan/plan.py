@@ -282,6 +282,11 @@ class Plan(ABC):
         }
 
     @property
+    def float_dtypes(self) -> dict[str, torch.dtype]:
+        """Stored name → dtype that it has where it is written as floats."""
+        return {name: tensor.plain_dtype for tensor in self.tensors for name in tensor.source.names}
+
+    @property
     def activations(self) -> dict[str, ActivationSpec]:
         """Linear → quantization of its input at run time."""
         return {}

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibrate import loop
-from lowbit.calibrate.start import StartModel
 from lowbit.calibrate.store import joined_results
+from lowbit.calibrate.task import CalibrationTask, StartModel
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import NoGainError, UsageError, VerificationError
@@ -138,12 +138,13 @@ def refine(
         check_disk(output, 2 * plan.file_bytes, plan.largest_file)
         before = judge(str(file), _share(progress, 0, 10))
         inherited = {check.rule for check in verify(plan.origin, engine=plan.engine).broken}
-        dtypes = {name: tensor.plain_dtype for tensor in plan.tensors for name in tensor.source.names}
+        task = CalibrationTask(
+            checkpoint=prepared.checkpoint, architecture=asked.pair.architecture, targets=kept.targets,
+            dtypes=plan.float_dtypes, settings=plan.settings, options=prepared.options, run=run,
+            progress=_share(progress, 10, 90), start=asked.start,
+        )  # fmt: skip
         try:
-            done = loop.calibrate(
-                prepared.checkpoint, asked.pair.architecture, kept.targets, dtypes, plan.settings, prepared.options,
-                run, output, _share(progress, 10, 90), start=asked.start,
-            )  # fmt: skip
+            done = loop.calibrate(task, output)
             prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
             report = None
             with plan.workplace(output, overwrite, claim) as work:
