@@ -58,7 +58,7 @@ def test_shards_have_an_index_that_names_every_tensor(tmp_path):
 
 def test_tensors_are_aligned_to_their_item_size(tmp_path):
     writer = SafetensorsWriter(tmp_path, STORED, 10**9)
-    shard = writer._shards[0]
+    shard = writer._parts[0]
     for tensor in shard.tensors:
         assert shard.offsets[tensor.name] % tensor.dtype.itemsize == 0
     writer.abandon()

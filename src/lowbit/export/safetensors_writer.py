@@ -1,7 +1,6 @@
 """Safetensors, written out of order and in parallel.
 
-The plan fixes dtypes and shapes, hence headers, shards and offsets: files are created at their final size (a full disk
-shows at once) and slabs of rows are written in place, from any thread, in any order.
+The plan fixes dtypes and shapes, hence headers, shards and offsets; rows are written in place (`weight_files`).
 
     [u64 header length][JSON header, padded with spaces to 8][tensor bytes, no holes]
 
@@ -17,20 +16,15 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.safetensors import TORCH_DTYPE
-from lowbit.errors import OutputError
 from lowbit.export import Piece
-from lowbit.export.atomic import reserve, write_all
-from lowbit.files.hashes import FileHashes
+from lowbit.export.weight_files import WeightFile, WeightFiles, split_by_size
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 # 64 MB hold the 4-bit codes of a matrix of 8192 × 16384.
@@ -55,48 +49,19 @@ class StoredTensor:
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
 
 
-@dataclass
-class _Shard:
-    path: Path
-    tensors: list[StoredTensor]
-    header: bytes
-    offsets: dict[str, int]
-    size: int
-    descriptor: int = -1
-    hashes: FileHashes | None = None
-
-    def write(self, data: memoryview, position: int) -> None:
-        """Write at a position of the file, and count it for the hashes."""
-        write_all(self.descriptor, data, position)
-        if self.hashes is not None:
-            self.hashes.wrote(position, len(data))
+_Shard = WeightFile[StoredTensor]
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(WeightFiles[StoredTensor]):
     """Creates the files of `tensors` in `folder` and fills them slab by slab.
 
     shard_size  bytes of tensors per file at most (one tensor larger than that gets a file of its own)
-
-    `close` refuses (OutputError) if any byte of any tensor was never written.
     """
 
     def __init__(self, folder: Path, tensors: list[StoredTensor], shard_size: int):
         self._folder = folder
-        self._shards = list(_plan_shards(folder, tensors, shard_size))
-        self._by_name = {tensor.name: (shard, tensor) for shard in self._shards for tensor in shard.tensors}
-        self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
-        self._lock = Lock()
-        self._assembled: dict[str, Tensor] = {}
-        self.digests: dict[str, bytes] = {}
-        for shard in self._shards:
-            shard.descriptor = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            reserve(shard.descriptor, shard.size)
-            write_all(shard.descriptor, memoryview(shard.header), 0)
-            shard.hashes = FileHashes(shard.descriptor, shard.size, [(0, len(shard.header))])
-
-    @property
-    def files(self) -> list[Path]:
-        return [shard.path for shard in self._shards]
+        self._assembled: dict[str, tuple[Tensor, list[int]]] = {}  # from strips; bytes that are missing
+        super().__init__(_plan_shards(folder, tensors, shard_size))
 
     def write(self, piece: Piece) -> None:
         """Write values to their place; thread-safe for disjoint parts."""
@@ -113,28 +78,24 @@ class SafetensorsWriter:
             if whole is None:
                 self._write_apart(shard, stored, values, strip)
             elif whole.numel():
-                shard.write(_bytes_of(whole), shard.offsets[name])
+                self.write_bytes(name, _bytes_of(whole))
             return
-        data = _bytes_of(values)
-        offset = row * stored.row_bytes
-        if column or offset + len(data) > stored.nbytes:
+        if column:
             raise AssertionError(f"{name}: {list(values.shape)} at ({row}, {column}) overruns {list(stored.shape)}")
-        with self._lock:
-            self._missing[name] -= len(data)
-        shard.write(data, shard.offsets[name] + offset)
+        self.write_bytes(name, _bytes_of(values), row * stored.row_bytes)
 
     def _with_strip(self, stored: StoredTensor, values: Tensor, strip: tuple[slice, slice]) -> Tensor | None:
         """The complete tensor after its last strip, an empty one before; None for tensors above ASSEMBLED_BYTES."""
         if stored.nbytes > ASSEMBLED_BYTES:
             return None
         with self._lock:
-            whole = self._assembled.setdefault(stored.name, torch.empty(stored.shape, dtype=stored.dtype))
+            whole, left = self._assembled.setdefault(
+                stored.name, (torch.empty(stored.shape, dtype=stored.dtype), [stored.nbytes])
+            )
         _copy_into(whole, values, strip, stored)
         with self._lock:
-            self._missing[stored.name] -= values.numel() * stored.dtype.itemsize
-            if self._missing[stored.name] == 0:
-                return self._assembled.pop(stored.name)
-        return torch.empty(0)
+            left[0] -= values.numel() * stored.dtype.itemsize
+            return torch.empty(0) if left[0] else self._assembled.pop(stored.name)[0]
 
     def _write_apart(self, shard: _Shard, stored: StoredTensor, values: Tensor, index: tuple[int | slice, ...]) -> None:
         """Copy to stored[index], which is not contiguous, through a mapping of the file.
@@ -155,30 +116,17 @@ class SafetensorsWriter:
             whole = torch.frombuffer(region, dtype=stored.dtype, count=count, offset=lead).view(shape)
             _copy_into(whole, values, index, stored)
             del whole  # a mapping that is in use cannot be closed
-        with self._lock:
-            self._missing[stored.name] -= values.numel() * stored.dtype.itemsize
+        self.count(stored.name, values.numel() * stored.dtype.itemsize)
 
     def close(self) -> None:
-        """Check completeness, hash, write the index where there are several shards, and close the files."""
-        incomplete = [name for name, missing in self._missing.items() if missing != 0]
-        if incomplete:
-            raise OutputError(f"{len(incomplete)} tensors were not written completely, the first {incomplete[0]}",
-                              "this is a bug of lowbit; please report it")  # fmt: skip
-        self.digests = {shard.path.name: shard.hashes.digests() for shard in self._shards if shard.hashes is not None}
-        if len(self._shards) > 1:
-            total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors)
-            weight_map = {tensor.name: shard.path.name for shard in self._shards for tensor in shard.tensors}
+        """Check completeness, hash and close the files; write the index where there are several."""
+        super().close()
+        if len(self._parts) > 1:
+            total = sum(tensor.nbytes for part in self._parts for tensor in part.tensors)
+            weight_map = {tensor.name: part.path.name for part in self._parts for tensor in part.tensors}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             text = json.dumps(index, indent=2) + "\n"
             (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close the files as they are."""
-        for shard in self._shards:
-            if shard.descriptor >= 0:
-                os.close(shard.descriptor)
-                shard.descriptor = -1
 
 
 def _bytes_of(values: Tensor) -> memoryview:
@@ -197,21 +145,13 @@ def file_sizes(tensors: list[StoredTensor], shard_size: int) -> list[int]:
     return [shard.size for shard in _plan_shards(Path(), tensors, shard_size)]
 
 
-def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> Iterator[_Shard]:
-    contents: list[list[StoredTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if contents[-1] and filled + tensor.nbytes > shard_size:
-            contents.append([])
-            filled = 0
-        contents[-1].append(tensor)
-        filled += tensor.nbytes
+def _plan_shards(folder: Path, tensors: list[StoredTensor], shard_size: int) -> list[_Shard]:
+    contents = split_by_size(tensors, shard_size)
     count = len(contents)
     names = (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    for name, inside in zip(names, contents, strict=True):
-        yield _layout(folder / name, inside)
+    return [_layout(folder / name, inside) for name, inside in zip(names, contents, strict=True)]
 
 
 def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:
@@ -230,4 +170,4 @@ def _layout(path: Path, tensors: list[StoredTensor]) -> _Shard:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    return _Shard(path, ordered, head, {name: len(head) + at for name, at in begins.items()}, len(head) + begin)
+    return WeightFile(path, ordered, head, {name: len(head) + at for name, at in begins.items()}, len(head) + begin)
