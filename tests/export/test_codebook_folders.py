@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import lowbit
 from changed_folders import change_folder
 from lowbit.checkpoint import open_checkpoint
+from lowbit.cli.quantize import summary
 from lowbit.errors import CheckpointError, FormatError, UsageError
 from lowbit.formats.codebook import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.numerics.fitted_grids import log_tables
+from lowbit.report.schema import Report
 from lowbit.schemes import SCHEMES, WeightSpec
 from lowbit.tensors import Granularity, QuantizedTensor, SparseOutliers
 from models import make_model
@@ -109,6 +113,15 @@ def test_the_report_counts_tables_and_outliers(kmeans):
         bits += rows * (3 * columns + 8 * 16 + 32 * kept)
     report = json.loads((kmeans / "lowbit-report.json").read_text())
     assert report["totals"]["decoder_bits_per_weight"] == pytest.approx(bits / weights)
+
+
+def test_no_range_is_named_where_there_is_none(kmeans):
+    report = Report.model_validate_json((kmeans / "lowbit-report.json").read_text())
+    assert report.settings.range == "none"
+    table = Console(width=200, file=StringIO(), record=True)
+    table.print(summary(report, kmeans))
+    scheme = next(line for line in table.export_text().splitlines() if "KMEANS3" in line)
+    assert "range" not in scheme
 
 
 def test_a_folder_of_floats_holds_the_same_weights_and_says_their_true_bits(source, kmeans, tmp_path):

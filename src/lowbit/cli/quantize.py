@@ -140,9 +140,10 @@ def summary(report: Any, path: Path) -> Any:
     quantized = [tensor for tensor in report.tensors if tensor.scheme is not None]
     worst = max(quantized, key=lambda tensor: tensor.relative_error or 0.0, default=None)
     what = "matrices" if report.output.format == "gguf" else "linears"
+    searched = "" if report.settings.range == "none" else f", range {report.settings.range}"
     in_worst = f"; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}" if worst else ""
     rows = {
-        "scheme": f"{report.settings.scheme}, {report.settings.method}, range {report.settings.range}",
+        "scheme": f"{report.settings.scheme}, {report.settings.method}{searched}",
         "imatrix": report.settings.given.get("imatrix"),
         "calibrated on": _calibrated(report.settings.calibration),
         "output error": _output_error(quantized),

@@ -288,7 +288,7 @@ def make_plan(
     base = settings.base_scheme()
     plan = FolderPlan(
         tuple(_leave_whole_sets(tensors, architecture)), settings, format, architecture.class_name, base.name,
-        settings.range_search(base.weight).method, dtype, architecture,
+        "none" if base.weight.number == "kmeans" else settings.range_search(base.weight).method, dtype, architecture,
     )  # fmt: skip
     if fixed is None:
         _check_overrides(plan)

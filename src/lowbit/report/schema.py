@@ -104,7 +104,7 @@ class Calibration(Record):
 class ReportSettings(Record):
     """The user's settings.
 
-    scheme, method, range   of the plan, with defaults and "auto" resolved
+    scheme, method, range   of the plan, with defaults and "auto" resolved; range "none" of k-means, which has none
     given        every given setting, by its name in `lowbit.settings.Settings`
     """
 
