@@ -170,6 +170,24 @@ def test_file_tree_names_every_package_and_fits_a_screen():
     assert len(tree_lines()) <= 50
 
 
+@pytest.mark.parametrize("page", ["architecture.md", "follow-one-tensor.md"])
+def test_what_a_page_says_of_the_code_is_there(page):
+    """`calibrate/loop.py`, `calibrate` and **`Settings`** (`settings/table.py`): the file, and in it what is named."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    places = {path for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text) if "/" in path}
+    missing = {path for path in places if not any((base / path).is_file() for base in (ROOT, ROOT / "src" / "lowbit"))}
+    assert not missing
+    listed = [(path, names) for path, names in re.findall(r"`([\w/]+\.py)`, ((?:`[\w.]+`(?: and |, )?)+)", text)]
+    listed += [(path, names) for names, path in re.findall(r"\*\*((?:`\w+`(?:, )?)+)\*\* \(`([\w/]+\.py)`\)", text)]
+    assert len(listed) > 10
+    for path, names in listed:
+        if ".py`" in names:  # a list of files
+            continue
+        code = (ROOT / "src" / "lowbit" / path).read_text(encoding="utf-8")
+        for part in ".".join(re.findall(r"`([\w.]+)`", names)).split("."):
+            assert re.search(rf"\b(def|class) {part}\b|^{part}\b", code, re.MULTILINE), f"{page}: {path} has no {part}"
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_scheme_is_in_the_tables_with_its_bits_per_weight(name):
     exporter = find_exporter(default_format(SCHEMES[name]))
