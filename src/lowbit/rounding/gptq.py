@@ -122,7 +122,7 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     slabs: list[_Slab] = []
     order: list[Tensor] = []
     for (rows, hessian), factor in zip(groups, factors or [None] * len(groups), strict=True):
-        found = _round_group(weight[rows], target, hessian, options, factor)
+        found = _round_group(weight, rows, target, hessian, options, factor)
         if found is None:
             note = "rounded to nearest: the Hessian has no inverse at any damping"
             return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
@@ -163,9 +163,10 @@ class _Slab:
 
 
 def _round_group(
-    weight: Tensor, target: Target, hessian: PreparedHessian, options: GPTQOptions, rows_by: Factor | None = None
-) -> list[_Slab] | None:
-    """Round the rows that share a Hessian; None if it has no factor.
+    weight: Tensor, group: slice, target: Target, hessian: PreparedHessian, options: GPTQOptions,
+    rows_by: Factor | None = None,
+) -> list[_Slab] | None:  # fmt: skip
+    """Round the rows of a weight that share a Hessian; None if it has no factor.
 
     rows_by  the factor of G: rows are rounded one step after another, and are returned in its order
     """
@@ -192,8 +193,9 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    corrected = hessian.corrected(weight, options.share_corrected(rows_by is not None)).index_select(1, order)
-    threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
+    corrected = hessian.corrected(weight[group], options.share_corrected(rows_by is not None), group)
+    corrected = corrected.index_select(1, order)
+    threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:
         done = list(rounded_in_order(round_rows, corrected, rows_by))
     elif threads == 1 or weight.device.type != "cpu":
