@@ -23,12 +23,13 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.cli.options import Sections, of_table, with_groups
 from lowbit.errors import UsageError
-from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table
+from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table, command_line
 from lowbit.methods import parse_method
+from lowbit.patterns import check_patterns
 from lowbit.report import schema
 from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions
 from lowbit.schemes import SCHEMES
-from lowbit.settings import RunOptions, Settings, check_patterns, command_line, make_settings, refuse_unread
+from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ROWS = Settings.rows()

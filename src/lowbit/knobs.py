@@ -7,13 +7,15 @@ The table is the fields of `lowbit.settings.Settings` and `RunOptions`, each wit
 Options of a training are a table too, of dataclasses (`Options`; `lowbit.train.options`).
 
 The options of the command line (`lowbit.cli.options`), recipes, the settings in a report, the printer of command lines
-(`lowbit.settings.command_line`) and the errors for settings that a run would not read are all derived from it.
+(`command_line`) and the errors for settings that a run would not read are all derived from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -260,6 +262,24 @@ def _kind(annotation: Any) -> Any:
 def is_given(value: Any) -> bool:
     """False for empty values: None, a switch that is off, an empty list of patterns."""
     return value is not None and value is not False and value not in ((), {}, [])
+
+
+def command_line(command: str, source: str, output: str | Path, *options: Mapping[str, Any]) -> str:
+    """The command line: "lowbit quantize SOURCE -o OUTPUT --scheme …".
+
+    options  name → value, such as `Settings.given`; empty values (None, False) are omitted
+    """
+    words = ["lowbit", command, source, "-o", str(output)]
+    for name, value in ((name, value) for group in options for name, value in group.items() if is_given(value)):
+        flag = flag_of(name, isinstance(value, dict))
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [word for pattern, chosen in value.items() for word in (flag, f"{pattern}={chosen}")]
+        else:
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            words += [word for each in values for word in (flag, str(each))]
+    return shlex.join(words)
 
 
 def parse_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Wall time and memory of this process: what a run cost, and what is left."""
+"""Wall time and memory of this process: what a run cost, what is left, and the error where that is too little."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from lowbit.errors import UsageError
+
+SHARE_OF_FREE = 0.8  # of the free memory, where no limit is given
 
 
 class Meter:
@@ -89,6 +94,33 @@ def available_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows
         return None
+
+
+def too_little_memory(
+    what: str, needed: Mapping[str, int], allowed: int, given: bool, instead: str, why: str = ""
+) -> UsageError:
+    """The error of a run that needs more memory than it may take.
+
+    what     runs: "the run", "distill"
+    needed   part → bytes, the program among them
+    allowed  bytes in all; `given`: by --max-memory
+    instead  what to do where no more can be allowed
+    why      no other way of running needs less
+    """
+    parts = ", ".join(f"{part} {human_bytes(count)}" for part, count in needed.items())
+    limit = "--max-memory allows" if given else "there are"
+    because = f", and {why}" if why else ""
+    return UsageError(f"{what} needs {human_bytes(sum(needed.values()))} ({parts}); {limit} {human_bytes(allowed)}"
+                      f"{because}", f"allow more, or {instead}")  # fmt: skip
+
+
+def human_bytes(count: float) -> str:
+    """1234567 → "1.23 MB"; decimal, as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _meminfo_available(path: Path = Path("/proc/meminfo")) -> int | None:

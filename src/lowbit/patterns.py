@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -91,6 +92,27 @@ def _re2(text: str) -> Any:
         return re2.compile(_as_python(text), options=options)
     except re2.error:
         return None
+
+
+def user_pattern(pattern: str) -> str:
+    """The pattern as it is searched for; llm-compressor's `re:` stands for a pattern from the beginning of a name."""
+    written = pattern.removeprefix("re:")
+    if not written:
+        raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
+    try:
+        compiled(written)
+    except PatternError as error:
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+    return f"^(?:{written})" if pattern.startswith("re:") else pattern
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """UsageError for a pattern that matches none of the names, most likely a typo."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(compiled(pattern).search(name) for name in names):
+            raise UsageError(f"{option} {pattern!r} matches no linear of the model",
+                             f"names look like {names[0]}; `lowbit inspect` lists them")  # fmt: skip
 
 
 def pattern_for(names: list[str], every: list[str]) -> str:

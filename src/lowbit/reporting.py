@@ -20,6 +20,7 @@ from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
 from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.files.hashes import as_text
+from lowbit.knobs import command_line
 from lowbit.measure import Meter
 from lowbit.pipeline import TensorResult, Written
 from lowbit.plan.plan import Making, PlannedTensor, Prepared
@@ -29,7 +30,6 @@ from lowbit.report.neighbours import planned_neighbours, with_neighbours_beside
 from lowbit.report.next_steps import next_steps
 from lowbit.report.page import render_html
 from lowbit.rounding.histogram import WeightHistogram
-from lowbit.settings import command_line
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
 from lowbit.verification.result import MMPROJ

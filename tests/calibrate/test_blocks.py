@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lowbit.architecture.loading import load_model, module_names
-from lowbit.calibrate import blocks
+from lowbit.calibrate import blocks, gradients
 from lowbit.calibrate.blocks import BlockInput, BlockRunner
 from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import OutputError
 from models import ARCHITECTURES, make_model
 
 IDS = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -131,6 +134,19 @@ def test_hidden_states_above_the_bound_go_to_a_file_and_change_nothing(tiny_llam
     assert torch.equal(here.values, there.values)
     assert all(torch.equal(in_file.sums[name], sums) for name, sums in in_memory.sums.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_gradients_say_that_other_hessians_need_less_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    with pytest.raises(OutputError, match=r"8\.19 kB of hidden states cannot be put into") as error:
+        blocks.HiddenStates((4, 16, 32), torch.float32, 1000)
+    assert "--hessian" not in error.value.hint
+    runner = SimpleNamespace(blocks=[None] * 3, dtype=torch.float32)
+    states = SimpleNamespace(values=torch.zeros(4, 16, 32))
+    with pytest.raises(OutputError, match=r"24\.6 kB of hidden states") as error:
+        gradients._inputs_of_blocks(runner, IDS, states, 1000, lambda windows: None)  # type: ignore[arg-type]
+    assert "TMPDIR" in error.value.hint
+    assert "--hessian inputs" in error.value.hint
 
 
 def test_q_k_and_v_are_one_input(tiny_llama):

@@ -230,7 +230,7 @@ def test_a_text_shorter_than_asked_for_is_refused(model, tmp_path):
 
 def test_too_little_memory_is_refused_with_what_is_needed(model, text, tmp_path):
     with pytest.raises(
-        UsageError, match=r"distill needs .* GB \(the program .*what is learned.*--max-memory allows 0.1"
+        UsageError, match=r"distill needs .* [MG]B \(the program .*what is learned.*--max-memory allows 100 MB"
     ):
         calibrated(model, tmp_path / "out", text, "gptq+distill", run=RunOptions(max_memory="100MB"), **GIVEN)
 

@@ -6,9 +6,9 @@ from pathlib import PurePath
 from typing import Any
 
 from lowbit.engines.engine import DOUBLE_QUANT, Support
-from lowbit.knobs import Facts
+from lowbit.knobs import Facts, command_line
 from lowbit.schemes import is_gguf_name
-from lowbit.settings import MEASURE, Settings, command_line, facts_of, make_settings
+from lowbit.settings import MEASURE, Settings, facts_of, make_settings
 
 PLACEHOLDER = "MODEL"
 # Types whose expected quality (`lowbit.advice.quality`) was measured without an importance matrix.

@@ -39,7 +39,7 @@ from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
-from lowbit.measure import trim_memory
+from lowbit.measure import human_bytes, trim_memory
 
 # Tokens per batch: enough for efficient matrix products, few enough for the caches.
 BATCH_TOKENS = 2048
@@ -69,8 +69,8 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
     except (OSError, RuntimeError) as error:
         raise OutputError(
-            f"{nbytes / 1e9:.1f} GB of hidden states cannot be put into {tempfile.gettempdir()}: {error}",
-            "name a larger disk with TMPDIR, allow more memory, take fewer samples, or --hessian inputs",
+            f"{human_bytes(nbytes)} of hidden states cannot be put into {tempfile.gettempdir()}: {error}",
+            "name a larger disk with TMPDIR, allow more memory, or take fewer samples",
         ) from error
 
 
@@ -237,7 +237,7 @@ class BlockRunner:
         if self._own_calls and sum(leaves.values()) > self._max_memory:
             raise ArchitectureError(
                 f"{type(self.model).__name__} passes its blocks arguments that depend on the tokens, "
-                f"{sum(leaves.values()) / 1e9:.1f} GB for this text; {self._max_memory / 1e9:.1f} GB are allowed",
+                f"{human_bytes(sum(leaves.values()))} for this text; {human_bytes(self._max_memory)} are allowed",
                 "give fewer --samples, a shorter --seqlen, or more --max-memory",
             )
 

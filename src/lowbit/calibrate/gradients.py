@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from lowbit.architecture.loading import module_names
 from lowbit.calibrate.block_modules import BlockInput
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
-from lowbit.errors import ArchitectureError, NonFiniteError
+from lowbit.errors import ArchitectureError, NonFiniteError, OutputError
 from lowbit.rounding.hessian import row_groups
 from lowbit.rounding.row_feedback import curvature_of, parts_of
 
@@ -120,8 +120,11 @@ def token_weights(
 def _inputs_of_blocks(runner: BlockRunner, ids: Tensor, states: HiddenStates, memory: int, tick: Tick) -> Tensor:
     """The inputs of all blocks, [blocks, windows, T, width]; `states` become the output of the last."""
     windows, tokens, width = states.values.shape
-    kept = HiddenStates((len(runner.blocks) * windows, tokens, width), runner.dtype, memory).values
-    kept = kept.reshape(len(runner.blocks), windows, tokens, width)
+    try:
+        states_of_all = HiddenStates((len(runner.blocks) * windows, tokens, width), runner.dtype, memory)
+    except OutputError as error:
+        raise OutputError(str(error), f"{error.hint}; --hessian inputs keeps those of one block alone") from error
+    kept = states_of_all.values.reshape(len(runner.blocks), windows, tokens, width)
     for index in range(len(runner.blocks)):
         kept[index] = states.values
         runner.load(index)

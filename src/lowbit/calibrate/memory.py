@@ -17,11 +17,9 @@ import torch
 
 from lowbit.architecture.structure import Architecture
 from lowbit.calibrate.blocks import BATCH_TOKENS
-from lowbit.errors import UsageError
-from lowbit.measure import available_memory, resident_memory
+from lowbit.measure import SHARE_OF_FREE, available_memory, resident_memory, too_little_memory
 from lowbit.rounding.row_feedback import LARGEST_PART, parts_of
 
-_SHARE_OF_FREE = 0.8  # without --max-memory
 _IF_UNKNOWN = 4 << 30  # bytes
 _COPIES_OF_A_LINEAR = 9
 _BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
@@ -53,24 +51,14 @@ def states_memory(
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
     if left < 0:
-        shown = ", ".join(f"{what} {_size(count)}" for what, count in needed.items())
-        allowed = f"{'--max-memory allows' if max_memory else 'there are'} {_size(limit)}"
-        raise UsageError(
-            f"the run needs {_size(sum(needed.values()))} ({shown}); {allowed}",
-            "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
-        )
+        raise too_little_memory("the run", needed, limit, bool(max_memory),
+                                "take --method rtn, which needs a few hundred megabytes for any model")  # fmt: skip
     return left // ARRAYS_OF_STATES
-
-
-def _size(count: int) -> str:
-    """Bytes in the largest of GB, MB and kB of which there is a tenth."""
-    power, unit = next(((10**p, unit) for p, unit in ((9, "GB"), (6, "MB")) if count >= 10 ** (p - 1)), (1000, "kB"))
-    return f"{count / power:.2f} {unit}"
 
 
 def memory_limit(max_memory: int | None) -> int:
     """Bytes that the process may take; None: what it takes now and a share of the free memory."""
-    return max_memory or resident_memory() + int(_SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
+    return max_memory or resident_memory() + int(SHARE_OF_FREE * (available_memory() or _IF_UNKNOWN))
 
 
 def weights_memory(architecture: Architecture, groups: int, tokens: int) -> int:

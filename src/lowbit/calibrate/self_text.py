@@ -26,6 +26,7 @@ from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.calibrate.blocks import Progress
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError, UsageError
+from lowbit.measure import human_bytes
 from lowbit.numerics.precision import compute_dtype
 from lowbit.text import CalibrationWindows, check_context, context_length, wants_bos
 
@@ -86,8 +87,8 @@ def generate_windows(
 def _check_fits(source: str, needed: int, max_memory: int | None) -> None:
     if max_memory is not None and needed > max_memory:
         raise UsageError(
-            f"{source} needs {needed / 2**30:.2f} GiB to write its own calibration text, more than the "
-            f"{max_memory / 2**30:.2f} GiB of --max-memory: unlike calibrating, it runs the whole model at once",
+            f"{source} needs {human_bytes(needed)} to write its own calibration text, more than the "
+            f"{human_bytes(max_memory)} of --max-memory: unlike calibrating, it runs the whole model at once",
             "omit --calib for the packaged text, give a text, or raise --max-memory",
         )
 

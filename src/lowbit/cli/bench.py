@@ -38,7 +38,8 @@ def bench(
     from lowbit.benchmark.result import bench_table
     from lowbit.benchmark.run import bench as run
     from lowbit.checkpoint.base import HTML_NAME, report_path
-    from lowbit.cli.console import human_bytes, print_json, print_table, say, window_progress
+    from lowbit.cli.console import print_json, print_table, say, window_progress
+    from lowbit.measure import human_bytes
     from lowbit.reporting import add_bench
 
     with window_progress("loads", quiet=json) as progress:

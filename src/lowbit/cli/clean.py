@@ -18,7 +18,8 @@ def clean(
 ) -> None:
     """List what killed runs left beside their outputs, and remove it when told."""
     from lowbit.calibrate.leftovers import find_leftovers, remove_leftover
-    from lowbit.cli.console import human_bytes, print_json, say
+    from lowbit.cli.console import print_json, say
+    from lowbit.measure import human_bytes
 
     found = find_leftovers(folder)
     free = [leftover for leftover in found if leftover.in_use is None]

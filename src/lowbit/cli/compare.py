@@ -189,7 +189,7 @@ def _say_blind(found: BlindTest, output: Path | None) -> None:
 def _table(comparison: Comparison) -> Any:
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
     from lowbit.report.chart import on_front
 
     marks = [model.mark() for model in comparison.models]

@@ -158,15 +158,6 @@ def echo(message: str = "", end: str = "\n") -> None:
     print(plain(message), end=end, flush=not end)
 
 
-def human_bytes(count: float) -> str:
-    """1234567 → "1.23 MB"; decimal, as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -96,9 +96,10 @@ def _convert_adapter(
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
-    from lowbit.cli.console import human_bytes, print_json, print_table, say
+    from lowbit.cli.console import print_json, print_table, say
     from lowbit.errors import UsageError
     from lowbit.formats.gguf.adapter import convert_adapter
+    from lowbit.measure import human_bytes
 
     if format != "gguf":
         raise UsageError(f"a LoRA adapter is converted to gguf only, not to {format}",
@@ -133,7 +134,7 @@ def _summary(report: Report, path: Path) -> Any:
     from rich.table import Table
 
     from lowbit.checkpoint.base import HTML_NAME, report_path
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
     from lowbit.verification.result import verdict
 
     table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)

@@ -56,7 +56,7 @@ def _sample(folder: Path) -> str:
 def _table(model: str, rows: list[Any]) -> Any:
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
 
     first = rows[0][3][0]
     caption = (

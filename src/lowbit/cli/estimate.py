@@ -85,7 +85,7 @@ def estimate_table(found: Estimate) -> Any:
 
 
 def _file_rows(found: Estimate) -> list[tuple[str, str]]:
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
 
     files = found.files
     exact = f"{files.bytes:,} bytes exactly" if files.exact else "from shapes alone"
@@ -96,7 +96,7 @@ def _file_rows(found: Estimate) -> list[tuple[str, str]]:
 
 
 def _serving_rows(found: Estimate) -> list[tuple[str, str]]:
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
 
     cache, serving, fit = found.cache, found.serving, found.fit
     if cache is None or serving is None:
@@ -121,7 +121,7 @@ def _serving_rows(found: Estimate) -> list[tuple[str, str]]:
 
 
 def _run_rows(found: Estimate) -> list[tuple[str, str]]:
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
 
     run = found.run
     parts = ", ".join(f"{what} {human_bytes(size)}" for what, size in run.memory.items())

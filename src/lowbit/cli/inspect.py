@@ -66,7 +66,8 @@ def _plain(value: Any) -> Any:
 
 
 def _table(checkpoint: Any) -> Any:
-    from lowbit.cli.console import human_bytes, name_table
+    from lowbit.cli.console import name_table
+    from lowbit.measure import human_bytes
 
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     title = f"{checkpoint.source}: {checkpoint.kind}, {len(checkpoint.tensors)} tensors, {human_bytes(total)}"

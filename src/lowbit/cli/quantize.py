@@ -99,7 +99,8 @@ def plan_table(prepared: Prepared, peak_memory: int) -> Any:
     """The plan of a dry run as a rich table; why a tensor is left alone or adapted is a numbered note below it."""
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes, name_table
+    from lowbit.cli.console import name_table
+    from lowbit.measure import human_bytes
 
     plan = prepared.plan
     notes: dict[str, int] = {}
@@ -130,7 +131,7 @@ def summary(report: Any, path: Path) -> Any:
     from rich.table import Table
 
     from lowbit.checkpoint.base import HTML_NAME, report_path
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
     from lowbit.verification.result import verdict
 
     table = Table(title=f"{report.source.model} → {path}", title_justify="left", show_header=False)
@@ -164,7 +165,7 @@ def summary(report: Any, path: Path) -> Any:
 
 def _accounts(accounts: Any) -> str:
     """Every byte of the source, by what became of it."""
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
 
     return "; ".join(
         f"{human_bytes(each.bytes_in)} {each.what} ({each.tensors} tensors, {human_bytes(each.bytes_out)} now)"

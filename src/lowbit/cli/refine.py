@@ -106,7 +106,8 @@ def _plan_table(prepared: Prepared) -> Any:
     """The plan of a dry run as a rich table; why a tensor keeps its bytes is a numbered note below it."""
     from rich.table import Table
 
-    from lowbit.cli.console import human_bytes, name_table
+    from lowbit.cli.console import name_table
+    from lowbit.measure import human_bytes
 
     found, whys = plan_as_json(prepared), dict[str, int]()
     table: Table = name_table(f"Refinement of {prepared.start}", ("shape", "scheme"), ("bytes", "note"))
@@ -130,7 +131,7 @@ def _summary(done: Refined) -> Any:
     from rich.table import Table
 
     from lowbit.checkpoint.base import HTML_NAME, report_path
-    from lowbit.cli.console import human_bytes
+    from lowbit.measure import human_bytes
     from lowbit.verification.result import verdict
 
     report, before, after = done.report, done.before, done.after

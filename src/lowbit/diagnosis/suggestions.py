@@ -24,11 +24,11 @@ from lowbit.diagnosis.caches import cache_suggestions
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.diagnosis.pair import Pair
 from lowbit.errors import LowbitError
+from lowbit.knobs import command_line
 from lowbit.patterns import pattern_for
 from lowbit.registry import folder_formats
 from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Suggestion
 from lowbit.schemes import SCHEMES, WIDER
-from lowbit.settings import command_line
 from lowbit.text import OF_MEMORY
 from lowbit.train.exporting import METHOD
 

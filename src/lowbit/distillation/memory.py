@@ -23,8 +23,7 @@ from lowbit.calibrate.blocks import BATCH_TOKENS
 from lowbit.calibrate.memory import memory_limit
 from lowbit.distillation.descent import Split, windows_per_step
 from lowbit.distillation.divergence import LOGIT_BYTES
-from lowbit.errors import UsageError
-from lowbit.measure import resident_memory
+from lowbit.measure import resident_memory, too_little_memory
 from lowbit.numerics.precision import compute_dtype
 from lowbit.rounding.learnable import count_parameters
 from lowbit.rounding.target import Target
@@ -64,12 +63,7 @@ class DistillMemory:
         needed = {"the program": program, **self.needed}
         left = most - sum(needed.values())
         if left < 0:
-            shown = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needed.items())
-            raise UsageError(
-                f"{what} needs {sum(needed.values()) / 1e9:.2f} GB ({shown}); "
-                f"{'--max-memory allows' if limit else 'there are'} {most / 1e9:.2f} GB",
-                f"allow more, or {instead}",
-            )
+            raise too_little_memory(what, needed, most, bool(limit), instead)
         resident = self.everything <= left // 2
         left -= self.everything if resident else 0
         graphs = resident and self.graphs <= left // 2

@@ -4,7 +4,7 @@
     block by block  max(largest of: one decoder block, what surrounds the blocks; all output heads together)
 
 each plus WORKING_BYTES and the process's current memory. Weights are counted on models whose parameters are on the meta
-device. The limit is --max-memory, or AUTOMATIC_SHARE of the free memory (`measure.available_memory`), on CUDA that of
+device. The limit is --max-memory, or SHARE_OF_FREE of the free memory (`measure.available_memory`), on CUDA that of
 the device. If the free memory is unknown, models run whole.
 
 A limit given by the user that cannot be kept is an error; with the automatic one the run goes on, with a note.
@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from lowbit.architecture.head import inner_decoder
-from lowbit.errors import UsageError
-from lowbit.measure import available_memory, resident_memory
+from lowbit.measure import SHARE_OF_FREE, available_memory, human_bytes, resident_memory, too_little_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 # Activations of some windows, slabs of weights that are being decoded, slices of logits.
 WORKING_BYTES = 256 * 1024 * 1024
-AUTOMATIC_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -60,27 +58,25 @@ def choose_way(loaders: Sequence[Loader], runs: int, max_memory: int | None) -> 
     whole = sum(each.whole for each in weights)
     if free is None or whole + WORKING_BYTES <= free:
         return Way(False)
-    too_much = f"{_gb(whole)} of weights do not fit in {_gb(free)}"
+    held = resident_memory() if torch.device(device).type == "cpu" else torch.cuda.memory_allocated(device)
+    program, room = {"the program": held}, {"a batch of windows": WORKING_BYTES}
+    too_much = f"{human_bytes(whole)} of weights do not fit in {human_bytes(free)}"
     unknown = [str(loader.model.config.model_type) for loader in loaders if loader.architecture is None]
     if unknown:
         why = f"model type {unknown[0]!r} is not known to lowbit and cannot be run block by block"
         if max_memory is not None:
-            raise UsageError(
-                f"{too_much} that --max-memory leaves, and {why}",
-                f"allow {_gb(_least_limit(whole, device))}, or compute in bfloat16",
-            )
+            needed = program | {"weights": whole} | room
+            raise too_little_memory("the evaluation", needed, max_memory, True, "compute in bfloat16", why)
         return Way(False, notes=(f"held whole although {too_much}: {why}",))
     least = max(*(each.largest_part for each in weights), sum(each.head for each in weights))
     notes = (f"run block by block: {too_much}",)
     if least + WORKING_BYTES > free:
         if max_memory is not None:
-            raise UsageError(
-                f"{too_much} that --max-memory leaves, nor does the least that is needed block by block: {_gb(least)} "
-                f"and {_gb(WORKING_BYTES)} to work with",
-                f"allow {_gb(_least_limit(least, device))}, or compute in bfloat16",
-            )
-        notes += (f"even block by block {_gb(least + WORKING_BYTES)} are needed; this machine may run out of memory",)
-    host = free if torch.device(device).type == "cpu" else int(AUTOMATIC_SHARE * (available_memory() or free))
+            needed = program | {"the largest part of the weights": least} | room
+            raise too_little_memory("the evaluation, block by block,", needed, max_memory, True, "compute in bfloat16")
+        notes += (f"even block by block {human_bytes(least + WORKING_BYTES)} are needed; this machine may run out of "
+                  "memory",)  # fmt: skip
+    host = free if torch.device(device).type == "cpu" else int(SHARE_OF_FREE * (available_memory() or free))
     return Way(True, max(0, host - least - WORKING_BYTES) // runs, notes)
 
 
@@ -90,7 +86,7 @@ def free_memory(max_memory: int | None, device: str = "cpu") -> int | None:
     if max_memory is not None:
         return max(0, max_memory - (torch.cuda.memory_allocated(device) if on_gpu else resident_memory()))
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
-    return None if available is None else int(AUTOMATIC_SHARE * available)
+    return None if available is None else int(SHARE_OF_FREE * available)
 
 
 def weigh(model: PreTrainedModel, dtype: torch.dtype) -> Weights:
@@ -111,13 +107,3 @@ def weigh(model: PreTrainedModel, dtype: torch.dtype) -> Weights:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _least_limit(weights: int, device: str) -> int:
-    """The --max-memory under which these weights fit."""
-    held = resident_memory() if torch.device(device).type == "cpu" else torch.cuda.memory_allocated(device)
-    return held + weights + WORKING_BYTES
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

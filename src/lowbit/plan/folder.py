@@ -37,12 +37,13 @@ from lowbit.export.safetensors_writer import SafetensorsWriter, StoredTensor, fi
 from lowbit.files.claim import Claim
 from lowbit.methods import parse_method
 from lowbit.numerics.hadamard import Rotation
+from lowbit.patterns import check_patterns
 from lowbit.plan.linears import LinearPlanner, StoredRows, common_group_sizes
 from lowbit.plan.plan import Making, Plan, PlannedTensor, Prepared, Request, output_format
 from lowbit.rounding.error import squared_error
 from lowbit.rounding.target import Sums
 from lowbit.schemes import ActivationSpec, KVCacheScheme, Scheme, find_kv_cache_scheme
-from lowbit.settings import Settings, check_patterns
+from lowbit.settings import Settings
 from lowbit.tensors import Granularity, InputRange, QuantizedTensor
 from lowbit.transform.online import online_rotations
 

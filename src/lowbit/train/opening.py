@@ -23,7 +23,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import CheckpointError, UsageError
-from lowbit.measure import available_memory
+from lowbit.measure import available_memory, human_bytes
 from lowbit.rounding.rtn import Fitted
 from lowbit.settings import Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
@@ -200,5 +200,7 @@ def _refuse_too_large(checkpoint: Checkpoint, asked: TrainingTask) -> None:
     each = BYTES_UNDER_ADAPTERS + model_dtype(checkpoint).itemsize if asked.adapters else BYTES_PER_WEIGHT
     needed, free = weights * (each + 4 * asked.course.distill), available_memory()
     if free is not None and needed > free:
-        raise UsageError(f"training {weights / 1e9:.2f}e9 weights takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
-                         f"free", "take a smaller model, or lowbit.train with an optimizer that shards")  # fmt: skip
+        raise UsageError(
+            f"training {weights / 1e9:.2f}e9 weights takes {human_bytes(needed)}; {human_bytes(free)} are free",
+            "take a smaller model, or lowbit.train with an optimizer that shards",
+        )

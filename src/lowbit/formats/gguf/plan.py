@@ -59,11 +59,12 @@ from lowbit.formats.gguf.write import (
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from lowbit.knobs import Facts
 from lowbit.numerics.ggml import TYPES
+from lowbit.patterns import check_patterns
 from lowbit.plan.plan import CalibrationText, Making, Plan, PlannedTensor, Prepared, Request
 from lowbit.registry import FORMATS, load
 from lowbit.rounding.target import GgmlTarget, ScaledBlocks, Stored, Target
 from lowbit.schemes import SCHEMES
-from lowbit.settings import MEASURE, Settings, check_patterns, refuse_unread
+from lowbit.settings import MEASURE, Settings, refuse_unread
 from lowbit.text import stream_text
 
 if TYPE_CHECKING:

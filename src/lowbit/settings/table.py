@@ -1,35 +1,23 @@
-"""The user's settings: `Settings` and `RunOptions`, from flags, from Python or from a YAML recipe.
+"""The table of options: `Settings`, everything that changes the bytes written.
 
-A recipe has the flags' long names in YAML:
-
-    scheme: W4A16
-    group_size: 64
-    range: mse
-    ignore: ['\\.0\\.mlp\\.']
-    overrides: {'down_proj$': W8A16}
-
-The fields of both are the one table of options (`lowbit.knobs`). A setting that the run would not read is an error
-(`refuse_unread`), and so is a pattern that matches nothing (`check_patterns`).
+A setting is one field with its `Knob` (`lowbit.knobs`). Below the fields stand their checks, then what several of them
+say together: the scheme, the rounding and the range of a linear.
 """
 
 from __future__ import annotations
 
 import difflib
-import shlex
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lowbit import knobs
 from lowbit.errors import UsageError
-from lowbit.files.regular import read_regular
-from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, translated
-from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, RUNNING, STORE, Facts, Knob, Row, Size, Table, is_given
+from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, STORE, Knob, Size, Table
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
-from lowbit.patterns import PatternError, compiled
+from lowbit.patterns import compiled, user_pattern
 from lowbit.registry import written_formats
 from lowbit.schemes import Scheme, WeightSpec, find_scheme, is_gguf_name
 from lowbit.tensors import RangeSearch
@@ -47,36 +35,6 @@ QUALITIES: dict[str, dict[str, Any]] = {
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
                   "correction", "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
-
-
-class RunOptions(Table):
-    """Options of the run that do not change its output; UsageError for unknown or invalid ones."""
-
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
-            said = f"there is no option {where} of a run" if first["type"] == "extra_forbidden" else (
-                f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}")  # fmt: skip
-            raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
-                             f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
-
-    device: Annotated[
-        str, Knob("Device for forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")
-    ] = "cpu"
-    max_memory: Annotated[
-        Size | None,
-        Knob("Memory limit of calibration, such as 8GiB", RUNNING, knobs.MEMORY, "SIZE",
-             "80 % of free memory", "calibration.md#memory"),
-    ] = None  # fmt: skip
-    resume: Annotated[
-        bool,
-        Knob("Continue a stopped run after its last finished block, or saved state", RUNNING, knobs.BLOCKWISE,
-             see="calibration.md#stopping-and-going-on"),
-    ] = False  # fmt: skip
 
 
 class Settings(Table):
@@ -327,7 +285,7 @@ class Settings(Table):
     @field_validator("ignore")
     @classmethod
     def _regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_compiled(pattern) for pattern in patterns)
+        return tuple(user_pattern(pattern) for pattern in patterns)
 
     @field_validator("format")
     @classmethod
@@ -357,7 +315,7 @@ class Settings(Table):
     @field_validator("method_overrides")
     @classmethod
     def _method_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
-        overrides = {_compiled(pattern): name for pattern, name in overrides.items()}
+        overrides = {user_pattern(pattern): name for pattern, name in overrides.items()}
         for pattern, name in overrides.items():
             method = parse_method(name)
             if method.transforms or method.learned or method.finish:
@@ -372,7 +330,7 @@ class Settings(Table):
         for name in overrides.values():
             if not is_gguf_name(name):
                 find_scheme(name)
-        return {_compiled(pattern): name for pattern, name in overrides.items()}
+        return {user_pattern(pattern): name for pattern, name in overrides.items()}
 
     @field_validator("shard_size")
     @classmethod
@@ -421,6 +379,12 @@ class Settings(Table):
                 return parse_method(name).rounding
         return parse_method(self.method).rounding
 
+    @property
+    def numbers(self) -> frozenset[str]:
+        """The numbers (int, fp4, kmeans …) of the scheme and of the overrides, GGUF types left out."""
+        names = (self.scheme, *self.overrides.values())
+        return frozenset(find_scheme(name).weight.number for name in names if not is_gguf_name(name))
+
     def base_scheme(self) -> Scheme:
         """The scheme with the user's group size, double quantization and outliers."""
         scheme = find_scheme(self.scheme)
@@ -428,7 +392,7 @@ class Settings(Table):
             if scheme.weight.number not in ("nf4", "fp4"):
                 raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
             scheme = replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
-        if self.outliers is not None and "kmeans" not in _numbers(self):
+        if self.outliers is not None and "kmeans" not in self.numbers:
             raise UsageError(f"scheme {scheme.name} keeps no outliers", "--outliers is for KMEANS4 and KMEANS3")
         scheme = self._with_outliers(scheme)
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
@@ -460,166 +424,3 @@ class Settings(Table):
                 return RangeSearch("absmax")
             return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
-
-
-def make_settings(recipe: Any = None, **flags: Any) -> Settings:
-    """Settings from a recipe, overridden by flags that are not None; UsageError for unknown or invalid ones.
-
-    recipe  a YAML file, a mapping, or llm-compressor's: a file, YAML text, modifiers
-    """
-    values = {} if recipe is None else _read_recipe(recipe)
-    values |= {name: value for name, value in flags.items() if value is not None}
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        from_file = isinstance(recipe, str | Path) and where.split(".")[0] not in flags
-        origin = f"{recipe}: " if from_file and "\n" not in str(recipe) else ""
-        near = difflib.get_close_matches(where, Settings.model_fields, n=1)
-        if first["type"] == "extra_forbidden":
-            equivalent = find_equivalent(where, values.get(where))
-            hint = f"did you mean {near[0]}? " if near else ""
-            hint = hint if equivalent is None else f"here it is {equivalent}; "
-            if where in RunOptions.model_fields:
-                hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "
-            raise UsageError(
-                f"{origin}there is no setting {where}", f"{hint}known settings: {', '.join(Settings.model_fields)}"
-            ) from error
-        raise UsageError(f"{origin}{where}: {first['msg'][0].lower()}{first['msg'][1:]}",
-                         "lowbit quantize --help lists the values") from error  # fmt: skip
-
-
-def _read_recipe(recipe: Any) -> dict[str, Any]:
-    where = str(recipe) if isinstance(recipe, str | Path) and "\n" not in str(recipe) else "the recipe"
-    if isinstance(recipe, str | Path):
-        values = _parsed_yaml(recipe, where)
-    elif isinstance(recipe, Mapping):
-        values = recipe
-    else:
-        values = of_modifiers(recipe if isinstance(recipe, list | tuple) else [recipe])
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{where}: a recipe is a mapping of settings, found {type(values).__name__}")
-    values = translated(values, where) if is_foreign(values) else values
-    return {str(name): value for name, value in values.items()}
-
-
-def _parsed_yaml(recipe: str | Path, where: str) -> Any:
-    """Of a file, or of a text of several lines."""
-    import yaml
-
-    try:
-        text = str(recipe) if "\n" in str(recipe) else read_regular(Path(recipe)).decode("utf-8")
-        return yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{where}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error
-
-
-def _compiled(pattern: str) -> str:
-    """The pattern as it is searched for; llm-compressor's `re:` stands for a pattern from the beginning of a name."""
-    written = pattern.removeprefix("re:")
-    if not written:
-        raise UsageError("an empty pattern matches every linear", "write '.' where that is meant")
-    try:
-        compiled(written)
-    except PatternError as error:
-        raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
-    return f"^(?:{written})" if pattern.startswith("re:") else pattern
-
-
-def check_patterns(option: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    """UsageError for a pattern that matches none of the names, most likely a typo."""
-    names = list(names)
-    for pattern in patterns:
-        if not any(compiled(pattern).search(name) for name in names):
-            raise UsageError(f"{option} {pattern!r} matches no linear of the model",
-                             f"names look like {names[0]}; `lowbit inspect` lists them")  # fmt: skip
-
-
-def refuse_unread(settings: Settings, run: RunOptions | None = None, facts: Facts | None = None) -> None:
-    """UsageError for the first given setting that the run would not read.
-
-    facts  of the run, beyond the settings; None: a quantization to the format they name
-    """
-    for table, name, row in _unread(settings, run or RunOptions(), facts):
-        value = "" if row.kind in (bool, dict, tuple) else f" {table.given[name]}"
-        reader = row.knob.reader
-        raise UsageError(f"{row.flag}{value} is read only by {reader.who}", f"{reader.use}; leave it out otherwise")
-
-
-def unread_flags(settings: Settings, facts: Facts | None = None) -> frozenset[str]:
-    """Options of given settings that `refuse_unread` would refuse."""
-    return frozenset(row.flag for _, _, row in _unread(settings, RunOptions(), facts))
-
-
-def _unread(settings: Settings, run: RunOptions, facts: Facts | None) -> Iterator[tuple[Table, str, Row]]:
-    known = facts_of(settings, facts or Facts(gguf=settings.writes_gguf()))
-    for table in (settings, run):
-        for name, row in type(table).rows().items():
-            if name in table.given and not row.knob.reader.reads(known):
-                yield table, name, row
-
-
-def facts_of(settings: Settings, facts: Facts) -> Facts:
-    """The facts of a run with these settings; `facts` holds those that do not follow from the settings."""
-    gguf, converts = facts.gguf, facts.converts
-    asked = () if converts else (settings.method, *settings.method_overrides.values())
-    methods = [parse_method(name) for name in asked]
-    blockwise = any(method.needs_text for method in methods)
-    learns = bool(methods) and methods[0].learned is not None
-    scheme = find_scheme(settings.scheme) if not gguf and facts.takes_scheme else None
-    static = facts.static
-    if scheme is not None and not converts:
-        others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
-        activations = [each.activation for each in (scheme, *others)]
-        static = any(each is not None and each.needs_calibration for each in activations)
-    numbers = frozenset()
-    if scheme is not None:
-        numbers = frozenset({scheme.weight.number}) if converts else _numbers(settings)
-    reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
-    return replace(
-        facts,
-        mmproj=gguf and settings.mmproj,
-        blockwise=blockwise,
-        roundings=frozenset(row.name for each in methods for row in (each.rounding, each.learned) if row is not None),
-        learns=learns,
-        distills=bool(methods) and methods[0].finish is not None,
-        turns=bool(methods) and methods[0].learns_rotations,
-        corrects=settings.correction != 0,
-        static=static,
-        reads_text=reads_text,
-        writes_text=reads_text and settings.calib == "self",
-        draws=learns
-        or any(method.finish or method.learns_rotations for method in methods)
-        or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
-        measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
-        nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
-        keeps_outliers="kmeans" in numbers,
-        searches=numbers != {"kmeans"},
-        by_percentile=settings.range == "percentile",
-        activations_by_percentile=settings.activation_range == "percentile",
-    )
-
-
-def _numbers(settings: Settings) -> frozenset[str]:
-    """The numbers of the scheme and of the overrides, GGUF types left out."""
-    names = (settings.scheme, *settings.overrides.values())
-    return frozenset(find_scheme(name).weight.number for name in names if not is_gguf_name(name))
-
-
-def command_line(command: str, source: str, output: str | Path, *options: Mapping[str, Any]) -> str:
-    """The command line: "lowbit quantize SOURCE -o OUTPUT --scheme …".
-
-    options  name → value, such as `Settings.given`; empty values (None, False) are omitted
-    """
-    words = ["lowbit", command, source, "-o", str(output)]
-    for name, value in ((name, value) for group in options for name, value in group.items() if is_given(value)):
-        flag = knobs.flag_of(name, isinstance(value, dict))
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, dict):
-            words += [word for pattern, chosen in value.items() for word in (flag, f"{pattern}={chosen}")]
-        else:
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            words += [word for each in values for word in (flag, str(each))]
-    return shlex.join(words)
