@@ -325,9 +325,9 @@ def test_the_corrected_weight_makes_up_for_what_the_stream_lost():
     ridge = (0.01 * (wide.T @ wide).diagonal().mean()).sqrt()
     left = torch.cat([wide, ridge * torch.eye(48).double()])
     best = torch.linalg.lstsq(left, torch.cat([target, ridge * weight.double().T])).solution.T
-    torch.testing.assert_close(hessian.corrected(weight, 1.0).double(), best, rtol=1e-3, atol=1e-4)
-    half = hessian.corrected(weight[2:4], 0.5, slice(2, 4))
-    torch.testing.assert_close(half, weight[2:4] + 0.5 * (hessian.corrected(weight, 1.0) - weight)[2:4])
+    torch.testing.assert_close(hessian.corrected(weight, 1.0, 1.0).double(), best, rtol=1e-3, atol=1e-4)
+    half = hessian.corrected(weight[2:4], 0.5, 0.5, slice(2, 4))
+    torch.testing.assert_close(half, weight[2:4] + 0.5 * (hessian.corrected(weight, 1.0, 1.0) - weight)[2:4])
 
 
 def test_what_the_unquantized_model_was_not_run_on_does_not_count_as_drift():

@@ -26,7 +26,7 @@ lost before too, so far as x tells:
 
     W* = argmin Σ ‖(r + W* x) − (r₀ + W x₀)‖² = W + W D + R                   R = C_r (H + λ)⁻¹, C_r = Σ (r₀ − r) xᵀ
 
-A fraction α of the difference is applied. D and R come with the statistics.
+Fractions of W D and of R are applied. D and R come with the statistics.
 
 On the CPU, the bits of products and of L⁻¹ do not depend on the number of threads. (BLAS and LAPACK split sums freely,
 and a weight at a tie could then round differently with one thread and with two.) Rows of a product run in parallel,
@@ -185,12 +185,12 @@ class PreparedHessian:
             self._factors[key] = self._factored(order, step)
         return self._factors[key]
 
-    def corrected(self, weight: Tensor, fraction: float, rows: slice = slice(None)) -> Tensor:
-        """W + fraction · (W D + R), float32 [n, K], of some rows of the linear."""
+    def corrected(self, weight: Tensor, fraction: float, stream: float = 0.0, rows: slice = slice(None)) -> Tensor:
+        """W + fraction · W D + stream · R, float32 [n, K], of some rows of the linear; W if the fraction is 0."""
         if fraction == 0 or self.drift is None:
             return weight
-        change = product(weight, self.drift)
-        return weight + fraction * (change if self.lost is None else change + self.lost[rows])
+        corrected = weight + fraction * product(weight, self.drift)
+        return corrected if self.lost is None else corrected + stream * self.lost[rows]
 
     def descent(self, factor: Factor) -> Tensor:
         """H_jk / H_kk, the change of column k per change of column j: float32 [K, K] in rounding order, diagonal 0."""
