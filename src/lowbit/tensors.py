@@ -310,6 +310,8 @@ class LayerStats:
     hessian   float32 [K, K]   Σ x xᵀ; None if only the diagonal is needed
     drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ: predicts x₀ − x from x, where x₀ is the same input in the
                                unquantized model; None if that model was not run
+    lost      float32 [N, K]   the same for C = Σ (r₀ − r) xᵀ, r the residual stream that the output is added to:
+                               predicts r₀ − r from x; None where the output is not added to a stream
     mean      float32 [K]      mean x per channel, for bias correction; None otherwise
     weighted  linear → for each group of its output rows, these statistics with the `hessian` of tokens that are weighed
               by the gradient of the loss (`calibrate.gradients`); empty where every token counts alike
@@ -321,5 +323,6 @@ class LayerStats:
     mean_abs: Tensor
     hessian: Tensor | None = None
     drift: Tensor | None = None
+    lost: Tensor | None = None
     mean: Tensor | None = None
     weighted: Mapping[str, tuple[LayerStats, ...]] = field(default_factory=dict)

@@ -33,7 +33,8 @@ QUALITIES: dict[str, dict[str, Any]] = {
 }
 # What a refinement reads of the settings: all else is the file's.
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
-                  "correction", "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
+                  "correction", "stream_correction", "correction_samples", "expert_tokens", "sweeps",
+                  "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -164,6 +165,11 @@ class Settings(Table):
         float | None, Field(ge=0, le=1),
         Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN,
              absent="0.75; 0.4 with --hessian kronecker", see="gptq.md"),
+    ] = None  # fmt: skip
+    stream_correction: Annotated[
+        float | None, Field(ge=0, le=1),
+        Knob("GPTQ, refine: fraction of the error of the residual stream that the last linears of attention and MLP "
+             "compensate, with --correction", METHODS, knobs.CORRECTION, absent="0.4", see="gptq.md"),
     ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
