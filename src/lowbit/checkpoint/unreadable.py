@@ -20,11 +20,6 @@ _START = "start from the 16-bit checkpoint"
 
 # quant_method, in lower case.
 UNREADABLE: dict[str, Unreadable] = {
-    "quark": Unreadable(
-        "AMD Quark states every tensor in classes of its own, and how codes are packed and scales are stored differs "
-        "between its versions",
-        f"{_START}, or run it as it is: vLLM, or transformers with the package amd-quark",
-    ),
     "aqlm": Unreadable(
         "a weight is a sum of vectors out of learned codebooks (AQLM), which no format that lowbit writes can hold",
         f"{_START}, or run it as it is: transformers with the package aqlm",
@@ -52,7 +47,7 @@ UNREADABLE: dict[str, Unreadable] = {
         f"{_START}, or run it as it is with optimum-quanto",
     ),
 }  # fmt: skip
-_SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip", "amd-quark": "quark"}
+_SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip"}
 
 
 def find_unreadable(method: str) -> Unreadable | None:
