@@ -296,7 +296,7 @@ def test_bad_tensors(files):
     for leaf in ("weight", "weight_scale", "weight_zero_point"):
         made.tensors = {name: tensor for name, tensor in good.items() if name != f"l.{leaf}"}
         assert f"l.{leaf}" in refusal(made)
-    made.tensors = good | {"l.weight_scale": torch.ones(4, 20)}
+    made.tensors = good | {"l.weight_scale": torch.ones(4, 12)}
     assert "is needed" in refusal(made)
     made.tensors = good | {"l.weight": good["l.weight"].to(torch.int8)}
     assert "l.weight is int8; int32 is needed" in refusal(made)

@@ -21,7 +21,8 @@ _START = "start from the 16-bit checkpoint"
 # quant_method, in lower case.
 UNREADABLE: dict[str, Unreadable] = {
     "aqlm": Unreadable(
-        "a weight is a sum of vectors out of learned codebooks (AQLM), which no format that lowbit writes can hold",
+        "a code stands for several weights at once, and vectors of several learned codebooks are summed (AQLM), which no "
+        "format that lowbit writes can hold",
         f"{_START}, or run it as it is: transformers with the package aqlm",
     ),
     "vptq": Unreadable(
@@ -43,7 +44,8 @@ UNREADABLE: dict[str, Unreadable] = {
         f"{_START}, or run it as it is: transformers with the package flute-kernel",
     ),
     "quanto": Unreadable(
-        "optimum-quanto keeps tensors of its own classes, whose packing it chooses by device",
+        "transformers does not save what it quantized with quanto, and optimum-quanto's own folders state it in "
+        "quanto_qmap.json, with shifts that are floats",
         f"{_START}, or run it as it is with optimum-quanto",
     ),
 }  # fmt: skip
