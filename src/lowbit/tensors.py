@@ -74,7 +74,8 @@ class GroupParams:
     """Scale and zero point of every row and group.
 
     scale        float32 [N, G]   > 0; multiplies on decode; already rounded to a value that the format stores
-    zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids
+    zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids; float32, and
+                                  between codes, on HQQ's
     global_scale float            second level: scale [N, G] is stored as (scale / global_scale); 1 where there is none
     table        float32 [N, G, 2^b]   value of every code at scale 1, of grids that fit it; else None
     """
@@ -222,7 +223,7 @@ class QuantizedTensor:
 
     codes        int8 or uint8 [N, K]   within the grid's range; minifloats: the bit pattern
     scale        float32, shape by granularity   the *effective* scale: what codes are multiplied with
-    zero_point   int32, shape of scale   None on symmetric grids
+    zero_point   int32, shape of scale   None on symmetric grids; float32 on HQQ's
     global_scale float   two-level grids store scale / global_scale; a power of two when we made it, so both the
                          multiplier (ModelOpt) and the divisor (compressed-tensors) are exact
     group_size   g; K where one scale spans the row

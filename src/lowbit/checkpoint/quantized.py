@@ -340,7 +340,7 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
 # Other tools' names of a quant_method.
 _SPELLINGS = {
     "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
-    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook", "amd-quark": "quark",
 }  # fmt: skip
 
 
@@ -363,6 +363,6 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
-            f"it reads {', '.join(name for name in KINDS if name != 'hqq')}; else start from the original checkpoint",
+            f"it reads {', '.join(KINDS)}; else start from the original checkpoint",
         )
     return method
