@@ -26,6 +26,7 @@ from lowbit.benchmark.drivers import BenchJob
 from lowbit.benchmark.result import Bench, BenchRow
 from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import first_part, is_gguf, read_config
+from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.stated import hub_kernels, refuse_absurd
 from lowbit.engines import find_engine
 from lowbit.errors import DependencyError, EngineFailure, UnsafeError, UsageError
@@ -152,6 +153,7 @@ def _refuse_format(path: Path, engine: str) -> None:
         raise UsageError(f"{engine} does not load {kind}", f"give --engine {other}")
     if is_gguf(path):
         return
+    refuse_lone_adapter(path, str(path))
     stated = read_config(path).get("quantization_config")
     format = str(stated.get("quant_method")) if isinstance(stated, dict) else ""
     if (path / "hf_quant_config.json").exists() and not format:

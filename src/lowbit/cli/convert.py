@@ -64,6 +64,8 @@ def convert(
     from lowbit.cli.quantize import plan_as_json, plan_table
     from lowbit.errors import UsageError
 
+    if base is not None and Path(model).exists() and not is_adapter(model):
+        raise UsageError(f"{model} is no LoRA adapter, and --base is the model of one", "leave --base out")
     if base is not None or is_adapter(model):
         _convert_adapter(model, output, format, scheme, base, settings, options, overwrite, dry_run, json)
         return
@@ -102,7 +104,7 @@ def _convert_adapter(
 
     if format != "gguf":
         raise UsageError(f"a LoRA adapter is converted to gguf only, not to {format}",
-                         f"lowbit quantize MODEL --adapter {model} merges it")  # fmt: skip
+                         f"lowbit quantize MODEL -o OUT --adapter {model} merges it")  # fmt: skip
     if settings:
         raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is not read for a LoRA adapter", "leave it out")
     if output is None and not dry_run:

@@ -142,6 +142,7 @@ def summary(report: Any, path: Path) -> Any:
     in_worst = f"; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}" if worst else ""
     rows = {
         "scheme": f"{report.settings.scheme}, {report.settings.method}, range {report.settings.range}",
+        "except": _exceptions(report.settings.given),
         "imatrix": report.settings.given.get("imatrix"),
         "calibrated on": _calibrated(report.settings.calibration),
         "output error": _output_error(quantized),
@@ -160,6 +161,12 @@ def summary(report: Any, path: Path) -> Any:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _exceptions(given: dict[str, Any]) -> str:
+    """Linears with another scheme or method than the rest, as they were asked for."""
+    pairs = [pair for name in ("overrides", "method_overrides") for pair in (given.get(name) or {}).items()]
+    return "; ".join(f"{pattern}: {value}" for pattern, value in pairs)
 
 
 def _accounts(accounts: Any) -> str:

@@ -16,6 +16,7 @@ import re
 import torch
 from torch import Tensor
 
+from lowbit.rounding.histogram import RowReader
 from lowbit.rounding.target import Stored, Sums, Target
 
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
@@ -23,8 +24,16 @@ _SUSPICIOUS = 256.0
 _SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
 
 
+_EMPTY = "are all zero in the source"
+
+
 def tells_of_extremes(note: str) -> bool:
     """Whether a note is one of `find_extreme`."""
+    return tells_of_loss(note) or note.endswith(_EMPTY)
+
+
+def tells_of_loss(note: str) -> bool:
+    """Whether a note is of `find_extreme`, on values that a format cannot hold; zeros it can."""
     return bool(re.search(r" (became [\d.]|sets the scale that it shares)|: they became zero$", note))
 
 
@@ -35,7 +44,7 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     """
     error, weight, largest_error = sums
     if weight == 0 == error:
-        return f"the weights of rows {first_row}..{first_row + len(values)} are all zero in the source"
+        return _empty(first_row, len(values))
     flushed = weight > 0 and error >= 0.99 * weight
     if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
@@ -60,6 +69,19 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
             f"which became zero; --ignore keeps the tensor in 16 bits"
         )
     return None
+
+
+def find_empty(decode: RowReader, rows: int, first_row: int) -> str | None:
+    """The note on a slab of rows that is not rounded: codes or floats that are kept. None unless all are zero, for
+    which the first row is looked at before the others."""
+    first = decode(torch.zeros(1, dtype=torch.int64))
+    if not first.numel() or bool(first.any()) or bool(decode(torch.arange(rows)).any()):
+        return None
+    return _empty(first_row, rows)
+
+
+def _empty(first_row: int, rows: int) -> str:
+    return f"the weights of rows {first_row}..{first_row + rows} {_EMPTY}"
 
 
 def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> int:
