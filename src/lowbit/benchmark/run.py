@@ -261,7 +261,9 @@ def _failure(engine: str, text: str, memory: bool, url: str | None) -> EngineFai
     if memory:
         return EngineFailure(f"{engine} ran out of memory: {text}",
                              "give a smaller --batch or --context; lowbit estimate says what fits")  # fmt: skip
-    return EngineFailure(f"{engine} failed: {text}", "lowbit verify OUT --engine says whether it can load the files")
+    return EngineFailure(
+        f"{engine} failed: {text}", f"lowbit verify OUT --engine {engine} says whether it can load the files"
+    )
 
 
 def _row(measured: dict[str, Any], job: BenchJob) -> BenchRow:

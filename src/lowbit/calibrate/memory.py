@@ -19,6 +19,7 @@ from lowbit.architecture.structure import Architecture
 from lowbit.calibrate.blocks import BATCH_TOKENS
 from lowbit.errors import UsageError
 from lowbit.measure import available_memory, resident_memory
+from lowbit.methods import RUNS_NO_TEXT
 from lowbit.rounding.row_feedback import LARGEST_PART, parts_of
 
 _SHARE_OF_FREE = 0.8  # without --max-memory
@@ -57,7 +58,7 @@ def states_memory(
         allowed = f"{'--max-memory allows' if max_memory else 'there are'} {_size(limit)}"
         raise UsageError(
             f"the run needs {_size(sum(needed.values()))} ({shown}); {allowed}",
-            "allow more, or take --method rtn, which needs a few hundred megabytes for any model",
+            f"allow more; {RUNS_NO_TEXT}, and needs a few hundred megabytes for any model",
         )
     return left // ARRAYS_OF_STATES
 

@@ -158,6 +158,8 @@ def outcome(report: Report) -> dict[str, str]:
     """What happened to the codes, in words: row title → sentence."""
     from collections import Counter
 
+    from lowbit.rounding.extremes import tells_of_extremes
+
     quantized = [tensor for tensor in report.tensors if tensor.scheme is not None]
     exact = [tensor for tensor in quantized if tensor.repacked and not tensor.relative_error]
     rest = [tensor for tensor in quantized if tensor not in exact]
@@ -174,7 +176,8 @@ def outcome(report: Report) -> dict[str, str]:
     if not quantized:
         to = report.settings.scheme if report.output.format == "gguf" else report.output.dtype
         rows["decoded"] = f"{len(report.tensors)} tensors, to {to}"
-    for note, count in Counter(note for tensor in quantized for note in tensor.notes).most_common():
+    reasons = Counter(note for tensor in quantized for note in tensor.notes if not tells_of_extremes(note))
+    for note, count in reasons.most_common():
         rows.setdefault("because", "")
         rows["because"] += f"{'; ' if rows['because'] else ''}{note} ({count} linears)"
     return rows

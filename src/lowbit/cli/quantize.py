@@ -201,5 +201,7 @@ def _adapted(quantized: list[Any], what: str) -> str:
     """What the plan changed, each once with how many tensors it concerns."""
     from collections import Counter
 
-    notes = Counter(note for tensor in quantized for note in tensor.notes)
+    from lowbit.rounding.extremes import tells_of_extremes
+
+    notes = Counter(note for tensor in quantized for note in tensor.notes if not tells_of_extremes(note))
     return "; ".join(f"{note} ({count} {what})" for note, count in notes.items())

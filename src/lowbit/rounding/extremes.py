@@ -16,7 +16,6 @@ import re
 import torch
 from torch import Tensor
 
-from lowbit.rounding.histogram import RowReader
 from lowbit.rounding.target import Stored, Sums, Target
 
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
@@ -44,7 +43,7 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     """
     error, weight, largest_error = sums
     if weight == 0 == error:
-        return _empty(first_row, len(values))
+        return empty(first_row, len(values))
     flushed = weight > 0 and error >= 0.99 * weight
     if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
@@ -71,16 +70,8 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     return None
 
 
-def find_empty(decode: RowReader, rows: int, first_row: int) -> str | None:
-    """The note on a slab of rows that is not rounded: codes or floats that are kept. None unless all are zero, for
-    which the first row is looked at before the others."""
-    first = decode(torch.zeros(1, dtype=torch.int64))
-    if not first.numel() or bool(first.any()) or bool(decode(torch.arange(rows)).any()):
-        return None
-    return _empty(first_row, rows)
-
-
-def _empty(first_row: int, rows: int) -> str:
+def empty(first_row: int, rows: int) -> str:
+    """The note on a slab of zeros."""
     return f"the weights of rows {first_row}..{first_row + rows} {_EMPTY}"
 
 
