@@ -290,6 +290,16 @@ def test_what_depends_on_another_setting_is_refused_without_it(settings, unread)
     assert str(caught.value).startswith(f"{unread} is read only by ")
 
 
+def test_rows_are_fed_by_gptq_alone():
+    """SqueezeLLM, which rounds each row alone, would make of kronecker what guided is."""
+    with pytest.raises(UsageError, match="--hessian kronecker feeds the errors of rows to other rows") as caught:
+        make_settings(None, scheme="KMEANS4", method="squeezellm", hessian="kronecker")
+    assert caught.value.hint == "take --hessian guided, or --method gptq"
+    mixed = make_settings(None, scheme="KMEANS4", method="gptq", hessian="kronecker",
+                          method_overrides={"x": "squeezellm"})  # fmt: skip
+    assert mixed.feeds_rows
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "unread"),
     [

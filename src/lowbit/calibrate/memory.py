@@ -51,8 +51,8 @@ def states_memory(
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
     if left < 0:
-        raise too_little_memory("the run", needed, limit, bool(max_memory),
-                                "take --method rtn, which needs a few hundred megabytes for any model")  # fmt: skip
+        instead = "take --method rtn without --quality, which needs a few hundred megabytes for any model"
+        raise too_little_memory("the run", needed, limit, bool(max_memory), instead)
     return left // ARRAYS_OF_STATES
 
 

@@ -282,6 +282,14 @@ class Settings(Table):
                              f"take --hessian guided, or leave {turning[0]} out")  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _rows_fed_by_gptq(self) -> Settings:
+        roundings = {parse_method(name).rounding.name for name in (self.method, *self.method_overrides.values())}
+        if self.feeds_rows and "squeezellm" in roundings and "gptq" not in roundings:
+            raise UsageError("--hessian kronecker feeds the errors of rows to other rows, which GPTQ does; SqueezeLLM "
+                             "rounds each row alone", "take --hessian guided, or --method gptq")  # fmt: skip
+        return self
+
     @property
     def given(self) -> dict[str, Any]:
         """The settings that were set; those that a level of quality stands for are not named beside it."""
