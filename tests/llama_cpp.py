@@ -40,8 +40,13 @@ def dequantized(name: str, blocks: Tensor, columns: int) -> Tensor:
     return weight
 
 
-def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | None = None) -> dict[int, float]:
-    """Token → log-probability of the most likely next tokens, by llama.cpp, with a LoRA adapter or without."""
+def top_logprobs(
+    path: Path, ids: list[int], count: int = 10, adapter: Path | None = None, options: dict[str, float] | None = None
+) -> dict[int, float]:
+    """Token → log-probability of the most likely next tokens, by llama.cpp, with a LoRA adapter or without.
+
+    options  of its command line, by the names of xllamacpp
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -51,6 +56,8 @@ def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | No
         lora.path, lora.scale = str(adapter), 1.0
         params.lora_adapters = [lora]
     params.n_ctx = 128
+    for name, value in (options or {}).items():
+        setattr(params, name, value)
     params.warmup = False
     params.verbosity = 0
     params.cpuparams.n_threads = 1

@@ -67,7 +67,7 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, found):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("model_type", ["phimoe", "dbrx", "flex_olmo", "jetmoe", "kimi_k2"])
+@pytest.mark.parametrize("model_type", ["phimoe", "dbrx", "flex_olmo", "jetmoe"])
 def test_a_model_type_without_a_row_is_refused_with_the_reason(model_type):
     with pytest.raises(ArchitectureError, match=re.escape(TYPES_REFUSED[model_type])):
         row_of_model({"model_type": model_type}, "here")

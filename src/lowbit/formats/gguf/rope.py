@@ -3,6 +3,7 @@
     key-values {arch}.rope.freq_base, rope.freq_base_swa, rope.dimension_count
                {arch}.rope.dimension_sections [4]     rotary pairs of time, height, width: positions with several axes
                {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
+               {arch}.rope.scaling.{yarn_beta_fast,yarn_beta_slow}       yarn, where they are not 32 and 1
     tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
                                                                                  Gemma 4: 1e30 for pairs at rest
                rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
@@ -27,6 +28,10 @@ YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln 
 
 llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
 
+The ends of YaRN's ramp, beta_fast and beta_slow, are turns within the original context. llama.cpp's converter writes
+both, its loaders read them for few architectures (`Rope.betas`) and compute with 32 and 1 otherwise. Its options
+--yarn-beta-fast and --yarn-beta-slow count for all; a note says so.
+
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
 
@@ -49,8 +54,8 @@ FLOAT = GGUFValueType.FLOAT32
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Divides the frequencies of pairs that do not rotate (Gemma 4).
 _AT_REST = 1e30
-# llama.cpp's, whatever the file says.
-_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
+# llama.cpp's, where neither the file nor an option says otherwise.
+_YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def rope_key_values(
@@ -105,7 +110,7 @@ def rope_key_values(
     if kind == "linear":
         scaling = {"type": ("linear", GGUFValueType.STRING), "factor": (float(parameters["factor"]), FLOAT)}
     elif kind == "yarn":
-        scaling, more = _yarn(row, parameters, get, where)
+        scaling, more = _yarn(row, parameters, get, dim, where)
     elif kind == "llama3":
         theta = float(parameters.get("rope_theta", 10000.0))
         tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
@@ -181,11 +186,8 @@ def _sections(rope: Rope, parameters: dict[str, Any], pairs: int, where: str) ->
 
 
 def _yarn(
-    row: GGUFArchitecture, parameters: dict[str, Any], get: Lookup, where: str
+    row: GGUFArchitecture, parameters: dict[str, Any], get: Lookup, dim: int, where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    for key, needed in _YARN_BETAS.items():
-        if (parameters.get(key) or needed) != needed:
-            raise _refused(row, f"yarn with {key} {parameters[key]}, where llama.cpp computes with {needed},", where)
     original = parameters.get("original_max_position_embeddings") or get("max_position_embeddings")
     factor = parameters.get("factor") or get("max_position_embeddings") / original
     scaling: dict[str, Any] = {
@@ -207,12 +209,38 @@ def _yarn(
         scaling["yarn_log_multiplier"] = (0.1 * float(all_dims or 0.0), FLOAT)
     elif attention != usual:
         scaling["attn_factor"] = (float(attention) / usual, FLOAT)
+    betas = {key: float(parameters.get(key) or usual) for key, usual in _YARN_BETAS.items()}
     truncates = parameters.get("truncate", True)
     notes = [] if truncates else [
         "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, transformers does not for this model: logits "
         "differ a little"
     ]  # fmt: skip
+    if betas != _YARN_BETAS:
+        scaling |= {f"yarn_{key}": (value, FLOAT) for key, value in betas.items()}
+        theta = float(parameters.get("rope_theta", 10000.0))
+        notes += _betas_not_read(row, yarn_shares(theta, dim, original, betas), yarn_shares(theta, dim, original), betas)
     return scaling, notes
+
+
+def yarn_shares(theta: float, dim: int, original: int, betas: dict[str, float] | None = None) -> Tensor:
+    """float32 [dim / 2]: how much of each rotary pair's frequency is divided by the factor, 0 to 1 (YaRN's ramp)."""
+    ends = [dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (betas or _YARN_BETAS).values()]  # fmt: skip
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
+    return ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def _betas_not_read(row: GGUFArchitecture, meant: Tensor, computed: Tensor, betas: dict[str, float]) -> list[str]:
+    """The note where llama.cpp's loader passes by beta_fast and beta_slow, and pairs turn otherwise for it."""
+    other = int((meant != computed).sum())
+    if not other or (row.rope is not None and row.rope.betas):
+        return []
+    changed = {key: value for key, value in betas.items() if value != _YARN_BETAS[key]}
+    options = " ".join(f"--yarn-{key.replace('_', '-')} {value:g}" for key, value in changed.items())
+    return [
+        f"start llama.cpp with {options}: it does not read the number from a file of {row.arch}, and without the option "
+        f"{other} of {len(meant)} rotary pairs turn at another speed than the model was trained with"
+    ]
 
 
 def _longrope(
@@ -286,6 +314,9 @@ def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[d
     original = metadata.get(f"{prefix}.original_context_length")
     if type(original) is int:
         parameters["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        betas = {key: metadata.get(f"{prefix}.yarn_{key}") for key in _YARN_BETAS}
+        parameters |= {key: _finite(value, _YARN_BETAS[key]) for key, value in betas.items() if value is not None}
     if kind == "yarn" and row.rope is not None and row.rope.latent is not None:
         tenth = _finite(metadata.get(f"{prefix}.yarn_log_multiplier"), 0.0)
         return parameters | dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * tenth)), []

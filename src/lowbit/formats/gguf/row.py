@@ -100,6 +100,7 @@ class Rope:
     local_base what that is where the file has none; None: the base of the other blocks
     local_partial  and a number of rotated dimensions of their own
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
+    betas      llama.cpp reads the ends of the YaRN ramp from the file
     log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
     alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
@@ -115,6 +116,7 @@ class Rope:
     local_base: float | None = 10000.0
     local_partial: bool = False
     truncates: bool = True
+    betas: bool = False
     log: bool = False
     alpha: bool = False
     dim: Callable[[Lookup], int] | None = None

@@ -184,7 +184,6 @@ REFUSED = {
     "dbrx": "lowbit does not take its fused experts apart",
     "flex_olmo": "llama.cpp has no architecture with experts and norms behind attention and MLP",
     "jetmoe": "llama.cpp has no architecture with experts of attention",
-    "kimi_k2": "its YaRN has beta_fast 1; llama.cpp reads no such number for this architecture, and computes with 32",
     "aria_text": "llama.cpp has no architecture for it",
     "longcat_flash": "llama.cpp has no architecture for it",
     "doge": "llama.cpp has no architecture for it",
