@@ -117,8 +117,7 @@ LOOSER: dict[str, float] = {
     "kimi_k2_without_option": 0.2,  # llama.cpp computes YaRN with beta_fast 32
 }
 # case → what config.json says instead of what transformers writes: a model type of code on the hub
-PUBLISHED: dict[str, dict] = dict.fromkeys(("kimi_k2", "kimi_k2_without_option"), {
-    "model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
-})  # fmt: skip
+_KIMI = {"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
+PUBLISHED: dict[str, dict] = {"kimi_k2": _KIMI, "kimi_k2_without_option": _KIMI}
 # case → what llama.cpp is started with
 LLAMA_OPTIONS: dict[str, dict[str, float]] = {"kimi_k2": {"yarn_beta_fast": 1.0}}

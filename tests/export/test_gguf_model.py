@@ -256,9 +256,10 @@ REFUSED = {
     "llama3": ("qwen2", {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 128}}),
-    "beta_fast": ("llama", {"rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16, "original_max_position_embeddings": 64,
-    }}),
+    "laurel_rank": (CASES["gemma3n_text"][0], {"laurel_rank": 32}),
+    r"activation_sparsity_pattern is \[0.0": (CASES["gemma3n_text"][0], {"activation_sparsity_pattern": [0.0] * 6}),
+    "num_kv_shared_layers is 2": (CASES["gemma3n_text"][0], {"num_kv_shared_layers": 2}),
+    "intermediate_size is": (CASES["gemma3n_text"][0], {"intermediate_size": [1024] * 5 + [512]}),
     "has no place": ("gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": False}),
     "'opt' has no place": ("opt", {}),
     "linear_value_head_dim": (CASES["qwen3_5_text"][0], {"linear_value_head_dim": 64}),

@@ -6,7 +6,16 @@ import math
 
 import pytest
 
-from gguf_models import CASES, LLAMA_OPTIONS, LOOSER, TOLERANCE, describe_folder, make_case, prompt_and_logprobs, write_plain
+from gguf_models import (
+    CASES,
+    LLAMA_OPTIONS,
+    LOOSER,
+    TOLERANCE,
+    describe_folder,
+    make_case,
+    prompt_and_logprobs,
+    write_plain,
+)
 from llama_cpp import top_logprobs
 
 pytestmark = pytest.mark.interop

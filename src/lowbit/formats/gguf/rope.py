@@ -29,8 +29,8 @@ YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln 
 llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
 
 The ends of YaRN's ramp, beta_fast and beta_slow, are turns within the original context. llama.cpp's converter writes
-both, its loaders read them for few architectures (`Rope.betas`) and compute with 32 and 1 otherwise. Its options
---yarn-beta-fast and --yarn-beta-slow count for all; a note says so.
+both, its loaders pass by them and compute with 32 and 1. Its options --yarn-beta-fast and --yarn-beta-slow count; a
+note says so.
 
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
@@ -217,29 +217,34 @@ def _yarn(
     ]  # fmt: skip
     if betas != _YARN_BETAS:
         scaling |= {f"yarn_{key}": (value, FLOAT) for key, value in betas.items()}
-        theta = float(parameters.get("rope_theta", 10000.0))
-        notes += _betas_not_read(row, yarn_shares(theta, dim, original, betas), yarn_shares(theta, dim, original), betas)
+        notes += _betas_not_read(row, float(parameters.get("rope_theta", 10000.0)), dim, int(original), factor, betas)
     return scaling, notes
 
 
-def yarn_shares(theta: float, dim: int, original: int, betas: dict[str, float] | None = None) -> Tensor:
-    """float32 [dim / 2]: how much of each rotary pair's frequency is divided by the factor, 0 to 1 (YaRN's ramp)."""
-    ends = [dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
-            for turns in (betas or _YARN_BETAS).values()]  # fmt: skip
+def yarn_speeds(theta: float, dim: int, original: int, factor: float, betas: dict[str, float]) -> Tensor:
+    """float32 [dim / 2]: what YaRN multiplies the frequency of each rotary pair by: 1, down a ramp to 1 / factor."""
+    turns = (betas[key] for key in _YARN_BETAS)
+    ends = [dim * math.log(original / (2 * math.pi * count)) / (2 * math.log(theta)) for count in turns]
     low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
-    return ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    shares = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return 1 - shares + shares / factor
 
 
-def _betas_not_read(row: GGUFArchitecture, meant: Tensor, computed: Tensor, betas: dict[str, float]) -> list[str]:
-    """The note where llama.cpp's loader passes by beta_fast and beta_slow, and pairs turn otherwise for it."""
-    other = int((meant != computed).sum())
-    if not other or (row.rope is not None and row.rope.betas):
+def _betas_not_read(
+    row: GGUFArchitecture, theta: float, dim: int, original: int, factor: float, betas: dict[str, float]
+) -> list[str]:
+    """The note where pairs turn otherwise for llama.cpp, whose loader passes by beta_fast and beta_slow."""
+    meant, computed = (yarn_speeds(theta, dim, original, factor, ends) for ends in (betas, _YARN_BETAS))
+    ratios = computed / meant
+    other = ratios[ratios != 1]
+    if not len(other):
         return []
     changed = {key: value for key, value in betas.items() if value != _YARN_BETAS[key]}
     options = " ".join(f"--yarn-{key.replace('_', '-')} {value:g}" for key, value in changed.items())
     return [
-        f"start llama.cpp with {options}: it does not read the number from a file of {row.arch}, and without the option "
-        f"{other} of {len(meant)} rotary pairs turn at another speed than the model was trained with"
+        f"start llama.cpp with {options}: it does not read that from a file of {row.arch}, and without the option "
+        f"{len(other)} of {len(ratios)} rotary pairs turn at {100 * other.min():.0f} to {100 * other.max():.0f} % of "
+        f"their speed"
     ]
 
 

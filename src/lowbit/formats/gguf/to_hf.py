@@ -33,7 +33,8 @@ MAX_EXPERTS = 65536
 
 # Beginnings of GGUF names whose weights are vectors, whatever the layout makes of them.
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.")
-_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE})
+_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE,
+                      T.ALTUP_CORRECT_SCALE})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,13 @@ def _undo_conversion(
             pieces.append((part.tensor, arranged, part.scale))
         return [MappedTensor(name, shape, tuple(pieces))]
     counted = parts[0].place.count
-    count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
+    if callable(counted):
+        count = counted(get)
+    else:
+        count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
         raise CheckpointError(
-            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where {counted or 'expert_count'} is "
-            f"{count}"
+            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where the key-values count {count}"
         )
     arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [
