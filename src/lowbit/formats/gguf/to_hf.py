@@ -74,6 +74,7 @@ class MappedModel:
     config    config.json, but for rotary embeddings and tokens
     left_out  names of stored tensors that no Hugging Face tensor has a place for and that llama.cpp does not use
     predicts  tensors of blocks for multi-token prediction, which transformers does not build
+    unread    number of tensors that only the loader asks for (`GGUFArchitecture.unread`)
     """
 
     row: GGUFArchitecture
@@ -82,6 +83,7 @@ class MappedModel:
     config: dict[str, Any]
     left_out: tuple[str, ...] = ()
     predicts: int = 0
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
     get = look_up_first(config, where)
+    unread = names & row.unread(get).keys()
     sources: dict[str, list[_Found]] = {}
-    for each in found:
+    for each in (each for each in found if each.tensor.name not in unread):
         _check_rank(each, where)
         sources.setdefault(each.module + ("" if each.place.bare else f".{each.suffix}"), []).append(each)
     mapped = []
@@ -136,7 +139,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{error}"
             ) from error
     mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
-    return MappedModel(row, mapped, derived, config, tuple(unused), predicts)
+    return MappedModel(row, mapped, derived, config, tuple(unused), predicts, len(unread))
 
 
 def _without_prediction(
