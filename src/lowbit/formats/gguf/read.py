@@ -69,6 +69,8 @@ class GGUFCheckpoint:
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
         if self._model.predicts:
             self.notes.append(f"left out ({self._model.predicts} tensors): blocks for multi-token prediction")
+        if self._model.unread:
+            self.notes.append(f"left out ({self._model.unread} tensors): keys and values of blocks that share others'")
         self.notes += rope_notes
         if self._model.left_out:
             count = len(self._model.left_out)
