@@ -21,8 +21,8 @@ _START = "start from the 16-bit checkpoint"
 # quant_method, in lower case.
 UNREADABLE: dict[str, Unreadable] = {
     "aqlm": Unreadable(
-        "a code stands for several weights at once, and vectors of several learned codebooks are summed (AQLM), which no "
-        "format that lowbit writes can hold",
+        "a code stands for several weights at once, and vectors of several learned codebooks are summed (AQLM), which "
+        "no format that lowbit writes can hold",
         f"{_START}, or run it as it is: transformers with the package aqlm",
     ),
     "vptq": Unreadable(
