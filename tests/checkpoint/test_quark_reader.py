@@ -1,6 +1,6 @@
 """AMD Quark folders: what is read from files made here by hand, by plain loops; and bad files and configurations.
 
-With `amd-quark` installed, a model is exported by it, and its own decoding compared.
+`benchmarks/peers/quark_exports.py` compares with amd-quark itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
@@ -338,49 +337,3 @@ def test_a_model_to_compressed_tensors_is_exact(tmp_path):
     assert sum(tensor.repacked for tensor in report.tensors) == 7
     one, other = open_checkpoint(folder), open_checkpoint(tmp_path / "ct")
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
-
-
-# Names of amd-quark's specifications, and their arguments, for weights and inputs.
-EXPORTED: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]] | None]] = {
-    "int4 group": (("Int4PerGroupSpec", {"ch_axis": -1, "group_size": 32}), None),
-    "uint4 group": (("Uint4PerGroupSpec", {"ch_axis": -1, "group_size": 32}), None),
-    "int4 row": (("Int4PerChannelSpec", {"ch_axis": 0}), None),
-    "uint4 row": (("Uint4PerChannelSpec", {"ch_axis": 0, "is_dynamic": False}), None),
-    "int4 all": (("Int4PerTensorSpec", {}), None),
-    "int8 all": (("Int8PerTensorSpec", {}), ("Int8PerTensorSpec", {})),
-    "int8 row": (("Int8PerChannelSpec", {"ch_axis": 0}), None),
-    "uint8 row": (("Uint8PerChannelSpec", {"ch_axis": 0, "symmetric": False}), None),
-    "int8 group": (("Int8PerGroupSpec", {"ch_axis": -1, "group_size": 32}), None),
-    "uint8 group": (("Uint8PerGroupSpec", {"ch_axis": -1, "group_size": 32}), None),
-    "fp8 all": (("FP8E4M3PerTensorSpec", {"is_dynamic": False}), ("FP8E4M3PerTensorSpec", {"is_dynamic": False})),
-    "fp8 row": (("FP8E4M3PerChannelSpec", {"ch_axis": 0}),
-                ("FP8E4M3PerChannelSpec", {"ch_axis": 1, "is_dynamic": True})),
-    "mxfp4": (("OCP_MXFP4Spec", {"ch_axis": -1, "is_dynamic": False}), ("OCP_MXFP4Spec", {"ch_axis": -1})),
-}  # fmt: skip
-
-
-@pytest.mark.interop
-@pytest.mark.parametrize("kind", EXPORTED)
-def test_models_that_quark_exported(kind, tmp_path):
-    quark = pytest.importorskip("quark.torch")
-    from quark.torch.quantization.config import config as specs
-    from transformers import AutoModelForCausalLM
-
-    source = make_model(tmp_path / "plain", num_hidden_layers=1)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    weight, inputs = (
-        stated and getattr(specs, stated[0])(**stated[1]).to_quantization_spec() for stated in EXPORTED[kind]
-    )
-    layer = specs.QLayerConfig(weight=weight, **({"input_tensors": inputs} if inputs else {}))
-    quantizer = quark.ModelQuantizer(specs.QConfig(global_quant_config=layer, exclude=["lm_head"]))
-    model = quantizer.freeze(quantizer.quantize_model(model, DataLoader([torch.arange(16)], batch_size=1)))
-    with torch.no_grad():
-        quark.export_safetensors(model, tmp_path / "quark")
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    theirs = quark.import_model_from_safetensors(plain, str(tmp_path / "quark"), device="cpu")
-    checkpoint = open_checkpoint(tmp_path / "quark")
-    assert isinstance(checkpoint, CanReadCodes)
-    assert len(checkpoint.schemes) == 7
-    for name in checkpoint.schemes:
-        module = theirs.get_submodule(name.removesuffix(".weight"))
-        assert torch.equal(checkpoint.read(name), module.weight_quantizer(module.weight.data).float())

@@ -154,9 +154,9 @@ def _fp8(where: str, stated: dict[str, Any]) -> WeightSpec:
     is_mx, blocks = stated.get("scale_format") == "e8m0", stated.get("block_size")
     if is_mx and (_is_group(stated, "fp8_e4m3", 32) or blocks == [1, 32]):
         return SCHEMES["MXFP8"].weight
-    square = isinstance(blocks, list) and len(blocks) == 2 and type(blocks[0]) is int and blocks[0] == blocks[1] > 0
-    if not is_mx and stated.get("qscheme") == "per_block" and square:
-        return WeightSpec("e4m3", 8, Granularity.BLOCK, blocks[0])
+    side = blocks[0] if isinstance(blocks, list) and len(blocks) == 2 and blocks[0] == blocks[1] else None
+    if not is_mx and stated.get("qscheme") == "per_block" and type(side) is int and side > 0:
+        return WeightSpec("e4m3", 8, Granularity.BLOCK, side)
     if is_mx or stated.get("qscheme") not in ("per_tensor", "per_channel"):
         needed = "one scale per tensor, channel or square block, or e8m0 scales of 32 columns"
         raise _refused(where, _described(stated), needed)
