@@ -269,8 +269,8 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):
-            used = "weights that the model does not use" if row.find(name) else "buffers that are computed"
-            beside[used] += 1
+            weight = name.endswith(".weight") and not MASKS.search(name)
+            beside["weights that the model does not use" if weight else "buffers that are computed"] += 1
         elif name in architecture.tied and architecture.tied[name] in checkpoint.tensors:
             beside[f"{name}, which config.json ties to {architecture.tied[name]}"] += 1
         elif name not in known:
