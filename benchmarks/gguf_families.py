@@ -111,7 +111,16 @@ def measured(case: str, scratch: Path) -> Any:
     import torch
 
     import lowbit
-    from gguf_models import CASES, LOOSER, TOLERANCE, describe_folder, make_case, prompt_and_logprobs, write_plain
+    from gguf_models import (
+        CASES,
+        LLAMA_OPTIONS,
+        LOOSER,
+        TOLERANCE,
+        describe_folder,
+        make_case,
+        prompt_and_logprobs,
+        write_plain,
+    )
     from llama_cpp import top_logprobs
     from lowbit.architecture.loading import load_model
     from lowbit.checkpoint import open_gguf, open_safetensors
@@ -122,7 +131,8 @@ def measured(case: str, scratch: Path) -> Any:
     ids, expected = prompt_and_logprobs(folder)
 
     def worst(file: Path) -> float:
-        return max(abs(value - expected[token].item()) for token, value in top_logprobs(file, ids).items())
+        found = top_logprobs(file, ids, options=LLAMA_OPTIONS.get(case))
+        return max(abs(value - expected[token].item()) for token, value in found.items())
 
     yield {"arch": model.arch, "f32": (f32 := worst(path))}
     if f32 > LOOSER.get(case, TOLERANCE):

@@ -13,8 +13,13 @@ _LATENT = _SIZES | _ROUTED | {
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _DEEPSEEK_YARN = _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+# Kimi-K2's, by which the ramp ends in one step.
+_KIMI_YARN = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+              "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}  # fmt: skip
 _V2 = ("deepseek_v2", _LATENT | {"topk_method": "greedy"})
 _V3 = ("deepseek_v3", _LATENT | {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1})
+_KIMI_K2 = ("deepseek_v3", _LATENT | {"n_group": 1, "topk_group": 1, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+                                     "max_position_embeddings": 131072, "rope_parameters": _KIMI_YARN})  # fmt: skip
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _GLM4 = ("glm4_moe", _SIZES | _ROUTED | {"head_dim": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5})
@@ -80,6 +85,8 @@ CASES: dict[str, tuple] = {
         "head_dim": 48, "v_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4, "num_key_value_heads": 1,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     }), {}, "mimo2", "mimo_v2_flash"),
+    "kimi_k2": (_KIMI_K2, {}, "deepseek2", "deepseek_v3"),
+    "kimi_k2_without_option": (_KIMI_K2, {}, "deepseek2", "deepseek_v3"),
     "youtu": (("youtu", {key: _LATENT[key] for key in _LATENT if key not in {*_ROUTED, "first_k_dense_replace"}}), {},
               "deepseek2", "youtu"),
     "deepseek_v32": (("deepseek_v32", _SPARSE), {"n_group": 4, "topk_group": 2}, "deepseek32", "deepseek_v32"),
@@ -107,4 +114,10 @@ CASES: dict[str, tuple] = {
 # case → nats, with the reason
 LOOSER: dict[str, float] = {
     "glm4_moe_lite": 1e-4,  # rms_norm_eps is 1e-5, which the norms of latents do not have in transformers
+    "kimi_k2_without_option": 0.2,  # llama.cpp computes YaRN with beta_fast 32
 }
+# case → what config.json says instead of what transformers writes: a model type of code on the hub
+_KIMI = {"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
+PUBLISHED: dict[str, dict] = {"kimi_k2": _KIMI, "kimi_k2_without_option": _KIMI}
+# case → what llama.cpp is started with
+LLAMA_OPTIONS: dict[str, dict[str, float]] = {"kimi_k2": {"yarn_beta_fast": 1.0}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -73,6 +74,7 @@ CASES: dict[str, Case] = {
     "gpt_oss_yarn": ("gpt_oss", {"head_dim": 64}, "gpt-oss", "gpt_oss"),
     **gguf_cases_dense.CASES, **gguf_cases_experts.CASES, **gguf_cases_hybrid.CASES, **gguf_cases_seeing.CASES,
 }  # fmt: skip
+PUBLISHED, LLAMA_OPTIONS = gguf_cases_experts.PUBLISHED, gguf_cases_experts.LLAMA_OPTIONS
 # The first case of each architecture.
 ONE_OF_EACH = list({arch: case for case, (_, _, arch, _) in reversed(CASES.items())}.values())
 READABLE = [case for case, (_, _, _, back) in CASES.items() if back is not None]
@@ -88,7 +90,11 @@ LOOSER = {case: 2e-3 for case in CASES if case.startswith(("gemma", "gpt2", "gpt
 def make_case(folder: Path, case: str) -> Path:
     """The Hugging Face folder of a case, in bfloat16."""
     architecture, changes, _, _ = CASES[case]
-    return make_model(folder, architecture, **changes)
+    make_model(folder, architecture, **changes)
+    if case in PUBLISHED:
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | PUBLISHED[case]))
+    return folder
 
 
 def describe_folder(folder: Path) -> tuple[GGUFModel, Checkpoint]:

@@ -40,8 +40,15 @@ def dequantized(name: str, blocks: Tensor, columns: int) -> Tensor:
     return weight
 
 
-def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | None = None) -> dict[int, float]:
-    """Token → log-probability of the most likely next tokens, by llama.cpp, with a LoRA adapter or without."""
+def top_logprobs(
+    path: Path, ids: list[int], count: int = 10, adapter: Path | None = None, options: dict[str, float] | None = None,
+    letter: bool = False,
+) -> dict[int, float]:  # fmt: skip
+    """Token → log-probability of the most likely next tokens, by llama.cpp, with a LoRA adapter or without.
+
+    options  of its command line, by the names of xllamacpp
+    letter   it is made to say a letter, whatever is likely: it gives no probabilities of half a character
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -51,6 +58,8 @@ def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | No
         lora.path, lora.scale = str(adapter), 1.0
         params.lora_adapters = [lora]
     params.n_ctx = 128
+    for name, value in (options or {}).items():
+        setattr(params, name, value)
     params.warmup = False
     params.verbosity = 0
     params.cpuparams.n_threads = 1
@@ -58,7 +67,8 @@ def top_logprobs(path: Path, ids: list[int], count: int = 10, adapter: Path | No
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
-    answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count})
+    bias = {"logit_bias": [[97, 100.0]]} if letter else {}
+    answer = server.handle_completions({"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": count, **bias})
     first = answer["choices"][0]["logprobs"]["content"][0]
     return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
 

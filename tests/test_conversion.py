@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError, UsageError
 from lowbit.registry import folder_formats
 from models import SHORT_TEXT, make_model
 
@@ -226,3 +227,14 @@ def copied(folder: Path, to: Path, **quantization) -> Path:
     config["quantization_config"] |= quantization
     (to / "config.json").write_text(json.dumps(config))
     return to
+
+
+@pytest.mark.parametrize("to", [{"format": "float"}, {"format": "gptq"}, {"format": "gguf", "scheme": "Q8_0"}])
+def test_a_scale_that_is_no_number_is_the_source_s_fault(tiny_llama, tmp_path, to):
+    source = lowbit.quantize(tiny_llama, tmp_path / "W4A16", scheme="W4A16", group_size=32).path
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_scale"][3, 1] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"W4A16.model.safetensors: tensor .*down.* holds NaN or inf"):
+        lowbit.convert(source, tmp_path / ("out.gguf" if to["format"] == "gguf" else "out"), **to)
+    assert [path.name for path in tmp_path.iterdir()] == ["W4A16"]

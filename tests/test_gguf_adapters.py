@@ -6,11 +6,12 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from lora import linears_of, matrices, write_adapter
+import lowbit
+from lora import linears_of, make_adapter, matrices, write_adapter
 from lowbit.checkpoint.adapter import open_adapter
-from lowbit.errors import LowbitError, OutputError, UsageError
+from lowbit.errors import ArchitectureError, LowbitError, OutputError, UsageError
 from lowbit.formats.gguf.adapter import convert_adapter
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 SHAPES = {Q: (128, 128), UP: (192, 128)}
@@ -87,7 +88,8 @@ HEAD = matrices({"lm_head": (384, 128)})
          {"use_dora": True}, "has DoRA"),
         ({"lm_head.weight": torch.ones(384, 128)}, {}, "lm_head.weight has a saved module"),
         ({"model.norm.weight": torch.ones(128)}, {}, "model.norm.weight has a saved module"),
-        ({"model.embed_tokens.weight": torch.ones(400, 128)}, {}, "changes the size of the vocabulary"),
+        ({f"{name}.weight": torch.ones(400, 128) for name in ("model.embed_tokens", "lm_head")}, {},
+         "changes the size of the vocabulary"),
         (matrices({Q: (64, 128)}), {}, "do not fit"),
         (matrices(SHAPES), {"lora_alpha": 0}, "lora_alpha is 0"),
     ],
@@ -126,3 +128,19 @@ def test_an_adapter_is_replaced_on_demand_and_nothing_else(base, tmp_path):
         convert_adapter(adapter, tmp_path / "b.gguf", base=base, overwrite=True)
     with pytest.raises(UsageError, match="one GGUF file"):
         convert_adapter(adapter, tmp_path / "folder", base=base)
+
+
+def test_a_file_that_is_no_model_is_called_by_its_name_by_every_command(base, tmp_path):
+    """Of any GGUF that is requantized all tensors are taken as they are: a Q4_0 adapter would be written."""
+    adapter = convert_adapter(make_adapter(tmp_path / "a", base), tmp_path / "a.gguf", base=base).path
+    matrix = lowbit.imatrix(base, tmp_path / "m.gguf", calib=SHORT_TEXT, samples=1, seqlen=16).file
+    for file, what in ((adapter, "a LoRA adapter"), (matrix, "an importance matrix")):
+        for run in (
+            lambda file: lowbit.quantize(file, tmp_path / "out.gguf", scheme="Q8_0"),
+            lambda file: lowbit.convert(file, tmp_path / "out", format="float"),
+            lambda file: lowbit.estimate(file, scheme="Q8_0"),
+        ):
+            with pytest.raises(ArchitectureError, match=f"this is {what}, not a model"):
+                run(file)
+        assert f"this is {what}" in lowbit.inspect(file).notes[-1]
+    assert not list(tmp_path.glob("out*"))

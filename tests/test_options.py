@@ -27,7 +27,7 @@ from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table, command
 from lowbit.methods import parse_method
 from lowbit.patterns import check_patterns
 from lowbit.report import schema
-from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions
+from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, STREAM_CORRECTION, GPTQOptions
 from lowbit.schemes import SCHEMES
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 
@@ -59,6 +59,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hessian": st.sampled_from(["guided", "guided:1", "guided:16", "kronecker"]),
     "damping": st.floats(0, 1, exclude_min=True),
     "correction": st.floats(0, 1),
+    "stream_correction": st.floats(0, 1),
     "shrinkage": st.floats(0, 1),
     "distill_rate": st.floats(0, 0.1, exclude_min=True),
     "outliers": st.floats(0, 5, exclude_min=True),
@@ -218,6 +219,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "damping": (0.02, {}, HESSIAN),
     "shrinkage": (0.02, {}, HESSIAN),
     "correction": (0.5, {}, HESSIAN),
+    "stream_correction": (0.2, {}, HESSIAN),
     "correction_samples": (4, {}, HESSIAN),
     "refine": (2, {}, CORRECTED),
     "expert_tokens": (8, {}, HESSIAN),
@@ -272,6 +274,7 @@ def test_a_run_of_these_settings_is_not_refused(run):
         ({"double_quant": True}, "--double-quant"),
         ({"scheme": "FP8", "activation_percentile": 99.0}, "--activation-percentile 99.0"),
         ({"method": "gptq", "correction": 0.0, "correction_samples": 4}, "--correction-samples 4"),
+        ({"method": "gptq", "correction": 0.0, "stream_correction": 0.4}, "--stream-correction 0.4"),
         ({"method": "gptq+sign-sgd", "correction_samples": 4}, "--correction-samples 4"),
         ({"method": "gptq", "seed": 3}, "--seed 3"),
         ({"method": "awq", "damping": 0.1}, "--damping 0.1"),
@@ -285,6 +288,16 @@ def test_what_depends_on_another_setting_is_refused_without_it(settings, unread)
     with pytest.raises(UsageError) as caught:
         refuse_unread(make_settings(None, **settings))
     assert str(caught.value).startswith(f"{unread} is read only by ")
+
+
+def test_rows_are_fed_by_gptq_alone():
+    """SqueezeLLM, which rounds each row alone, would make of kronecker what guided is."""
+    with pytest.raises(UsageError, match="--hessian kronecker feeds the errors of rows to other rows") as caught:
+        make_settings(None, scheme="KMEANS4", method="squeezellm", hessian="kronecker")
+    assert caught.value.hint == "take --hessian guided, or --method gptq"
+    mixed = make_settings(None, scheme="KMEANS4", method="gptq", hessian="kronecker",
+                          method_overrides={"x": "squeezellm"})  # fmt: skip
+    assert mixed.feeds_rows
 
 
 @pytest.mark.parametrize(
@@ -441,6 +454,7 @@ def test_help_says_the_defaults_that_the_code_has():
     options = GPTQOptions()
     for name in ("damping", "refine"):
         assert ROWS[name].knob.absent == str(getattr(options, name))
+    assert ROWS["stream_correction"].knob.absent == str(STREAM_CORRECTION) == str(options.stream)
     assert ROWS["correction"].knob.absent == f"{CORRECTION}; {CORRECTION_WITH_ROWS} with --hessian kronecker"
 
 

@@ -21,7 +21,7 @@ TEXTS = [
     "café naïve 你好 🙂 \x00\x7f\ufeff",
 ]
 # Names of pre-tokenizers.
-BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "qwen35", "gpt-4o", "tekken",
+BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "qwen35", "gpt-4o", "kimi-k2", "tekken",
               "deepseek-v3", "deepseek-coder", "falcon", "bloom", "jais-2", "seed-coder")  # fmt: skip
 SENTENCEPIECE = ("llama2", "metaspace", "gemma")
 

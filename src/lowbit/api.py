@@ -28,8 +28,8 @@ from lowbit.plan.conversion import prepare_conversion
 from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
 from lowbit.registry import load
 from lowbit.report import schema
-from lowbit.reporting import build_report, write_report
-from lowbit.rounding.extremes import tells_of_extremes
+from lowbit.reporting import build_report, extremes_of, write_report
+from lowbit.rounding.extremes import tells_of_loss
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import parse_mixture
 from lowbit.verification import verify
@@ -236,16 +236,6 @@ def dry_convert(
 _COMPARED = ("relative-error", "nearest-codes", "gguf-weights", "gguf-nearest-codes")
 
 
-def _extremes(prepared: Prepared, written: Written) -> list[str]:
-    """Tensors with values that the format cannot hold, and what became of them; large values first, which make their
-    neighbours zero."""
-    found = {name: note for name, notes in written.notes.items() for note in notes}
-    for record in () if prepared.calibrated is None else prepared.calibrated.store.records.values():
-        for name, result in record.linears.items():
-            found |= {f"{name}.weight": note for note in result.notes if tells_of_extremes(note)}
-    return [f"{name}: {found[name]}" for name in sorted(found, key=lambda name: found[name].startswith("the values"))]
-
-
 def write_prepared(
     prepared: Prepared,
     output: Path,
@@ -279,7 +269,8 @@ def write_prepared(
         # Limits of the engine are reported and the output stays; broken files are an error.
         inherited = plan.inherited_rules(prepared.checkpoint)
         for failed in (check for check in verification.broken if check.rule not in inherited):
-            lost = _extremes(prepared, written) if failed.rule in _COMPARED else []
+            compared = failed.rule in _COMPARED
+            lost = [note for note in extremes_of(prepared, written) if compared and tells_of_loss(note)]
             if lost:
                 raise VerificationError(
                     f"{output}: {plan.scheme_name} of {plan.format.name} cannot hold the source's weights: {lost[0]}"

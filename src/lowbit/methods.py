@@ -18,6 +18,9 @@ from typing import Any
 from lowbit.errors import UsageError
 from lowbit.registry import load
 
+# The hint where a model cannot be run, or not in this memory. A level of quality stands for a method that runs a text.
+RUNS_NO_TEXT = "lowbit quantize --method rtn, without --quality, runs no text"
+
 
 @dataclass(frozen=True)
 class Transform:

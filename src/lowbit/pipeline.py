@@ -35,7 +35,7 @@ from lowbit.methods import RTN, parse_method
 from lowbit.numerics.precision import compute_dtype, squared_error_in_double
 from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, Plan, PlannedTensor, Prepared, Progress
 from lowbit.registry import load
-from lowbit.rounding.extremes import find_extreme
+from lowbit.rounding.extremes import empty, find_extreme, tells_of_loss
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.rtn import TensorRange, measure_range
@@ -218,8 +218,7 @@ class _Run:
             values = rows.reshape(last - first, -1)
             source = lambda chosen: values[chosen]  # noqa: E731
             if rows.dtype in FLOATS and rows.numel():
-                extent = measure_range(rows.reshape(1, -1))
-                self._check_finite(tensor, first, extent.high - extent.low)
+                self._check_kept(tensor, first, values)
         elif tensor.making is Making.rounded:
             values = tensor.source.read(self.checkpoint, first, last).reshape(last - first, tensor.columns)
             values = values.float() if values.dtype.itemsize > 4 else values
@@ -231,7 +230,8 @@ class _Run:
                 sums = target.error(values, rows)
             sums = self._finite(tensor, first, values, target.reader(rows), sums)
             found = find_extreme(values, rows, sums, target, tensor.stored_as, first) if values.numel() else None
-            self._keep(tensor, first, sums, found)
+            self._keep(tensor, first, sums)
+            self._note(tensor, first, found)
             source, decode = lambda chosen: values[chosen], target.reader(rows)
         elif tensor.making is Making.calibrated:
             assert self.store is not None
@@ -241,6 +241,7 @@ class _Run:
             rows = tensor.source.repack(self.checkpoint, target, first, last)
             self._keep(tensor, first, self.plan.packing_error(tensor, rows))
             decode = source = target.reader(rows)
+            self._check_kept(tensor, first, decode(torch.arange(last - first)))
         self.histograms.add(tensor.name, tensor.rows_shape, first, last, source, decode)
         for piece in self.plan.pack(tensor, rows, first):
             self.container.write(piece)
@@ -284,11 +285,21 @@ class _Run:
                 if name in self.checkpoint.tensors:
                     self.checkpoint.release(name)
 
-    def _keep(self, tensor: PlannedTensor, first: int, sums: Sums, note: str | None = None) -> None:
+    def _keep(self, tensor: PlannedTensor, first: int, sums: Sums) -> None:
         with self.lock:
             self.sums.setdefault(tensor.name, {})[first] = sums
-            if note is not None:
+
+    def _note(self, tensor: PlannedTensor, first: int, note: str | None) -> None:
+        if note is not None and (len(tensor.shape) > 1 or tells_of_loss(note)):  # biases of zeros are ordinary
+            with self.lock:
                 self.notes.setdefault(tensor.name, {})[first] = note
+
+    def _check_kept(self, tensor: PlannedTensor, first: int, values: Tensor) -> None:
+        """NonFiniteError for NaN or inf in rows that keep their floats or codes; a note where all are zero."""
+        extent = measure_range(values.reshape(1, -1))
+        self._check_finite(tensor, first, extent.high - extent.low)
+        if extent.low == extent.high == 0:
+            self._note(tensor, first, empty(first, len(values)))
 
     def _finite(self, tensor: PlannedTensor, first: int, values: Tensor, decode: RowReader, sums: Sums) -> Sums:
         """The sums of a slab's errors, in float64 where finite weights overflow float32; NonFiniteError for others."""

@@ -28,7 +28,8 @@ class Format:
     kv_cache       KV-cache schemes whose scales the format stores
     transforms     True if it can state rotations that an engine applies as the model runs
     nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4); None: refused
-    beside         (file, suffix of tensor names) of old tools that describe the format outside config.json
+    beside         (file, suffix of tensor names) of tools that describe the format elsewhere than in config.json's
+                   quantization_config; config.json itself where the tensors say all
     """
 
     name: str
@@ -110,7 +111,8 @@ FORMATS: dict[str, Format] = {
         Format("auto-round", read=f"{_F}.auto_round.read:open_auto_round"),
         Format("fbgemm_fp8", read=f"{_F}.fbgemm_fp8.read:open_fbgemm_fp8"),
         Format("torchao", read=f"{_F}.torchao.read:TorchAoLayout"),
-        Format("hqq", read=f"{_F}.hqq.read:refuse_hqq"),
+        Format("quark", read=f"{_F}.quark.read:QuarkLayout"),
+        Format("hqq", read=f"{_F}.hqq.read:HqqLayout", beside=("config.json", ".W_q")),
     )
 }  # fmt: skip
 

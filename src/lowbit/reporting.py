@@ -29,6 +29,7 @@ from lowbit.report import schema
 from lowbit.report.neighbours import planned_neighbours, with_neighbours_beside
 from lowbit.report.next_steps import next_steps
 from lowbit.report.page import render_html
+from lowbit.rounding.extremes import tells_of_extremes
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
@@ -55,7 +56,6 @@ def build_report(
     files, beside = (_files(paths, written) for paths in (written.files, written.beside))
     weights = sum(tensor.weights for tensor in plan.tensors)
     shown = _kept_histograms(written.histograms, written.results)
-    extremes = tuple(f"{name}: {note}" for name, notes in written.notes.items() for note in notes)
     bytes_in, bytes_out = sum(tensor.source_bytes for tensor in plan.tensors), sum(file.bytes for file in files)
     report = schema.Report(
         schema=schema.SCHEMA,
@@ -65,8 +65,8 @@ def build_report(
             model=prepared.source,
             kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*checkpoint.notes, *plan.notes, *_counted(extremes), *_calibration_notes(prepared),
-                   *filter(None, [plan.shortfall])),
+            notes=(*checkpoint.notes, *plan.notes, *_counted(extremes_of(prepared, written)),
+                   *_calibration_notes(prepared), *filter(None, [plan.shortfall])),
             bytes=bytes_in,
             adapter=prepared.options.adapter,
             adapter_sha256=adapter_sha256(prepared.options),
@@ -266,7 +266,8 @@ def _calibration_notes(prepared: Prepared) -> tuple[str, ...]:
     if prepared.calibrated is None:
         return ()
     records = prepared.calibrated.store.records.values()
-    notes = Counter(note for record in records for result in record.linears.values() for note in result.notes)
+    notes = Counter(note for record in records for result in record.linears.values() for note in result.notes
+                    if not tells_of_extremes(note))  # fmt: skip
     learned = () if prepared.distilled is None else prepared.distilled.notes
     return (*prepared.calibrated.notes, *learned, *(f"{note} ({count} linears)" for note, count in notes.items()))
 
@@ -294,7 +295,18 @@ def _kept_histograms(
     return {name: histograms[name] for name in worst[:_HISTOGRAMS]}
 
 
-def _counted(extremes: tuple[str, ...]) -> tuple[str, ...]:
+def extremes_of(prepared: Prepared, written: Written) -> list[str]:
+    """Tensors with values that their format cannot hold, and what became of them, or with nothing but zeros; large
+    values first, which make their neighbours zero."""
+    found = [(name, note) for name, notes in written.notes.items() for note in notes]
+    for record in () if prepared.calibrated is None else prepared.calibrated.store.records.values():
+        found += [(f"{name}.weight", note) for name, result in record.linears.items() for note in result.notes
+                  if tells_of_extremes(note)]  # fmt: skip
+    found.sort(key=lambda pair: pair[1].startswith(("the values", "the weights")))
+    return [f"{name}: {note}" for name, note in found]
+
+
+def _counted(extremes: list[str]) -> tuple[str, ...]:
     """The first few, and how many more there are."""
     count = len(extremes) - _EXTREMES
     more = (f"extreme values in {count} more places, which the report lists by tensor",) if count > 0 else ()

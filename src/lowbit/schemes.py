@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Storage of a scale. "model": a 16- or 32-bit float, as the file format has it. "nested": 8-bit codes of bitsandbytes'
 # double quantization. "qoq": such a float, which is an integer of 1 to 16 times one float per row (QServe).
 ScaleFormat = Literal["model", "e8m0", "e4m3", "nested", "qoq"]
-Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary", "kmeans", "log"]
+Number = Literal["int", "e4m3", "e5m2", "e2m1", "nf4", "fp4", "ternary", "kmeans", "log", "hqq"]
 # Numbers whose table of values is fitted to the weights; no engine's own format holds them.
 FITTED_NUMBERS = ("kmeans", "log")
 
@@ -34,6 +34,7 @@ class WeightSpec:
                   "ternary": −1, 0, 1, with the mean |w| of the matrix for a scale (BitNet b1.58)
                   "kmeans": 2^b values of a row or group, found by k-means (SqueezeLLM); there is no scale
                   "log": 0 and ±base^−e, the base chosen for each group
+                  "hqq": integers whose zero point is a float, between codes (HQQ); read only
     bits          of one code
     symmetric     False: an integer zero point per scale
     granularity   which weights share a scale
@@ -338,6 +339,8 @@ def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Sc
             own = replace(own, granularity=weight.granularity, group_size=weight.group_size, outliers=weight.outliers)
         if own == weight and scheme.activation == activation:
             return replace(scheme, weight=weight)
+    if weight.number == "e4m3" and activation is None:
+        return Scheme("FP8A16", weight, None, "FP8 E4M3, weight-only")
     activation_bits = 16 if activation is None else activation.bits
     name = f"W{weight.bits}A{activation_bits}" + ("" if weight.symmetric else "_ASYM")
     return Scheme(name, weight, activation, "as the checkpoint states it")

@@ -74,7 +74,8 @@ class GroupParams:
     """Scale and zero point of every row and group.
 
     scale        float32 [N, G]   > 0; multiplies on decode; already rounded to a value that the format stores
-    zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids
+    zero_point   int32 [N, G]     code that decodes to exactly 0; None on symmetric and minifloat grids; float32, and
+                                  between codes, on HQQ's
     global_scale float            second level: scale [N, G] is stored as (scale / global_scale); 1 where there is none
     table        float32 [N, G, 2^b]   value of every code at scale 1, of grids that fit it; else None
     """
@@ -222,7 +223,7 @@ class QuantizedTensor:
 
     codes        int8 or uint8 [N, K]   within the grid's range; minifloats: the bit pattern
     scale        float32, shape by granularity   the *effective* scale: what codes are multiplied with
-    zero_point   int32, shape of scale   None on symmetric grids
+    zero_point   int32, shape of scale   None on symmetric grids; float32 on HQQ's
     global_scale float   two-level grids store scale / global_scale; a power of two when we made it, so both the
                          multiplier (ModelOpt) and the divisor (compressed-tensors) are exact
     group_size   g; K where one scale spans the row
@@ -310,6 +311,8 @@ class LayerStats:
     hessian   float32 [K, K]   Σ x xᵀ; None if only the diagonal is needed
     drift     float32 [K, K]   C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ: predicts x₀ − x from x, where x₀ is the same input in the
                                unquantized model; None if that model was not run
+    lost      float32 [N, K]   the same for C = Σ (r₀ − r) xᵀ, r the residual stream that the output is added to:
+                               predicts r₀ − r from x; None where the output is not added to a stream
     mean      float32 [K]      mean x per channel, for bias correction; None otherwise
     weighted  linear → for each group of its output rows, these statistics with the `hessian` of tokens that are weighed
               by the gradient of the loss (`calibrate.gradients`); empty where every token counts alike
@@ -321,5 +324,6 @@ class LayerStats:
     mean_abs: Tensor
     hessian: Tensor | None = None
     drift: Tensor | None = None
+    lost: Tensor | None = None
     mean: Tensor | None = None
     weighted: Mapping[str, tuple[LayerStats, ...]] = field(default_factory=dict)

@@ -173,6 +173,14 @@ def test_what_no_module_has_is_named(folder):
     assert "has no place for []" in refusal(folder)
 
 
+@pytest.mark.parametrize("leaf", ["qweight", "weight_packed", "weight_scale"])
+def test_codes_without_a_statement_of_config_json_are_called_so(folder, leaf):
+    edit_tensors(folder, **{f"model/layers/0/mlp/up_proj/{leaf}": torch.ones(4)})
+    said = refusal(folder)
+    assert f"model.layers.0.mlp.up_proj.{leaf} is part of a quantized weight, and config.json states no" in said
+    assert "get config.json again" in said
+
+
 def test_a_head_that_is_absent_names_the_flag(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors[HEAD]

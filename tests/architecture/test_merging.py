@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora import CONFIG, linears_of, make_adapter, matrices, summed, tensors_of, write_adapter
+from fuzzing import bounded_time
+from lora import CONFIG, PREFIX, linears_of, make_adapter, matrices, summed, tensors_of, write_adapter
 from lowbit.architecture.describing import open_described
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
@@ -295,7 +296,8 @@ def test_adapters_that_are_no_plain_sum_are_refused_by_name(models, tmp_path, ke
         ({f"{Q}.lora_A.weight": torch.ones(3, 128)}, "A [3, 128] and B [128, 4]"),
         ({f"{Q}.lora_A.weight": torch.ones(0)}, "saved from a part of the GPUs"),
         ({f"{Q}.lora_magnitude_vector": torch.ones(128)}, "has a lora_magnitude_vector, and use_dora is False"),
-        ({f"{Q}.lora_A.weight": torch.full((4, 128), torch.inf)}, "not finite"),
+        ({f"{Q}.lora_A.weight": torch.full((4, 128), torch.inf)}, "holds NaN or inf"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 128, dtype=torch.int8)}, "is I8, and floats are needed"),
         ({f"{Q}.lora_E": torch.ones(4)}, "lora_E is no tensor of LlamaForCausalLM"),
         ({f"{Q}.hada_w1_a": torch.ones(4)}, "hada_w1_a is no tensor of LlamaForCausalLM"),
         (matrices({"model.layers.7.self_attn.q_proj": (128, 128)}), "is no module of LlamaForCausalLM"),
@@ -318,8 +320,10 @@ def test_tensors_that_do_not_belong_together_are_refused_by_name(models, tmp_pat
         ({"rank_pattern": {"q_proj": 2}}, "rank 2"),
         ({"r": None}, "r is None; a number is needed"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"rank_pattern": {"q(": 2}}, "is not a regular expression"),
+        ({"rank_pattern": {"q(": 2}}, "no pattern that can be matched"),
         ({"alpha_pattern": [1]}, "a mapping is needed"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, so that the adapter does not change model.layers.0.self_attn.q_proj"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; true or false is needed"),
         ({"use_dora": True}, "lacks its lora_magnitude_vector"),
     ],
 )
@@ -331,10 +335,44 @@ def test_what_is_no_adapter_and_what_is_no_base_is_refused(models, tmp_path):
     adapter = make_adapter(tmp_path / "a", models())
     assert "there is no adapter_config.json" in refusal(models(), models())
     assert "there is no such folder" in refusal(models(), tmp_path / "absent")
-    with pytest.raises(UsageError, match="holds quantized weights"):
+    with pytest.raises(UsageError, match="is a GGUF file, into which"):
         open_checkpoint("demo:smollm2", OpenOptions(adapter=str(adapter)))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert "is a pickle" in refusal(models(), adapter)
+    (adapter / "adapter_model.safetensors").symlink_to("blob")
+    assert "adapter_model.safetensors: a link to blob, which is not there" in refusal(models(), adapter)
+
+
+def test_an_adapter_in_eight_bits_is_its_values(models, tmp_path):
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in matrices({Q: (128, 128)}).items()}
+    after = read_merged(models(), write_adapter(tmp_path / "a", tensors))
+    as_floats = {name: tensor.float() for name, tensor in tensors.items()}
+    assert_is_sum(after[f"{Q}.weight"], summed(tensors_of(models())[f"{Q}.weight"], as_floats, Q))
+
+
+def test_half_a_vocabulary_is_refused_and_blamed_on_the_adapter(models, tmp_path):
+    tensors = matrices({Q: (128, 128)}) | {"lm_head.weight": torch.randn(390, 128)}
+    assert "its tokens are 390, and model.embed_tokens.weight, which has 384 rows, is not in the adapter" in refusal(
+        models(), write_adapter(tmp_path / "a", tensors)
+    )
+
+
+def test_a_pattern_of_an_adapter_is_matched_in_linear_time(models, tmp_path):
+    adapter = write_adapter(tmp_path / "a", matrices({Q: (128, 128)}), alpha_pattern={"(([a-z0-9._])+)+X": 16})
+    with bounded_time(5):  # Python's re needs hours
+        after = read_merged(models(), adapter)
+    assert_is_sum(after[f"{Q}.weight"], summed(tensors_of(models())[f"{Q}.weight"], tensors_of(adapter), PREFIX + Q))
+
+
+def test_what_was_not_trained_is_said(models, tmp_path):
+    tensors = matrices({Q: (128, 128), UP: (192, 128)})
+    tensors[f"{UP}.lora_B.weight"].zero_()
+    adapter = write_adapter(tmp_path / "a", tensors, modules_to_save=["lm_head", "score"])
+    checkpoint, _ = open_described(models(), OpenOptions(adapter=str(adapter)))
+    said = "; ".join(checkpoint.notes)
+    assert f"1 of 2 matrices B of the adapter are zeros, the first of {UP}" in said
+    assert "lm_head was trained (modules_to_save), and the file has no tensor of it" in said
+    assert "score" not in said
 
 
 def test_a_lone_adapter_is_refused_with_the_line_that_merges_it(tmp_path):
@@ -342,4 +380,4 @@ def test_a_lone_adapter_is_refused_with_the_line_that_merges_it(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="this is a LoRA adapter of org/base, not a model") as caught:
         open_checkpoint(tmp_path)
-    assert f"lowbit quantize org/base --adapter {tmp_path}" in caught.value.hint
+    assert f"lowbit quantize org/base -o OUT --adapter {tmp_path}" in caught.value.hint

@@ -51,10 +51,16 @@ def test_a_page_that_is_there_is_not_replaced_and_nothing_is_asked(prompts, tmp_
     assert (tmp_path / "blind.html").read_text() == "mine"
 
 
-def test_with_overwrite_it_is(servers, prompts, tmp_path):
-    (tmp_path / "blind.html").write_text("mine")
+def test_with_overwrite_a_page_of_lowbit_is_and_nothing_else(servers, prompts, tmp_path):
+    page = tmp_path / "blind.html"
+    page.write_text("mine")
+    with pytest.raises(OutputError, match=r"blind.html exists, and is no such document of lowbit"):
+        lowbit(*servers, "--blind", "--prompts", prompts, "--overwrite")
+    assert page.read_text() == "mine"
+    page.write_text('<head><meta name="generator" content="lowbit"></head>')
     lowbit(*servers, "--blind", "--prompts", prompts, "--overwrite")
-    assert "data-sealed" in (tmp_path / "blind.html").read_text()
+    assert "data-sealed" in page.read_text()
+    lowbit(*servers, "--blind", "--prompts", prompts, "--overwrite")  # its own page
 
 
 def test_a_judge_needs_no_page_and_is_summed_up(servers, prompts, tmp_path):

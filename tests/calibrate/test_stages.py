@@ -8,7 +8,7 @@ import torch
 from lowbit.calibrate.block_modules import Block, BlockInput, observed
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.passes import BlockPasses, Streams, run_through
-from lowbit.calibrate.stages import by_child, count_stages, find_idle, find_stages
+from lowbit.calibrate.stages import added_to_stream, by_child, count_stages, find_idle, find_stages
 from lowbit.checkpoint import open_checkpoint
 from models import ARCHITECTURES, make_model
 
@@ -124,6 +124,64 @@ def test_statistics_are_behind_what_was_rounded_before(folder, architecture, roo
     runner.load(0)
     run_through(runner, 0, before, IDS)
     torch.testing.assert_close(streams.unquantized.values, before.values)
+
+
+ADDED = {
+    "llama": ("self_attn", "mlp"),
+    "opt": ("self_attn", "fc2"),
+    "gpt_neox": ("attention", "mlp"),
+    "qwen3_moe": ("self_attn", "mlp"),
+    "gemma2": (),  # norms behind attention and MLP
+    "granite": (),  # outputs are multiplied before they are added
+}
+
+
+@pytest.mark.parametrize("architecture", ADDED)
+def test_children_whose_output_is_added_to_the_stream(folder, architecture):
+    runner = BlockRunner(open_checkpoint(make_model(folder / f"added-{architecture}", architecture)))
+    states, stages = runner.embed(IDS), stages_of(runner)
+    h = states.values[:1]
+    with torch.no_grad():
+        found = added_to_stream(runner.blocks[1], stages, h, lambda: runner.forward(1, h))
+    assert found == ADDED[architecture]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gemma2"])
+def test_what_the_stream_lost_is_the_regression_of_it_on_the_input(folder, architecture):
+    """The stream before a child adds to it: the block's input, and the outputs of the children before."""
+    path = make_model(folder / f"lost-{architecture}", architecture)
+    runner = BlockRunner(open_checkpoint(path))
+    streams, noise = Streams(runner, IDS, len(IDS)), torch.Generator().manual_seed(1)
+    streams.quantized.values += 0.1 * torch.randn(streams.quantized.values.shape, generator=noise)
+    runner.load(0)
+    block, outputs = runner.blocks[0], dict.fromkeys(ADDED[architecture])
+
+    def run(h: torch.Tensor) -> dict[str, torch.Tensor]:
+        hooks = [block.module.get_submodule(child).register_forward_hook(
+            lambda _module, _arguments, out, child=child: outputs.update(
+                {child: (out[0] if isinstance(out, tuple) else out).double().reshape(-1, h.shape[-1])}))
+            for child in outputs]  # fmt: skip
+        with torch.no_grad():
+            runner.forward(0, h)
+        for hook in hooks:
+            hook.remove()
+        return dict(outputs)
+
+    inputs = [each.values.clone() for each in (streams.unquantized, streams.quantized)]
+    unquantized, quantized = run(inputs[0]), run(inputs[1])
+    passes, seen = BlockPasses(runner, 0, streams), Inputs()
+    with torch.no_grad(), observed(block, block.module, seen):
+        runner.forward(0, inputs[1])
+    lost = (inputs[0].double() - inputs[1].double()).flatten(0, 1)
+    for stage in passes.stages:
+        found = passes.measure(stage, lambda windows: None)[stage.inputs[0].name].lost
+        if stage.end is None or stage.child not in outputs:
+            assert found is None
+            continue
+        x = seen.seen[stage.inputs[0].name]
+        damped = x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(x.shape[1])
+        torch.testing.assert_close(found.double(), torch.linalg.solve(damped, x.T @ lost).T, rtol=1e-2, atol=1e-3)
+        lost = lost + unquantized[stage.child] - quantized[stage.child]
 
 
 def test_two_kinds_of_experts_in_one_child_are_one_stage():

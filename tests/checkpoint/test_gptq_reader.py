@@ -181,6 +181,13 @@ def test_linears_stored_as_floats_are_not_quantized(tmp_path):
     assert checkpoint.says_quantized("model.layers.0.mlp.down_proj")  # type: ignore[attr-defined]
 
 
+def test_floats_beside_the_codes_of_a_linear_are_refused(tmp_path):
+    def both(tensors):
+        tensors[f"{LINEAR}.weight"] = torch.ones(SHAPE)
+
+    refused(good(tmp_path, change=both), f"{LINEAR}.weight and {LINEAR}.qweight are both there")
+
+
 def test_dynamic_overrides(tmp_path):
     eight, other = scheme_of(8, False, -1), "model.layers.1.mlp.down_proj"
     tensors = stored(GPTQ_V2, random_codes(scheme_of(4)), scheme_of(4)) | stored(

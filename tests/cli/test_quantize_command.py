@@ -95,6 +95,14 @@ def test_overrides_and_ignores_reach_the_plan(lowbit, tiny_llama):
     assert chosen["model.embed_tokens"] is None
 
 
+def test_the_summary_names_what_differs_from_the_rest(lowbit, tiny_llama, tmp_path):
+    printed = lowbit(
+        "quantize", tiny_llama, "-o", tmp_path / "out", "--group-size", "32", "--method", "hqq",
+        "--override", "down_proj$=W8A16", "--method-override", "o_proj=rtn",
+    ).stdout  # fmt: skip
+    assert "down_proj$: W8A16; o_proj: rtn" in printed
+
+
 def test_overwrite_replaces_an_earlier_output_of_ours(lowbit, tiny_llama, tmp_path):
     first = quantize(lowbit, tiny_llama, tmp_path / "out")
     assert lowbit("quantize", tiny_llama, "-o", tmp_path / "out", "--scheme", "W8A16").code == 1

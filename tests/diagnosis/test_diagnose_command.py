@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import CheckpointError, OutputError, UsageError
+from lowbit.export.atomic import DIAGNOSIS_MARK, refuse_existing_document
 from lowbit.report import schema
 from lowbit.report.diagnosis import Diagnosis
 
@@ -34,6 +35,7 @@ def test_json_is_a_diagnosis_and_the_same_in_a_file_and_in_the_report(w4a16, tex
     document = json.loads(result.stdout)
     found = Diagnosis.model_validate_json(result.stdout, strict=True)
     assert found.model_dump(mode="json") == document == json.loads((tmp_path / "found.json").read_text())
+    refuse_existing_document(tmp_path / "found.json", True, DIAGNOSIS_MARK)  # which is lowbit's own
     assert schema.load(w4a16).diagnosis == found
     assert (w4a16 / "report.html").is_file()
     assert document["versions"]["lowbit"] == lowbit.__version__
@@ -49,6 +51,9 @@ def test_a_file_that_is_there_is_replaced_only_when_told(w4a16, text, tmp_path, 
     assert isinstance(result.exception, OutputError)
     assert "--overwrite" in result.exception.hint
     assert page.read_text() == "mine"
+    again = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page), "--overwrite"])
+    assert isinstance(again.exception, OutputError)
+    assert page.read_text() == "mine"  # a model, say, whose name was given by mistake
     page.unlink()
     page.mkdir()
     result = CliRunner().invoke(app, [command, *map(str, models), "--text", str(text), "-o", str(page), "--overwrite"])

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from gguf_cases_experts import CASES
 from gguf_models import describe_folder, make_case, write_plain
-from lowbit.checkpoint import open_checkpoint, open_gguf
+from lowbit.checkpoint import open_checkpoint, open_gguf, requires_remote_code
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.imatrix import measure_importance, text_of
+from lowbit.formats.gguf.rope import yarn_speeds
 from lowbit.formats.gguf.table import REFUSED as TYPES_REFUSED
 from lowbit.formats.gguf.table import row_of_model
 from models import SHORT_TEXT, make_model
@@ -67,10 +68,49 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, found):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("model_type", ["phimoe", "dbrx", "flex_olmo", "jetmoe", "kimi_k2"])
+@pytest.mark.parametrize("model_type", ["phimoe", "dbrx", "flex_olmo", "jetmoe"])
 def test_a_model_type_without_a_row_is_refused_with_the_reason(model_type):
     with pytest.raises(ArchitectureError, match=re.escape(TYPES_REFUSED[model_type])):
         row_of_model({"model_type": model_type}, "here")
+
+
+def test_the_ends_of_the_yarn_ramp_are_written_with_the_option_that_llama_cpp_needs(tmp_path):
+    model, checkpoint = describe_folder(make_case(tmp_path / "hf", "kimi_k2"))
+    assert model.key_values["deepseek2.rope.scaling.yarn_beta_fast"][0] == 1.0
+    assert [note for note in model.notes if "--yarn" in note] == [
+        "start llama.cpp with --yarn-beta-fast 1: it does not read that from a file of deepseek2, and without the "
+        "option 11 of 32 rotary pairs turn at 11 to 92 % of their speed"
+    ]
+    config = open_gguf(write_plain(model, checkpoint, tmp_path / "model.gguf")).config()
+    assert config["rope_parameters"]["beta_fast"] == 1.0
+
+
+def test_speeds_of_yarn_are_those_of_transformers(tmp_path):
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 8.0, "beta_slow": 2.0}  # fmt: skip
+    config = AutoConfig.for_model("llama", head_dim=64, rope_parameters=yarn, max_position_embeddings=131072)
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    speeds = yarn_speeds(50000.0, 64, 4096, 32.0, {"beta_fast": 8.0, "beta_slow": 2.0})
+    torch.testing.assert_close(speeds / 50000.0 ** (torch.arange(0, 64, 2) / 64), expected)
+
+
+def test_sparse_mixer_weighs_experts_otherwise_than_softmax():
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    weights, chosen = sparsemixer(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)), 0.01, False)
+    assert chosen.shape == (4000, 2)
+    assert f"{weights.sum(-1).mean():.2f}" == "1.95"
+    assert "sum to 1.95 of 2" in TYPES_REFUSED["phimoe"]
+
+
+def test_kimi_k2_needs_no_code_of_its_own():
+    config = {"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
+    assert not requires_remote_code(config)
+    assert not requires_remote_code({"model_type": "kimi_k25", "auto_map": {"AutoModel": "m.X"}, "text_config": config})
+    assert requires_remote_code(config | {"model_type": "kimi_linear"})
 
 
 def test_keys_and_values_of_latent_attention_are_split_as_the_converter_does(tmp_path):

@@ -1,6 +1,9 @@
 """Tokenizers as GGUF key-values, and back: the same ids on hard texts; and what is refused or noted."""
 
+import base64
+import itertools
 import json
+import re
 import struct
 
 import pytest
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer
 from lowbit.errors import ArchitectureError, CheckpointError, LowbitError, UsageError
 from lowbit.formats.gguf.sentencepiece import read_sentencepiece
 from lowbit.formats.gguf.tokenizer import write_tokenizer
+from lowbit.formats.gguf.tokenizer_files import TokenizerFiles
 from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
 from tiny_tokenizers import (
     BYTE_LEVEL,
@@ -427,3 +431,63 @@ def test_gemma4_without_bos_or_with_merges_over_newlines_is_noted(tmp_path):
     made = tokenizer_key_values(write_tokenizer_folder(tmp_path, parsed), ROWS, spaced="gemma4")
     assert any("begins every text of this vocabulary with BOS" in note for note in made.notes)
     assert any("joins no newline" in note for note in made.notes)
+
+
+# --- tiktoken.model -------------------------------------------------------------------------------------------------
+
+RANKED = [*(bytes([byte]) for byte in range(256)), b"in", b"th", b"the", b" the", b"ing", "你".encode()[:2],
+          "你".encode()]  # fmt: skip
+
+
+def write_tiktoken(folder, tokens=RANKED, code="tokenization_kimi.TikTokenTokenizer"):
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    end = len(tokens)
+    settings = {"auto_map": {"AutoTokenizer": [code, None]}, "bos_token": "[BOS]",
+                "added_tokens_decoder": {str(end): {"content": "[BOS]", "special": True}}}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def ranked_parts(word):
+    """tiktoken's algorithm: of all neighbours the pair of the lowest rank is joined."""
+    parts = [bytes([byte]) for byte in word]
+    while True:
+        ranks = {RANKED.index(a + b): at for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in RANKED}
+        if not ranks:
+            return [RANKED.index(part) for part in parts]
+        at = ranks[min(ranks)]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def test_a_vocabulary_by_ranks_gets_the_merges_that_make_its_tokens(tmp_path):
+    files = TokenizerFiles(write_tiktoken(tmp_path))
+    assert files.tokenizer["model"]["merges"] == [
+        ["i", "n"], ["t", "h"], ["th", "e"], ["Ġ", "the"], ["in", "g"], ["ä", "½"], ["ä½", "ł"],
+    ]  # fmt: skip
+    for word in (" thething", "the", "inthe", "你好", " ing"):
+        assert files.loaded.encode(word).ids == [
+            token for piece in re.findall("[你好]+|[^你好]+", word) for token in ranked_parts(piece.encode())
+        ]
+
+
+def test_the_tokenizer_of_kimi_k2_is_written(tmp_path):
+    values = tokenizer_key_values(write_tiktoken(tmp_path), 300).key_values
+    assert values["tokenizer.ggml.pre"][0] == "kimi-k2"
+    tokens = values["tokenizer.ggml.tokens"][0]
+    assert tokens[len(RANKED)] == "[BOS]"
+    assert tokens[-1] == "[PAD299]"
+    assert values["tokenizer.ggml.bos_token_id"][0] == len(RANKED)
+
+
+def test_another_tiktoken_model_is_refused(tmp_path):
+    with pytest.raises(ArchitectureError, match="does not say how text is cut"):
+        tokenizer_key_values(write_tiktoken(tmp_path, code="tokenization_qwen.QWenTokenizer"), 300)
+
+
+@pytest.mark.parametrize(("tokens", "found"), [
+    (RANKED[1:], "no token for byte 0"), ([*RANKED, b"a"], "is no token and its rank"), ([b""], "is no token"),
+])  # fmt: skip
+def test_a_damaged_tiktoken_model_is_named(tmp_path, tokens, found):
+    with pytest.raises(CheckpointError, match=found):
+        tokenizer_key_values(write_tiktoken(tmp_path, tokens), 300)

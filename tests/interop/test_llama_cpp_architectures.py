@@ -6,7 +6,16 @@ import math
 
 import pytest
 
-from gguf_models import CASES, LOOSER, TOLERANCE, describe_folder, make_case, prompt_and_logprobs, write_plain
+from gguf_models import (
+    CASES,
+    LLAMA_OPTIONS,
+    LOOSER,
+    TOLERANCE,
+    describe_folder,
+    make_case,
+    prompt_and_logprobs,
+    write_plain,
+)
 from llama_cpp import top_logprobs
 
 pytestmark = pytest.mark.interop
@@ -21,7 +30,7 @@ def test_llama_cpp_computes_the_same_model(tmp_path, case):
     model, checkpoint = describe_folder(folder)
     path = write_plain(model, checkpoint, tmp_path / "model.gguf")
     ids, expected = prompt_and_logprobs(folder)
-    found = top_logprobs(path, ids)
+    found = top_logprobs(path, ids, options=LLAMA_OPTIONS.get(case))
     assert len(found) == 10
     assert max(found, key=found.__getitem__) == int(expected.argmax())
     worst = max(abs(logprob - expected[token].item()) for token, logprob in found.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -91,3 +92,41 @@ def test_a_slab_of_zeros_is_named():
     assert found(values, "Q4_0") == "the weights of rows 10..12 are all zero in the source"
     values[1, 3] = 0.1
     assert found(values, "Q4_0") is None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"scheme": "W4A16"}, {"scheme": "W4A16", "ignore": ["(gate|up)_proj"]}, {"scheme": "NF4"}, {"scheme": "W8A8"},
+        {"scheme": "BF16"}, {"scheme": "Q8_0"}, {"scheme": "W4A16", "format": "float"},
+        {"scheme": "W4A16", "method": "gptq", "samples": 4, "seqlen": 48, "calib": SHORT_TEXT},
+        {"scheme": "Q4_0", "method": "gptq", "samples": 4, "seqlen": 48, "calib": SHORT_TEXT},
+    ],
+)  # fmt: skip
+def test_a_matrix_of_zeros_is_said_of_every_output(empty_up, tmp_path, how):
+    output = tmp_path / ("out.gguf" if how["scheme"] in ("BF16", "Q8_0", "Q4_0") else "out")
+    said = lowbit.quantize(empty_up, output, **how).report.source.notes
+    assert any(EMPTY_UP.match(note) for note in said), said
+
+
+@pytest.mark.parametrize("how", [{"format": "gptq"}, {"format": "float"}, {"format": "gguf", "scheme": "Q8_0"}])
+def test_a_matrix_of_zeros_is_said_of_every_conversion(empty_up, tmp_path, how):
+    quantized = lowbit.quantize(empty_up, tmp_path / "W4A16", scheme="W4A16", group_size=32).path
+    output = tmp_path / ("out.gguf" if how["format"] == "gguf" else "out")
+    said = lowbit.convert(quantized, output, **how).report.source.notes
+    assert any(EMPTY_UP.match(note) for note in said), said
+
+
+EMPTY_UP = re.compile(
+    r"(model\.layers\.0\.mlp\.up_proj|blk\.0\.ffn_up)\.weight: the weights of rows 0\.\.192 are all zero"
+)
+
+
+@pytest.fixture(scope="module")
+def empty_up(tiny_llama, tmp_path_factory):
+    """A model one of whose matrices holds zeros."""
+    model = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("empty") / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return model

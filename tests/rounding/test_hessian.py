@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,12 +25,17 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
     return x * (0.2 + torch.rand(columns, generator=random))
 
 
-def summed(batches: list[Tensor], unquantized: list[Tensor] | None = None, shrinkage: float = 0.0) -> LayerStats:
+def summed(
+    batches: list[Tensor], unquantized: list[Tensor] | None = None, lost: list[Tensor] | None = None,
+    shrinkage: float = 0.0,
+) -> LayerStats:  # fmt: skip
     keeper = None if unquantized is None else InputKeeper()
     statistics = InputStatistics(torch.float32, unquantized=keeper, shrinkage=shrinkage)
     for index, batch in enumerate(batches):
         if keeper is not None and unquantized is not None:
             keeper.look(SOURCE, unquantized[index])
+        if lost is not None:
+            statistics.lost = partial(lost.__getitem__, index)
         statistics.look(SOURCE, batch)
     if keeper is not None:
         statistics.end_of_unquantized()
@@ -306,6 +313,21 @@ def test_the_corrected_weight_makes_the_unquantized_output_of_the_quantized_inpu
     )
     assert torch.equal(hessian.corrected(weight, 0.0), weight)
     assert torch.equal(prepare(summed([x])).corrected(weight, 1.0), weight)
+
+
+def test_the_corrected_weight_makes_up_for_what_the_stream_lost():
+    """W* = argmin ‖(r + W* x) − (r₀ + W x₀)‖² + λ ‖W* − W‖², of which a fraction is taken; rows by themselves."""
+    unquantized, lost = inputs(300, 48), inputs(300, 5, seed=3)
+    x = unquantized + 0.1 * inputs(300, 48, seed=1)
+    weight = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
+    hessian = prepare(summed([x[:200], x[200:]], [unquantized[:200], unquantized[200:]], [lost[:200], lost[200:]]))
+    wide, target = x.double(), unquantized.double() @ weight.double().T + lost.double()
+    ridge = (0.01 * (wide.T @ wide).diagonal().mean()).sqrt()
+    left = torch.cat([wide, ridge * torch.eye(48).double()])
+    best = torch.linalg.lstsq(left, torch.cat([target, ridge * weight.double().T])).solution.T
+    torch.testing.assert_close(hessian.corrected(weight, 1.0, 1.0).double(), best, rtol=1e-3, atol=1e-4)
+    half = hessian.corrected(weight[2:4], 0.5, 0.5, slice(2, 4))
+    torch.testing.assert_close(half, weight[2:4] + 0.5 * (hessian.corrected(weight, 1.0, 1.0) - weight)[2:4])
 
 
 def test_what_the_unquantized_model_was_not_run_on_does_not_count_as_drift():

@@ -206,6 +206,12 @@ def test_what_makes_no_sense_is_refused(tiny_llama, tmp_path, asked, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scheme_that_no_gguf_has_is_refused_before_the_training(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="there is no GGUF file type 'W4A16'"):
+        lowbit.finetune(tiny_llama, tmp_path / "out.gguf", scheme="W4A16", progress=pytest.fail, **small())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_does_not_fit_is_refused(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "available_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"training .* weights takes"):

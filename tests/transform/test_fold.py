@@ -161,8 +161,10 @@ def test_an_input_read_by_a_linear_that_is_not_fed_is_no_scaling_point(folder):
 
 def test_drift_of_scaled_inputs_is_the_scaled_drift():
     generator = torch.Generator().manual_seed(3)
-    drift, x, scales = (torch.randn(shape, generator=generator) for shape in ((6, 6), (6,), (6,)))
+    drift, lost, x, scales = (torch.randn(shape, generator=generator) for shape in ((6, 6), (4, 6), (6,), (6,)))
     scales = scales.exp()
-    moved = scaled_stats(LayerStats(1, x.abs(), x.square(), x.abs(), torch.outer(x, x), drift), scales)
+    moved = scaled_stats(LayerStats(1, x.abs(), x.square(), x.abs(), torch.outer(x, x), drift, lost), scales)
+    assert moved.lost is not None
+    torch.testing.assert_close(moved.lost @ (x / scales), lost @ x)
     assert moved.drift is not None
     torch.testing.assert_close(moved.drift @ (x / scales), (drift @ x) / scales)

@@ -163,9 +163,11 @@ def test_the_transform_of_the_stream_says_what_it_did(folder):
 
 def test_drift_of_rotated_inputs_is_the_rotated_drift():
     generator = torch.Generator().manual_seed(3)
-    drift, x = torch.randn(12, 12, generator=generator), torch.randn(1, 12, generator=generator)
+    drift, x, lost = (torch.randn(rows, 12, generator=generator) for rows in (12, 1, 5))
     rotation = make_rotation(12)
-    moved = rotated_stats(LayerStats(1, x[0].abs(), x[0] ** 2, x[0].abs(), x.T @ x, drift), rotation)
+    moved = rotated_stats(LayerStats(1, x[0].abs(), x[0] ** 2, x[0].abs(), x.T @ x, drift, lost), rotation)
     assert moved is not None
+    assert moved.lost is not None
+    torch.testing.assert_close(rotation.columns(x) @ moved.lost.T, x @ lost.T)
     assert moved.drift is not None
     torch.testing.assert_close(rotation.columns(x) @ moved.drift.T, rotation.columns(x @ drift.T))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.checkpoint.base import as_transformers_has_it
 from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError
 
@@ -38,6 +39,7 @@ def build_without_weights(
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config = as_transformers_has_it(config)
     plain = without_quantization(config)
     if not isinstance(config.get("model_type"), str):
         raise ArchitectureError(

@@ -16,6 +16,7 @@ the base's; experts whose matrices fit either way round.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -47,10 +48,9 @@ def merge_adapter(checkpoint: Checkpoint, options: OpenOptions) -> Checkpoint:
     """The open base with the adapter of `options` merged; see `find_changes` for what is refused."""
     assert options.adapter is not None
     if checkpoint.kind not in ("safetensors", "pickle"):
-        raise UsageError(
-            f"{checkpoint.source} holds quantized weights ({checkpoint.kind}), into which no adapter is merged",
-            "give the 16-bit model that it was made of",
-        )
+        what = "is a GGUF file" if checkpoint.kind == "gguf" else f"holds quantized weights ({checkpoint.kind})"
+        raise UsageError(f"{checkpoint.source} {what}, into which no adapter is merged",
+                         "give the 16-bit model that it was made of, as a folder")  # fmt: skip
     adapter = open_adapter(options.adapter)
     config = checkpoint.config()
     refuse_remote_code(config, checkpoint.source, options)
@@ -59,7 +59,7 @@ def merge_adapter(checkpoint: Checkpoint, options: OpenOptions) -> Checkpoint:
     view = canonical_view(checkpoint, architecture)
     apart = discover_once(config, str(checkpoint.folder), options.trust_remote_code, True)
     changes = find_changes(adapter, architecture, apart)
-    notes = [_summary(adapter, changes)]
+    notes = [_summary(adapter, changes), *missed_training(adapter, architecture)]
     notes += _untie(view, adapter, architecture, changes)
     for name, change in changes.tensors.items():
         if change.source not in view.tensors:
@@ -85,6 +85,22 @@ def find_changes(adapter: Adapter, architecture: Architecture, apart: Architectu
     CheckpointError for a module that the architecture does not have, and for matrices that do not fit.
     """
     return _Finder(adapter, architecture, apart).found()
+
+
+def missed_training(adapter: Adapter, architecture: Architecture) -> list[str]:
+    """Notes on an adapter that was not trained, or of which a part is not in the file."""
+    notes = []
+    idle = [pair.module for pair in adapter.pairs if not bool(adapter.read(pair.b).any())]
+    if idle:
+        which = "all" if len(idle) == len(adapter.pairs) else f"{len(idle)} of {len(adapter.pairs)}"
+        notes.append(f"{which} matrices B of the adapter are zeros, the first of {idle[0]}: they change nothing")
+    saved = adapter.config.get("modules_to_save") or []
+    for module in [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else []:
+        of_module = re.compile(rf"(^|\.){re.escape(str(module))}(\.|$)")
+        if not any(map(of_module.search, adapter.replaced)) and any(map(of_module.search, architecture.parameters)):
+            notes.append(f"adapter_config.json says that {module} was trained (modules_to_save), and the file has no "
+                         "tensor of it: the base's stays")  # fmt: skip
+    return notes
 
 
 def _untie(view: Checkpoint, adapter: Adapter, architecture: Architecture, changes: AdapterChanges) -> list[str]:
@@ -120,7 +136,7 @@ def _summary(adapter: Adapter, changes: AdapterChanges) -> str:
     computed = sum(change.computes for change in changes.tensors.values())
     own = sum(change.replaced is not None for change in changes.tensors.values())
     said = f"merged: {adapter_kind(adapter.folder)} ({adapter.source}), into {computed} tensors"
-    said += f"; {own} are the adapter's own" if own else ""
+    said += f"; {own} {'is' if own == 1 else 'are'} the adapter's own" if own else ""
     return said + (f"; the vocabulary has {changes.vocabulary} tokens" if changes.vocabulary is not None else "")
 
 
@@ -128,7 +144,8 @@ class _Finder:
     def __init__(self, adapter: Adapter, architecture: Architecture, apart: Architecture):
         self.adapter, self.architecture, self.apart = adapter, architecture, apart
         self.changes: dict[str, Change] = {}
-        self.vocabulary: int | None = None
+        self.vocabulary: int | None = None  # rows of an embedding or a head that has not the base's, and those before
+        self.before: int | None = None
         wanted = [*adapter.replaced, *(f"{pair.module}.weight" for pair in adapter.pairs)]
         self.renamed, _ = find_renaming(wanted, architecture)
 
@@ -137,7 +154,25 @@ class _Finder:
             self._replace(parameter, name)
         for pair in self.adapter.pairs:
             self._add(pair)
+        if self.vocabulary is not None:
+            self._refuse_half_a_vocabulary()
         return AdapterChanges(self.changes, self.vocabulary)
+
+    def _refuse_half_a_vocabulary(self) -> None:
+        """A head of other rows goes with an embedding of as many; `_untie` sees to one that is tied to it."""
+        for name, shape in self.architecture.parameters.items():
+            if shape[0] == self.before and name not in self.changes and self._is_of_vocabulary(name):
+                raise CheckpointError(
+                    f"{self.adapter.source}: its tokens are {self.vocabulary}, and {name}, which has {self.before} "
+                    f"rows, is not in the adapter",
+                    "save the adapter with save_embedding_layers=True",
+                )
+
+    def _is_of_vocabulary(self, name: str) -> bool:
+        """True for an embedding, or a linear outside the blocks, such as the head."""
+        stored = self.architecture.tied.get(name, name)
+        linear = self.architecture.linears.get(stored.removesuffix(".weight"))
+        return self.architecture.roles.get(stored) == "embedding" or (linear is not None and linear.block is None)
 
     def _replace(self, parameter: str, name: str) -> None:
         info = self.adapter.tensors[name]
@@ -152,14 +187,11 @@ class _Finder:
 
     def _resizes(self, name: str, now: tuple[int, ...], before: tuple[int, ...]) -> bool:
         """True for an embedding or a head of another vocabulary; both must have the same."""
-        stored = self.architecture.tied.get(name, name)
-        linear = self.architecture.linears.get(stored.removesuffix(".weight"))
-        whole = self.architecture.roles.get(stored) == "embedding" or (linear is not None and linear.block is None)
-        if not whole or len(now) != 2 or now[1:] != before[1:]:
+        if not self._is_of_vocabulary(name) or len(now) != 2 or now[1:] != before[1:]:
             return False
         if self.vocabulary not in (None, now[0]):
             self._refuse(f"{name} has {now[0]} rows, another tensor of the vocabulary {self.vocabulary}")
-        self.vocabulary = now[0]
+        self.vocabulary, self.before = now[0], before[0]
         return True
 
     def _add(self, pair: LowRank) -> None:

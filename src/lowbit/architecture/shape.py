@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.checkpoint.base import as_transformers_has_it
 from lowbit.checkpoint.stated import MOST_WIDE, refuse_absurd
 from lowbit.errors import ArchitectureError
 
@@ -188,6 +189,7 @@ def _gguf_layer_types(found: dict[str, Any], layers: int, window: int | None) ->
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
     """The text model's config with the defaults of its class, where transformers has one."""
+    config = as_transformers_has_it(config)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     text = plain.get("text_config") if isinstance(plain.get("text_config"), dict) else None
     raw = {**plain, **(text or {})}

@@ -26,6 +26,7 @@ from lowbit.benchmark.drivers import BenchJob
 from lowbit.benchmark.result import Bench, BenchRow
 from lowbit.checkpoint import open_safetensors
 from lowbit.checkpoint.base import first_part, is_gguf, read_config
+from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.stated import hub_kernels, refuse_absurd
 from lowbit.engines import find_engine
 from lowbit.errors import DependencyError, EngineFailure, UnsafeError, UsageError
@@ -152,6 +153,7 @@ def _refuse_format(path: Path, engine: str) -> None:
         raise UsageError(f"{engine} does not load {kind}", f"give --engine {other}")
     if is_gguf(path):
         return
+    refuse_lone_adapter(path, str(path))
     stated = read_config(path).get("quantization_config")
     format = str(stated.get("quant_method")) if isinstance(stated, dict) else ""
     if (path / "hf_quant_config.json").exists() and not format:
@@ -259,7 +261,9 @@ def _failure(engine: str, text: str, memory: bool, url: str | None) -> EngineFai
     if memory:
         return EngineFailure(f"{engine} ran out of memory: {text}",
                              "give a smaller --batch or --context; lowbit estimate says what fits")  # fmt: skip
-    return EngineFailure(f"{engine} failed: {text}", "lowbit verify OUT --engine says whether it can load the files")
+    return EngineFailure(
+        f"{engine} failed: {text}", f"lowbit verify OUT --engine {engine} says whether it can load the files"
+    )
 
 
 def _row(measured: dict[str, Any], job: BenchJob) -> BenchRow:

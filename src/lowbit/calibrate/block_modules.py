@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lowbit.architecture.structure import Linear, Placement
 from lowbit.architecture.trace import lies_transposed
 from lowbit.errors import ArchitectureError
+from lowbit.methods import RUNS_NO_TEXT
 
 # Called with (expert, which input, x [tokens routed to it, K]).
 Look = Callable[[int, Literal["input", "hidden"], Tensor], None]
@@ -152,7 +153,7 @@ def observed_blocks(
                     raise ArchitectureError(
                         f"{linear.name} runs inside {type(experts).__name__}, a fused operation of transformers that "
                         f"does not describe its computation; its input cannot be measured",
-                        "take --method rtn, which needs no inputs",
+                        RUNS_NO_TEXT,
                     )
                 block.experts.setdefault(path, {})[expert, which] = source
             elif source.name not in seen:

@@ -40,6 +40,7 @@ from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, obse
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
 from lowbit.measure import human_bytes, trim_memory
+from lowbit.methods import RUNS_NO_TEXT
 
 # Tokens per batch: enough for efficient matrix products, few enough for the caches.
 BATCH_TOKENS = 2048
@@ -331,7 +332,7 @@ class BlockRunner:
                     raise ArchitectureError(
                         f"{type(self.model).__name__} has hidden states {list(first[0].shape)} for {list(ids.shape)} "
                         f"tokens, which lowbit does not run block by block",
-                        "take --method rtn, which runs no text",
+                        RUNS_NO_TEXT,
                     ) from None
                 return first[0], calls
         raise ArchitectureError(f"{type(self.model).__name__} does not run its decoder blocks one after another")
@@ -379,7 +380,7 @@ def _blamed_on(model: nn.Module) -> Iterator[None]:
         raise ArchitectureError(
             f"{type(model).__name__} does not run block by block on text alone: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}",
-            "take --method rtn, which runs no text",
+            RUNS_NO_TEXT,
         ) from error
 
 

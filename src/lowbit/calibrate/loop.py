@@ -49,7 +49,7 @@ from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.errors import UsageError
 from lowbit.files.claim import work_folder
-from lowbit.methods import RTN, parse_method
+from lowbit.methods import RTN, RUNS_NO_TEXT, parse_method
 from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
@@ -137,7 +137,7 @@ def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
     options, run = task.options, task.run
     if not targets:
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
-                         "loosen --ignore, or take --method rtn")  # fmt: skip
+                         f"loosen --ignore; {RUNS_NO_TEXT}")  # fmt: skip
     windows = read_windows(checkpoint, settings, options, run, task.progress, task.text)
     rotations = online_rotations(parse_method(settings.method), architecture, targets)
     job = Job(task, windows.ids, rotations)

@@ -3,7 +3,7 @@
     weights    the largest block in the compute dtype, twice if the unquantized stream runs too
     products   H (and C) of every input of its largest child, and three matrices of the largest H while it is factored;
                with weights of tokens, another H for every group of rows of every linear
-    rounding   eight float32 copies of the largest linear
+    rounding   nine float32 copies of the largest linear, what the residual stream has lost in its place among them
     outputs    with feedback between rows, G of all linears of a block, and its factors
     gradients  with weights of tokens, before the first block: what autograd keeps of a batch of windows in one block
     rest       the interpreter with torch (resident now), a batch in flight
@@ -21,7 +21,7 @@ from lowbit.measure import SHARE_OF_FREE, available_memory, resident_memory, too
 from lowbit.rounding.row_feedback import LARGEST_PART, parts_of
 
 _IF_UNKNOWN = 4 << 30  # bytes
-_COPIES_OF_A_LINEAR = 8
+_COPIES_OF_A_LINEAR = 9
 _BATCHES = 8  # float32 arrays of a batch, as wide as the widest linear
 _GRADIENTS = 3  # float32 arrays of a batch, of what the linears of a block take and make: norms and products between
 # Two streams, the attention output of each, and the inputs of the last linears of attention and MLP.
@@ -51,8 +51,8 @@ def states_memory(
         needed["weights of tokens"] = weights_memory(architecture, groups, tokens)
     left = limit - sum(needed.values())
     if left < 0:
-        raise too_little_memory("the run", needed, limit, bool(max_memory),
-                                "take --method rtn, which needs a few hundred megabytes for any model")  # fmt: skip
+        instead = "take --method rtn without --quality, which needs a few hundred megabytes for any model"
+        raise too_little_memory("the run", needed, limit, bool(max_memory), instead)
     return left // ARRAYS_OF_STATES
 
 

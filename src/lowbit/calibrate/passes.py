@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lowbit.calibrate.block_modules import AllSeen, observed
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
 from lowbit.calibrate.gradients import TokenWeights
-from lowbit.calibrate.stages import ChildOutputs, Stage, find_idle, find_stages, replaced_forward
+from lowbit.calibrate.stages import ChildOutputs, Stage, added_to_stream, find_idle, find_stages, replaced_forward
 from lowbit.calibrate.statistics import InputKeeper, InputStatistics
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.tensors import LayerStats
@@ -77,6 +77,10 @@ class BlockPasses:
         self.stages = find_stages(self.block, one_window)
         self._idle = find_idle(self.block, self.stages, one_window)
         self._children = dict.fromkeys(stage.child for stage in self.stages)
+        self._added: tuple[str, ...] = ()  # children whose output is added to the residual stream
+        if streams.unquantized is not None:
+            h = streams.quantized.values[:1].to(runner.device)
+            self._added = added_to_stream(self.block, self.stages, h, one_window)
         # The original weights, for the unquantized stream.
         self._original = None if streams.unquantized is None else copy.deepcopy(self.block.module)
         self._kept: dict[tuple[str, bool], ChildOutputs] = {}
@@ -111,6 +115,8 @@ class BlockPasses:
                     statistics.weights = partial(weights.of, batch=batch)
                 compared = original is not None and batch.start < self._streams.compared
                 if compared:
+                    if stage.end is not None and stage.child in self._added:
+                        statistics.lost = partial(self._lost, stage.child, batch, self._input_lost(batch))
                     self._unquantized(stage, batch)
                 with self._behind(self.block.module, stage.child, False, batch), suppress(AllSeen):
                     self._runner.forward(self._index, self._streams.quantized.values[batch], batch=batch)
@@ -165,6 +171,22 @@ class BlockPasses:
             out = self._runner.forward(self._index, states[batch], self._original, batch)
             if self._ends(stage):  # not reached if `advance` has to do it
                 states[batch] = out
+
+    def _input_lost(self, batch: slice) -> Tensor:
+        """What the block's input has lost, float32 [windows, tokens, H]."""
+        assert self._streams.unquantized is not None
+        return self._streams.unquantized.values[batch].float() - self._streams.quantized.values[batch].float()
+
+    def _lost(self, child: str, batch: slice, input_lost: Tensor) -> Tensor:
+        """What the residual stream has lost that the output of `child` is added to, float32 [tokens, H]."""
+        lost = input_lost
+        for stage in self.stages:
+            if stage.child == child:
+                break
+            if stage.last and stage.child in self._added:
+                unquantized, quantized = (self._outputs(stage, each).kept(batch) for each in (True, False))
+                lost = lost + (unquantized.float() - quantized.float())
+        return lost.flatten(0, 1)
 
     def _ends(self, stage: Stage) -> bool:
         """True for the last stage of the block."""

@@ -27,6 +27,9 @@ from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import AllSeen, Block, BlockInput
 from lowbit.errors import ArchitectureError
 
+# What a part of a block raises that is given something else than it wants.
+_NOT_ONE_TENSOR = (TypeError, ValueError, RuntimeError, AttributeError, ArchitectureError)
+
 
 @dataclass(frozen=True)
 class OutputForm:
@@ -34,6 +37,10 @@ class OutputForm:
 
     others: int | None = None
     flat: bool = False
+
+    def as_returned(self, out: Tensor) -> Any:
+        out = out.reshape(-1, out.shape[-1]) if self.flat else out
+        return out if self.others is None else (out, *[None] * self.others)
 
 
 @dataclass(frozen=True)
@@ -139,23 +146,44 @@ def find_idle(block: Block, stages: list[Stage], run: Callable[[], Tensor]) -> d
     return found
 
 
+def added_to_stream(block: Block, stages: list[Stage], h: Tensor, run: Callable[[], Tensor]) -> tuple[str, ...]:
+    """The children whose output the block adds to its input, both as they are, in order.
+
+    h  the block's input in `run`. With zeros from every child the block must return h, and with h from one of them 2 h,
+       both exactly
+    """
+    children = {stage.child: stage.form for stage in stages}
+
+    def output(source: str | None) -> Tensor | None:
+        with ExitStack() as stack:
+            for child, form in children.items():
+                out = form.as_returned(h if child == source else torch.zeros_like(h))
+                stack.enter_context(replaced_forward(block.module.get_submodule(child), partial(_return, out)))
+            try:
+                return run()
+            except _NOT_ONE_TENSOR:
+                return None
+
+    def is_(out: Tensor | None, wanted: Tensor) -> bool:
+        return out is not None and torch.equal(out, wanted)
+
+    return tuple(child for child in children if is_(output(child), h + h)) if is_(output(None), h) else ()
+
+
+def _return(out: Any, *_arguments: Any, **_keywords: Any) -> Any:
+    return out
+
+
 def _same_without(block: Block, name: str, known: dict[str, Any], run: Callable[[], Tensor], expected: Tensor) -> bool:
     """True if the block's output stays the same with NaN from one part, while the `known` children replay."""
     with ExitStack() as stack:
         for child, out in known.items():
-            replay = partial(lambda out, *_arguments, **_keywords: out, out)
-            stack.enter_context(replaced_forward(block.module.get_submodule(child), replay))
+            stack.enter_context(replaced_forward(block.module.get_submodule(child), partial(_return, out)))
         nan = lambda x, *_arguments, **_keywords: torch.full_like(x, torch.nan)  # noqa: E731
         stack.enter_context(replaced_forward(block.module.get_submodule(name), nan))
         try:
             return torch.equal(run(), expected)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-            ArchitectureError,
-        ):  # its argument is not one tensor
+        except _NOT_ONE_TENSOR:
             return False
 
 
@@ -196,10 +224,10 @@ class ChildOutputs:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             if batch.start in self._known:
                 assert self._outputs is not None
-                return self._as_returned(self._outputs[batch].to(device))
+                return self._form.as_returned(self._outputs[batch].to(device))
             if self._end is not None and self._inputs is not None:
                 end = inner if self._end is child else self._end  # OPT: a linear of the block itself
-                out = self._as_returned(end(self._inputs[batch].to(device)))
+                out = self._form.as_returned(end(self._inputs[batch].to(device)))
             else:
                 out = inner(*arguments, **keywords)
             if records:
@@ -217,6 +245,8 @@ class ChildOutputs:
         with replaced_forward(child, forward):
             yield
 
-    def _as_returned(self, out: Tensor) -> Any:
-        out = out.reshape(-1, out.shape[-1]) if self._form.flat else out
-        return out if self._form.others is None else (out, *[None] * self._form.others)
+    def kept(self, batch: slice) -> Tensor:
+        """The output kept for some windows, [windows, tokens, width]."""
+        assert self._outputs is not None, "it was not computed yet"
+        assert batch.start in self._known, "it was not computed yet"
+        return self._outputs[batch]

@@ -4,9 +4,11 @@
     D = C (H₁ + λ)⁻¹                drift [K, K], C = Σ (x₀ − x) xᵀ, x₀ the input of the unquantized model for the
                                     same token, λ a hundredth of the mean of diag H₁; off-diagonals of H₁ are shrunk
                                     by ρ first, as for error feedback (`rounding.hessian`)
+    R = C_r (H₁ + λ)⁻¹              lost [N, K], C_r = Σ (r₀ − r) xᵀ, r the residual stream that the output of the
+                                    reader is added to, r₀ that of the unquantized model
     absmax, mean |x|, mean x, and mean x² = diag(H) / tokens
 
-C and H₁ sum over the windows that both models ran on. All sums are float32, over batches of at most
+C, C_r and H₁ sum over the windows that both models ran on. All sums are float32, over batches of at most
 `blocks.BATCH_TOKENS` tokens. H is symmetric, so only its upper tiles are computed. Products round their factors to
 bfloat16 if the forward pass is bfloat16 (`precision.py`).
 
@@ -53,6 +55,7 @@ class InputStatistics:
     shrinkage    ρ of the Hessian that D is solved with
     keep         if set, called with every input [tokens, K]
     weights      if set, (input) → readers with weights of the batch's tokens, float32 [tokens, G]
+    lost         if set, () → r₀ − r of the batch, [tokens, N]; called where the inputs of both models are compared
     """
 
     def __init__(self, dtype: torch.dtype, channels: bool = True, unquantized: InputKeeper | None = None,
@@ -61,6 +64,7 @@ class InputStatistics:
         self._sums: dict[str, _Sums] = {}
         self.keep: Callable[[Tensor], None] | None = None
         self.weights: Callable[[BlockInput], dict[str, Tensor]] | None = None
+        self.lost: Callable[[], Tensor] | None = None
 
     def look(self, source: BlockInput, x: Tensor) -> None:
         if self.keep is not None:
@@ -75,8 +79,9 @@ class InputStatistics:
             plain = not weights or any(linear.name not in weights for linear in source.linears)
             sums = self._sums[source.name] = _Sums(x.shape[1], self._channels, crossed, plain, groups, x.device)
         original = None if self._unquantized is None else self._unquantized.inputs.get(source.name)
+        lost = None if original is None or self.lost is None else self.lost().to(x.device)
         with fast_products(self._dtype):
-            sums.add(x.float(), None if original is None else original - x, weights)
+            sums.add(x.float(), None if original is None else original - x, lost, weights)
 
     def finish(self, block: int) -> None:
         pass
@@ -101,15 +106,21 @@ class _Products:
         zeros = partial(torch.zeros, columns, columns, dtype=torch.float32, device=device)
         self.hessian = zeros()
         self.cross = zeros() if cross else None
+        self.cross_stream: Tensor | None = None
         self.drift: Tensor | None = None
+        self.lost: Tensor | None = None
 
-    def add(self, x: Tensor, difference: Tensor | None) -> None:
+    def add(self, x: Tensor, difference: Tensor | None, lost: Tensor | None = None) -> None:
         _add_gram(self.hessian, x)
         if self.cross is not None and difference is not None:
             self.cross.addmm_(difference.float().t(), x)
+        if lost is not None:
+            if self.cross_stream is None:
+                self.cross_stream = torch.zeros(lost.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            self.cross_stream.addmm_(lost.float().t(), x)
 
     def solve_drift(self, shrinkage: float = 0.0) -> None:
-        """D from the sums so far; None if H has no Cholesky factor."""
+        """D and R from the sums so far; None if H has no Cholesky factor."""
         if self.cross is None:
             return
         damped = self.hessian.triu() + self.hessian.triu(1).t()
@@ -121,10 +132,11 @@ class _Products:
         root, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:
-            for rows in self.cross.split(_TILE):  # in place: these are the largest matrices of a run
-                rows.copy_(torch.cholesky_solve(rows.t(), root).t())
-            self.drift = self.cross
-        self.cross = None
+            for sums in (self.cross, self.cross_stream):
+                for rows in () if sums is None else sums.split(_TILE):  # in place: the largest matrices of a run
+                    rows.copy_(torch.cholesky_solve(rows.t(), root).t())
+            self.drift, self.lost = self.cross, self.cross_stream
+        self.cross = self.cross_stream = None
 
     def mirror(self) -> None:
         """Complete the lower tiles of H."""
@@ -153,10 +165,10 @@ class _Sums:
             name: [_Products(columns, False, device) for _ in range(count)] for name, count in groups.items()
         }
 
-    def add(self, x: Tensor, difference: Tensor | None, weights: dict[str, Tensor]) -> None:
+    def add(self, x: Tensor, difference: Tensor | None, lost: Tensor | None, weights: dict[str, Tensor]) -> None:
         self.tokens += len(x)
         if self.plain is not None:
-            self.plain.add(x, difference)
+            self.plain.add(x, difference, lost)
         else:
             self.squares += x.square().sum(dim=0)
         for name, products in self.weighted.items():
@@ -187,7 +199,7 @@ class _Sums:
         count = max(1, self.tokens)
         stats = LayerStats(
             self.tokens, self.absmax, squares / count, self.absolute / count, None if plain is None else plain.hessian,
-            None if plain is None else plain.drift, self.values / count,
+            None if plain is None else plain.drift, None if plain is None else plain.lost, self.values / count,
         )  # fmt: skip
         weighted = {
             reader: tuple(replace(stats, hessian=one.hessian) for one in products)

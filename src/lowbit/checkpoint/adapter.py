@@ -27,13 +27,14 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoint.base import REPORT_NAME, OpenOptions, TensorInfo, read_json_object
-from lowbit.checkpoint.companions import ADAPTER, ADAPTER_WEIGHTS, adapter_kind, is_lone_adapter
+from lowbit.checkpoint.companions import ADAPTER, ADAPTER_WEIGHTS, adapter_kind, is_lone_adapter, refuse_odd_file
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.checkpoint.safetensors_header import read_header
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.files.hashes import file_digests
+from lowbit.patterns import PatternError, compiled
 
 _MATRIX = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
@@ -120,8 +121,12 @@ class Adapter:
         """A whole tensor; CheckpointError where it holds NaN or inf."""
         info, entry = self.tensors[name], self._entries[name]
         values = self._file.tensor(info.dtype, info.shape, entry.start, entry.stop)
-        if not info.dtype.is_floating_point or not bool(values.isfinite().all()):
-            raise CheckpointError(f"{info.file}: tensor {name} holds numbers that are not finite, or no floats",
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{info.file}: tensor {name} is {info.stored}, and floats are needed",
+                                  "save the adapter with save_pretrained of PEFT")  # fmt: skip
+        values = values.float() if info.dtype.itemsize == 1 else values  # torch computes nothing in 8 bits
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"{info.file}: tensor {name} holds NaN or inf",
                                   "the training diverged, or the file is damaged")  # fmt: skip
         return values
 
@@ -142,6 +147,9 @@ class Adapter:
                 f"{f' for each of {experts} experts' if experts > 1 else ''}",
                 "adapter_config.json is of another adapter, or the adapter was saved from a part of the GPUs",
             )
+        if alpha == 0:
+            raise CheckpointError(f"{self.source}: lora_alpha is 0, so that the adapter does not change {parameter}",
+                                  "adapter_config.json is damaged, or of another adapter")  # fmt: skip
         return alpha / math.sqrt(told) if self.config.get("use_rslora") else alpha / told
 
     def _number(self, key: str, matched: Any) -> float:
@@ -157,11 +165,11 @@ class Adapter:
             raise CheckpointError(f"{self.folder / ADAPTER}: {key} is {patterns!r}; a mapping is needed")
         for pattern, value in patterns.items():
             try:
-                if re.match(rf"(.*\.)?({pattern})$", parameter):
+                if compiled(rf"(.*\.)?({pattern})$").match(parameter):
                     return value
-            except re.error as error:
+            except PatternError as error:
                 raise CheckpointError(
-                    f"{self.folder / ADAPTER}: {key}: {pattern!r} is not a regular expression: {error}"
+                    f"{self.folder / ADAPTER}: {key}: {pattern[:80]!r} is no pattern that can be matched: {error}"
                 ) from error
         return None
 
@@ -186,6 +194,11 @@ class Adapter:
                 f"{where} with a base of its own, {self.base}: LoftQ made its codes up together with it",
                 "no other base goes with it; `lowbit finetune --lora … --merge` writes one checkpoint",
             )
+        for key in ("use_rslora", "use_dora"):
+            if not isinstance(self.config.get(key), bool | None):
+                raise CheckpointError(
+                    f"{self.folder / ADAPTER}: {key} is {self.config[key]!r}; true or false is needed"
+                )
         unknown = sorted(key for key, value in self.config.items()
                          if value and key not in _TOLD and key not in _VARIANTS)  # fmt: skip
         if unknown:
@@ -263,6 +276,8 @@ class Adapter:
 def open_adapter(name: str | Path) -> Adapter:
     """Open an adapter: a folder, or the Hugging Face id of one."""
     folder = find_adapter(name)
+    for file in (ADAPTER, ADAPTER_WEIGHTS):
+        refuse_odd_file(folder / file)
     if not (folder / ADAPTER).is_file():
         raise CheckpointError(f"{name}: there is no {ADAPTER}, so this is no adapter of PEFT",
                               "give the folder that save_pretrained of PEFT wrote")  # fmt: skip

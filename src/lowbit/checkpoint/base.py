@@ -262,8 +262,23 @@ def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterat
         yield start, min(start + step, rows)
 
 
+# Model types of files whose config.json names code of its own (`auto_map`) → the model type of transformers that has
+# the same parameters and computes the same.
+_OWN_CODE_OF = {"kimi_k2": "deepseek_v3", "kimi_k25": "kimi_k25"}
+
+
+def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json for transformers' own classes, where the model comes with code for what transformers has too."""
+    known = _OWN_CODE_OF.get(str(config.get("model_type")))
+    if known is None:
+        return config
+    parts = {key: as_transformers_has_it(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in parts.items() if key != "auto_map"} | {"model_type": known}
+
+
 def requires_remote_code(config: dict[str, Any]) -> bool:
-    """True if config.json names modelling code of the checkpoint (`auto_map`), at any depth."""
+    """True if config.json names modelling code of the checkpoint (`auto_map`), at any depth, and it is needed."""
+    config = as_transformers_has_it(config)
     if config.get("auto_map"):
         return True
     return any(requires_remote_code(value) for value in config.values() if isinstance(value, dict))

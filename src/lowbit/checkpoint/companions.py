@@ -60,12 +60,7 @@ def check_companions(folder: Path, source: str) -> list[str]:
     stated: dict[str, dict[str, Any]] = {}
     for name in sorted(_NEEDED):
         path = folder / name
-        if path.is_symlink() and not path.exists():
-            raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there", _MEND)
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is no regular file", _MEND)
-        if path.exists() and not os.access(path, os.R_OK):
-            raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
+        refuse_odd_file(path)
         if path.exists() and name in OBJECTS:
             stated[name] = read_json_object(path)
             check_types(path, stated[name])
@@ -74,6 +69,16 @@ def check_companions(folder: Path, source: str) -> list[str]:
     if not has_tokenizer(folder):
         notes.append(f"there is no tokenizer in {source}; engines will ask for one")
     return notes + adapter_beside(folder, source)
+
+
+def refuse_odd_file(path: Path) -> None:
+    """CheckpointError for a name that is there and no file to be read; a file that is absent is none."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there", _MEND)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file", _MEND)
+    if path.exists() and not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
 
 
 def broken_templates(folder: Path, stated: dict[str, dict[str, Any]]) -> list[str]:
@@ -135,11 +140,12 @@ def refuse_lone_adapter(folder: Path, source: str) -> None:
             f".merge_and_unload().save_pretrained(FOLDER), copy the tokenizer, and give that FOLDER"
         )
         if _is_lora(folder):
-            hint = f"merge it into that model as it is quantized: lowbit quantize {base or 'MODEL'} --adapter {source}"
+            merge = f"lowbit quantize {base or 'MODEL'} -o OUT --adapter {source}"
+            hint = f"merge it into that model as it is quantized: {merge}"
             if _is_quantized(base):
                 hint = (
                     "its base is quantized: let PEFT or an engine load the two, or merge it into the 16-bit model that "
-                    f"{base} was made of: lowbit quantize MODEL --adapter {source}"
+                    f"{base} was made of: lowbit quantize MODEL -o OUT --adapter {source}"
                 )
         raise CheckpointError(f"{source}: this is {adapter_kind(folder)}, not a model", hint)
 

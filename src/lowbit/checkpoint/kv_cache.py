@@ -2,7 +2,8 @@
 
     compressed-tensors   A.k_scale, A.v_scale float [1], or [kv_heads, 1, 1] per head (kv_cache_scheme.strategy)
     modelopt             A.k_proj.k_scale, A.v_proj.v_scale float [] or [1]; A.qkv_proj.k_scale where q, k, v are one
-    fp8                  either spelling; config.json does not state it
+    quark                A.k_proj.output_scale, A.v_proj.output_scale float []
+    fp8                  either of the first two; config.json does not state it
 
 with A the attention of a layer, "model.layers.3.self_attn". A scale multiplies codes: the range is scale · 448 of
 FP8, scale · 6 · 448 of NVFP4 (ModelOpt's alone).
@@ -26,6 +27,7 @@ from lowbit.errors import ArchitectureError
 from lowbit.schemes import KV_CACHE_SCHEMES, KVCacheScheme
 
 _NAME = re.compile(r"(?:^|.*\.)(\d+)\.self_attn\.(?:(?:[qkv]|qkv)_proj\.|attn\.)?([qkv])_(scale|zero_point)")
+_QUARK_NAME = re.compile(r"(?:^|.*\.)(\d+)\.self_attn\.([qkv])_proj\.output_(scale|zero_point)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StoredKVCache:
 
 def kv_cache_names(stored: Checkpoint) -> dict[str, tuple[int, str]]:
     """Stored name → (layer, leaf), of everything that belongs to a quantized KV cache: (3, "k_scale")."""
-    found = {name: _NAME.fullmatch(name) for name in stored.tensors}
+    found = {name: _NAME.fullmatch(name) or _QUARK_NAME.fullmatch(name) for name in stored.tensors}
     return {name: (int(match[1]), f"{match[2]}_{match[3]}") for name, match in found.items() if match}
 
 

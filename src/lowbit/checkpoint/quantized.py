@@ -154,6 +154,9 @@ class QuantizedCheckpoint:
             self.notes += notes
         for name, info in stored.tensors.items():
             if name not in self._owners and name not in beside:
+                if name in self._owned:
+                    raise CheckpointError(f"{info.file}: {name} and {self._owned[name][0]} are both there: a linear "
+                                          "has floats or codes", "remove the one that is left over")  # fmt: skip
                 self.tensors[name] = info
             for linear in self._owners.get(name, ()):
                 if f"{linear}.weight" not in self.tensors:
@@ -275,7 +278,7 @@ def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
     if stated is not None:
         if not isinstance(stated, dict):
             raise CheckpointError(
-                f"{stored.folder}: config.json: quantization_config is {stated!r}; a mapping is needed"
+                f"{stored.folder}: config.json: quantization_config is {str(stated)[:80]}; a mapping is needed"
             )
         return stated
     # Config files of old tools; one may be left over beside unquantized weights.
@@ -312,7 +315,7 @@ def holds_codes(stored: Checkpoint) -> bool:
     """True if a tensor is of a quantized linear or of a quantized KV cache, by its dtype or its name."""
     for name, info in stored.tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf in _QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
+        if leaf in QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
             return True
         coded = info.dtype not in FLOATS and info.dtype is not torch.float64
         is_mask = leaf == "bias" and owner.endswith(("attn", "attention"))
@@ -324,7 +327,7 @@ def holds_codes(stored: Checkpoint) -> bool:
 
 
 # Endings of stored names that only quantized linears have.
-_QUANTIZED_LEAVES = {
+QUANTIZED_LEAVES = {
     "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_global_scale",
     "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale", "pre_quant_scale",
 }  # fmt: skip
@@ -340,7 +343,7 @@ def open_layout(stored: Checkpoint, quantization: dict[str, Any]) -> Layout:
 # Other tools' names of a quant_method.
 _SPELLINGS = {
     "modelopt_fp4": "modelopt", "gptqmodel": "gptq", "compressed_tensors": "compressed-tensors",
-    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook",
+    "auto_round": "auto-round", "intel/auto-round": "auto-round", "lowbit-codebook": "codebook", "amd-quark": "quark",
 }  # fmt: skip
 
 
@@ -363,6 +366,6 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     if method not in KINDS:
         raise CheckpointError(
             f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
-            f"it reads {', '.join(name for name in KINDS if name != 'hqq')}; else start from the original checkpoint",
+            f"it reads {', '.join(KINDS)}; else start from the original checkpoint",
         )
     return method

@@ -20,13 +20,9 @@ _START = "start from the 16-bit checkpoint"
 
 # quant_method, in lower case.
 UNREADABLE: dict[str, Unreadable] = {
-    "quark": Unreadable(
-        "AMD Quark states every tensor in classes of its own, and how codes are packed and scales are stored differs "
-        "between its versions",
-        f"{_START}, or run it as it is: vLLM, or transformers with the package amd-quark",
-    ),
     "aqlm": Unreadable(
-        "a weight is a sum of vectors out of learned codebooks (AQLM), which no format that lowbit writes can hold",
+        "a code stands for several weights at once, and vectors of several learned codebooks are summed (AQLM), which "
+        "no format that lowbit writes can hold",
         f"{_START}, or run it as it is: transformers with the package aqlm",
     ),
     "vptq": Unreadable(
@@ -48,11 +44,12 @@ UNREADABLE: dict[str, Unreadable] = {
         f"{_START}, or run it as it is: transformers with the package flute-kernel",
     ),
     "quanto": Unreadable(
-        "optimum-quanto keeps tensors of its own classes, whose packing it chooses by device",
+        "transformers does not save what it quantized with quanto, and optimum-quanto's own folders state it in "
+        "quanto_qmap.json, with shifts that are floats",
         f"{_START}, or run it as it is with optimum-quanto",
     ),
 }  # fmt: skip
-_SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip", "amd-quark": "quark"}
+_SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip"}
 
 
 def find_unreadable(method: str) -> Unreadable | None:

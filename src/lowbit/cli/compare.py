@@ -92,7 +92,7 @@ def compare(
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.comparison import add_to_reports
     from lowbit.comparison import compare as run
-    from lowbit.export.atomic import refuse_existing_document
+    from lowbit.export.atomic import PAGE_MARK, refuse_existing_document
     from lowbit.measure import return_freed_memory
     from lowbit.report.caches import cache_rows
     from lowbit.report.compared import sizes_differ
@@ -100,7 +100,7 @@ def compare(
     from lowbit.report.schema import write_text
 
     if output is not None:
-        refuse_existing_document(output, overwrite)
+        refuse_existing_document(output, overwrite, PAGE_MARK)
     return_freed_memory()
     with window_progress("windows", quiet=json) as update:
         comparison = run(models, samples=samples, fresh=fresh, **how,
@@ -148,7 +148,7 @@ def _blind(
     from lowbit.blind.page import render_blind
     from lowbit.blind.run import compare_blind
     from lowbit.cli.console import print_json, say, window_progress
-    from lowbit.export.atomic import refuse_existing_document
+    from lowbit.export.atomic import PAGE_MARK, refuse_existing_document
     from lowbit.measure import return_freed_memory
     from lowbit.report.schema import write_text
 
@@ -157,7 +157,7 @@ def _blind(
     first, second = models
     output = _BLIND_PAGE if output is None and "judge" not in given else output
     if output is not None:
-        refuse_existing_document(output, overwrite)
+        refuse_existing_document(output, overwrite, PAGE_MARK)
     return_freed_memory()
     with window_progress("answers", quiet=json) as progress:
         found = compare_blind(first, second, **given, progress=progress, **how)

@@ -64,6 +64,8 @@ def convert(
     from lowbit.cli.quantize import plan_as_json, plan_table
     from lowbit.errors import UsageError
 
+    if base is not None and Path(model).exists() and not is_adapter(model):
+        raise UsageError(f"{model} is no LoRA adapter, and --base is the model of one", "leave --base out")
     if base is not None or is_adapter(model):
         _convert_adapter(model, output, format, scheme, base, settings, options, overwrite, dry_run, json)
         return
@@ -103,7 +105,7 @@ def _convert_adapter(
 
     if format != "gguf":
         raise UsageError(f"a LoRA adapter is converted to gguf only, not to {format}",
-                         f"lowbit quantize MODEL --adapter {model} merges it")  # fmt: skip
+                         f"lowbit quantize MODEL -o OUT --adapter {model} merges it")  # fmt: skip
     if settings:
         raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is not read for a LoRA adapter", "leave it out")
     if output is None and not dry_run:
@@ -157,6 +159,8 @@ def outcome(report: Report) -> dict[str, str]:
     """What happened to the codes, in words: row title → sentence."""
     from collections import Counter
 
+    from lowbit.rounding.extremes import tells_of_extremes
+
     quantized = [tensor for tensor in report.tensors if tensor.scheme is not None]
     exact = [tensor for tensor in quantized if tensor.repacked and not tensor.relative_error]
     rest = [tensor for tensor in quantized if tensor not in exact]
@@ -173,7 +177,8 @@ def outcome(report: Report) -> dict[str, str]:
     if not quantized:
         to = report.settings.scheme if report.output.format == "gguf" else report.output.dtype
         rows["decoded"] = f"{len(report.tensors)} tensors, to {to}"
-    for note, count in Counter(note for tensor in quantized for note in tensor.notes).most_common():
+    reasons = Counter(note for tensor in quantized for note in tensor.notes if not tells_of_extremes(note))
+    for note, count in reasons.most_common():
         rows.setdefault("because", "")
         rows["because"] += f"{'; ' if rows['because'] else ''}{note} ({count} linears)"
     return rows

@@ -35,12 +35,12 @@ def diagnose(
     from lowbit.cli.console import add_to_report, print_json, print_table, say, window_progress
     from lowbit.diagnosis import diagnose as run
     from lowbit.diagnosis.table import contribution_table, diagnosis_text, flip_table, suggestion_text
-    from lowbit.export.atomic import refuse_existing_document
+    from lowbit.export.atomic import DIAGNOSIS_MARK, refuse_existing_document
     from lowbit.measure import return_freed_memory
     from lowbit.report.schema import write_text
 
     if output is not None:
-        refuse_existing_document(output, overwrite)
+        refuse_existing_document(output, overwrite, DIAGNOSIS_MARK)
     return_freed_memory()
     with window_progress("diagnosis", quiet=json) as update:
         diagnosis = run(quantized, budget=budget, reverse=reverse, **how,

@@ -144,6 +144,7 @@ def summary(report: Any, path: Path) -> Any:
     in_worst = f"; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}" if worst else ""
     rows = {
         "scheme": f"{report.settings.scheme}, {report.settings.method}{searched}",
+        "except": _exceptions(report.settings.given),
         "imatrix": report.settings.given.get("imatrix"),
         "calibrated on": _calibrated(report.settings.calibration),
         "output error": _output_error(quantized),
@@ -162,6 +163,12 @@ def summary(report: Any, path: Path) -> Any:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _exceptions(given: dict[str, Any]) -> str:
+    """Linears with another scheme or method than the rest, as they were asked for."""
+    pairs = [pair for name in ("overrides", "method_overrides") for pair in (given.get(name) or {}).items()]
+    return "; ".join(f"{pattern}: {value}" for pattern, value in pairs)
 
 
 def _accounts(accounts: Any) -> str:
@@ -196,5 +203,7 @@ def _adapted(quantized: list[Any], what: str) -> str:
     """What the plan changed, each once with how many tensors it concerns."""
     from collections import Counter
 
-    notes = Counter(note for tensor in quantized for note in tensor.notes)
+    from lowbit.rounding.extremes import tells_of_extremes
+
+    notes = Counter(note for tensor in quantized for note in tensor.notes if not tells_of_extremes(note))
     return "; ".join(f"{note} ({count} {what})" for note, count in notes.items())

@@ -153,7 +153,7 @@ _LOADING = Loading(
              then="costs"),
     ),
     no_loader=dict.fromkeys(
-        ("bitsandbytes", "modelopt", "torchao", "hqq", "auto-round", "fbgemm_fp8", "bitnet", "codebook"),
+        ("bitsandbytes", "modelopt", "torchao", "quark", "hqq", "auto-round", "fbgemm_fp8", "bitnet", "codebook"),
         "LMDeploy reads awq, gptq, compressed-tensors, fp8, mxfp4 and its own smooth_quant",
     ),
     gpt_oss_only={"mxfp4": "TurboMind's MXFP4 is of the experts of gpt-oss"},

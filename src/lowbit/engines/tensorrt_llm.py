@@ -147,7 +147,7 @@ _LOADING = Loading(
              "load_hf_quant_config of _torch/model_config.py (TensorRT-LLM)", limit=True),
     ),
     no_loader={name: _PASSES_OVER.format(name)
-               for name in ("gptq", "bitsandbytes", "torchao", "hqq", "auto-round", "fbgemm_fp8", "bitnet",
+               for name in ("gptq", "bitsandbytes", "torchao", "quark", "hqq", "auto-round", "fbgemm_fp8", "bitnet",
                             "codebook")}
     | {"awq": f"{_PASSES_OVER.format('awq')}; its AWQ is ModelOpt's W4A16_AWQ"},
     # QuantAlgo of quantization/mode.py, as far as its PyTorch backend has linear methods for it (from documentation:

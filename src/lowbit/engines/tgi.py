@@ -133,6 +133,7 @@ _LOADING = Loading(
         "modelopt": "TGI does not know quant_method 'modelopt'",
         "mxfp4": "TGI has no MXFP4 loader",
         "torchao": "TGI has no torchao loader",
+        "quark": "TGI does not know quant_method 'quark'",
         "hqq": "TGI has no HQQ loader",
         "bitnet": "TGI does not know quant_method 'bitnet'",
         "codebook": "TGI has no loader for lowbit's codebook folders",

@@ -27,7 +27,7 @@ from lowbit.checkpoint.pickle import pickle_files
 from lowbit.checkpoint.remote import copy_side_files, folder_for_copies, remote_headers, safetensors_without_weights
 from lowbit.checkpoint.stated import refuse_absurd, stated_quantization
 from lowbit.errors import ArchitectureError, FormatError, LowbitError
-from lowbit.formats.gguf.raw import RawGGUF
+from lowbit.formats.gguf.raw import RawGGUF, refuse_no_model
 from lowbit.plan.plan import Prepared, Request, prepare
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 
@@ -154,7 +154,9 @@ def _with_config(path: str | Path, name: str, options: OpenOptions, notes: tuple
         file = find_gguf(path, options)
         if file is None:
             raise
-        return ModelHeaders(path, name, {}, notes=notes, metadata=RawGGUF(file).metadata)
+        raw = RawGGUF(file)
+        refuse_no_model(raw, name)
+        return ModelHeaders(path, name, {}, notes=notes, metadata=raw.metadata)
     try:
         return ModelHeaders(path, name, checkpoint.config(), notes=notes)
     finally:

@@ -128,8 +128,16 @@ def _take_name_of(target: Path, work: Path, claim: Claim, earlier: int) -> None:
     remove_tree(aside)
 
 
-def refuse_existing_document(path: Path, overwrite: bool) -> None:
-    """OutputError if something has the name of a page or a table; with `overwrite`, unless it is a file."""
+# In the first lines of every page, and of every diagnosis as JSON.
+PAGE_MARK, DIAGNOSIS_MARK = '<meta name="generator" content="lowbit">', '{\n  "verdict": '
+_HEAD = 4096
+
+
+def refuse_existing_document(path: Path, overwrite: bool, mark: str) -> None:
+    """OutputError if something has the name of a document; with `overwrite`, unless it is one of lowbit's.
+
+    mark  what documents of this kind begin with
+    """
     with translated_os_errors(path):
         if not os.path.lexists(path):
             return
@@ -137,6 +145,11 @@ def refuse_existing_document(path: Path, overwrite: bool) -> None:
             raise OutputError(f"{path} exists and is no file", "choose another -o")
         if not overwrite:
             raise OutputError(f"{path} exists", "choose another -o, or pass --overwrite to replace it")
+        with path.open("rb") as file:
+            ours = mark.encode() in file.read(_HEAD)
+        if not ours:
+            raise OutputError(f"{path} exists, and is no such document of lowbit",
+                              "--overwrite would delete it: choose another -o")  # fmt: skip
 
 
 def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = False) -> None:

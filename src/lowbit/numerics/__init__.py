@@ -17,6 +17,7 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
     """
     from lowbit.kernels.tables import CODEBOOKS, MINIFLOATS
     from lowbit.numerics.fitted_grids import KMeansGrid, LogGrid
+    from lowbit.numerics.float_zero_grid import FloatZeroGrid
     from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
 
     scale_format = model_dtype if spec.scale_format == "model" else spec.scale_format
@@ -26,6 +27,8 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
         return IntGrid(spec.bits, True, scale_format, narrow=True)
     if spec.is_fitted:
         return (KMeansGrid if spec.number == "kmeans" else LogGrid)(spec.bits, scale_format)
+    if spec.number == "hqq":
+        return FloatZeroGrid(spec.bits, scale_format)
     if spec.number in CODEBOOKS:
         return CodebookGrid(CODEBOOKS[spec.number], scale_format)
     return MinifloatGrid(MINIFLOATS[spec.number], scale_format)

@@ -36,7 +36,7 @@ _CANDIDATE_WEIGHTS = 1 << 19
 _LARGEST_RATIO = 1.5
 
 
-class _SearchedGrid:
+class SearchedGrid:
     """What the grids of this file share."""
 
     @property
@@ -64,7 +64,7 @@ class _SearchedGrid:
 
 
 @dataclass(frozen=True)
-class IntGrid(_SearchedGrid):
+class IntGrid(SearchedGrid):
     """Integers of 2 to 8 bits.
 
     The scale that covers a symmetric range spreads all 2^b codes over it: absmax / ((2^b − 1) / 2), so for 4 bits the
@@ -129,7 +129,7 @@ class IntGrid(_SearchedGrid):
         )
 
 
-class _TableGrid(_SearchedGrid):
+class _TableGrid(SearchedGrid):
     """What grids share whose codes stand for the values of a `format`."""
 
     format: MinifloatFormat | Codebook

@@ -31,7 +31,7 @@ from torch import Tensor
 from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
-from lowbit.rounding.gptq import CORRECTION, SEARCH, GPTQOptions, gptq
+from lowbit.rounding.gptq import CORRECTION, SEARCH, STREAM_CORRECTION, GPTQOptions, gptq
 from lowbit.rounding.held import Held, HeldBlocks, ScalePart, hold, joined
 from lowbit.rounding.hessian import SHRINKAGE, Curvature, Factor, InputData
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
@@ -50,6 +50,7 @@ class RefineOptions:
     damping     λ as a fraction of mean(diag H)
     shrinkage   ρ, the share by which every off-diagonal of H is taken back, 0 to 1
     correction  α, the share of the error of what lies before that is corrected, 0 to 1; no effect without `drift`
+    stream      the share of what the residual stream lost before that is corrected, 0 to 1
     sweeps      number of them
     anew        also start from the codes and scales of GPTQ
     reround     with error feedback, on the scales of the first sweep
@@ -59,6 +60,7 @@ class RefineOptions:
     damping: float = 0.01
     shrinkage: float = SHRINKAGE
     correction: float = CORRECTION
+    stream: float = STREAM_CORRECTION
     sweeps: int = 4
     anew: bool = True
     reround: bool = True
@@ -74,7 +76,7 @@ class RefineOptions:
         """The user's settings, defaults for the rest."""
         more = not settings.codes_only
         given = {"damping": settings.damping, "shrinkage": settings.shrinkage, "correction": settings.correction,
-                 "sweeps": settings.sweeps}  # fmt: skip
+                 "stream": settings.stream_correction, "sweeps": settings.sweeps}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None},
                    anew=more, reround=more)  # fmt: skip
 
@@ -84,7 +86,7 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
     if target.holds_floats:
         return kept(target, start, len(weight), f"{target.name} has no codes to refine")
     hessian = data.hessian(options.damping, options.shrinkage)
-    curvature, wanted = hessian.curvature(), hessian.corrected(weight, options.correction)
+    curvature, wanted = hessian.curvature(), hessian.corrected(weight, options.correction, options.stream)
     starts, each = [start], target.columns_per_code
     factor = hessian.factor(each, each) if options.reround else None
     if options.anew and _can_start_anew(start):
@@ -133,8 +135,8 @@ def refine(weight: Tensor, target: Target, data: InputData, options: RefineOptio
 
 
 def _anew(options: RefineOptions) -> GPTQOptions:
-    return GPTQOptions(options.damping, shrinkage=options.shrinkage, correction=options.correction, refine=0,
-                       search=SEARCH)  # fmt: skip
+    return GPTQOptions(options.damping, shrinkage=options.shrinkage, correction=options.correction,
+                       stream=options.stream, refine=0, search=SEARCH)  # fmt: skip
 
 
 def kept(target: Target, start: Stored, rows: int, why: str) -> Rounded:

@@ -11,10 +11,10 @@ from lowbit.tensors import QuantizedTensor
 
 def squared_error(weight: Tensor, quantized: QuantizedTensor) -> tuple[float, float, float]:
     """(Σ (w − ŵ)², Σ w², max |w − ŵ|) of rows of a weight; not finite where the weight is not."""
-    if quantized.table is not None:
+    grid = quantized.grid
+    if not isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid):  # fitted tables and float zeros have no kernel
         return squared_error_of(weight.float(), quantized.decode())
-    grid, (params, columns) = quantized.grid, quantized.grouped()
-    assert isinstance(grid, IntGrid | MinifloatGrid | CodebookGrid)
+    params, columns = quantized.grouped()
     number = None if isinstance(grid, IntGrid) else grid.format
     return kernels.squared_error(weight, quantized.codes, columns, params.scale, params.zero_point, number)
 

@@ -23,8 +23,16 @@ _SUSPICIOUS = 256.0
 _SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
 
 
+_EMPTY = "are all zero in the source"
+
+
 def tells_of_extremes(note: str) -> bool:
     """Whether a note is one of `find_extreme`."""
+    return tells_of_loss(note) or note.endswith(_EMPTY)
+
+
+def tells_of_loss(note: str) -> bool:
+    """Whether a note is of `find_extreme`, on values that a format cannot hold; zeros it can."""
     return bool(re.search(r" (became [\d.]|sets the scale that it shares)|: they became zero$", note))
 
 
@@ -35,7 +43,7 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     """
     error, weight, largest_error = sums
     if weight == 0 == error:
-        return f"the weights of rows {first_row}..{first_row + len(values)} are all zero in the source"
+        return empty(first_row, len(values))
     flushed = weight > 0 and error >= 0.99 * weight
     if not flushed and largest_error <= _SUSPICIOUS and weight <= _SUSPICIOUS_WEIGHT:
         return None
@@ -60,6 +68,11 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
             f"which became zero; --ignore keeps the tensor in 16 bits"
         )
     return None
+
+
+def empty(first_row: int, rows: int) -> str:
+    """The note on a slab of zeros."""
+    return f"the weights of rows {first_row}..{first_row + rows} {_EMPTY}"
 
 
 def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> int:

@@ -57,6 +57,7 @@ CORRECTION, CORRECTION_WITH_ROWS = (
     0.75,
     0.4,
 )  # α where none is given: without and with feedback between rows (docs/log.md)
+STREAM_CORRECTION = 0.4  # of what the residual stream lost; likewise
 _ROWS_PER_THREAD = 64  # at least
 
 
@@ -74,6 +75,8 @@ class GPTQOptions:
     block       columns whose changes are spread over later blocks at once; affects only rounding errors and time
     correction  α, the share of the quantized prefix's error to correct, 0 to 1; no effect without `drift`. None: less
                 where rows are fed than where they are not
+    stream      the share of what the residual stream lost to correct, 0 to 1; no effect where `lost` is not known, and
+                without a correction
     refine      sweeps of coordinate descent after the last column
     search      range search that replaces the target's own, which suits rounding to nearest
     """
@@ -85,6 +88,7 @@ class GPTQOptions:
     weighting: Literal["diagonal", "cost", "none"] = "cost"
     block: int = 128
     correction: float | None = None
+    stream: float = STREAM_CORRECTION
     refine: int = 1
     search: RangeSearch | None = None
 
@@ -103,7 +107,7 @@ class GPTQOptions:
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
         given = {"damping": settings.damping, "shrinkage": settings.shrinkage,
-                 "correction": settings.correction, "refine": settings.refine,
+                 "correction": settings.correction, "stream": settings.stream_correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -122,7 +126,7 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     slabs: list[_Slab] = []
     order: list[Tensor] = []
     for (rows, hessian), factor in zip(groups, factors or [None] * len(groups), strict=True):
-        found = _round_group(weight[rows], target, hessian, options, factor)
+        found = _round_group(weight, rows, target, hessian, options, factor)
         if found is None:
             note = "rounded to nearest: the Hessian has no inverse at any damping"
             return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
@@ -163,9 +167,10 @@ class _Slab:
 
 
 def _round_group(
-    weight: Tensor, target: Target, hessian: PreparedHessian, options: GPTQOptions, rows_by: Factor | None = None
-) -> list[_Slab] | None:
-    """Round the rows that share a Hessian; None if it has no factor.
+    weight: Tensor, group: slice, target: Target, hessian: PreparedHessian, options: GPTQOptions,
+    rows_by: Factor | None = None,
+) -> list[_Slab] | None:  # fmt: skip
+    """Round the rows of a weight that share a Hessian; None if it has no factor.
 
     rows_by  the factor of G: rows are rounded one step after another, and are returned in its order
     """
@@ -192,8 +197,10 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    corrected = hessian.corrected(weight, options.share_corrected(rows_by is not None)).index_select(1, order)
-    threads = min(torch.get_num_threads(), max(1, len(weight) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
+    shares = options.share_corrected(rows_by is not None), options.stream
+    corrected = hessian.corrected(weight[group], *shares, group)
+    corrected = corrected.index_select(1, order)
+    threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:
         done = list(rounded_in_order(round_rows, corrected, rows_by))
     elif threads == 1 or weight.device.type != "cpu":

@@ -21,7 +21,12 @@ quantized model's input is x, the unquantized model's x₀, so the weight to rou
 
     W* = argmin Σ ‖W* x − W x₀‖² = W + W D             D = C (H + λ)⁻¹, C = Σ (x₀ − x) xᵀ
 
-of which a fraction α is applied. D comes with the statistics.
+If the output is added to the residual stream r, as those of attention and MLP are, it can make up for what the stream
+lost before too, so far as x tells:
+
+    W* = argmin Σ ‖(r + W* x) − (r₀ + W x₀)‖² = W + W D + R                   R = C_r (H + λ)⁻¹, C_r = Σ (r₀ − r) xᵀ
+
+Fractions of W D and of R are applied. D and R come with the statistics.
 
 On the CPU, the bits of products and of L⁻¹ do not depend on the number of threads. (BLAS and LAPACK split sums freely,
 and a weight at a tie could then round differently with one thread and with two.) Rows of a product run in parallel,
@@ -150,6 +155,7 @@ class PreparedHessian:
     mean       of the diagonal over live columns, 1 if there are none
     damping    requested
     drift      float32 [K, K] or None: D
+    lost       float32 [N, K] or None: R
     shrinkage  ρ, 0 to 1
     """
 
@@ -160,6 +166,7 @@ class PreparedHessian:
     damping: float
     drift: Tensor | None
     shrinkage: float = 0.0
+    lost: Tensor | None = None
     _factors: dict[tuple[int, int, bool], Factor | None] = field(default_factory=dict, repr=False, compare=False)
     _descents: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _curvatures: list[Curvature] = field(default_factory=list, repr=False, compare=False)
@@ -178,11 +185,12 @@ class PreparedHessian:
             self._factors[key] = self._factored(order, step)
         return self._factors[key]
 
-    def corrected(self, weight: Tensor, fraction: float) -> Tensor:
-        """W + fraction · W D, float32 [N, K]."""
+    def corrected(self, weight: Tensor, fraction: float, stream: float = 0.0, rows: slice = slice(None)) -> Tensor:
+        """W + fraction · W D + stream · R, float32 [n, K], of some rows of the linear; W if the fraction is 0."""
         if fraction == 0 or self.drift is None:
             return weight
-        return weight + fraction * product(weight, self.drift)
+        corrected = weight + fraction * product(weight, self.drift)
+        return corrected if self.lost is None else corrected + stream * self.lost[rows]
 
     def descent(self, factor: Factor) -> Tensor:
         """H_jk / H_kk, the change of column k per change of column j: float32 [K, K] in rounding order, diagonal 0."""
@@ -244,15 +252,18 @@ def prepare(stats: LayerStats, damping: float = 0.01, shrinkage: float = 0.0) ->
     if stats.hessian is None:
         raise AssertionError("error feedback needs the Hessian of the input")
     hessian = stats.hessian.to(torch.float32)
-    if not hessian.diagonal().isfinite().all() or (stats.drift is not None and not stats.drift.isfinite().all()):
+    foretold = [each for each in (stats.drift, stats.lost) if each is not None]
+    if not hessian.diagonal().isfinite().all() or not all(each.isfinite().all() for each in foretold):
         raise NonFiniteError(
             f"the Hessian of an input of {len(hessian)} columns over {stats.tokens} tokens has NaN or inf",
             "check the model's activations on the calibration text, or run it in float32",
         )
-    return prepared(hessian, damping, shrinkage, stats.drift)
+    return prepared(hessian, damping, shrinkage, stats.drift, stats.lost)
 
 
-def prepared(hessian: Tensor, damping: float, shrinkage: float, drift: Tensor | None = None) -> PreparedHessian:
+def prepared(
+    hessian: Tensor, damping: float, shrinkage: float, drift: Tensor | None = None, lost: Tensor | None = None
+) -> PreparedHessian:
     """A finite float32 [K, K], prepared."""
     diagonal = hessian.diagonal().clone()
     dead = diagonal <= 0
@@ -262,7 +273,7 @@ def prepared(hessian: Tensor, damping: float, shrinkage: float, drift: Tensor | 
         hessian.diagonal()[dead] = 1.0
     live = diagonal[~dead]
     mean = live.double().mean().item() if live.numel() else 1.0
-    return PreparedHessian(hessian, diagonal, dead, mean, damping, drift, shrinkage)
+    return PreparedHessian(hessian, diagonal, dead, mean, damping, drift, shrinkage, lost)
 
 
 def row_groups(rows: int, groups: int) -> list[slice]:

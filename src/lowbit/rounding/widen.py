@@ -36,7 +36,7 @@ def wider_specs(spec: WeightSpec, columns: int) -> Iterator[WeightSpec]:
             for symmetric in (True, False) if spec.symmetric else (False,):
                 for narrow in (True, False) if spec.narrow and symmetric and width == spec.bits else (False,):
                     for scale_format, ranged in _scale_kinds(spec):
-                        if symmetric or spec.number == "int":
+                        if symmetric or spec.number in ("int", "hqq"):
                             yield replace(
                                 spec, bits=width, granularity=granularity, group_size=group_size, symmetric=symmetric,
                                 narrow=narrow, scale_format=scale_format, ranged=ranged,
@@ -65,6 +65,8 @@ def _scalings(spec: WeightSpec, columns: int) -> Iterator[tuple[Granularity, int
 
 def widened(quantized: QuantizedTensor, spec: WeightSpec) -> QuantizedTensor:
     """`quantized` on the grid and with the scales of `spec`, which must be one of its `wider_specs`."""
+    if spec.number == "hqq":  # which has no wider spec than its own
+        return quantized
     rows, columns = quantized.shape
     scale, zero_point = quantized.scale, quantized.zero_point
     if _FINENESS.get(spec.granularity, 0) > _FINENESS.get(quantized.granularity, 0):

@@ -33,7 +33,8 @@ QUALITIES: dict[str, dict[str, Any]] = {
 }
 # What a refinement reads of the settings: all else is the file's.
 READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
-                  "correction", "correction_samples", "expert_tokens", "sweeps", "codes_only")  # fmt: skip
+                  "correction", "stream_correction", "correction_samples", "expert_tokens", "sweeps",
+                  "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -165,6 +166,11 @@ class Settings(Table):
         Knob("GPTQ, refine: fraction of the error of preceding layers to compensate", METHODS, knobs.HESSIAN,
              absent="0.75; 0.4 with --hessian kronecker", see="gptq.md"),
     ] = None  # fmt: skip
+    stream_correction: Annotated[
+        float | None, Field(ge=0, le=1),
+        Knob("GPTQ, refine: fraction of the error of the residual stream that the last linears of attention and MLP "
+             "compensate, with --correction", METHODS, knobs.CORRECTION, absent="0.4", see="gptq.md"),
+    ] = None  # fmt: skip
     correction_samples: Annotated[
         int | None, Field(ge=1),
         Knob("GPTQ, refine: windows also run through the unquantized model, for --correction", METHODS,
@@ -274,6 +280,14 @@ class Settings(Table):
         if turning:
             raise UsageError(f"--hessian kronecker knows the outputs of the model as given, which {turning[0]} changes",
                              f"take --hessian guided, or leave {turning[0]} out")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fed_by_gptq(self) -> Settings:
+        roundings = {parse_method(name).rounding.name for name in (self.method, *self.method_overrides.values())}
+        if self.feeds_rows and "squeezellm" in roundings and "gptq" not in roundings:
+            raise UsageError("--hessian kronecker feeds the errors of rows to other rows, which GPTQ does; SqueezeLLM "
+                             "rounds each row alone", "take --hessian guided, or --method gptq")  # fmt: skip
         return self
 
     @property

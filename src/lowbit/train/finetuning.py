@@ -29,6 +29,7 @@ from lowbit.files.claim import Claim, claimed, refuse_claimed
 from lowbit.files.system import refuse_sources
 from lowbit.knobs import is_given
 from lowbit.measure import Meter
+from lowbit.registry import load
 from lowbit.settings import make_settings
 from lowbit.text.answers import parse_loss_on
 from lowbit.train.exporting import export_trained
@@ -166,6 +167,7 @@ def _refuse_outputs(output: Path, asked: TrainingTask, lora: LoRA | None, overwr
     if not apart:
         refuse_other_name(output, asked.settings)
     if not apart and asked.settings.writes_gguf(output):
+        load("lowbit.formats.gguf.mix:find_file_type")(asked.settings.scheme)  # which training itself does not ask for
         refuse_claimed(output)
         refuse_sources([output], asked.named_files)
         refuse_existing_files(output, [output, report_path(output)], overwrite)

@@ -52,6 +52,7 @@ def scaled_stats(stats: LayerStats, scales: Tensor) -> LayerStats:
         mean_abs=stats.mean_abs / scales,
         hessian=None if stats.hessian is None else stats.hessian / both,
         drift=None if stats.drift is None else stats.drift * (scales[None, :] / scales[:, None]),
+        lost=None if stats.lost is None else stats.lost * scales,
     )
 
 

@@ -305,6 +305,7 @@ def rotated_stats(stats: LayerStats, rotation: Rotation) -> LayerStats | None:
         mean_abs=(total / max(stats.tokens, 1)).sqrt(),
         hessian=hessian,
         drift=None if stats.drift is None else rotation.sandwich(stats.drift),
+        lost=None if stats.lost is None else rotation.columns(stats.lost),
         weighted={
             linear: tuple(turned for part in parts if (turned := rotated_stats(part, rotation)) is not None)
             for linear, parts in stats.weighted.items()

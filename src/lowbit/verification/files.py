@@ -172,7 +172,7 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
         return ("bitsandbytes",)
     named = {
         "weight_packed": ("compressed-tensors",), "weight_global_scale": ("compressed-tensors",),
-        "weight_scale_2": ("modelopt",), "pre_quant_scale": ("modelopt",), "weight_scale_inv": ("fp8",),
+        "weight_scale_2": ("modelopt", "quark"), "pre_quant_scale": ("modelopt",), "weight_scale_inv": ("fp8",),
         "W_q": ("hqq",), "_weight_qdata": ("torchao",),
     }.get(leaf)  # fmt: skip
     if named is not None:
@@ -180,16 +180,17 @@ def _laid_out_as(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) ->
     if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
         return ("mxfp4",)
     if leaf == "weight" and info.dtype == torch.int32:
-        return ("codebook",)
+        return ("codebook", "quark")
     if leaf == "weight" and f"{owner}.weight_scale" in tensors:
         if info.dtype == torch.uint8 and tensors[f"{owner}.weight_scale"].shape in ((1,), ()):
-            return ("bitnet",)
+            return ("bitnet", "quark")
         if info.dtype in _FP8:
-            return ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8")
+            return ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "quark")
         if info.dtype == torch.int8:  # a scale per row is [N, 1] in compressed-tensors, [N] in ModelOpt
             dimensions = len(tensors[f"{owner}.weight_scale"].shape)
-            return (("modelopt",), ("compressed-tensors", "modelopt"), ("compressed-tensors",))[min(dimensions, 2)]
-        return ("modelopt",) if info.dtype not in FLOATS else ()
+            kinds = (("modelopt",), ("compressed-tensors", "modelopt"), ("compressed-tensors",))[min(dimensions, 2)]
+            return (*kinds, "quark")
+        return ("modelopt", "quark") if info.dtype not in FLOATS else ()
     return ()
 
 

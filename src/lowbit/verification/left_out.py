@@ -28,6 +28,7 @@ _LISTS = {
     "fp8": ("ignored_layers", "modules_to_not_convert"),
     "mxfp4": ("modules_to_not_convert",),
     "torchao": ("modules_to_not_convert",),
+    "quark": ("exclude",),
     "hqq": ("skip_modules",),
 }
 

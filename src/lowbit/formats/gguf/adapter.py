@@ -28,10 +28,11 @@ from torch import Tensor
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.merged import Change, Update
-from lowbit.architecture.merging import find_changes
+from lowbit.architecture.merging import find_changes, missed_training
 from lowbit.architecture.structure import Architecture
 from lowbit.checkpoint.adapter import Adapter, open_adapter
 from lowbit.checkpoint.base import OpenOptions, TensorInfo, read_config, refuse_remote_code
+from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.checkpoint.stated import refuse_absurd
@@ -45,7 +46,7 @@ from lowbit.formats.gguf.write import GGUFWriter, StoredBlocks, packed_key_value
 from lowbit.numerics.ggml import TYPES
 
 TYPES_OF_ADAPTERS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MERGE = "merge it instead: lowbit quantize MODEL --adapter"
+_MERGE = "merge it instead: lowbit quantize MODEL -o OUT --adapter ADAPTER"
 _EMBEDDING = "token_embd.weight"
 
 
@@ -199,6 +200,7 @@ def _open_base(adapter: Adapter, base: str | Path | None, options: OpenOptions) 
         files = list_files(named, options)
         wanted = [name for name in ("config.json", "generation_config.json") if files is not None and name in files]
         folder = local_copy(named, options) if files is None else download_files(named, options, wanted)
+    refuse_lone_adapter(folder, named)
     config = read_config(folder)
     refuse_remote_code(config, named, options)
     refuse_absurd(config, named)
@@ -212,7 +214,7 @@ def _find_pairs(adapter: Adapter, base: _Base, options: OpenOptions) -> tuple[st
                     for name, shape in architecture.parameters.items()}  # fmt: skip
     model = describe_gguf(base, architecture)  # type: ignore[arg-type]
     found = find_changes(adapter, architecture, architecture)
-    notes = []
+    notes = missed_training(adapter, architecture)
     if found.vocabulary is not None:
         raise FormatError(f"{adapter.source}: it changes the size of the vocabulary, which llama.cpp's adapters cannot",
                           _MERGE)  # fmt: skip
@@ -278,8 +280,6 @@ def _with_one_alpha(pairs: list[_Pair]) -> tuple[float, list[_Pair], list[str]]:
     alphas = {pair.source.name: pair.updates[0].scale * pair.rank for pair in pairs}
     rounded = {name: float(torch.tensor(alpha, dtype=torch.float32)) for name, alpha in alphas.items()}
     ((common, _),) = Counter(rounded.values()).most_common(1)
-    if not common:
-        raise CheckpointError("lora_alpha is 0, so that the adapter changes nothing", "there is nothing to convert")
     others = [name for name, alpha in rounded.items() if alpha != common]
     scaled = [replace(pair, factor=alphas[pair.source.name] / common if pair.source.name in others else 1.0)
               for pair in pairs]  # fmt: skip

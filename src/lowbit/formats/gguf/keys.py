@@ -42,6 +42,8 @@ def key_values(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValue
             value = get(key.config)
             if value is None and key.otherwise is not None:
                 value = key.otherwise(get)
+            if key.one_of_all and isinstance(value, list):
+                value = value[0]
         if value is None and not key.optional and key.value is None:
             raise ArchitectureError(
                 f"{where}: config.json has no {key.config}, which {row.arch}.{key.name} needs",

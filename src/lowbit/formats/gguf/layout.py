@@ -197,15 +197,13 @@ class Arranged:
 
 def gather(read: Callable[[int, int], Tensor], rows: np.ndarray) -> Tensor:
     """Rows of these numbers, in their order; `read` is called once for each contiguous run of them."""
-    ordered = np.sort(rows)
-    if len(np.unique(ordered)) != len(ordered):
-        raise ValueError("a source row occurs twice in one slab")
+    ordered, places = np.unique(rows, return_inverse=True)
     breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
     runs = np.split(ordered, breaks) if len(ordered) else []
     parts = [read(int(run[0]), int(run[-1]) + 1) for run in runs]
     if not parts:
         return read(0, 0)
-    return torch.cat(parts)[torch.from_numpy(np.searchsorted(ordered, rows))]
+    return torch.cat(parts)[torch.from_numpy(places)]
 
 
 # --- the arrangements -----------------------------------------------------------------------------------------------

@@ -218,6 +218,8 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     values |= _scalars(checkpoint, row, len(architecture.blocks))
     names = [name for name in names if not row.is_scalar(name)]
     tensors = _tensors(checkpoint, architecture, row, get, names)
+    unread = row.unread(get)
+    tensors += [_of_zeros(name, shape) for name, shape in unread.items()]
     by_name = {tensor.name: tensor for tensor in tensors}
     output = by_name.get("output.weight", by_name["token_embd.weight"])
     ranking, answers, rank_notes = ranking_of_folder(
@@ -241,7 +243,8 @@ def describe_gguf(checkpoint: Checkpoint, architecture: Architecture) -> GGUFMod
     said, left = general_key_values(checkpoint.folder, where, checkpoint.config(), generation, shapes)
     if checkpoint.kind == "gguf":  # keeps what it says of itself
         said, left = said | kept_key_values(checkpoint.metadata), []
-    notes = (*beside, *notes, *rope_notes, *rank_notes, *left)
+    zeros = f"zeros ({len(unread)} tensors): llama.cpp's loader asks for them and computes nothing with them"
+    notes = (*beside, *notes, *rope_notes, *rank_notes, *left, *([zeros] if unread else []))
     return GGUFModel(row.arch, tuple(tensors), general | said | values, notes, row.vocabulary)
 
 
@@ -266,7 +269,8 @@ def _names(checkpoint: Checkpoint, architecture: Architecture, row: GGUFArchitec
         elif name not in known and architecture.predicts(name):
             beside["blocks for multi-token prediction"] += 1
         elif name not in known and (architecture.stands_beside(name) or MASKS.search(name)):
-            beside["buffers that are computed"] += 1
+            used = "weights that the model does not use" if row.find(name) else "buffers that are computed"
+            beside[used] += 1
         elif name in architecture.tied and architecture.tied[name] in checkpoint.tensors:
             beside[f"{name}, which config.json ties to {architecture.tied[name]}"] += 1
         elif name not in known:
@@ -309,8 +313,14 @@ def _tensors(
         output = row.places[T.OUTPUT, "weight"][1]
         groups["output.weight"] = [(RowTarget(output, None, None, "weight"), embedding[1])]
     tensors = [_tensor(checkpoint, architecture, get, members) for members in groups.values()]
-    _require_complete(row, len(architecture.blocks), groups, where)
+    _require_complete(row, len(architecture.blocks), groups.keys() | row.unread(get).keys(), where)
     return tensors
+
+
+def _of_zeros(name: str, shape: tuple[int, ...]) -> GGUFTensorSource:
+    """A tensor that nobody reads; it takes no memory."""
+    block = int(name.split(".")[1])
+    return GGUFTensorSource(name, shape, (), block, "other", values=torch.zeros((1,) * len(shape)).expand(shape))
 
 
 def _tensor(
@@ -329,8 +339,10 @@ def _tensor(
         ) from error
     stacked = target.expert is not None
     if stacked:
-        keys = (target.place.count,) if target.place.count else EXPERT_COUNTS
-        needed = next((count for key in keys if (count := get(key)) is not None), None)
+        counted = target.place.count
+        keys = (counted,) if isinstance(counted, str) and counted else EXPERT_COUNTS
+        found = (get(key) for key in keys)
+        needed = counted(get) if callable(counted) else next((count for count in found if count is not None), None)
         if [member.expert for member, _ in members] != list(range(needed or 0)):
             raise CheckpointError(
                 f"{checkpoint.source}: there are {len(members)} tensors for {target.name}, config.json has {needed}",

@@ -42,7 +42,7 @@ from lowbit.formats.gguf.model import GGUFTensorSource, describe_gguf
 from lowbit.formats.gguf.modelfile import NAME as MODELFILE
 from lowbit.formats.gguf.modelfile import Modelfile, make_modelfile, refuse_unwritable_name
 from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
-from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, rows_and_columns
+from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, refuse_no_model, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
 from lowbit.formats.gguf.tokenizer_files import TokenizerFiles
 from lowbit.formats.gguf.type_rules import read_type_rules
@@ -204,6 +204,7 @@ def prepare_gguf(request: Request) -> Prepared:
     if path is not None:
         refuse_unread(settings, None, Facts(gguf=True, copies_header=True))
         raw = RawGGUF(path)
+        refuse_no_model(raw, request.name or str(request.model))
         checkpoint, context = RawCheckpoint(raw, request.name or str(request.model)), _of_file(raw, settings.modelfile)
     else:
         checkpoint, context = _of_model(request)

@@ -5,8 +5,8 @@ applied one after the other: what one matches becomes a word of its own, and so 
 That is a `Split` with behaviour "Isolated". The regexes are those of src/llama-vocab.cpp, in the spelling of the
 models' tokenizer.json; `\p{N}` alone is tokenizers' `Digits`, and the GPT-2 regex is built into its `ByteLevel`.
 
-Left out: names whose cut is written in C++ and not as a regex (kimi-k2, afmoe, superbpe), and those of models that are
-not byte-level (gemma4, sarvam-moe, whitespace).
+kimi-k2 is written in C++ there; its regex is that of the code beside the model. Left out: other names whose cut is
+written in C++ (afmoe, superbpe), and those of models that are not byte-level (gemma4, sarvam-moe, whitespace).
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDS}"
+)
+_NOT_HAN = "&&[^\\p{Han}]]"
+_KIMI_UPPER, _KIMI_LOWER = _UPPER[:-1] + _NOT_HAN, _LOWER[:-1] + _NOT_HAN
+_KIMI = (
+    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}*{_KIMI_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}+{_KIMI_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SIGNS}|{_ENDS}"
 )
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -119,6 +125,7 @@ PRE_TOKENIZERS = (
     PreTokenizer("stablelm2", (_QWEN2,), also=("hunyuan", "solar-open", "grok-2", "kormo")),
     PreTokenizer("qwen35", (_QWEN35,)),
     PreTokenizer("gpt-4o", (_O200K,), also=("llama4", "kanana2", "talkie", "minimax-m2")),
+    PreTokenizer("kimi-k2", (_KIMI,)),
     PreTokenizer("tekken", (_TEKKEN,), ignore_merges=True, add_bos=True),
     PreTokenizer("deepseek-v3", (_THREE_DIGITS, "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3), also=(
         "hunyuan-dense", "joyai-llm", "hy_v4",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.base import SPLIT, TensorInfo
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.errors import CheckpointError
+from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
 from lowbit.formats.gguf.stored_types import StoredType
 from lowbit.formats.gguf.weight_scales import SCALE, scale_name
@@ -198,6 +198,30 @@ class RawCheckpoint:
 
     def close(self) -> None:
         self.raw.close()
+
+
+# GGUF files that hold no model, by general.type or general.architecture: (what it is, what to do with it).
+_NO_MODELS = {
+    "adapter": (
+        "a LoRA adapter",
+        "give llama.cpp both: -m MODEL.gguf --lora FILE; to merge it, take it as PEFT saved it: "
+        "lowbit quantize MODEL -o OUT --adapter FOLDER",
+    ),
+    "imatrix": ("an importance matrix", "give it beside the model: lowbit quantize MODEL -o OUT.gguf --imatrix FILE"),
+    "controlvector": ("a control vector", "give llama.cpp both: -m MODEL.gguf --control-vector FILE"),
+}
+
+
+def refuse_no_model(raw: RawGGUF, source: str) -> None:
+    """ArchitectureError for a GGUF file that holds something else than a model."""
+    kinds = [str(raw.metadata.get(f"general.{key}")) for key in ("type", "architecture")]
+    kind = next((kind for kind in kinds if kind in _NO_MODELS), None)
+    if kind is not None:
+        what, instead = _NO_MODELS[kind]
+        raise ArchitectureError(f"{source}: this is {what}, not a model", instead)
+    if not raw.tensors:
+        raise ArchitectureError(f"{source}: the file holds no tensors, only key-values such as a vocabulary",
+                                "give the file of the model")  # fmt: skip
 
 
 def stored_types_note(tensors: list[GGUFTensor]) -> list[str]:

@@ -28,7 +28,7 @@ from lowbit.checkpoint.base import TensorInfo, cache_root, find_tensor, read_con
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor
-from lowbit.formats.gguf.raw import NATIVE_DTYPE, open_raw_gguf, stored_types_note
+from lowbit.formats.gguf.raw import NATIVE_DTYPE, open_raw_gguf, refuse_no_model, stored_types_note
 from lowbit.formats.gguf.rope import rope_parameters
 from lowbit.formats.gguf.to_hf import MappedModel, MappedTensor, map_to_hf
 from lowbit.formats.gguf.tokenizer import generation_config, write_tokenizer
@@ -49,6 +49,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path, source: str | None = None):
         self.source = str(path) if source is None else source
         self.raw = open_raw_gguf(path)
+        refuse_no_model(self.raw, self.source)
         self.metadata: dict[str, Any] = self.raw.metadata
         self._folder: Path | None = None
         self._model: MappedModel = map_to_hf(self.metadata, self.raw.tensors, str(self.raw.path))
@@ -68,6 +69,8 @@ class GGUFCheckpoint:
         self.notes += [f"not in the Hugging Face model and left out: {derived}"] if derived else []
         if self._model.predicts:
             self.notes.append(f"left out ({self._model.predicts} tensors): blocks for multi-token prediction")
+        if self._model.unread:
+            self.notes.append(f"left out ({self._model.unread} tensors): keys and values of blocks that share others'")
         self.notes += rope_notes
         if self._model.left_out:
             count = len(self._model.left_out)

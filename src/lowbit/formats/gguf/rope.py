@@ -3,6 +3,7 @@
     key-values {arch}.rope.freq_base, rope.freq_base_swa, rope.dimension_count
                {arch}.rope.dimension_sections [4]     rotary pairs of time, height, width: positions with several axes
                {arch}.rope.scaling.{type,factor,original_context_length,attn_factor}     linear, yarn
+               {arch}.rope.scaling.{yarn_beta_fast,yarn_beta_slow}       yarn, where they are not 32 and 1
     tensors    rope_freqs.weight [d / 2]                                         Llama 3: divisors of the frequencies
                                                                                  Gemma 4: 1e30 for pairs at rest
                rope_factors_long.weight, rope_factors_short.weight [d / 2]       Phi-3: longrope
@@ -27,6 +28,10 @@ YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln 
 
 llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
 
+The ends of YaRN's ramp, beta_fast and beta_slow, are turns within the original context. llama.cpp's converter writes
+both, its loaders pass by them and compute with 32 and 1. Its options --yarn-beta-fast and --yarn-beta-slow count; a
+note says so.
+
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
 
@@ -49,8 +54,8 @@ FLOAT = GGUFValueType.FLOAT32
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Divides the frequencies of pairs that do not rotate (Gemma 4).
 _AT_REST = 1e30
-# llama.cpp's, whatever the file says.
-_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
+# llama.cpp's, where neither the file nor an option says otherwise.
+_YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def rope_key_values(
@@ -105,7 +110,7 @@ def rope_key_values(
     if kind == "linear":
         scaling = {"type": ("linear", GGUFValueType.STRING), "factor": (float(parameters["factor"]), FLOAT)}
     elif kind == "yarn":
-        scaling, more = _yarn(row, parameters, get, where)
+        scaling, more = _yarn(row, parameters, get, dim, where)
     elif kind == "llama3":
         theta = float(parameters.get("rope_theta", 10000.0))
         tensors = {T.ROPE_FREQS: llama3_divisors(theta, dim, float(parameters["factor"]), parameters)}
@@ -181,11 +186,8 @@ def _sections(rope: Rope, parameters: dict[str, Any], pairs: int, where: str) ->
 
 
 def _yarn(
-    row: GGUFArchitecture, parameters: dict[str, Any], get: Lookup, where: str
+    row: GGUFArchitecture, parameters: dict[str, Any], get: Lookup, dim: int, where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    for key, needed in _YARN_BETAS.items():
-        if (parameters.get(key) or needed) != needed:
-            raise _refused(row, f"yarn with {key} {parameters[key]}, where llama.cpp computes with {needed},", where)
     original = parameters.get("original_max_position_embeddings") or get("max_position_embeddings")
     factor = parameters.get("factor") or get("max_position_embeddings") / original
     scaling: dict[str, Any] = {
@@ -207,12 +209,43 @@ def _yarn(
         scaling["yarn_log_multiplier"] = (0.1 * float(all_dims or 0.0), FLOAT)
     elif attention != usual:
         scaling["attn_factor"] = (float(attention) / usual, FLOAT)
+    betas = {key: float(parameters.get(key) or usual) for key, usual in _YARN_BETAS.items()}
     truncates = parameters.get("truncate", True)
     notes = [] if truncates else [
         "llama.cpp rounds the ends of YaRN's ramp to whole dimensions, transformers does not for this model: logits "
         "differ a little"
     ]  # fmt: skip
+    if betas != _YARN_BETAS:
+        scaling |= {f"yarn_{key}": (value, FLOAT) for key, value in betas.items()}
+        notes += _betas_not_read(row, float(parameters.get("rope_theta", 10000.0)), dim, int(original), factor, betas)
     return scaling, notes
+
+
+def yarn_speeds(theta: float, dim: int, original: int, factor: float, betas: dict[str, float]) -> Tensor:
+    """float32 [dim / 2]: what YaRN multiplies the frequency of each rotary pair by: 1, down a ramp to 1 / factor."""
+    turns = (betas[key] for key in _YARN_BETAS)
+    ends = [dim * math.log(original / (2 * math.pi * count)) / (2 * math.log(theta)) for count in turns]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
+    shares = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return 1 - shares + shares / factor
+
+
+def _betas_not_read(
+    row: GGUFArchitecture, theta: float, dim: int, original: int, factor: float, betas: dict[str, float]
+) -> list[str]:
+    """The note where pairs turn otherwise for llama.cpp, whose loader passes by beta_fast and beta_slow."""
+    meant, computed = (yarn_speeds(theta, dim, original, factor, ends) for ends in (betas, _YARN_BETAS))
+    ratios = computed / meant
+    other = ratios[ratios != 1]
+    if not len(other):
+        return []
+    changed = {key: value for key, value in betas.items() if value != _YARN_BETAS[key]}
+    options = " ".join(f"--yarn-{key.replace('_', '-')} {value:g}" for key, value in changed.items())
+    return [
+        f"start llama.cpp with {options}: it does not read that from a file of {row.arch}, and without the option "
+        f"{len(other)} of {len(ratios)} rotary pairs turn at {100 * other.min():.0f} to {100 * other.max():.0f} % of "
+        f"their speed"
+    ]
 
 
 def _longrope(
@@ -286,6 +319,9 @@ def _from_key_values(row: GGUFArchitecture, metadata: dict[str, Any]) -> tuple[d
     original = metadata.get(f"{prefix}.original_context_length")
     if type(original) is int:
         parameters["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        betas = {key: metadata.get(f"{prefix}.yarn_{key}") for key in _YARN_BETAS}
+        parameters |= {key: _finite(value, _YARN_BETAS[key]) for key, value in betas.items() if value is not None}
     if kind == "yarn" and row.rope is not None and row.rope.latent is not None:
         tenth = _finite(metadata.get(f"{prefix}.yarn_log_multiplier"), 0.0)
         return parameters | dict.fromkeys(("mscale", "mscale_all_dim"), shortest(10 * tenth)), []

@@ -29,7 +29,8 @@ class Place:
     group     a block has all tensors of a group or none of them; tensors without a group are in every block
     optional  a block may lack it
     flag      key of config.json that is true where the model has the tensor
-    count     key of config.json that counts what "*" in the path stands for; "": it stands for the experts of a block
+    count     key of config.json that counts what "*" in the path stands for, or what counts it; "": it stands for the
+              experts of a block
     """
 
     tensor: MODEL_TENSOR
@@ -39,7 +40,7 @@ class Place:
     group: str = ""
     optional: bool = False
     flag: str = ""
-    count: str = ""
+    count: str | Callable[[Lookup], int] = ""
 
     def name(self, suffix: str, block: int | None) -> str:
         stem = TENSOR_NAMES[self.tensor].format(bid=block)
@@ -78,6 +79,7 @@ class Key:
     default    what llama.cpp takes where the file has none; config.json always says it
     optional   neither side needs it; a key without any of the four must be there
     zero       0 is a value; other counts are positive
+    one_of_all config.json may have a list, of which all items are equal (`GGUFArchitecture.implied`)
     """
 
     name: str
@@ -88,6 +90,7 @@ class Key:
     optional: bool = False
     value: Callable[[Lookup], Any] | None = None
     zero: bool = False
+    one_of_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ class GGUFArchitecture:
     from_file      key-values → what config.json gets besides `keys`: what computed keys say, the other way around;
                    ValueError where they say nothing sensible
     from_names     the same of the names of the file's tensors
+    unread         names and shapes of tensors that the loader asks for and llama.cpp does not compute with, where the
+                   model has none: they are written as zeros
     """
 
     model_type: str
@@ -184,14 +189,15 @@ class GGUFArchitecture:
     scalars: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     vocabulary: str = "llama"
     from_names: Callable[[Collection[str]], dict[str, Any]] = lambda names: {}
+    unread: Callable[[Lookup], Mapping[str, tuple[int, ...]]] = lambda get: {}
 
     @cached_property
     def places(self) -> dict[tuple[MODEL_TENSOR, str], tuple[str, Place]]:
         """(tensor, ending) → (Hugging Face module with {bid} and {expert} to fill in, place)."""
         prefix = f"{self.blocks}.{{bid}}."
-        inside = {prefix + path.replace("*", "{expert}"): place for path, place in self.inside.items()}
+        inside = {prefix + path: place for path, place in self.inside.items()}
         return {
-            (place.tensor, place.ending): (module, place)
+            (place.tensor, place.ending): (module.replace("*", "{expert}"), place)
             for module, places in {**self.outside, **inside}.items()
             for place in each_place(places)
         }

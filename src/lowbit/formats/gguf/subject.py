@@ -206,22 +206,19 @@ class _Pass:
         their_row = row_of_model(source.config(), source.source)
         origins = self._origins(source, our_row, their_row)
         jobs: list[_Job] = []
-        stored: dict[str, None] = {}  # what has other rows in the model that the file is read as
+        stored: dict[str, None] = {}  # what has other rows in the model that the file is read as, or more of them
         for name, info in ours.tensors.items():
             origin = origins(name)
-            if not _are_alike(our_row.find(name), their_row.find(origin)):
+            known = origin in source.tensors and source.tensors[origin].shape == info.shape
+            if not known or not _are_alike(our_row.find(name), their_row.find(origin)):
                 stored |= dict.fromkeys(ours.stored_names(name))
                 continue
-            known = origin in source.tensors and source.tensors[origin].shape == info.shape
-            if not known:
-                self.found.without_source.append(name)
             rows = info.shape[0] if info.shape else 1
             columns = max(1, math.prod(info.shape[1:]))
 
-            def release(name: str = name, origin: str = origin, known: bool = known) -> None:
+            def release(name: str = name, origin: str = origin) -> None:
                 ours.release(name)
-                if known:
-                    source.release(origin)
+                source.release(origin)
 
             def theirs(first: int, last: int, origin: str = origin) -> Tensor:
                 return source.read(origin, first, last)
@@ -229,7 +226,7 @@ class _Pass:
             def mine(first: int, last: int, name: str = name) -> Tensor:
                 return ours.read(name, first, last)
 
-            jobs.append((name, rows, columns, mine, theirs if known else None, info.nbytes, release))
+            jobs.append((name, rows, columns, mine, theirs, info.nbytes, release))
         return jobs + self._as_written(stored)
 
     def _as_written(self, names: Iterable[str]) -> list[_Job]:

@@ -33,7 +33,8 @@ MAX_EXPERTS = 65536
 
 # Beginnings of GGUF names whose weights are vectors, whatever the layout makes of them.
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.")
-_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE})
+_VECTORS = frozenset({T.ATTN_SINKS, T.SSM_A, T.SSM_D, T.SSM_DT, T.FFN_EXP_PROBS_B, T.LAYER_OUT_SCALE,
+                      T.ALTUP_CORRECT_SCALE})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class MappedModel:
     config    config.json, but for rotary embeddings and tokens
     left_out  names of stored tensors that no Hugging Face tensor has a place for and that llama.cpp does not use
     predicts  tensors of blocks for multi-token prediction, which transformers does not build
+    unread    number of tensors that only the loader asks for (`GGUFArchitecture.unread`)
     """
 
     row: GGUFArchitecture
@@ -81,6 +83,7 @@ class MappedModel:
     config: dict[str, Any]
     left_out: tuple[str, ...] = ()
     predicts: int = 0
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
     config["tie_word_embeddings"] = "output.weight" not in names
     config["vocab_size"] = next(each.tensor.shape[0] for each in found if each.place.tensor is T.TOKEN_EMBD)
     get = look_up_first(config, where)
+    unread = names & row.unread(get).keys()
     sources: dict[str, list[_Found]] = {}
-    for each in found:
+    for each in (each for each in found if each.tensor.name not in unread):
         _check_rank(each, where)
         sources.setdefault(each.module + ("" if each.place.bare else f".{each.suffix}"), []).append(each)
     mapped = []
@@ -135,7 +139,7 @@ def map_to_hf(metadata: dict[str, Any], tensors: list[GGUFTensor], where: str) -
                 f"{error}"
             ) from error
     mapped += _scalars(row, metadata, config["num_hidden_layers"], where) if row.scalars else []
-    return MappedModel(row, mapped, derived, config, tuple(unused), predicts)
+    return MappedModel(row, mapped, derived, config, tuple(unused), predicts, len(unread))
 
 
 def _without_prediction(
@@ -215,11 +219,13 @@ def _undo_conversion(
             pieces.append((part.tensor, arranged, part.scale))
         return [MappedTensor(name, shape, tuple(pieces))]
     counted = parts[0].place.count
-    count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
+    if callable(counted):
+        count = counted(get)
+    else:
+        count = heads_of(get, counted) if counted else positive(metadata, f"{row.arch}.expert_count", where)
     if tensor.shape[0] != count or count > MAX_EXPERTS:
         raise CheckpointError(
-            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where {counted or 'expert_count'} is "
-            f"{count}"
+            f"{where}: tensor {tensor.name!r} has shape {list(tensor.shape)}, where the key-values count {count}"
         )
     arranged = parts[0].place.layout.arranged(get, tensor.shape[1:])
     return [

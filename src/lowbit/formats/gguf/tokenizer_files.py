@@ -2,6 +2,7 @@
 
     tokenizer.json            vocabulary, merges, normalizer, pre-tokenizer, post-processor, added tokens
     vocab.json, merges.txt    the same of a byte-level BPE without tokenizer.json (GPT-2, Qwen2)
+    tiktoken.model            its vocabulary (Kimi-K2)
     tokenizer.model           SentencePiece
     tokenizer_config.json     roles of tokens, BOS and EOS, added tokens, chat template
     special_tokens_map.json, added_tokens.json, generation_config.json, config.json, chat_template.jinja,
@@ -26,6 +27,7 @@ from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.files.regular import read_regular
 from lowbit.formats.gguf.pre_tokenizers import BY_NAME
 from lowbit.formats.gguf.sentencepiece import SentencePieceModel, read_sentencepiece
+from lowbit.formats.gguf.tiktoken import read_tiktoken
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,7 +71,7 @@ class TokenizerFiles:
 
     @cached_property
     def tokenizer(self) -> dict[str, Any] | None:
-        """tokenizer.json, or the same made of vocab.json and merges.txt; "model" and "pre_tokenizer" are there."""
+        """tokenizer.json, or the same made of other files; "model" and "pre_tokenizer" are there."""
         if (self.folder / "tokenizer.json").exists():
             parsed = read_json_object(self.folder / "tokenizer.json")
             if not isinstance(parsed.get("model"), dict):
@@ -77,7 +79,7 @@ class TokenizerFiles:
             return {"pre_tokenizer": None} | parsed
         if (self.folder / "vocab.json").exists() and (self.folder / "merges.txt").exists():
             return self._of_vocab_and_merges()
-        return None
+        return self._of_tiktoken() if (self.folder / "tiktoken.model").exists() else None
 
     @cached_property
     def loaded(self) -> Tokenizer:
@@ -173,14 +175,30 @@ class TokenizerFiles:
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         special = [{"id": vocabulary[text], "content": text, "special": True} | plain
                    for text in dict.fromkeys(self.role_texts.values()) if text in vocabulary]  # fmt: skip
+        return self._byte_level({"type": "BPE", "vocab": vocabulary, "merges": merges}, name, special)
+
+    @staticmethod
+    def _byte_level(model: dict[str, Any], name: str, special: list[dict[str, Any]]) -> dict[str, Any]:
+        """tokenizer.json of a model, a pre-tokenizer and special tokens."""
         return {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
             "normalizer": {"type": "NFC"} if BY_NAME[name].nfc else None,
             "pre_tokenizer": BY_NAME[name].to_json(),
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+            "model": model,
         }  # fmt: skip
+
+    def _of_tiktoken(self) -> dict[str, Any]:
+        """The same of Kimi-K2's folder, whose code says how text is cut; the file does not."""
+        path, code = self.folder / "tiktoken.model", self.settings.get("auto_map") or {}
+        named = code.get("AutoTokenizer") if isinstance(code, dict) else None
+        if "tokenization_kimi." not in str(named):
+            raise ArchitectureError(
+                f"{path} does not say how text is cut into words; lowbit knows that of Kimi-K2's tokenizer only",
+                "load the tokenizer with transformers and save it again, if that writes tokenizer.json",
+            )
+        return self._byte_level(read_tiktoken(path), "kimi-k2", [])
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name

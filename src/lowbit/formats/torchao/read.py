@@ -146,7 +146,7 @@ class TorchAoLayout(Layout):
         number, bits = _number(where, class_name, data, info)
         symmetric = number != "int" or class_name == "Int8Tensor" or self.is_symmetric
         weight = WeightSpec(number, bits, granularity, group_size, symmetric)
-        scheme = _named(weight, _activation(where, class_name, data))
+        scheme = scheme_of_specs(weight, _activation(where, class_name, data))
         return _Quantized(scheme, shape, tuple(part for part in _PARTS if part in parts))
 
     def _metadata(self, name: str) -> dict[str, Any] | None:
@@ -256,10 +256,3 @@ def _activation(where: str, class_name: str, data: dict[str, Any]) -> Activation
     if per not in ("token", "tensor") or not symmetric:
         raise CheckpointError(f"{where}: act_quant_kwargs is {str(stated)[:200]}, which is not read", _HINT)
     return ActivationSpec("int" if class_name == "Int8Tensor" else "e4m3", 8, per)
-
-
-def _named(weight: WeightSpec, activation: ActivationSpec | None) -> Scheme:
-    """The scheme of the table, or one whose name says what it is."""
-    if weight.number == "e4m3" and activation is None:
-        return Scheme("FP8A16", weight, None, "FP8 E4M3, weight-only")
-    return scheme_of_specs(weight, activation)

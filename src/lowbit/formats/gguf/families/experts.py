@@ -180,11 +180,11 @@ _GRANITEMOESHARED = replace(
 
 # What llama.cpp computes otherwise than transformers, or what lowbit cannot take apart.
 REFUSED = {
-    "phimoe": "llama.cpp weighs experts by softmax where transformers has SparseMixer",
+    "phimoe": "llama.cpp weighs the two experts of a token by softmax, transformers' SparseMixer weighs each alone: "
+    "for random scores their weights sum to 1.95 of 2, not to 1",
     "dbrx": "lowbit does not take its fused experts apart",
     "flex_olmo": "llama.cpp has no architecture with experts and norms behind attention and MLP",
     "jetmoe": "llama.cpp has no architecture with experts of attention",
-    "kimi_k2": "its YaRN has beta_fast 1; llama.cpp reads no such number for this architecture, and computes with 32",
     "aria_text": "llama.cpp has no architecture for it",
     "longcat_flash": "llama.cpp has no architecture for it",
     "doge": "llama.cpp has no architecture for it",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from lowbit.formats.gguf.families import falcon_h1, gated_delta, gemma4, granite_hybrid, lfm2, mamba, nemotron_h
+from lowbit.formats.gguf.families import (
+    falcon_h1,
+    gated_delta,
+    gemma3n,
+    gemma4,
+    granite_hybrid,
+    lfm2,
+    mamba,
+    nemotron_h,
+)
 from lowbit.formats.gguf.row import GGUFArchitecture
 
 ROWS: tuple[GGUFArchitecture, ...] = (
     *gated_delta.ROWS, *lfm2.ROWS, *mamba.ROWS, *granite_hybrid.ROWS, *nemotron_h.ROWS, *falcon_h1.ROWS,
-    *gemma4.ROWS,
+    *gemma3n.ROWS, *gemma4.ROWS,
 )  # fmt: skip
 
 _NO_ARCHITECTURE = "llama.cpp has no such architecture"
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("gemma3n", "gemma3n_text"),
-        "llama.cpp wants keys and values of its own in every block, and the last blocks of this model share those of "
-        "others",
-    ),
     "kimi_linear": "lowbit does not write the Kimi Delta Attention of llama.cpp's kimi-linear",
-    "minimax": "the gguf package has no names for the tensors of llama.cpp's minimax-01",
+    "minimax": "lowbit does not write the lightning attention of llama.cpp's minimax-01",
     **dict.fromkeys(("recurrent_gemma", "zamba", "zamba2"), _NO_ARCHITECTURE),
 }

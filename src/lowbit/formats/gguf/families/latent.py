@@ -172,7 +172,7 @@ _GLM4_MOE_LITE = replace(
     near={("rms_norm_eps", 1e-5): _EPSILON_OF_LATENTS},
     implied=lambda get: a_key_for_each_query(get) | dense_blocks_first(get), read_back=False,
 )  # fmt: skip
-
+_KIMI_K2 = replace(_DEEPSEEK_V3, model_type="kimi_k2", read_back=False)
 _YOUTU = replace(
     _DEEPSEEK_V3, model_type="youtu", model_class="YoutuForCausalLM",
     inside={**LATENT, **MLP},
@@ -231,4 +231,4 @@ _GLM_MOE_DSA = replace(
     rope=Rope(("default", "linear"), dim=lambda get: get("qk_rope_head_dim")),
 )  # fmt: skip
 
-ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3, _GLM4_MOE_LITE, _YOUTU, _DEEPSEEK_V32, _GLM_MOE_DSA)
+ROWS = (_DEEPSEEK_V2, _DEEPSEEK_V3, _GLM4_MOE_LITE, _KIMI_K2, _YOUTU, _DEEPSEEK_V32, _GLM_MOE_DSA)
