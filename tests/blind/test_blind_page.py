@@ -13,9 +13,8 @@ from html.parser import HTMLParser
 import pytest
 
 from browser import CHROMIUM, chromium, probe
-from lowbit.blind.page import page_name, render_blind
+from lowbit.blind.page import page_name, render_blind, seal, unseal
 from lowbit.blind.result import AnswerPair, BlindTest, Judged, sign_test
-from lowbit.blind.seal import seal, unseal
 from lowbit.report.page import TEMPLATES
 
 NODE = shutil.which("node")

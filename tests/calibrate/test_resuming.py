@@ -75,7 +75,7 @@ def test_stopped_after_a_block(model, text, whole, tmp_path, monkeypatch, stop_a
     "seconds", [pytest.param(0.0, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)]
 )
 def test_killed_at_some_moment(model, text, whole, tmp_path, seconds):
-    run = process(one_thread, model, tmp_path / "out", text)
+    run = process(in_threads, torch.get_num_threads(), model, tmp_path / "out", text)
     while run.is_alive() and not list(tmp_path.glob(".out.lowbit-work/block-00000*")):
         time.sleep(0.005)
     time.sleep(seconds)
@@ -87,8 +87,9 @@ def test_killed_at_some_moment(model, text, whole, tmp_path, seconds):
     assert files_of(tmp_path / "out") == whole
 
 
-def one_thread(model, out, text):
-    torch.set_num_threads(1)
+def in_threads(count, model, out, text):
+    """A run with another number of threads is not gone on with."""
+    torch.set_num_threads(count)
     calibrated(model, out, text, "awq+gptq")
 
 

@@ -139,7 +139,9 @@ class BlockRunner:
         """
         self._loader.fill(self._is_outside)
         if present is not None:
-            self._put_outside(present)
+            for name in self.architecture.parameters:
+                if self.architecture.block_of(name) is None and name in present.tensors:
+                    self._loader.put({name: present.read(name).float()}, self._outside_parameter)
         states = None
         with torch.no_grad():  # not inference mode: sign-SGD runs the captured arguments with gradients
             for batch in batches_of(ids):
@@ -340,11 +342,6 @@ class BlockRunner:
         entries = self.architecture.block_outputs
         return (hidden, *[None] * (entries - 1)) if entries else hidden
 
-    def _put_outside(self, present: Checkpoint) -> None:
-        for name in self.architecture.parameters:
-            if self.architecture.block_of(name) is None and name in present.tensors:
-                self._loader.put({name: present.read(name).float()}, self._outside_parameter)
-
     def _outside_parameter(self, name: str) -> Tensor:
         """A parameter outside the blocks that is filled; of one that is not, a tensor that takes no part."""
         parameter = self.model.get_parameter(name)
@@ -353,15 +350,12 @@ class BlockRunner:
     def _is_outside(self, name: str) -> bool:
         """True for parameters of the decoder outside its blocks: embeddings and norms."""
         decoder = f"{self._decoder_name}." if self._decoder_name else ""
-        return name.startswith(decoder) and not self._is_inside(name)
+        blocks = self.blocks[0].name.rpartition(".")[0] + "."
+        return name.startswith(decoder) and not name.startswith(blocks)
 
     def _is_around(self, name: str) -> bool:
         """True outside the blocks: of the decoder, and the head; not of towers beside it."""
         return self._is_outside(name) or not name.startswith(f"{self.model.base_model_prefix}.")
-
-    def _is_inside(self, name: str) -> bool:
-        """True for parameters of blocks."""
-        return name.startswith(self.blocks[0].name.rpartition(".")[0] + ".")
 
 
 class _Captured(Exception):

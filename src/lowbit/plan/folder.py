@@ -12,6 +12,7 @@ mixture of schemes or KV-cache scales that the output format cannot express.
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,13 +24,12 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, model_dtype, open_described
 from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
-from lowbit.checkpoint.companions import has_tokenizer
+from lowbit.checkpoint.companions import find_companions, has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError, FormatError, UsageError
 from lowbit.export import Exporter, Piece, default_format, find_exporter
 from lowbit.export.atomic import atomic_folder, refuse_existing
-from lowbit.export.companions import copy_companions
 from lowbit.export.fused_experts import Share, find_shares, stores_fused_experts
 from lowbit.export.kv_cache import CacheScales, state_kv_cache, state_kv_cache_beside, stored_kv_scales
 from lowbit.export.rotations import stated_rotations
@@ -209,7 +209,9 @@ class FolderPlan(Plan):
         """Write config.json and the format's own JSON files; copy tokenizer, licence and the like."""
         for name, content in self.json_files(checkpoint).items():
             (work / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        copy_companions(checkpoint.folder, work)
+        for path in find_companions(checkpoint.folder):
+            (work / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, work / path)
 
     def json_files(self, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         """config.json and the format's own JSON files: name → content."""

@@ -32,7 +32,7 @@ from lowbit.verification.result import (
 )
 
 if TYPE_CHECKING:
-    from lowbit.verification.subject import Output
+    from lowbit.verification.subject import Verified
     from lowbit.verification.survey import Progress
 
 __all__ = ["Check", "Finding", "Rule", "Verification", "rules", "verify"]
@@ -134,7 +134,7 @@ def _stated_format(folder: Path) -> str:
     return method if isinstance(method, str) else ""
 
 
-def _checked(subject: Output) -> Verification:
+def _checked(subject: Verified) -> Verification:
     """Check the engine's rules for the format; for an unknown format, the rules for all quantized formats."""
     checks: list[Check] = []
     unchecked: dict[str, str] = {}

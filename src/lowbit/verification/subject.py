@@ -1,4 +1,4 @@
-"""`Subject`: the folder under verification, opened lazily, step by step; `Output`: that, or a GGUF file.
+"""`Subject`: the folder under verification, opened lazily, step by step; `Verified`: that, or a GGUF file.
 
 It is independent of how the files were written: it opens the files, parses config.json and builds the architecture
 itself. Details of a format come from its `Layout`.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Output(ABC):
+class Verified(ABC):
     """An output under verification.
 
     folder    the folder, or the GGUF file
@@ -76,7 +76,7 @@ class Output(ABC):
 
 
 @dataclass(kw_only=True)
-class Subject(Output):
+class Subject(Verified):
     """A folder under verification."""
 
     options: OpenOptions

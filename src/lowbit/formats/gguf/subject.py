@@ -31,7 +31,7 @@ from lowbit.numerics import ggml
 from lowbit.numerics.ggml.types import largest_value, smallest_step
 from lowbit.numerics.precision import squared_error_in_double
 from lowbit.verification.result import GGUF, MMPROJ
-from lowbit.verification.subject import Output
+from lowbit.verification.subject import Verified
 from lowbit.workers import run_all
 
 SLAB_WEIGHTS = 1 << 20
@@ -47,7 +47,7 @@ class GGUFSurvey:
 
 
 @dataclass(kw_only=True)
-class GGUFSubject(Output):
+class GGUFSubject(Verified):
     """A GGUF file under verification; its source is a checkpoint, or a GGUF file as it is."""
 
     @cached_property

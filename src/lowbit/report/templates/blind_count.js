@@ -1,6 +1,6 @@
 // What is reckoned on the page of a blind comparison, apart from the page itself.
 
-// The opposite of `seal` in lowbit/blind/seal.py: base64, XOR with xorshift32 from the FNV-1a hash of the page's name.
+// The opposite of `seal` in lowbit/blind/page.py: base64, XOR with xorshift32 from the FNV-1a hash of the page's name.
 const unseal = (sealed, page) => {
   let state = 2166136261;
   for (const byte of new TextEncoder().encode(page)) state = Math.imul(state ^ byte, 16777619) >>> 0;
