@@ -504,3 +504,12 @@ def test_a_text_without_words_gets_a_note(tmp_path):
     assert any(
         "hardly a word" in note for note in calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes
     )
+
+
+def test_a_text_of_one_word_gets_a_note(tmp_path):
+    (tmp_path / "text.txt").write_text("the " * 2000)
+    notes = calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes
+    assert any("made of 4 different tokens only" in note for note in notes)
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 400)
+    assert not any("different tokens" in note for note in
+                   calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes)  # fmt: skip

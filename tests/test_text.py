@@ -93,6 +93,15 @@ def test_a_missing_file_and_a_binary_one_are_refused(tmp_path):
         read_text(path)
 
 
+def test_rows_are_no_running_text(tmp_path):
+    """Of a .jsonl the figures were of its braces and keys."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one two"}\n')
+    with pytest.raises(UsageError, match=r"rows.jsonl holds rows, and figures are of one running text"):
+        read_text(path)
+    assert read_text(path, "calibration").content.startswith("{")
+
+
 def test_a_hub_dataset_is_read_through_datasets(monkeypatch):
     calls = []
 

@@ -173,7 +173,7 @@ def test_what_no_module_has_is_named(folder):
     assert "has no place for []" in refusal(folder)
 
 
-@pytest.mark.parametrize("leaf", ["qweight", "weight_packed", "weight_scale"])
+@pytest.mark.parametrize("leaf", ["qweight", "weight_packed", "weight_scale", "weight.absmax", "table"])
 def test_codes_without_a_statement_of_config_json_are_called_so(folder, leaf):
     edit_tensors(folder, **{f"model/layers/0/mlp/up_proj/{leaf}": torch.ones(4)})
     said = refusal(folder)

@@ -11,6 +11,7 @@ from engines_for_tests import fake_llama_bench, fake_vllm, server
 from typer.testing import CliRunner
 
 import lowbit
+from lora import matrices, write_adapter
 from lowbit.advice import advise
 from lowbit.advice.measured import measured_here
 from lowbit.benchmark.drivers import BenchJob
@@ -202,6 +203,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(request, what
     with pytest.raises(error) as caught:
         bench(request.getfixturevalue(what), **{**SHORT, **asked})
     assert says in f"{caught.value} {caught.value.hint}"
+
+
+def test_what_a_folder_around_a_gguf_file_or_an_adapter_is(gguf, tmp_path):
+    (tmp_path / "model.gguf").symlink_to(gguf)
+    with pytest.raises(UsageError, match="does not load a folder") as caught:
+        bench(tmp_path, engine="llama.cpp")
+    assert caught.value.hint == f"give the file: {tmp_path / 'model.gguf'}"
+    adapter = write_adapter(tmp_path / "adapter", matrices({"model.layers.0.self_attn.q_proj": (64, 64)}))
+    with pytest.raises(CheckpointError, match="this is a LoRA adapter of org/base, not a model"):
+        bench(adapter, engine="transformers")
 
 
 def test_a_path_that_is_not_there(tmp_path):

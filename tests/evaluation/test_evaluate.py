@@ -73,6 +73,17 @@ def test_figures_equal_a_direct_computation(models, text_file, protocol):
 def test_a_model_against_itself_is_exactly_equal(models, text_file):
     [row] = evaluate(models[0], models[0], text_file, **SETTINGS)
     assert (row.kld_mean, row.kld_max, row.same_top1, row.ppl_ratio, row.ppl_ratio_se) == (0, 0, 1, 1, 0)
+    assert "the reference is the model itself" in row.notes[-1]
+
+
+def test_a_reference_of_other_sizes_is_said(models, text_file, tmp_path, monkeypatch):
+    deeper = {**CONFIGS["llama"].to_dict(), "num_hidden_layers": 3, "layer_types": None}
+    monkeypatch.setitem(CONFIGS, "deeper", type(CONFIGS["llama"])(**deeper))
+    save_model(tmp_path, "deeper")
+    [row] = evaluate(models[1], tmp_path, text_file, **SETTINGS)
+    assert "the reference is another model (its num_hidden_layers is 3, here 2)" in row.notes[-1]
+    [row] = evaluate(models[1], models[0], text_file, **SETTINGS)
+    assert not row.notes
 
 
 @pytest.mark.parametrize("family", CONFIGS)

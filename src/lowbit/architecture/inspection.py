@@ -24,7 +24,7 @@ import torch
 from lowbit.architecture.structure import Architecture
 from lowbit.checkpoint.base import Checkpoint, TensorInfo, is_decoded, row_slabs
 from lowbit.checkpoint.companions import beyond_embedding
-from lowbit.checkpoint.quantized import QUANTIZED_LEAVES
+from lowbit.checkpoint.quantized import is_of_codes
 from lowbit.errors import CheckpointError
 
 # Causal masks that old GPT-2 and GPT-NeoX files store.
@@ -176,7 +176,7 @@ def _check_unexpected(checkpoint: Checkpoint, architecture: Architecture, found:
             else "remove these tensors from the files, or check that config.json is of this model",
         )
     unknown = [name for name in surplus if name not in biases]
-    codes = [name for name in unknown if name.rpartition(".")[2] in QUANTIZED_LEAVES]
+    codes = [name for name in unknown if is_of_codes(name)]
     if codes and checkpoint.kind in ("safetensors", "pickle"):
         raise CheckpointError(
             f"{checkpoint.source}: {codes[0]} is part of a quantized weight, and config.json states no quantization",

@@ -150,7 +150,9 @@ def _refuse_format(path: Path, engine: str) -> None:
     loading = loading_of(engine)
     if is_gguf(path) != loading.reads_gguf:
         kind, other = ("a GGUF file", "llama.cpp") if is_gguf(path) else ("a folder", "vllm or transformers")
-        raise UsageError(f"{engine} does not load {kind}", f"give --engine {other}")
+        inside = [] if is_gguf(path) else sorted(path.glob("*.gguf"))
+        raise UsageError(f"{engine} does not load {kind}",
+                         f"give the file: {inside[0]}" if inside else f"give --engine {other}")  # fmt: skip
     if is_gguf(path):
         return
     refuse_lone_adapter(path, str(path))

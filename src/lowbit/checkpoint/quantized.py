@@ -315,7 +315,7 @@ def holds_codes(stored: Checkpoint) -> bool:
     """True if a tensor is of a quantized linear or of a quantized KV cache, by its dtype or its name."""
     for name, info in stored.tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf in QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_")):
+        if is_of_codes(name):
             return True
         coded = info.dtype not in FLOATS and info.dtype is not torch.float64
         is_mask = leaf == "bias" and owner.endswith(("attn", "attention"))
@@ -326,10 +326,15 @@ def holds_codes(stored: Checkpoint) -> bool:
     return bool(kv_cache_names(stored))
 
 
-# Endings of stored names that only quantized linears have.
-QUANTIZED_LEAVES = {
+def is_of_codes(name: str) -> bool:
+    """True for the name of a tensor that only quantized linears have."""
+    leaf = name.rpartition(".")[2]
+    return leaf in _QUANTIZED_LEAVES or leaf.startswith(("absmax", "quant_map", "quant_state", "_weight_"))
+
+
+_QUANTIZED_LEAVES = {
     "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "weight_zero_point", "weight_global_scale",
-    "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale", "pre_quant_scale",
+    "qweight", "qzeros", "scales", "SCB", "W_q", "input_scale", "pre_quant_scale", "table",
 }  # fmt: skip
 
 

@@ -79,6 +79,11 @@ class Pair:
 
     @cached_property
     def names(self) -> list[str]:
+        of_reference = self.reference.loader.architecture
+        blocks = [0 if each is None else len(each.blocks) for each in (self.architecture, of_reference)]
+        if blocks[0] != blocks[1]:
+            raise UsageError(f"{self.quantized.source} has {blocks[0]} blocks, its reference {self.original.source} "
+                             f"{blocks[1]}", "the reference must be the model that was quantized")  # fmt: skip
         names = [name for name in self.architecture.parameters if name in self.quantized.tensors]
         for name in names:
             info = self.original.tensors.get(name)

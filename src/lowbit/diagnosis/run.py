@@ -149,8 +149,9 @@ class _Measuring:
         basis = self._other_basis()
         if basis:
             self.notes.append(
-                "the residual stream is rotated (a Hadamard transform), so that no tensor can be exchanged with the "
-                "reference's: contributions were not measured"
+                "most weights have nothing to do with the reference's: the residual stream is rotated (a Hadamard "
+                "transform), or the reference is another model. No tensor can be exchanged: contributions were not "
+                "measured"
             )
         search.run(self._suspects(), flips, contributions=not basis)
         if search.stopped:

@@ -11,6 +11,7 @@ open, only perplexity is measured.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from lowbit.checkpoint.base import OpenOptions
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
@@ -208,6 +209,22 @@ def variants_of(checkpoint: Checkpoint, activations: Activations) -> dict[Varian
     return variants
 
 
+def _doubts(judged: Checkpoint, source: Reference) -> tuple[str, ...]:
+    """Notes on a reference that is hardly the model that was quantized."""
+    if source.opened is None or source.named_by == "report":
+        return ()
+    reference = source.opened.checkpoint
+    if os.path.realpath(judged.source) == os.path.realpath(reference.source):
+        return ("the reference is the model itself: a divergence of 0 says nothing of what was quantized",)
+    texts = [config.get("text_config") or config for config in (judged.config(), reference.config())]
+    for key in ("num_hidden_layers", "hidden_size"):
+        ours, theirs = (text.get(key) for text in texts)
+        if None not in (ours, theirs) and ours != theirs:
+            return (f"the reference is another model (its {key} is {theirs}, here {ours}): the divergence is not what "
+                    "quantization cost",)  # fmt: skip
+    return ()
+
+
 def _facts(
     judged: Opened, source: Reference, report: dict[str, Any] | None, text: Text, cut: Windows, windows_asked: int,
     way: Way,
@@ -218,6 +235,7 @@ def _facts(
     notes = (*judged.checkpoint.notes, *source.notes, *way.notes)
     if source.opened is not None and source.opened.checkpoint.notes:
         notes += tuple(f"reference: {note}" for note in source.opened.checkpoint.notes)
+    notes += _doubts(judged.checkpoint, source)
     if len(cut.ids) < windows_asked:
         notes += (f"{len(cut.ids)} windows of the {windows_asked} asked for: the text has {cut.text_tokens} tokens",)
     return {

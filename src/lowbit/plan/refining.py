@@ -147,7 +147,7 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
         raise UsageError(
             f"{checkpoint.source} has the scheme {fitted}: a refinement moves the scales of fixed values, and those of "
             f"{fitted} are fitted to the weights",
-            "quantize it again, with more --samples: lowbit quantize MODEL --method gptq -o OUT",
+            f"quantize it again, with more --samples: lowbit quantize MODEL -o OUT --scheme {fitted} --method gptq",
         )
     settings = settings.model_copy(update={"format": row.name})
     planned = make_plan(checkpoint, architecture, settings, model_dtype(checkpoint), schemes)

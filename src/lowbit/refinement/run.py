@@ -41,7 +41,6 @@ from lowbit.registry import FORMATS, load
 from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import READ_BY_REFINE, RunOptions, Settings, make_settings, refuse_unread
-from lowbit.text import read_text
 from lowbit.verification import Verification, verify
 
 _log = logging.getLogger("lowbit")
@@ -211,7 +210,7 @@ def _refuse_one_text(settings: Settings, held_out: HeldOut) -> None:
     same = str(settings.calib) == str(held_out.text)
     if same or (
         Path(settings.calib).is_file() and Path(held_out.text).is_file()
-        and read_text(settings.calib).sha256 == read_text(held_out.text).sha256
+        and file_digests(Path(settings.calib)) == file_digests(Path(held_out.text))
     ):  # fmt: skip
         raise UsageError(f"{held_out.text} is the calibration text too, so it could not show a gain",
                          "give another --text, or leave it out for the packaged evaluation text")  # fmt: skip

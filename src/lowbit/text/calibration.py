@@ -134,7 +134,7 @@ def windows_of_text(
 ) -> CalibrationWindows:
     """The first windows of one running text. notes: on how it was read"""
     if not text.content.strip():
-        raise CheckpointError(f"the text {text.name!r} is empty", "give another, or leave --calib out")
+        raise CheckpointError(f"the text {text.name!r} is empty", "give another")
     cut = cut_windows(text, tokenizer, windows, window_tokens)
     notes = [*notes, *too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)]
     notes += degenerate_notes(cut.ids, tokenizer, text.name)
@@ -179,7 +179,7 @@ class Reading:
     def nothing_found(self) -> CheckpointError:
         rows = f"{spaced(self.rows)} rows, none with text" if self.rows else "no text in it"
         reasons = f"; passed over: {some(self.skipped)}" if self.skipped else ""
-        return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text, or leave --calib out")
+        return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text")
 
     def all_notes(self) -> list[str]:
         notes = list(self.notes)

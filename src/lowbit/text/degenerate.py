@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SAME = 0.95  # share of one token at which a text is refused
 _FEWEST_WORDS = 0.3  # share of letters and digits below which a note says so
 _LOOKED_AT = 4096  # tokens
+_FEWEST_TOKENS, _OF_TOKENS = 8, 256  # different ones, below which a note says so; of a text of at least so many
 
 
 def refuse_degenerate(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -36,10 +37,13 @@ def refuse_degenerate(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str
 
 
 def degenerate_notes(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """A note where a text has hardly a letter or a digit in it."""
+    """Notes where a text says the same again and again, or has hardly a letter or a digit in it."""
+    notes, distinct = [], torch.unique(ids).numel()
+    if distinct < _FEWEST_TOKENS and ids.numel() >= _OF_TOKENS:
+        notes.append(f"the text {name!r} is made of {distinct} different tokens only: it says the same again and again")
     text = tokenizer.decode(ids.reshape(-1)[:_LOOKED_AT].tolist(), skip_special_tokens=True)
     characters = [character for character in text if not character.isspace()]
     share = sum(character.isalnum() for character in characters) / len(characters) if characters else 0.0
-    if share >= _FEWEST_WORDS:
-        return []
-    return [f"the text {name!r} has hardly a word in it ({share:.0%} letters and digits)"]
+    if share < _FEWEST_WORDS:
+        notes.append(f"the text {name!r} has hardly a word in it ({share:.0%} letters and digits)")
+    return notes

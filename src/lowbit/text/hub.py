@@ -100,5 +100,5 @@ def _unreadable(dataset: HubDataset, error: Exception) -> UsageError:
     where = f"{dataset.repository}, config {dataset.config or 'default'}, split {dataset.split}"
     return UsageError(
         f"the dataset {dataset.name} ({where}) cannot be read: {str(error) or type(error).__name__}",
-        "check its name, config and split, and the network; without one, give a file or leave --calib out",
+        "check its name, config and split, and the network; without one, give a file",
     )

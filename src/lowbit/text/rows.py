@@ -130,7 +130,10 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 if line.strip():
                     yield _parsed(line, f"{path}: line {number}")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}", "convert it with iconv -t utf-8") from error
+        raise UsageError(
+            f"{path} is not UTF-8 text: {error}",
+            f"convert it: iconv -f utf-16 -t utf-8 {path} > NEW.txt, or from what it is written in",
+        ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
 

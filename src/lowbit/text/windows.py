@@ -89,6 +89,10 @@ def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") 
             f"there is no text {name!r}: no such file",
             f"give a text file, wikitext, or hub:OWNER/NAME:CONFIG:SPLIT{one}",
         )
+    if packaged == "evaluation" and path.suffix.lower() in (".jsonl", ".parquet"):
+        raise UsageError(f"{name} holds rows, and figures are of one running text",
+                         "write the texts of its rows into a .txt file; named .txt itself, it is measured as it is "
+                         "written, braces and all")  # fmt: skip
     return Text(name, read_plain(path))
 
 
@@ -98,7 +102,10 @@ def read_plain(path: Path, characters: int = -1) -> str:
         with open_text(path) as file:
             return file.read(characters)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}", "convert it, for example with iconv -t utf-8") from error
+        raise UsageError(
+            f"{path} is not UTF-8 text: {error}",
+            f"convert it: iconv -f utf-16 -t utf-8 {path} > NEW.txt, or from what it is written in",
+        ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
 
