@@ -33,6 +33,7 @@ def test_no_false_alarm(quantized, llama, text, scheme, settings):
     assert [each.title for each in found.findings if each.severity == "fault"] == []
     assert found.healthy
     assert found.verdict.startswith("nothing is broken")
+    assert ("unless the reference is another model" in found.verdict) is ("hadamard" in settings.get("method", ""))
 
 
 def test_a_training_is_no_damage_and_is_not_undone(llama, text, tmp_path):

@@ -323,7 +323,8 @@ def verdict(evidence: Evidence, findings: list[DiagnosisFinding]) -> str:
     if evidence.total < 1e-6:
         return "the two models are the same on this text"
     named = next((each for each in findings if each.kind in ("sensitive", "spread")), None)
-    where = "" if named is None else f"; {named.title}"
+    where = ", unless the reference is another model" if evidence.other_basis else ""
+    where += "" if named is None else f"; {named.title}"
     return f"nothing is broken: the KLD of {evidence.total:.4f} is what rounding costs{where}"
 
 
