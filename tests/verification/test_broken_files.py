@@ -7,6 +7,8 @@ import pytest
 import torch
 from breaking import ATTENTION, BLOCK, assert_breaks, edit_config, edit_tensors
 
+import lowbit
+
 O_PROJ = f"{ATTENTION}.o_proj"
 NORM = f"{BLOCK}.input_layernorm.weight"
 
@@ -118,6 +120,13 @@ def test_lost_generation_config(broken, source):
     folder = broken()
     (folder / "generation_config.json").unlink()
     assert_breaks(folder, "generation-config", "absent", source=source)
+
+
+def test_nothing_is_said_of_a_source_that_is_not_known(broken):
+    folder = broken()
+    (folder / "generation_config.json").unlink()
+    [check] = [each for each in lowbit.verify(folder).checks if each.rule == "generation-config"]
+    assert check.detail == "no generation_config.json"
 
 
 def test_lost_chat_template(broken, source):

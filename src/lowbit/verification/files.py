@@ -106,7 +106,7 @@ def check_generation_config(subject: Subject) -> Finding:
     there = (folder / name).is_file()
     if not there and subject.source is not None and (subject.source.folder / name).is_file():
         problems.append(f"{name} is absent, and the source has one")
-    return Finding(problems, f"{name} parses" if there else f"no {name}, nor had the source")
+    return Finding(problems, f"{name} parses" if there else f"no {name}{_nor_the_source(subject)}")
 
 
 def check_chat_template(subject: Subject) -> Finding:
@@ -114,7 +114,12 @@ def check_chat_template(subject: Subject) -> Finding:
     here = _has_chat_template(subject.folder)
     if not here and subject.source is not None and _has_chat_template(subject.source.folder):
         return Finding(["there is no chat template, and the source has one"], "")
-    return Finding([], "a chat template is there" if here else "no chat template, nor had the source")
+    return Finding([], "a chat template is there" if here else f"no chat template{_nor_the_source(subject)}")
+
+
+def _nor_the_source(subject: Subject) -> str:
+    """Behind what an output lacks and its source, if it is known, lacks too."""
+    return "" if subject.source is None else ", nor had the source"
 
 
 def _has_chat_template(folder: Path) -> bool:
