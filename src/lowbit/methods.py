@@ -60,7 +60,7 @@ class Rounding:
     options        dataclass of its knobs, with a constructor `of(settings)`; None if it has none
     paper          arXiv, or a web page
     needs_hessian  needs calibration text; linears that too few tokens reach are rounded to nearest. Its options say
-                   whether it also `needs_drift`
+                   whether it also `needs_drift` and `needs_lost`
     grids_only     does not work on ggml types
     scales_only    moves scales of fixed values, and has no way for values that are fitted (k-means, logarithmic)
     learns         tunes all linears of a block together, starting from the codes of one of `starts`, or of rtn

@@ -240,6 +240,30 @@ def test_outliers_of_int8_are_reported(tiny_llama, tmp_path, text):
     assert len(noted) == 14
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "measured"),
+    [("gptq", {}, True), ("gptq", {"stream_correction": 0.0}, False), ("sign-sgd", {"iterations": 1}, False)],
+    ids=["default", "share of 0", "a rounding that learns"],
+)
+def test_what_the_stream_lost_is_measured_where_it_is_read(
+    tiny_llama, text, tmp_path, monkeypatch, method, options, measured
+):
+    from lowbit.calibrate.statistics import InputStatistics
+
+    known: list[bool] = []
+    take = InputStatistics.take
+
+    def noted(self):
+        found = take(self)
+        known.extend(stats.lost is not None for stats in found.values())
+        return found
+
+    monkeypatch.setattr(InputStatistics, "take", noted)
+    calibrated(tiny_llama, tmp_path / "out", text, method, **options)
+    assert known
+    assert any(known) is measured
+
+
 def test_nothing_of_a_finished_block_stays(tiny_llama):
     """Without waiting for the collector of circles: a block of a large model is gigabytes."""
     import gc

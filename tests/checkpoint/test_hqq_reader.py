@@ -138,6 +138,8 @@ BAD = {
     "groups that do not fit": (lambda t: t.update(group_size=torch.tensor(48, dtype=torch.int32)), "groups of 48"),
     "a shape of three": (lambda t: t.update(shape=torch.tensor([2, 4, 32])), r"shape \[2, 4, 32\]"),
     "a negative shape": (lambda t: t.update(shape=torch.tensor([-8, -32])), "do not fit -8"),
+    "a shape that is no number": (lambda t: t.update(shape=torch.tensor([torch.nan, 32])), "holds NaN or inf"),
+    "infinitely many bits": (lambda t: t.update(packing=word("8bit_u8"), nbits=torch.tensor(torch.inf)), "NaN or inf"),
     "a shape of other files": (lambda t: t.update(shape=torch.tensor([8, 64])), "is needed"),
     "quantized scales": (lambda t: t.update(quant_scale=torch.tensor(1, dtype=torch.uint8)), "quant_scale is set"),
     "stacked scales": (lambda t: t.update(offload_meta=torch.tensor(1, dtype=torch.uint8)), "offload_meta is set"),

@@ -232,6 +232,14 @@ def test_patterns_types_and_exclusions(files):
     assert "regular expression" in refusal(made)
 
 
+def test_an_exclusion_that_takes_python_exponential_time_is_matched_at_once(files):
+    made = files("int4 group")
+    name = "l" + "a" * 40
+    made.tensors = {leaf.replace("l.", f"{name}.", 1): tensor for leaf, tensor in made.tensors.items()}
+    made.config["exclude"] = ["lm_head", "re:l(([a-z])+)+X"]
+    assert torch.equal(made.open().read(f"{name}.weight"), made.weight)
+
+
 def test_the_scales_of_a_cache(files):
     made = files("fp8 all")
     attention = "model.layers.0.self_attn"

@@ -60,7 +60,7 @@ class Job:
         self.method: Method = parse_method(settings.method)
         self.roundings: dict[str, Rounding] = {}
         self.options: dict[str, Any] = {}
-        self.needs_hessian = needs_drift = False
+        self.needs_hessian = self.needs_lost = needs_drift = False
         self.shrinkage = 0.0
         for linear in targets:
             row = self.roundings[linear] = settings.rounding_of(linear)
@@ -69,6 +69,7 @@ class Job:
                 self.needs_hessian |= row.needs_hessian
                 if row.needs_hessian:
                     needs_drift |= options.needs_drift
+                    self.needs_lost |= options.needs_lost
                     self.shrinkage = max(self.shrinkage, options.shrinkage)
         self.stream: StreamRotations | None = None
         self.before = tuple(row for row in self.method.transforms if row.stream is not None)
@@ -139,7 +140,7 @@ class CalibratedBlock:
             runner.load(self.index)
         self._transform({}, job.before)
         passes = BlockPasses(runner, self.index, self.streams, job.settings.all_experts, job.needs_channels,
-                             job.shrinkage)  # fmt: skip
+                             job.shrinkage, job.needs_lost)  # fmt: skip
         self._put_kept()
         if self.weights is not None and job.feeds_rows:
             self.curvature = store.load_curvature(self.index)

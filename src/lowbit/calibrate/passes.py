@@ -62,11 +62,12 @@ class BlockPasses:
 
     stages     in the order to measure and round them
     shrinkage  of the Hessians that the differences between the streams are foretold by
+    lost       measure what the residual stream has lost too, where an output is added to it
     """
 
     @torch.no_grad()
     def __init__(self, runner: BlockRunner, index: int, streams: Streams, all_experts: bool = False,
-                 channels: bool = True, shrinkage: float = 0.0):  # fmt: skip
+                 channels: bool = True, shrinkage: float = 0.0, lost: bool = True):  # fmt: skip
         self._runner, self._index, self._streams = runner, index, streams
         self._all_experts, self._channels, self._shrinkage = all_experts, channels, shrinkage
         self.block = runner.blocks[index]
@@ -78,7 +79,7 @@ class BlockPasses:
         self._idle = find_idle(self.block, self.stages, one_window)
         self._children = dict.fromkeys(stage.child for stage in self.stages)
         self._added: tuple[str, ...] = ()  # children whose output is added to the residual stream
-        if streams.unquantized is not None:
+        if lost and streams.unquantized is not None:
             h = streams.quantized.values[:1].to(runner.device)
             self._added = added_to_stream(self.block, self.stages, h, one_window)
         # The original weights, for the unquantized stream.

@@ -71,6 +71,11 @@ class RefineOptions:
         """True if the unquantized model must run beside the quantized one."""
         return self.correction > 0
 
+    @property
+    def needs_lost(self) -> bool:
+        """True if what the residual stream lost must be measured too."""
+        return self.needs_drift and self.stream > 0
+
     @classmethod
     def of(cls, settings: Settings) -> RefineOptions:
         """The user's settings, defaults for the rest."""

@@ -97,6 +97,11 @@ class GPTQOptions:
         """True if the unquantized model must run beside the quantized one."""
         return self.correction != 0
 
+    @property
+    def needs_lost(self) -> bool:
+        """True if what the residual stream lost must be measured too."""
+        return self.needs_drift and self.stream > 0
+
     def share_corrected(self, feeds_rows: bool) -> float:
         """α of a linear whose rows are fed, or not."""
         if self.correction is not None:

@@ -32,6 +32,7 @@ class SqueezeOptions:
 
     shrinkage: float = 0.0
     needs_drift: bool = False
+    needs_lost: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> SqueezeOptions:

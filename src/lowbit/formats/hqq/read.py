@@ -27,6 +27,7 @@ Spec: hqq 0.2.8, core/quantize.py and core/bitpack.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,8 +200,11 @@ class HqqLayout(Layout):
         )
 
     def _numbers(self, name: str) -> list[float]:
-        """The content of one of the small tensors."""
+        """The content of one of the small tensors, all finite."""
         info = self.stored.tensors[name]
         if info.nbytes > 256:
             raise CheckpointError(f"{info.file}: {name} has {info.nbytes} bytes; one number or word is needed", _HINT)
-        return self.stored.read(name).reshape(-1).tolist()
+        numbers = self.stored.read(name).reshape(-1).tolist()
+        if not all(map(math.isfinite, numbers)):
+            raise CheckpointError(f"{info.file}: {name} holds NaN or inf; whole numbers are needed", _HINT)
+        return numbers

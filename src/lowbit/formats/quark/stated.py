@@ -12,7 +12,6 @@ read.py says which of them are read.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
+from lowbit.patterns import PatternError, compiled
 from lowbit.schemes import SCHEMES, ActivationSpec, Scheme, WeightSpec, scheme_of_specs
 from lowbit.tensors import Granularity
 
@@ -89,7 +89,7 @@ class QuarkStatement:
 
     def _is_excluded(self, linear: str) -> bool:
         return any(
-            bool(re.match(entry[3:], linear)) if entry.startswith("re:") else fnmatchcase(linear, entry)
+            compiled(entry[3:]).match(linear) if entry.startswith("re:") else fnmatchcase(linear, entry)
             for entry in self._exclude
         )
 
@@ -225,8 +225,8 @@ def _names(stated: dict[str, Any], key: str) -> list[str]:
     for name in found:
         if name.startswith("re:"):
             try:
-                re.compile(name[3:])
-            except re.error as error:
+                compiled(name[3:])
+            except PatternError as error:
                 raise _refused(key, name, f"a regular expression ({error})") from error
     return found
 
