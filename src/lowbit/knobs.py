@@ -137,7 +137,7 @@ TOKENS = Reader("GPTQ, SqueezeLLM and lowbit refine", "--method gptq uses it",
 HESSIAN = Reader(
     "GPTQ and lowbit refine", "--method gptq uses it", lambda run: bool(run.roundings & {"gptq", "refine"})
 )
-CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq uses it",
+CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq with --correction above 0 uses it",
                     lambda run: HESSIAN.reads(run) and run.corrects and not run.learns)  # fmt: skip
 REFINE = Reader("lowbit refine", "lowbit refine FILE --reference MODEL uses it", lambda run: "refine" in run.roundings)
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)

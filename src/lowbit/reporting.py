@@ -44,7 +44,7 @@ CONTEXTS = (2048, 8192, 32768)
 CACHE_TYPES = ("fp8", "q8_0", "q4_0")
 _WRITES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # classes of models that write text
 _CACHE = "lowbit.estimation.serving:cache_of"  # which stands to the right of the report
-# Notes on extreme values in the summary; each tensor has all of its own.
+# Notes on extreme values and on zeros in the summary; each tensor has all of its own.
 _EXTREMES = 5
 
 
@@ -309,7 +309,7 @@ def extremes_of(prepared: Prepared, written: Written) -> list[str]:
 def _counted(extremes: list[str]) -> tuple[str, ...]:
     """The first few, and how many more there are."""
     count = len(extremes) - _EXTREMES
-    more = (f"extreme values in {count} more places, which the report lists by tensor",) if count > 0 else ()
+    more = (f"{count} more notes of this kind stand with their tensors in the report",) if count > 0 else ()
     return (*extremes[:_EXTREMES], *more)
 
 

@@ -265,6 +265,15 @@ def test_what_the_stream_lost_is_measured_where_it_is_read(
     assert any(known) is measured
 
 
+@pytest.mark.parametrize(
+    ("architecture", "share", "unmet"), [("gemma2", 0.4, True), ("gemma2", None, False), ("llama", 0.4, False)]
+)
+def test_a_given_stream_correction_that_changes_nothing_is_said(tmp_path, text, architecture, share, unmet):
+    model = make_model(tmp_path / "model", architecture, num_hidden_layers=1)
+    report = calibrated(model, tmp_path / "out", text, **({} if share is None else {"stream_correction": share}))
+    assert any("--stream-correction 0.4 changed nothing" in note for note in report.source.notes) is unmet
+
+
 def test_nothing_of_a_finished_block_stays(tiny_llama):
     """Without waiting for the collector of circles: a block of a large model is gigabytes."""
     import gc

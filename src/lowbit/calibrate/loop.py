@@ -69,6 +69,7 @@ class Calibrated:
     windows     calibration text
     seconds     wall time by kind of work
     rotations   linear → rotation of its input by the engine, with which its codes are stored
+    unmet       notes on settings that were given and that the model has no use for
     """
 
     checkpoint: Checkpoint
@@ -76,11 +77,13 @@ class Calibrated:
     windows: CalibrationWindows
     seconds: dict[str, float] = field(default_factory=dict)
     rotations: dict[str, Rotation] = field(default_factory=dict)
+    unmet: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on the text and on single blocks."""
-        return (*self.windows.notes, *(note for record in self.store.records.values() for note in record.notes))
+        """Notes on the text, on settings and on single blocks."""
+        of_blocks = (note for record in self.store.records.values() for note in record.notes)
+        return (*self.windows.notes, *self.unmet, *of_blocks)
 
     def decoded(self, targets: dict[str, Target], architecture: Architecture, dtype: torch.dtype) -> Checkpoint:
         """The model as an engine will run it, for measuring the inputs of its rounded linears."""
@@ -195,7 +198,12 @@ def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
         refuse_fallback(job, [result for record in store.records.values() for result in record.linears.values()])
     rewritten = {name: Replacement(partial(store.tensor, name), task.dtypes[name]) for name in store.rewritten()}
     floats = (task.start or task).checkpoint  # what the output has in 16 bits
-    return Calibrated(OverlaidCheckpoint(floats, outside | rewritten), store, windows, work.seconds, rotations)
+    unmet: tuple[str, ...] = ()
+    if settings.stream_correction and not any(record.mends_stream for record in store.records.values()):
+        why = "no output of a rounded linear at the end of attention or MLP is added to the residual stream as it is"
+        unmet = (f"--stream-correction {settings.stream_correction:g} changed nothing: {why}",)
+    done = OverlaidCheckpoint(floats, outside | rewritten)
+    return Calibrated(done, store, windows, work.seconds, rotations, unmet)
 
 
 def _turned_back(read: Callable[[], Tensor], rotation: Rotation) -> Tensor:

@@ -131,6 +131,7 @@ class CalibratedBlock:
         self.results: dict[str, LinearResult] = {}
         self.transforms: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.mends_stream = False
         self.inputs: dict[str, dict[str, Any]] = {}
         self.curvature: dict[str, tuple[Tensor, ...]] = {}  # of the loss in the outputs of a linear (`row_feedback`)
 
@@ -169,7 +170,8 @@ class CalibratedBlock:
         with work.timed("store"):
             changed = {name: self.tensors.turned(name, values).to(job.dtypes[name])
                        for name, values in self.rewritten.items()}  # fmt: skip
-            record = BlockRecord(self.results, tuple(self.transforms), tuple(self.notes), self.inputs)
+            record = BlockRecord(self.results, tuple(self.transforms), tuple(self.notes), self.inputs,
+                                 self.mends_stream)  # fmt: skip
             store.save(self.index, {name: each.stored for name, each in self.rounded.items()}, changed, record)
         if self.index + 1 < len(runner.blocks):
             with work.timed("forward"):
@@ -267,6 +269,9 @@ class CalibratedBlock:
                         )
                     target, rounding = self._target(linear), job.roundings[linear.name]
                     options = job.options[rounding.name]
+                    self.mends_stream |= (
+                        rounding.needs_hessian and data.stats is not None and data.stats.lost is not None
+                    )
                     own, rotation = self._data_of(data, linear.name), job.rotations.get(linear.name)
                     start = job.start.codes(linear.name) if job.start is not None else None
                     if rotation is None:

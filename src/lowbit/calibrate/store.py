@@ -79,14 +79,16 @@ class LinearResult:
 class BlockRecord:
     """The results of one block, without its tensors.
 
-    transforms  notes of the transforms, as plain values
-    inputs      name of a distinct input → its summary (`calibrate.summary`), for the blocks that the report shows
+    transforms    notes of the transforms, as plain values
+    inputs        name of a distinct input → its summary (`calibrate.summary`), for the blocks that the report shows
+    mends_stream  linears of it made up for what the residual stream had lost
     """
 
     linears: dict[str, LinearResult]
     transforms: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mends_stream: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class RefineOptions:
     damping     λ as a fraction of mean(diag H)
     shrinkage   ρ, the share by which every off-diagonal of H is taken back, 0 to 1
     correction  α, the share of the error of what lies before that is corrected, 0 to 1; no effect without `drift`
-    stream      the share of what the residual stream lost before that is corrected, 0 to 1
+    stream      β, the share of what the residual stream lost before that is corrected, 0 to 1
     sweeps      number of them
     anew        also start from the codes and scales of GPTQ
     reround     with error feedback, on the scales of the first sweep

@@ -21,8 +21,6 @@ from lowbit.rounding.target import Stored, Sums, Target
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
 _SUSPICIOUS = 256.0
 _SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
-
-
 _EMPTY = "are all zero in the source"
 
 

@@ -53,11 +53,8 @@ if TYPE_CHECKING:
 
 # With --range auto; a finer search gains nothing (docs/gptq.md).
 SEARCH = RangeSearch("wmse", steps=24, smallest=0.5)
-CORRECTION, CORRECTION_WITH_ROWS = (
-    0.75,
-    0.4,
-)  # α where none is given: without and with feedback between rows (docs/log.md)
-STREAM_CORRECTION = 0.4  # of what the residual stream lost; likewise
+# α where none is given, without and with feedback between rows; β, of what the residual stream lost (docs/log.md)
+CORRECTION, CORRECTION_WITH_ROWS, STREAM_CORRECTION = 0.75, 0.4, 0.4
 _ROWS_PER_THREAD = 64  # at least
 
 
@@ -75,8 +72,8 @@ class GPTQOptions:
     block       columns whose changes are spread over later blocks at once; affects only rounding errors and time
     correction  α, the share of the quantized prefix's error to correct, 0 to 1; no effect without `drift`. None: less
                 where rows are fed than where they are not
-    stream      the share of what the residual stream lost to correct, 0 to 1; no effect where `lost` is not known, and
-                without a correction
+    stream      β, the share of what the residual stream lost to correct, 0 to 1; no effect where `lost` is not known,
+                and without a correction
     refine      sweeps of coordinate descent after the last column
     search      range search that replaces the target's own, which suits rounding to nearest
     """
