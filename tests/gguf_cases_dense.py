@@ -33,6 +33,9 @@ _OLMO3 = {"rope_parameters": {
 # name → (model_type and sizes, changes to the config, general.architecture, model_type read back or None)
 CASES: dict[str, tuple] = {
     "ministral3": (("ministral3", _SIZES), _MINISTRAL3, "mistral3", "ministral3"),
+    "ministral3_betas": (("ministral3", _SIZES), {"rope_parameters": _MINISTRAL3["rope_parameters"] | {
+        "original_max_position_embeddings": 4096, "beta_fast": 4.0, "beta_slow": 2.0,
+    }}, "mistral3", "ministral3"),
     "mistral3": (("mistral3", {
         "text_config": _SIZES | {"model_type": "mistral"}, "vision_config": _EYE,
     }), {}, "mistral3", None),

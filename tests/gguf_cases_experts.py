@@ -87,6 +87,12 @@ CASES: dict[str, tuple] = {
     }), {}, "mimo2", "mimo_v2_flash"),
     "kimi_k2": (_KIMI_K2, {}, "deepseek2", "deepseek_v3"),
     "kimi_k2_without_option": (_KIMI_K2, {}, "deepseek2", "deepseek_v3"),
+    "kimi_k25": (("kimi_k25", {
+        "text_config": {"model_type": _KIMI_K2[0], **_KIMI_K2[1]},
+        "vision_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "patch_size": 14,
+                          "num_attention_heads": 2, "pos_emb_height": 4, "pos_emb_width": 4},
+        "projection_hidden_size": 64, "tie_word_embeddings": False,
+    }), {}, "deepseek2", None),
     "youtu": (("youtu", {key: _LATENT[key] for key in _LATENT if key not in {*_ROUTED, "first_k_dense_replace"}}), {},
               "deepseek2", "youtu"),
     "deepseek_v32": (("deepseek_v32", _SPARSE), {"n_group": 4, "topk_group": 2}, "deepseek32", "deepseek_v32"),
@@ -118,6 +124,7 @@ LOOSER: dict[str, float] = {
 }
 # case → what config.json says instead of what transformers writes: a model type of code on the hub
 _KIMI = {"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
-PUBLISHED: dict[str, dict] = {"kimi_k2": _KIMI, "kimi_k2_without_option": _KIMI}
+_KIMI_K25 = {"auto_map": {"AutoModelForCausalLM": "modeling_kimi_k25.KimiK25ForConditionalGeneration"}}
+PUBLISHED: dict[str, dict] = {"kimi_k2": _KIMI, "kimi_k2_without_option": _KIMI, "kimi_k25": _KIMI_K25}
 # case → what llama.cpp is started with
-LLAMA_OPTIONS: dict[str, dict[str, float]] = {"kimi_k2": {"yarn_beta_fast": 1.0}}
+LLAMA_OPTIONS: dict[str, dict[str, float]] = {case: {"yarn_beta_fast": 1.0} for case in ("kimi_k2", "kimi_k25")}

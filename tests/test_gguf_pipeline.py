@@ -16,7 +16,7 @@ from lowbit.api import dry_convert
 from lowbit.checkpoint import open_checkpoint, open_gguf, open_safetensors
 from lowbit.checkpoint.base import OpenOptions, report_path
 from lowbit.errors import CheckpointError, NonFiniteError, OutputError, UsageError
-from lowbit.formats.gguf import write as gguf_writer
+from lowbit.export import weight_files
 from lowbit.formats.gguf.imatrix_file import write_imatrix
 from lowbit.formats.gguf.importance import ImportanceEntry, ImportanceMatrix
 from lowbit.formats.gguf.mix_table import FILE_TYPES
@@ -283,7 +283,7 @@ def test_a_run_that_fails_leaves_the_earlier_file(model, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_writer, "write_all", fail)
+    monkeypatch.setattr(weight_files, "write_all", fail)
     with pytest.raises(OutputError, match="no space left"):
         lowbit.quantize(model, path, scheme="Q4_0", overwrite=True)
     assert (path.read_bytes(), report_path(path).read_bytes()) == before

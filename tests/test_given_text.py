@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, UnsafeError, UsageError
 from lowbit.text import GivenText
 from lowbit.text.calibration import calibration_windows
 from models import make_tokenizer
@@ -176,6 +176,13 @@ def test_data_with_nothing_to_learn_from_is_refused(data, said):
 def test_what_is_no_calibration_data_is_named(data, said):
     with pytest.raises(UsageError, match=said):
         cut(data, vocabulary=384, longest=256)
+
+
+def test_texts_need_the_tokenizer_that_was_refused_and_token_ids_do_not():
+    refused = UnsafeError("its tokenizer needs code")
+    with pytest.raises(UnsafeError, match="needs code"):
+        cut(["a text"], refused=refused)
+    assert cut(ONES, refused=refused).ids.shape == ONES.shape
 
 
 def test_unknown_columns_are_listed(tokenizer):

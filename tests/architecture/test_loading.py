@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -6,11 +8,25 @@ from evaluation.tiny_models import CONFIGS, FakeCheckpoint, save_model
 from lowbit.architecture import build_without_weights, discover, loading
 from lowbit.architecture.building import auto_class
 from lowbit.architecture.loading import load_model, load_tokenizer, module_names
+from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.errors import CheckpointError, UnsafeError
 from lowbit.schemes import SCHEMES
 from models import config_of, make_model
 
+# A tokenizer as a model's own code has it.
+CODE = """
+from transformers import PreTrainedTokenizer
+
+class TikTokenTokenizer(PreTrainedTokenizer):
+    vocab_size = 1
+
+    def get_vocab(self):
+        return {"a": 0}
+
+    def _convert_id_to_token(self, index):
+        return "a"
+"""
 IDS = torch.arange(40)[None] * 7 % 300
 
 
@@ -151,6 +167,19 @@ def test_remote_code_needs_trust(tmp_path):
 def test_tokenizer_of_the_folder(tmp_path):
     tokenizer = load_tokenizer(fake(tmp_path))
     assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
+
+
+def test_a_tokenizer_that_needs_code_needs_trust(tmp_path):
+    checkpoint = fake(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tiktoken.model").write_bytes(b"YQ== 0\n")
+    auto_map = {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    with pytest.raises(UnsafeError, match=r"how tiktoken\.model cuts text .*tokenization_kimi\.Tik") as caught:
+        load_tokenizer(checkpoint)
+    assert caught.value.hint == "read that code, then pass --trust-remote-code"
+    (tmp_path / "tokenization_kimi.py").write_text(CODE)
+    assert load_tokenizer(checkpoint, OpenOptions(trust_remote_code=True)).decode([0]) == "a"
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):

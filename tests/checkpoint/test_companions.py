@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.companions import beyond_embedding, check_companions, find_companions
+from lowbit.checkpoint.companions import beyond_embedding, check_companions, code_of_tokenizer, find_companions
 from lowbit.errors import CheckpointError
 
 
@@ -105,6 +105,32 @@ def test_a_model_without_tokenizer_gets_a_note(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert any("there is no tokenizer in model" in note for note in check_companions(folder, "model"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model"])
+def test_a_tokenizer_in_a_file_of_another_kind_gets_no_note(folder, name):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / name).write_bytes(b"YQ== 0\n")
+    assert check_companions(folder, "model") == []
+    assert Path(name) in find_companions(folder)
+
+
+@pytest.mark.parametrize(("settings", "code"), [
+    ({"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}},
+     "tokenization_kimi.TikTokenTokenizer"),
+    ({"auto_map": {"AutoTokenizer": "tokenization_kimi.TikTokenTokenizer"}}, "tokenization_kimi.TikTokenTokenizer"),
+    ({"auto_map": ["tokenization_kimi.TikTokenTokenizer", None]}, "tokenization_kimi.TikTokenTokenizer"),
+    ({"auto_map": {"AutoTokenizer": [None, {}]}}, None),
+    ({"auto_map": 3}, None),
+    ({}, None),
+])  # fmt: skip
+def test_the_code_that_a_tokenizer_needs(folder, settings, code):
+    (folder / "tiktoken.model").write_bytes(b"YQ== 0\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert code_of_tokenizer(folder) is None
+    (folder / "tokenizer.json").unlink()
+    assert code_of_tokenizer(folder) == code
 
 
 def test_a_token_without_a_row_is_named(folder):

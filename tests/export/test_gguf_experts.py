@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -85,6 +86,12 @@ def test_the_ends_of_the_yarn_ramp_are_written_with_the_option_that_llama_cpp_ne
     assert config["rope_parameters"]["beta_fast"] == 1.0
 
 
+def test_no_option_is_asked_for_where_the_loader_reads_the_ends_of_the_yarn_ramp(tmp_path):
+    model, _ = describe_folder(make_case(tmp_path / "hf", "ministral3_betas"))
+    assert model.key_values["mistral3.rope.scaling.yarn_beta_fast"][0] == 4.0
+    assert not [note for note in model.notes if "--yarn" in note]
+
+
 def test_speeds_of_yarn_are_those_of_transformers(tmp_path):
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -111,6 +118,19 @@ def test_kimi_k2_needs_no_code_of_its_own():
     assert not requires_remote_code(config)
     assert not requires_remote_code({"model_type": "kimi_k25", "auto_map": {"AutoModel": "m.X"}, "text_config": config})
     assert requires_remote_code(config | {"model_type": "kimi_linear"})
+
+
+def test_kimi_k25_is_written_as_its_text_model(tmp_path):
+    folder = make_case(tmp_path / "hf", "kimi_k25")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "kimi_k2"  # as published
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = describe_folder(folder)
+    assert model.arch == "deepseek2"
+    assert {tensor.name for tensor in model.tensors} == {
+        tensor.name for tensor in describe_folder(make_case(tmp_path / "text", "kimi_k2"))[0].tensors
+    }
+    assert "left out (23 tensors): vision: llama.cpp keeps it in a file of its own (mmproj)" in model.notes
 
 
 def test_keys_and_values_of_latent_attention_are_split_as_the_converter_does(tmp_path):

@@ -353,7 +353,7 @@ def test_the_document_lists_every_model_around_a_decoder():
 @pytest.mark.sampled(3, shared=True)
 @pytest.mark.parametrize("case", [
     "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm_ocr", "glm4v_moe", "paddleocr_vl", "llava", "internvl",
-    "smolvlm", "voxtral",
+    "smolvlm", "voxtral", "kimi_k25",
 ])  # fmt: skip
 def test_a_model_that_sees_comes_back_as_its_language_model(cases, case):
     folder, _, _, path = cases(case)

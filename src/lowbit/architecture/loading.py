@@ -31,8 +31,8 @@ from lowbit.architecture.inspection import ENLARGE, embedding_rows
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.view import holds_single_experts
 from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
-from lowbit.checkpoint.companions import beyond_embedding, check_companions, has_tokenizer
-from lowbit.errors import ArchitectureError, CheckpointError, UsageError
+from lowbit.checkpoint.companions import beyond_embedding, check_companions, code_of_tokenizer, has_tokenizer
+from lowbit.errors import ArchitectureError, CheckpointError, UnsafeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -205,7 +205,7 @@ def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str
 
 
 def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint's folder."""
+    """The tokenizer of the checkpoint's folder. UnsafeError where it needs code that the user has not allowed."""
     from transformers import AutoTokenizer
 
     trust = (options or OpenOptions()).trust_remote_code
@@ -214,6 +214,13 @@ def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -
         check_companions(checkpoint.folder, checkpoint.source)
         if not has_tokenizer(checkpoint.folder) and not trust:
             raise CheckpointError(f"there is no tokenizer in {checkpoint.source}", hint)
+        code = code_of_tokenizer(checkpoint.folder)
+        if code is not None and not trust:
+            raise UnsafeError(
+                f"{checkpoint.source}: how tiktoken.model cuts text stands in Python code that comes with the model "
+                f"({code}), and transformers cannot load the tokenizer without it",
+                "read that code, then pass --trust-remote-code",
+            )
         refuse_tokens_without_row(checkpoint)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)

@@ -47,7 +47,7 @@ from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.companions import has_tokenizer
-from lowbit.errors import UsageError
+from lowbit.errors import UnsafeError, UsageError
 from lowbit.files.claim import work_folder
 from lowbit.methods import RTN, RUNS_NO_TEXT, parse_method
 from lowbit.numerics.hadamard import Rotation
@@ -122,10 +122,14 @@ def given_windows(
 ) -> CalibrationWindows:
     """Calibration data in memory, cut into windows; texts need the checkpoint's tokenizer."""
     known = checkpoint.kind == "gguf" or has_tokenizer(checkpoint.folder)
+    tokenizer, refused = None, None
+    try:
+        tokenizer = load_tokenizer(checkpoint, options) if known or options.trust_remote_code else None
+    except UnsafeError as error:  # token ids need no tokenizer
+        refused = error
     return given.windows(
-        load_tokenizer(checkpoint, options) if known or options.trust_remote_code else None, settings.samples,
-        settings.given.get("seqlen"), default=settings.seqlen, longest=context_length(checkpoint.config()),
-        vocabulary=embedding_rows(checkpoint.tensors),
+        tokenizer, settings.samples, settings.given.get("seqlen"), default=settings.seqlen,
+        longest=context_length(checkpoint.config()), vocabulary=embedding_rows(checkpoint.tensors), refused=refused,
     )  # fmt: skip
 
 

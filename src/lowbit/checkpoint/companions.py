@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "tiktoken.model")
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # Read as JSON objects by transformers and by engines.
 OBJECTS = (
@@ -187,6 +187,18 @@ def adapter_kind(folder: Path) -> str:
 def has_tokenizer(folder: Path) -> bool:
     """True if a file of a tokenizer is there that may be read."""
     return any((folder / name).is_file() and leads_out(folder / name, folder) is None for name in TOKENIZERS)
+
+
+def code_of_tokenizer(folder: Path) -> str | None:
+    """The class that alone says how text is cut by tiktoken.model, in Python code that comes with the model; None for
+    other tokenizers. Without it transformers would cut text by another rule, or not at all."""
+    if not (folder / "tiktoken.model").is_file() or (folder / "tokenizer.json").is_file():
+        return None
+    path = folder / "tokenizer_config.json"
+    code = (read_json_object(path) if path.is_file() else {}).get("auto_map")
+    named = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    classes = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    return classes[0] if classes else None
 
 
 def load_tokenizer_file(folder: Path) -> Tokenizer | None:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, LowbitError, UsageError
 from lowbit.text.answers import Marking
 from lowbit.text.calibration import (
     HOPELESS_ROWS,
@@ -71,6 +71,7 @@ class GivenText:
     def windows(
         self, tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int | None, *, default: int = 512,
         longest: int | None = None, vocabulary: int | None = None, marking: Marking | None = None,
+        refused: LowbitError | None = None,
     ) -> CalibrationWindows:  # fmt: skip
         """The first `windows` windows, or as many as there are.
 
@@ -79,6 +80,7 @@ class GivenText:
         longest        the model's context in tokens; None: unknown
         vocabulary     rows of the embedding; None: unknown
         marking        which tokens count in a loss (`answers.py`); None: not asked
+        refused        why there is no tokenizer, raised for texts; None: the folder has none
         """
         key = (windows, window_tokens, marking)
         if key not in self._cut:
@@ -90,6 +92,9 @@ class GivenText:
             items = chain([first], items)
             usual = min(default, longest or default)
             if _ids_of(first, self.name) is None:
+                if tokenizer is None:
+                    raise refused or UsageError(f"{self.name} holds texts, and there is no tokenizer",
+                                                "give tokenizer=")  # fmt: skip
                 cut = self._of_documents(items, tokenizer, windows, window_tokens or usual, marking)
             else:
                 cut = self._of_ids(items, tokenizer, windows, window_tokens, usual, marking)
@@ -114,11 +119,9 @@ class GivenText:
         return iter(data)
 
     def _of_documents(
-        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, window_tokens: int,
+        self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase, windows: int, window_tokens: int,
         marking: Marking | None,
     ) -> CalibrationWindows:  # fmt: skip
-        if tokenizer is None:
-            raise UsageError(f"{self.name} holds texts, and there is no tokenizer", "give tokenizer=")
         reading = Reading(self.name, 0, _CHARACTERS, notes=[f"rows of {self.name} in the order given"])
 
         def documents() -> Iterator[Document]:

@@ -77,7 +77,7 @@ def _bits_per_weight(subject: Subject) -> float:
 
 
 def check_tokenizer(subject: Subject) -> Finding:
-    """A tokenizer is there and loads."""
+    """A tokenizer is there; tokenizer.json loads, other files are not opened."""
     folder, problems = subject.folder, []
     present = [name for name in TOKENIZERS if (folder / name).is_file()]
     if not present:
@@ -87,7 +87,8 @@ def check_tokenizer(subject: Subject) -> Finding:
     except CheckpointError as error:
         problems.append(str(error))
     problems += _unparsable(folder, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    return Finding(problems, f"{', '.join(present)} loads")
+    loads = "tokenizer.json" in present
+    return Finding(problems, "tokenizer.json loads" if loads else f"{', '.join(present)} is there, not opened")
 
 
 def check_token_ids(subject: Subject) -> Finding:

@@ -28,7 +28,7 @@ COMMON: tuple[Rule, ...] = (
          gate=True),
     Rule("architecture", "model", ALL, "the model can be built and its linears are known", files.check_architecture,
          "the model's own class in transformers", gate=True),
-    Rule("tokenizer", "model", ALL, "a tokenizer is there and loads", files.check_tokenizer,
+    Rule("tokenizer", "model", ALL, "a tokenizer is there; tokenizer.json loads", files.check_tokenizer,
          "AutoTokenizer (transformers)"),
     Rule("generation-config", "model", ALL, "generation_config.json parses", files.check_generation_config,
          "GenerationConfig (transformers)"),

@@ -29,8 +29,8 @@ YaRN of latent attention (DeepSeek) scales the scores instead, by (1 + 0.1 a ln 
 llama.cpp then leaves cos and sin alone, as transformers does where mscale is mscale_all_dim.
 
 The ends of YaRN's ramp, beta_fast and beta_slow, are turns within the original context. llama.cpp's converter writes
-both, its loaders pass by them and compute with 32 and 1. Its options --yarn-beta-fast and --yarn-beta-slow count; a
-note says so.
+both. Of its loaders that of mistral3 reads them (`Rope.betas`); the others pass by them and compute with 32 and 1. Its
+options --yarn-beta-fast and --yarn-beta-slow count there; a note says so.
 
 Refused when writing: a scaling that llama.cpp does not compute for this architecture.
 """
@@ -217,7 +217,10 @@ def _yarn(
     ]  # fmt: skip
     if betas != _YARN_BETAS:
         scaling |= {f"yarn_{key}": (value, FLOAT) for key, value in betas.items()}
-        notes += _betas_not_read(row, float(parameters.get("rope_theta", 10000.0)), dim, int(original), factor, betas)
+        if row.rope is None or not row.rope.betas:
+            notes += _betas_not_read(
+                row, float(parameters.get("rope_theta", 10000.0)), dim, int(original), factor, betas
+            )
     return scaling, notes
 
 

@@ -104,6 +104,7 @@ class Rope:
     local_partial  and a number of rotated dimensions of their own
     truncates  transformers rounds the ends of the YaRN ramp to whole dimensions, as llama.cpp does
     log        llama.cpp divides YaRN's magnitude by that of rope.scaling.yarn_log_multiplier: mscale_all_dim
+    betas      its loader reads the ends of that ramp from the file (`rope.py`)
     alpha      "dynamic" with an alpha is a larger base: θ · alpha^(d / (d - 2)) (Hunyuan)
     dim        rotated dimensions of a head, where they are not a share of head_dim
     sections   positions have several axes, which share the rotary pairs (`mrope_section`): "runs" of them, or
@@ -119,6 +120,7 @@ class Rope:
     local_partial: bool = False
     truncates: bool = True
     log: bool = False
+    betas: bool = False
     alpha: bool = False
     dim: Callable[[Lookup], int] | None = None
     sections: str = ""

@@ -53,7 +53,7 @@ _HINT = (
 
 
 @dataclass(frozen=True)
-class _Packed:
+class _PackedLinear:
     """How one weight [rows, columns] lies in W_q.
 
     height, width    of the matrix of codes, R and C
@@ -148,7 +148,7 @@ class HqqLayout(Layout):
         grid = grid_for(scheme.weight, str(self.scale_dtype(linear)).removeprefix("torch."))
         return QuantizedTensor(codes, scale, grid, Granularity.GROUP, group_size, zero)
 
-    def _codes(self, name: str, packed: _Packed, first: int, last: int) -> Tensor:
+    def _codes(self, name: str, packed: _PackedLinear, first: int, last: int) -> Tensor:
         """uint8 [last − first, C]: rows first..last of the matrix of codes."""
         parts, at, mask = [], first, (1 << packed.bits) - 1
         while at < last:
@@ -161,11 +161,11 @@ class HqqLayout(Layout):
             at += end - row
         return torch.cat(parts)
 
-    def _floats(self, name: str, packed: _Packed, first: int, last: int) -> Tensor:
+    def _floats(self, name: str, packed: _PackedLinear, first: int, last: int) -> Tensor:
         """float32, of rows first..last: [last − first, 1], or [1, C]."""
         return (self.stored.read(name, first, last) if packed.along_rows else self.stored.read(name)).float()
 
-    def _said(self, linear: str) -> _Packed:
+    def _said(self, linear: str) -> _PackedLinear:
         """What a linear's own tensors say of it; CheckpointError where that cannot be."""
         where = f"{self.stored.source}: {linear}"
         for leaf in _FLAGS:
@@ -195,7 +195,9 @@ class HqqLayout(Layout):
             raise CheckpointError(
                 f"{where}: {bits} bits, axis {axis} and groups of {size} do not fit {rows} × {columns}", _HINT
             )
-        return _Packed(rows, columns, height, width, slots, bits, item, axis == 1, said.get("view_as_float") == [1])
+        return _PackedLinear(
+            rows, columns, height, width, slots, bits, item, axis == 1, said.get("view_as_float") == [1]
+        )
 
     def _numbers(self, name: str) -> list[float]:
         """The content of one of the small tensors, all finite."""

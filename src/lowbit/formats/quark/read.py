@@ -44,7 +44,7 @@ from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.kv_cache import kv_cache_scheme
 from lowbit.checkpoint.quantized import FLOATS, Expected, Layout, matrix_shape
 from lowbit.errors import CheckpointError
-from lowbit.formats.quark.stated import Stated, StatedWeight
+from lowbit.formats.quark.stated import QuarkStatement, StatedWeight
 from lowbit.numerics import grid_for
 from lowbit.numerics.scales import e8m0_values
 from lowbit.schemes import ActivationSpec, Scheme
@@ -71,7 +71,7 @@ class QuarkLayout(Layout):
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
-        self.stated = Stated(quantization)
+        self.stated = QuarkStatement(quantization)
         self.kv_cache = kv_cache_scheme("tensor") if self.stated.has_fp8_cache else None
         _refuse_foreign(stored)
         for linear in self.linears():

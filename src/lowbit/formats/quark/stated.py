@@ -60,7 +60,7 @@ class StatedWeight:
         return _STORED[self.dtype]
 
 
-class Stated:
+class QuarkStatement:
     """pack_method: "reorder" or "order". notes: for the user, filled as linears are asked for."""
 
     def __init__(self, quantization: dict[str, Any]):

@@ -92,7 +92,7 @@ def _of_ministral3(metadata: dict[str, Any]) -> bool:
 _MINISTRAL3 = GGUFArchitecture(
     "ministral3", "Ministral3ForCausalLM", "mistral3", "model.layers", OUTSIDE, LLAMA_BLOCK,
     (*KEYS, Key("attention.temperature_scale", "rope_parameters.llama_4_scaling_beta", FLOAT)),
-    fixed=SILU, rope=Rope(("yarn",), log=True), of_file=_of_ministral3,
+    fixed=SILU, rope=Rope(("yarn",), log=True, betas=True), of_file=_of_ministral3,
 )  # fmt: skip
 _MISTRAL_OF_FILE = replace(
     _MINISTRAL, model_type="mistral", model_class="MistralForCausalLM", arch="mistral3", read_back=True,

@@ -66,6 +66,9 @@ AROUND: dict[str, Around] = {
     ),
     "lfm2_vl": Around("Lfm2VlForConditionalGeneration", _INNER_TOWER, *_INNER),
     "deepseek_vl": Around("DeepseekVLForConditionalGeneration", ("model.vision_model.", "model.aligner."), *_INNER),
+    "kimi_k25": Around(
+        "Kimi_K25ForConditionalGeneration", ("vision_tower.", "mm_projector.", "model.mm_projector.")
+    ),
     "janus": Around(
         "JanusForConditionalGeneration",
         ("model.vision_model.", "model.aligner.", "model.vqmodel.", "model.generation_"), *_INNER,
