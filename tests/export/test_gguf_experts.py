@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from gguf_cases_experts import CASES
 from gguf_models import describe_folder, make_case, write_plain
 from lowbit.checkpoint import open_checkpoint, open_gguf, requires_remote_code
@@ -191,3 +192,12 @@ def test_dense_blocks_and_groups_come_back(tmp_path):
         "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0,
     }  # fmt: skip
     assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "phi3", "mixtral"])
+def test_the_bytes_of_the_source_are_counted_once(tmp_path, architecture):
+    """Also where one of its tensors becomes two of the file: keys and values of latent attention, gate and up."""
+    source = make_model(tmp_path / "model", architecture)
+    report = lowbit.quantize(source, tmp_path / "x.gguf", scheme="Q8_0").report
+    stored = sum(info.nbytes for info in open_checkpoint(str(source)).tensors.values())
+    assert sum(each.bytes_in for each in report.totals.accounts) == stored

@@ -11,6 +11,7 @@ that matches nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -348,10 +349,15 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     rotated = getattr(checkpoint, "rotations", {})  # their codes are of other columns
     nvfp4 = {name for name, scheme in schemes.items()
              if scheme.weight == SCHEMES["NVFP4"].weight and name not in rotated}  # fmt: skip
+    # A source tensor that several tensors of the file are cut from counts once, in proportion.
+    cut_from: Counter[str] = Counter()
+    for t in mapped.tensors:
+        cut_from.update(dict.fromkeys(t.names, math.prod(t.shape)))
     entries = tuple(
         _Entry(
             t.name, t.role, t.block, t.shape, t,
-            sum(checkpoint.tensors[name].nbytes for name in t.names if name in checkpoint.tensors),
+            sum(checkpoint.tensors[name].nbytes * math.prod(t.shape) // cut_from[name]
+                for name in t.names if name in checkpoint.tensors),
             "NVFP4" if t.names and t.keeps_rows and nvfp4.issuperset(t.names) else None,
             linear=linears.get(t.names[0]) if len(t.names) == 1 and t.keeps_rows else None,
         )
