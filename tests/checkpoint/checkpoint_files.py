@@ -5,6 +5,10 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.base import CanReadCodes
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
@@ -13,6 +17,15 @@ def safetensors_bytes(header, data=b"", length=None):
     """A safetensors file: `header` is a dict, or the raw bytes of one; `length` what it claims to be long."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def open_quantized(folder, tensors, quantization, metadata=None):
+    """The checkpoint of a folder with these tensors and quantization_config, which must have codes."""
+    save_file(tensors, folder / "model.safetensors", metadata)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, CanReadCodes)
+    return checkpoint
 
 
 def safetensors_entry(dtype, shape, begin, end):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lowbit.checkpoint import open_checkpoint
+from checkpoint.checkpoint_files import open_quantized
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES
@@ -39,11 +37,7 @@ class Files:
             self.weight = codes.float() * by_weight
 
     def open(self) -> CanReadCodes:
-        save_file(self.tensors, self.folder / "model.safetensors")
-        (self.folder / "config.json").write_text(json.dumps({"quantization_config": self.config}))
-        checkpoint = open_checkpoint(self.folder)
-        assert isinstance(checkpoint, CanReadCodes)
-        return checkpoint
+        return open_quantized(self.folder, self.tensors, self.config)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowbit
+from checkpoint.checkpoint_files import open_quantized
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import CheckpointError
@@ -119,11 +120,7 @@ class Files:
         self.tensors |= {f"l.{leaf}": tensor.contiguous() for leaf, tensor in tensors.items()}
 
     def open(self) -> CanReadCodes:
-        save_file(self.tensors, self.folder / "model.safetensors")
-        (self.folder / "config.json").write_text(json.dumps({"quantization_config": self.config}))
-        checkpoint = open_checkpoint(self.folder)
-        assert isinstance(checkpoint, CanReadCodes)
-        return checkpoint
+        return open_quantized(self.folder, self.tensors, self.config)
 
 
 @pytest.fixture

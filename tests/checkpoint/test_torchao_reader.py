@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from checkpoint.checkpoint_files import open_quantized
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import CheckpointError
@@ -79,11 +79,7 @@ class Files:
             metadata["l.weight"] = self.stated if isinstance(self.stated, str) else json.dumps(self.stated)
         metadata["lm_head.weight"] = json.dumps({"_type": "Tensor"})
         metadata["tensor_names"] = json.dumps(["l.weight", "lm_head.weight"])
-        save_file(self.tensors, self.folder / "model.safetensors", metadata)
-        (self.folder / "config.json").write_text(json.dumps({"quantization_config": self.config}))
-        checkpoint = open_checkpoint(self.folder)
-        assert isinstance(checkpoint, CanReadCodes)
-        return checkpoint
+        return open_quantized(self.folder, self.tensors, self.config, metadata)
 
 
 @pytest.fixture

@@ -276,6 +276,12 @@ def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in parts.items() if key != "auto_map"} | {"model_type": known}
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json states of the text model of a model of several parts; empty without one."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
 def requires_remote_code(config: dict[str, Any]) -> bool:
     """True if config.json names modelling code of the checkpoint (`auto_map`), at any depth, and it is needed."""
     config = as_transformers_has_it(config)

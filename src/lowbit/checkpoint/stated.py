@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.base import OpenOptions, read_config
+from lowbit.checkpoint.base import OpenOptions, read_config, text_part
 from lowbit.errors import CheckpointError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -110,8 +110,7 @@ def refuse_absurd(config: dict[str, Any], source: str, shapes: Collection[Sequen
 
 def stated_quantization(config: dict[str, Any]) -> Any:
     """The quantization that config.json states: a mapping if it is sound; None where it states none."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
+    for place in (config, text_part(config)):
         for key in QUANTIZATION_KEYS:
             if place.get(key) not in (None, {}):
                 return place[key]

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, text_part
 from lowbit.errors import NonFiniteError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
@@ -34,9 +34,6 @@ from lowbit.evaluation.result import Evaluation, GeneratedSample, TextRecord
 from lowbit.evaluation.samples import MOST, TOKENS, parted, prompts, say
 from lowbit.measure import Meter
 from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
-
-if TYPE_CHECKING:
-    from lowbit.checkpoint.base import Checkpoint
 
 Progress = Callable[[int, int], None]
 Activations = Literal["auto", "none", "simulated"]
@@ -216,7 +213,7 @@ def _doubts(judged: Checkpoint, source: Reference) -> tuple[str, ...]:
     reference = source.opened.checkpoint
     if os.path.realpath(judged.source) == os.path.realpath(reference.source):
         return ("the reference is the model itself: a divergence of 0 says nothing of what was quantized",)
-    texts = [config.get("text_config") or config for config in (judged.config(), reference.config())]
+    texts = [text_part(config) or config for config in (judged.config(), reference.config())]
     for key in ("num_hidden_layers", "hidden_size"):
         ours, theirs = (text.get(key) for text in texts)
         if None not in (ours, theirs) and ours != theirs:

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from lowbit.kernels.tables import Codebook
 from lowbit.numerics.kmeans import fit_tables
-from lowbit.numerics.scalar_grids import CodebookGrid
+from lowbit.numerics.scalar_grids import CodebookGrid, DecodedError, grouped
 from lowbit.tensors import GroupParams, RangeSearch
 
 STEPS = tuple(range(2, 9))
 _FLOAT16_MAX = 65504.0
 
 
-class _FittedGrid:
+class _FittedGrid(DecodedError):
     """What both share: codes uint8 [N, K], indices of `GroupParams.table` [N, G, 2^b]."""
 
     bits: int
@@ -44,21 +44,12 @@ class _FittedGrid:
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         values, codes = ascending_values(params)
-        place = torch.searchsorted((values[..., 1:] + values[..., :-1]) / 2, _grouped(weight.float(), group_size))
+        place = torch.searchsorted((values[..., 1:] + values[..., :-1]) / 2, grouped(weight.float(), group_size))
         return _ungrouped(codes.gather(2, place), weight.shape[1]).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: GroupParams, group_size: int) -> Tensor:
-        values = _values(params).gather(2, _grouped(codes.to(torch.int64), group_size))
+        values = _values(params).gather(2, grouped(codes.to(torch.int64), group_size))
         return _ungrouped(values, codes.shape[1])
-
-    def error(
-        self, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None,
-        by_magnitude: bool = False,
-    ) -> Tensor:  # fmt: skip
-        weight = weight.float()
-        squares = (weight - self.decode(self.round(weight, params, group_size), params, group_size)).square()
-        squares = squares if importance is None else squares * importance
-        return _grouped(squares * weight.abs() if by_magnitude else squares, group_size).sum(dim=2)
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class KMeansGrid(_FittedGrid):
         rows, columns = weight.shape
         mass = (torch.ones_like(weight, dtype=torch.float32) if importance is None else
                 importance.float().expand(rows, columns))  # fmt: skip
-        groups, mass = (_grouped(each, group_size).flatten(0, 1) for each in (weight.float(), mass))
+        groups, mass = (grouped(each, group_size).flatten(0, 1) for each in (weight.float(), mass))
         table = self.storable(fit_tables(groups, 1 << self.bits, mass)).reshape(rows, -1, 1 << self.bits)
         return GroupParams(torch.ones_like(table[..., 0]), table=table)
 
@@ -171,13 +162,6 @@ def ascending_values(params: GroupParams) -> tuple[Tensor, Tensor]:
 def _values(params: GroupParams) -> Tensor:
     assert params.table is not None, "a grid with fitted tables"
     return params.table * params.scale[..., None]
-
-
-def _grouped(values: Tensor, group_size: int) -> Tensor:
-    """[N, K] → [N, G, g], the last group filled up with zeros."""
-    rows, columns = values.shape
-    padded = torch.nn.functional.pad(values, (0, -columns % group_size))
-    return padded.reshape(rows, -1, group_size).contiguous()
 
 
 def _ungrouped(values: Tensor, columns: int) -> Tensor:

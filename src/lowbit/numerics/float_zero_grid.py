@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.numerics.scalar_grids import SearchedGrid
-from lowbit.tensors import GroupParams, RangeSearch
+from lowbit.numerics.scalar_grids import DecodedError, SearchedGrid
+from lowbit.numerics.scales import SCALE_DTYPES
+from lowbit.tensors import GroupParams
 
 
 @dataclass(frozen=True)
-class FloatZeroGrid(SearchedGrid):
+class FloatZeroGrid(DecodedError, SearchedGrid):
     """codes uint8. `GroupParams.zero_point` is float32. dtype: of the arithmetic, and of stored scales and zeros"""
 
     bits: int
@@ -33,10 +34,6 @@ class FloatZeroGrid(SearchedGrid):
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return GroupParams(scale, (-low / scale).to(self._torch_dtype).float())
 
-    def clip_ratios(self, search: RangeSearch) -> list[float]:
-        step = (1.0 - search.smallest) / search.steps
-        return [1.0 - step * index for index in range(1, search.steps + 1)]
-
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         scale, zero = (_per_column(each, weight.shape[1], group_size) for each in (params.scale, params.zero_point))
         return (weight.float() / scale + zero).round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
@@ -46,20 +43,9 @@ class FloatZeroGrid(SearchedGrid):
         scale, zero = (_per_column(each, columns, group_size).to(dtype) for each in (params.scale, params.zero_point))
         return ((codes.to(dtype) - zero) * scale).float()
 
-    def error(
-        self, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None,
-        by_magnitude: bool = False,
-    ) -> Tensor:  # fmt: skip
-        weight = weight.float()
-        squares = (weight - self.decode(self.round(weight, params, group_size), params, group_size)).square()
-        squares = squares if importance is None else squares * importance
-        squares = squares * weight.abs() if by_magnitude else squares
-        padded = torch.nn.functional.pad(squares, (0, -squares.shape[1] % group_size))
-        return padded.reshape(len(padded), -1, group_size).sum(dim=2)
-
     @property
     def _torch_dtype(self) -> torch.dtype:
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.dtype]
+        return SCALE_DTYPES[self.dtype]
 
 
 def _per_column(values: Tensor | None, columns: int, group_size: int) -> Tensor:

@@ -62,6 +62,31 @@ class SearchedGrid:
             best.try_ratios([(1.0, ratio) for ratio in ratios[::2]])
         return best.params
 
+    def clip_ratios(self, search: RangeSearch) -> list[float]:
+        """Fine steps from 1 down."""
+        step = (1.0 - search.smallest) / search.steps
+        return [1.0 - step * index for index in range(1, search.steps + 1)]
+
+
+class DecodedError:
+    """The error of grids that have no kernel for it."""
+
+    def error(
+        self: Grid, weight: Tensor, params: GroupParams, group_size: int, importance: Tensor | None = None,
+        by_magnitude: bool = False,
+    ) -> Tensor:  # fmt: skip
+        weight = weight.float()
+        squares = (weight - self.decode(self.round(weight, params, group_size), params, group_size)).square()
+        squares = squares if importance is None else squares * importance
+        return grouped(squares * weight.abs() if by_magnitude else squares, group_size).sum(dim=2)
+
+
+def grouped(values: Tensor, group_size: int) -> Tensor:
+    """[N, K] → [N, G, g], the last group filled up with zeros."""
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values, (0, -columns % group_size))
+    return padded.reshape(rows, -1, group_size).contiguous()
+
 
 @dataclass(frozen=True)
 class IntGrid(SearchedGrid):
@@ -108,11 +133,6 @@ class IntGrid(SearchedGrid):
         scale = storable_scale((high - low) / steps, self.scale_format, global_scale)
         zero_point = (self.qmin - torch.round(low / scale)).clamp(lowest, self.qmax)
         return GroupParams(scale, zero_point.to(torch.int32), _second_level(global_scale))
-
-    def clip_ratios(self, search: RangeSearch) -> list[float]:
-        """Fine steps from 1 down."""
-        step = (1.0 - search.smallest) / search.steps
-        return [1.0 - step * index for index in range(1, search.steps + 1)]
 
     def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
         return kernels.round_int(weight, group_size, params.scale, params.zero_point, self.qmin, self.qmax)

@@ -200,8 +200,7 @@ def _round_group(
         return rows
 
     shares = options.share_corrected(rows_by is not None), options.stream
-    corrected = hessian.corrected(weight[group], *shares, group)
-    corrected = corrected.index_select(1, order)
+    corrected = hessian.corrected(weight[group], *shares, group).index_select(1, order)
     threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:
         done = list(rounded_in_order(round_rows, corrected, rows_by))

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.architecture import Architecture, Linear, canonical_view, discover_once, holds_single_experts
-from lowbit.checkpoint.base import IN_MEMORY, Checkpoint, OpenOptions, read_config, read_json_object, report_path
+from lowbit.checkpoint.base import (
+    IN_MEMORY,
+    Checkpoint,
+    OpenOptions,
+    read_config,
+    read_json_object,
+    report_path,
+    text_part,
+)
 from lowbit.checkpoint.quantized import (
     FLOATS,
     Expected,
@@ -154,8 +162,7 @@ class Subject(Verified):
 
     @property
     def stated_dtype(self) -> Any:
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
+        for config in (self.config, text_part(self.config)):
             if config.get("dtype") or config.get("torch_dtype"):
                 return config.get("dtype") or config.get("torch_dtype")
         return None

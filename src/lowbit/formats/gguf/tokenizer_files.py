@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.base import MAX_JSON_BYTES, read_json_object
+from lowbit.checkpoint.base import MAX_JSON_BYTES, read_json_object, text_part
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.files.regular import read_regular
 from lowbit.formats.gguf.pre_tokenizers import BY_NAME
@@ -129,8 +129,7 @@ class TokenizerFiles:
     def role_id(self, role: str) -> int | None:
         """The id that config.json gives a role; the first where it gives several."""
         config = self._json("config.json")
-        inner = config.get("text_config")
-        for source in (config, inner if isinstance(inner, dict) else {}, self.generation):
+        for source in (config, text_part(config), self.generation):
             ids = source.get(f"{role}_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if ids and type(ids[0]) is int:
