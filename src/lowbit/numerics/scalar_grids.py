@@ -257,8 +257,8 @@ class _Best:
     def _try(self, base: tuple[Tensor, Tensor], ratios: list[tuple[float, float]]) -> None:
         """Several candidates in one pass: their rows stand below each other."""
         count, rows = len(ratios), self.low.shape[0]
-        low = torch.cat([base[0] * ratio for ratio, _ in ratios])
-        high = torch.cat([base[1] * ratio for _, ratio in ratios])
+        factors = torch.tensor(ratios, dtype=torch.float32, device=base[0].device)  # [candidates, 2]
+        low, high = ((end * factor).flatten(0, 1) for end, factor in zip(base, factors.T[..., None, None], strict=True))
         above = self.global_scale
         params = self.grid.params_from_range(low, high, above.repeat(count, 1) if isinstance(above, Tensor) else above)
         error = self.error_of(self.weight.repeat(count, 1) if count > 1 else self.weight, params)
@@ -269,7 +269,8 @@ class _Best:
             return torch.where(better, new.reshape(count, rows, -1).gather(0, chosen[None])[0], old)
 
         self.error = torch.where(better, error, self.error)
-        self.low, self.high = merged(low, self.low), merged(high, self.high)
+        if not self.grid.symmetric:  # the ends are then tried apart
+            self.low, self.high = merged(low, self.low), merged(high, self.high)
         zero_point = params.zero_point
         if zero_point is not None and self.params.zero_point is not None:
             zero_point = merged(zero_point, self.params.zero_point)

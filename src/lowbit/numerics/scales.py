@@ -63,8 +63,8 @@ def storable_scale(wanted: Tensor, scale_format: str, global_scale: float | Tens
     it is NaN or inf, so that bad weights stay visible.
     """
     scale = _nearest(wanted, scale_format, global_scale)
-    scale = torch.where(wanted.isfinite(), scale, torch.full_like(scale, math.nan))
-    return torch.where(wanted == 0, torch.ones_like(scale) * global_scale, scale)
+    scale = torch.where(wanted.isfinite(), scale, math.nan)
+    return torch.where(wanted == 0, global_scale, scale)
 
 
 def row_steps(absmax: Tensor) -> Tensor:
