@@ -200,6 +200,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "range": ("mse", {}, FOLDERS | {"convert anew"}),
     "percentile": (99.0, {"range": "percentile"}, FOLDERS | {"convert anew"}),
     "double_quant": (True, {"scheme": "NF4"}, FOLDERS | {"convert anew"}),
+    "positive_scales": (True, {"scheme": "W4A16"}, FOLDERS | {"convert anew"}),
     "outliers": (0.5, {"scheme": "KMEANS4"}, FOLDERS | {"convert anew"}),
     "kv_cache": ("fp8", {}, FOLDERS | {"convert", "convert anew", "decode"}),
     "shard_size": (10**9, {}, set(RUNS)),

@@ -53,6 +53,7 @@ class Facts:
     draws          draws random numbers
     measures       measures an importance matrix
     nests          the scales of the scheme can be quantized too
+    signs          the scales of some scheme may be negative
     keeps_outliers weights can stay in 16 bits beside the codes
     searches       some scheme has ranges
     by_percentile, activations_by_percentile   choice of weight ranges, and of static activation scales
@@ -78,6 +79,7 @@ class Facts:
     draws: bool = False
     measures: bool = False
     nests: bool = False
+    signs: bool = False
     keeps_outliers: bool = False
     searches: bool = True
     by_percentile: bool = False
@@ -112,6 +114,8 @@ NESTED = Reader("the schemes NF4 and FP4", "--scheme NF4 uses it", lambda run: r
 RANGES = Reader("folders whose weights are rounded within a range", "encoders of ggml types do their own search, "
                 "codes that are kept keep their scales, and k-means has no range",
                 lambda run: not run.gguf and run.rounds and run.searches)  # fmt: skip
+SIGNED = Reader("folders of weight-only integers of 2 to 4 bits without zero points", "--scheme W4A16 uses it",
+                lambda run: not run.gguf and run.rounds and run.signs)  # fmt: skip
 OUTLIERS = Reader("the schemes KMEANS4 and KMEANS3", "--scheme KMEANS4 uses it", lambda run: run.keeps_outliers)
 RANGE_PERCENTILE = Reader("--range percentile, for folders", "--range percentile uses it",
                           lambda run: run.by_percentile and RANGES.reads(run))  # fmt: skip

@@ -26,6 +26,7 @@ class Format:
     header         single files: "module:function" that reads the header alone
     fused_experts  True where gpt-oss's experts of a block are one tensor
     kv_cache       KV-cache schemes whose scales the format stores
+    signed_scales  True where what reads the format multiplies codes by scales of either sign
     transforms     True if it can state rotations that an engine applies as the model runs
     nearest        schemes that `convert` rounds unrepresentable codes to: (up to 4 bits, more than 4); None: refused
     beside         (file, suffix of tensor names) of tools that describe the format elsewhere than in config.json's
@@ -45,6 +46,7 @@ class Format:
     header: str | None = None
     fused_experts: bool = False
     kv_cache: tuple[str, ...] = ()
+    signed_scales: bool = False
     transforms: bool = False
     nearest: tuple[str, str] | None = None
     beside: tuple[str, str] | None = None
@@ -68,13 +70,13 @@ FORMATS: dict[str, Format] = {
         Format(
             "compressed-tensors", read=f"{_F}.compressed_tensors.read:CompressedTensorsLayout",
             write=f"{_F}.compressed_tensors.write", rules=f"{_F}.compressed_tensors.rules:RULES",
-            kv_cache=("fp8", "fp8_per_head"), transforms=True, nearest=("W4A16_ASYM", "W8A16"),
+            kv_cache=("fp8", "fp8_per_head"), signed_scales=True, transforms=True, nearest=("W4A16_ASYM", "W8A16"),
         ),
         Format(
             "gptq", read=f"{_F}.gptq.read:GptqLayout", write=f"{_F}.gptq.write:GPTQ_V1", rules=f"{_F}.gptq.rules:RULES",
-            nearest=("W4A16", "W8A16"), beside=("quantize_config.json", ".qweight"),
+            signed_scales=True, nearest=("W4A16", "W8A16"), beside=("quantize_config.json", ".qweight"),
         ),
-        Format("gptq_v2", write=f"{_F}.gptq.write:GPTQ_V2", nearest=("W4A16", "W8A16")),
+        Format("gptq_v2", write=f"{_F}.gptq.write:GPTQ_V2", signed_scales=True, nearest=("W4A16", "W8A16")),
         Format(
             "awq", read=f"{_F}.awq.read:AwqLayout", write=f"{_F}.awq.write", rules=f"{_F}.awq.rules:RULES",
             nearest=("W4A16_ASYM", "W4A16_ASYM"), beside=("quant_config.json", ".qweight"),
@@ -100,7 +102,7 @@ FORMATS: dict[str, Format] = {
             "codebook", "transformers", read=f"{_F}.codebook.read:CodebookLayout", write=f"{_F}.codebook.write",
             rules=f"{_F}.codebook.rules:RULES",
         ),
-        Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True),
+        Format("float", "transformers", write=f"{_F}.float.write", fused_experts=True, signed_scales=True),
         Format(
             "gguf", "llama.cpp", plan=f"{_F}.gguf.plan:prepare_gguf", refine=f"{_F}.gguf.refining:keep_file",
             rules=f"{_F}.gguf.rules:RULES", suffix=".gguf",

@@ -131,6 +131,15 @@ class Scheme:
         """True if an engine multiplies by rounded inputs: LLM.int8() too, which no file states."""
         return self.activation is not None or self.weight.narrow
 
+    @property
+    def may_sign_scales(self) -> bool:
+        """True for weight-only integers of 2 to 4 bits without zero points: their scales may be negative, by which each
+        group chooses the side that gets the extra code. Kernels that round activations too rescale the scales
+        themselves, and of more bits the extra code gains nothing."""
+        weight = self.weight
+        plain = weight.number == "int" and weight.symmetric and not weight.narrow and weight.scale_format == "model"
+        return plain and weight.bits <= 4 and self.activation is None
+
     def with_group_size(self, group_size: int) -> Scheme:
         """The same scheme with g columns per scale, or one scale per row for -1; groups of integer activations follow.
 

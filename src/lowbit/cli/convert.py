@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lowbit.report.schema import Report
 
 # Settings of `lowbit quantize` that apply to a conversion.
-_READ = ("group_size", "range", "percentile", "double_quant", "outliers", "kv_cache", "calib", "samples", "seqlen",
-         "shard_size", "modelfile", "mmproj")  # fmt: skip
+_READ = ("group_size", "range", "percentile", "double_quant", "positive_scales", "outliers", "kv_cache", "calib",
+         "samples", "seqlen", "shard_size", "modelfile", "mmproj")  # fmt: skip
 
 
 def convert(

@@ -14,8 +14,8 @@ from lowbit.train.options import Course, LoRA
 
 # What shapes an output that is trained; training takes the place of methods and their text.
 SHAPING = (
-    "scheme", "format", "group_size", "overrides", "ignore", "range", "percentile", "double_quant", "shard_size",
-    "pure", "output_type", "token_embedding_type", "pre_tokenizer",
+    "scheme", "format", "group_size", "overrides", "ignore", "range", "percentile", "double_quant",
+    "positive_scales", "shard_size", "pure", "output_type", "token_embedding_type", "pre_tokenizer",
 )  # fmt: skip
 
 

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from lowbit.tensors import Grid
 
 
-def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None = None) -> Grid:
+def grid_for(
+    spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None = None, signed_scales: bool = False
+) -> Grid:
     """The grid of a weight spec.
 
     model_dtype        scale format (`lowbit.numerics.scales`) of scales that the spec calls "model"
     lowest_zero_point  the least zero point that the file can store, if it is not the lowest code
+    signed_scales      integers without zero points may have negative scales
     """
     from lowbit.kernels.tables import CODEBOOKS, MINIFLOATS
     from lowbit.numerics.fitted_grids import KMeansGrid, LogGrid
@@ -22,7 +25,7 @@ def grid_for(spec: WeightSpec, model_dtype: str, lowest_zero_point: int | None =
 
     scale_format = model_dtype if spec.scale_format == "model" else spec.scale_format
     if spec.number == "int":
-        return IntGrid(spec.bits, spec.symmetric, scale_format, spec.narrow, lowest_zero_point)
+        return IntGrid(spec.bits, spec.symmetric, scale_format, spec.narrow, lowest_zero_point, signed_scales)
     if spec.number == "ternary":
         return IntGrid(spec.bits, True, scale_format, narrow=True)
     if spec.is_fitted:

@@ -43,6 +43,10 @@ class SearchedGrid:
     def columns_per_code(self) -> int:
         return 1
 
+    @property
+    def has_signed_scales(self) -> bool:
+        return False
+
     def fit(
         self: Grid, weight: Tensor, group_size: int, search: RangeSearch, importance: Tensor | None = None,
         global_scale: float | Tensor = 1.0,
@@ -56,10 +60,11 @@ class SearchedGrid:
             return self.params_from_range(low, high, global_scale)
         best = _Best(self, weight, group_size, importance, search.method == "wmse", global_scale, low, high)
         ratios = self.clip_ratios(search)
-        best.try_ratios([(ratio, ratio) for ratio in ratios])
+        signs = (1.0, -1.0) if self.has_signed_scales else (1.0,)
+        best.try_ratios([(ratio, ratio, sign) for sign in signs for ratio in ratios])
         if not self.symmetric:
-            best.try_ratios([(ratio, 1.0) for ratio in ratios[::2]])
-            best.try_ratios([(1.0, ratio) for ratio in ratios[::2]])
+            best.try_ratios([(ratio, 1.0, 1.0) for ratio in ratios[::2]])
+            best.try_ratios([(1.0, ratio, 1.0) for ratio in ratios[::2]])
         return best.params
 
     def clip_ratios(self, search: RangeSearch) -> list[float]:
@@ -100,6 +105,8 @@ class IntGrid(SearchedGrid):
     narrow             no code −2^(b−1), and the scale absmax / (2^(b−1) − 1), as LLM.int8() has it
     lowest_zero_point  where a file cannot store the lowest codes as zero points (GPTQ v1): ranges that would need one
                        are widened downwards, by as many steps
+    signed_scales      a search tries negative scales too. There is one code more below zero than above, so the sign
+                       chooses the side of a group that gets it (AutoRound, ggml's Q4_0)
     """
 
     bits: int
@@ -107,6 +114,11 @@ class IntGrid(SearchedGrid):
     scale_format: str = "bfloat16"
     narrow: bool = False
     lowest_zero_point: int | None = None
+    signed_scales: bool = False
+
+    @property
+    def has_signed_scales(self) -> bool:
+        return self.signed_scales and self.symmetric and not self.narrow
 
     @property
     def name(self) -> str:
@@ -247,20 +259,23 @@ class _Best:
         self.params = grid.params_from_range(low, high, global_scale)
         self.error = self.error_of(weight, self.params)
 
-    def try_ratios(self, ratios: list[tuple[float, float]]) -> None:
-        """Try (low ratio, high ratio) pairs of the range that was best when this began."""
+    def try_ratios(self, ratios: list[tuple[float, float, float]]) -> None:
+        """Try (low ratio, high ratio) of the range that was best when this began, with a sign of the scale."""
         base = (self.low, self.high)
         at_once = max(1, _CANDIDATE_WEIGHTS // max(1, self.weight.numel()))
         for first in range(0, len(ratios), at_once):
             self._try(base, ratios[first : first + at_once])
 
-    def _try(self, base: tuple[Tensor, Tensor], ratios: list[tuple[float, float]]) -> None:
+    def _try(self, base: tuple[Tensor, Tensor], ratios: list[tuple[float, float, float]]) -> None:
         """Several candidates in one pass: their rows stand below each other."""
         count, rows = len(ratios), self.low.shape[0]
-        factors = torch.tensor(ratios, dtype=torch.float32, device=base[0].device)  # [candidates, 2]
-        low, high = ((end * factor).flatten(0, 1) for end, factor in zip(base, factors.T[..., None, None], strict=True))
+        lows, highs, signs = torch.tensor(ratios, dtype=torch.float32, device=base[0].device).T[..., None, None]
+        low, high = (base[0] * lows).flatten(0, 1), (base[1] * highs).flatten(0, 1)
         above = self.global_scale
         params = self.grid.params_from_range(low, high, above.repeat(count, 1) if isinstance(above, Tensor) else above)
+        if self.grid.has_signed_scales:
+            params = GroupParams((params.scale.unflatten(0, (count, rows)) * signs).flatten(0, 1),
+                                 global_scale=params.global_scale)  # fmt: skip
         error = self.error_of(self.weight.repeat(count, 1) if count > 1 else self.weight, params)
         error, chosen = error.reshape(count, rows, -1).min(dim=0)  # of equals the first, which is the widest
         better = error < self.error

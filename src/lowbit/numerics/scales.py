@@ -57,12 +57,13 @@ _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against division by 0, where all
 
 
 def storable_scale(wanted: Tensor, scale_format: str, global_scale: float | Tensor = 1.0) -> Tensor:
-    """Float32 scales that `scale_format` stores exactly, nearest to `wanted` (float32, any shape; of qoq [N, G]).
+    """Float32 scales that `scale_format` stores exactly, nearest to `wanted` (float32, any shape; of qoq [N, G]), with
+    its sign: "smallest" and "largest" below are of magnitudes.
 
     global_scale (1 but for two-level grids; of qoq the steps, [N, 1]) where `wanted` is 0: an all-zero group. NaN where
     it is NaN or inf, so that bad weights stay visible.
     """
-    scale = _nearest(wanted, scale_format, global_scale)
+    scale = torch.copysign(_nearest(wanted.abs(), scale_format, global_scale), wanted)
     scale = torch.where(wanted.isfinite(), scale, math.nan)
     return torch.where(wanted == 0, global_scale, scale)
 

@@ -25,6 +25,7 @@ from lowbit.export import Exporter
 from lowbit.methods import RTN, Rounding, parse_method
 from lowbit.numerics import grid_for
 from lowbit.plan.plan import Making, PlannedTensor
+from lowbit.registry import FORMATS
 from lowbit.rounding.target import GridTarget, Target
 from lowbit.rounding.widen import widened
 from lowbit.schemes import Scheme
@@ -161,14 +162,17 @@ def stored_as(
                    if tensor.name.rpartition(".")[2] not in needless)  # fmt: skip
     if linear.transposed and exporter.FORMAT == "float":  # the model class stores it as [K, N]
         stored = tuple(replace(tensor, shape=tensor.shape[::-1]) for tensor in stored)
-    target = _grid_target(scheme, dtype, exporter, settings.range_search(scheme.weight))
+    signed = FORMATS[exporter.FORMAT].signed_scales and scheme.may_sign_scales and not settings.positive_scales
+    target = _grid_target(scheme, dtype, exporter, settings.range_search(scheme.weight), signed)
     return {"stored": stored, "dtype": dtype, "target": target}
 
 
 @lru_cache(maxsize=256)
-def _grid_target(scheme: Scheme, dtype: torch.dtype, exporter: Exporter, search: RangeSearch) -> GridTarget:
+def _grid_target(
+    scheme: Scheme, dtype: torch.dtype, exporter: Exporter, search: RangeSearch, signed: bool
+) -> GridTarget:
     """The grid, with scales as the format stores them; cached, since most linears share one."""
-    grid = grid_for(scheme.weight, exporter.scale_format(scheme, dtype), exporter.lowest_zero_point(scheme))
+    grid = grid_for(scheme.weight, exporter.scale_format(scheme, dtype), exporter.lowest_zero_point(scheme), signed)
     return GridTarget(scheme.weight, grid, search)
 
 

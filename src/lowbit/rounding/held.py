@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,24 +173,25 @@ class HeldGrid(Held):
     def _part(self, group: int, columns: Tensor) -> ScalePart:
         scale = self.scale[:, group]
         raw = self.codes[:, columns]
+        near = partial(self._scales_near, scale.sign())
         if not isinstance(self.grid, IntGrid):
             table = values(self.grid.format).to(raw.device)  # type: ignore[attr-defined]
-            return ScalePart(columns, table[raw.long()], scale.clone(), self._scales_near, self._putter(group))
+            return ScalePart(columns, table[raw.long()], scale.clone(), near, self._putter(group))
         direction = raw.float()
         if self.zero_point is None:
-            return ScalePart(columns, direction, scale.clone(), self._scales_near, self._putter(group))
+            return ScalePart(columns, direction, scale.clone(), near, self._putter(group))
         lowest = self.grid.qmin if self.grid.lowest_zero_point is None else self.grid.lowest_zero_point
 
         def seconds(scales: Tensor, wanted: Tensor) -> Tensor:
             return -scales * (-wanted / scales).round().clamp(lowest, self.grid.qmax)  # type: ignore[attr-defined]
 
         second = -scale * self.zero_point[:, group]
-        return ScalePart(columns, direction, scale.clone(), self._scales_near, self._putter(group),
+        return ScalePart(columns, direction, scale.clone(), near, self._putter(group),
                     torch.ones_like(direction), second, seconds)  # fmt: skip
 
-    def _scales_near(self, wanted: Tensor) -> list[Tensor]:
-        """A scale that is not positive is none that a format stores; it comes back as NaN, which gains nothing."""
-        form, above = self.grid.scale_format, torch.where(wanted > 0, wanted, torch.nan)  # type: ignore[attr-defined]
+    def _scales_near(self, sign: Tensor, wanted: Tensor) -> list[Tensor]:
+        """A scale keeps its sign; where another one is wanted NaN comes back, which gains nothing."""
+        form, above = self.grid.scale_format, torch.where(wanted * sign > 0, wanted, torch.nan)  # type: ignore[attr-defined]
         nearest = storable_scale(above, form, self._stored.global_scale)
         return [nearest, nearest / 2] if form == "e8m0" else [nearest]
 

@@ -114,9 +114,9 @@ def _zero_point_for(left: Tensor, q: Tensor, inside: Tensor, fallback: Tensor, g
 
 
 def _scale_for(left: Tensor, values: Tensor, params: GroupParams, grid: Grid) -> Tensor:
-    """The stored scale nearest to argmin Σ (left − s · values)²; the old one if that is not positive and finite."""
+    """The stored scale nearest to argmin Σ (left − s · values)²; the old one if that is not finite, or of its sign."""
     wanted = (left * values).sum(-1) / values.square().sum(-1)
-    usable = wanted.isfinite() & (wanted > 0)
+    usable = wanted.isfinite() & (wanted * params.scale.sign() > 0)
     stored = storable_scale(torch.where(usable, wanted, params.scale), grid.scale_format)  # type: ignore[attr-defined]
     return torch.where(usable, stored, params.scale)
 

@@ -88,6 +88,11 @@ class Settings(Table):
     double_quant: Annotated[bool, Knob("NF4 and FP4: quantize the scales too, as QLoRA does", STORE, knobs.NESTED)] = (
         False
     )
+    positive_scales: Annotated[
+        bool,
+        Knob("Scales above 0 only, for kernels that need it; else each group of W4A16, W3A16 and W2A16 chooses a sign",
+             STORE, knobs.SIGNED, see="schemes.md#signed-scales"),
+    ] = False  # fmt: skip
     outliers: Annotated[
         float | None, Field(gt=0, le=5),
         Knob("KMEANS4 and KMEANS3: percent of the weights of each row that stay in 16 bits", STORE, knobs.OUTLIERS,
@@ -398,6 +403,11 @@ class Settings(Table):
         """The numbers (int, fp4, kmeans …) of the scheme and of the overrides, GGUF types left out."""
         names = (self.scheme, *self.overrides.values())
         return frozenset(find_scheme(name).weight.number for name in names if not is_gguf_name(name))
+
+    def signs_scales(self, converts: bool) -> bool:
+        """Whether the scheme, or an override of what is not a conversion, may have negative scales."""
+        names = (self.scheme,) if converts else (self.scheme, *self.overrides.values())
+        return any(find_scheme(name).may_sign_scales for name in names if not is_gguf_name(name))
 
     def base_scheme(self) -> Scheme:
         """The scheme with the user's group size, double quantization and outliers."""

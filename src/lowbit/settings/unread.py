@@ -70,6 +70,7 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         or any(method.finish or method.learns_rotations for method in methods)
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
+        signs=scheme is not None and settings.signs_scales(converts),
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
         keeps_outliers="kmeans" in numbers,
         searches=numbers != {"kmeans"},

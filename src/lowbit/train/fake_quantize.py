@@ -209,7 +209,7 @@ def _inside(target: Target, weight: Tensor, stored: QuantizedTensor) -> Tensor:
     params, group = stored.grouped()
     zero = 0.0 if params.zero_point is None else params.zero_point
     ends = [_across(end * params.scale, group, weight.shape[1]) for end in (low - zero, high - zero)]
-    return (weight >= ends[0]) & (weight <= ends[1])
+    return (weight >= torch.minimum(*ends)) & (weight <= torch.maximum(*ends))  # a scale may be negative
 
 
 def absmean_ternary(weight: Tensor) -> Tensor:

@@ -174,6 +174,7 @@ class _Judge:
     def __init__(self, subject: Subject, linear: str, survey: Survey):
         self.linear, self.survey, self.nearest = linear, survey, subject.nearest
         self.bits = subject.schemes[linear].weight.bits
+        self.may_be_negative = subject.schemes[linear].may_sign_scales
         self.scale_name = _first_of(subject, linear, _SCALE_LEAVES)
         self.code_name = _first_of(subject, linear, _CODE_LEAVES)
         info = subject.stored.tensors.get(self.code_name)
@@ -209,11 +210,12 @@ class _Judge:
         self, start: int, quantized: QuantizedTensor, params: GroupParams, group: int, original: Tensor | None
     ) -> None:
         scale = quantized.params().scale
-        wrong = ~torch.isfinite(scale) | (scale < 0)
+        wrong = ~torch.isfinite(scale) | ((scale < 0) & (not self.may_be_negative))
         if bool(wrong.any()):
             row, index = _first(wrong)
+            needed = "a finite number is needed" if self.may_be_negative else "a finite number above 0 is needed"
             self._say(self.survey.scales, f"{self.scale_name}: group {index} of row {start + row} has scale "
-                      f"{scale[row, index].item()}; a finite number above 0 is needed")  # fmt: skip
+                      f"{scale[row, index].item()}; {needed}")  # fmt: skip
         if bool((scale == 0).any()):
             ones = GroupParams(torch.ones_like(params.scale), params.zero_point)
             values = quantized.grid.decode(quantized.codes, ones, group)

@@ -181,8 +181,8 @@ def _cache_problem(subject: Subject, name: str, heads: int) -> str | None:
 
 
 def check_scales(subject: Subject) -> Finding:
-    """No scale is NaN, infinite, negative, or zero where its weights are not."""
-    return Finding(subject.survey.scales, f"those of {subject.survey.decoded} linears are finite and above 0")
+    """No scale is NaN, infinite, zero where its weights are not, or negative where the scheme's may not be."""
+    return Finding(subject.survey.scales, f"those of {subject.survey.decoded} linears are finite and not 0")
 
 
 def check_codes(subject: Subject) -> Finding:
