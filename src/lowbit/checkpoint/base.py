@@ -264,7 +264,7 @@ def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterat
 
 # Model types of files whose config.json names code of its own (`auto_map`) → the model type of transformers that has
 # the same parameters and computes the same.
-_OWN_CODE_OF = {"kimi_k2": "deepseek_v3", "kimi_k25": "kimi_k25"}
+_OWN_CODE_OF = {"kimi_k2": "deepseek_v3", "kimi_k25": "kimi_k25", "kimi_linear": "kimi_linear"}
 
 
 def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
