@@ -17,6 +17,7 @@ from gguf_models import describe_folder, make_case, write_plain
 from lowbit.checkpoint import open_checkpoint, open_gguf
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.imatrix import measure_importance, text_of
+from lowbit.formats.gguf.layout import NEG_EXP
 from lowbit.formats.gguf.raw import RawGGUF, open_raw_gguf, rows_and_columns
 from models import SHORT_TEXT, make_model
 
@@ -127,6 +128,27 @@ def test_a_file_becomes_a_folder_and_the_same_file_again(folder, tmp_path, schem
     assert config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
     again = lowbit.quantize(back, tmp_path / "again.gguf", scheme=scheme).path
     assert again.read_bytes() == first.read_bytes()
+
+
+def test_decays_come_back_as_logarithms_that_give_the_same_decays():
+    for least, most in ((-20.0, 4.0), (-1e-2, 1e-2), (0.0, 3.0)):
+        decays = NEG_EXP.values(torch.empty(100_000).uniform_(least, most, generator=torch.Generator().manual_seed(0)))
+        assert torch.equal(NEG_EXP.values(NEG_EXP.undo(decays)), decays)
+
+
+def test_decays_near_one_are_no_damage(tmp_path):
+    """Their logarithms, near 0, come back with the error of numbers near 1."""
+    folder = make_case(tmp_path / "model", "kimi_linear")
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("A_log"):
+            tensors[name] = torch.tensor([1e-3, -2e-3, 3.1e-3, 0.0]).reshape(1, 1, 4, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = lowbit.quantize(folder, tmp_path / "x.gguf", scheme="F32").path
+    assert lowbit.verify(path, reference=folder).ok
+    tensors["model.layers.1.self_attn.A_log"][0, 0, 1, 0] += 1e-5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert [check.rule for check in lowbit.verify(path, reference=folder).failed] == ["gguf-weights"]
 
 
 def test_a_file_of_llama_quantize_is_read(folder, tmp_path):
