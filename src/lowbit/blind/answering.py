@@ -29,6 +29,7 @@ from lowbit.evaluation.footprint import fingerprint
 from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 from lowbit.tasks.kept import kept, kept_file, key_of
+from lowbit.text.packing import encodable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +89,9 @@ def answer_all(model: str, prompts: Sequence[BlindPrompt], how: Generation, done
 
 def trimmed(text: str, cut: bool) -> Reply:
     """As it is shown."""
-    spoken = _THOUGHTS.sub("", text.replace("\r\n", "\n"))
-    return Reply(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
+    text = encodable(text.replace("\r\n", "\n"))
+    spoken = _THOUGHTS.sub("", text)
+    return Reply(spoken.strip(), cut, thought=spoken != text)
 
 
 def _asked(
