@@ -96,12 +96,13 @@ def evaluate_tasks(
     progress     called with (items done, items in all), both models together; packaged tasks only
     """
     meter = Meter()
-    suite = _suite(tasks, limit, seed)
+    options = options or OpenOptions()
+    suite = _suite(tasks, limit, seed, options.trust_remote_code)
     if url is not None and not suite.packaged:
         raise UsageError("tasks of lm-eval are not run over a server by lowbit",
                          "lm-eval does it itself: --model local-completions; or --tasks all")  # fmt: skip
     with contextlib.ExitStack() as stack:
-        opener = Opener(stack, dtype, device, options or OpenOptions())
+        opener = Opener(stack, dtype, device, options)
         judged = opener.open(quantized)
         source = open_reference(reference, read_report(judged.checkpoint), opener)
         variants = variants_of(judged.checkpoint, activations)
@@ -156,7 +157,7 @@ def _asked(
         gc.collect()
 
 
-def _suite(tasks: Sequence[str], limit: int | None, seed: int) -> _Suite:
+def _suite(tasks: Sequence[str], limit: int | None, seed: int, trust_remote_code: bool) -> _Suite:
     names = tuple(dict.fromkeys(name.strip() for name in tasks if name.strip()))
     if not names:
         raise UsageError("no task was named", f"--tasks all, or some of {', '.join(CATEGORIES)}")
@@ -174,4 +175,4 @@ def _suite(tasks: Sequence[str], limit: int | None, seed: int) -> _Suite:
     near = difflib.get_close_matches(others[0], CATEGORIES, n=1)
     if len(others) == 1 and near:
         raise UsageError(f"there is no task {others[0]!r}", f"did you mean {near[0]}?")
-    return _Suite(harness.check_tasks(others), others, False, seed, limit)
+    return _Suite(harness.check_tasks(others, trust_remote_code), others, False, seed, limit)

@@ -21,11 +21,14 @@ except ImportError:  # Windows: steps are counted, memory is not
 
 STEPS = 2_000_000  # of one conversation: a template of 200 lines takes a few hundred a message
 MEMORY = 1 << 20  # KiB that a conversation may add to the peak of the process
+_OF_A_MODEL = "give plain text, or a model with a template that ends"
 _TEMPLATE = "<template>"  # the file name that Jinja gives to compiled templates
 
 
 @contextmanager
-def bounded_template(source: str) -> Iterator[None]:
+def bounded_template(
+    source: str, template: str = "its chat template", of: str = "one conversation", hint: str = _OF_A_MODEL
+) -> Iterator[None]:
     """CheckpointError where a template that is rendered inside takes too many steps or too much memory."""
     steps, peak = 0, _peak()
 
@@ -34,8 +37,7 @@ def bounded_template(source: str) -> Iterator[None]:
         steps += 1
         if steps > STEPS or _peak() - peak > MEMORY:
             what = f"{STEPS:,} steps" if steps > STEPS else f"{MEMORY >> 10} MiB"
-            raise CheckpointError(f"{source}: its chat template takes more than {what} for one conversation",
-                                  "give plain text, or a model with a template that ends")  # fmt: skip
+            raise CheckpointError(f"{source}: {template} takes more than {what} for {of}", hint)
         return line
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
