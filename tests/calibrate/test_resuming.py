@@ -14,6 +14,7 @@ import lowbit
 from calibrate.calibrated import calibrated, files_of, write_text
 from commands import process
 from lowbit.calibrate import loop
+from lowbit.calibrate.identity import differences
 from lowbit.calibrate.store import BlockStore
 from lowbit.errors import OutputError, UsageError
 from lowbit.settings import RunOptions
@@ -206,6 +207,35 @@ def test_resuming_with_another_source_is_refused(model, text, tmp_path, monkeypa
     says = {"weights": "model.safetensors of .* is not what it was$", "config": "rms_norm_eps was .*, is 0.001$"}
     with pytest.raises(UsageError, match=says[change]):
         calibrated(source, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
+
+
+IDENTITY = {
+    "lowbit": {"version": "0.1.0", "store": 3}, "settings": {"sweeps": None, "damping": 0.01}, "model": "m",
+    "files": {"a": "1"}, "beside": {"q.gguf, which is refined,": "1", "a.safetensors of the adapter": "1"},
+    "config": {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default", "far": list(range(99))}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("topic", "changed", "says"),
+    [
+        ("settings", {"damping": 0.01}, "it was begun by a lowbit with other settings: sweeps"),
+        ("settings", {"sweeps": 2, "damping": 0.01}, "sweeps was 2, is None"),
+        ("lowbit", {"version": "0.1.0", "training": 2}, "it is a training"),
+        ("lowbit", {"version": "0.0.9", "store": 3}, "it was begun by another version of lowbit"),
+        ("beside", {"q.gguf, which is refined,": "2", "a.safetensors of the adapter": "1"},
+         "q.gguf, which is refined, is not what it was"),
+        ("beside", {"q.gguf, which is refined,": "1"}, "a.safetensors of the adapter is not what it was"),
+        ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"rope_theta": 2.0}},
+         "config.json: rope_parameters.rope_theta was 2.0, is 1.0"),
+        ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"far": [*range(98), 0]}},
+         "config.json: rope_parameters.far is not what it was"),
+        ("config", {}, "config.json: rope_parameters was absent, is"),
+    ],
+)  # fmt: skip
+def test_what_changed_is_named(topic, changed, says):
+    (found,) = differences(IDENTITY | {topic: changed}, IDENTITY)
+    assert found == says or (says.endswith(" is") and found.startswith(says))
 
 
 def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lowbit.calibrate.identity import identity, settings_of, weight_hashes
+from lowbit.calibrate.identity import identity, settings_of, told_as, weight_hashes
 from lowbit.calibrate.store import BlockStore
 from lowbit.train.loop import Lesson
 from lowbit.train.options import Course
@@ -64,7 +64,7 @@ def training_depends_on(
         checkpoint, options,
         store={"training": 2},
         settings=settings_of(settings) | asdict(course) | more,
-        start={} if reference is None else {f"{reference.source}": str(weight_hashes(reference))},
+        beside={} if reference is None else told_as("{} of the reference", weight_hashes(reference)),
         text={"the training text": lesson.ids, **counted},
         targets={},
         arithmetic={"device": device},
