@@ -31,10 +31,6 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "good": {"method": "gptq", "hessian": "kronecker"},
     "best": {"method": "gptq+distill", "hessian": "kronecker"},
 }
-# What a refinement reads of the settings: all else is the file's.
-READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
-                  "correction", "stream_correction", "correction_samples", "expert_tokens", "sweeps",
-                  "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -135,8 +131,8 @@ class Settings(Table):
     ] = False
     bias_correction: Annotated[
         bool,
-        Knob("Subtract the mean output error of a linear from its bias, if it has one", CALIBRATION, knobs.BLOCKWISE,
-             see="rounding.md"),
+        Knob("Subtract the mean output error of a linear from its bias, if it has one", CALIBRATION,
+             knobs.ROUNDS_BLOCKWISE, see="rounding.md"),
     ] = False  # fmt: skip
 
     method_overrides: Annotated[
@@ -186,7 +182,8 @@ class Settings(Table):
              "listed", METHODS, knobs.TOKENS),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
-        bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
+        bool,
+        Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.ROUNDS_BLOCKWISE),
     ] = False
     sweeps: Annotated[
         int | None, Field(ge=1),
@@ -438,3 +435,9 @@ class Settings(Table):
                 return RangeSearch("absmax")
             return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
+
+
+# What a refinement reads: all else is the file's.
+_REFINEMENT = knobs.Facts(blockwise=True, roundings=frozenset({"refine"}), reads_text=True, draws=True)
+READ_BY_REFINE = tuple(name for name, row in Settings.rows().items()
+                       if row.knob.panel in (CALIBRATION, METHODS) and row.knob.reader.reads(_REFINEMENT))  # fmt: skip
