@@ -222,13 +222,13 @@ def dry_convert(
     """The plan of a conversion: which linears are repacked, which are rounded again, and why."""
     chosen = make_settings(None, format=format, scheme=scheme, **settings)
     request = Request(model, chosen, options or OpenOptions(), threads, preview=preview)
+    if output is not None:
+        refuse_other_name(output, chosen)
     if output_format(chosen).suffix is None:
         return prepare_conversion(request, scheme_given=scheme is not None)
     refuse_unread(chosen)
     if scheme is None and not chosen.mmproj:
         raise UsageError("a GGUF file needs a type", "name one: --scheme Q8_0, Q4_K_M, BF16 …")
-    if output is not None:
-        refuse_other_name(output, chosen)
     return prepare(request)
 
 
@@ -339,12 +339,16 @@ def _sources(prepared: Prepared) -> list[Path]:
 
 
 def refuse_other_name(output: Path, settings: Settings) -> None:
-    """UsageError where the name of a single-file output lacks the suffix of its format."""
-    suffix = output_format(settings, output).suffix
+    """UsageError where the name of a single-file output lacks the suffix of its format, or a folder has it."""
+    format = output_format(settings, output)
+    suffix = format.suffix
     if suffix is not None and output.suffix != suffix:
         raise UsageError(
             f"{output}: {settings.scheme} is written as one {suffix[1:].upper()} file", f"name it -o {output}{suffix}"
         )
+    if suffix is None and output.suffix == ".gguf":
+        raise UsageError(f"{output}: {format.name} is written as a folder, which engines would take for a GGUF file by "
+                         "this name", "name a folder with -o, or give --format gguf and a type")  # fmt: skip
 
 
 def inspect(path: str | Path, options: OpenOptions | None = None) -> Checkpoint:
