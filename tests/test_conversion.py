@@ -179,7 +179,7 @@ def test_a_format_that_names_nothing_is_refused(format, quantized, tmp_path):
 
 def test_an_unknown_quant_method_is_named(quantized, tmp_path):
     folder = copied(quantized("gptq W4A16"), tmp_path / "in", quant_method="qurious")
-    with pytest.raises(CheckpointError, match="quant_method is 'qurious'"):
+    with pytest.raises(CheckpointError, match="the quant_method 'qurious'"):
         lowbit.convert(folder, tmp_path / "out", format="awq")
     assert not (tmp_path / "out").exists()
 

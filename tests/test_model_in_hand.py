@@ -157,6 +157,19 @@ def test_wrappers_are_looked_through(tiny, tmp_path):
     assert done.report.source.model == "LlamaForCausalLM in memory"
 
 
+def test_blocks_that_were_compiled_are_looked_through(tiny, tmp_path):
+    """As training loops compile them, one by one; nothing is compiled here, since nothing runs them."""
+    model, tokenizer = tiny
+    plain = lowbit.quantize(model, tmp_path / "plain", tokenizer=tokenizer, scheme="W4A16")
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(block)
+    done = lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16", in_place=True)
+    assert (done.path / "model.safetensors").read_bytes() == (plain.path / "model.safetensors").read_bytes()
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = model.model.layers[1]._orig_mod.mlp.up_proj.weight
+    assert torch.equal(kept, lowbit.inspect(done.path).read(name).bfloat16())
+
+
 def test_the_tokenizer_of_where_the_model_was_loaded_from_is_noted(tiny, tmp_path):
     done = lowbit.quantize(tiny[0], tmp_path / "out", scheme="W4A16")
     assert any("which the model was loaded from" in note for note in done.report.source.notes)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STORED_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+_COMPILED = "_orig_mod"  # what a module of torch.compile has inside
 _SAVE_FIRST = "save it with save_pretrained, and give the folder"
 
 
@@ -183,8 +184,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         if isinstance(model, parallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif hasattr(model, _COMPILED):
+            model = getattr(model, _COMPILED)
         elif hasattr(model, "merge_and_unload"):
             raise UsageError("the model holds an adapter that was not merged", "give model.merge_and_unload()")
         else:
@@ -219,9 +220,11 @@ def _is_fake_quantized(module: nn.Module) -> bool:
 
 
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model without its fake quantization: its parameters under the names that they had before."""
+    """The state of the model without its fake quantization and compiled blocks: its parameters under the names that
+    they had before."""
     found = {}
-    for name, tensor in model.state_dict().items():
+    for compiled, tensor in model.state_dict().items():
+        name = _before_compiling(compiled)
         owner, parametrized, rest = name.partition(".parametrizations.")
         if parametrized:
             leaf, _, which = rest.partition(".")
@@ -232,9 +235,17 @@ def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def _before_compiling(name: str) -> str:
+    """The name without the wrappers that torch.compile puts around blocks; they hand on what is asked of them."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
 def _refuse_unreadable(state: dict[str, Tensor]) -> None:
     """Every tensor of the state is there, whole, and an ordinary one."""
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}, not a tensor: the model is quantized already",
+                                  "load the 16-bit model and quantize that")  # fmt: skip
         if tensor.device.type == "meta":
             raise CheckpointError(
                 f"{name} is on the meta device: it has a shape and no values",
@@ -257,9 +268,10 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
             f"would be another model",
             _SAVE_FIRST,
         )
-    fake = [name for name, module in model.named_modules() if _is_fake_quantized(module)]
+    fake = [_before_compiling(name) for name, module in model.named_modules() if _is_fake_quantized(module)]
     under = tuple(f"{name}.parametrizations" for name in fake)
-    ours = {name: module for name, module in model.named_modules() if not (under and name.startswith(under))}
+    named = ((_before_compiling(name), module) for name, module in model.named_modules())  # a wrapper before what it has
+    ours = {name: module for name, module in named if not (under and name.startswith(under))}
     theirs = dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
     kind_of = {name: type(module).__bases__[0] if name in fake else type(module) for name, module in ours.items()}
@@ -274,7 +286,20 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
             "merge adapters, remove parametrizations and wrappers, or " + _SAVE_FIRST,
         )
     kinds = sorted({type(ours[name]).__name__ for name in replaced})
-    return [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
+    notes = [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
+    changing = [name or "the model" for name, module in ours.items() if _has_another_forward(module)]
+    if changing and not fake:
+        more = f" and {len(changing) - 1} more" if len(changing) > 1 else ""
+        notes.append(f"{changing[0]}{more}: hooks, or another forward, which the output does not have; nothing that they "
+                     f"change was measured")  # fmt: skip
+    return notes
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """True for a module with hooks, or a forward, that its class does not give it; accelerate's move values alone."""
+    if hasattr(module, "_hf_hook"):
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _places(
@@ -285,6 +310,11 @@ def _places(
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, placement in disk_layout(twin).items():
+        if name not in state:
+            raise CheckpointError(
+                f"{name} is no parameter of the model: something put others in its place, as pruning does (weight_orig)",
+                "take it off (torch.nn.utils.prune.remove), or " + _SAVE_FIRST,
+            )
         tensor, other = state[name], state.get(tied.get(name, ""))
         if name in ignored or (other is not None and other.data_ptr() == tensor.data_ptr()):
             continue

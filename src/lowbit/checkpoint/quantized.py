@@ -372,9 +372,9 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
         known = "the files are MLX's and" if laid_out else f"config.json says {stated}, whose files"
         raise CheckpointError(f"{stored.source}: {known} cannot be read: {unreadable.why}", unreadable.instead)
     if method not in KINDS:
-        said = "names no quant_method" if stated is None else f"has the quant_method {stated!r}"
+        said = "no quant_method" if stated is None else f"the quant_method {stated!r}, which lowbit cannot read"
         raise CheckpointError(
-            f"{stored.source}: config.json {said} that lowbit can read",
+            f"{stored.source}: config.json states {said}",
             f"it reads {', '.join(KINDS)}; else start from the original checkpoint",
         )
     return method

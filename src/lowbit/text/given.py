@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 OF_MEMORY = " in memory"  # ends the names of such data
 _TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
 _CHARACTERS = 4_000_000  # of one document
+_NOTHING = object()  # None is an item that somebody gave
 _UNLABELLED = -100  # label of a token that counts for nothing
 
 
@@ -86,8 +87,8 @@ class GivenText:
         if key not in self._cut:
             check_context(windows, window_tokens or default, longest if window_tokens else None)
             items = self._items()
-            first = next(items, None)
-            if first is None:
+            first = next(items, _NOTHING)
+            if first is _NOTHING:
                 raise CheckpointError(f"{self.name}: it is empty", _TAKEN)
             items = chain([first], items)
             usual = min(default, longest or default)
@@ -115,7 +116,7 @@ class GivenText:
         if isinstance(data, Tensor) or (isinstance(data, list | tuple) and data and type(data[0]) is int):
             return iter([data])
         if not isinstance(data, Iterable):
-            raise UsageError(f"calib is a {type(data).__name__}, which cannot be read", _TAKEN)
+            raise UsageError(f"calib is {str(data)[:60]} ({type(data).__name__}), which cannot be read", _TAKEN)
         return iter(data)
 
     def _of_documents(
