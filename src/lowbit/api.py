@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
+from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import ArchitectureError, UsageError, VerificationError
 from lowbit.export.atomic import refuse_existing_files
@@ -118,13 +119,25 @@ def quantize(
     chosen = make_settings(recipe, **given)
     if run is None and getattr(getattr(model, "device", None), "type", "cpu") != "cpu":
         run = RunOptions(device=str(model.device))
-    source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    source = _opened_in_memory(model, tokenizer, options, chosen, output)
     try:
         request = Request(source, chosen, options or OpenOptions(), threads, progress, text=text)
         return _quantize_in_memory(request, output, in_place is not False and (output is None or in_place is True),
                                    overwrite, run)  # fmt: skip
     finally:
         source.remove()
+
+
+def _opened_in_memory(
+    model: Any, tokenizer: Any, options: OpenOptions | None, settings: Settings, output: str | Path | None
+) -> ModelInMemory:
+    """A model in memory; UsageError where a GGUF file is to be made of it, and there is no tokenizer to put into it."""
+    source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    gguf = settings.writes_gguf(None if output is None else Path(output))
+    if gguf and not settings.mmproj and not has_tokenizer(source.folder):
+        source.remove()
+        raise UsageError("a GGUF file holds the tokenizer, and none was given", "give tokenizer=")
+    return source
 
 
 def _quantize_in_memory(
@@ -323,7 +336,7 @@ def dry_run(
     chosen, output = make_settings(recipe, **given), None if output is None else Path(output)
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output), in_order=text is not None))
     if not isinstance(model, str | Path):
-        model = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+        model = _opened_in_memory(model, tokenizer, options, chosen, output)
     elif tokenizer is not None:
         raise UsageError(f"tokenizer is for a model in memory, and {model} is none", "leave it out")
     return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True, text=text), output)

@@ -169,10 +169,12 @@ def put_back(model: Any, checkpoint: Checkpoint, options: OpenOptions | None = N
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
             tensor = getattr(owner, leaf)
-            if written.setdefault(id(tensor), names[0]) != names[0]:
+            shared = written.setdefault(id(tensor), names[0]) != names[0]
+            if shared and not torch.equal(tensor.detach(), value.to(tensor)):
                 tensor = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
                 setattr(owner, leaf, tensor)
-                model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+                if owner is model.get_output_embeddings():
+                    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
             tensor.detach().copy_(value)
 
 
@@ -270,7 +272,9 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
         )
     fake = [_before_compiling(name) for name, module in model.named_modules() if _is_fake_quantized(module)]
     under = tuple(f"{name}.parametrizations" for name in fake)
-    named = ((_before_compiling(name), module) for name, module in model.named_modules())  # a wrapper before what it has
+    named = (
+        (_before_compiling(name), module) for name, module in model.named_modules()
+    )  # a wrapper before what it has
     ours = {name: module for name, module in named if not (under and name.startswith(under))}
     theirs = dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
@@ -278,7 +282,9 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
     replaced = [name for name in ours if name in theirs and kind_of[name] is not type(theirs[name])]
     computing = [name for name in replaced if getattr(getattr(theirs[name], "weight", None), "ndim", 0) > 1]
     for name in [*computing, *differ]:
-        kind = type(ours[name]).__name__ if name in ours else "nothing"
+        again = name in dict(model.named_modules(remove_duplicate=False))
+        absent = "a module that stands in another place too" if again else "nothing"
+        kind = type(ours[name]).__name__ if name in ours else absent
         usual = type(theirs[name]).__name__ if name in theirs else "nothing"
         raise CheckpointError(
             f"{name} is {kind}, where {type(model).__name__} has {usual}: something replaced modules of the model, and "
@@ -307,7 +313,9 @@ def _places(
 ) -> dict[str, _StatePlace]:
     """Stored name → place of everything that `save_pretrained` would write; the twin says under which names."""
     places: dict[str, _StatePlace] = {}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = (
+        getattr(twin, "all_tied_weights_keys", None) or {}
+    )  # by the config: the flag may have changed since it was tied
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, placement in disk_layout(twin).items():
         if name not in state:
@@ -328,6 +336,13 @@ def _places(
         for stored, part, expert in placement.pieces():
             place = places.setdefault(stored, _StatePlace(own, part.shape_in(tuple(tensor.shape)), []))
             place.pieces.append((tensor, part, expert))
+    more = sorted(state.keys() - twin.state_dict().keys())
+    if more:
+        raise CheckpointError(
+            f"{', '.join(more[:3])}{' …' if len(more) > 3 else ''}: the model computes with it, and "
+            f"{type(model).__name__} of its config has no place for it, so that an output would be another model",
+            "change the config (attention_bias, mlp_bias …) to what the model is, or fold it into others",
+        )
     return places
 
 

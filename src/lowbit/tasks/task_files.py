@@ -47,7 +47,8 @@ def _check(path: Path, trusted: bool, seen: dict[Path, int]) -> None:
         if called and (not trusted or not node.tag.startswith("!function")):
             hint = "add --trust-remote-code, if you trust who wrote it" if node.tag.startswith("!function") else (
                 "write plain values")  # fmt: skip
-            raise UsageError(f"{path}: it runs Python of its own ({node.tag} {str(node.value)[:60]})", hint)
+            what = f"{node.tag} {node.value[:60]}" if isinstance(node.value, str) else node.tag
+            raise UsageError(f"{path}: it runs Python of its own ({what})", hint)
     for key, value in getattr(root, "value", []) if root.id == "mapping" else []:
         if key.value == "include":
             for each in value.value if isinstance(value.value, list) else [value]:

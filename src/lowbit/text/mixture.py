@@ -16,6 +16,7 @@ Refused: shares that are not above 0, a source given twice, `self` in a mixture,
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from lowbit.text.answers import Marking
 
+_LONGEST_NAME = 4096  # characters of what --calib names
 _SHARE = re.compile(r"(?P<source>.+):(?P<share>-?\d+(?:\.\d+)?)$", re.DOTALL)
 
 
@@ -55,11 +57,19 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
     if calib is None:
         return (MixedText(None),)
     text = str(calib)
-    if Path(text).exists() or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
+    if not text.strip():  # which is the folder that one is in
+        raise UsageError(
+            "--calib is empty", "give a file, a folder or a short name; for the packaged text leave it out"
+        )
+    there = os.path.exists(text)  # False, where Path.exists fails for names that are too long
+    if not there and ("\n" in text or len(text) > _LONGEST_NAME):
+        raise UsageError(f"--calib is a text of {len(text)} characters, and it names one",
+                         "give the text in a file, or in Python in a list: calib=[text]")  # fmt: skip
+    if there or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
         return (_named(text, 1.0),)
     parts = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        found = None if Path(word).exists() else _SHARE.match(word)
+        found = None if os.path.exists(word) else _SHARE.match(word)
         share = float(found["share"]) if found else 1.0
         if share <= 0:
             raise UsageError(f"--calib {word}: a share is above 0", "leave the text out, or give it a share such as 1")
@@ -76,7 +86,7 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
 
 
 def _named(source: str, share: float) -> MixedText:
-    return MixedText(None if source == PACKAGED and not Path(source).exists() else source, share)
+    return MixedText(None if source == PACKAGED and not os.path.exists(source) else source, share)
 
 
 def mixed_windows(
