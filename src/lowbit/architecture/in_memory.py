@@ -272,9 +272,8 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
         )
     fake = [_before_compiling(name) for name, module in model.named_modules() if _is_fake_quantized(module)]
     under = tuple(f"{name}.parametrizations" for name in fake)
-    named = (
-        (_before_compiling(name), module) for name, module in model.named_modules()
-    )  # a wrapper before what it has
+    # a wrapper comes before what it has inside, which then stands for it
+    named = ((_before_compiling(name), module) for name, module in model.named_modules())
     ours = {name: module for name, module in named if not (under and name.startswith(under))}
     theirs = dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
@@ -296,8 +295,8 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
     changing = [name or "the model" for name, module in ours.items() if _has_another_forward(module)]
     if changing and not fake:
         more = f" and {len(changing) - 1} more" if len(changing) > 1 else ""
-        notes.append(f"{changing[0]}{more}: hooks, or another forward, which the output does not have; nothing that they "
-                     f"change was measured")  # fmt: skip
+        notes.append(f"{changing[0]}{more}: hooks, or another forward, which the output does not have; nothing that "
+                     f"they change was measured")  # fmt: skip
     return notes
 
 
@@ -313,14 +312,12 @@ def _places(
 ) -> dict[str, _StatePlace]:
     """Stored name → place of everything that `save_pretrained` would write; the twin says under which names."""
     places: dict[str, _StatePlace] = {}
-    tied = (
-        getattr(twin, "all_tied_weights_keys", None) or {}
-    )  # by the config: the flag may have changed since it was tied
+    tied = getattr(twin, "all_tied_weights_keys", None) or {}  # by the config: its flag may have changed since
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, placement in disk_layout(twin).items():
         if name not in state:
             raise CheckpointError(
-                f"{name} is no parameter of the model: something put others in its place, as pruning does (weight_orig)",
+                f"{name} is no parameter of the model: something put others in its place, as pruning does",
                 "take it off (torch.nn.utils.prune.remove), or " + _SAVE_FIRST,
             )
         tensor, other = state[name], state.get(tied.get(name, ""))

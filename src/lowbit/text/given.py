@@ -8,7 +8,7 @@
     a tensor or list of integers, [T] or [rows, T]            token ids
 
 Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless. What has
-no iterator, and a length, is asked for its items by number (torch's datasets).
+no iterator, but a length, is asked for its items by number (torch's datasets).
 
 Rows of token ids of one length without masked tokens are the windows, as they are, unless a number of tokens per window
 is asked for. All others are one stream, cut into windows as documents are, masked tokens left out: padding is in no
@@ -18,8 +18,8 @@ EOS.
 In a loss, tokens whose label is −100 count for nothing, as transformers has it.
 
 Refused: items of two kinds or of none of these, ids that are no integers or that the model has no row for, tensors
-without values, a mask of another shape or of other numbers than 0 and 1, batches of several tensors that do not say which
-is which, a mapping of splits, data without a token to learn from.
+without values, a mask of another shape or of other numbers than 0 and 1, batches of several tensors that do not say
+which is which, a mapping of splits, data without a token to learn from.
 """
 
 from __future__ import annotations
@@ -274,8 +274,8 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]
         if found is None:
             kind = type(item["input_ids"]).__name__
             raise UsageError(f"{name}: input_ids is a {kind} that holds no token ids", "token ids are integers")
-        return _with(found[0], item["input_ids"], item.get("attention_mask"), item.get("labels"), name)
-    elif isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
+        return _with(found[0], item.get("attention_mask"), item.get("labels"), name)
+    if isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
         if len(item) > 1:
             raise UsageError(
                 f"{name} yields {len(item)} tensors at once, and nothing says which one holds the token ids",
@@ -317,22 +317,19 @@ def _as_rows(ids: Tensor, name: str) -> Tensor:
     return ids if ids.dim() == 2 else ids[None]
 
 
-def _with(
-    rows: Tensor, given: Any, mask: Any, labels: Any, name: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(ids, mask, labels) of rows, which were given as [T] or as [rows, T], with what lies beside them."""
-    lists = isinstance(given, list | tuple) and bool(given) and isinstance(given[0], list | tuple)
-    flat = not lists and getattr(given, "ndim", 1) == 1
-    shape = list(rows.shape[1:] if flat else rows.shape)
+def _with(rows: Tensor, mask: Any, labels: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(ids, mask, labels) of rows with what lies beside them, [rows, T], or [T] of one row."""
+    shapes = (rows.shape, rows.shape[1:]) if len(rows) == 1 else (rows.shape,)
     asked, mask, labels = mask is not None, _beside(mask), _beside(labels)
-    if asked and (mask is None or list(mask.shape) != shape):
+    if asked and (mask is None or mask.shape not in shapes):
         found = "is no tensor of numbers" if mask is None else f"has shape {list(mask.shape)}"
-        raise UsageError(f"{name}: attention_mask {found}, input_ids {shape}",
+        raise UsageError(f"{name}: attention_mask {found}, input_ids {list(rows.shape)}",
                          "both are [rows, T]; a mask of four dimensions is no padding mask")  # fmt: skip
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-        raise UsageError(f"{name}: attention_mask holds {float(mask[(mask != 0) & (mask != 1)][0]):g}",
+        other = float(mask[(mask != 0) & (mask != 1)][0])
+        raise UsageError(f"{name}: attention_mask holds {other:g}",
                          "it is 1 for tokens and 0 for padding; what is added to scores is no padding mask")  # fmt: skip
-    if labels is not None and list(labels.shape) != shape:
+    if labels is not None and labels.shape not in shapes:
         labels = None  # they are of whole rows
     mask, labels = (each if each is None else each.reshape(rows.shape) for each in (mask, labels))
     return rows, None if mask is None else mask.bool(), None if labels is None else labels != _UNLABELLED
