@@ -79,9 +79,10 @@ def _load(path: Path, manager: Any) -> None:
     except LowbitError:
         raise
     except Exception as error:  # YAML, fields, functions, data: whatever lm-eval says of them
-        text = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{path}: lm-eval cannot load this task: {text[:300]}",
-                         "paths of data_files are absolute, or from the folder that you are in") from None  # fmt: skip
+        text, of_data = f"{type(error).__name__}: {error}", isinstance(error, FileNotFoundError)
+        hint = "paths of data_files are absolute, or from the folder that you are in" if of_data else (
+            "lm-eval's words say which field is at fault")  # fmt: skip
+        raise UsageError(f"{path}: lm-eval cannot load this task: {text[:300]}", hint) from None
 
 
 def outcomes(

@@ -7,8 +7,8 @@
     {"input_ids": …, "attention_mask": …, "labels": …}        token ids, one row or a padded batch (DataLoader)
     a tensor or list of integers, [T] or [rows, T]            token ids
 
-Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless. What has
-no iterator, but a length, is asked for its items by number (torch's datasets).
+Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless. What
+has no iterator, but a length, is asked for its items by number (torch's datasets).
 
 Rows of token ids of one length without masked tokens are the windows, as they are, unless a number of tokens per window
 is asked for. All others are one stream, cut into windows as documents are, masked tokens left out: padding is in no
@@ -327,8 +327,10 @@ def _with(rows: Tensor, mask: Any, labels: Any, name: str) -> tuple[Tensor, Tens
                          "both are [rows, T]; a mask of four dimensions is no padding mask")  # fmt: skip
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         other = float(mask[(mask != 0) & (mask != 1)][0])
-        raise UsageError(f"{name}: attention_mask holds {other:g}",
-                         "it is 1 for tokens and 0 for padding; what is added to scores is no padding mask")  # fmt: skip
+        raise UsageError(
+            f"{name}: attention_mask holds {other:g}",
+            "it is 1 for tokens and 0 for padding; what is added to scores is no padding mask",
+        )
     if labels is not None and labels.shape not in shapes:
         labels = None  # they are of whole rows
     mask, labels = (each if each is None else each.reshape(rows.shape) for each in (mask, labels))
