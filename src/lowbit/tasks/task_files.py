@@ -51,7 +51,7 @@ def _check(path: Path, trusted: bool, seen: dict[Path, int]) -> None:
             raise UsageError(f"{path}: it runs Python of its own ({what})", hint)
     for key, value in getattr(root, "value", []) if root.id == "mapping" else []:
         if key.value == "include":
-            for each in (node for node in _nodes(value, set()) if node.id == "scalar"):
+            for each in (node for node in [value, *_children(value)] if node.id == "scalar"):
                 _check(path.parent / Path(str(each.value)).expanduser(), trusted, seen)
         elif key.value in ("dataset_kwargs", "data_files"):
             _check_data(value, path)
