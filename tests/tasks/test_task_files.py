@@ -58,12 +58,14 @@ def test_files_that_are_included_are_looked_at_too(write):
         (ALIASES, "more than 100,000 values"),
         ("a: &a [*a]\n", "in themselves"),
         ("a: " + "[" * 5000 + "]" * 5000, "inside of one another|cannot load"),
+        (PLAIN + "repeats: 1000000000", "repeats is 1000000000; at most 1,000 are run"),
+        (PLAIN + "generation_kwargs: {max_gen_toks: 999999999999999999999}", "max_gen_toks is 9+; at most 131,072"),
         ("", "holds no mapping"),
         ("- a", "holds no mapping"),
         ("a: [", "cannot load this task"),
         ("a: \0", "cannot load this task"),
     ],
-    ids=["aliases", "itself", "deep", "empty", "list", "open", "nul"],
+    ids=["aliases", "itself", "deep", "repeats", "tokens", "empty", "list", "open", "nul"],
 )
 def test_a_file_that_is_no_task_or_grows_is_refused(write, text, says):
     with pytest.raises(UsageError, match=says):
@@ -73,7 +75,7 @@ def test_a_file_that_is_no_task_or_grows_is_refused(write, text, says):
 @pytest.mark.parametrize("text", ["include: pipe", "dataset_kwargs: {data_files: {test: PLACE/pipe}}"])
 def test_pipes_are_not_waited_for(write, tmp_path, text):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LowbitError, match="is a pipe|no regular file"):
+    with pytest.raises(LowbitError, match=r"is a pipe|no regular file"):
         check_task_file(write(text.replace("PLACE", str(tmp_path))), False)
 
 

@@ -27,6 +27,7 @@ _FILE = ".yaml"
 _METRICS = ("acc", "exact_match", "pass@1", "prompt_level_strict_acc", "acc_norm", "em", "f1")
 _OFFLINE = ("connection", "offline", "couldn't reach", "couldn't find", "localentrynotfound", "name resolution",
             "max retries", "max retry", "hub", "proxy")  # fmt: skip
+_NO_DATA = "these tasks fetch their data from the Hub; without a network run the packaged ones: --tasks all"
 
 
 def check_tasks(names: tuple[str, ...], trust_remote_code: bool) -> str:
@@ -79,10 +80,17 @@ def _load(path: Path, manager: Any) -> None:
     except LowbitError:
         raise
     except Exception as error:  # YAML, fields, functions, data: whatever lm-eval says of them
-        text, of_data = f"{type(error).__name__}: {error}", isinstance(error, FileNotFoundError)
-        hint = "paths of data_files are absolute, or from the folder that you are in" if of_data else (
-            "lm-eval's words say which field is at fault")  # fmt: skip
+        text, hint = f"{type(error).__name__}: {error}", "lm-eval's words say which field is at fault"
+        if isinstance(error, FileNotFoundError):
+            hint = "paths of data_files are absolute, or from the folder that you are in"
+        elif _names_the_hub(text):
+            hint = _NO_DATA
         raise UsageError(f"{path}: lm-eval cannot load this task: {text[:300]}", hint) from None
+
+
+def _names_the_hub(text: str) -> bool:
+    """True for an error of fetching data."""
+    return any(word in text.lower() for word in _OFFLINE)
 
 
 def outcomes(
@@ -115,13 +123,10 @@ def samples(
         raise
     except Exception as error:  # a task may raise anything: its data, its template, its metric
         text = f"{type(error).__name__}: {error}"
-        if any(word in text.lower() for word in _OFFLINE):
-            raise UsageError(
-                f"{', '.join(names)}: the data cannot be had: {text[:300]}",
-                "these tasks fetch their data from the Hub; without a network run the packaged ones: --tasks all",
-            ) from None
-        raise EngineFailure(f"lm-eval failed on {', '.join(names)}: {text[:300]}",
-                            "run one task at a time to see which") from None  # fmt: skip
+        if _names_the_hub(text):
+            raise UsageError(f"{', '.join(names)}: the data cannot be had: {text[:300]}", _NO_DATA) from None
+        hint = "run one task at a time to see which" if len(names) > 1 else "lm-eval's words say what is at fault"
+        raise EngineFailure(f"lm-eval failed on {', '.join(names)}: {text[:300]}", hint) from None
     return found["samples"]
 
 

@@ -5,6 +5,7 @@
     data_files            a path of this machine is a regular file: a pipe would be waited for
     {{ templates }}       in Jinja's sandbox, with the bounds of a chat template
     regex_pattern         at most SECONDS for one answer, where Python's `re` may take exponential time
+    repeats and the like  no more than MOST
 
 Refused as UsageError: what the file may not do; as CheckpointError and PatternError: what takes too long.
 """
@@ -24,6 +25,8 @@ from lowbit.text.template_limits import bounded_template
 
 NODES = 100_000  # of a file with all that it includes
 SECONDS = 1.0
+# Of fields that multiply the work, or the memory, by what they say.
+MOST = {"repeats": 1000, "num_fewshot": 1000, "max_gen_toks": 1 << 17, "max_new_tokens": 1 << 17, "max_length": 1 << 20}
 _LARGEST = 4 << 20  # bytes of a file
 _DEEPEST = 100  # of values inside of one another
 
@@ -49,6 +52,10 @@ def _check(path: Path, trusted: bool, seen: dict[Path, int]) -> None:
                 "write plain values")  # fmt: skip
             what = f"{node.tag} {node.value[:60]}" if isinstance(node.value, str) else node.tag
             raise UsageError(f"{path}: it runs Python of its own ({what})", hint)
+        for key, value in node.value if node.id == "mapping" else []:
+            most = MOST.get(key.value) if key.id == value.id == "scalar" else None
+            if most is not None and value.value.isdecimal() and int(value.value[:20]) > most:
+                raise UsageError(f"{path}: {key.value} is {value.value[:40]}; at most {most:,} are run", "give less")
     for key, value in getattr(root, "value", []) if root.id == "mapping" else []:
         if key.value == "include":
             for each in (node for node in [value, *_children(value)] if node.id == "scalar"):
