@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lowbit.calibrate.store import tell_of_blocks
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
@@ -305,11 +306,8 @@ def write_prepared(
         try:
             prepared = calibrate(prepared, output, run, progress)
             write_checkpoint(prepared, output, progress, overwrite, finish, claim)
-        except BaseException:
-            blocks = len(list(claim.folder.glob("block-*.safetensors")))
-            if blocks:
-                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
-                             blocks, claim.folder)  # fmt: skip
+        except BaseException as error:
+            tell_of_blocks(claim.folder, error)
             raise
         if prepared.calibrated is not None:
             prepared.calibrated.store.remove()

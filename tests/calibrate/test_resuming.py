@@ -223,6 +223,7 @@ IDENTITY = {
         ("settings", {"sweeps": 2, "damping": 0.01}, "sweeps was 2, is None"),
         ("lowbit", {"version": "0.1.0", "training": 2}, "it is a training"),
         ("lowbit", {"version": "0.0.9", "store": 3}, "it was begun by another version of lowbit"),
+        ("lowbit", {}, "it was begun by another version of lowbit"),
         ("beside", {"q.gguf, which is refined,": "2", "a.safetensors of the adapter": "1"},
          "q.gguf, which is refined, is not what it was"),
         ("beside", {"q.gguf, which is refined,": "1"}, "a.safetensors of the adapter is not what it was"),
@@ -245,6 +246,42 @@ def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):
     with pytest.raises(OutputError, match="did not write: thesis"):
         calibrated(model, tmp_path / "out", text, "gptq")
     assert [path.name for path in work.iterdir()] == ["thesis"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("run.json", "[" * 100_000, "cannot be read"),
+        ("run.json", None, "of an earlier run here 1 finished block is removed: run.json, which says"),
+        ("blocks.json", "[" * 100_000, "blocks.json is damaged: all blocks are done again"),
+        ("owner.json", "[" * 100_000, ""),
+        ("owner.json", '{"pid": "x", "host": 5, "machine": 5, "since": "x"}', ""),
+        ("owner.json", '{"pid": 1, "host": "", "machine": "", "since": 1e99, "placing": []}', ""),
+    ],
+)
+def test_damaged_records_are_said_or_refused(model, text, whole, tmp_path, monkeypatch, caplog, name, content, says):
+    work = stopped_after(1, model, tmp_path / "out", text, monkeypatch, method="awq+gptq")
+    (work / name).unlink(missing_ok=True)
+    if content is not None:
+        (work / name).write_text(content)
+    if says == "cannot be read":
+        caplog.clear()
+        with pytest.raises(UsageError, match=says):
+            calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
+        assert "goes on from" not in caplog.text
+        return
+    calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
+    assert says in caplog.text
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_a_refused_run_is_not_told_to_be_repeated(model, text, tmp_path, monkeypatch, caplog):
+    stopped_after(1, model, tmp_path / "out", text, monkeypatch, method="gptq")
+    assert "1 finished block is kept" in caplog.text
+    caplog.clear()
+    with pytest.raises(UsageError, match="damping was None"):
+        calibrated(model, tmp_path / "out", text, "gptq", damping=0.02, run=RunOptions(resume=True))
+    assert "goes on from" not in caplog.text
 
 
 def test_without_resume_a_run_begins_anew(model, text, tmp_path, monkeypatch):

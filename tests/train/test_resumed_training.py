@@ -105,6 +105,10 @@ def test_another_reference_is_refused_by_its_name(tiny_llama, tmp_path):
     how = {"reference": reference, "course": replace(COURSE, distill=True)}
     with pytest.raises(Killed):
         run(tiny_llama, tmp_path / "out", progress=kill_at(3), **how)
+    config = json.loads((reference / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UsageError, match=r"another run: config.json of the reference is not what it was$"):
+        run(tiny_llama, tmp_path / "out", resume=True, **how)
     make_model(reference, seed=2)
     with pytest.raises(UsageError, match=r"another run: model.safetensors of the reference is not what it was$"):
         run(tiny_llama, tmp_path / "out", resume=True, **how)

@@ -154,8 +154,8 @@ def _claimed(output: Path) -> Iterator[Claim]:
     with claimed(output) as claim:
         try:
             yield claim
-        except BaseException:
-            if (claim.folder / STATE).exists():
+        except BaseException as error:
+            if (claim.folder / STATE).exists() and not isinstance(error, UsageError):
                 _log.warning("the last state of the training is kept in %s; the same command with --resume goes on "
                              "from it", claim.folder)  # fmt: skip
             raise
