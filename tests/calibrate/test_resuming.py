@@ -252,7 +252,7 @@ def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):
     ("name", "content", "says"),
     [
         ("run.json", "[" * 100_000, "cannot be read"),
-        ("run.json", None, "of an earlier run here 1 finished block is removed: run.json, which says"),
+        ("run.json", None, "1 finished block of an earlier run is removed: run.json, which says"),
         ("blocks.json", "[" * 100_000, "blocks.json is damaged: all blocks are done again"),
         ("owner.json", "[" * 100_000, ""),
         ("owner.json", '{"pid": "x", "host": 5, "machine": 5, "since": "x"}', ""),

@@ -25,7 +25,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import EngineFailure, UsageError
 from lowbit.evaluation.activations import simulation_of
-from lowbit.evaluation.footprint import fingerprint
+from lowbit.evaluation.footprint import fingerprint, state_of_files
 from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 from lowbit.tasks.kept import kept, kept_file, key_of
@@ -137,6 +137,7 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
     checkpoint = open_checkpoint(model, how.options)
     try:
         identity = f"{fingerprint(checkpoint)} {how.dtype} {how.device}"
+        files = state_of_files(checkpoint)
         network = load_model(checkpoint, how.dtype, how.device, how.options)
         tokenizer = load_tokenizer(checkpoint, how.options)
         simulated = simulation_of(checkpoint)
@@ -145,7 +146,7 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
     refuse_without_text(network, model)
     with simulated(network):
         answers, before, path = _asked(
-            identity, prompts, how, done,
+            f"{identity} {files}", prompts, how, done,
             lambda place, text: _written(network, tokenizer, place, text, how),
         )  # fmt: skip
     return Answers(identity, answers, _notes(model, answers, bool(tokenizer.chat_template)), path, before)

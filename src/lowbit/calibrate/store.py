@@ -319,16 +319,17 @@ class BlockStore:
         blocks = [path for path in self._files() if path.name.startswith("block-") and path.suffix == ".safetensors"]
         left = ""
         if blocks:
-            left = "1 finished block" if len(blocks) == 1 else f"{len(blocks)} finished blocks"
+            one = len(blocks) == 1
+            left = f"{len(blocks)} finished block{'' if one else 's'} of an earlier run {'is' if one else 'are'}"
         elif (self.folder / _LEARNING).exists():
-            left = "the state of a training"
+            left = "the state of an earlier training is"
         if left:
             why = (
                 "run.json, which says what it depends on, is missing"
                 if resume
                 else "--resume would have gone on from it"
             )
-            _log.warning("of an earlier run here %s is removed: %s", left, why)
+            _log.warning("%s removed: %s", left, why)
         for path in self._files():
             path.unlink()
 

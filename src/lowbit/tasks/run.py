@@ -17,7 +17,7 @@ import torch
 
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
-from lowbit.evaluation.footprint import fingerprint, read_report
+from lowbit.evaluation.footprint import fingerprint, read_report, state_of_files
 from lowbit.evaluation.memory import choose_way
 from lowbit.evaluation.opening import Opened, Opener, open_reference
 from lowbit.evaluation.perplexity import Activations, variants_of
@@ -112,7 +112,8 @@ def evaluate_tasks(
         found = []
         if url is not None:  # first, since it refuses what is not the same model
             name = "simulated" if len(variants) > 1 else "none"  # by the engine itself
-            served = ServedModel(url, judged.tokenizer, fingerprint(judged.checkpoint))
+            of = f"{fingerprint(judged.checkpoint)} {state_of_files(judged.checkpoint)}"
+            served = ServedModel(url, judged.tokenizer, of)
             right, before = served_answers(served, suite.items(), seed, _told(suite, 0, count, progress))
             found = [suite.by_item(right)]
             notes += (f"asked over {served.url}, model {served.name!r}",)
