@@ -144,7 +144,7 @@ def saying(answer):
         yield address
 
 
-@pytest.mark.parametrize("told", [float("nan"), "-1.0", None, 5.0, True, [1.0]], ids=str)
+@pytest.mark.parametrize("told", [float("nan"), -float("inf"), "-1.0", None, 5.0, True, [1.0]], ids=str)
 @pytest.mark.parametrize("echo", [True, False])
 def test_what_is_no_log_probability_makes_no_answer_right_or_wrong(loaded, echo, told):
     """NaN compares as wrong, and a positive one as right: an item would be counted by chance."""
@@ -166,7 +166,7 @@ def test_what_is_no_log_probability_makes_no_answer_right_or_wrong(loaded, echo,
     [
         ({"choices": {"0": 1}}, "answers no choices"),
         ({"choices": [None]}, "answers no choices"),
-        ({"choices": [{"text": "x"}], "usage": None}, "makes None of"),
+        ({"choices": [{"text": "x"}], "usage": None}, "neither the tokens of a text nor their number"),
         (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "answers 500"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", "answers no JSON object"),
     ],

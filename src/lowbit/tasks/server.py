@@ -13,6 +13,7 @@ answers what is no log-probability (EngineFailure).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ class ServedModel:
                 usage = self._complete(text, 1).get("usage")
                 theirs = usage.get("prompt_tokens") if isinstance(usage, dict) else None
                 ours = len(ours)
+            if theirs is None:
+                raise self._no_protocol("neither the tokens of a text nor their number")
             if theirs != ours:
                 found, needed = str(theirs)[:80], str(ours)[:80]
                 raise UsageError(
@@ -100,7 +103,7 @@ class ServedModel:
 
     def _checked(self, value: Any) -> float:
         """A log-probability; EngineFailure for anything else: with it an answer would be right or wrong by chance."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value < _ABOVE_ZERO:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < _ABOVE_ZERO:
             raise self._no_protocol(f"{str(value)[:40]} where the log-probability of a token is due")
         return float(value)
 
