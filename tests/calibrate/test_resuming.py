@@ -226,7 +226,7 @@ IDENTITY = {
         ("lowbit", {}, "it was begun by another version of lowbit"),
         ("beside", {"q.gguf, which is refined,": "2", "a.safetensors of the adapter": "1"},
          "q.gguf, which is refined, is not what it was"),
-        ("beside", {"q.gguf, which is refined,": "1"}, "a.safetensors of the adapter is not what it was"),
+        ("beside", {"q.gguf, which is refined,": "1"}, "a.safetensors of the adapter is read, and was not"),
         ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"rope_theta": 2.0}},
          "config.json: rope_parameters.rope_theta was 2.0, is 1.0"),
         ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"far": [*range(98), 0]}},

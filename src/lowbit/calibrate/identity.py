@@ -128,13 +128,19 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if topic == "files":
             found += [f"{name} of {now.get('model')} is not what it was" for name in names]
         elif topic in ("beside", "text"):
-            found += [f"{name} is not what it was" for name in names]
+            found += [f"{name} {_became(name in was, name in is_now)}" for name in names]
         elif topic == "targets":
             found.append(f"{len(names)} linears are rounded to another grid, the first {names[0]}")
         else:
             where = "config.json: " if topic == "config" else ""
             found += [where + change for name in names for change in _changes(name, was, is_now)]
     return found
+
+
+def _became(there_before: bool, there_now: bool) -> str:
+    if there_before and there_now:
+        return "is not what it was"
+    return "was read, and is not now" if there_before else "is read, and was not"
 
 
 def _changes(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
