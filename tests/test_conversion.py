@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
-from lowbit.errors import CheckpointError, NonFiniteError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError, UsageError, VerificationError
 from lowbit.registry import folder_formats
 from models import SHORT_TEXT, make_model
 
@@ -274,3 +274,12 @@ def test_two_schemes_of_one_name_are_told_apart(model, tmp_path):
     notes = {note for tensor in done.report.tensors for note in tensor.notes}
     said = "requantized: W4A16 in groups of 128 was asked for, and does not hold codes of W4A16 in groups of 32"
     assert said in notes
+
+
+def test_a_percentile_that_clips_too_much_is_blamed_and_not_lowbit(quantized, model, tmp_path):
+    asked = {"range": "percentile", "percentile": 60}
+    with pytest.raises(VerificationError, match=r"--percentile 60 clips too much: .*relative error"):
+        lowbit.convert(quantized("gptq W4A16"), tmp_path / "out", format="bitsandbytes", scheme="INT8", **asked)
+    with pytest.raises(VerificationError, match=r"--percentile 60 clips too much") as caught:
+        lowbit.quantize(model, tmp_path / "out", scheme="W8A16", **asked)
+    assert "bug" not in f"{caught.value} {caught.value.hint}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 import yaml
 from hypothesis import given
@@ -25,11 +26,14 @@ from lowbit.cli.options import Sections, of_table, with_groups
 from lowbit.errors import UsageError
 from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table, command_line
 from lowbit.methods import parse_method
+from lowbit.numerics import grid_for
 from lowbit.patterns import check_patterns
 from lowbit.report import schema
 from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, STREAM_CORRECTION, GPTQOptions
+from lowbit.rounding.target import GridTarget
 from lowbit.schemes import SCHEMES
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.tensors import RangeSearch
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ROWS = Settings.rows()
@@ -197,8 +201,8 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "group_size": (32, {}, FOLDERS | {"convert anew"}),
     "overrides": ({"x": "W8A16"}, {}, QUANTIZED),
     "ignore": (("x",), {}, QUANTIZED),
-    "range": ("mse", {}, FOLDERS | {"convert anew"}),
-    "percentile": (99.0, {"range": "percentile"}, FOLDERS | {"convert anew"}),
+    "range": ("mse", {}, (FOLDERS - {"folder static"}) | {"convert anew"}),  # FP8 has a scale per tensor
+    "percentile": (99.0, {"range": "percentile"}, (FOLDERS - {"folder static"}) | {"convert anew"}),
     "double_quant": (True, {"scheme": "NF4"}, FOLDERS | {"convert anew"}),
     "outliers": (0.5, {"scheme": "KMEANS4"}, FOLDERS | {"convert anew"}),
     "kv_cache": ("fp8", {}, FOLDERS | {"convert", "convert anew", "decode"}),
@@ -288,6 +292,19 @@ def test_what_depends_on_another_setting_is_refused_without_it(settings, unread)
     with pytest.raises(UsageError) as caught:
         refuse_unread(make_settings(None, **settings))
     assert str(caught.value).startswith(f"{unread} is read only by ")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_range_search_is_asked_of_the_schemes_that_have_one(scheme):
+    """--range that changes nothing is refused, and one that changes something is not."""
+    spec, decoded = SCHEMES[scheme].weight, []
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    for search in (RangeSearch("absmax"), RangeSearch("percentile", percentile=60.0)):
+        target = GridTarget(spec, grid_for(spec, "bfloat16"), search)
+        target = target.ranged(target.measured(weight)) if target.needs_range else target
+        decoded.append(target.nearest(weight).decoded)
+    changes = not torch.equal(*decoded)
+    assert (refusal(make_settings(None, scheme=scheme, range="percentile"), Facts()) is None) == changes
 
 
 def test_rows_are_fed_by_gptq_alone():

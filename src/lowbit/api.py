@@ -284,6 +284,11 @@ def write_prepared(
         inherited = plan.inherited_rules(prepared.checkpoint)
         for failed in (check for check in verification.broken if check.rule not in inherited):
             compared = failed.rule in _COMPARED
+            if compared and plan.settings.range == "percentile":
+                raise VerificationError(
+                    f"{output}: --percentile {plan.settings.percentile:g} clips too much: {failed.detail}",
+                    "raise it, or leave --range out; the output was removed",
+                )
             lost = [note for note in extremes_of(prepared, written) if compared and tells_of_loss(note)]
             if lost:
                 raise VerificationError(

@@ -113,7 +113,8 @@ GROUPS = Reader("folders (of conversions: with --scheme)", "ggml types and sourc
                 lambda run: not run.gguf and run.takes_scheme)  # fmt: skip
 NESTED = Reader("the schemes NF4 and FP4", "--scheme NF4 uses it", lambda run: run.nests)
 RANGES = Reader("folders whose weights are rounded within a range", "encoders of ggml types do their own search, "
-                "codes that are kept keep their scales, and k-means has no range",
+                "codes that are kept keep their scales, k-means has no range, and those of blocks and whole tensors "
+                "are of the largest weight",
                 lambda run: not run.gguf and run.rounds and run.searches)  # fmt: skip
 OUTLIERS = Reader("the schemes KMEANS4 and KMEANS3", "--scheme KMEANS4 uses it", lambda run: run.keeps_outliers)
 RANGE_PERCENTILE = Reader("--range percentile, for folders", "--range percentile uses it",

@@ -98,7 +98,7 @@ def outcomes(
 ) -> dict[tuple[str, str, str], bool]:
     """(task, filter, document) → right, of every item."""
     return {
-        (task, str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
+        (str(task), str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
         for task, found in samples(model, tokenizer, names, limit, batch).items()
         for sample in found
     }
