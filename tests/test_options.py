@@ -32,7 +32,7 @@ from lowbit.report import schema
 from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, STREAM_CORRECTION, GPTQOptions
 from lowbit.rounding.target import GridTarget
 from lowbit.schemes import SCHEMES
-from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.settings import READ_BY_REFINE, RunOptions, Settings, make_settings, refuse_unread
 from lowbit.tensors import RangeSearch
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -490,3 +490,28 @@ def test_example_of_the_module_is_a_recipe():
     text = (lowbit.settings.__doc__ or "").split("YAML:\n")[1].split("The fields")[0]
     assert make_settings(None, **yaml.safe_load(text)).group_size == 64
     assert Path(lowbit.settings.__file__).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"percentile": 40}, "percentile is 40: input should be greater than 50"),
+        ({"samples": 0}, "samples is 0: input should be greater than or equal to 1"),
+        ({"range": "mean"}, "range is 'mean': input should be 'auto'"),
+        ({"calib": ["x" * 999]}, r"calib is \['x{57}…: input should be a valid string"),
+    ],
+)
+def test_a_value_that_is_refused_is_named(given, says):
+    with pytest.raises(UsageError, match=f"^{says}"):
+        make_settings(None, **given)
+    with pytest.raises(UsageError, match="^resume is 'maybe': input should be a valid boolean"):
+        RunOptions(resume="maybe")
+
+
+def test_a_refinement_reads_what_its_readers_say():
+    """One place says what reads a setting: the table."""
+    assert set(READ_BY_REFINE) == {
+        "calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage", "correction",
+        "stream_correction", "correction_samples", "expert_tokens", "sweeps", "codes_only",
+    }  # fmt: skip
+    assert set(READ_BY_REFINE) <= {name for name in READ if "refine" in READ[name][2]}
