@@ -504,7 +504,7 @@ def test_example_of_the_module_is_a_recipe():
 def test_a_value_that_is_refused_is_named(given, says):
     with pytest.raises(UsageError, match=f"^{says}"):
         make_settings(None, **given)
-    with pytest.raises(UsageError, match="^resume is 'maybe': input should be a valid boolean"):
+    with pytest.raises(UsageError, match=r"^resume is 'maybe': input should be a valid boolean"):
         RunOptions(resume="maybe")
 
 

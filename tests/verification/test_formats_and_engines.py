@@ -274,5 +274,5 @@ def test_a_folder_that_holds_one_gguf_stands_for_it(tiny_llama, tmp_path):
     assert found.ok
     assert [check.rule for check in found.checks] == [check.rule for check in verify(file, reference=tiny_llama).checks]
     (tmp_path / "y.gguf").write_bytes(file.read_bytes())
-    with pytest.raises(UsageError, match="the folder holds 2 GGUF models: x.gguf, y.gguf"):
+    with pytest.raises(UsageError, match=r"the folder holds 2 GGUF models: x\.gguf, y\.gguf"):
         verify(tmp_path)
