@@ -23,10 +23,10 @@ import torch
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import EngineFailure, UsageError
+from lowbit.errors import EngineFailure
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.footprint import fingerprint, state_of_files
-from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text
+from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text, room_behind
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 from lowbit.tasks.kept import kept, kept_file, key_of
 from lowbit.text.packing import encodable
@@ -159,11 +159,7 @@ def _written(
     from transformers import GenerationConfig
 
     ids = prompt_ids(tokenizer, prompt, "auto").to(network.device)
-    longest = getattr(network.config, "max_position_embeddings", None)
-    room = how.max_tokens if longest is None else min(how.max_tokens, longest - ids.shape[1])
-    if room < 1:
-        raise UsageError(f"prompt {place + 1} has {ids.shape[1]} tokens; the model holds {longest}",
-                         "shorten it, or leave it out")  # fmt: skip
+    room = room_behind(network, ids, how.max_tokens, f"prompt {place + 1}")
     own = network.generation_config
     stated = None if own is None else own.eos_token_id
     ends = tokenizer.eos_token_id if stated is None or stated == [] else stated
