@@ -265,8 +265,9 @@ def test_runs_that_measure_at_once_lose_nothing_of_one_another(tmp_path, monkeyp
         written(report, output)
 
     monkeypatch.setattr(reporting, "write_report", slowly)
-    results = [TaskResult(suite=f"suite {number}", model="m", reference=None, rows=(TaskRow(category="all", items=2, right=1),),
-                          seed=0, dtype="float32", activations="none", seconds=1.0) for number in range(4)]  # fmt: skip
+    rows = (TaskRow(category="all", items=2, right=1),)
+    results = [TaskResult(suite=f"suite {number}", model="m", reference=None, rows=rows, seed=0,
+                          dtype="float32", activations="none", seconds=1.0) for number in range(4)]  # fmt: skip
     threads = [threading.Thread(target=reporting.add_tasks, args=(tmp_path, result)) for result in results]
     for thread in threads:
         thread.start()
