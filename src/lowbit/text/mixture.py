@@ -29,14 +29,13 @@ from lowbit.text.calibration import CalibrationWindows, calibration_windows, che
 from lowbit.text.hub import DATASETS, is_dataset
 from lowbit.text.packaged import alternating, apportioned, packaged_windows
 from lowbit.text.rows import ROW_SUFFIXES
-from lowbit.text.windows import PACKAGED, Text, cut_windows, read_text
+from lowbit.text.windows import PACKAGED, Text, cut_windows, read_text, refuse_no_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lowbit.text.answers import Marking
 
-_LONGEST_NAME = 4096  # characters of what --calib names
 _SHARE = re.compile(r"(?P<source>.+):(?P<share>-?\d+(?:\.\d+)?)$", re.DOTALL)
 
 
@@ -62,9 +61,6 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
             "--calib is empty", "give a file, a folder or a short name; for the packaged text leave it out"
         )
     there = os.path.exists(text)  # False, where Path.exists fails for names that are too long
-    if not there and ("\n" in text or len(text) > _LONGEST_NAME):
-        raise UsageError(f"--calib is a text of {len(text)} characters, and it names one",
-                         "give the text in a file, or in Python in a list: calib=[text]")  # fmt: skip
     if there or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
         return (_named(text, 1.0),)
     parts = []
@@ -86,6 +82,7 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
 
 
 def _named(source: str, share: float) -> MixedText:
+    refuse_no_name(source)
     return MixedText(None if source == PACKAGED and not os.path.exists(source) else source, share)
 
 
