@@ -5,7 +5,8 @@
 
 What follows `--` goes to pytest. The time of a test is that of its process and of every process it started, set-up and
 tear-down included; a fixture counts for the first test that asks for it. Collection is what each worker spends before
-its first test: imports, and making the list of tests.
+its first test: imports, and making the list of tests. A test waits where its time by the clock exceeds its CPU time:
+for a timer, a disk or a server, or for others on a busy machine.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Meter:
         self.last = 0.0
         self.collecting: list[float] = []
         self.tests: dict[str, float] = defaultdict(float)
+        self.clock: dict[str, float] = defaultdict(float)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.last = cpu_seconds()
@@ -81,6 +83,7 @@ class Meter:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.tests[report.nodeid] += report.cpu_seconds
+        self.clock[report.nodeid] += report.duration
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node) -> None:
@@ -98,6 +101,8 @@ class Meter:
             for module, times in sorted(modules.items(), key=lambda item: -sum(item[1]))[:rows]
         ]
         lines += ["", "CPU seconds  test", *(f"{seconds:11.2f}  {test}" for test, seconds in slowest)]
+        waits = sorted(((self.clock[test] - seconds, test) for test, seconds in self.tests.items()), reverse=True)
+        lines += ["", "waits, s     test", *(f"{seconds:11.2f}  {test}" for seconds, test in waits[:rows])]
         workers = ", ".join(f"{seconds:.0f}" for seconds in self.collecting)
         lines += ["", f"{len(self.tests)} tests in {len(modules)} modules; collection by worker: {workers} s"]
         return "\n".join([*lines, f"{total / 60:.1f} CPU minutes in all"])
@@ -126,7 +131,7 @@ def main() -> int:
     print(meter.table(given.rows))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"collecting": meter.collecting, "tests": meter.tests}, indent=0))
+        given.json.write_text(json.dumps(vars(meter), indent=0))
     return int(code)
 
 

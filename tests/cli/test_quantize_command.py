@@ -51,6 +51,7 @@ run()
     return int(done.stderr.split()[-1])
 
 
+@pytest.mark.slow
 def test_predicted_peak_memory_is_near_the_measured_one(tmp_path):
     """A block of linears of more than a slab. Of FP8_DYNAMIC and of a GGUF file: tests/estimation/test_estimate.py."""
     model = make_model(tmp_path / "model", hidden_size=1024, intermediate_size=2816, num_attention_heads=16,

@@ -254,6 +254,7 @@ for limit in limits:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is reset and read on Linux alone")
 def test_memory_stays_under_that_of_the_whole_models(tmp_path, text_file, monkeypatch):
     """12 blocks of 1.3 million weights, twice, are 128 MB; one block, the embedding and the heads are 6 MB."""

@@ -116,6 +116,7 @@ def test_a_template_that_does_not_fit_the_items_is_named(tiny_llama, write_task,
         evaluate_tasks(tiny_llama, tiny_llama, [task])
 
 
+@pytest.mark.slow
 def test_names_of_the_hubs_tasks_without_a_network(tiny_llama, offline):
     """In one test, since lm-eval reads its index for ten seconds."""
     with pytest.raises(UsageError, match="no task 'mmlo'") as caught:

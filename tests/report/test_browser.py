@@ -253,6 +253,7 @@ def test_dark_and_light_follow_the_system(html, tmp_path):
     assert dark["paper"] == "rgb(18, 20, 23)"
 
 
+@pytest.mark.slow
 def test_two_thousand_tensors_stay_responsive(tmp_path):
     """Ten times the tensors take about ten times as long to find, clear and sort.
 

@@ -130,6 +130,8 @@ def parameters_on_meta() -> Iterator[None]:
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":  # a tied one is there already: keep its identity
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        if parameter is not None:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no numbers for it
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
