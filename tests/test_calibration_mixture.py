@@ -182,3 +182,27 @@ def test_an_importance_matrix_takes_the_packaged_text_by_name_and_mixtures(texts
     for calib, what in (("no-such-file:1,packaged:1", "no text 'no-such-file'"), ("self", "self is not for")):
         with pytest.raises(UsageError, match=what):
             stream_windows(calib, tokenizer, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("calib", "says"),
+    [
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("a text. " * 40, "is one of 320 characters"),
+        ("a\nb", "is one of 3"),
+    ],
+    ids=["empty", "blank", "long", "lines"],
+)
+def test_what_names_no_text_is_refused(calib, says):
+    """An empty name is that of the folder that one is in, and a long one is no path of any file system."""
+    with pytest.raises(UsageError, match=says):
+        parse_mixture(calib)
+    if calib.strip():
+        with pytest.raises(UsageError, match=says):
+            read_text(calib)
+
+
+def test_a_long_list_of_texts_is_no_file_name():
+    names = ",".join(f"text-{number:03}.txt" for number in range(40))
+    assert len(parse_mixture(names)) == 40

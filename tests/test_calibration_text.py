@@ -132,7 +132,7 @@ def test_every_layout_of_rows_is_understood(tmp_path, layout, suffix):
     path = jsonl(tmp_path / f"rows{suffix}", [row] * 3)
     text, found = packed_text(path, window_tokens=len(expected))
     assert text == expected
-    assert ("chat template applied to 1 conversations" in found.notes) == expected.startswith("[")
+    assert ("chat template applied to 1 conversation" in found.notes) == expected.startswith("[")
 
 
 def test_a_json_list_is_rows_too(tmp_path):
@@ -475,8 +475,8 @@ def test_null_content_beside_tool_calls_and_parts_are_rendered():
     )
     render = Renderer(tokenizer, 1000)
     assert render(document)[0] == "[hi][why2]"
-    assert "1 parts of turns dropped: they are no text" in render.notes()
-    assert "1 turns without text, which call tools" in render.notes()
+    assert "1 part of turns dropped: it is no text" in render.notes()
+    assert "1 turn without text, which calls tools" in render.notes()
 
 
 def test_a_template_that_wants_parts_gets_them():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
-from lowbit.errors import CheckpointError, NonFiniteError, UsageError
+from lowbit.errors import CheckpointError, NonFiniteError, UsageError, VerificationError
 from lowbit.registry import folder_formats
 from models import SHORT_TEXT, make_model
 
@@ -179,7 +179,7 @@ def test_a_format_that_names_nothing_is_refused(format, quantized, tmp_path):
 
 def test_an_unknown_quant_method_is_named(quantized, tmp_path):
     folder = copied(quantized("gptq W4A16"), tmp_path / "in", quant_method="qurious")
-    with pytest.raises(CheckpointError, match="quant_method is 'qurious'"):
+    with pytest.raises(CheckpointError, match="the quant_method 'qurious'"):
         lowbit.convert(folder, tmp_path / "out", format="awq")
     assert not (tmp_path / "out").exists()
 
@@ -238,3 +238,48 @@ def test_a_scale_that_is_no_number_is_the_source_s_fault(tiny_llama, tmp_path, t
     with pytest.raises(NonFiniteError, match=r"W4A16.model.safetensors: tensor .*down.* holds NaN or inf"):
         lowbit.convert(source, tmp_path / ("out.gguf" if to["format"] == "gguf" else "out"), **to)
     assert [path.name for path in tmp_path.iterdir()] == ["W4A16"]
+
+
+@pytest.mark.parametrize("setting", [{"double_quant": True}, {"outliers": 0.5}, {"group_size": 32}, {"range": "mse"}])
+def test_what_goes_with_a_scheme_is_refused_without_one(quantized, tmp_path, setting):
+    """And no scheme is blamed that nobody named."""
+    flag = "--" + next(iter(setting)).replace("_", "-")
+    with pytest.raises(UsageError, match=rf"^{flag}.* is read only by") as caught:
+        lowbit.convert(quantized("compressed-tensors W4A16"), tmp_path / "out", format="gptq", **setting)
+    assert "W4A16" not in str(caught.value)
+
+
+def test_a_folder_is_not_named_as_a_gguf_file(quantized, model, tmp_path):
+    """Engines, and `lowbit verify`, take NAME.gguf for a file."""
+    with pytest.raises(UsageError, match="gptq is written as a folder"):
+        lowbit.convert(quantized("compressed-tensors W4A16"), tmp_path / "out.gguf", format="gptq")
+    with pytest.raises(UsageError, match="gptq is written as a folder"):
+        lowbit.quantize(model, tmp_path / "out.gguf", format="gptq")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", [name for name in folder_formats() if name not in ("float", "mxfp4")])
+def test_the_command_that_is_named_for_a_float_model_works(model, format, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        lowbit.convert(model, tmp_path / "out", format=format)
+    words = (caught.value.hint or "").partition("lowbit quantize ")[2].split()
+    assert words[0] == str(model)
+    given = dict(zip((word.removeprefix("--") for word in words[1:-2:2]), words[2:-2:2], strict=True))
+    lowbit.dry_run(model, output=tmp_path / "out", **given)
+
+
+def test_two_schemes_of_one_name_are_told_apart(model, tmp_path):
+    fine = lowbit.quantize(model, tmp_path / "fine", format="gptq", scheme="W4A16", group_size=32).path
+    done = lowbit.convert(fine, tmp_path / "out", format="gptq", scheme="W4A16", group_size=128)
+    notes = {note for tensor in done.report.tensors for note in tensor.notes}
+    said = "requantized: W4A16 in groups of 128 was asked for, and does not hold codes of W4A16 in groups of 32"
+    assert said in notes
+
+
+def test_a_percentile_that_clips_too_much_is_blamed_and_not_lowbit(quantized, model, tmp_path):
+    asked = {"range": "percentile", "percentile": 60}
+    with pytest.raises(VerificationError, match=r"--percentile 60 clips too much: .*relative error"):
+        lowbit.convert(quantized("gptq W4A16"), tmp_path / "out", format="bitsandbytes", scheme="INT8", **asked)
+    with pytest.raises(VerificationError, match=r"--percentile 60 clips too much") as caught:
+        lowbit.quantize(model, tmp_path / "out", scheme="W8A16", **asked)
+    assert "bug" not in f"{caught.value} {caught.value.hint}"

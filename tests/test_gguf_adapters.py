@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf import GGUFReader
+from typer.testing import CliRunner
 
 import lowbit
 from lora import linears_of, make_adapter, matrices, write_adapter
 from lowbit.checkpoint.adapter import open_adapter
+from lowbit.cli.main import app
 from lowbit.errors import ArchitectureError, LowbitError, OutputError, UsageError
 from lowbit.formats.gguf.adapter import convert_adapter
 from models import SHORT_TEXT, make_model
@@ -144,3 +146,20 @@ def test_a_file_that_is_no_model_is_called_by_its_name_by_every_command(base, tm
                 run(file)
         assert f"this is {what}" in lowbit.inspect(file).notes[-1]
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--threads", "1"), "--threads is not read for a LoRA adapter"),
+        (("--shard-size", "1GB"), "--shard-size is not read for a LoRA adapter"),
+        (("--revision", "x"), "--revision x is read only for a Hugging Face id"),
+    ],
+)
+def test_options_that_an_adapter_does_not_read_are_refused(base, tmp_path, option, says):
+    adapter = write_adapter(tmp_path / "a", matrices(SHAPES))
+    asked = ["convert", str(adapter), "-o", str(tmp_path / "a.gguf"), "--format", "gguf", "--base", str(base), *option]
+    refused = CliRunner().invoke(app, asked)
+    assert isinstance(refused.exception, UsageError)
+    assert str(refused.exception).startswith(says)
+    assert not (tmp_path / "a.gguf").exists()

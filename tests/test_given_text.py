@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -145,8 +146,10 @@ def test_a_generator_is_read_once_however_often_windows_are_asked():
     ("data", "said"),
     [
         ([], "empty"),
+        ({}, "empty"),
         (iter(()), "empty"),
-        ([padded([1])["input_ids"][:, :0]], "empty|every token is masked"),
+        (torch.zeros(0, dtype=torch.long), "it is empty"),
+        ([padded([1])["input_ids"][:, :0]], "it is empty"),
         ([{"input_ids": ONES, "attention_mask": torch.zeros(2, 8)}], "every token is masked"),
         ([ONES[:, :3]], "one window needs"),
     ],
@@ -171,6 +174,14 @@ def test_data_with_nothing_to_learn_from_is_refused(data, said):
         ([[1, 2, 3, 400]], "token 400; the model's embedding has 384 rows"),
         (["a text"], "there is no tokenizer"),
         ([torch.ones(300, dtype=torch.long)], "longer than the model's context of 256"),
+        (b"some bytes", "calib is bytes"),
+        ([{"input_ids": ONES, "attention_mask": "x"}], "attention_mask is no tensor of numbers"),
+        ([{"input_ids": ONES, "attention_mask": torch.full((2, 8), -1e9)}], "attention_mask holds -1e[+]09"),
+        ([{"input_ids": None}], "input_ids is a NoneType"),
+        ([{"input_ids": "abc"}], "input_ids is a str"),
+        ([torch.zeros(2, 8, dtype=torch.long, device="meta")], "meta device"),
+        ([torch.eye(8).long().to_sparse()], "sparse tensor"),
+        ([[10**30] * 8], "numbers that are no token ids"),
     ],
 )  # fmt: skip
 def test_what_is_no_calibration_data_is_named(data, said):
@@ -183,6 +194,35 @@ def test_texts_need_the_tokenizer_that_was_refused_and_token_ids_do_not():
     with pytest.raises(UnsafeError, match="needs code"):
         cut(["a text"], refused=refused)
     assert cut(ONES, refused=refused).ids.shape == ONES.shape
+
+
+@pytest.mark.parametrize("item", [None, b"abc", 7.5, [["a"]]], ids=str)
+def test_an_item_that_is_neither_text_nor_token_ids_is_named(tokenizer, item):
+    """And not a damaged file, which nobody gave."""
+    with pytest.raises(UsageError, match=f"list in memory holds a {type(item).__name__}, which is neither"):
+        cut([item], tokenizer)
+
+
+@pytest.mark.parametrize("ids", [-1, 400])
+def test_ids_without_a_row_are_named_before_their_text_is_looked_at(tokenizer, ids):
+    with pytest.raises(UsageError, match=f"Tensor in memory has token {ids}"):
+        cut(torch.full((4, 64), ids), tokenizer, vocabulary=384)
+
+
+class Numbered:
+    """A dataset of torch's kind: items by number, and no iterator."""
+
+    def __len__(self):
+        return len(TEXTS)
+
+    def __getitem__(self, index):
+        return {"text": TEXTS[index]}
+
+
+def test_batches_of_texts_and_datasets_of_torch_are_read_as_their_texts_are(tokenizer):
+    plain = cut(TEXTS, tokenizer, 3, 16).ids
+    for data in (Numbered(), DataLoader(Numbered(), batch_size=4), DataLoader(TEXTS, batch_size=5), np.array(TEXTS)):
+        assert torch.equal(cut(data, tokenizer, 3, 16).ids, plain)
 
 
 def test_unknown_columns_are_listed(tokenizer):

@@ -157,6 +157,78 @@ def test_wrappers_are_looked_through(tiny, tmp_path):
     assert done.report.source.model == "LlamaForCausalLM in memory"
 
 
+def test_blocks_that_were_compiled_are_looked_through(tiny, tmp_path):
+    """As training loops compile them, one by one; nothing is compiled here, since nothing runs them."""
+    model, tokenizer = tiny
+    plain = lowbit.quantize(model, tmp_path / "plain", tokenizer=tokenizer, scheme="W4A16")
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(block)
+    done = lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16", in_place=True)
+    assert (done.path / "model.safetensors").read_bytes() == (plain.path / "model.safetensors").read_bytes()
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = model.model.layers[1]._orig_mod.mlp.up_proj.weight
+    assert torch.equal(kept, lowbit.inspect(done.path).read(name).bfloat16())
+
+
+def test_a_bias_that_the_config_does_not_know_is_not_lost(tiny, tmp_path):
+    """As fine-tuning scripts add one: the output would compute something else, and nothing would tell."""
+    model, tokenizer = tiny
+    linear = model.model.layers[0].mlp.up_proj
+    linear.bias = nn.Parameter(torch.ones(linear.out_features))
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.0\.mlp\.up_proj\.bias: the model computes with it"):
+        lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16")
+
+
+def test_pruned_and_dynamically_quantized_models_are_refused(tiny, tmp_path):
+    from torch.nn.utils import prune
+
+    model, tokenizer = tiny
+    other = copy.deepcopy(model).float()
+    prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.5)
+    with pytest.raises(CheckpointError, match="weight is no parameter of the model: something put others") as caught:
+        lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16")
+    assert "prune.remove" in caught.value.hint
+    dynamic = torch.ao.quantization.quantize_dynamic(other, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        lowbit.quantize(dynamic, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16")
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_hooks_and_another_forward_are_said_not_to_be_in_the_output(tiny, tmp_path, how):
+    model, tokenizer = tiny
+    plain = lowbit.quantize(model, tmp_path / "plain", tokenizer=tokenizer, scheme="W4A16")
+    mlp = model.model.layers[0].mlp
+    if how == "hook":
+        mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    else:
+        mlp.forward = lambda hidden: hidden
+    done = lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16")
+    assert (done.path / "model.safetensors").read_bytes() == (plain.path / "model.safetensors").read_bytes()
+    (said,) = set(done.report.source.notes) - set(plain.report.source.notes)
+    assert said.startswith("model.layers.0.mlp: hooks, or another forward")
+
+
+def test_weights_that_two_layers_share_stay_shared_where_their_codes_agree(tiny):
+    model, tokenizer = tiny
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    tied = model.config.tie_word_embeddings
+    lowbit.quantize(model, tokenizer=tokenizer, scheme="W4A16")
+    assert second.weight is first.weight
+    assert model.config.tie_word_embeddings == tied
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(CheckpointError, match=r"layers\.1 is a module that stands in another place too"):
+        lowbit.quantize(model, tokenizer=tokenizer, scheme="W4A16")
+
+
+def test_a_flag_that_was_changed_after_tying_is_believed(tmp_path):
+    model, tokenizer = opened(make_model(tmp_path / "model", tie_word_embeddings=True))
+    model.config.tie_word_embeddings = False
+    done = lowbit.quantize(model, tmp_path / "out", tokenizer=tokenizer, scheme="W4A16")
+    stored = lowbit.inspect(done.path)
+    assert torch.equal(stored.read("lm_head.weight"), stored.read("model.embed_tokens.weight"))
+
+
 def test_the_tokenizer_of_where_the_model_was_loaded_from_is_noted(tiny, tmp_path):
     done = lowbit.quantize(tiny[0], tmp_path / "out", scheme="W4A16")
     assert any("which the model was loaded from" in note for note in done.report.source.notes)
@@ -165,6 +237,10 @@ def test_the_tokenizer_of_where_the_model_was_loaded_from_is_noted(tiny, tmp_pat
     assert any("there is no tokenizer" in note for note in done.report.source.notes)
     with pytest.raises(UsageError, match="there is no tokenizer"):
         lowbit.quantize(tiny[0], tmp_path / "third", scheme="W4A16", method="gptq", calib=["a text"])
+    for make in (lowbit.quantize, lambda model, output, **how: lowbit.dry_run(model, output=output, **how)):
+        with pytest.raises(UsageError, match="a GGUF file holds the tokenizer, and none was given") as caught:
+            make(tiny[0], tmp_path / "m.gguf", scheme="Q8_0")
+        assert caught.value.hint == "give tokenizer="
 
 
 def test_token_ids_need_no_tokenizer(tiny, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 import yaml
 from hypothesis import given
@@ -25,11 +26,14 @@ from lowbit.cli.options import Sections, of_table, with_groups
 from lowbit.errors import UsageError
 from lowbit.knobs import GPTQ, METHODS, PANELS, Facts, Knob, Row, Table, command_line
 from lowbit.methods import parse_method
+from lowbit.numerics import grid_for
 from lowbit.patterns import check_patterns
 from lowbit.report import schema
 from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, STREAM_CORRECTION, GPTQOptions
+from lowbit.rounding.target import GridTarget
 from lowbit.schemes import SCHEMES
-from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
+from lowbit.settings import READ_BY_REFINE, RunOptions, Settings, make_settings, refuse_unread
+from lowbit.tensors import RangeSearch
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ROWS = Settings.rows()
@@ -197,8 +201,8 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "group_size": (32, {}, FOLDERS | {"convert anew"}),
     "overrides": ({"x": "W8A16"}, {}, QUANTIZED),
     "ignore": (("x",), {}, QUANTIZED),
-    "range": ("mse", {}, FOLDERS | {"convert anew"}),
-    "percentile": (99.0, {"range": "percentile"}, FOLDERS | {"convert anew"}),
+    "range": ("mse", {}, (FOLDERS - {"folder static"}) | {"convert anew"}),  # FP8 has a scale per tensor
+    "percentile": (99.0, {"range": "percentile"}, (FOLDERS - {"folder static"}) | {"convert anew"}),
     "double_quant": (True, {"scheme": "NF4"}, FOLDERS | {"convert anew"}),
     "positive_scales": (True, {"scheme": "W4A16"}, FOLDERS | {"convert anew"}),
     "outliers": (0.5, {"scheme": "KMEANS4"}, FOLDERS | {"convert anew"}),
@@ -212,8 +216,8 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "activation_range": ("mse", {}, {"folder static"}),
     "activation_percentile": (99.0, {"activation_range": "percentile"}, {"folder static"}),
     "all_experts": (True, {}, BLOCKWISE),
-    "bias_correction": (True, {}, BLOCKWISE),
-    "method_overrides": ({"x": "hqq"}, {}, BLOCKWISE | FOLDERS),
+    "bias_correction": (True, {}, BLOCKWISE - {"refine"}),
+    "method_overrides": ({"x": "hqq"}, {}, (BLOCKWISE | FOLDERS) - {"refine"}),
     "hessian": ("guided:4", {}, CORRECTED),
     "rotation_steps": (9, {"method": "spinquant+gptq"}, QUANTIZED),
     "rotation_rate": (0.5, {"method": "spinquant+gptq"}, QUANTIZED),
@@ -224,7 +228,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "correction_samples": (4, {}, HESSIAN),
     "refine": (2, {}, CORRECTED),
     "expert_tokens": (8, {}, HESSIAN),
-    "allow_fallback": (True, {}, BLOCKWISE),
+    "allow_fallback": (True, {}, BLOCKWISE - {"refine"}),
     "sweeps": (2, {}, {"refine"}),
     "codes_only": (True, {}, {"refine"}),
     "iterations": (10, {}, {"folder sign-sgd"}),
@@ -289,6 +293,19 @@ def test_what_depends_on_another_setting_is_refused_without_it(settings, unread)
     with pytest.raises(UsageError) as caught:
         refuse_unread(make_settings(None, **settings))
     assert str(caught.value).startswith(f"{unread} is read only by ")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_range_search_is_asked_of_the_schemes_that_have_one(scheme):
+    """--range that changes nothing is refused, and one that changes something is not."""
+    spec, decoded = SCHEMES[scheme].weight, []
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    for search in (RangeSearch("absmax"), RangeSearch("percentile", percentile=60.0)):
+        target = GridTarget(spec, grid_for(spec, "bfloat16"), search)
+        target = target.ranged(target.measured(weight)) if target.needs_range else target
+        decoded.append(target.nearest(weight).decoded)
+    changes = not torch.equal(*decoded)
+    assert (refusal(make_settings(None, scheme=scheme, range="percentile"), Facts()) is None) == changes
 
 
 def test_rows_are_fed_by_gptq_alone():
@@ -474,3 +491,28 @@ def test_example_of_the_module_is_a_recipe():
     text = (lowbit.settings.__doc__ or "").split("YAML:\n")[1].split("The fields")[0]
     assert make_settings(None, **yaml.safe_load(text)).group_size == 64
     assert Path(lowbit.settings.__file__).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"percentile": 40}, "percentile is 40: input should be greater than 50"),
+        ({"samples": 0}, "samples is 0: input should be greater than or equal to 1"),
+        ({"range": "mean"}, "range is 'mean': input should be 'auto'"),
+        ({"calib": ["x" * 999]}, r"calib is \['x{57}…: input should be a valid string"),
+    ],
+)
+def test_a_value_that_is_refused_is_named(given, says):
+    with pytest.raises(UsageError, match=f"^{says}"):
+        make_settings(None, **given)
+    with pytest.raises(UsageError, match=r"^resume is 'maybe': input should be a valid boolean"):
+        RunOptions(resume="maybe")
+
+
+def test_a_refinement_reads_what_its_readers_say():
+    """One place says what reads a setting: the table."""
+    assert set(READ_BY_REFINE) == {
+        "calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage", "correction",
+        "stream_correction", "correction_samples", "expert_tokens", "sweeps", "codes_only",
+    }  # fmt: skip
+    assert set(READ_BY_REFINE) <= {name for name in READ if "refine" in READ[name][2]}

@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lowbit.calibrate.store import tell_of_blocks
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import HTML_NAME, Checkpoint, OpenOptions, report_path
+from lowbit.checkpoint.companions import has_tokenizer
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import ArchitectureError, UsageError, VerificationError
 from lowbit.export.atomic import refuse_existing_files
@@ -118,13 +120,25 @@ def quantize(
     chosen = make_settings(recipe, **given)
     if run is None and getattr(getattr(model, "device", None), "type", "cpu") != "cpu":
         run = RunOptions(device=str(model.device))
-    source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    source = _opened_in_memory(model, tokenizer, options, chosen, output)
     try:
         request = Request(source, chosen, options or OpenOptions(), threads, progress, text=text)
         return _quantize_in_memory(request, output, in_place is not False and (output is None or in_place is True),
                                    overwrite, run)  # fmt: skip
     finally:
         source.remove()
+
+
+def _opened_in_memory(
+    model: Any, tokenizer: Any, options: OpenOptions | None, settings: Settings, output: str | Path | None
+) -> ModelInMemory:
+    """A model in memory; UsageError where a GGUF file is to be made of it, and there is no tokenizer to put into it."""
+    source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+    gguf = settings.writes_gguf(None if output is None else Path(output))
+    if gguf and not settings.mmproj and not has_tokenizer(source.folder):
+        source.remove()
+        raise UsageError("a GGUF file holds the tokenizer, and none was given", "give tokenizer=")
+    return source
 
 
 def _quantize_in_memory(
@@ -222,13 +236,13 @@ def dry_convert(
     """The plan of a conversion: which linears are repacked, which are rounded again, and why."""
     chosen = make_settings(None, format=format, scheme=scheme, **settings)
     request = Request(model, chosen, options or OpenOptions(), threads, preview=preview)
+    if output is not None:
+        refuse_other_name(output, chosen)
     if output_format(chosen).suffix is None:
         return prepare_conversion(request, scheme_given=scheme is not None)
     refuse_unread(chosen)
     if scheme is None and not chosen.mmproj:
         raise UsageError("a GGUF file needs a type", "name one: --scheme Q8_0, Q4_K_M, BF16 …")
-    if output is not None:
-        refuse_other_name(output, chosen)
     return prepare(request)
 
 
@@ -270,6 +284,11 @@ def write_prepared(
         inherited = plan.inherited_rules(prepared.checkpoint)
         for failed in (check for check in verification.broken if check.rule not in inherited):
             compared = failed.rule in _COMPARED
+            if compared and plan.settings.range == "percentile":
+                raise VerificationError(
+                    f"{output}: --percentile {plan.settings.percentile:g} clips too much: {failed.detail}",
+                    "raise it, or leave --range out; the output was removed",
+                )
             lost = [note for note in extremes_of(prepared, written) if compared and tells_of_loss(note)]
             if lost:
                 raise VerificationError(
@@ -292,11 +311,8 @@ def write_prepared(
         try:
             prepared = calibrate(prepared, output, run, progress)
             write_checkpoint(prepared, output, progress, overwrite, finish, claim)
-        except BaseException:
-            blocks = len(list(claim.folder.glob("block-*.safetensors")))
-            if blocks:
-                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
-                             blocks, claim.folder)  # fmt: skip
+        except BaseException as error:
+            tell_of_blocks(claim.folder, error)
             raise
         if prepared.calibrated is not None:
             prepared.calibrated.store.remove()
@@ -323,7 +339,7 @@ def dry_run(
     chosen, output = make_settings(recipe, **given), None if output is None else Path(output)
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output), in_order=text is not None))
     if not isinstance(model, str | Path):
-        model = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
+        model = _opened_in_memory(model, tokenizer, options, chosen, output)
     elif tokenizer is not None:
         raise UsageError(f"tokenizer is for a model in memory, and {model} is none", "leave it out")
     return prepare(Request(model, chosen, options or OpenOptions(), threads, preview=True, text=text), output)
@@ -339,12 +355,16 @@ def _sources(prepared: Prepared) -> list[Path]:
 
 
 def refuse_other_name(output: Path, settings: Settings) -> None:
-    """UsageError where the name of a single-file output lacks the suffix of its format."""
-    suffix = output_format(settings, output).suffix
+    """UsageError where the name of a single-file output lacks the suffix of its format, or a folder has it."""
+    format = output_format(settings, output)
+    suffix = format.suffix
     if suffix is not None and output.suffix != suffix:
         raise UsageError(
             f"{output}: {settings.scheme} is written as one {suffix[1:].upper()} file", f"name it -o {output}{suffix}"
         )
+    if suffix is None and output.suffix == ".gguf":
+        raise UsageError(f"{output}: {format.name} is written as a folder, which engines would take for a GGUF file by "
+                         "this name", "name a folder with -o, or give --format gguf and a type")  # fmt: skip
 
 
 def inspect(path: str | Path, options: OpenOptions | None = None) -> Checkpoint:

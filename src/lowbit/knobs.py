@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from lowbit.errors import UsageError
 
@@ -106,13 +106,17 @@ METHOD = Reader(
 OVERRIDES = Reader(
     "methods that run a text, and folders with another rounding than rtn",
     "--method gptq uses it",
-    lambda run: run.blockwise or (not run.converts and not run.gguf and run.roundings != {"rtn"}),
+    lambda run: (
+        ROUNDS_BLOCKWISE.reads(run)
+        or (not run.converts and not run.gguf and not run.blockwise and run.roundings != {"rtn"})
+    ),
 )
 GROUPS = Reader("folders (of conversions: with --scheme)", "ggml types and sources of conversions fix the group size",
                 lambda run: not run.gguf and run.takes_scheme)  # fmt: skip
 NESTED = Reader("the schemes NF4 and FP4", "--scheme NF4 uses it", lambda run: run.nests)
 RANGES = Reader("folders whose weights are rounded within a range", "encoders of ggml types do their own search, "
-                "codes that are kept keep their scales, and k-means has no range",
+                "codes that are kept keep their scales, k-means has no range, and those of blocks and whole tensors "
+                "are of the largest weight",
                 lambda run: not run.gguf and run.rounds and run.searches)  # fmt: skip
 SIGNED = Reader("folders of weight-only integers of 2 to 4 bits without zero points", "--scheme W4A16 uses it",
                 lambda run: not run.gguf and run.rounds and run.signs)  # fmt: skip
@@ -129,6 +133,7 @@ DRAWS = Reader("sign-SGD, distillation, learned rotations, --hessian guided or k
                "--method sign-sgd or --calib c4 uses it", lambda run: run.draws)  # fmt: skip
 BLOCKWISE = Reader("methods that run a text block by block", "--method gptq, awq, smoothquant or sign-sgd uses it",
                    lambda run: run.blockwise)  # fmt: skip
+ROUNDS_BLOCKWISE = Reader(BLOCKWISE.who, BLOCKWISE.use, lambda run: run.blockwise and "refine" not in run.roundings)
 MEMORY = Reader(BLOCKWISE.who, BLOCKWISE.use, lambda run: run.blockwise or run.writes_text)
 STATIC = Reader("schemes with static activation scales", "--scheme FP8 or W8A8_STATIC uses it", lambda run: run.static)
 STATIC_PERCENTILE = Reader("--activation-range percentile, for static schemes", "--activation-range percentile uses it",
@@ -233,6 +238,9 @@ class Table(BaseModel):
                 if name in self.model_fields_set and is_given(getattr(self, name))}  # fmt: skip
 
 
+_LONGEST_VALUE = 60  # characters of a value in a message
+
+
 class Options:
     """A dataclass whose fields carry a `Knob` each."""
 
@@ -261,6 +269,14 @@ def _kind(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     return get_origin(annotation) if get_origin(annotation) in (dict, tuple) else annotation
+
+
+def value_refused(error: ValidationError) -> str:
+    """What the first refused value is, and what it should be: "percentile is 40: input should be greater than 50"."""
+    first = error.errors()[0]
+    where, wanted = ".".join(map(str, first["loc"])), f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    given = repr(first["input"])
+    return f"{where} is {given if len(given) <= _LONGEST_VALUE else given[: _LONGEST_VALUE - 1] + '…'}: {wanted}"
 
 
 def is_given(value: Any) -> bool:

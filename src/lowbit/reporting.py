@@ -6,7 +6,7 @@ import datetime
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lowbit.engines import find_engine
 from lowbit.errors import LowbitError
 from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.files.hashes import as_text
+from lowbit.files.system import locked
 from lowbit.knobs import command_line
 from lowbit.measure import Meter
 from lowbit.pipeline import TensorResult, Written
@@ -194,19 +195,17 @@ def add_bench(output: Path, found: Bench) -> schema.Report | None:
 
 def add_caches(output: Path, found: Sequence[CacheEvaluation]) -> schema.Report | None:
     """Add what cache types cost, in place of earlier figures of the same types at the same lengths."""
-    if not report_path(output).is_file():
-        return None
     new = {row.place for row in found}
-    kept = [row for row in schema.load(report_path(output)).kv_cache if row.place not in new]
-    return add_to_report(output, kv_cache=(*kept, *found))
+    return _changed(
+        output, lambda report: {"kv_cache": (*(row for row in report.kv_cache if row.place not in new), *found)}
+    )
 
 
 def add_tasks(output: Path, found: TaskResult) -> schema.Report | None:
     """Add figures of tasks, in place of earlier ones of the same suite."""
-    if not report_path(output).is_file():
-        return None
-    kept = [each for each in schema.load(report_path(output)).tasks if each.suite != found.suite]
-    return add_to_report(output, tasks=(*kept, found))
+    return _changed(
+        output, lambda report: {"tasks": (*(each for each in report.tasks if each.suite != found.suite), found)}
+    )
 
 
 def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
@@ -214,12 +213,20 @@ def add_to_report(output: Path, **parts: Any) -> schema.Report | None:
 
     parts  fields of `Report`: evaluation, kv_cache, diagnosis, neighbours, bench, tasks
     """
-    if not report_path(output).is_file():
+    return _changed(output, lambda report: parts)
+
+
+def _changed(output: Path, change: Callable[[schema.Report], dict[str, Any]]) -> schema.Report | None:
+    """The report with parts in place of its own; runs that measure at once change it one after the other."""
+    path = report_path(output)
+    if not path.is_file():
         return None
-    report = schema.load(report_path(output)).model_copy(update=parts)
-    report = report.model_copy(update={"neighbours": with_neighbours_beside(report, output)})
-    report = report.model_copy(update={"next_steps": next_steps(report, output)})
-    write_report(report, output)
+    with locked(path.parent):
+        report = schema.load(path)
+        report = report.model_copy(update=change(report))
+        report = report.model_copy(update={"neighbours": with_neighbours_beside(report, output)})
+        report = report.model_copy(update={"next_steps": next_steps(report, output)})
+        write_report(report, output)
     return report
 
 

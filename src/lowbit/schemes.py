@@ -57,6 +57,11 @@ class WeightSpec:
     outliers: float = 0.0
 
     @property
+    def searches_range(self) -> bool:
+        """False where scales follow from the weights alone: of blocks and whole tensors, and where there is none."""
+        return self.number != "kmeans" and self.granularity not in (Granularity.BLOCK, Granularity.TENSOR)
+
+    @property
     def two_level(self) -> bool:
         """True where group scales are themselves scaled by one float32 per tensor."""
         return self.scale_format == "e4m3"

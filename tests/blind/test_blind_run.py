@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -105,6 +106,22 @@ def test_a_gguf_file_and_its_folder_are_compared(tmp_path, prompts, tiny_llama):
     file = lowbit.quantize(tiny_llama, tmp_path / "m.gguf", scheme="F32", format="gguf").path
     found = compare_blind(str(file), str(tiny_llama), prompts, max_tokens=4)
     assert found.same == 3  # the same weights
+
+
+@pytest.mark.parametrize("changed", ["chat_template.jinja", "model.safetensors", "tokenizer_config.json"])
+def test_a_file_that_was_written_anew_is_another_model(tiny_llama, tmp_path, changed):
+    """Answers of a run that was stopped are not mixed with those of what lies there now, though the first rows of its
+    tensors be the same."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    how = Generation(max_tokens=1)
+    kept = answer_all(str(model), [BlindPrompt("a")], how).kept
+    assert answer_all(str(model), [BlindPrompt("a")], how).kept == kept
+    data = bytearray((model / changed).read_bytes())
+    data[-3] ^= 1 if changed == "model.safetensors" else 0
+    (model / changed).write_bytes(data)
+    os.utime(model / changed, ns=(1, 1))
+    assert answer_all(str(model), [BlindPrompt("a")], how).kept != kept
 
 
 def test_sampling_follows_the_seed_and_leaves_that_of_torch_alone(tiny_llama):

@@ -14,6 +14,7 @@ import lowbit
 from calibrate.calibrated import calibrated, files_of, write_text
 from commands import process
 from lowbit.calibrate import loop
+from lowbit.calibrate.identity import differences
 from lowbit.calibrate.store import BlockStore
 from lowbit.errors import OutputError, UsageError
 from lowbit.settings import RunOptions
@@ -208,6 +209,36 @@ def test_resuming_with_another_source_is_refused(model, text, tmp_path, monkeypa
         calibrated(source, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
 
 
+IDENTITY = {
+    "lowbit": {"version": "0.1.0", "store": 3}, "settings": {"sweeps": None, "damping": 0.01}, "model": "m",
+    "files": {"a": "1"}, "beside": {"q.gguf, which is refined,": "1", "a.safetensors of the adapter": "1"},
+    "config": {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default", "far": list(range(99))}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("topic", "changed", "says"),
+    [
+        ("settings", {"damping": 0.01}, "it was begun by a lowbit with other settings: sweeps"),
+        ("settings", {"sweeps": 2, "damping": 0.01}, "sweeps was 2, is None"),
+        ("lowbit", {"version": "0.1.0", "training": 2}, "it is a training"),
+        ("lowbit", {"version": "0.0.9", "store": 3}, "it was begun by another version of lowbit"),
+        ("lowbit", {}, "it was begun by another version of lowbit"),
+        ("beside", {"q.gguf, which is refined,": "2", "a.safetensors of the adapter": "1"},
+         "q.gguf, which is refined, is not what it was"),
+        ("beside", {"q.gguf, which is refined,": "1"}, "a.safetensors of the adapter is read, and was not"),
+        ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"rope_theta": 2.0}},
+         "config.json: rope_parameters.rope_theta was 2.0, is 1.0"),
+        ("config", {"rope_parameters": IDENTITY["config"]["rope_parameters"] | {"far": [*range(98), 0]}},
+         "config.json: rope_parameters.far is not what it was"),
+        ("config", {}, "config.json: rope_parameters was absent, is"),
+    ],
+)  # fmt: skip
+def test_what_changed_is_named(topic, changed, says):
+    (found,) = differences(IDENTITY | {topic: changed}, IDENTITY)
+    assert found == says or (says.endswith(" is") and found.startswith(says))
+
+
 def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):
     work = tmp_path / ".out.lowbit-work"
     work.mkdir()
@@ -215,6 +246,42 @@ def test_what_others_put_into_the_work_folder_is_kept(model, text, tmp_path):
     with pytest.raises(OutputError, match="did not write: thesis"):
         calibrated(model, tmp_path / "out", text, "gptq")
     assert [path.name for path in work.iterdir()] == ["thesis"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("run.json", "[" * 100_000, "cannot be read"),
+        ("run.json", None, "1 finished block of an earlier run is removed: run.json, which says"),
+        ("blocks.json", "[" * 100_000, "blocks.json is damaged: all blocks are done again"),
+        ("owner.json", "[" * 100_000, ""),
+        ("owner.json", '{"pid": "x", "host": 5, "machine": 5, "since": "x"}', ""),
+        ("owner.json", '{"pid": 1, "host": "", "machine": "", "since": 1e99, "placing": []}', ""),
+    ],
+)
+def test_damaged_records_are_said_or_refused(model, text, whole, tmp_path, monkeypatch, caplog, name, content, says):
+    work = stopped_after(1, model, tmp_path / "out", text, monkeypatch, method="awq+gptq")
+    (work / name).unlink(missing_ok=True)
+    if content is not None:
+        (work / name).write_text(content)
+    if says == "cannot be read":
+        caplog.clear()
+        with pytest.raises(UsageError, match=says):
+            calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
+        assert "goes on from" not in caplog.text
+        return
+    calibrated(model, tmp_path / "out", text, "awq+gptq", run=RunOptions(resume=True))
+    assert says in caplog.text
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_a_refused_run_is_not_told_to_be_repeated(model, text, tmp_path, monkeypatch, caplog):
+    stopped_after(1, model, tmp_path / "out", text, monkeypatch, method="gptq")
+    assert "1 finished block is kept" in caplog.text
+    caplog.clear()
+    with pytest.raises(UsageError, match="damping was None"):
+        calibrated(model, tmp_path / "out", text, "gptq", damping=0.02, run=RunOptions(resume=True))
+    assert "goes on from" not in caplog.text
 
 
 def test_without_resume_a_run_begins_anew(model, text, tmp_path, monkeypatch):

@@ -299,6 +299,18 @@ def test_swapped_parts_are_noticed(tmp_path):
         open_gguf(first)
 
 
+def test_a_part_that_states_another_number_of_tensors_is_noticed(tmp_path):
+    """As a part of another model does, which nothing else tells: later parts hold no key-values of the model."""
+    first = _split(tmp_path)
+    second = first.with_name("tiny-00002-of-00002.gguf")
+    data = bytearray(second.read_bytes())
+    place = data.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    data[place] += 1
+    second.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.gguf: split\.tensors\.count is \d+, the parts hold"):
+        open_gguf(first)
+
+
 def test_any_architecture_can_be_read_raw(tmp_path):
     stacked = np.arange(3 * 4 * 64, dtype=np.float32).reshape(3, 4, 64)
     path = write_tiny_gguf(

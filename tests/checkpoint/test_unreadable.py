@@ -50,3 +50,33 @@ def test_none_of_them_is_read_after_all():
 @pytest.mark.parametrize("method", UNREADABLE)
 def test_the_page_on_formats_has_a_line_for_each(method):
     assert f"`{method}`" in FORMATS_PAGE
+
+
+MODES = {"affine": (torch.bfloat16, 64, True), "mxfp4": (torch.uint8, 32, False), "nvfp4": (torch.uint8, 16, False)}
+STATED = {
+    "both keys": lambda how: {"quantization": how, "quantization_config": how},
+    "the old key": lambda how: {"quantization": how},
+    "no key": lambda how: {},
+    "a key left of GPTQ": lambda how: {"quantization": how, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "a list": lambda how: {"quantization_config": [how]},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("stated", STATED)
+def test_mlx_is_told_by_its_layout(tmp_path, mode, bits, stated):
+    """Its config.json names no method, or that of the model it was made of."""
+    dtype, group, biased = MODES[mode]
+    linear, words = "model.layers.0.mlp.up_proj", 128 * bits // 32
+    tensors = {f"{linear}.weight": torch.zeros(8, words, dtype=torch.uint32),
+               f"{linear}.scales": torch.zeros(8, 128 // group, dtype=dtype),
+               "model.norm.weight": torch.ones(128)}  # fmt: skip
+    if biased:
+        tensors[f"{linear}.biases"] = torch.zeros(8, 128 // group, dtype=dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    how = {"group_size": group, "bits": bits, "mode": mode}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **STATED[stated](how)}))
+    with pytest.raises(CheckpointError, match="the files are MLX's and cannot be read") as caught:
+        open_checkpoint(tmp_path)
+    assert "mlx_lm.convert --dequantize" in caught.value.hint

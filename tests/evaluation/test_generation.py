@@ -78,3 +78,12 @@ def test_a_template_that_fails_is_blamed_on_the_model(template, what):
         prompt_ids(byte_tokenizer(chat_template=template), "hello", "auto")
     assert "--raw" in caught.value.hint
     assert prompt_ids(byte_tokenizer(chat_template=template), "hello", "raw").shape[0] == 1
+
+
+def test_a_prompt_that_the_context_cannot_hold_is_refused_and_an_answer_ends_with_it(folder, caplog):
+    longest = AutoModelForCausalLM.from_pretrained(folder).config.max_position_embeddings
+    with pytest.raises(UsageError, match=f"the prompt has {longest + 5} tokens; the model holds {longest}"):
+        generate(folder, "a" * (longest + 5), 1, chat="raw")
+    found = generate(folder, "a" * (longest - 3), 64, chat="raw")
+    assert len(byte_tokenizer()(found)["input_ids"]) <= 3 * 4
+    assert "stops after 3 tokens, where the model's context ends" in caplog.text

@@ -114,11 +114,12 @@ def test_sparse_mixer_weighs_experts_otherwise_than_softmax():
     assert "sum to 1.95 of 2" in TYPES_REFUSED["phimoe"]
 
 
-def test_kimi_k2_needs_no_code_of_its_own():
+def test_kimi_models_need_no_code_of_their_own():
     config = {"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
     assert not requires_remote_code(config)
     assert not requires_remote_code({"model_type": "kimi_k25", "auto_map": {"AutoModel": "m.X"}, "text_config": config})
-    assert requires_remote_code(config | {"model_type": "kimi_linear"})
+    assert not requires_remote_code(config | {"model_type": "kimi_linear"})
+    assert requires_remote_code(config | {"model_type": "kimi_next"})
 
 
 def test_kimi_k25_is_written_as_its_text_model(tmp_path):

@@ -1,11 +1,14 @@
 """The report file: what is written is what is read, and nothing else is read."""
 
 import json
+import threading
+import time
 
 import pytest
 from pydantic import ValidationError
 from sample import make_evaluation, make_report
 
+from lowbit import reporting
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.evaluation.result import Evaluation
 from lowbit.report.schema import (
@@ -14,7 +17,9 @@ from lowbit.report.schema import (
     TensorEntry,
     dump,
     load,
+    write_text,
 )
+from lowbit.tasks.result import TaskResult, TaskRow
 from lowbit.verification.result import Check, Verification
 
 
@@ -235,3 +240,37 @@ def test_ok_cannot_contradict_the_checks():
     assert not Verification(ok=False, engine="vllm", checks=(failed,)).ok
     with pytest.raises(ValidationError, match="contradicts"):
         Verification(ok=True, engine="vllm", checks=(failed,))
+
+
+def test_what_appears_under_the_name_of_a_page_is_kept_and_so_is_the_page(tmp_path):
+    page = tmp_path / "page.html"
+    write_text("first", page, replaces=False)
+    with pytest.raises(OutputError, match="appeared while it was made, and was kept; what was made is") as caught:
+        write_text("second", page, replaces=False)
+    assert page.read_text() == "first"
+    (made,) = set(tmp_path.iterdir()) - {page}
+    assert made.read_text() == "second"
+    assert str(made) in str(caught.value)
+    write_text("third", page)
+    assert page.read_text() == "third"
+
+
+def test_runs_that_measure_at_once_lose_nothing_of_one_another(tmp_path, monkeypatch):
+    """Each reads the report, adds its own, and writes it: without a lock the last one takes the others' place."""
+    dump(make_report(blocks=1), tmp_path / REPORT_NAME)
+    written = reporting.write_report
+
+    def slowly(report, output):
+        time.sleep(0.05)
+        written(report, output)
+
+    monkeypatch.setattr(reporting, "write_report", slowly)
+    rows = (TaskRow(category="all", items=2, right=1),)
+    results = [TaskResult(suite=f"suite {number}", model="m", reference=None, rows=rows, seed=0,
+                          dtype="float32", activations="none", seconds=1.0) for number in range(4)]  # fmt: skip
+    threads = [threading.Thread(target=reporting.add_tasks, args=(tmp_path, result)) for result in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {each.suite for each in load(tmp_path).tasks} >= {result.suite for result in results}

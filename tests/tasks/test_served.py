@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +16,10 @@ import lowbit
 from local_servers import JsonHandler, listening
 from lowbit.cli.main import app
 from lowbit.errors import EngineFailure, UsageError
+from lowbit.tasks import endpoint
 from lowbit.tasks.answering import answers, likelihoods
 from lowbit.tasks.items import packaged_items
+from lowbit.tasks.kept import key_of
 from lowbit.tasks.run import evaluate_tasks
 from lowbit.tasks.server import ServedModel, kept_answers, served_answers
 
@@ -119,6 +123,88 @@ def test_a_server_that_cannot_score_is_refused(loaded, how, says):
         served_answers(ServedModel(url, loaded[1]), ITEMS, 0)
 
 
+@contextmanager
+def saying(answer):
+    """A server that answers every question alike; bytes go out as they are."""
+
+    class Handler(JsonHandler):
+        def do_GET(self):
+            self.send_json({"data": [{"id": "tiny"}]})
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/tokenize":
+                self.send_json({}, 404)
+            elif isinstance(answer, bytes):
+                self.wfile.write(answer)
+            else:
+                self.send_json(answer)
+
+    with listening(Handler) as address:
+        yield address
+
+
+@pytest.mark.parametrize("told", [float("nan"), -float("inf"), "-1.0", None, 5.0, True, [1.0]], ids=str)
+@pytest.mark.parametrize("echo", [True, False])
+def test_what_is_no_log_probability_makes_no_answer_right_or_wrong(loaded, echo, told):
+    """NaN compares as wrong, and a positive one as right: an item would be counted by chance."""
+
+    def lies(self, prompt, tokens, **more):
+        content = [{"id": int(next(iter(more.get("logit_bias") or {"0": 0}))), "logprob": told}]
+        logprobs = {"token_logprobs": [told] * 99} if echo else {"content": content}
+        return {"choices": [{"logprobs": logprobs}]}
+
+    with serving(*loaded) as (url, _):
+        served = ServedModel(url, loaded[1])
+        served._complete = lies.__get__(served)
+        with pytest.raises(EngineFailure, match="where the log-probability of a token is due"):
+            served.answer(ITEMS[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"choices": {"0": 1}}, "answers no choices"),
+        ({"choices": [None]}, "answers no choices"),
+        ({"choices": [{"text": "x"}], "usage": None}, "neither the tokens of a text nor their number"),
+        (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "answers 500"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", "answers no JSON object"),
+    ],
+)
+def test_a_server_that_speaks_another_protocol_is_refused(loaded, answer, says):
+    with saying(answer) as url, pytest.raises((EngineFailure, UsageError), match=says):
+        served_answers(ServedModel(url, loaded[1]), ITEMS, 0)
+
+
+def test_an_answer_that_comes_drop_by_drop_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(endpoint, "_TIMEOUT", 0.5)
+
+    class Handler(JsonHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(50):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+
+    began = time.monotonic()
+    with listening(Handler) as url, pytest.raises(EngineFailure, match="is not whole after"):
+        endpoint.Endpoint(url)
+    assert time.monotonic() - began < 8
+
+
+def test_kept_answers_that_are_damaged_are_asked_again(loaded):
+    model, tokenizer = loaded
+    with serving(model, tokenizer) as (url, _):
+        served = ServedModel(url, tokenizer)
+        path = kept_answers(served, 0)
+        path.parent.mkdir(parents=True)
+        lines = [json.dumps({"key": key_of(repr(ITEMS[0])), "value": {"right": 1}}), "[" * 100_000, "\0"]
+        path.write_text("\n".join(lines))
+        assert served_answers(served, ITEMS, 0) == (answers(model, tokenizer, ITEMS), 0)
+
+
 def test_llama_cpps_own_server(tiny_llama, loaded, tmp_path):
     """The probabilities of choices, and code that it writes, against the model that its file was made of."""
     xllamacpp = pytest.importorskip("xllamacpp")
@@ -157,7 +243,7 @@ def test_the_command_pairs_a_server_with_the_reference_that_is_loaded(tiny_llama
 
 
 def test_lm_evals_tasks_and_a_url_without_tasks_are_refused(tiny_llama, monkeypatch):
-    monkeypatch.setattr("lowbit.tasks.harness.check_tasks", lambda names: "lm-eval 0.4.13")
+    monkeypatch.setattr("lowbit.tasks.harness.check_tasks", lambda names, trusted: "lm-eval 0.4.13")
     with pytest.raises(UsageError, match="not run over a server"):
         evaluate_tasks(tiny_llama, tasks=["mmlu"], url="http://127.0.0.1:9")
     answer = CliRunner().invoke(app, ["evaluate", str(tiny_llama), "--url", "http://127.0.0.1:9"])

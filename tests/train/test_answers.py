@@ -73,7 +73,7 @@ def test_what_an_assistant_writes_counts_and_nothing_else(template, answers):
     assert [part for part in shown.split("~") if part] == answers
     assert marker.split == 1
     assert marker.lost == 2 - len(answers)
-    assert any("1 answers count for nothing" in note for note in marker.notes()) == (marker.lost == 1)
+    assert any("1 answer counts for nothing" in note for note in marker.notes()) == (marker.lost == 1)
 
 
 @pytest.mark.parametrize(("marking", "counts"), [("auto", True), ("answers", False)])

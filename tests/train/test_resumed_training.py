@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import lowbit
 from lowbit.calibrate.leftovers import find_leftovers
 from lowbit.errors import LowbitError, UsageError
+from lowbit.settings import RunOptions
 from lowbit.train import Course, LoRA
 from models import SHORT_TEXT
 
@@ -74,7 +76,7 @@ def test_adapters_and_dropout_go_on_too(tmp_path):
         ({"course": Course(steps=6, batch=2, windows=10, window_tokens=24)}, "learning_rate was 0.001"),
         ({"scheme": "W8A16"}, "scheme was W4A16"),
         ({"data": [list(range(24))] * 10}, "training text is not what it was"),
-        ({"lora": LoRA(4)}, "learning_rate|lora rank"),
+        ({"lora": LoRA(4)}, "learning_rate was 0.001|lora rank was None, is 4"),
     ],
 )
 def test_another_training_is_refused(tiny_llama, tmp_path, changed, said):
@@ -94,6 +96,31 @@ def test_another_model_is_refused(tiny_llama, tmp_path):
         run(tiny_llama, tmp_path / "out", progress=kill_at(3))
     with pytest.raises(UsageError, match=r"model.safetensors of .* is not what it was"):
         run(other, tmp_path / "out", resume=True)
+
+
+def test_another_reference_is_refused_by_its_name(tiny_llama, tmp_path):
+    from models import make_model
+
+    reference = make_model(tmp_path / "reference", seed=1)
+    how = {"reference": reference, "course": replace(COURSE, distill=True)}
+    with pytest.raises(Killed):
+        run(tiny_llama, tmp_path / "out", progress=kill_at(3), **how)
+    config = json.loads((reference / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(UsageError, match=r"another run: config.json of the reference is not what it was$"):
+        run(tiny_llama, tmp_path / "out", resume=True, **how)
+    make_model(reference, seed=2)
+    with pytest.raises(UsageError, match=r"another run: model.safetensors of the reference is not what it was$"):
+        run(tiny_llama, tmp_path / "out", resume=True, **how)
+
+
+def test_a_quantization_does_not_go_on_from_a_training(tiny_llama, tmp_path):
+    """Nor does it blame the version of lowbit."""
+    with pytest.raises(Killed):
+        run(tiny_llama, tmp_path / "out", progress=kill_at(3))
+    with pytest.raises(UsageError, match=r"holds another run: it is a training$"):
+        lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W4A16", method="gptq", group_size=32, samples=4,
+                        seqlen=32, calib=SHORT_TEXT, run=RunOptions(resume=True))  # fmt: skip
 
 
 def test_a_damaged_state_is_not_used(tiny_llama, tmp_path, caplog):

@@ -8,6 +8,7 @@ import pytest
 from breaking import ATTENTION, assert_breaks, edit_config, edit_tensors, failures
 from typer.testing import CliRunner
 
+import lowbit
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import UsageError
 from lowbit.registry import ENGINES
@@ -264,3 +265,14 @@ def test_command_says_where_only_the_engine_is_at_fault(good):
     result = CliRunner().invoke(command(), [str(good("NF4")), "--engine", "vllm"])
     assert result.exit_code == 1
     assert "the files are sound" in result.stderr
+
+
+def test_a_folder_that_holds_one_gguf_stands_for_it(tiny_llama, tmp_path):
+    """As every command that opens a model takes it."""
+    file = lowbit.quantize(tiny_llama, tmp_path / "x.gguf", scheme="Q8_0").path
+    found = verify(tmp_path, reference=tiny_llama)
+    assert found.ok
+    assert [check.rule for check in found.checks] == [check.rule for check in verify(file, reference=tiny_llama).checks]
+    (tmp_path / "y.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match=r"the folder holds 2 GGUF models: x\.gguf, y\.gguf"):
+        verify(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.checkpoint.base import as_transformers_has_it
+from lowbit.checkpoint.base import as_transformers_has_it, transformers_config
 from lowbit.checkpoint.stated import without_quantization
 from lowbit.errors import ArchitectureError
 
@@ -58,10 +58,7 @@ def build_without_weights(
             if hasattr(parsed, "quantization_config"):
                 delattr(parsed, "quantization_config")
         else:
-            from transformers import PretrainedConfig
-
-            # infinity is written {"__float__": "Infinity"}
-            parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(plain))
+            parsed = transformers_config(plain)
         if eager:
             parsed._attn_implementation = "eager"
         with parameters_on_meta(), warnings.catch_warnings():

@@ -15,6 +15,7 @@ such a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,9 @@ def fit_rows(layout: dict[str, Placement], shapes: Mapping[str, tuple[int, ...]]
 
 def _on_hub(name: str, family: Family) -> str:
     """A stored name as the hub has it, of one that transformers' rules give."""
-    return next((hub + name.removeprefix(made) for made, hub in family.on_hub if name.startswith(made)), name)
+    for made, hub in family.on_hub:
+        name = re.sub(made, hub, name)
+    return name
 
 
 def _rules(model: PreTrainedModel) -> list[Any]:

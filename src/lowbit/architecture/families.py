@@ -25,8 +25,8 @@ _WITHOUT_PREFIX = (("", "transformer."),)
 class Family:
     """
     spellings      (found, canonical): beginnings of names that some files of this family spell differently
-    on_hub         (what transformers' rules give backwards, what files have): beginnings of names where the two differ,
-                   because a rule that was meant for a tower also fits the decoder's names
+    on_hub         (regex for names that transformers' rules give backwards, what files have in its place): where the
+                   two differ, because a rule that was meant for other modules also fits these
     fused_only     engines and transformers read experts as one tensor only, and pass over others in silence (seen with
                    vLLM 0.32, models/gpt_oss.py, granitemoe.py, aria.py); of Step loaders map stacked names only
     expert_names   (end of a fused tensor's name, the same of expert "*"): where experts taken apart get names other
@@ -59,7 +59,8 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": _FUSED_ONLY,
     "granitemoehybrid": _GRANITE_HYBRID,
     "granitemoeshared": _FUSED_ONLY,
-    "kimi_k25": Family(on_hub=(("language_model.model.blocks.", "language_model.model.layers."),)),
+    "kimi_k25": Family(on_hub=((r"^language_model\.model\.blocks\.", "language_model.model.layers."),)),
+    "kimi_linear": Family(on_hub=((r"\.block_sparse_moe\.(?=(gate|up|down)_proj\.)", ".mlp."),)),
     "opt": Family((("decoder.", "model.decoder."),)),
     "step3p7": _FUSED_ONLY,
 }

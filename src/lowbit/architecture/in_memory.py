@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STORED_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+_COMPILED = "_orig_mod"  # what a module of torch.compile has inside
 _SAVE_FIRST = "save it with save_pretrained, and give the folder"
 
 
@@ -168,10 +169,12 @@ def put_back(model: Any, checkpoint: Checkpoint, options: OpenOptions | None = N
             owner_name, _, leaf = name.rpartition(".")
             owner = model.get_submodule(owner_name)
             tensor = getattr(owner, leaf)
-            if written.setdefault(id(tensor), names[0]) != names[0]:
+            shared = written.setdefault(id(tensor), names[0]) != names[0]
+            if shared and not torch.equal(tensor.detach(), value.to(tensor)):
                 tensor = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
                 setattr(owner, leaf, tensor)
-                model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+                if owner is model.get_output_embeddings():
+                    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
             tensor.detach().copy_(value)
 
 
@@ -183,8 +186,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         if isinstance(model, parallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif hasattr(model, _COMPILED):
+            model = getattr(model, _COMPILED)
         elif hasattr(model, "merge_and_unload"):
             raise UsageError("the model holds an adapter that was not merged", "give model.merge_and_unload()")
         else:
@@ -219,9 +222,11 @@ def _is_fake_quantized(module: nn.Module) -> bool:
 
 
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model without its fake quantization: its parameters under the names that they had before."""
+    """The state of the model without its fake quantization and compiled blocks: its parameters under the names that
+    they had before."""
     found = {}
-    for name, tensor in model.state_dict().items():
+    for compiled, tensor in model.state_dict().items():
+        name = _before_compiling(compiled)
         owner, parametrized, rest = name.partition(".parametrizations.")
         if parametrized:
             leaf, _, which = rest.partition(".")
@@ -232,9 +237,17 @@ def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def _before_compiling(name: str) -> str:
+    """The name without the wrappers that torch.compile puts around blocks; they hand on what is asked of them."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
 def _refuse_unreadable(state: dict[str, Tensor]) -> None:
     """Every tensor of the state is there, whole, and an ordinary one."""
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}, not a tensor: the model is quantized already",
+                                  "load the 16-bit model and quantize that")  # fmt: skip
         if tensor.device.type == "meta":
             raise CheckpointError(
                 f"{name} is on the meta device: it has a shape and no values",
@@ -257,16 +270,20 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
             f"would be another model",
             _SAVE_FIRST,
         )
-    fake = [name for name, module in model.named_modules() if _is_fake_quantized(module)]
+    fake = [_before_compiling(name) for name, module in model.named_modules() if _is_fake_quantized(module)]
     under = tuple(f"{name}.parametrizations" for name in fake)
-    ours = {name: module for name, module in model.named_modules() if not (under and name.startswith(under))}
+    # a wrapper comes before what it has inside, which then stands for it
+    named = ((_before_compiling(name), module) for name, module in model.named_modules())
+    ours = {name: module for name, module in named if not (under and name.startswith(under))}
     theirs = dict(twin.named_modules())
     differ = [name for name in theirs if name not in ours] + [name for name in ours if name not in theirs]
     kind_of = {name: type(module).__bases__[0] if name in fake else type(module) for name, module in ours.items()}
     replaced = [name for name in ours if name in theirs and kind_of[name] is not type(theirs[name])]
     computing = [name for name in replaced if getattr(getattr(theirs[name], "weight", None), "ndim", 0) > 1]
     for name in [*computing, *differ]:
-        kind = type(ours[name]).__name__ if name in ours else "nothing"
+        again = name in dict(model.named_modules(remove_duplicate=False))
+        absent = "a module that stands in another place too" if again else "nothing"
+        kind = type(ours[name]).__name__ if name in ours else absent
         usual = type(theirs[name]).__name__ if name in theirs else "nothing"
         raise CheckpointError(
             f"{name} is {kind}, where {type(model).__name__} has {usual}: something replaced modules of the model, and "
@@ -274,7 +291,20 @@ def _refuse_replaced(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]
             "merge adapters, remove parametrizations and wrappers, or " + _SAVE_FIRST,
         )
     kinds = sorted({type(ours[name]).__name__ for name in replaced})
-    return [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
+    notes = [f"taken for transformers' own: modules of class {', '.join(kinds)}"] if kinds else []
+    changing = [name or "the model" for name, module in ours.items() if _has_another_forward(module)]
+    if changing and not fake:
+        more = f" and {len(changing) - 1} more" if len(changing) > 1 else ""
+        notes.append(f"{changing[0]}{more}: hooks, or another forward, which the output does not have; nothing that "
+                     f"they change was measured")  # fmt: skip
+    return notes
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """True for a module with hooks, or a forward, that its class does not give it; accelerate's move values alone."""
+    if hasattr(module, "_hf_hook"):
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _places(
@@ -282,9 +312,14 @@ def _places(
 ) -> dict[str, _StatePlace]:
     """Stored name → place of everything that `save_pretrained` would write; the twin says under which names."""
     places: dict[str, _StatePlace] = {}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = getattr(twin, "all_tied_weights_keys", None) or {}  # by the config: its flag may have changed since
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for name, placement in disk_layout(twin).items():
+        if name not in state:
+            raise CheckpointError(
+                f"{name} is no parameter of the model: something put others in its place, as pruning does",
+                "take it off (torch.nn.utils.prune.remove), or " + _SAVE_FIRST,
+            )
         tensor, other = state[name], state.get(tied.get(name, ""))
         if name in ignored or (other is not None and other.data_ptr() == tensor.data_ptr()):
             continue
@@ -298,6 +333,13 @@ def _places(
         for stored, part, expert in placement.pieces():
             place = places.setdefault(stored, _StatePlace(own, part.shape_in(tuple(tensor.shape)), []))
             place.pieces.append((tensor, part, expert))
+    more = sorted(state.keys() - twin.state_dict().keys())
+    if more:
+        raise CheckpointError(
+            f"{', '.join(more[:3])}{' …' if len(more) > 3 else ''}: the model computes with it, and "
+            f"{type(model).__name__} of its config has no place for it, so that an output would be another model",
+            "change the config (attention_bias, mlp_bias …) to what the model is, or fold it into others",
+        )
     return places
 
 

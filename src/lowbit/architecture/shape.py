@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.checkpoint.base import as_transformers_has_it
+from lowbit.checkpoint.base import as_transformers_has_it, transformers_config
 from lowbit.checkpoint.stated import MOST_WIDE, refuse_absurd
 from lowbit.errors import ArchitectureError
 
@@ -194,9 +194,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     text = plain.get("text_config") if isinstance(plain.get("text_config"), dict) else None
     raw = {**plain, **(text or {})}
     try:
-        from transformers import AutoConfig
-
-        parsed = AutoConfig.for_model(**plain).get_text_config(decoder=True)
+        parsed = transformers_config(plain).get_text_config(decoder=True)
         complete = parsed.to_dict()
     except Exception:  # a model type that transformers does not know, or whatever its validators raise
         return raw

@@ -23,12 +23,13 @@ import torch
 from lowbit.blind.prompts import BlindPrompt
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import EngineFailure, UsageError
+from lowbit.errors import EngineFailure
 from lowbit.evaluation.activations import simulation_of
-from lowbit.evaluation.footprint import fingerprint
-from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text
+from lowbit.evaluation.footprint import fingerprint, state_of_files
+from lowbit.evaluation.generation import finite_scores, prompt_ids, refuse_without_text, room_behind
 from lowbit.tasks.endpoint import Endpoint, EndpointRefusal, is_url
 from lowbit.tasks.kept import kept, kept_file, key_of
+from lowbit.text.packing import encodable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +89,9 @@ def answer_all(model: str, prompts: Sequence[BlindPrompt], how: Generation, done
 
 def trimmed(text: str, cut: bool) -> Reply:
     """As it is shown."""
-    spoken = _THOUGHTS.sub("", text.replace("\r\n", "\n"))
-    return Reply(spoken.strip(), cut, thought=spoken != text.replace("\r\n", "\n"))
+    text = encodable(text.replace("\r\n", "\n"))
+    spoken = _THOUGHTS.sub("", text)
+    return Reply(spoken.strip(), cut, thought=spoken != text)
 
 
 def _asked(
@@ -135,6 +137,7 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
     checkpoint = open_checkpoint(model, how.options)
     try:
         identity = f"{fingerprint(checkpoint)} {how.dtype} {how.device}"
+        files = state_of_files(checkpoint)
         network = load_model(checkpoint, how.dtype, how.device, how.options)
         tokenizer = load_tokenizer(checkpoint, how.options)
         simulated = simulation_of(checkpoint)
@@ -143,7 +146,7 @@ def _of_files(model: str, prompts: Sequence[BlindPrompt], how: Generation, done:
     refuse_without_text(network, model)
     with simulated(network):
         answers, before, path = _asked(
-            identity, prompts, how, done,
+            f"{identity} {files}", prompts, how, done,
             lambda place, text: _written(network, tokenizer, place, text, how),
         )  # fmt: skip
     return Answers(identity, answers, _notes(model, answers, bool(tokenizer.chat_template)), path, before)
@@ -156,11 +159,7 @@ def _written(
     from transformers import GenerationConfig
 
     ids = prompt_ids(tokenizer, prompt, "auto").to(network.device)
-    longest = getattr(network.config, "max_position_embeddings", None)
-    room = how.max_tokens if longest is None else min(how.max_tokens, longest - ids.shape[1])
-    if room < 1:
-        raise UsageError(f"prompt {place + 1} has {ids.shape[1]} tokens; the model holds {longest}",
-                         "shorten it, or leave it out")  # fmt: skip
+    room = room_behind(network, ids, how.max_tokens, f"prompt {place + 1}")
     own = network.generation_config
     stated = None if own is None else own.eos_token_id
     ends = tokenizer.eos_token_id if stated is None or stated == [] else stated

@@ -62,8 +62,9 @@ def judge(
             replies = []
             for first, second in () if pair.same else ((pair.a, pair.b), (pair.b, pair.a)):
                 key = key_of(pair.prompt, first, second)
-                before += key in known
-                if key not in known:
+                if key in known and isinstance(known[key], str | None):
+                    before += 1
+                else:
                     add(key, _reply(server, pair.prompt, first, second))
                 replies.append(read_verdict(known[key]))
             verdicts.append(combine(*replies) if replies else None)
@@ -79,4 +80,5 @@ def _reply(server: Endpoint, prompt: str, first: str, second: str) -> Any:
     ]
     body = {"messages": messages, "max_tokens": TOKENS, "temperature": 0}
     message = server.choice("/v1/chat/completions", body).get("message")
-    return message.get("content") if isinstance(message, dict) else None
+    said = message.get("content") if isinstance(message, dict) else None
+    return said if isinstance(said, str) else None

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.calibrate.identity import differences
-from lowbit.errors import CheckpointError, OutputError, UsageError
+from lowbit.errors import OutputError, UsageError
 from lowbit.files.claim import OWNER
 from lowbit.numerics import ggml
 from lowbit.rounding.target import GridTarget, ScaledBlocks, Stored, Target
@@ -110,7 +110,7 @@ class BlockStore:
         if resume and (folder / "run.json").exists():
             _check_same(folder, described)
         else:
-            self._start_over()
+            self._start_over(resume)
         self._write("run.json", described)
         self._places: dict[str, int] = {}
         self.records: dict[int, BlockRecord] = {}
@@ -309,18 +309,27 @@ class BlockStore:
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _start_over(self) -> None:
-        """Remove the files of an earlier run; OutputError where the folder holds others."""
+    def _start_over(self, resume: bool) -> None:
+        """Remove the files of an earlier run, which has no run.json if it was to be resumed; OutputError where the
+        folder holds others."""
         foreign = sorted(path.name for path in set(self.folder.iterdir()) - set(self._files()) if path.name != OWNER)
         if foreign:
             raise OutputError(f"{self.folder} holds what lowbit did not write: {', '.join(foreign[:3])}",
                               "move it elsewhere, or choose another name with -o")  # fmt: skip
         blocks = [path for path in self._files() if path.name.startswith("block-") and path.suffix == ".safetensors"]
+        left = ""
         if blocks:
-            _log.warning("%d finished blocks of an earlier run are removed; --resume would have gone on from them",
-                         len(blocks))  # fmt: skip
+            one = len(blocks) == 1
+            left = f"{len(blocks)} finished block{'' if one else 's'} of an earlier run {'is' if one else 'are'}"
         elif (self.folder / _LEARNING).exists():
-            _log.warning("the state of an earlier training is removed; --resume would have gone on from it")
+            left = "the state of an earlier training is"
+        if left:
+            why = (
+                "run.json, which says what it depends on, is missing"
+                if resume
+                else "--resume would have gone on from it"
+            )
+            _log.warning("%s removed: %s", left, why)
         for path in self._files():
             path.unlink()
 
@@ -342,7 +351,7 @@ class BlockStore:
         path = self.folder / "blocks.json"
         try:
             sums = json.loads(path.read_bytes()) if path.exists() else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             sums = None
         if not isinstance(sums, dict):
             _log.warning("%s is damaged: all blocks are done again", path)
@@ -385,6 +394,14 @@ class BlockStore:
 
     def _reading(self, index: int) -> Any:
         return safe_open(self._file(index), framework="pt")
+
+
+def tell_of_blocks(folder: Path, error: BaseException) -> None:
+    """Say that an interrupted run left finished blocks; not where it was refused, and would be again."""
+    blocks = len(list(folder.glob("block-*.safetensors")))
+    if blocks and not isinstance(error, UsageError):
+        kept, them = ("1 finished block is", "it") if blocks == 1 else (f"{blocks} finished blocks are", "them")
+        _log.warning("%s kept in %s; the same command with --resume goes on from %s", kept, folder, them)
 
 
 def joined_results(parts: Sequence[TensorResult]) -> TensorResult:
@@ -466,8 +483,8 @@ def _check_same(folder: Path, described: dict[str, Any]) -> None:
     path = folder / "run.json"
     try:
         began_with = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}", "leave --resume out to start over") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "leave --resume out to start over") from error
     changed = differences(began_with, described) if isinstance(began_with, dict) else ["its run.json is damaged"]
     if changed:
         shown = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")

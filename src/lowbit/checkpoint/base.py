@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,7 @@ def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterat
 
 # Model types of files whose config.json names code of its own (`auto_map`) → the model type of transformers that has
 # the same parameters and computes the same.
-_OWN_CODE_OF = {"kimi_k2": "deepseek_v3", "kimi_k25": "kimi_k25"}
+_OWN_CODE_OF = {"kimi_k2": "deepseek_v3", "kimi_k25": "kimi_k25", "kimi_linear": "kimi_linear"}
 
 
 def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +275,17 @@ def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
         return config
     parts = {key: as_transformers_has_it(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: value for key, value in parts.items() if key != "auto_map"} | {"model_type": known}
+
+
+def transformers_config(config: dict[str, Any]) -> Any:
+    """config.json as an object of transformers' class, of what `as_transformers_has_it` gives. Its validators can raise
+    anything; it warns of spellings that it will drop, of which the user need not know."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # infinity is written {"__float__": "Infinity"}
+        return AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config))
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def open_checkpoint(model: ModelSource, options: OpenOptions | None = None) -> C
         source, path = str(model), _found(model, options)
         opened = _open_folder(path, source, options) if path.is_dir() else _open_file(path, source)
     else:
-        _refuse_revision(model.source, options)
+        refuse_revision(model.source, options)
         opened = model
     return opened if options.adapter is None else load(_MERGE)(opened, options)
 
@@ -51,7 +51,7 @@ def _found(model: str | Path, options: OpenOptions) -> Path:
     """The local file or folder; a hub id is downloaded."""
     source, path = str(model), first_part(Path(model).expanduser())
     if source.startswith(DEMO_PREFIX) or path.exists():
-        _refuse_revision(source, options)
+        refuse_revision(source, options)
     if source.startswith(DEMO_PREFIX):
         return demo_file(source)
     if path.exists():
@@ -64,7 +64,8 @@ def _found(model: str | Path, options: OpenOptions) -> Path:
     return download(source, options)
 
 
-def _refuse_revision(source: str, options: OpenOptions) -> None:
+def refuse_revision(source: str, options: OpenOptions) -> None:
+    """UsageError for a revision of what is no Hugging Face id."""
     if options.revision is not None:
         raise UsageError(f"--revision {options.revision} is read only for a Hugging Face id, and {source} is none",
                          "leave it out")  # fmt: skip

@@ -22,7 +22,7 @@ from lowbit.checkpoint.base import Checkpoint, TensorInfo, read_json_object
 from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
-from lowbit.checkpoint.unreadable import find_unreadable
+from lowbit.checkpoint.unreadable import MLX, find_unreadable, is_mlx
 from lowbit.errors import CheckpointError
 from lowbit.numerics.column_scales import InputBasis
 from lowbit.registry import FORMATS, load
@@ -274,6 +274,8 @@ def quantization_of(stored: Checkpoint) -> dict[str, Any] | None:
     """config.json's `quantization_config`, else the content of the format's own config file; None without either."""
     if not (stored.folder / "config.json").exists():
         return None
+    if is_mlx(stored.tensors):  # what it states under `quantization` names no method, and one of its source may be left
+        return {"quant_method": MLX}
     stated = stated_quantization(stored.config())
     if stated is not None:
         if not isinstance(stated, dict):
@@ -366,11 +368,13 @@ def find_method(stored: Checkpoint, quantization: dict[str, Any]) -> str:
     method = usual_name(method)
     unreadable = find_unreadable(method)
     if unreadable is not None:
-        raise CheckpointError(f"{stored.source}: config.json says {stated}, whose files cannot be read: "
-                              f"{unreadable.why}", unreadable.instead)  # fmt: skip
+        laid_out = is_mlx(stored.tensors)
+        known = "the files are MLX's and" if laid_out else f"config.json says {stated}, whose files"
+        raise CheckpointError(f"{stored.source}: {known} cannot be read: {unreadable.why}", unreadable.instead)
     if method not in KINDS:
+        said = "no quant_method" if stated is None else f"the quant_method {stated!r}, which lowbit cannot read"
         raise CheckpointError(
-            f"{stored.source}: config.json: quant_method is {stated!r}, which lowbit cannot read",
+            f"{stored.source}: config.json states {said}",
             f"it reads {', '.join(KINDS)}; else start from the original checkpoint",
         )
     return method

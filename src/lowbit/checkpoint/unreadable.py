@@ -1,22 +1,27 @@
-"""Quantized folders that lowbit knows by name and cannot read: why, and what to do instead.
+"""Quantized folders that lowbit knows, by name or by layout, and cannot read: why, and what to do instead.
 
 A format is read where its layout is fixed, by a specification or by the loader of an engine that all files must suit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lowbit.checkpoint.base import TensorInfo
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """why follows "config.json says NAME, whose files cannot be read:"; instead is the hint."""
+    """why follows "… cannot be read:"; instead is the hint."""
 
     why: str
     instead: str
 
 
 _START = "start from the 16-bit checkpoint"
+
+MLX = "mlx"  # states no quant_method: its layout tells
 
 # quant_method, in lower case.
 UNREADABLE: dict[str, Unreadable] = {
@@ -48,8 +53,20 @@ UNREADABLE: dict[str, Unreadable] = {
         "quanto_qmap.json, with shifts that are floats",
         f"{_START}, or run it as it is with optimum-quanto",
     ),
+    MLX: Unreadable(
+        "lowbit has no reader for codes in words of 32 bits beside scales and float biases",
+        f"{_START}; where there is none, mlx_lm.convert --dequantize makes a 16-bit folder of it",
+    ),
 }  # fmt: skip
 _SPELLINGS = {"quip#": "quip", "quip_sharp": "quip", "quip-sharp": "quip", "quipsharp": "quip"}
+
+
+def is_mlx(tensors: Mapping[str, TensorInfo]) -> bool:
+    """True for the layout of MLX, of any bits and mode: L.weight in words without a sign beside L.scales."""
+    return any(
+        info.stored == "U32" and name.endswith(".weight") and f"{name.removesuffix('weight')}scales" in tensors
+        for name, info in tensors.items()
+    )
 
 
 def find_unreadable(method: str) -> Unreadable | None:

@@ -106,7 +106,7 @@ def compare(
         comparison = run(models, samples=samples, fresh=fresh, **how,
                          progress=lambda model, done, total: update(done, total))  # fmt: skip
     if output is not None:
-        write_text(render_comparison(comparison), output)
+        write_text(render_comparison(comparison), output, replaces=overwrite)
         say(f"page: {output}")
     if not no_report:
         for path in add_to_reports(comparison):
@@ -162,7 +162,7 @@ def _blind(
     with window_progress("answers", quiet=json) as progress:
         found = compare_blind(first, second, **given, progress=progress, **how)
     if output is not None:
-        write_text(render_blind(found), output)
+        write_text(render_blind(found), output, replaces=overwrite)
         say(f"page: {output}")
     if json:
         print_json(found.to_dict())

@@ -67,14 +67,15 @@ def convert(
     if base is not None and Path(model).exists() and not is_adapter(model):
         raise UsageError(f"{model} is no LoRA adapter, and --base is the model of one", "leave --base out")
     if base is not None or is_adapter(model):
-        _convert_adapter(model, output, format, scheme, base, settings, options, overwrite, dry_run, json)
+        unread = settings if threads is None else settings | {"threads": threads}
+        _convert_adapter(model, output, format, scheme, base, unread, options, overwrite, dry_run, json)
         return
     given: dict[str, Any] = {"format": format, "scheme": scheme, "options": options, "threads": threads, **settings}
     if dry_run:
         from lowbit.estimation.run_memory import Process, peak_memory
 
         process = Process.now()
-        prepared = api.dry_convert(model, **given)
+        prepared = api.dry_convert(model, output=output, **given)
         peak = sum(peak_memory(prepared, process.program(prepared)).values())
         if json:
             print_json(plan_as_json(prepared, peak) | {"repacked": _repacked(prepared)})
@@ -93,7 +94,7 @@ def convert(
 
 
 def _convert_adapter(
-    model: str, output: Path | None, format: str, scheme: str | None, base: str | None, settings: dict[str, Any],
+    model: str, output: Path | None, format: str, scheme: str | None, base: str | None, unread: dict[str, Any],
     options: Any, overwrite: bool, dry_run: bool, json: bool,
 ) -> None:  # fmt: skip
     from dataclasses import asdict
@@ -106,8 +107,8 @@ def _convert_adapter(
     if format != "gguf":
         raise UsageError(f"a LoRA adapter is converted to gguf only, not to {format}",
                          f"lowbit quantize MODEL -o OUT --adapter {model} merges it")  # fmt: skip
-    if settings:
-        raise UsageError(f"--{next(iter(settings)).replace('_', '-')} is not read for a LoRA adapter", "leave it out")
+    if unread:
+        raise UsageError(f"--{next(iter(unread)).replace('_', '-')} is not read for a LoRA adapter", "leave it out")
     if output is None and not dry_run:
         raise UsageError("no output file was given", "add -o NAME.gguf")
     done = convert_adapter(model, output or Path("adapter.gguf"), base=base, scheme=scheme, options=options,

@@ -47,7 +47,7 @@ def diagnose(
                         progress=lambda what, done, total: update(done, total))  # fmt: skip
     document = diagnosis.model_dump(mode="json")
     if output is not None:
-        write_text(dumps(document, indent=2, ensure_ascii=False) + "\n", output)
+        write_text(dumps(document, indent=2, ensure_ascii=False) + "\n", output, replaces=overwrite)
     if not no_report:
         add_to_report(Path(quantized), json, diagnosis=diagnosis)
     if json:

@@ -70,6 +70,21 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def state_of_files(checkpoint: Checkpoint) -> str:
+    """Of the files that answers depend on: name, size and time of each, the tokenizer's and the templates' too.
+
+    For what is kept of a run that was stopped: a file that was written anew since makes another model.
+    """
+    weights = {info.file for info in checkpoint.tensors.values()}
+    beside = {path for path in checkpoint.folder.glob("*") if path.suffix in (".json", ".jinja", ".model", ".txt")}
+    found = []
+    for path in sorted(weights | (set() if checkpoint.kind == "gguf" else beside)):
+        state = path.stat()
+        if not path.name.startswith("lowbit-report"):
+            found.append(f"{path.name} {state.st_size} {state.st_mtime_ns}")
+    return hashlib.sha256("\n".join(found).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def file_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the files that hold the tensors."""
     return sum(path.stat().st_size for path in {info.file for info in checkpoint.tensors.values()})

@@ -68,6 +68,9 @@ def generate(
         _log.warning("note: %s", note)
     refuse_without_text(network, str(model))
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)
+    room = room_behind(network, ids, max_tokens, "the prompt")
+    if room < max_tokens:
+        _log.warning("note: stops after %d tokens, where the model's context ends", room)
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature}
@@ -78,7 +81,7 @@ def generate(
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
     with simulated(network), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return _complete(network, tokenizer, ids, max_tokens, settings, on_text)
+        return _complete(network, tokenizer, ids, room, settings, on_text)
 
 
 def refuse_without_text(network: PreTrainedModel, name: str) -> None:
@@ -103,7 +106,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
         except Exception as error:  # a template may raise anything, on reading and on rendering
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its chat template fails ({type(error).__name__}: {error})",
-                "--raw gives the prompt as it is",
+                "repair it; `lowbit generate --raw` gives the prompt as it is",
             ) from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
@@ -111,6 +114,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: Chat) -> t
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens", "give some text with -p")
     return ids.to(torch.long)
+
+
+def room_behind(network: PreTrainedModel, ids: torch.Tensor, max_tokens: int, what: str) -> int:
+    """How many of max_tokens the model's context has room for; UsageError where it cannot hold the prompt."""
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    room = max_tokens if longest is None else min(max_tokens, longest - ids.shape[1])
+    if room < 1:
+        raise UsageError(f"{what} has {ids.shape[1]} tokens; the model holds {longest}", "shorten it, or leave it out")
+    return room
 
 
 def finite_scores(what: str) -> LogitsProcessorList:

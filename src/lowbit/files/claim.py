@@ -97,8 +97,9 @@ def read_owner(folder: Path) -> Owner | None:
         owner = Owner(**json.loads((folder / OWNER).read_bytes()[: 1 << 20]))
         plain = all(os.sep not in name and name not in ("", ".", "..") for name in owner.placing)
         known = all(name is None or _HIDDEN.fullmatch(name) for name in (owner.partial, owner.earlier))
-        plain = plain and os.sep not in owner.output
-    except (OSError, ValueError, TypeError):
+        plain = plain and os.sep not in owner.output and isinstance(owner.placing, dict)
+        time.localtime(owner.since), int(owner.pid)  # a damaged record is none
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     return owner if plain and known else None
 

@@ -59,6 +59,8 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
     threads, settings = request.worker_threads, request.settings
     if settings.format == "auto":
         raise UsageError("a conversion needs the format to write", f"give one of {', '.join(written_formats())}")
+    # what no conversion reads, before a default scheme is blamed for it; the plan tells the rest
+    refuse_unread(settings, None, Facts(converts=True, takes_scheme=scheme_given, static=True))
     checkpoint, architecture = open_described(request.model, request.options)
     exporter, dtype = find_exporter(settings.format), model_dtype(checkpoint)
 
@@ -81,7 +83,7 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
     if checkpoint.kind not in KINDS or not isinstance(checkpoint, CanReadCodes):
         raise UsageError(
             f"{checkpoint.source} is not a quantized folder ({checkpoint.kind}); there are no codes to convert",
-            f"quantize it instead: lowbit quantize {checkpoint.source} --format {settings.format} -o OUT",
+            _instead(checkpoint.source, exporter),
         )
     asked = settings.base_scheme() if scheme_given else None
     shapes = {linear.name: linear.shape for linear in architecture.linears.values()}
@@ -167,7 +169,8 @@ def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, asked: Sc
                 lost = source.activation is not None and activation is None
                 return Choice(scheme, note="activations are no longer quantized" if lost else None)
     if asked is not None:
-        return Choice(asked, reason=f"{asked.name} was asked for, and does not hold codes of {source.name}")
+        return Choice(asked, reason=f"{_told(asked, source)} was asked for, and does not hold codes of "
+                                    f"{_told(source, asked)}")  # fmt: skip
     nearest = FORMATS[exporter.FORMAT].nearest
     if nearest is None:
         raise FormatError(
@@ -182,6 +185,21 @@ def choose(source: Scheme, shape: tuple[int, int], exporter: Exporter, asked: Sc
     return Choice(scheme, f"{exporter.FORMAT} has no {source.name}")
 
 
+def _instead(source: str, exporter: Exporter) -> str:
+    """The command that makes such a folder of a model that is not quantized."""
+    if exporter.FORMAT == "float":
+        return "it is in 16 bits already"
+    nearest = FORMATS[exporter.FORMAT].nearest
+    scheme = nearest[0] if nearest else next(name for name, each in SCHEMES.items() if _has_place(exporter, each))
+    return f"quantize it instead: lowbit quantize {source} --format {exporter.FORMAT} --scheme {scheme} -o OUT"
+
+
+def _told(scheme: Scheme, other: Scheme) -> str:
+    """The name of a scheme; of two with one name, with what tells them apart."""
+    size = scheme.weight.group_size
+    return scheme.name if scheme.name != other.name or size is None else f"{scheme.name} in groups of {size}"
+
+
 def _multiplied(weight: WeightSpec, activation: ActivationSpec | None) -> bool:
     """False for integers of under 8 bits with 8-bit integer activations: kernels take 8 and 8, and a code takes a byte
     either way."""
@@ -189,11 +207,15 @@ def _multiplied(weight: WeightSpec, activation: ActivationSpec | None) -> bool:
 
 
 def _holds(exporter: Exporter, scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return _has_place(exporter, scheme) and exporter.unfit(shape, scheme) is None
+
+
+def _has_place(exporter: Exporter, scheme: Scheme) -> bool:
     try:
         exporter.storage_format(scheme)
     except FormatError:
         return False
-    return exporter.unfit(shape, scheme) is None
+    return True
 
 
 def _planned(

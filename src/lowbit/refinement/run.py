@@ -13,7 +13,6 @@ the copy: its store has the codes, its checkpoint what the file keeps, and the r
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibrate import loop
-from lowbit.calibrate.store import joined_results
+from lowbit.calibrate.store import joined_results, tell_of_blocks
 from lowbit.calibrate.task import CalibrationTask, StartModel
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.opening import find_gguf
@@ -42,8 +41,6 @@ from lowbit.report import schema
 from lowbit.reporting import build_report, write_report
 from lowbit.settings import READ_BY_REFINE, RunOptions, Settings, make_settings, refuse_unread
 from lowbit.verification import Verification, verify
-
-_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -159,11 +156,8 @@ def refine(
         except NoGainError:
             done.store.remove()  # type: ignore[possibly-undefined]
             raise
-        except BaseException:
-            blocks = len(list(claim.folder.glob("block-*.safetensors")))
-            if blocks:
-                _log.warning("%d finished blocks are kept in %s; the same command with --resume goes on from them",
-                             blocks, claim.folder)  # fmt: skip
+        except BaseException as error:
+            tell_of_blocks(claim.folder, error)
             raise
         done.store.remove()
     asked.pair.close()

@@ -35,6 +35,7 @@ from lowbit.errors import CheckpointError, OutputError
 from lowbit.evaluation.cache_result import CacheEvaluation
 from lowbit.evaluation.result import Evaluation
 from lowbit.files.regular import open_regular
+from lowbit.files.rename import rename_new
 from lowbit.records import Count, NonNegative, Record, Share
 from lowbit.report.diagnosis import Diagnosis, Suggestion
 from lowbit.rounding.histogram import WeightHistogram
@@ -359,8 +360,11 @@ def dump(report: Report, path: Path | str) -> None:
     write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
-def write_text(text: str, path: Path | str) -> None:
-    """Write beside `path`, then rename: a run that dies leaves the old file or the new one. OutputError otherwise."""
+def write_text(text: str, path: Path | str, replaces: bool = True) -> None:
+    """Write beside `path`, then rename: a run that dies leaves the old file or the new one. OutputError otherwise.
+
+    replaces  False: what appeared under the name since it was looked at is kept, and the text lies beside it
+    """
     path = Path(path)
     try:
         handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -372,7 +376,13 @@ def write_text(text: str, path: Path | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(beside, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(beside, path)
+        if replaces:
+            os.replace(beside, path)
+        else:
+            rename_new(Path(beside), path)
+    except FileExistsError:
+        raise OutputError(f"{path} appeared while it was made, and was kept; what was made is {beside}",
+                          "give that another name") from None  # fmt: skip
     except OSError as error:
         Path(beside).unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}", "free some space or choose another") from None

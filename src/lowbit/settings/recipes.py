@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lowbit.errors import UsageError
 from lowbit.files.regular import read_regular
 from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, translated
+from lowbit.knobs import value_refused
 from lowbit.settings.run_options import RunOptions
 from lowbit.settings.table import Settings
 
@@ -40,8 +41,7 @@ def make_settings(recipe: Any = None, **flags: Any) -> Settings:
             raise UsageError(
                 f"{origin}there is no setting {where}", f"{hint}known settings: {', '.join(Settings.model_fields)}"
             ) from error
-        raise UsageError(f"{origin}{where}: {first['msg'][0].lower()}{first['msg'][1:]}",
-                         "lowbit quantize --help lists the values") from error  # fmt: skip
+        raise UsageError(f"{origin}{value_refused(error)}", "lowbit quantize --help lists the values") from error
 
 
 def _read_recipe(recipe: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from lowbit import knobs
 from lowbit.errors import UsageError
-from lowbit.knobs import RUNNING, Knob, Size, Table
+from lowbit.knobs import RUNNING, Knob, Size, Table, value_refused
 
 
 class RunOptions(Table):
@@ -22,8 +22,8 @@ class RunOptions(Table):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
-            said = f"there is no option {where} of a run" if first["type"] == "extra_forbidden" else (
-                f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}")  # fmt: skip
+            unknown = first["type"] == "extra_forbidden"
+            said = f"there is no option {where} of a run" if unknown else value_refused(error)
             raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
                              f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
 

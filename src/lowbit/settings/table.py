@@ -31,10 +31,6 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "good": {"method": "gptq", "hessian": "kronecker"},
     "best": {"method": "gptq+distill", "hessian": "kronecker"},
 }
-# What a refinement reads of the settings: all else is the file's.
-READ_BY_REFINE = ("calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage",
-                  "correction", "stream_correction", "correction_samples", "expert_tokens", "sweeps",
-                  "codes_only")  # fmt: skip
 TOWER_SCHEME = "F16"  # of a vision tower (mmproj), where none is given
 
 
@@ -140,8 +136,8 @@ class Settings(Table):
     ] = False
     bias_correction: Annotated[
         bool,
-        Knob("Subtract the mean output error of a linear from its bias, if it has one", CALIBRATION, knobs.BLOCKWISE,
-             see="rounding.md"),
+        Knob("Subtract the mean output error of a linear from its bias, if it has one", CALIBRATION,
+             knobs.ROUNDS_BLOCKWISE, see="rounding.md"),
     ] = False  # fmt: skip
 
     method_overrides: Annotated[
@@ -191,7 +187,8 @@ class Settings(Table):
              "listed", METHODS, knobs.TOKENS),
     ] = 128  # fmt: skip
     allow_fallback: Annotated[
-        bool, Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.BLOCKWISE)
+        bool,
+        Knob("Keep the output even if every linear fell back to round-to-nearest", METHODS, knobs.ROUNDS_BLOCKWISE),
     ] = False
     sweeps: Annotated[
         int | None, Field(ge=1),
@@ -399,10 +396,10 @@ class Settings(Table):
         return parse_method(self.method).rounding
 
     @property
-    def numbers(self) -> frozenset[str]:
-        """The numbers (int, fp4, kmeans …) of the scheme and of the overrides, GGUF types left out."""
+    def weight_specs(self) -> frozenset[WeightSpec]:
+        """How the scheme and the overrides store weights, GGUF types left out."""
         names = (self.scheme, *self.overrides.values())
-        return frozenset(find_scheme(name).weight.number for name in names if not is_gguf_name(name))
+        return frozenset(find_scheme(name).weight for name in names if not is_gguf_name(name))
 
     def signs_scales(self, converts: bool) -> bool:
         """Whether the scheme, or an override of what is not a conversion, may have negative scales."""
@@ -416,7 +413,7 @@ class Settings(Table):
             if scheme.weight.number not in ("nf4", "fp4"):
                 raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
             scheme = replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
-        if self.outliers is not None and "kmeans" not in self.numbers:
+        if self.outliers is not None and all(spec.number != "kmeans" for spec in self.weight_specs):
             raise UsageError(f"scheme {scheme.name} keeps no outliers", "--outliers is for KMEANS4 and KMEANS3")
         scheme = self._with_outliers(scheme)
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)
@@ -448,3 +445,9 @@ class Settings(Table):
                 return RangeSearch("absmax")
             return RangeSearch("wmse" if weight.number == "int" else "mse")
         return RangeSearch(self.range, percentile=self.percentile)
+
+
+# What a refinement reads: all else is the file's.
+_REFINEMENT = knobs.Facts(blockwise=True, roundings=frozenset({"refine"}), reads_text=True, draws=True)
+READ_BY_REFINE = tuple(name for name, row in Settings.rows().items()
+                       if row.knob.panel in (CALIBRATION, METHODS) and row.knob.reader.reads(_REFINEMENT))  # fmt: skip

@@ -50,9 +50,9 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
         activations = [each.activation for each in (scheme, *others)]
         static = any(each is not None and each.needs_calibration for each in activations)
-    numbers = frozenset()
+    specs = frozenset()
     if scheme is not None:
-        numbers = frozenset({scheme.weight.number}) if converts else settings.numbers
+        specs = frozenset({scheme.weight}) if converts else settings.weight_specs
     reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
     return replace(
         facts,
@@ -72,8 +72,8 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
         signs=scheme is not None and settings.signs_scales(converts),
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
-        keeps_outliers="kmeans" in numbers,
-        searches=numbers != {"kmeans"},
+        keeps_outliers=any(spec.number == "kmeans" for spec in specs),
+        searches=not specs or any(spec.searches_range for spec in specs),
         by_percentile=settings.range == "percentile",
         activations_by_percentile=settings.activation_range == "percentile",
     )

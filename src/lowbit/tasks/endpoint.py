@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from lowbit.errors import EngineFailure, UsageError
 
 KEY = "LOWBIT_API_KEY"
-_TIMEOUT = 600  # seconds
+_TIMEOUT = 600  # seconds, of a silence and of an answer
 _LARGEST = 64 * 2**20  # bytes of an answer; no model writes as much
 
 
@@ -58,7 +59,7 @@ class Endpoint:
             raise UsageError(f"{address!r} is no address of a server", "write it as http://localhost:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         models = self._models(needed=not (name or named))
-        self.name = name or named or (str(models[0].get("id", "")) if models else "")
+        self.name = name or named or next((model["id"] for model in models if isinstance(model.get("id"), str)), "")
         # llama.cpp computes a prompt in other pieces where its cache holds the beginning, and then may say other words
         alone = any(model.get("owned_by") == "llamacpp" for model in models)
         self._always: dict[str, Any] = {"cache_prompt": False} if alone else {}
@@ -81,9 +82,9 @@ class Endpoint:
             if key := os.environ.get(KEY, "").strip():
                 request.add_unredirected_header("Authorization", f"Bearer {key}")
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-                read = answer.read(_LARGEST)
+                read = _whole(answer)
         except urllib.error.HTTPError as error:
-            words = error.read(200).decode(errors="replace")
+            words = _words_of(error)
             raise EndpointRefusal(f"{self.url}{place} answers {error.code}: {words}", _hint(error.code, words),
                                   error.code) from None  # fmt: skip
         except (OSError, ValueError, HTTPException) as error:
@@ -105,6 +106,25 @@ class Endpoint:
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")
         return choices[0]
+
+
+def _whole(answer: HTTPResponse) -> bytes:
+    """The answer, as far as it may be long; TimeoutError for one that comes drop by drop."""
+    until, parts, size = time.monotonic() + _TIMEOUT, [], 0
+    while size < _LARGEST and (part := answer.read1(1 << 16)):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > until:
+            raise TimeoutError(f"its answer is not whole after {_TIMEOUT} seconds")
+    return b"".join(parts)
+
+
+def _words_of(error: urllib.error.HTTPError) -> str:
+    """What the server says of its error, as far as it comes."""
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, ValueError, HTTPException):
+        return ""
 
 
 def _hint(status: int, words: str) -> str:

@@ -2,7 +2,7 @@
 
     CACHE/PLACE/NAME.jsonl        a line per answer: {"key": …, "value": …}
 
-A last line that a kill cut is passed over, and asked again. The file goes when the run is whole.
+A line that a kill cut, or that is damaged, is passed over, and asked again. The file goes when the run is whole.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def kept(path: Path) -> Iterator[tuple[dict[str, Any], Callable[[str, Any], None
         try:
             entry = json.loads(line)
             known[str(entry["key"])] = entry["value"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue
     with path.open("a", encoding="utf-8") as file:
 

@@ -17,7 +17,7 @@ import torch
 
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
-from lowbit.evaluation.footprint import fingerprint, read_report
+from lowbit.evaluation.footprint import fingerprint, read_report, state_of_files
 from lowbit.evaluation.memory import choose_way
 from lowbit.evaluation.opening import Opened, Opener, open_reference
 from lowbit.evaluation.perplexity import Activations, variants_of
@@ -96,12 +96,13 @@ def evaluate_tasks(
     progress     called with (items done, items in all), both models together; packaged tasks only
     """
     meter = Meter()
-    suite = _suite(tasks, limit, seed)
+    options = options or OpenOptions()
+    suite = _suite(tasks, limit, seed, options.trust_remote_code)
     if url is not None and not suite.packaged:
         raise UsageError("tasks of lm-eval are not run over a server by lowbit",
                          "lm-eval does it itself: --model local-completions; or --tasks all")  # fmt: skip
     with contextlib.ExitStack() as stack:
-        opener = Opener(stack, dtype, device, options or OpenOptions())
+        opener = Opener(stack, dtype, device, options)
         judged = opener.open(quantized)
         source = open_reference(reference, read_report(judged.checkpoint), opener)
         variants = variants_of(judged.checkpoint, activations)
@@ -111,7 +112,8 @@ def evaluate_tasks(
         found = []
         if url is not None:  # first, since it refuses what is not the same model
             name = "simulated" if len(variants) > 1 else "none"  # by the engine itself
-            served = ServedModel(url, judged.tokenizer, fingerprint(judged.checkpoint))
+            of = f"{fingerprint(judged.checkpoint)} {state_of_files(judged.checkpoint)}"
+            served = ServedModel(url, judged.tokenizer, of)
             right, before = served_answers(served, suite.items(), seed, _told(suite, 0, count, progress))
             found = [suite.by_item(right)]
             notes += (f"asked over {served.url}, model {served.name!r}",)
@@ -156,7 +158,7 @@ def _asked(
         gc.collect()
 
 
-def _suite(tasks: Sequence[str], limit: int | None, seed: int) -> _Suite:
+def _suite(tasks: Sequence[str], limit: int | None, seed: int, trust_remote_code: bool) -> _Suite:
     names = tuple(dict.fromkeys(name.strip() for name in tasks if name.strip()))
     if not names:
         raise UsageError("no task was named", f"--tasks all, or some of {', '.join(CATEGORIES)}")
@@ -174,4 +176,4 @@ def _suite(tasks: Sequence[str], limit: int | None, seed: int) -> _Suite:
     near = difflib.get_close_matches(others[0], CATEGORIES, n=1)
     if len(others) == 1 and near:
         raise UsageError(f"there is no task {others[0]!r}", f"did you mean {near[0]}?")
-    return _Suite(harness.check_tasks(others), others, False, seed, limit)
+    return _Suite(harness.check_tasks(others, trust_remote_code), others, False, seed, limit)

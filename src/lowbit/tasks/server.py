@@ -7,12 +7,13 @@
 
 Answers are kept as they come (`kept_answers`), so a run that a dying server stopped goes on where it was.
 
-Refused: a server that makes other tokens of a text than the model's tokenizer (UsageError), or that cannot be asked
-(EngineFailure).
+Refused: a server that makes other tokens of a text than the model's tokenizer (UsageError), or that cannot be asked, or
+answers what is no log-probability (EngineFailure).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COMPARED = 12  # texts whose tokens are compared
+_ABOVE_ZERO = 1e-3  # log-probabilities are at most 0, but for their rounding
 
 
 class ServedModel:
@@ -53,9 +55,11 @@ class ServedModel:
             try:
                 theirs = self._endpoint.ask("/tokenize", body).get("tokens")
             except EngineFailure:  # no such address: the count still tells most of the differences
-                answer = self._complete(text, 1)
-                theirs = answer.get("usage", {}).get("prompt_tokens")
+                usage = self._complete(text, 1).get("usage")
+                theirs = usage.get("prompt_tokens") if isinstance(usage, dict) else None
                 ours = len(ours)
+            if theirs is None:
+                raise self._no_protocol("neither the tokens of a text nor their number")
             if theirs != ours:
                 found, needed = str(theirs)[:80], str(ours)[:80]
                 raise UsageError(
@@ -67,7 +71,9 @@ class ServedModel:
         """Whether the server has it right."""
         if not item.choices:
             ids = list(self._tokenizer(item.prompt)["input_ids"])
-            text = str(self._complete(ids, WRITTEN)["choices"][0].get("text", ""))
+            text = self._complete(ids, WRITTEN)["choices"][0].get("text", "")
+            if not isinstance(text, str):
+                raise self._no_protocol(f"a {type(text).__name__} where the words are due")
             return run_cases(item.prompt + until_end(text), item.cases)[0]
         scores = [self._likelihood(item.prompt, choice) / len(choice.encode()) for choice in item.choices]
         return scores[0] > max(scores[1:])
@@ -79,27 +85,38 @@ class ServedModel:
             values = _token_logprobs(answer)
             self._echo = values is not None and len(values) >= len(ids)
             if self._echo and values is not None:
-                return sum(float(value) for value in values[start : len(ids)])
+                return sum(self._checked(value) for value in values[start : len(ids)])
         return sum(self._of_next(ids[:place], ids[place]) for place in range(start, len(ids)))
 
     def _of_next(self, before: list[int], token: int) -> float:
         answer = self._complete(before, 1, logprobs=1, logit_bias={str(token): 100})
         try:
             told = answer["choices"][0]["logprobs"]["content"][0]
-            chosen, value = int(told["id"]), float(told["logprob"])
-        except (LookupError, TypeError, ValueError):
+            chosen, value = int(told["id"]), told["logprob"]
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise EngineFailure(f"{self.url} gives no log-probabilities of its tokens",
                                 "vLLM, SGLang and llama.cpp do, over /v1/completions") from None  # fmt: skip
         if chosen != token:
             raise EngineFailure(f"{self.url} chose token {chosen} although a bias of 100 was on {token}",
                                 "it has neither echo nor logit_bias, of which one is needed")  # fmt: skip
-        return value
+        return self._checked(value)
+
+    def _checked(self, value: Any) -> float:
+        """A log-probability; EngineFailure for anything else: with it an answer would be right or wrong by chance."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < _ABOVE_ZERO:
+            raise self._no_protocol(f"{str(value)[:40]} where the log-probability of a token is due")
+        return float(value)
+
+    def _no_protocol(self, what: str) -> EngineFailure:
+        return EngineFailure(f"{self.url} answers {what}", "is it OpenAI's completions? lowbit evaluate without --url "
+                             "loads the model here")  # fmt: skip
 
     def _complete(self, prompt: str | list[int], tokens: int, **more: Any) -> dict[str, Any]:
         body = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "cache_prompt": True}
         answer = self._endpoint.ask("/v1/completions", body | more)
-        if not answer.get("choices"):
-            raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's completions?")
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise self._no_protocol(f"no choices: {str(answer)[:200]}")
         return answer
 
 
@@ -118,10 +135,11 @@ def served_answers(
     with kept(path) as (known, add):
         for place, item in enumerate(items):
             key = key_of(repr(item))
-            before += key in known
-            if key not in known:
+            if isinstance(known.get(key), bool):
+                before += 1
+            else:
                 add(key, served.answer(item))
-            right.append(bool(known[key]))
+            right.append(known[key])
             progress(place + 1)
     path.unlink(missing_ok=True)  # whole: the next run asks again
     return right, before

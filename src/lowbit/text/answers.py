@@ -18,7 +18,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lowbit.errors import UsageError
-from lowbit.text.packing import Renderer, spaced
+from lowbit.text.packing import Renderer, counted
 from lowbit.text.rows import Document, Message, texts_of
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ class AnswerMarker(Renderer):
         """What rendering found, and which answers could not be located."""
         notes = super().notes()
         if self.lost:
-            notes.append(f"{spaced(self.lost)} answers count for nothing in the loss: the chat template writes them "
-                         f"otherwise once the conversation goes on")  # fmt: skip
+            count, them = ("counts", "it") if self.lost == 1 else ("count", "them")
+            notes.append(f"{counted(self.lost, 'answer')} {count} for nothing in the loss: the chat template writes "
+                         f"{them} otherwise once the conversation goes on")  # fmt: skip
         if self.whole:
             count = "all of their tokens count" if self._marking == "auto" else "nothing of them counts in the loss"
-            notes.append(f"the answers of {spaced(self.whole)} conversations could not be located in the chat "
+            notes.append(f"the answers of {counted(self.whole, 'conversation')} could not be located in the chat "
                          f"template's text: {count}")  # fmt: skip
         return notes
 

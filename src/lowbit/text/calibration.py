@@ -26,7 +26,7 @@ from lowbit.errors import CheckpointError, UsageError
 from lowbit.text.answers import AnswerMarker, Marking
 from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
 from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
-from lowbit.text.packing import Packer, Renderer, spaced
+from lowbit.text.packing import Packer, Renderer, counted, spaced
 from lowbit.text.rows import ROW_SUFFIXES, Document, articles, document_of, file_rows, shuffled
 from lowbit.text.windows import Text, cut_windows, read_plain, read_text
 
@@ -145,7 +145,8 @@ def too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int) 
     if found == asked:
         return []
     return [
-        f"the text {name!r} has {spaced(tokens)} tokens: {found} windows of {window_tokens}, not the {asked} asked for"
+        f"the text {name!r} has {counted(tokens, 'token')}: {counted(found, 'window')} of {window_tokens}, not the "
+        f"{asked} asked for"
     ]
 
 
@@ -177,7 +178,7 @@ class Reading:
         return bool(document)
 
     def nothing_found(self) -> CheckpointError:
-        rows = f"{spaced(self.rows)} rows, none with text" if self.rows else "no text in it"
+        rows = f"{counted(self.rows, 'row')}, none with text" if self.rows else "no text in it"
         reasons = f"; passed over: {some(self.skipped)}" if self.skipped else ""
         return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text")
 

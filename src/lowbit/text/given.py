@@ -2,11 +2,13 @@
 
     item                                                      taken as
     text; {"text": …}; {"messages": …} and other layouts      a document (`rows.py`), packed as documents of a file are
+    a list of texts; {"text": [text, …]}                      a document each: a batch of a DataLoader
     a list of {role, content}                                 a conversation
     {"input_ids": …, "attention_mask": …, "labels": …}        token ids, one row or a padded batch (DataLoader)
     a tensor or list of integers, [T] or [rows, T]            token ids
 
-Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless.
+Everything comes in the order given; no more is taken than the windows need, so that an iterable may be endless. What
+has no iterator, but a length, is asked for its items by number (torch's datasets).
 
 Rows of token ids of one length without masked tokens are the windows, as they are, unless a number of tokens per window
 is asked for. All others are one stream, cut into windows as documents are, masked tokens left out: padding is in no
@@ -15,8 +17,9 @@ EOS.
 
 In a loss, tokens whose label is −100 count for nothing, as transformers has it.
 
-Refused: items of two kinds, ids that are no integers or that the model has no row for, a mask of another shape, batches
-of several tensors that do not say which is which, a mapping of splits, data without a token to learn from.
+Refused: items of two kinds or of none of these, ids that are no integers or that the model has no row for, tensors
+without values, a mask of another shape or of other numbers than 0 and 1, batches of several tensors that do not say
+which is which, a mapping of splits, data without a token to learn from.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from lowbit.text.calibration import (
     too_few,
 )
 from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
-from lowbit.text.packing import Packer, spaced
+from lowbit.text.packing import Packer, counted, spaced
 from lowbit.text.rows import Document, document_of
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 OF_MEMORY = " in memory"  # ends the names of such data
 _TAKEN = "give texts, rows of a dataset with a known column, or token ids (input_ids with their attention_mask)"
 _CHARACTERS = 4_000_000  # of one document
+_NOTHING = object()  # None is an item that somebody gave
 _UNLABELLED = -100  # label of a token that counts for nothing
 
 
@@ -86,8 +90,8 @@ class GivenText:
         if key not in self._cut:
             check_context(windows, window_tokens or default, longest if window_tokens else None)
             items = self._items()
-            first = next(items, None)
-            if first is None:
+            first = next(items, _NOTHING)
+            if first is _NOTHING:
                 raise CheckpointError(f"{self.name}: it is empty", _TAKEN)
             items = chain([first], items)
             usual = min(default, longest or default)
@@ -97,7 +101,7 @@ class GivenText:
                                                 "give tokenizer=")  # fmt: skip
                 cut = self._of_documents(items, tokenizer, windows, window_tokens or usual, marking)
             else:
-                cut = self._of_ids(items, tokenizer, windows, window_tokens, usual, marking)
+                cut = self._of_ids(items, tokenizer, windows, window_tokens, usual, marking, vocabulary)
             _check_ids(cut.ids, self.name, longest, vocabulary)
             if not window_tokens and cut.ids.shape[1] == usual < default:
                 note = f"windows of {usual} tokens, the model's context, and not of {default}"
@@ -108,14 +112,20 @@ class GivenText:
     def _items(self) -> Iterator[Any]:
         data = self.data
         if isinstance(data, Mapping):
-            if "input_ids" in data:
-                return iter([data])
-            raise UsageError(f"{self.name} has the keys {', '.join(map(str, list(data)[:5]))}",
-                             "of a dataset with splits give one of them: calib=data['train']")  # fmt: skip
+            if "input_ids" in data or not data:
+                return iter([data] if data else [])
+            keys = [str(key)[:60] for key in list(data)[:5]]
+            raise UsageError(
+                f"{self.name} has the keys {', '.join(keys)}", f"give one of them: calib=data[{keys[0]!r}]"
+            )
         if isinstance(data, Tensor) or (isinstance(data, list | tuple) and data and type(data[0]) is int):
             return iter([data])
+        if isinstance(data, bytes | bytearray | memoryview):
+            raise UsageError(f"calib is {type(data).__name__}", "give texts: calib=[data.decode()]")
+        if not isinstance(data, Iterable) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+            return (data[index] for index in range(len(data)))
         if not isinstance(data, Iterable):
-            raise UsageError(f"calib is a {type(data).__name__}, which cannot be read", _TAKEN)
+            raise UsageError(f"calib is {str(data)[:60]} ({type(data).__name__}), which cannot be read", _TAKEN)
         return iter(data)
 
     def _of_documents(
@@ -125,7 +135,7 @@ class GivenText:
         reading = Reading(self.name, 0, _CHARACTERS, notes=[f"rows of {self.name} in the order given"])
 
         def documents() -> Iterator[Document]:
-            for item in items:
+            for item in chain.from_iterable(map(_texts_of_batch, items)):
                 document = _document(item, self.name)
                 if reading.counted(document):
                     yield document
@@ -134,7 +144,7 @@ class GivenText:
 
     def _of_ids(
         self, items: Iterator[Any], tokenizer: PreTrainedTokenizerBase | None, windows: int, asked: int | None,
-        default: int, marking: Marking | None,
+        default: int, marking: Marking | None, vocabulary: int | None,
     ) -> CalibrationWindows:  # fmt: skip
         rows = _IdRows(self.name, tokenizer)
         read = rows.read(items)
@@ -166,6 +176,7 @@ class GivenText:
             ids, counted = torch.tensor(packer.cut[:windows], dtype=torch.long), torch.tensor(packer.counts[:windows])
             notes.append("joined to one stream and cut into windows")
         read.close()
+        _check_ids(ids, self.name, None, vocabulary)  # before a tokenizer is asked for their text
         if tokenizer is not None:
             refuse_degenerate(ids, tokenizer, self.name)
             notes += degenerate_notes(ids, tokenizer, self.name)
@@ -238,7 +249,7 @@ class _IdRows:
 
     def nothing_found(self) -> CheckpointError:
         return CheckpointError(
-            f"{self._name}: {spaced(self.rows)} rows of token ids, in which every token is masked" if self.rows
+            f"{self._name}: {counted(self.rows, 'row')} of token ids, in which every token is masked" if self.tokens
             else f"{self._name}: it is empty",
             "look at what it yields: attention_mask is 1 for tokens and 0 for padding",
         )  # fmt: skip
@@ -256,12 +267,15 @@ class _IdRows:
 
 def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(token ids int64 [rows, T], mask and labels as bool [rows, T] or None) of an item; None for a document."""
-    mask = labels = None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             return None
-        item, mask, labels = item["input_ids"], item.get("attention_mask"), item.get("labels")
-    elif isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
+        found = _ids_of(item["input_ids"], name)
+        if found is None:
+            kind = type(item["input_ids"]).__name__
+            raise UsageError(f"{name}: input_ids is a {kind} that holds no token ids", "token ids are integers")
+        return _with(found[0], item.get("attention_mask"), item.get("labels"), name)
+    if isinstance(item, list | tuple) and item and all(isinstance(each, Tensor) for each in item):
         if len(item) > 1:
             raise UsageError(
                 f"{name} yields {len(item)} tensors at once, and nothing says which one holds the token ids",
@@ -269,8 +283,8 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]
             )
         item = next(iter(item))
     if isinstance(item, str) or not isinstance(item, Tensor | list | tuple):
-        if hasattr(item, "__array__"):
-            return _as_rows(torch.as_tensor(item), None, None, name)
+        if hasattr(item, "__array__") and not isinstance(item, str):
+            return _as_rows(_rectangular(item, name), name), None, None
         return None
     if isinstance(item, list | tuple):
         first = next(iter(item), None)
@@ -278,30 +292,48 @@ def _ids_of(item: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]
         if flat and not all(type(each) is int for each in flat):
             return None
         item = _rectangular(item, name) if item else torch.zeros(0, dtype=torch.long)
-    return _as_rows(item, mask, labels, name)
+    return _as_rows(item, name), None, None
 
 
 def _rectangular(item: Any, name: str) -> Tensor:
     try:
-        return torch.tensor(item)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{name} holds a batch of rows of several lengths", "give the rows one by one") from error
+        return torch.as_tensor(item)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        several = isinstance(item, list | tuple) and isinstance(item[0], list | tuple)
+        said = "a batch of rows of several lengths" if several else "numbers that are no token ids"
+        raise UsageError(f"{name} holds {said}", "give the rows one by one" if several else _TAKEN) from error
 
 
-def _as_rows(ids: Tensor, mask: Any, labels: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _as_rows(ids: Tensor, name: str) -> Tensor:
+    """Token ids as int64 [rows, T] on the CPU."""
+    if ids.device.type == "meta" or ids.layout is not torch.strided:
+        kind = "a tensor on the meta device, without values" if ids.device.type == "meta" else "a sparse tensor"
+        raise UsageError(f"{name} holds {kind}", _TAKEN)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool or ids.dim() not in (1, 2):
         kind = str(ids.dtype).removeprefix("torch.")
         raise UsageError(f"{name} holds a {kind} tensor {list(ids.shape)}; token ids are integers [T] or [rows, T]",
                          _TAKEN)  # fmt: skip
     ids = ids.detach().cpu().to(torch.long)
-    rows = ids if ids.dim() == 2 else ids[None]
-    mask, labels = _beside(mask), _beside(labels)
-    if mask is not None and mask.shape != ids.shape:
-        raise UsageError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}",
+    return ids if ids.dim() == 2 else ids[None]
+
+
+def _with(rows: Tensor, mask: Any, labels: Any, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(ids, mask, labels) of rows with what lies beside them, [rows, T], or [T] of one row."""
+    shapes = (rows.shape, rows.shape[1:]) if len(rows) == 1 else (rows.shape,)
+    asked, mask, labels = mask is not None, _beside(mask), _beside(labels)
+    if asked and (mask is None or mask.shape not in shapes):
+        found = "is no tensor of numbers" if mask is None else f"has shape {list(mask.shape)}"
+        raise UsageError(f"{name}: attention_mask {found}, input_ids {list(rows.shape)}",
                          "both are [rows, T]; a mask of four dimensions is no padding mask")  # fmt: skip
-    if labels is not None and labels.shape != ids.shape:
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        other = float(mask[(mask != 0) & (mask != 1)][0])
+        raise UsageError(
+            f"{name}: attention_mask holds {other:g}",
+            "it is 1 for tokens and 0 for padding; what is added to scores is no padding mask",
+        )
+    if labels is not None and labels.shape not in shapes:
         labels = None  # they are of whole rows
-    mask, labels = (each if each is None or each.dim() == 2 else each[None] for each in (mask, labels))
+    mask, labels = (each if each is None else each.reshape(rows.shape) for each in (mask, labels))
     return rows, None if mask is None else mask.bool(), None if labels is None else labels != _UNLABELLED
 
 
@@ -313,10 +345,19 @@ def _beside(values: Any) -> Tensor | None:
         return None
 
 
+def _texts_of_batch(item: Any) -> list[Any]:
+    """The items of a batch of texts; any other item alone."""
+    texts = item.get("text") if isinstance(item, Mapping) else item
+    batch = isinstance(texts, list | tuple) and bool(texts) and all(isinstance(text, str) for text in texts)
+    return list(texts) if batch else [item]  # type: ignore[arg-type]
+
+
 def _document(item: Any, name: str) -> Document:
     """The document of an item; a list of turns is a conversation."""
     if isinstance(item, list) and item and all(isinstance(turn, dict) for turn in item):
         item = {"messages": item}
+    if not isinstance(item, str | Mapping):
+        raise UsageError(f"{name} holds a {type(item).__name__}, which is neither a text nor token ids", _TAKEN)
     return document_of(dict(item) if isinstance(item, Mapping) else item, name)
 
 

@@ -16,6 +16,7 @@ Refused: shares that are not above 0, a source given twice, `self` in a mixture,
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from lowbit.text.calibration import CalibrationWindows, calibration_windows, che
 from lowbit.text.hub import DATASETS, is_dataset
 from lowbit.text.packaged import alternating, apportioned, packaged_windows
 from lowbit.text.rows import ROW_SUFFIXES
-from lowbit.text.windows import PACKAGED, Text, cut_windows, read_text
+from lowbit.text.windows import PACKAGED, Text, cut_windows, read_text, refuse_no_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +56,16 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
     if calib is None:
         return (MixedText(None),)
     text = str(calib)
-    if Path(text).exists() or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
+    if not text.strip():  # which is the folder that one is in
+        raise UsageError(
+            "--calib is empty", "give a file, a folder or a short name; for the packaged text leave it out"
+        )
+    there = os.path.exists(text)  # False, where Path.exists fails for names that are too long
+    if there or ("," not in text and (is_dataset(text) or not _SHARE.match(text))):
         return (_named(text, 1.0),)
     parts = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        found = None if Path(word).exists() else _SHARE.match(word)
+        found = None if os.path.exists(word) else _SHARE.match(word)
         share = float(found["share"]) if found else 1.0
         if share <= 0:
             raise UsageError(f"--calib {word}: a share is above 0", "leave the text out, or give it a share such as 1")
@@ -76,7 +82,8 @@ def parse_mixture(calib: str | Path | None) -> tuple[MixedText, ...]:
 
 
 def _named(source: str, share: float) -> MixedText:
-    return MixedText(None if source == PACKAGED and not Path(source).exists() else source, share)
+    refuse_no_name(source)
+    return MixedText(None if source == PACKAGED and not os.path.exists(source) else source, share)
 
 
 def mixed_windows(

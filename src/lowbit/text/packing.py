@@ -76,24 +76,26 @@ class Renderer:
     def notes(self) -> list[str]:
         notes = []
         if self._templated:
-            notes.append(f"chat template applied to {spaced(self._templated)} conversations")
+            notes.append(f"chat template applied to {counted(self._templated, 'conversation')}")
         if self.no_text:
-            notes.append(f"{spaced(self.no_text)} parts of turns dropped: they are no text")
+            are = "it is" if self.no_text == 1 else "they are"
+            notes.append(f"{counted(self.no_text, 'part')} of turns dropped: {are} no text")
         if self.silent:
-            notes.append(f"{spaced(self.silent)} turns without text, which call tools")
+            notes.append(f"{counted(self.silent, 'turn')} without text, which call{'s' * (self.silent == 1)} tools")
         if self._joined:
             notes.append(
-                f"the tokenizer has no chat template: the turns of {spaced(self._joined)} conversations are joined by "
-                f"blank lines"
+                f"the tokenizer has no chat template: the turns of {counted(self._joined, 'conversation')} are joined "
+                f"by blank lines"
             )
         if self.refused:
             notes.append(
-                f"{spaced(self.refused)} conversations passed over: the chat template refuses them ({self._refusal})"
+                f"{counted(self.refused, 'conversation')} passed over: the chat template refuses "
+                f"{'it' if self.refused == 1 else 'them'} ({self._refusal})"
             )
         return notes
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
-        text = _encodable(text)
+        text = encodable(text)
         if self._bos:
             return text, [*self._bos, *self._ids(text), *self._eos]
         return text, self._ids(text.rstrip("\n") + "\n\n")
@@ -138,7 +140,7 @@ class Renderer:
         apply: Callable[..., Any] = self._tokenizer.apply_chat_template
         template = self._dated(str(self._tokenizer.get_chat_template()))
         with self._bounded():
-            return _encodable(apply(messages, tokenize=False, chat_template=template, **more))
+            return encodable(apply(messages, tokenize=False, chat_template=template, **more))
 
     def _dated(self, template: str) -> str:
         return FIXED_DATE + template if "strftime_now" in template else template
@@ -206,6 +208,11 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def _encodable(text: str) -> str:
+def counted(number: int, what: str) -> str:
+    """1 row, 12 345 rows"""
+    return f"{spaced(number)} {what}{'s' * (number != 1)}"
+
+
+def encodable(text: str) -> str:
     """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, as question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -16,6 +16,7 @@ Refused: a text shorter than one window; an unknown name; BOS where the tokenize
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,9 @@ Protocol = Literal["full", "second-half"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "second-half")
 PackagedText = Literal["evaluation", "calibration"]
 PACKAGED = "packaged"  # name of the calibration text in --calib
+
+
+_LONGEST_NAME = 255  # characters, of a file on every common file system
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") 
     if name == "wikitext" or name.startswith("hub:"):
         return Text(name, running_text(find_dataset(name, split)))
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):  # False, where Path.is_file fails for names that are too long
+        refuse_no_name(name)
         one = "; figures are of one text, not of a mixture" if "," in name else ""
         raise UsageError(
             f"there is no text {name!r}: no such file",
@@ -94,6 +99,13 @@ def read_text(source: str | Path | None, packaged: PackagedText = "evaluation") 
                          "write the texts of its rows into a .txt file; named .txt itself, it is measured as it is "
                          "written, braces and all")  # fmt: skip
     return Text(name, read_plain(path))
+
+
+def refuse_no_name(name: str) -> None:
+    """UsageError for a text in the place of its name, of which a file system says no more than that it is too long."""
+    if not os.path.exists(name) and ("\n" in name or max(map(len, name.split("/"))) > _LONGEST_NAME):
+        raise UsageError(f"a text is given by its name, and {name[:40]!r} … is one of {len(name)} characters",
+                         "write it to a file and name that, or give Python a list: calib=[text]")  # fmt: skip
 
 
 def read_plain(path: Path, characters: int = -1) -> str:

@@ -27,7 +27,6 @@ from lowbit.errors import UsageError
 from lowbit.export.atomic import refuse_existing, refuse_existing_files
 from lowbit.files.claim import Claim, claimed, refuse_claimed
 from lowbit.files.system import refuse_sources
-from lowbit.knobs import is_given
 from lowbit.measure import Meter
 from lowbit.registry import load
 from lowbit.settings import make_settings
@@ -89,8 +88,9 @@ def finetune(
     asked = TrainingTask(model, data, course, chosen, settings, reference, device, options)
     if lora is not None:
         course = replace(course, learning_rate=2e-4 if course.learning_rate is None else course.learning_rate)
-        more = {f"lora {name}": value for name, value in asdict(lora).items() if is_given(value)}
-        asked = replace(asked, course=course, adapters=True, more=more)
+        asked = replace(asked, course=course, adapters=True)
+    chosen_adapters = dict.fromkeys(LoRA.rows()) if lora is None else asdict(lora)
+    asked = replace(asked, more={f"lora {name}": value for name, value in chosen_adapters.items()})
     _refuse_outputs(output, asked, lora, overwrite)
     checkpoint = open_checkpoint(model, options)
     try:
@@ -154,8 +154,8 @@ def _claimed(output: Path) -> Iterator[Claim]:
     with claimed(output) as claim:
         try:
             yield claim
-        except BaseException:
-            if (claim.folder / STATE).exists():
+        except BaseException as error:
+            if (claim.folder / STATE).exists() and not isinstance(error, UsageError):
                 _log.warning("the last state of the training is kept in %s; the same command with --resume goes on "
                              "from it", claim.folder)  # fmt: skip
             raise

@@ -10,13 +10,15 @@ is in blocks.json. A training whose settings, data, model or versions differ is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lowbit.calibrate.identity import identity, settings_of, weight_hashes
+from lowbit.calibrate.identity import identity, settings_of, told_as, weight_hashes
 from lowbit.calibrate.store import BlockStore
 from lowbit.train.loop import Lesson
 from lowbit.train.options import Course
@@ -64,8 +66,14 @@ def training_depends_on(
         checkpoint, options,
         store={"training": 2},
         settings=settings_of(settings) | asdict(course) | more,
-        start={} if reference is None else {f"{reference.source}": str(weight_hashes(reference))},
+        beside={} if reference is None else told_as("{} of the reference", _hashes(reference)),
         text={"the training text": lesson.ids, **counted},
         targets={},
         arithmetic={"device": device},
     )  # fmt: skip
+
+
+def _hashes(reference: Checkpoint) -> dict[str, str]:
+    """SHA-256 of all that its answers depend on."""
+    config = json.dumps(reference.config(), sort_keys=True, default=str)
+    return weight_hashes(reference) | {"config.json": hashlib.sha256(config.encode()).hexdigest()}

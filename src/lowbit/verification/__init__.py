@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, first_part, is_gguf, read_json_object
+from lowbit.checkpoint.opening import find_gguf
 from lowbit.checkpoint.quantized import usual_name
 from lowbit.errors import LowbitError, UsageError
 from lowbit.registry import ENGINES, FORMATS, load
@@ -69,7 +70,7 @@ def verify(
     errors: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a folder, or a GGUF file, against the rules of an engine.
+    """Check a folder, or a GGUF file (or the folder of one), against the rules of an engine.
 
     engine    None: vllm for folders, one that loads the format where vllm does not, llama.cpp for GGUF files
     reference the original model, quantized or not; without it weights are not compared
@@ -92,7 +93,7 @@ def verify(
             return verify(
                 folder, source=opened, engine=engine, options=options, nearest=nearest, errors=errors, progress=progress
             )  # fmt: skip
-    folder, options = first_part(Path(folder)), options or OpenOptions()
+    folder, options = _place_of(Path(folder)), options or OpenOptions()
     engine = engine or default_engine(folder)
     rules(engine)
     reads_gguf = loading_of(engine).reads_gguf
@@ -113,8 +114,15 @@ def verify(
     return _checked(Subject(**given, options=options))
 
 
+def _place_of(path: Path) -> Path:
+    """What a path stands for: of a split GGUF file its first part, of a folder that holds one GGUF model that file."""
+    path = first_part(path)
+    return (find_gguf(path) or path) if path.is_dir() else path
+
+
 def default_engine(path: Path) -> str:
     """The engine of the files' format where it has a loader for them, else the first of the table that has."""
+    path = _place_of(path)
     stated = _stated_format(path)
     row = FORMATS.get(usual_name(stated)) or FORMATS.get(stated.replace("_", "-"))
     for name in (*(() if row is None else (row.engine,)), *ENGINES):

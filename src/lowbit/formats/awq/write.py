@@ -137,7 +137,8 @@ def quantization_config(schemes: dict[str, Scheme], ignored: list[str]) -> dict[
         (one, first), (other, second) = list(weights.items())[:2]
         raise FormatError(
             f"awq has one scheme for a whole model; {first} has {_said(one)}, {second} {_said(other)}",
-            "leave --override out, leave such linears in 16 bits with --ignore, or write compressed-tensors or gptq",
+            "give one scheme and group size for all (--scheme W4A16_ASYM --group-size 64), leave --override out, leave "
+            "such linears in 16 bits with --ignore, or write compressed-tensors or gptq",
         )
     for name in ignored:
         hit = next((quantized for quantized in schemes if name in quantized), None)

@@ -35,6 +35,7 @@ from lowbit.checkpoint.base import OpenOptions, TensorInfo, read_config, refuse_
 from lowbit.checkpoint.companions import refuse_lone_adapter
 from lowbit.checkpoint.hub import download_files, is_hub_id, list_files, local_copy
 from lowbit.checkpoint.mapped_file import MappedFile
+from lowbit.checkpoint.opening import refuse_revision
 from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError, FormatError, OutputError, UsageError
 from lowbit.export import Piece
@@ -193,7 +194,9 @@ def _open_base(adapter: Adapter, base: str | Path | None, options: OpenOptions) 
     if named is None:
         raise UsageError(f"{adapter.source}: adapter_config.json does not name the base", "give it: --base MODEL")
     folder = Path(named).expanduser()
-    if not folder.is_dir():
+    if folder.is_dir():
+        refuse_revision(named, options)
+    else:
         if folder.exists() or not is_hub_id(named):
             raise UsageError(f"{named}: the base is no folder and no Hugging Face id (org/name)",
                              "give the folder that holds its config.json: --base MODEL")  # fmt: skip

@@ -57,7 +57,10 @@ def key_values(row: GGUFArchitecture, get: Lookup, where: str) -> tuple[KeyValue
                 entry = (convert(value), key.kind)
             values[f"{row.arch}.{key.name}"] = entry
     windows, notes = _windows(row, get, where)
-    near = [note for (key, value), note in row.near.items() if get(key) == value]
+    near = [
+        note for (key, value), note in row.near.items()
+        if (value(get(key)) if callable(value) else get(key) == value)
+    ]  # fmt: skip
     return values | windows, notes + near
 
 

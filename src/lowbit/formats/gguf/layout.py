@@ -20,6 +20,7 @@ A memory of one slab is enough: the source rows of a slab are read as few contig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,10 +119,16 @@ class Arranged:
         whole = self.rows is None or len(self.rows) == self.source[0]
         return whole and self.columns is None and self.heads is None and not self.is_changed
 
+    @property
+    def _is_vector(self) -> bool:
+        """True for [n], and for numbers in a row of several dimensions: [1, 1, n, 1]."""
+        deep = len(self.source) > 2 and self.source[0] == 1
+        return len(self.source) < 2 or (deep and math.prod(self.source) == max(self.source))
+
     def stored_rows(self, read: Callable[[int, int], Tensor], first: int, last: int) -> Tensor:
         """Rows first..last of the stored tensor seen as [rows, K]; `read` gives source rows, [n, …] or [n]."""
         columns = self.stored[-1] if self.stored else 1
-        if len(self.source) < 2:  # a vector is small: whole
+        if self._is_vector:  # small: whole
             values = read(0, self.source[0] if self.source else 1).reshape(-1)
             values = values if self.rows is None else values[torch.from_numpy(self.rows)]
             return self._valued(values).reshape(-1, columns)[first:last]
@@ -155,9 +162,11 @@ class Arranged:
         decode  stored rows, int64 [n] → [n, K], of the stored tensor seen as [rows, K]
         """
         start, stop = wanted.start, wanted.stop
-        if len(self.source) < 2:
+        if self._is_vector:
             count = int(np.prod(self.stored[:-1], dtype=np.int64)) if len(self.stored) > 1 else 1
             values = self._undone(decode(np.arange(count)).reshape(-1))
+            if len(self.source) > 1:
+                return np.arange(start, stop), values.reshape(self.source)[start:stop]
             rows = np.arange(len(values)) if self.rows is None else self.rows
             chosen = np.flatnonzero((rows >= start) & (rows < stop))
             return rows[chosen], values[torch.from_numpy(chosen)]
@@ -255,12 +264,24 @@ def _qkv_rows(get: Lookup, count: int) -> np.ndarray:
     return np.arange(count).reshape(heads, 3, -1).transpose(1, 0, 2).reshape(-1)
 
 
+def _log_of_minus(decay: Tensor) -> Tensor:
+    """log(-decay), or the next float32 of which -exp is decay again, so that a file comes back with the same bytes."""
+    found = above = below = torch.log(-decay)
+    for _ in range(3):  # each of log and exp is off by a unit in the last place
+        above, below = (
+            torch.nextafter(x, torch.full_like(x, end)) for x, end in ((above, math.inf), (below, -math.inf))
+        )
+        for other in (above, below):
+            found = torch.where((-torch.exp(found) != decay) & (-torch.exp(other) == decay), other, found)
+    return found
+
+
 SAME = RowLayout()
 ROTARY_Q, ROTARY_K = rotary("num_attention_heads"), rotary("num_key_value_heads")
 HALVES_Q, HALVES_K = pairs_to_halves("num_attention_heads"), pairs_to_halves("num_key_value_heads")
 QKV = RowLayout("q, k and v by head", rows=_qkv_rows)
 TRANSPOSED = RowLayout("transposed", transposed=True)
 PLUS_ONE = RowLayout("plus one", values=lambda w: w + 1, undo=lambda w: w - 1)
-NEG_EXP = RowLayout("minus exp", values=lambda w: -torch.exp(w), undo=lambda w: torch.log(-w))
+NEG_EXP = RowLayout("minus exp", values=lambda w: -torch.exp(w), undo=_log_of_minus)
 ONE_ROW = RowLayout("one row")
 PER_HEAD = RowLayout("a norm for each head", shape=lambda get, shape: shape)

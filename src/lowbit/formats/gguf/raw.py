@@ -270,9 +270,11 @@ def _files_by_tensor(files: list[MappedFile], headers: list[GGUFHeader]) -> dict
                     f"{file.path}: {key} is {claimed[:80]}, but by its name it is {number}",
                     "keep the names that the parts were published under",
                 )
-    total = str(headers[0].metadata.get("split.tensors.count", len(found)))
-    if total != str(len(found)):
-        raise CheckpointError(f"{files[0].path}: split.tensors.count is {total[:80]}, the parts hold {len(found)}")
+    for file, header in zip(files, headers, strict=True):
+        total = str(header.metadata.get("split.tensors.count", len(found)))
+        if total != str(len(found)):
+            raise CheckpointError(f"{file.path}: split.tensors.count is {total[:80]}, the parts hold {len(found)}",
+                                  "are all of them parts of this model?")  # fmt: skip
     return found
 
 

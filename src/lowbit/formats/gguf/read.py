@@ -93,6 +93,10 @@ class GGUFCheckpoint:
         start, stop, shape = row_range(info, start, stop)
         return self._rows(self._mapped[name], start, stop).reshape(shape)
 
+    def is_changed(self, name: str) -> bool:
+        """True if the file holds a function of the values: w + 1, -exp(w)."""
+        return name in self._mapped and self._mapped[name].is_changed
+
     def stored_names(self, name: str) -> list[str]:
         """The tensors of the file that hold a tensor."""
         return [stored.name for stored, *_ in self._mapped[name].pieces]

@@ -143,7 +143,8 @@ class GGUFArchitecture:
                    "gemma4", which has merges
     biases         which tensors have a bias, in every block that has the tensor → what config.json must say then
     fixed          config.json key → what llama.cpp computes, in all spellings; the first is written on reading
-    near           (config.json key, value) that is accepted though llama.cpp computes something close to it → the note
+    near           (config.json key, value or condition) that is accepted though llama.cpp computes something close to
+                   it → the note
     implied        what llama.cpp derives from other values and config.json has to agree with
     rope           None without rotary embeddings
     window_period  every so many blocks one attends to everything and the others within attention.sliding_window;

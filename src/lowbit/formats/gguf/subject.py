@@ -85,8 +85,11 @@ class GGUFSubject(Verified):
         return self._types.get(name, "F32")
 
     def smallest_step(self, name: str) -> float:
-        """As of its type; of an NVFP4 weight, or expert, times the scale of the whole matrix."""
-        return smallest_step(self.type_of(name)) * self._scales.get(name, 1.0)
+        """As of its type; of an NVFP4 weight, or expert, times the scale of the whole matrix; of w that is stored as
+        w + 1 or -exp(w), that of float32 where these are near 1."""
+        step = smallest_step(self.type_of(name)) * self._scales.get(name, 1.0)
+        is_changed = "as_checkpoint" in self.__dict__ and self.as_checkpoint.is_changed(name)
+        return max(step, 2.0**-22) if is_changed else step
 
     @cached_property
     def _scales(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gguf.constants import MODEL_TENSOR as T
 
-from lowbit.checkpoint.base import as_transformers_has_it
+from lowbit.checkpoint.base import as_transformers_has_it, transformers_config
 from lowbit.errors import ArchitectureError
 from lowbit.formats.gguf.families import dense, embedding, experts, gemma, gpt, hybrid, llama, qwen, seeing
 from lowbit.formats.gguf.layout import Lookup
@@ -85,12 +85,9 @@ CANNOT_RUN = "llama.cpp cannot run this variant of the model"
 
 def parse_config(config: dict[str, Any], where: str) -> tuple[Any, Any]:
     """config.json as transformers' class has it, and its text decoder's; ArchitectureError where that refuses it."""
-    from transformers import AutoConfig, PretrainedConfig
-
     config = {key: value for key, value in as_transformers_has_it(config).items() if key != "quantization_config"}
     try:
-        # infinity is written {"__float__": "Infinity"}
-        parsed = AutoConfig.for_model(**PretrainedConfig._decode_special_floats(config))
+        parsed = transformers_config(config)
         return parsed, parsed.get_text_config()
     except Exception as error:  # transformers' validators can raise anything
         raise ArchitectureError(f"{where}: transformers does not take config.json: {error}") from error

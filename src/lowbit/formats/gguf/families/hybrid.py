@@ -8,6 +8,7 @@ from lowbit.formats.gguf.families import (
     gemma3n,
     gemma4,
     granite_hybrid,
+    kimi_linear,
     lfm2,
     mamba,
     nemotron_h,
@@ -15,13 +16,12 @@ from lowbit.formats.gguf.families import (
 from lowbit.formats.gguf.row import GGUFArchitecture
 
 ROWS: tuple[GGUFArchitecture, ...] = (
-    *gated_delta.ROWS, *lfm2.ROWS, *mamba.ROWS, *granite_hybrid.ROWS, *nemotron_h.ROWS, *falcon_h1.ROWS,
-    *gemma3n.ROWS, *gemma4.ROWS,
+    *gated_delta.ROWS, *kimi_linear.ROWS, *lfm2.ROWS, *mamba.ROWS, *granite_hybrid.ROWS, *nemotron_h.ROWS,
+    *falcon_h1.ROWS, *gemma3n.ROWS, *gemma4.ROWS,
 )  # fmt: skip
 
 _NO_ARCHITECTURE = "llama.cpp has no such architecture"
 REFUSED: dict[str, str] = {
-    "kimi_linear": "lowbit does not write the Kimi Delta Attention of llama.cpp's kimi-linear",
     "minimax": "lowbit does not write the lightning attention of llama.cpp's minimax-01",
     **dict.fromkeys(("recurrent_gemma", "zamba", "zamba2"), _NO_ARCHITECTURE),
 }

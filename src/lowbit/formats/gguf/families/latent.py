@@ -83,18 +83,15 @@ _QUERIES = {
         "self_attn.q_b_proj": Place(T.ATTN_Q_B),
     }),
 }  # fmt: skip
-LATENT: Places = {
-    **PRE_NORM, **_QUERIES,
+LATENTS: Places = {
     "self_attn.kv_a_proj_with_mqa": Place(T.ATTN_KV_A_MQA),
     "self_attn.kv_a_layernorm": Place(T.ATTN_KV_A_NORM),
     "self_attn.kv_b_proj": (Place(T.ATTN_K_B, ABSORBED_KEYS), Place(T.ATTN_V_B, ABSORBED_VALUES)),
-    **O_PROJ, **MLP_NORM,
-}  # fmt: skip
+}
+LATENT: Places = {**PRE_NORM, **_QUERIES, **LATENTS, **O_PROJ, **MLP_NORM}
 # --- key-values -----------------------------------------------------------------------------------------------------
 
-LATENT_KEYS = (
-    *LENGTHS,
-    Key(KV_HEADS, value=lambda get: 1),
+LATENT_SIZES = (
     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", FLOAT),
     Key("attention.kv_lora_rank", "kv_lora_rank"),
     Key("attention.key_length", value=lambda get: get("kv_lora_rank") + get("qk_rope_head_dim")),
@@ -102,6 +99,7 @@ LATENT_KEYS = (
     Key("attention.key_length_mla", value=lambda get: get("qk_nope_head_dim") + get("qk_rope_head_dim")),
     Key("attention.value_length_mla", "v_head_dim"),
 )
+LATENT_KEYS = (*LENGTHS, Key(KV_HEADS, value=lambda get: 1), *LATENT_SIZES)
 # The loader knows by the blocks which models have q_proj: it asks for no rank there, and for one everywhere else.
 _PLAIN_QUERIES = (26, 27)
 
