@@ -137,7 +137,7 @@ def test_scales_that_a_tool_folded_are_found(method, model, refine, tmp_path, ca
     """The norms of the file stay, and the reference is brought to its scales."""
     start = tmp_path / "start"
     lowbit.quantize(model, start, scheme="W4A16", group_size=64, method=method, calib=str(calibration), samples=4,
-                    seqlen=48)  # fmt: skip
+                    seqlen=48, positive_scales=True)  # fmt: skip
     norm = "model.layers.0.input_layernorm.weight"
     assert tensors(start)[norm] != tensors(model)[norm]
     done = refine(start, tmp_path / "out", model)

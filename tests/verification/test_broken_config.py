@@ -1,6 +1,7 @@
 """Checkpoints whose config.json does not mean what it seems to, above all on fused layers."""
 
 import json
+import shutil
 
 import pytest
 from breaking import ATTENTION, BLOCK, assert_breaks, edit_config, edit_tensors, failures, split_groups
@@ -111,11 +112,14 @@ def test_activations_with_a_weight_only_format(broken):
     assert_breaks(folder, "activations", "group_0", "pack-quantized")
 
 
-def test_fp8_activations_over_packed_4_bit_integers_pass(broken):
-    folder = broken()
+def test_fp8_activations_over_packed_4_bit_integers_pass_if_scales_are_positive(broken, good, tmp_path):
+    """Kernels that round activations rescale the scales themselves."""
+    folder, signed = broken(positive_scales=True), shutil.copytree(good("W4A16"), tmp_path / "signed")
     activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    edit_config(folder, lambda q: group(q).update(input_activations=activations))
+    for each in (folder, signed):
+        edit_config(each, lambda q: group(q).update(input_activations=activations))
     assert failures(folder) == {}
+    assert_breaks(signed, "scales", "a finite number above 0 is needed")
 
 
 def test_fp8_activations_over_unpacked_integers(broken):

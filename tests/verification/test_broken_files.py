@@ -221,9 +221,14 @@ def test_missing_zero_points(broken):
     assert_breaks(folder, "tensors", name)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_BLOCK"])
-def test_scale_that_is_no_positive_number(broken, scheme, value):
+@pytest.mark.parametrize(
+    ("scheme", "value"),
+    [
+        *((scheme, value) for scheme in ("W4A16", "W8A8", "FP8_BLOCK") for value in (math.nan, math.inf)),
+        ("W8A8", -0.5), ("FP8_BLOCK", -0.5), ("W8A16", -0.5), ("W4A16_ASYM", -0.5), ("NVFP4A16", -0.5), ("W4A8", -0.5),
+    ],
+)  # fmt: skip
+def test_scale_that_is_no_number_or_has_no_sign_to_choose(broken, scheme, value):
     folder = broken(scheme)
     name = f"{O_PROJ}.weight_scale"
     edit_tensors(folder, set_flat(name, 0, value))

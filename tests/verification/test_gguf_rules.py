@@ -194,10 +194,11 @@ def test_weights_of_another_model(tmp_path):
 
 def test_the_wrong_engine_is_refused(tmp_path):
     path = write(tmp_path / "x.gguf")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(UsageError, match="does not load"):
         verify(path, engine="vllm")
     with pytest.raises(UsageError, match="does not load"):
-        verify(tmp_path, engine="llama.cpp")
+        verify(tmp_path / "folder", engine="llama.cpp")
     with pytest.raises(UsageError, match="no such file"):
         verify(tmp_path / "absent.gguf")
 

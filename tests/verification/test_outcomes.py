@@ -53,5 +53,5 @@ def test_what_python_misspells_gets_a_hint():
     with pytest.raises(UsageError, match="there is no option devize") as caught:
         RunOptions(devize="cuda")
     assert caught.value.hint.startswith("did you mean device?")
-    with pytest.raises(UsageError, match="resume: "):
+    with pytest.raises(UsageError, match="resume is 'perhaps': "):
         RunOptions(resume="perhaps")
