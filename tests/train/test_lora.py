@@ -128,8 +128,7 @@ def test_merging_rounds_again_and_says_the_loss_of_each(tiny_llama, tmp_path, qu
     assert not isinstance(done, Adapted)
     before, after, merged = losses(done.report.source.notes)
     assert after < before
-    assert merged < before
-    assert merged == pytest.approx(after, rel=0.02)
+    assert 0.99 * after < merged < before
     cut = lowbit.text.calibration_windows(SHORT_TEXT, lowbit.load(done.path)[1], 12, 32)
     assert held_out(lowbit.load(done.path)[0], cut.ids[-1:]) == pytest.approx(merged, rel=2e-3)
     assert not (tmp_path / "out-base").exists()
