@@ -159,6 +159,11 @@ class Grid(Protocol):
         """Params of each row and group of weight [N, K]; importance float32 [K] weighs the squared errors."""
         ...
 
+    @property
+    def signs(self) -> tuple[float, ...]:
+        """Of the scales that a range search tries: 1.0, or 1.0 and −1.0."""
+        ...
+
     def clip_ratios(self, search: RangeSearch) -> list[float]:
         """What a range search multiplies the range with, widest first."""
         ...

@@ -37,6 +37,7 @@ class _FittedGrid(DecodedError):
 
     bits: int
     symmetric = True
+    signs = (1.0,)
 
     @property
     def columns_per_code(self) -> int:

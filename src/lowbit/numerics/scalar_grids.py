@@ -44,8 +44,8 @@ class SearchedGrid:
         return 1
 
     @property
-    def has_signed_scales(self) -> bool:
-        return False
+    def signs(self) -> tuple[float, ...]:
+        return (1.0,)
 
     def fit(
         self: Grid, weight: Tensor, group_size: int, search: RangeSearch, importance: Tensor | None = None,
@@ -60,8 +60,7 @@ class SearchedGrid:
             return self.params_from_range(low, high, global_scale)
         best = _Best(self, weight, group_size, importance, search.method == "wmse", global_scale, low, high)
         ratios = self.clip_ratios(search)
-        signs = (1.0, -1.0) if self.has_signed_scales else (1.0,)
-        best.try_ratios([(ratio, ratio, sign) for sign in signs for ratio in ratios])
+        best.try_ratios([(ratio, ratio, sign) for sign in self.signs for ratio in ratios])
         if not self.symmetric:
             best.try_ratios([(ratio, 1.0, 1.0) for ratio in ratios[::2]])
             best.try_ratios([(1.0, ratio, 1.0) for ratio in ratios[::2]])
@@ -117,8 +116,8 @@ class IntGrid(SearchedGrid):
     signed_scales: bool = False
 
     @property
-    def has_signed_scales(self) -> bool:
-        return self.signed_scales and self.symmetric and not self.narrow
+    def signs(self) -> tuple[float, ...]:
+        return (1.0, -1.0) if self.signed_scales and self.symmetric and not self.narrow else (1.0,)
 
     @property
     def name(self) -> str:
@@ -273,7 +272,7 @@ class _Best:
         low, high = (base[0] * lows).flatten(0, 1), (base[1] * highs).flatten(0, 1)
         above = self.global_scale
         params = self.grid.params_from_range(low, high, above.repeat(count, 1) if isinstance(above, Tensor) else above)
-        if self.grid.has_signed_scales:
+        if any(sign < 0 for _, _, sign in ratios):
             params = GroupParams((params.scale.unflatten(0, (count, rows)) * signs).flatten(0, 1),
                                  global_scale=params.global_scale)  # fmt: skip
         error = self.error_of(self.weight.repeat(count, 1) if count > 1 else self.weight, params)
