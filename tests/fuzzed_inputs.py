@@ -103,7 +103,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "text": (
         "quantize {source} -o {out} --scheme W4A16 --method gptq --samples 4 --seqlen 32 --calib {in} --allow-fallback",
-        "evaluate {source} --text {in} --windows 1 --window-tokens 16", "imatrix {source} -o {out} --calib {in}",
+        "evaluate {source} --text {in} --windows 1 --window-tokens 16", 
+        "imatrix {source} -o {out} --samples 4 --seqlen 32 --calib {in}",
         "finetune {source} -o {out} --steps 1 --windows 16 --window-tokens 64 --data {in}",
     ),
 }  # fmt: skip
