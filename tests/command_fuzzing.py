@@ -38,6 +38,15 @@ CPU_SECONDS = 20.0  # of one command; the slowest clean one takes two
 LIGHT_SECONDS = 5.0
 SPARE_BYTES = 4 << 30
 BATCH, LIGHT_BATCH = 40, 200
+# Class of a change → how its words begin or end; the first that fits counts (`fuzzed_changes`).
+CLASSES = (
+    ("a file is gone, or a folder", re.compile(r"is gone$|is a folder$|^nothing is left")),
+    ("a file is cut short, or is no JSON", re.compile(r"is cut$|is no JSON any more$|is one value$")),
+    ("bytes of weights or of another file", re.compile(r"^bytes of (?!the GGUF)")),
+    ("bytes of a GGUF file", re.compile(r"^bytes of the GGUF")),
+    ("a row of a text, or a line of a recipe", re.compile(r"^line |^a line | of rows → ")),
+    ("a value of a JSON file", re.compile("")),
+)
 BLAME = re.compile(r"Traceback \(most recent|bug of lowbit")
 
 
@@ -215,9 +224,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--light", action="store_true", help="only commands that plan and look, on models of one block")
     parser.add_argument("--undamaged", action="store_true", help="first see that every command works on a good input")
+    parser.add_argument("--table", action="store_true", help="also count by what is damaged, as a table in Markdown")
     args = parser.parse_args()
     prepare()
     verdicts: Counter[str] = Counter()
+    classes: dict[str, Counter[str]] = {name: Counter() for name, _ in CLASSES}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LOWBIT_CACHE"] = f"{scratch}/cache"
@@ -232,8 +243,16 @@ def main() -> int:
         over = (lambda: time.monotonic() - began > args.seconds) if args.seconds else (lambda: False)
         for judged in tries(fuzzed, args.seed, args.first, args.first + args.tries, args.workers, over):
             verdicts["clean: " + judged.verdict if judged.is_clean else judged.verdict] += 1
+            for words in judged.changes.split("; "):
+                name = next(name for name, pattern in CLASSES if pattern.search(words))
+                classes[name][judged.verdict if judged.is_clean else "wrong"] += 1
             if not judged.is_clean:
                 print(json.dumps(judged.__dict__), flush=True)
+    if args.table:
+        print("| what is damaged | changes | a result | a message | wrong |\n|---|---:|---:|---:|---:|")
+        for name, counts in classes.items():
+            row = (sum(counts.values()), counts["ok"], counts["refused"], counts["wrong"])
+            print(f"| {name} |", " | ".join(f"{count:,}" for count in row), "|")
     took = f"{time.monotonic() - began:.0f} s, {_cpu_seconds():.0f} s of CPU"
     print(f"{sum(verdicts.values())} tries from seed {args.seed}, {took}: {dict(verdicts)}")
     return int(any(not verdict.startswith("clean") for verdict in verdicts))

@@ -30,8 +30,8 @@ class Granularity(StrEnum):
     BLOCK = "block"  # [ceil(N / g), ceil(K / g)]: a g × g square
 
     def scale_shape(self, rows: int, columns: int, group_size: int) -> tuple[int, int]:
-        """Shape of `scale` for a weight [rows, columns]."""
-        groups = -(-columns // group_size)
+        """Shape of `scale` for a weight [rows, columns]; a group size of 0 is that of a row without columns."""
+        groups = -(-columns // max(1, group_size))
         if self is Granularity.TENSOR:
             return (1, 1)
         if self is Granularity.CHANNEL:

@@ -296,3 +296,12 @@ def test_numbers_that_the_files_cannot_hold_fail_a_rule_at_once(tmp_path, key):
     (folder / "config.json").write_text(json.dumps(config | {key: 10**9}))
     checks = {check.rule: check for check in verify(folder).failed}
     assert f"{key} is 1000000000" in checks["architecture"].detail
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_BLOCK"])
+def test_a_width_of_zero(broken, scheme):
+    """Scales per row span a row of no columns."""
+    folder = broken(scheme)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 0}))
+    assert failures(folder)
