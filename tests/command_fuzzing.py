@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzzed_changes import change
+from fuzzed_changes import KINDS, change
 from fuzzed_inputs import Inputs, commands
 from fuzzing import TooSlowError, bounded_memory, bounded_time, gguf_sample
 
@@ -38,27 +38,23 @@ CPU_SECONDS = 20.0  # of one command; the slowest clean one takes two
 LIGHT_SECONDS = 5.0
 SPARE_BYTES = 4 << 30
 BATCH, LIGHT_BATCH = 40, 200
-# Class of a change → how its words begin or end; the first that fits counts (`fuzzed_changes`).
-CLASSES = (
-    ("a file is gone, or a folder", re.compile(r"is gone$|is a folder$|^nothing is left")),
-    ("a file is cut short, or is no JSON", re.compile(r"is cut$|is no JSON any more$|is one value$")),
-    ("bytes of weights or of another file", re.compile(r"^bytes of (?!the GGUF)")),
-    ("bytes of a GGUF file", re.compile(r"^bytes of the GGUF")),
-    ("a row of a text, or a line of a recipe", re.compile(r"^line |^a line | of rows → ")),
-    ("a value of a JSON file", re.compile("")),
-)
 BLAME = re.compile(r"Traceback \(most recent|bug of lowbit")
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One try. verdict  "ok", "refused", or what is wrong"""
+    """One try.
+
+    verdict  "ok", "refused", or what is wrong
+    kinds    of its changes (`fuzzed_changes.KINDS`)
+    """
 
     number: int
     command: str
     changes: str
     verdict: str
     message: str
+    kinds: tuple[str, ...] = ()
 
     @property
     def is_clean(self) -> bool:
@@ -86,9 +82,10 @@ class Fuzzed:
                 shutil.copytree(original, damaged)
             else:
                 shutil.copy(original, damaged)
-            changes = "; ".join(change(damaged, self.samples, rng) for _ in range(rng.choice((1, 1, 1, 2))))
+            changes = [change(damaged, self.samples, rng) for _ in range(rng.choice((1, 1, 1, 2)))]
             verdict, message = self._judged(command, damaged, place)
-        return Judged(number, command, changes, verdict, message)
+        words, kinds = "; ".join(each.words for each in changes), tuple(each.kind for each in changes)
+        return Judged(number, command, words, verdict, message, kinds)
 
     def run_undamaged(self) -> Iterator[Judged]:
         """Every command on its valid inputs."""
@@ -228,7 +225,7 @@ def main() -> int:
     args = parser.parse_args()
     prepare()
     verdicts: Counter[str] = Counter()
-    classes: dict[str, Counter[str]] = {name: Counter() for name, _ in CLASSES}
+    by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LOWBIT_CACHE"] = f"{scratch}/cache"
@@ -243,16 +240,15 @@ def main() -> int:
         over = (lambda: time.monotonic() - began > args.seconds) if args.seconds else (lambda: False)
         for judged in tries(fuzzed, args.seed, args.first, args.first + args.tries, args.workers, over):
             verdicts["clean: " + judged.verdict if judged.is_clean else judged.verdict] += 1
-            for words in judged.changes.split("; "):
-                name = next(name for name, pattern in CLASSES if pattern.search(words))
-                classes[name][judged.verdict if judged.is_clean else "wrong"] += 1
+            for kind in judged.kinds:
+                by_kind[kind][judged.verdict if judged.is_clean else "wrong"] += 1
             if not judged.is_clean:
                 print(json.dumps(judged.__dict__), flush=True)
     if args.table:
         print("| what is damaged | changes | a result | a message | wrong |\n|---|---:|---:|---:|---:|")
-        for name, counts in classes.items():
+        for kind, counts in by_kind.items():
             row = (sum(counts.values()), counts["ok"], counts["refused"], counts["wrong"])
-            print(f"| {name} |", " | ".join(f"{count:,}" for count in row), "|")
+            print(f"| {kind} |", " | ".join(f"{count:,}" for count in row), "|")
     took = f"{time.monotonic() - began:.0f} s, {_cpu_seconds():.0f} s of CPU"
     print(f"{sum(verdicts.values())} tries from seed {args.seed}, {took}: {dict(verdicts)}")
     return int(any(not verdict.startswith("clean") for verdict in verdicts))

@@ -6,6 +6,13 @@ exception is a bug of lowbit and keeps its traceback.
 
 from __future__ import annotations
 
+_LONGEST_VALUE = 60  # characters
+
+
+def brief(value: str) -> str:
+    """A value as a message shows it, cut where it is long."""
+    return value if len(value) <= _LONGEST_VALUE else value[: _LONGEST_VALUE - 1] + "…"
+
 
 class LowbitError(Exception):
     """Base of the errors that the user can act on.

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, brief
 
 # Sections of `lowbit quantize --help`, in order; the first holds the options that most people need.
 MAKE, STORE, CALIBRATION, METHODS, GGUF_PANEL, RUNNING, TRUST = PANELS = (
@@ -238,9 +238,6 @@ class Table(BaseModel):
                 if name in self.model_fields_set and is_given(getattr(self, name))}  # fmt: skip
 
 
-_LONGEST_VALUE = 60  # characters of a value in a message
-
-
 class Options:
     """A dataclass whose fields carry a `Knob` each."""
 
@@ -275,8 +272,7 @@ def value_refused(error: ValidationError) -> str:
     """What the first refused value is, and what it should be: "percentile is 40: input should be greater than 50"."""
     first = error.errors()[0]
     where, wanted = ".".join(map(str, first["loc"])), f"{first['msg'][0].lower()}{first['msg'][1:]}"
-    given = repr(first["input"])
-    return f"{where} is {given if len(given) <= _LONGEST_VALUE else given[: _LONGEST_VALUE - 1] + '…'}: {wanted}"
+    return f"{where} is {brief(repr(first['input']))}: {wanted}"
 
 
 def is_given(value: Any) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit import kernels
 from lowbit.checkpoint.adapter import adapter_files
 from lowbit.checkpoint.base import IN_MEMORY, row_slabs
+from lowbit.errors import brief
 from lowbit.files.hashes import file_digests
 from lowbit.version import __version__, version_of
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lowbit.checkpoint.base import Checkpoint, OpenOptions
     from lowbit.settings import Settings
 
-_LONGEST_VALUE = 60  # characters of a value in a message
 _SLAB_WEIGHTS = 8_000_000
 _ABSENT = object()
 _KINDS = {"store", "training"}  # numbers of the layout of what is kept, by the kind of run
@@ -149,10 +149,5 @@ def _changes(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str
     if isinstance(was, dict) and isinstance(is_now, dict):
         inner = [key for key in {**was, **is_now} if was.get(key, _ABSENT) != is_now.get(key, _ABSENT)]
         return [f"{name}.{change}" for key in inner for change in _changes(key, was, is_now)]
-    told = _brief(was), _brief(is_now)
+    told = ["absent" if value is _ABSENT else brief(str(value)) for value in (was, is_now)]
     return [f"{name} is not what it was" if told[0] == told[1] else f"{name} was {told[0]}, is {told[1]}"]
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is _ABSENT else str(value)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

@@ -104,8 +104,8 @@ class IntGrid(SearchedGrid):
     narrow             no code −2^(b−1), and the scale absmax / (2^(b−1) − 1), as LLM.int8() has it
     lowest_zero_point  where a file cannot store the lowest codes as zero points (GPTQ v1): ranges that would need one
                        are widened downwards, by as many steps
-    signed_scales      a search tries negative scales too. There is one code more below zero than above, so the sign
-                       chooses the side of a group that gets it (AutoRound, ggml's Q4_0)
+    signed_scales      of symmetric grids: a search tries negative scales too. There is one code more below zero than
+                       above, so the sign chooses the side of a group that gets it (AutoRound, ggml's Q4_0)
     """
 
     bits: int
@@ -117,7 +117,7 @@ class IntGrid(SearchedGrid):
 
     @property
     def signs(self) -> tuple[float, ...]:
-        return (1.0, -1.0) if self.signed_scales and self.symmetric and not self.narrow else (1.0,)
+        return (1.0, -1.0) if self.signed_scales else (1.0,)
 
     @property
     def name(self) -> str:

@@ -396,15 +396,10 @@ class Settings(Table):
         return parse_method(self.method).rounding
 
     @property
-    def weight_specs(self) -> frozenset[WeightSpec]:
-        """How the scheme and the overrides store weights, GGUF types left out."""
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme and those of the overrides, GGUF types left out."""
         names = (self.scheme, *self.overrides.values())
-        return frozenset(find_scheme(name).weight for name in names if not is_gguf_name(name))
-
-    def signs_scales(self, converts: bool) -> bool:
-        """Whether the scheme, or an override of what is not a conversion, may have negative scales."""
-        names = (self.scheme,) if converts else (self.scheme, *self.overrides.values())
-        return any(find_scheme(name).may_sign_scales for name in names if not is_gguf_name(name))
+        return tuple(find_scheme(name) for name in names if not is_gguf_name(name))
 
     def base_scheme(self) -> Scheme:
         """The scheme with the user's group size, double quantization and outliers."""
@@ -413,7 +408,7 @@ class Settings(Table):
             if scheme.weight.number not in ("nf4", "fp4"):
                 raise UsageError(f"scheme {scheme.name} has no double quantization", "it is for NF4 and FP4")
             scheme = replace(scheme, weight=replace(scheme.weight, scale_format="nested"))
-        if self.outliers is not None and all(spec.number != "kmeans" for spec in self.weight_specs):
+        if self.outliers is not None and all(each.weight.number != "kmeans" for each in self.schemes):
             raise UsageError(f"scheme {scheme.name} keeps no outliers", "--outliers is for KMEANS4 and KMEANS3")
         scheme = self._with_outliers(scheme)
         return scheme if self.group_size is None else scheme.with_group_size(self.group_size)

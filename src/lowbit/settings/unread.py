@@ -8,7 +8,7 @@ from dataclasses import replace
 from lowbit.errors import UsageError
 from lowbit.knobs import Facts, Row, Table
 from lowbit.methods import parse_method
-from lowbit.schemes import find_scheme, is_gguf_name
+from lowbit.schemes import find_scheme
 from lowbit.settings.run_options import RunOptions
 from lowbit.settings.table import MEASURE, Settings
 
@@ -46,13 +46,9 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
     learns = bool(methods) and methods[0].learned is not None
     scheme = find_scheme(settings.scheme) if not gguf and facts.takes_scheme else None
     static = facts.static
-    if scheme is not None and not converts:
-        others = (find_scheme(name) for name in settings.overrides.values() if not is_gguf_name(name))
-        activations = [each.activation for each in (scheme, *others)]
-        static = any(each is not None and each.needs_calibration for each in activations)
-    specs = frozenset()
-    if scheme is not None:
-        specs = frozenset({scheme.weight}) if converts else settings.weight_specs
+    schemes = () if scheme is None else (scheme,) if converts else settings.schemes
+    if schemes and not converts:
+        static = any(each.activation is not None and each.activation.needs_calibration for each in schemes)
     reads_text = blockwise or static or (settings.kv_cache is not None and not gguf)
     return replace(
         facts,
@@ -70,10 +66,10 @@ def facts_of(settings: Settings, facts: Facts) -> Facts:
         or any(method.finish or method.learns_rotations for method in methods)
         or (reads_text and ((settings.calib is not None and not facts.in_order) or settings.hessian_groups > 0)),
         measures=gguf and not settings.mmproj and settings.imatrix == MEASURE,
-        signs=scheme is not None and settings.signs_scales(converts),
+        signs=any(each.may_sign_scales for each in schemes),
         nests=scheme is not None and scheme.weight.number in ("nf4", "fp4"),
-        keeps_outliers=any(spec.number == "kmeans" for spec in specs),
-        searches=not specs or any(spec.searches_range for spec in specs),
+        keeps_outliers=any(each.weight.number == "kmeans" for each in schemes),
+        searches=not schemes or any(each.weight.searches_range for each in schemes),
         by_percentile=settings.range == "percentile",
         activations_by_percentile=settings.activation_range == "percentile",
     )
