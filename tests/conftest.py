@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Functions of bitsandbytes and compressed-tensors run uncompiled: compiling them takes longer than the tests do.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+# Imports leave little to collect, and each look for it passes over all that is imported: not before they are done.
+gc.disable()
 
 # A machine may be busy: no example is too slow.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -97,6 +99,7 @@ def unflushed() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector need not look at it again and again."""
-    gc.collect()
+    """What is imported by now stays: the collector need not look at it again and again, and seldom at the rest."""
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 10, 10)
