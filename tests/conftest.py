@@ -88,6 +88,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Discovered architectures and rebuilt GGUF folders go to a cache of the test run's own, one for all workers."""
     own = tmp_path_factory.getbasetemp()
     os.environ["LOWBIT_CACHE"] = str((own.parent if PARALLEL else own) / "cache")
+    os.environ["LOWBIT_TEST_MODELS"] = str(own / "kept-models")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -80,6 +83,10 @@ def config_of(architecture: str, **changes) -> dict:
     return AutoConfig.for_model(model_type, **{**sizes, **changes}).to_dict()
 
 
+# Models kept for copies → the state of torch's generator behind each.
+_RANDOM_AFTER: dict[Path, torch.Tensor] = {}
+
+
 def make_model(folder: Path, architecture: str | tuple[str, dict] = "llama", seed: int = 0,
                dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", **changes) -> Path:  # fmt: skip
     """A random model whose weights are wide enough to tell rounding errors apart, saved with a tokenizer.
@@ -87,7 +94,24 @@ def make_model(folder: Path, architecture: str | tuple[str, dict] = "llama", see
     Norms and biases are away from what a class gives them, so that a lost one shows.
 
     architecture  a key of `ARCHITECTURES`, or (model_type, what its config has)
+
+    A process that has made the same model before copies it, where `LOWBIT_TEST_MODELS` names a folder to keep it in.
     """
+    kept = os.environ.get("LOWBIT_TEST_MODELS")
+    if kept is None or (folder.exists() and any(folder.iterdir())):
+        return _made(folder, architecture, seed, dtype, shard_size, changes)
+    name = sha256(repr((architecture, seed, dtype, shard_size, changes)).encode()).hexdigest()[:16]
+    original = Path(kept) / f"{os.getpid()}-{name}"
+    if original not in _RANDOM_AFTER:
+        _made(original, architecture, seed, dtype, shard_size, changes)
+        _RANDOM_AFTER[original] = torch.get_rng_state()
+    torch.set_rng_state(_RANDOM_AFTER[original])  # what is drawn after a model does not depend on who made it first
+    shutil.copytree(original, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    return folder
+
+
+def _made(folder: Path, architecture: str | tuple[str, dict], seed: int, dtype: torch.dtype, shard_size: str,
+          changes: dict) -> Path:  # fmt: skip
     from transformers import AutoConfig
 
     from lowbit.architecture.building import auto_class
