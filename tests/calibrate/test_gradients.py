@@ -45,6 +45,21 @@ def text(model):
     return write_text(model.parent)
 
 
+@pytest.fixture(scope="module")
+def finished(model, text):
+    """Hessian → (folder, report) of a run, made when first asked for."""
+    runs = {}
+
+    def run(hessian: str = "inputs"):
+        if hessian not in runs:
+            out = model.parent / f"finished {hessian.replace(':', ' ')}"
+            given = {} if hessian == "inputs" else {"hessian": hessian}
+            runs[hessian] = out, calibrated(model, out, text, **given)
+        return runs[hessian]
+
+    return run
+
+
 def weights_of(model, groups: int = 1, memory: int = PLENTY, runner: BlockRunner | None = None) -> TokenWeights:
     runner = runner or BlockRunner(open_checkpoint(model))
     linears = [name for name, linear in runner.architecture.linears.items() if linear.block is not None]
@@ -171,15 +186,15 @@ def test_equal_weights_change_nothing():
 
 
 @pytest.mark.parametrize("hessian", ["guided", "guided:3", "kronecker"])
-def test_a_run_lowers_the_weighed_error(model, text, tmp_path, hessian):
-    report = calibrated(model, tmp_path / "out", text, hessian=hessian)
+def test_a_run_lowers_the_weighed_error(finished, hessian):
+    folder, report = finished(hessian)
     errors = [(each.layer_error, each.nearest_error) for each in report.tensors if each.layer_error is not None]
     assert len(errors) == 7 * BLOCKS
     assert all(error < nearest for error, nearest in errors)
     assert not [note for note in report.source.notes if "Hessian" in note]
     assert report.settings.given["hessian"] == hessian
-    plain = calibrated(model, tmp_path / "plain", text)
-    assert files_of(tmp_path / "plain") != files_of(tmp_path / "out")
+    other, plain = finished()
+    assert files_of(other) != files_of(folder)
     assert report.totals.bytes_out == plain.totals.bytes_out
 
 
@@ -252,14 +267,13 @@ def test_a_linear_that_runs_twice_has_no_weights(model, monkeypatch):
     assert set(found.missing.values()) == {"it runs 2 times"}
 
 
-def test_no_weights_at_all_are_refused(model, text, tmp_path, monkeypatch):
+def test_no_weights_at_all_are_refused(model, text, finished, tmp_path, monkeypatch):
     nothing = TokenWeights({}, {"model.layers.0.mlp.up_proj": "of a reason"})
     monkeypatch.setattr(loop, "token_weights", lambda *_arguments: nothing)
     with pytest.raises(UsageError, match="of a reason"):
         calibrated(model, tmp_path / "out", text, hessian="guided")
     calibrated(model, tmp_path / "out", text, hessian="guided", allow_fallback=True)
-    calibrated(model, tmp_path / "plain", text)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "plain")
+    assert files_of(tmp_path / "out") == files_of(finished()[0])
 
 
 def test_a_level_of_quality_goes_on_without_gradients(model, text, tmp_path, monkeypatch):
@@ -283,9 +297,9 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("hessian", ["guided:2", "kronecker"])
-def test_a_resumed_run_takes_the_weights_it_has(model, text, tmp_path, monkeypatch, hessian):
-    calibrated(model, tmp_path / "whole", text, hessian=hessian)
+@pytest.mark.parametrize("hessian", ["guided:3", "kronecker"])
+def test_a_resumed_run_takes_the_weights_it_has(model, text, finished, tmp_path, monkeypatch, hessian):
+    whole, _ = finished(hessian)
     save = BlockStore.save
 
     def save_and_stop(self, index, *arguments):
@@ -301,13 +315,13 @@ def test_a_resumed_run_takes_the_weights_it_has(model, text, tmp_path, monkeypat
     assert stored.is_file()
     monkeypatch.setattr(loop, "token_weights", lambda *_arguments: pytest.fail("they are stored"))
     calibrated(model, tmp_path / "out", text, hessian=hessian, run=RunOptions(resume=True))
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(whole)
     assert not stored.exists()
 
 
 @pytest.mark.parametrize("damaged", ["token-weights.safetensors", "outputs-00002.safetensors"])
-def test_damaged_weights_are_computed_again(model, text, tmp_path, monkeypatch, damaged):
-    calibrated(model, tmp_path / "whole", text, hessian="kronecker")
+def test_damaged_weights_are_computed_again(model, text, finished, tmp_path, monkeypatch, damaged):
+    whole, _ = finished("kronecker")
 
     def damage_and_stop(self, index, *_arguments):
         path = self.folder / damaged
@@ -319,7 +333,7 @@ def test_damaged_weights_are_computed_again(model, text, tmp_path, monkeypatch, 
         with pytest.raises(Stopped):
             calibrated(model, tmp_path / "out", text, hessian="kronecker")
     calibrated(model, tmp_path / "out", text, hessian="kronecker", run=RunOptions(resume=True))
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(whole)
 
 
 @pytest.mark.parametrize(
