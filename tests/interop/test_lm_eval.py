@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,16 @@ from lowbit.tasks.answering import likelihoods
 from lowbit.tasks.items import Item
 from lowbit.tasks.run import evaluate_tasks
 
-lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lowbit[eval]'")
-TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+lm_eval: Any = None  # until a test runs, so that collecting need not wait for it
+TaskManager: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    global lm_eval, TaskManager
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lowbit[eval]'")
+    TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+
 
 QUESTIONS = [("2 + 2", ["3", "4", "5", "6"], 1), ("the capital of Spain", ["Madrid", "Rome", "Paris", "Oslo"], 0),
              ("not hot", ["warm", "red", "cold", "dry"], 2), ("7 - 4", ["1", "2", "4", "3"], 3)]  # fmt: skip

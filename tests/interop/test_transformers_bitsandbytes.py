@@ -18,8 +18,15 @@ from models import make_model
 
 pytestmark = pytest.mark.interop
 
-bnb = pytest.importorskip("bitsandbytes")
-pytest.importorskip("accelerate")
+bnb: Any = None  # until a test runs: it brings torch's compiler, which collecting need not wait for
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    global bnb
+    pytest.importorskip("accelerate")
+    bnb = pytest.importorskip("bitsandbytes")
+
 
 FOUR_BIT = {"NF4": ("NF4", False), "FP4": ("FP4", False), "NF4-nested": ("NF4", True), "FP4-nested": ("FP4", True)}
 WAYS = FOUR_BIT | {"INT8": ("INT8", False)}
