@@ -6,6 +6,7 @@ time; `start` runs the installed command, for tests of signals, memory and pipes
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -85,6 +86,7 @@ def _child(arguments: list[str], streams: tuple[Path, Path], without: str, envir
     if without:
         sys.modules[without] = None  # type: ignore[assignment]
     sys.argv = ["lowbit", *arguments]
+    gc.freeze()  # what the server imported: looking at it would copy its pages into every fork
     from lowbit.cli.main import run
 
     run()

@@ -112,7 +112,7 @@ def test_the_table_covers_every_pair():
     assert table_of_the_document().keys() == {(source, target) for source in SOURCES for target in TARGETS}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_table_is_what_happens(source, target, quantized, tmp_path):

@@ -3,7 +3,8 @@
 Lines run inside this process, in one folder, with a tiny random model in place of the models that documents name
 (`STANDS_FOR`) and with little text (`SMALLER`). A line that reads what another line writes (`smollm2-W4A16`) gets it:
 the command that makes it, in the same document or else in any, is run first. A line that stands in several documents
-is run once. The default suite runs half of the lines, and all of README.md and the quick starts; `make docs` runs all.
+is run once. The default suite runs a third of the lines, half of the Python, and all of README.md and the quick starts;
+`make docs` runs all.
 What is not run is in `ONLY_PARSED` or `FOREIGN`, with the reason; tests/test_docs.py holds all lines
 against the options that exist.
 """
@@ -210,7 +211,7 @@ def cases() -> list[Any]:
     return found
 
 
-@pytest.mark.sampled(2, keep=("README", "quickstart"))
+@pytest.mark.sampled(3, keep=("README", "quickstart"))
 @pytest.mark.parametrize(("path", "line"), cases())
 def test_line_runs(bench, path, line):
     bench.run(line, path)
@@ -228,6 +229,7 @@ PYTHON = [
 ]
 
 
+@pytest.mark.sampled(2, keep=("README", "quickstart"))
 @pytest.mark.parametrize(("path", "text"), PYTHON)
 def test_python_block_runs(bench, path, text, tmp_path, monkeypatch):
     """In a folder of its own, with links to what command lines make of what it reads."""

@@ -64,7 +64,7 @@ def test_llama_cpp_itself(gguf):
 
 @pytest.mark.interop
 def test_transformers_itself(folder):
-    found = bench(folder, engine="transformers", contexts=(16,), batches=(1, 2), tokens=64, repeats=2, warmups=1)
+    found = bench(folder, engine="transformers", contexts=(16,), batches=(1, 2), tokens=32, repeats=2, warmups=1)
     assert (found.engine, [row.batch for row in found.rows]) == ("transformers", [1, 2])
     assert all(row.prefill > 0 and row.decode > 0 for row in found.rows)
 

@@ -59,7 +59,7 @@ def test_every_method_writes_a_model_near_its_source(tiny_llama, tmp_path, text,
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_family_can_be_calibrated(tmp_path, text, architecture):
     model = make_model(tmp_path / "model", architecture)

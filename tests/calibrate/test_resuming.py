@@ -99,7 +99,7 @@ def test_blocks_that_are_run_again_are_those_of_the_method(model, text, tmp_path
     """Without kept hidden states, what an earlier run rotated, learned or scaled must come back from its files."""
     monkeypatch.setattr(loop, "KEEP_STATES_EVERY", 1e9)
     source = make_model(tmp_path / "model", num_hidden_layers=3, **SMALL, tie_word_embeddings=False)
-    settings = {"iterations": 12} if "sign" in method else {}
+    settings = {"iterations": 6} if "sign" in method else {}
     calibrated(source, tmp_path / "whole", text, method, **settings)
     save = BlockStore.save
 

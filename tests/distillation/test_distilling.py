@@ -68,6 +68,7 @@ def held_out_divergence(source, output, text) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
+@pytest.mark.sampled(2, keep=("W2A16",))
 @pytest.mark.parametrize(
     ("scheme", "method"),
     [("W3A16", "distill"), ("W2A16", "gptq+distill"), ("W4A16_ASYM", "distill"), ("W8A8", "distill"),

@@ -92,7 +92,7 @@ def test_the_key_values_state_the_shapes_of_the_tensors(cases, case):
         assert not denied_shape(model.arch, metadata, pattern, block, tensor.shape), tensor.name
 
 
-@pytest.mark.sampled(2, shared=True)
+@pytest.mark.sampled(4, shared=True)
 @pytest.mark.parametrize("case", CASES)
 def test_any_rows_are_the_rows_of_the_whole(cases, case):
     _, model, checkpoint, _ = cases(case)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.interop
 pytest.importorskip("xllamacpp")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_same_model(tmp_path, case):
     folder = make_case(tmp_path / "hf", case)

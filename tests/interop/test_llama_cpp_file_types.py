@@ -104,7 +104,7 @@ def test_a_model_without_fallbacks_in_every_file_type(file_type, whole_rows, tmp
     assert expected_difference(theirs, ours) < (1e-5 if file_type == "F32" else 0.05), (theirs, ours)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_every_architecture_quantized(case, tmp_path):
     path = lowbit.quantize(make_case(tmp_path / "hf", case), tmp_path / "x.gguf", scheme="Q8_0").path
@@ -112,7 +112,7 @@ def test_every_architecture_quantized(case, tmp_path):
     assert expected_difference(theirs, ours) < 0.05, (theirs, ours)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_every_architecture_in_nvfp4(case, tmp_path):
     """llama.cpp multiplies by every scale that lies beside a matrix: 2⁻⁹ or so of these, which would show if it did
