@@ -200,6 +200,11 @@ class Settings(Table):
                    see="refine.md"),
     ] = False  # fmt: skip
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
+    distill_samples: Annotated[
+        int | None, Field(ge=0),
+        Knob("Distillation: further windows of --calib, which only it learns from; 0: those of the calibration", METHODS,
+             knobs.DISTILL, absent="as many as --samples", see="distill.md"),
+    ] = None  # fmt: skip
     distill_steps: Annotated[
         int | None, Field(ge=1),
         Knob("Distillation: steps of about 2048 tokens", METHODS, knobs.DISTILL, absent="3 passes over the windows",
@@ -381,6 +386,18 @@ class Settings(Table):
     def is_blockwise(self) -> bool:
         """True if calibration text must run through the model before anything is rounded."""
         return any(parse_method(name).needs_text for name in (self.method, *self.method_overrides.values()))
+
+    @property
+    def further_windows(self) -> int:
+        """Windows of the calibration text behind those of the calibration, for a distillation to learn from."""
+        if not parse_method(self.method).finish:
+            return 0
+        return self.samples if self.distill_samples is None else self.distill_samples
+
+    @property
+    def learned_windows(self) -> int:
+        """Windows that a distillation learns from, where the text has as many."""
+        return self.further_windows or self.samples
 
     @property
     def copies_on_disk(self) -> int:
