@@ -232,6 +232,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "sweeps": (2, {}, {"refine"}),
     "codes_only": (True, {}, {"refine"}),
     "iterations": (10, {}, {"folder sign-sgd"}),
+    "distill_samples": (8, {}, {"folder distill"}),
     "distill_steps": (10, {}, {"folder distill"}),
     "distill_rate": (0.002, {}, {"folder distill"}),
     "imatrix": ("measure", {}, GGUF),

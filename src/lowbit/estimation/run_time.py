@@ -149,7 +149,9 @@ def _calibration(
     if method.learns_rotations:
         steps = rotation_steps(settings, settings.samples, settings.seqlen)
         folded = 8 * steps * shape.hidden * sum(math.prod(linear.shape) for linear in linears)  # and back
-        work["rotations"] = (_descent(steps, settings.samples, settings.seqlen, shape, linears) + folded) * slower / per_second
+        work["rotations"] = (
+            (_descent(steps, settings.samples, settings.seqlen, shape, linears) + folded) * slower / per_second
+        )
     if method.finish:
         samples = settings.learned_windows
         batch = windows_per_step(samples, settings.seqlen)

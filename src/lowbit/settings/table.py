@@ -203,7 +203,7 @@ class Settings(Table):
     distill_samples: Annotated[
         int | None, Field(ge=0),
         Knob("Distillation: further windows of --calib, which only it learns from; 0: those of the calibration", METHODS,
-             knobs.DISTILL, absent="as many as --samples", see="distill.md"),
+             knobs.DISTILL, absent="as many as --samples behind methods that read the text, else 0", see="distill.md"),
     ] = None  # fmt: skip
     distill_steps: Annotated[
         int | None, Field(ge=1),
@@ -389,10 +389,15 @@ class Settings(Table):
 
     @property
     def further_windows(self) -> int:
-        """Windows of the calibration text behind those of the calibration, for a distillation to learn from."""
-        if not parse_method(self.method).finish:
+        """Windows of the calibration text behind those of the calibration, for a distillation to learn from. None are
+        needed by default where nothing was fitted to the calibration's own."""
+        method = parse_method(self.method)
+        if not method.finish:
             return 0
-        return self.samples if self.distill_samples is None else self.distill_samples
+        if self.distill_samples is not None:
+            return self.distill_samples
+        others = map(parse_method, self.method_overrides.values())
+        return self.samples if any(each.needs_text for each in (replace(method, finish=None), *others)) else 0
 
     @property
     def learned_windows(self) -> int:
