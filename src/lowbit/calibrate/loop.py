@@ -136,8 +136,8 @@ def part_windows(windows: CalibrationWindows, settings: Settings) -> tuple[Calib
         return replace(first, notes=(*first.notes, note)), further.ids
     note = (
         f"the text has {len(further.ids) or 'no'} further windows for distillation, not the {settings.further_windows} "
-        f"asked for: it learns from those of the calibration too, which the rounding has fitted, so its gain there says "
-        f"little of other text"
+        "asked for: it learns from those of the calibration too, which the rounding has fitted, so its gain there says "
+        "little of other text"
     )
     return replace(first, notes=(*first.notes, note)), windows.ids
 

@@ -202,8 +202,9 @@ class Settings(Table):
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
     distill_samples: Annotated[
         int | None, Field(ge=0),
-        Knob("Distillation: further windows of --calib, which only it learns from; 0: those of the calibration", METHODS,
-             knobs.DISTILL, absent="as many as --samples behind methods that read the text, else 0", see="distill.md"),
+        Knob("Distillation: further windows of --calib, which only it learns from; 0: those of the calibration",
+             METHODS, knobs.DISTILL, absent="as many as --samples behind methods that read the text, else 0",
+             see="distill.md"),
     ] = None  # fmt: skip
     distill_steps: Annotated[
         int | None, Field(ge=1),
