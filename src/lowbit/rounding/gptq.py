@@ -31,6 +31,7 @@ rounded so by itself, and its error fed to the rows after it (`row_feedback`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,7 @@ from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.fitted_grids import ascending_values
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
+from lowbit.rounding.row_descent import RowDescent, joined_rows
 from lowbit.rounding.row_feedback import parts_of, rounded_in_order, row_factor
 from lowbit.rounding.target import GgmlTarget, Rounded, Target
 from lowbit.tensors import GroupParams, RangeSearch
@@ -75,6 +77,7 @@ class GPTQOptions:
     stream      β, the share of what the residual stream lost to correct, 0 to 1; no effect where `lost` is not known,
                 and without a correction
     refine      sweeps of coordinate descent after the last column
+    row_sweeps  sweeps of coordinate descent after the last row, where rows are fed (`row_descent`)
     search      range search that replaces the target's own, which suits rounding to nearest
     """
 
@@ -87,6 +90,7 @@ class GPTQOptions:
     correction: float | None = None
     stream: float = STREAM_CORRECTION
     refine: int = 1
+    row_sweeps: int = int(os.environ.get("ROWSWEEPS", "0"))
     search: RangeSearch | None = None
 
     @property
@@ -99,12 +103,6 @@ class GPTQOptions:
         """True if what the residual stream lost must be measured too."""
         return self.needs_drift and self.stream > 0
 
-    def share_corrected(self, feeds_rows: bool) -> float:
-        """α of a linear whose rows are fed, or not."""
-        if self.correction is not None:
-            return self.correction
-        return CORRECTION_WITH_ROWS if feeds_rows else CORRECTION
-
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
@@ -112,6 +110,13 @@ class GPTQOptions:
                  "correction": settings.correction, "stream": settings.stream_correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def share_corrected(correction: float | None, feeds_rows: bool) -> float:
+    """α of a linear whose rows are fed, or not."""
+    if correction is not None:
+        return correction
+    return CORRECTION_WITH_ROWS if feeds_rows else CORRECTION
 
 
 def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions | None = None) -> Rounded:
@@ -141,7 +146,19 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     if damping > options.damping:
         notes = (*notes, f"damping raised to {damping:g}")
     rounded = Rounded(target.with_codes([slab.fitted for slab in slabs], codes), decoded, notes)
-    return rounded.in_rows(torch.cat(order).argsort()) if order else rounded
+    if not order:
+        return rounded
+    rounded = rounded.in_rows(torch.cat(order).argsort())
+    if not options.row_sweeps:
+        return rounded
+    hessian = groups[0][1]
+    wanted = hessian.corrected(weight, share_corrected(options.correction, True), options.stream)
+    parts = [RowDescent(rounded.stored, target, rows, wanted[rows], outputs, hessian.curvature())
+             for rows, outputs in zip(parts_of(len(weight)), data.rows, strict=True)]  # fmt: skip
+    for part in parts:
+        for _ in range(options.row_sweeps):
+            part.sweep()
+    return joined_rows(parts, notes)
 
 
 def _row_factors(target: Target, data: InputData) -> tuple[tuple[str, ...], list[Factor]]:
@@ -199,7 +216,7 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    shares = options.share_corrected(rows_by is not None), options.stream
+    shares = share_corrected(options.correction, rows_by is not None), options.stream
     corrected = hessian.corrected(weight[group], *shares, group).index_select(1, order)
     threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:

@@ -147,10 +147,10 @@ class Settings(Table):
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
         str,
-        Knob("GPTQ, SqueezeLLM: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the "
-             "loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, and "
-             "GPTQ feeds the errors of rows to other rows by what the loss says of pairs of outputs)", METHODS,
-             knobs.WEIGHTS, "WEIGHTS", see="gptq.md#weights-of-tokens"),
+        Knob("GPTQ, SqueezeLLM, refine: what a token counts in the Hessian: inputs (all alike), guided (the gradient "
+             "of the loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, "
+             "and errors of rows are fed to other rows by what the loss says of pairs of outputs)", METHODS,
+             knobs.TOKENS, "WEIGHTS", see="gptq.md#weights-of-tokens"),
     ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
