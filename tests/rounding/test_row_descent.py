@@ -98,14 +98,6 @@ def test_a_file_that_nothing_betters_keeps_its_bytes():
     assert torch.equal(again.stored.scale, first.stored.scale)
 
 
-def test_rows_descend_after_they_were_fed():
-    (weight, stats), g = problem(32, 64), curvature(32)
-    data, target = replace(InputData(stats), rows=(g,)), target_of("W2A16", weight, 32)
-    options = GPTQOptions(correction=0.0, shrinkage=0.0, row_sweeps=0)
-    fed, swept = (gptq(weight, target, data, replace(options, row_sweeps=sweeps)) for sweeps in (0, 2))
-    assert whole(weight, swept.decoded, g, data) < 0.97 * whole(weight, fed.decoded, g, data)
-
-
 def test_any_number_of_threads_gives_the_same_bits():
     (weight, stats), g = problem(64, 128), curvature(64)
     data, target = replace(InputData(stats), rows=(g,)), target_of("W4A16", weight, 32)

@@ -31,7 +31,6 @@ rounded so by itself, and its error fed to the rows after it (`row_feedback`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +43,6 @@ from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.fitted_grids import ascending_values
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
-from lowbit.rounding.row_descent import RowDescent, joined_rows
 from lowbit.rounding.row_feedback import parts_of, rounded_in_order, row_factor
 from lowbit.rounding.target import GgmlTarget, Rounded, Target
 from lowbit.tensors import GroupParams, RangeSearch
@@ -77,7 +75,6 @@ class GPTQOptions:
     stream      β, the share of what the residual stream lost to correct, 0 to 1; no effect where `lost` is not known,
                 and without a correction
     refine      sweeps of coordinate descent after the last column
-    row_sweeps  sweeps of coordinate descent after the last row, where rows are fed (`row_descent`)
     search      range search that replaces the target's own, which suits rounding to nearest
     """
 
@@ -90,7 +87,6 @@ class GPTQOptions:
     correction: float | None = None
     stream: float = STREAM_CORRECTION
     refine: int = 1
-    row_sweeps: int = int(os.environ.get("ROWSWEEPS", "0"))
     search: RangeSearch | None = None
 
     @property
@@ -146,19 +142,7 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
     if damping > options.damping:
         notes = (*notes, f"damping raised to {damping:g}")
     rounded = Rounded(target.with_codes([slab.fitted for slab in slabs], codes), decoded, notes)
-    if not order:
-        return rounded
-    rounded = rounded.in_rows(torch.cat(order).argsort())
-    if not options.row_sweeps:
-        return rounded
-    hessian = groups[0][1]
-    wanted = hessian.corrected(weight, share_corrected(options.correction, True), options.stream)
-    parts = [RowDescent(rounded.stored, target, rows, wanted[rows], outputs, hessian.curvature())
-             for rows, outputs in zip(parts_of(len(weight)), data.rows, strict=True)]  # fmt: skip
-    for part in parts:
-        for _ in range(options.row_sweeps):
-            part.sweep()
-    return joined_rows(parts, notes)
+    return rounded.in_rows(torch.cat(order).argsort()) if order else rounded
 
 
 def _row_factors(target: Target, data: InputData) -> tuple[tuple[str, ...], list[Factor]]:
