@@ -218,7 +218,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "all_experts": (True, {}, BLOCKWISE),
     "bias_correction": (True, {}, BLOCKWISE - {"refine"}),
     "method_overrides": ({"x": "hqq"}, {}, (BLOCKWISE | FOLDERS) - {"refine"}),
-    "hessian": ("guided:4", {}, CORRECTED),
+    "hessian": ("guided:4", {}, HESSIAN),
     "rotation_steps": (9, {"method": "spinquant+gptq"}, QUANTIZED),
     "rotation_rate": (0.5, {"method": "spinquant+gptq"}, QUANTIZED),
     "damping": (0.02, {}, HESSIAN),
@@ -232,6 +232,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "sweeps": (2, {}, {"refine"}),
     "codes_only": (True, {}, {"refine"}),
     "iterations": (10, {}, {"folder sign-sgd"}),
+    "distill_samples": (8, {}, {"folder distill"}),
     "distill_steps": (10, {}, {"folder distill"}),
     "distill_rate": (0.002, {}, {"folder distill"}),
     "imatrix": ("measure", {}, GGUF),
@@ -512,7 +513,7 @@ def test_a_value_that_is_refused_is_named(given, says):
 def test_a_refinement_reads_what_its_readers_say():
     """One place says what reads a setting: the table."""
     assert set(READ_BY_REFINE) == {
-        "calib", "samples", "seqlen", "seed", "compute", "all_experts", "damping", "shrinkage", "correction",
+        "calib", "samples", "seqlen", "seed", "compute", "all_experts", "hessian", "damping", "shrinkage", "correction",
         "stream_correction", "correction_samples", "expert_tokens", "sweeps", "codes_only",
     }  # fmt: skip
     assert set(READ_BY_REFINE) <= {name for name in READ if "refine" in READ[name][2]}

@@ -139,8 +139,6 @@ STATIC = Reader("schemes with static activation scales", "--scheme FP8 or W8A8_S
 STATIC_PERCENTILE = Reader("--activation-range percentile, for static schemes", "--activation-range percentile uses it",
                            lambda run: run.static and run.activations_by_percentile)  # fmt: skip
 GPTQ = Reader("GPTQ", "--method gptq uses it", lambda run: "gptq" in run.roundings)
-WEIGHTS = Reader("GPTQ and SqueezeLLM", "--method gptq uses it",
-                 lambda run: bool(run.roundings & {"gptq", "squeezellm"}))  # fmt: skip
 TOKENS = Reader("GPTQ, SqueezeLLM and lowbit refine", "--method gptq uses it",
                 lambda run: bool(run.roundings & {"gptq", "squeezellm", "refine"}))  # fmt: skip
 HESSIAN = Reader(

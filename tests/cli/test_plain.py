@@ -79,6 +79,21 @@ def test_a_long_run_says_a_line_a_minute_where_nobody_sees_a_bar(monkeypatch, ca
     ]
 
 
+def test_the_time_left_is_that_of_the_stage(monkeypatch, caplog):
+    clock = iter([0.0, 60.0, 600.0, 660.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    heartbeat = console._Heartbeat("model → out", logging.WARNING)
+    with caplog.at_level(logging.INFO, "lowbit"):
+        monkeypatch.setattr(logging.getLogger("lowbit"), "propagate", True)
+        for done, total in ((1, 2), (0, 24), (1, 24)):
+            heartbeat.tell(done, total)
+    assert list(dict.fromkeys(caplog.messages)) == [
+        "model → out: 50 %, 1 min, about 1 min left",
+        "model → out: 0 %, 0 min",
+        "model → out: 4 %, 1 min, about 23 min left",
+    ]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize(("where", "code"), [("> /dev/full", 1), (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0)])
 def test_streams_that_are_full_or_closed(tiny_llama, where, code):

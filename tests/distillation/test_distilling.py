@@ -9,7 +9,7 @@ import torch
 
 import lowbit
 from calibrate.calibrated import calibrated, files_of, write_text
-from lowbit.architecture.loading import load_model
+from lowbit.architecture.loading import load_model, load_tokenizer
 from lowbit.calibrate.loop import read_windows
 from lowbit.calibrate.store import BlockStore
 from lowbit.checkpoint import open_checkpoint
@@ -27,8 +27,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, 
         "head_dim": 64}  # fmt: skip
 GIVEN = {"scheme": "W2A16", "samples": 12, "seqlen": 32, "compute": "float32", "distill_steps": 8, "distill_rate": 2e-3}
 # GPTQ as published: shrunk Hessians leave nothing to gain on so small a model and text.
-# Of W2A16: a start that leaves something to learn on so little text.
-PLAIN_GPTQ = {"expert_tokens": 8, "shrinkage": 0, "stream_correction": 0, "positive_scales": True}
+# Of W2A16, and of windows that GPTQ has seen: a start that leaves something to learn on so little text.
+PLAIN_GPTQ = {"expert_tokens": 8, "shrinkage": 0, "stream_correction": 0, "positive_scales": True, "distill_samples": 0}
 
 
 class Stopped(Exception):
@@ -56,11 +56,14 @@ def text(model):
     return write_text(model.parent)
 
 
-def held_out_divergence(source, output, text) -> float:
+def held_out_divergence(source, output, text, method="distill") -> float:
     """Of a finished output from its source, on the windows that a run with GIVEN holds out."""
     checkpoint = open_checkpoint(str(source))
-    settings = Settings(calib=str(text), samples=GIVEN["samples"], seqlen=GIVEN["seqlen"])
-    ids = read_windows(checkpoint, settings, OpenOptions(), RunOptions()).ids
+    settings = Settings(calib=str(text), method=method, samples=GIVEN["samples"], seqlen=GIVEN["seqlen"],
+                        distill_samples=PLAIN_GPTQ["distill_samples"] if "gptq" in method else None)  # fmt: skip
+    further = settings.further_windows
+    windows = read_windows(checkpoint, settings, OpenOptions(), RunOptions(), further=further)
+    ids = windows.parted(settings.samples)[1 if further else 0].ids
     ids = ids[Split.of(len(ids)).held_out]
     with torch.no_grad():
         log_p = load_model(checkpoint)(ids).logits.log_softmax(-1)
@@ -85,7 +88,7 @@ def test_a_folder_is_what_was_trained(model, wide, text, tmp_path, scheme, metho
     assert done is not None
     assert done.kld_end < done.kld_start, "something was learned"
     assert (done.windows, done.held_out) == (10, 2)
-    assert held_out_divergence(model, tmp_path / "out", text) == pytest.approx(done.kld_end, rel=2e-3)
+    assert held_out_divergence(model, tmp_path / "out", text, method) == pytest.approx(done.kld_end, rel=2e-3)
     assert all(entry.method.endswith("+distill") for entry in report.tensors if entry.scheme is not None)
     assert any(note.startswith("distillation of ") for note in report.source.notes)
 
@@ -228,6 +231,52 @@ def test_a_text_shorter_than_asked_for_is_refused(model, tmp_path):
     short.write_text("A few words, and no more than that.")
     with pytest.raises(UsageError, match=r"there (is|are) [123]$"):
         calibrated(model, tmp_path / "out", short, "gptq+distill", **GIVEN | {"seqlen": 16})
+
+
+@pytest.mark.parametrize(
+    ("given", "further"),
+    [({}, 0), ({"method": "gptq"}, 0), ({"method": "distill"}, 0), ({"method": "gptq+distill"}, 12),
+     ({"method": "awq+distill"}, 12), ({"method": "distill", "method_overrides": {"down_proj": "gptq"}}, 12),
+     ({"method": "gptq+distill", "distill_samples": 0}, 0), ({"method": "distill", "distill_samples": 5}, 5)],
+)  # fmt: skip
+def test_distillation_has_windows_of_its_own_behind_what_was_fitted(given, further):
+    assert Settings(samples=12, **given).further_windows == further
+
+
+def beginning(model, text, windows):
+    """So many windows of the text, and a few tokens more."""
+    tokenizer = load_tokenizer(open_checkpoint(str(model)), OpenOptions())
+    return tokenizer.decode(tokenizer(text.read_text(), add_special_tokens=False).input_ids[: windows * 32 + 8])
+
+
+def test_a_text_without_further_windows_is_learned_from_whole(model, text, tmp_path):
+    """The first windows are the calibration's, whatever follows."""
+    for name, windows, further in (("much", 24, True), ("little", 14, False)):
+        (tmp_path / name).write_text(beginning(model, text, windows))
+        given = GIVEN | PLAIN_GPTQ | {"distill_steps": 1, "distill_samples": None}
+        report = calibrated(model, tmp_path / f"{name}-out", tmp_path / name, "gptq+distill", **given)
+        assert report.settings.calibration.samples == 12, name
+        assert report.distillation.windows + report.distillation.held_out == (12 if further else 14), name
+        notes = "\n".join(report.source.notes)
+        assert ("distillation learns from 12 windows behind those of the calibration" in notes) is further
+        assert ("the text has 2 further windows for distillation, not the 12 asked for" in notes) is not further
+
+
+def test_a_run_does_not_go_on_with_another_text_of_the_distillation(model, text, tmp_path, monkeypatch):
+    given = GIVEN | PLAIN_GPTQ | {"distill_samples": 12}
+    begun, changed = beginning(model, text, 16), tmp_path / "text.txt"
+    changed.write_text(text.read_text())
+
+    def stop(self, *_):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStore, "save_learning", stop)
+        with pytest.raises(Stopped):
+            calibrated(model, tmp_path / "out", changed, "gptq+distill", **given)
+    changed.write_text(begun + begun)
+    with pytest.raises(UsageError, match="the text of the distillation is not what it was"):
+        calibrated(model, tmp_path / "out", changed, "gptq+distill", run=RunOptions(resume=True), **given)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(model, text, tmp_path):

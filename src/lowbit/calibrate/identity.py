@@ -40,14 +40,17 @@ _ABSENT = object()
 _KINDS = {"store", "training"}  # numbers of the layout of what is kept, by the kind of run
 
 
-def depends_on(job: Job, options: OpenOptions) -> dict[str, Any]:
-    """Everything that can change a byte of the result, as JSON values; reads all weight files once."""
+def depends_on(job: Job, options: OpenOptions, learning: Tensor) -> dict[str, Any]:
+    """Everything that can change a byte of the result, as JSON values; reads all weight files once.
+
+    learning  ids that a distillation learns from
+    """
     return identity(
         job.checkpoint, options,
         store={"store": 3},
         settings=settings_of(job.settings),
         beside={} if job.start is None else told_as("{}, which is refined,", file_hashes(set(job.start.files))),
-        text={"the calibration text": job.ids},
+        text={"the calibration text": job.ids, "the text of the distillation": learning},
         targets={name: repr(target) for name, target in sorted(job.targets.items())},
         arithmetic={"dtype": str(job.dtype), "device": job.device},
     )  # fmt: skip

@@ -54,6 +54,7 @@ from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
+from lowbit.text.packing import counted
 from lowbit.transform.facts import model_facts
 from lowbit.transform.online import online_rotations
 
@@ -67,6 +68,7 @@ class Calibrated:
     checkpoint  the source (of a refinement the file) with the tensors that transforms rewrote
     store       codes of the rounded linears
     windows     calibration text
+    learning    int64 [windows, tokens]: what a distillation learns from
     seconds     wall time by kind of work
     rotations   linear → rotation of its input by the engine, with which its codes are stored
     unmet       notes on settings that were given and that the model has no use for
@@ -75,6 +77,7 @@ class Calibrated:
     checkpoint: Checkpoint
     store: BlockStore
     windows: CalibrationWindows
+    learning: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
     rotations: dict[str, Rotation] = field(default_factory=dict)
     unmet: tuple[str, ...] = ()
@@ -99,28 +102,50 @@ class Calibrated:
 
 def read_windows(
     checkpoint: Checkpoint, settings: Settings, options: OpenOptions, run: RunOptions, progress: Progress | None = None,
-    given: GivenText | None = None,
+    given: GivenText | None = None, further: int = 0,
 ) -> CalibrationWindows:  # fmt: skip
-    """The calibration text cut into windows; "self" has the model write it. given: what stands for it in memory"""
+    """The calibration text cut into windows; "self" has the model write it.
+
+    given    what stands for it in memory
+    further  windows beyond those of the settings, of the same text
+    """
+    count = settings.samples + further
     if given is not None:
-        return given_windows(given, checkpoint, settings, options)
+        return given_windows(given, checkpoint, settings, options, count)
     if settings.calib == "self":
         from lowbit.calibrate.self_text import generate_windows
 
         return generate_windows(
-            checkpoint, settings.samples, settings.seqlen, seed=settings.seed, options=options, device=run.device,
+            checkpoint, count, settings.seqlen, seed=settings.seed, options=options, device=run.device,
             max_memory=run.max_memory, progress=progress,
         )  # fmt: skip
     return mixed_windows(
-        settings.calib, load_tokenizer(checkpoint, options), settings.samples, settings.seqlen, seed=settings.seed,
+        settings.calib, load_tokenizer(checkpoint, options), count, settings.seqlen, seed=settings.seed,
         longest=context_length(checkpoint.config()),
     )  # fmt: skip
 
 
+def part_windows(windows: CalibrationWindows, settings: Settings) -> tuple[CalibrationWindows, Tensor]:
+    """Windows of the calibration, and the ids that a distillation learns from: the further ones, since GPTQ has fitted
+    its own; all there are, with a note, if fewer than half of those asked for are left."""
+    first, further = windows.parted(settings.samples)
+    if not settings.further_windows:
+        return first, first.ids
+    if 2 * len(further.ids) >= settings.further_windows:
+        note = f"distillation learns from {counted(len(further.ids), 'window')} behind those of the calibration"
+        return replace(first, notes=(*first.notes, note)), further.ids
+    note = (
+        f"the text has {len(further.ids) or 'no'} further windows for distillation, not the {settings.further_windows} "
+        "asked for: it learns from those of the calibration too, which the rounding has fitted, so its gain there says "
+        "little of other text"
+    )
+    return replace(first, notes=(*first.notes, note)), windows.ids
+
+
 def given_windows(
-    given: GivenText, checkpoint: Checkpoint, settings: Settings, options: OpenOptions
+    given: GivenText, checkpoint: Checkpoint, settings: Settings, options: OpenOptions, count: int
 ) -> CalibrationWindows:
-    """Calibration data in memory, cut into windows; texts need the checkpoint's tokenizer."""
+    """Calibration data in memory, cut into `count` windows; texts need the checkpoint's tokenizer."""
     known = checkpoint.kind == "gguf" or has_tokenizer(checkpoint.folder)
     tokenizer, refused = None, None
     try:
@@ -128,7 +153,7 @@ def given_windows(
     except UnsafeError as error:  # token ids need no tokenizer
         refused = error
     return given.windows(
-        tokenizer, settings.samples, settings.given.get("seqlen"), default=settings.seqlen,
+        tokenizer, count, settings.given.get("seqlen"), default=settings.seqlen,
         longest=context_length(checkpoint.config()), vocabulary=embedding_rows(checkpoint.tensors), refused=refused,
     )  # fmt: skip
 
@@ -145,7 +170,9 @@ def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
     if not targets:
         raise UsageError("no linear of a decoder block is quantized, so there is nothing to calibrate",
                          f"loosen --ignore; {RUNS_NO_TEXT}")  # fmt: skip
-    windows = read_windows(checkpoint, settings, options, run, task.progress, task.text)
+    windows, learning = part_windows(
+        read_windows(checkpoint, settings, options, run, task.progress, task.text, settings.further_windows), settings
+    )
     rotations = online_rotations(parse_method(settings.method), architecture, targets)
     job = Job(task, windows.ids, rotations)
     if not settings.allow_fallback:
@@ -163,7 +190,7 @@ def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
         windows.ids.numel(),
         job.feeds_rows,
     )
-    store = BlockStore(work_folder(output), depends_on(job, options), run.resume)
+    store = BlockStore(work_folder(output), depends_on(job, options, learning), run.resume)
     work = Work(task.progress)
     with work.timed("rotations"):
         nearest = frozenset(name for name, row in job.roundings.items() if row is RTN)
@@ -203,7 +230,7 @@ def calibrate(task: CalibrationTask, output: Path) -> Calibrated:
         why = "no output of a rounded linear at the end of attention or MLP is added to the residual stream as it is"
         unmet = (f"--stream-correction {settings.stream_correction:g} changed nothing: {why}",)
     done = OverlaidCheckpoint(floats, outside | rewritten)
-    return Calibrated(done, store, windows, work.seconds, rotations, unmet)
+    return Calibrated(done, store, windows, learning, work.seconds, rotations, unmet)
 
 
 def _turned_back(read: Callable[[], Tensor], rotation: Rotation) -> Tensor:

@@ -99,14 +99,19 @@ def _bar(title: str, amount: Any, quiet: bool) -> Iterator[Callable[[int, int], 
 
 
 class _Heartbeat:
-    """A line a minute about a long run: on stderr where it is no terminal, and in the log."""
+    """A line a minute about a long run: on stderr where it is no terminal, and in the log. A total that changes is the
+    next stage, whose time is counted anew: steps of a distillation say nothing of blocks."""
 
     def __init__(self, title: str, level: int):
         self.title, self.level = title, level
         self.began = self.last = time.monotonic()
+        self.total: int | None = None
 
     def tell(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if self.total not in (None, total):
+            self.began = now
+        self.total = total
         if now - self.last < HEARTBEAT or not total:
             return
         self.last, spent = now, now - self.began

@@ -54,12 +54,12 @@ class FinishJob(CalibrationTask):
 
 def check_distillation(job: FinishJob) -> None:
     """Before anything is calibrated: UsageError for too few windows, or too little memory."""
-    job.memory(job.settings.samples, job.settings.seqlen).share(job.run.max_memory)
+    job.memory(job.settings.learned_windows, job.settings.seqlen).share(job.run.max_memory)
 
 
 def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, Distilled]:
     """Learn scales, norms and biases of the rounded model; see `descent.distill`."""
-    store, ids = calibrated.store, calibrated.windows.ids
+    store, ids = calibrated.store, calibrated.learning
     options, keeper = DistillOptions.of(job.settings), _StoreKeeper(store)
     state = keeper.load()
     opened = _openers(calibrated, job)

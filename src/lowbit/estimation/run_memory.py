@@ -120,10 +120,10 @@ def peak_memory(
         states = min(states, max(0, max_memory - sum(parts.values()) - sum(block.values())))
     method = parse_method(settings.method)
     if method.finish or method.learns_rotations:
-        exact, tokens = distillation_dtype(settings), settings.samples * settings.seqlen
+        exact, samples = distillation_dtype(settings), settings.learned_windows if method.finish else settings.samples
         memory = rotation_memory if method.learns_rotations else distill_memory
-        learning = memory(architecture, prepared.plan.targets, exact, settings.samples, settings.seqlen).needed
-        held = 2 * tokens * shape.hidden * exact.itemsize
+        learning = memory(architecture, prepared.plan.targets, exact, samples, settings.seqlen).needed
+        held = 2 * samples * settings.seqlen * shape.hidden * exact.itemsize
         if sum(learning.values()) + held > sum(block.values()) + states:
             return parts | learning | {"hidden states": held} | writing
     embedding = shape.vocab * shape.hidden * ((4 if from_gguf else 2) + compute.itemsize)

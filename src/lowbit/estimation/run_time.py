@@ -149,26 +149,29 @@ def _calibration(
     if method.learns_rotations:
         steps = rotation_steps(settings, settings.samples, settings.seqlen)
         folded = 8 * steps * shape.hidden * sum(math.prod(linear.shape) for linear in linears)  # and back
-        work["rotations"] = (_descent(steps, settings, shape, linears) + folded) * slower / per_second
+        work["rotations"] = (
+            (_descent(steps, settings.samples, settings.seqlen, shape, linears) + folded) * slower / per_second
+        )
     if method.finish:
-        batch = windows_per_step(settings.samples, settings.seqlen)
-        steps = settings.distill_steps or PASSES * (len(Split.of(settings.samples).train) // batch)
-        work["distillation"] = _descent(steps, settings, shape, linears) * slower / per_second
+        samples = settings.learned_windows
+        batch = windows_per_step(samples, settings.seqlen)
+        steps = settings.distill_steps or PASSES * (len(Split.of(samples).train) // batch)
+        work["distillation"] = _descent(steps, samples, settings.seqlen, shape, linears) * slower / per_second
     return work
 
 
-def _descent(steps: int, settings: Settings, shape: ModelShape, linears: list[Linear]) -> float:
+def _descent(steps: int, samples: int, seqlen: int, shape: ModelShape, linears: list[Linear]) -> float:
     """Floating point operations. Of a step: two forward passes and a backward pass through blocks, the teacher's head,
     the student's with its gradient. Of an evaluation: a forward pass and both heads."""
     weights = sum(
         math.prod(linear.shape) * (1.0 if linear.expert is None or not shape.experts else
                                    shape.experts_per_token / shape.experts) for linear in linears
     )  # fmt: skip
-    head, split = shape.vocab * shape.hidden, Split.of(settings.samples)
-    batch = windows_per_step(settings.samples, settings.seqlen)
+    head, split = shape.vocab * shape.hidden, Split.of(samples)
+    batch = windows_per_step(samples, seqlen)
     trained, judged = steps * batch, (EVALUATIONS + 1) * len(split.held_out)
-    windows = trained * (8 * weights + 6 * head) + judged * (2 * weights + 4 * head) + settings.samples * 2 * weights
-    return windows * settings.seqlen
+    windows = trained * (8 * weights + 6 * head) + judged * (2 * weights + 4 * head) + samples * 2 * weights
+    return windows * seqlen
 
 
 @dataclass(frozen=True)

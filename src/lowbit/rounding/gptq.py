@@ -99,12 +99,6 @@ class GPTQOptions:
         """True if what the residual stream lost must be measured too."""
         return self.needs_drift and self.stream > 0
 
-    def share_corrected(self, feeds_rows: bool) -> float:
-        """α of a linear whose rows are fed, or not."""
-        if self.correction is not None:
-            return self.correction
-        return CORRECTION_WITH_ROWS if feeds_rows else CORRECTION
-
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
         """The user's settings, defaults for the rest."""
@@ -112,6 +106,13 @@ class GPTQOptions:
                  "correction": settings.correction, "stream": settings.stream_correction, "refine": settings.refine,
                  "search": SEARCH if settings.range == "auto" else None}  # fmt: skip
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+def share_corrected(correction: float | None, feeds_rows: bool) -> float:
+    """α of a linear whose rows are fed, or not."""
+    if correction is not None:
+        return correction
+    return CORRECTION_WITH_ROWS if feeds_rows else CORRECTION
 
 
 def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions | None = None) -> Rounded:
@@ -199,7 +200,7 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    shares = options.share_corrected(rows_by is not None), options.stream
+    shares = share_corrected(options.correction, rows_by is not None), options.stream
     corrected = hessian.corrected(weight[group], *shares, group).index_select(1, order)
     threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
     if rows_by is not None:

@@ -146,12 +146,12 @@ class Settings(Table):
              "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
-        str,
-        Knob("GPTQ, SqueezeLLM: what a token counts in the Hessian: inputs (all alike), guided (the gradient of the "
-             "loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, and "
-             "GPTQ feeds the errors of rows to other rows by what the loss says of pairs of outputs)", METHODS,
-             knobs.WEIGHTS, "WEIGHTS", see="gptq.md#weights-of-tokens"),
-    ] = "inputs"  # fmt: skip
+        str | None,
+        Knob("GPTQ, SqueezeLLM, refine: what a token counts in the Hessian: inputs (all alike), guided (the gradient "
+             "of the loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, "
+             "and errors of rows are fed to other rows by what the loss says of pairs of outputs)", METHODS,
+             knobs.TOKENS, "WEIGHTS", absent="inputs; kronecker for lowbit refine", see="gptq.md#weights-of-tokens"),
+    ] = None  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
         Knob("GPTQ, refine: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.HESSIAN,
@@ -200,6 +200,12 @@ class Settings(Table):
                    see="refine.md"),
     ] = False  # fmt: skip
     iterations: Annotated[int, Field(ge=1), Knob("sign-SGD: steps per block", METHODS, knobs.SIGN_SGD)] = 200
+    distill_samples: Annotated[
+        int | None, Field(ge=0),
+        Knob("Distillation: further windows of --calib, which only it learns from; 0: those of the calibration",
+             METHODS, knobs.DISTILL, absent="as many as --samples behind methods that read the text, else 0",
+             see="distill.md"),
+    ] = None  # fmt: skip
     distill_steps: Annotated[
         int | None, Field(ge=1),
         Knob("Distillation: steps of about 2048 tokens", METHODS, knobs.DISTILL, absent="3 passes over the windows",
@@ -320,7 +326,9 @@ class Settings(Table):
 
     @field_validator("hessian")
     @classmethod
-    def _hessian(cls, text: str) -> str:
+    def _hessian(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
         name, colon, groups = text.partition(":")
         counted = groups.isdecimal() and int(groups) > 0
         if text not in ("inputs", "kronecker") and (name != "guided" or (colon and not counted)):
@@ -356,14 +364,20 @@ class Settings(Table):
         return value
 
     @property
+    def weights_of_tokens(self) -> str:
+        """What a token counts in the Hessian: the user's choice, or what measures best for the method."""
+        return self.hessian or ("kronecker" if parse_method(self.method).rounding.refines else "inputs")
+
+    @property
     def hessian_groups(self) -> int:
         """Groups of output rows with a Hessian each, of tokens weighed by gradients; 0 if tokens count alike."""
-        return 0 if self.hessian == "inputs" else int(self.hessian.partition(":")[2] or 1)
+        weights = self.weights_of_tokens
+        return 0 if weights == "inputs" else int(weights.partition(":")[2] or 1)
 
     @property
     def feeds_rows(self) -> bool:
         """True if errors of rows are fed to other rows, by the curvature of the loss in pairs of outputs."""
-        return self.hessian == "kronecker"
+        return self.weights_of_tokens == "kronecker"
 
     @property
     def bytes_per_shard(self) -> int:
@@ -381,6 +395,23 @@ class Settings(Table):
     def is_blockwise(self) -> bool:
         """True if calibration text must run through the model before anything is rounded."""
         return any(parse_method(name).needs_text for name in (self.method, *self.method_overrides.values()))
+
+    @property
+    def further_windows(self) -> int:
+        """Windows of the calibration text behind those of the calibration, for a distillation to learn from. None are
+        needed by default where nothing was fitted to the calibration's own."""
+        method = parse_method(self.method)
+        if not method.finish:
+            return 0
+        if self.distill_samples is not None:
+            return self.distill_samples
+        others = map(parse_method, self.method_overrides.values())
+        return self.samples if any(each.needs_text for each in (replace(method, finish=None), *others)) else 0
+
+    @property
+    def learned_windows(self) -> int:
+        """Windows that a distillation learns from, where the text has as many."""
+        return self.further_windows or self.samples
 
     @property
     def copies_on_disk(self) -> int:

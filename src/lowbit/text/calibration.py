@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,13 @@ class CalibrationWindows:
     asked: int
     notes: tuple[str, ...]
     counted: Tensor | None = None
+
+    def parted(self, count: int) -> tuple[CalibrationWindows, CalibrationWindows]:
+        """The first `count` windows, and the others; the notes stay with the first."""
+        counted = (None, None) if self.counted is None else (self.counted[:count], self.counted[count:])
+        asked = min(count, self.asked)
+        first = replace(self, ids=self.ids[:count], asked=asked, counted=counted[0])
+        return first, replace(self, ids=self.ids[count:], asked=self.asked - asked, notes=(), counted=counted[1])
 
 
 def calibration_windows(

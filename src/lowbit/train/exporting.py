@@ -92,7 +92,7 @@ def export_trained(
             plan=replace(prepared.plan, settings=training.settings, notes=(*prepared.plan.notes, *notes)),
             source=source or prepared.source,
             calibration=None if text is None else CalibrationText.of(text),
-            calibrated=Calibrated(prepared.checkpoint, store, windows),
+            calibrated=Calibrated(prepared.checkpoint, store, windows, windows.ids),
             made_by=METHOD,
         )
         return write_prepared(prepared, output, overwrite, progress, meter)

@@ -514,7 +514,7 @@ def _importance_matrix(
     source = open_checkpoint(request.model, options)  # under its own names
     try:
         if request.text is not None:
-            windows = given_windows(request.text, source, settings, options)
+            windows = given_windows(request.text, source, settings, options, settings.samples)
         else:
             windows = text_of(source, settings.calib, settings.samples, settings.seqlen, options, settings.seed)
         matrix = measure_importance(source, windows, options=options, progress=request.progress).matrix
