@@ -121,3 +121,14 @@ def test_every_level_is_a_method_with_settings_of_the_table(level):
     assert QUALITIES[level].keys() <= Settings.model_fields.keys()
     chosen = make_settings(quality=level)
     assert {name: getattr(chosen, name) for name in QUALITIES[level]} == QUALITIES[level]
+
+
+@pytest.mark.parametrize(
+    "line", ["group_size: " + "9" * 5000, "scheme: !!bool maybe", "scheme: !!timestamp now", "samples: 2026-99-99",
+             "scheme: " + "[" * 5000],
+)  # fmt: skip
+def test_a_recipe_that_yaml_cannot_construct_is_refused(tmp_path, line):
+    """PyYAML raises ValueError, KeyError and AttributeError of these, which are none of its own errors."""
+    (tmp_path / "recipe.yaml").write_text(line + "\n")
+    with pytest.raises(UsageError, match=r"recipe\.yaml: cannot be read as YAML"):
+        make_settings(tmp_path / "recipe.yaml")

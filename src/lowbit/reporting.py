@@ -30,7 +30,7 @@ from lowbit.report import schema
 from lowbit.report.neighbours import planned_neighbours, with_neighbours_beside
 from lowbit.report.next_steps import next_steps
 from lowbit.report.page import render_html
-from lowbit.rounding.extremes import tells_of_extremes
+from lowbit.rounding.extremes import tells_of_extremes, tells_of_loss
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
@@ -66,7 +66,7 @@ def build_report(
             model=prepared.source,
             kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*checkpoint.notes, *plan.notes, *_counted(extremes_of(prepared, written)),
+            notes=(*checkpoint.notes, *plan.notes, *_extreme_notes(prepared, written),
                    *_calibration_notes(prepared), *filter(None, [plan.shortfall])),
             bytes=bytes_in,
             adapter=prepared.options.adapter,
@@ -313,11 +313,16 @@ def extremes_of(prepared: Prepared, written: Written) -> list[str]:
     return [f"{name}: {note}" for name, note in found]
 
 
-def _counted(extremes: list[str]) -> tuple[str, ...]:
-    """The first few, and how many more there are."""
-    count = len(extremes) - _EXTREMES
-    more = (f"{count} more notes of this kind stand with their tensors in the report",) if count > 0 else ()
-    return (*extremes[:_EXTREMES], *more)
+def _extreme_notes(prepared: Prepared, written: Written) -> tuple[str, ...]:
+    """The first few, each with what keeps such a tensor as it is, and how many more there are."""
+    found, notes = extremes_of(prepared, written), []
+    keep = "--override '{}=BF16'" if prepared.plan.format.name == "gguf" else "--ignore '{}'"
+    for note in found[:_EXTREMES]:
+        remedy = f"; {keep.format(note.partition(':')[0])} of quantize keeps it in 16 bits"
+        notes.append(note + (remedy if tells_of_loss(note) else ""))
+    if len(found) > _EXTREMES:
+        notes.append(f"{len(found) - _EXTREMES} more notes of this kind stand with their tensors in the report")
+    return tuple(notes)
 
 
 def _entry(

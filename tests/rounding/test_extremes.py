@@ -33,7 +33,21 @@ def test_a_clipped_value(type_name, largest):
     values = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     values[1, 3] = 1e7
     assert tells_of_extremes(found(values, type_name) or "")
-    assert found(values, type_name) == f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+    said = f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+    others = 255 if type_name == "TQ1_0" else 31
+    assert found(values, type_name) == f"{said}; it shares its scale with {others} other weights, which became zero"
+    values[0, :3] = -1e7
+    assert ", and 3 more weights are cut like it" in (found(values, type_name) or "")
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q2_K", "Q6_K"])
+def test_a_value_that_leaves_nothing_of_its_super_block(type_name):
+    """In types with minimums its neighbours become one number, which is not zero."""
+    values = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+    values[1, 300] = 1e6
+    said = found(values, type_name) or ""
+    assert re.search(r"at \[11, 300\] .*shares.* with 255 other weights", said), said
+    assert tells_of_extremes(said)
 
 
 def test_a_value_that_crowds_out_all_others_of_its_group():
@@ -54,7 +68,9 @@ def test_a_value_that_crowds_out_all_others_of_its_group():
 
 
 def test_values_below_the_smallest_step():
-    assert "rows 10..12, at most 1e-10, are below half" in (found(torch.full((2, 256), 1e-10), "Q8_0") or "")
+    assert "rows 10..12 (512 weights), at most 1e-10, are below half" in (
+        found(torch.full((2, 256), 1e-10), "Q8_0") or ""
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
