@@ -313,13 +313,24 @@ def extremes_of(prepared: Prepared, written: Written) -> list[str]:
     return [f"{name}: {note}" for name, note in found]
 
 
+def keeping(prepared: Prepared, name: str) -> str:
+    """The options that keep a tensor as it is; in a folder with those that engines load as one matrix with it."""
+    if prepared.plan.format.name == "gguf":
+        return f"--override '{name}=BF16'"
+    linear, described = name.removesuffix(".weight"), prepared.plan.described
+    for whole, members in (described.fused_sets | described.expert_sets).items():
+        if linear in members:
+            together = all(member.startswith(f"{whole}.") for member in members)
+            return " ".join(f"--ignore '{each}'" for each in ([f"{whole}."] if together else members))
+    return f"--ignore '{linear}'"
+
+
 def _extreme_notes(prepared: Prepared, written: Written) -> tuple[str, ...]:
     """The first few, each with what keeps such a tensor as it is, and how many more there are."""
     found, notes = extremes_of(prepared, written), []
-    keep = "--override '{}=BF16'" if prepared.plan.format.name == "gguf" else "--ignore '{}'"
     for note in found[:_EXTREMES]:
-        remedy = f"; {keep.format(note.partition(':')[0])} of quantize keeps it in 16 bits"
-        notes.append(note + (remedy if tells_of_loss(note) else ""))
+        keep = keeping(prepared, note.partition(":")[0])
+        notes.append(f"{note}; {keep} of quantize keeps it in 16 bits" if tells_of_loss(note) else note)
     if len(found) > _EXTREMES:
         notes.append(f"{len(found) - _EXTREMES} more notes of this kind stand with their tensors in the report")
     return tuple(notes)

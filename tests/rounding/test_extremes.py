@@ -98,8 +98,23 @@ def test_weights_beyond_all_scales_of_a_format_are_the_input_s_fault(tiny_llama,
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"W4A16 of gptq cannot hold .*down_proj.weight: 3.*e.38 at") as caught:
         lowbit.quantize(model, tmp_path / "out", scheme="W4A16", group_size=32, **how)
-    assert "--ignore model.layers.1.mlp.down_proj.weight" in caught.value.hint
+    assert "--ignore 'model.layers.1.mlp.down_proj' keeps it" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scheme", "option"), [("W4A16", "ignore"), ("Q8_0", "overrides")])
+def test_the_remedy_of_a_note_is_one_that_works(tiny_llama, tmp_path, scheme, option):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out = tmp_path / ("out.gguf" if scheme == "Q8_0" else "out")
+    (said,) = (note for note in lowbit.quantize(model, out, scheme=scheme).report.source.notes if "e+38 at" in note)
+    given = re.findall(r"--(?:ignore|override) '([^']+)'", said)
+    assert len(given) == (2 if option == "ignore" else 1)  # gate_proj and up_proj, which engines load as one
+    how = {option: given if option == "ignore" else dict(each.split("=") for each in given)}
+    notes = lowbit.quantize(model, out, scheme=scheme, overwrite=True, **how).report.source.notes
+    assert not any("e+38 at" in note for note in notes)
 
 
 def test_a_slab_of_zeros_is_named():
