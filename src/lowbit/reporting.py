@@ -317,8 +317,9 @@ def keeping(prepared: Prepared, name: str) -> str:
     """The options that keep a tensor as it is; in a folder with those that engines load as one matrix with it."""
     if prepared.plan.format.name == "gguf":
         return f"--override '{name}=BF16'"
-    linear, described = name.removesuffix(".weight"), prepared.plan.described
-    for whole, members in (described.fused_sets | described.expert_sets).items():
+    linear, architecture = name.removesuffix(".weight"), prepared.plan.architecture
+    sets = {} if architecture is None else architecture.fused_sets | architecture.expert_sets
+    for whole, members in sets.items():
         if linear in members:
             together = all(member.startswith(f"{whole}.") for member in members)
             return " ".join(f"--ignore '{each}'" for each in ([f"{whole}."] if together else members))
