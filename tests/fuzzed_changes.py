@@ -60,7 +60,7 @@ def change(damaged: Path, samples: dict[str, Sample], rng: random.Random) -> Cha
     with contextlib.suppress(IndexError):  # config.json more often than all others
         path = rng.choice([each for each in files if each.name in JSON_FILES + ("config.json",) * 3])
     if choice < 0.8 and path.suffix == ".json":
-        return _change_json(path, rng)
+        return change_json(path, rng)
     weights = [each for each in files if each.suffix == ".safetensors"]
     path = rng.choice(weights) if weights else path
     content = path.read_bytes()
@@ -69,7 +69,7 @@ def change(damaged: Path, samples: dict[str, Sample], rng: random.Random) -> Cha
     return Change(WEIGHTS, f"bytes of {path.name}")
 
 
-def _change_json(path: Path, rng: random.Random) -> Change:
+def change_json(path: Path, rng: random.Random) -> Change:
     """Another value at a random place, a key that is gone, or one more."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -136,7 +136,7 @@ def test_resuming_with_another_adapter_is_refused(base, adapter, tmp_path, monke
         with pytest.raises(Stopped):
             calibrated(base, tmp_path / "out", text, options=with_adapter(copy))
     make_adapter(copy, base, *LEAVES, seed=1)
-    with pytest.raises(UsageError, match=r"adapter_model\.safetensors of .* is not what it was$"):
+    with pytest.raises(UsageError, match=r"(?m)adapter_model\.safetensors of .* is not what it was$"):
         calibrated(base, tmp_path / "out", text, options=with_adapter(copy), run=RunOptions(resume=True))
     with pytest.raises(UsageError, match="of the adapter was read, and is not now"):
         calibrated(base, tmp_path / "out", text, run=RunOptions(resume=True))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import sys
 from types import ModuleType
 
@@ -506,10 +507,23 @@ def test_a_text_without_words_gets_a_note(tmp_path):
     )
 
 
-def test_a_text_of_one_word_gets_a_note(tmp_path):
-    (tmp_path / "text.txt").write_text("the " * 2000)
-    notes = calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes
-    assert any("made of 4 different tokens only" in note for note in notes)
-    (tmp_path / "text.txt").write_text("the quick brown fox " * 400)
-    assert not any("different tokens" in note for note in
-                   calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 4, 64).notes)  # fmt: skip
+def notes_of(tmp_path, text: str) -> str:
+    (tmp_path / "text.txt").write_text(text)
+    return "; ".join(calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 60, 64).notes)
+
+
+@pytest.mark.parametrize("text", ["the " * 2000, "aaaaaaaaab" * 800, "the quick brown fox jumps over the dog. " * 200])
+def test_a_text_that_says_the_same_again_and_again_gets_a_note(tmp_path, text):
+    assert "says the same again and again" in notes_of(tmp_path, text)
+
+
+def test_ordinary_prose_gets_no_note(tmp_path):
+    assert notes_of(tmp_path, read_text(None).content[:5000]) == ""
+
+
+def test_a_text_without_the_tokens_of_the_evaluation_text_gets_a_note(tmp_path):
+    """By a tokenizer that knows both; a script of its own, or digits alone."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("абвгдежзиклмнопрст", k=draw.randint(2, 9))) for _ in range(1000)]
+    assert "100% of the tokens of the packaged evaluation text do not occur in" in notes_of(tmp_path, "\n".join(words))
+    assert "do not occur" not in notes_of(tmp_path, " ".join(read_text(None).content[4000:6000].split()))

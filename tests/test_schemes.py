@@ -68,3 +68,9 @@ def test_schemes_that_fix_their_group_size_refuse_another(name):
 def test_senseless_group_size_is_refused(size):
     with pytest.raises(UsageError, match="not a positive number"):
         find_scheme("W4A16").with_group_size(size)
+
+
+def test_a_near_name_is_proposed_once():
+    with pytest.raises(UsageError) as caught:
+        find_scheme("MLX4")
+    assert caught.value.hint.count("MXFP4,") == 1

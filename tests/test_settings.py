@@ -121,3 +121,26 @@ def test_every_level_is_a_method_with_settings_of_the_table(level):
     assert QUALITIES[level].keys() <= Settings.model_fields.keys()
     chosen = make_settings(quality=level)
     assert {name: getattr(chosen, name) for name in QUALITIES[level]} == QUALITIES[level]
+
+
+@pytest.mark.parametrize(
+    "line", ["group_size: " + "9" * 5000, "scheme: !!bool maybe", "scheme: !!timestamp now", "samples: 2026-99-99",
+             "scheme: " + "[" * 5000],
+)  # fmt: skip
+def test_a_recipe_that_yaml_cannot_construct_is_refused(tmp_path, line):
+    """PyYAML raises ValueError, KeyError and AttributeError of these, which are none of its own errors."""
+    (tmp_path / "recipe.yaml").write_text(line + "\n")
+    with pytest.raises(UsageError, match=r"recipe\.yaml: cannot be read as YAML"):
+        make_settings(tmp_path / "recipe.yaml")
+
+
+def test_python_is_told_the_hint_and_the_nearest_keyword():
+    import lowbit
+
+    with pytest.raises(UsageError) as caught:
+        make_settings(shceme="W4A16")
+    assert any("did you mean scheme?" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match=r"lowbit.evaluate\(\) has no argument 'refrence'; did you mean reference\?"):
+        lowbit.evaluate("model", refrence="other")
+    with pytest.raises(TypeError, match=r"lowbit.verify\(\) has no argument 'zzz'; it takes .*engine"):
+        lowbit.verify("model", zzz=1)

@@ -64,10 +64,31 @@ if TYPE_CHECKING:
     from lowbit.verification import verify as verify
 
 
+def _with_near_names(call: Any) -> Any:
+    """The call; its TypeError for a keyword that it does not have names the nearest one."""
+    import difflib
+    import functools
+    import inspect
+
+    parameters = inspect.signature(call).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):  # which says so itself
+        return call
+
+    @functools.wraps(call)
+    def checked(*args: Any, **named: Any) -> Any:
+        for name in named.keys() - parameters.keys():
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(parameters)}"
+            raise TypeError(f"lowbit.{call.__name__}() has no argument {name!r}; {hint}")
+        return call(*args, **named)
+
+    return checked
+
+
 def __getattr__(name: str) -> Any:
     if name in _CALLS:
         module, attribute = _CALLS[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        return _with_near_names(getattr(importlib.import_module(module), attribute))
     if name in _PACKAGES:
         return importlib.import_module(f"lowbit.{name}")
     raise AttributeError(f"module 'lowbit' has no attribute {name!r}")

@@ -30,7 +30,7 @@ from lowbit.plan.conversion import prepare_conversion
 from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
 from lowbit.registry import load
 from lowbit.report import schema
-from lowbit.reporting import build_report, extremes_of, write_report
+from lowbit.reporting import build_report, extremes_of, keeping, write_report
 from lowbit.rounding.extremes import tells_of_loss
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import parse_mixture
@@ -294,7 +294,7 @@ def write_prepared(
                 raise VerificationError(
                     f"{output}: {plan.scheme_name} of {plan.format.name} cannot hold the source's weights: {lost[0]}"
                     f"{f'; and {len(lost) - 1} more such tensors' if len(lost) > 1 else ''}",
-                    f"keep it in 16 bits with --ignore {lost[0].partition(':')[0]}, or repair it; the output was "
+                    f"{keeping(prepared, lost[0].partition(':')[0])} keeps it in 16 bits; or repair it. The output was "
                     f"removed",
                 )
             raise VerificationError(

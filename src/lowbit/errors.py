@@ -27,6 +27,7 @@ class LowbitError(Exception):
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
         self.hint = hint or self.usual_hint
+        self.add_note(f"hint: {self.hint}")  # which Python prints below the message
 
 
 class UsageError(LowbitError):

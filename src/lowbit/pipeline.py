@@ -312,7 +312,8 @@ class _Run:
             raise NonFiniteError(
                 f"{self._file_of(tensor)}: tensor {tensor.name} holds {values[row, column].item():.6g} at "
                 f"[{first + row}, {column}], which is beyond the range of {tensor.stored_as}",
-                f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore '{tensor.name}'",
+                f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore "
+                f"'{tensor.name.removesuffix('.weight')}'",
             )
         return squared_error_in_double(values, decoded)
 

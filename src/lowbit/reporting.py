@@ -30,7 +30,7 @@ from lowbit.report import schema
 from lowbit.report.neighbours import planned_neighbours, with_neighbours_beside
 from lowbit.report.next_steps import next_steps
 from lowbit.report.page import render_html
-from lowbit.rounding.extremes import tells_of_extremes
+from lowbit.rounding.extremes import tells_of_extremes, tells_of_loss
 from lowbit.rounding.histogram import WeightHistogram
 from lowbit.tasks.result import TaskResult
 from lowbit.verification import Verification
@@ -66,7 +66,7 @@ def build_report(
             model=prepared.source,
             kind=checkpoint.kind,
             architecture=plan.model_class,
-            notes=(*checkpoint.notes, *plan.notes, *_counted(extremes_of(prepared, written)),
+            notes=(*checkpoint.notes, *plan.notes, *_extreme_notes(prepared, written),
                    *_calibration_notes(prepared), *filter(None, [plan.shortfall])),
             bytes=bytes_in,
             adapter=prepared.options.adapter,
@@ -313,11 +313,28 @@ def extremes_of(prepared: Prepared, written: Written) -> list[str]:
     return [f"{name}: {note}" for name, note in found]
 
 
-def _counted(extremes: list[str]) -> tuple[str, ...]:
-    """The first few, and how many more there are."""
-    count = len(extremes) - _EXTREMES
-    more = (f"{count} more notes of this kind stand with their tensors in the report",) if count > 0 else ()
-    return (*extremes[:_EXTREMES], *more)
+def keeping(prepared: Prepared, name: str) -> str:
+    """The options that keep a tensor as it is; in a folder with those that engines load as one matrix with it."""
+    if prepared.plan.format.name == "gguf":
+        return f"--override '{name}=BF16'"
+    linear, architecture = name.removesuffix(".weight"), prepared.plan.architecture
+    sets = {} if architecture is None else architecture.fused_sets | architecture.expert_sets
+    for whole, members in sets.items():
+        if linear in members:
+            together = all(member.startswith(f"{whole}.") for member in members)
+            return " ".join(f"--ignore '{each}'" for each in ([f"{whole}."] if together else members))
+    return f"--ignore '{linear}'"
+
+
+def _extreme_notes(prepared: Prepared, written: Written) -> tuple[str, ...]:
+    """The first few, each with what keeps such a tensor as it is, and how many more there are."""
+    found, notes = extremes_of(prepared, written), []
+    for note in found[:_EXTREMES]:
+        keep = keeping(prepared, note.partition(":")[0])
+        notes.append(f"{note}; {keep} of quantize keeps it in 16 bits" if tells_of_loss(note) else note)
+    if len(found) > _EXTREMES:
+        notes.append(f"{len(found) - _EXTREMES} more notes of this kind stand with their tensors in the report")
+    return tuple(notes)
 
 
 def _entry(

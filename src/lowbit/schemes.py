@@ -318,7 +318,7 @@ def find_scheme(name: str) -> Scheme:
         return scheme
     if is_gguf_name(name):
         raise UsageError(f"{name.upper()} is a type of GGUF files only", "write one: -o NAME.gguf")
-    near = difflib.get_close_matches(name.upper(), [*SCHEMES, *gguf_names()], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.upper(), {**SCHEMES, **dict.fromkeys(gguf_names())}, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(SCHEMES)}"
     raise UsageError(f"there is no scheme {name!r}", hint)
 

@@ -11,6 +11,7 @@ from engines_for_tests import fake_llama_bench, fake_vllm, server
 from typer.testing import CliRunner
 
 import lowbit
+from local_servers import JsonHandler, listening
 from lora import matrices, write_adapter
 from lowbit.advice import advise
 from lowbit.advice.measured import measured_here
@@ -150,6 +151,16 @@ def test_a_running_server(folder):
 @pytest.mark.parametrize(("how", "says"), [({"short": 1}, "ignore_eos"), ({"status": 500}, "answers 500")])
 def test_a_server_that_answers_something_else(folder, how, says):
     with server(**how) as address, pytest.raises(EngineFailure, match=says):
+        bench(folder, url=address, contexts=(8,), tokens=4)
+
+
+@pytest.mark.parametrize("listed", [{"a": 1}, ["x"], [{"id": 3}], "abc", [], None])
+def test_a_server_that_lists_no_model_is_refused(folder, listed):
+    class Handler(JsonHandler):
+        def do_GET(self):
+            self.send_json({"data": listed})
+
+    with listening(Handler) as address, pytest.raises(EngineFailure, match="lists no model"):
         bench(folder, url=address, contexts=(8,), tokens=4)
 
 

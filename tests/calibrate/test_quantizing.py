@@ -212,7 +212,7 @@ def test_hadamard_gains_where_rounding_is_coarse(tmp_path, text):
 
 
 def test_too_little_memory_is_said_with_what_it_takes(tiny_llama, tmp_path, text):
-    with pytest.raises(UsageError, match=r"the weights of a block [\d.]+ [kM]B, .*--max-memory allows 1 kB$"):
+    with pytest.raises(UsageError, match=r"(?m)the weights of a block [\d.]+ [kM]B, .*--max-memory allows 1 kB$"):
         lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W4A16", group_size=32, method="gptq", calib=str(text),
                         samples=4, seqlen=48, run=RunOptions(max_memory=1000))  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.txt"]

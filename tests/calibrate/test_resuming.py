@@ -123,7 +123,7 @@ def test_resuming_with_other_settings_is_refused(model, text, tmp_path, monkeypa
     monkeypatch.setattr(BlockStore, "save", stop)
     with pytest.raises(Stopped):
         calibrated(model, tmp_path / "out", text)
-    with pytest.raises(UsageError, match=r"holds another run: damping was None, is 0\.02$"):
+    with pytest.raises(UsageError, match=r"(?m)holds another run: damping was None, is 0\.02$"):
         calibrated(model, tmp_path / "out", text, damping=0.02, run=RunOptions(resume=True))
 
 

@@ -170,3 +170,11 @@ def test_a_chat_template_nested_without_end_gets_a_note(folder):
     (folder / "chat_template.jinja").write_text("{{" + "(" * 20_000 + "}}")
     (note,) = check_companions(folder, "model")
     assert "does not compile" in note
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja", "merges.txt"])
+def test_a_text_that_is_not_utf_8_is_refused_by_its_name(folder, name):
+    """Copied as it is, it keeps every loader from the whole tokenizer."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"\xff\xfe{\x00")
+    assert f"{name}: not UTF-8 text" in refusal(folder)

@@ -32,9 +32,17 @@ def test_no_command_fails_otherwise_than_with_a_message():
         _fuzz(*light, "--undamaged", "--seed", os.environ.get("LOWBIT_FUZZ_SEED", "0"), *limit)
 
 
+@pytest.mark.slow
+def test_classes_of_faults_that_were_once_counted_end_well():
+    _script("fault_classes.py", "--tries", 20)
+
+
 def _fuzz(*how: object) -> None:
-    script = Path(__file__).parents[1] / "command_fuzzing.py"
-    command = [sys.executable, script, "--workers", 1, *how]
+    _script("command_fuzzing.py", "--workers", 1, *how)
+
+
+def _script(name: str, *how: object) -> None:
+    command = [sys.executable, Path(__file__).parents[1] / name, *how]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)

@@ -81,7 +81,7 @@ def test_another_model_is_refused(w4a16, text, tmp_path):
         lowbit.diagnose(w4a16, wider, text, windows=1, window_tokens=16)
     for blocks in (2, 5):  # of which more is no better: what is missing here was taken for a rotation
         other = make_model(tmp_path / str(blocks), num_hidden_layers=blocks)
-        with pytest.raises(UsageError, match=f"has 4 blocks, its reference .* {blocks}$"):
+        with pytest.raises(UsageError, match=f"(?m)has 4 blocks, its reference .* {blocks}$"):
             lowbit.diagnose(w4a16, other, text, windows=1, window_tokens=16)
 
 

@@ -18,7 +18,14 @@ from lowbit.calibrate.summary import (
     unpack_vocabulary,
     unseen_share,
 )
-from lowbit.diagnosis.inputs import InputStats, Mismatch, calibration_mismatch, clipped_inputs, outlier_inputs
+from lowbit.diagnosis.inputs import (
+    InputStats,
+    Mismatch,
+    calibration_mismatch,
+    clipped_inputs,
+    is_mismatch,
+    outlier_inputs,
+)
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import LayerStats
@@ -154,7 +161,14 @@ def test_the_nearer_stream_counts_and_halves_are_the_null():
      (0.7, 0.3, None, False), (1.0, 0.3, None, True)],
 )  # fmt: skip
 def test_rule_of_a_mismatch(distance_, halves, unseen, found):
-    assert Mismatch(distance_, halves, "x", 1).is_found(unseen) is found
+    assert is_mismatch(Mismatch(distance_, halves, "x", 1), unseen) is found
+
+
+def test_tokens_that_never_occurred_are_a_mismatch_whatever_was_measured():
+    assert is_mismatch(None, 1.0)
+    assert is_mismatch(Mismatch(0.1, 0.5, "x", 1), 0.95)
+    assert not is_mismatch(None, 0.5)
+    assert not is_mismatch(None, None)
 
 
 def test_summaries_are_plain_values():

@@ -229,7 +229,7 @@ def test_too_few_windows_are_refused_before_anything_is_done(model, text, tmp_pa
 def test_a_text_shorter_than_asked_for_is_refused(model, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("A few words, and no more than that.")
-    with pytest.raises(UsageError, match=r"there (is|are) [123]$"):
+    with pytest.raises(UsageError, match=r"(?m)there (is|are) [123]$"):
         calibrated(model, tmp_path / "out", short, "gptq+distill", **GIVEN | {"seqlen": 16})
 
 

@@ -33,7 +33,21 @@ def test_a_clipped_value(type_name, largest):
     values = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     values[1, 3] = 1e7
     assert tells_of_extremes(found(values, type_name) or "")
-    assert found(values, type_name) == f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+    said = f"1e+07 at [11, 3] became {largest}, the largest that {type_name} holds there"
+    others = 255 if type_name == "TQ1_0" else 31
+    assert found(values, type_name) == f"{said}; it shares its scale with {others} other weights, which became zero"
+    values[0, :3] = -1e7
+    assert ", and 3 more weights are cut like it" in (found(values, type_name) or "")
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q2_K", "Q6_K"])
+def test_a_value_that_leaves_nothing_of_its_super_block(type_name):
+    """In types with minimums its neighbours become one number, which is not zero."""
+    values = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+    values[1, 300] = 1e6
+    said = found(values, type_name) or ""
+    assert re.search(r"at \[11, 300\] .*shares.* with 255 other weights", said), said
+    assert tells_of_extremes(said)
 
 
 def test_a_value_that_crowds_out_all_others_of_its_group():
@@ -54,7 +68,9 @@ def test_a_value_that_crowds_out_all_others_of_its_group():
 
 
 def test_values_below_the_smallest_step():
-    assert "rows 10..12, at most 1e-10, are below half" in (found(torch.full((2, 256), 1e-10), "Q8_0") or "")
+    assert "rows 10..12 (512 weights), at most 1e-10, are below half" in (
+        found(torch.full((2, 256), 1e-10), "Q8_0") or ""
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -82,8 +98,23 @@ def test_weights_beyond_all_scales_of_a_format_are_the_input_s_fault(tiny_llama,
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"W4A16 of gptq cannot hold .*down_proj.weight: 3.*e.38 at") as caught:
         lowbit.quantize(model, tmp_path / "out", scheme="W4A16", group_size=32, **how)
-    assert "--ignore model.layers.1.mlp.down_proj.weight" in caught.value.hint
+    assert "--ignore 'model.layers.1.mlp.down_proj' keeps it" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scheme", "option"), [("W4A16", "ignore"), ("Q8_0", "overrides")])
+def test_the_remedy_of_a_note_is_one_that_works(tiny_llama, tmp_path, scheme, option):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out = tmp_path / ("out.gguf" if scheme == "Q8_0" else "out")
+    (said,) = (note for note in lowbit.quantize(model, out, scheme=scheme).report.source.notes if "e+38 at" in note)
+    given = re.findall(r"--(?:ignore|override) '([^']+)'", said)
+    assert len(given) == (2 if option == "ignore" else 1)  # gate_proj and up_proj, which engines load as one
+    how = {option: given if option == "ignore" else dict(each.split("=") for each in given)}
+    notes = lowbit.quantize(model, out, scheme=scheme, overwrite=True, **how).report.source.notes
+    assert not any("e+38 at" in note for note in notes)
 
 
 def test_a_slab_of_zeros_is_named():

@@ -123,6 +123,16 @@ def test_a_server_that_cannot_score_is_refused(loaded, how, says):
         served_answers(ServedModel(url, loaded[1]), ITEMS, 0)
 
 
+def test_a_server_that_lists_one_model_and_answers_as_another_is_refused(loaded):
+    with saying({"model": "small", "choices": [{"text": "A"}]}) as url:
+        server = endpoint.Endpoint(url)
+        with pytest.raises(EngineFailure, match="asked for 'tiny', and 'small' answers") as caught:
+            server.choice("/v1/completions", {"prompt": "x"})
+        assert f"{url}#small" in caught.value.hint
+        assert endpoint.Endpoint(f"{url}#small").choice("/v1/completions", {"prompt": "x"}) == {"text": "A"}
+        assert endpoint.Endpoint(f"{url}#/models/Small").choice("/v1/completions", {"prompt": "x"}) == {"text": "A"}
+
+
 @contextmanager
 def saying(answer):
     """A server that answers every question alike; bytes go out as they are."""

@@ -107,10 +107,10 @@ def test_another_reference_is_refused_by_its_name(tiny_llama, tmp_path):
         run(tiny_llama, tmp_path / "out", progress=kill_at(3), **how)
     config = json.loads((reference / "config.json").read_text())
     (reference / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    with pytest.raises(UsageError, match=r"another run: config.json of the reference is not what it was$"):
+    with pytest.raises(UsageError, match=r"(?m)another run: config.json of the reference is not what it was$"):
         run(tiny_llama, tmp_path / "out", resume=True, **how)
     make_model(reference, seed=2)
-    with pytest.raises(UsageError, match=r"another run: model.safetensors of the reference is not what it was$"):
+    with pytest.raises(UsageError, match=r"(?m)another run: model.safetensors of the reference is not what it was$"):
         run(tiny_llama, tmp_path / "out", resume=True, **how)
 
 
@@ -118,7 +118,7 @@ def test_a_quantization_does_not_go_on_from_a_training(tiny_llama, tmp_path):
     """Nor does it blame the version of lowbit."""
     with pytest.raises(Killed):
         run(tiny_llama, tmp_path / "out", progress=kill_at(3))
-    with pytest.raises(UsageError, match=r"holds another run: it is a training$"):
+    with pytest.raises(UsageError, match=r"(?m)holds another run: it is a training$"):
         lowbit.quantize(tiny_llama, tmp_path / "out", scheme="W4A16", method="gptq", group_size=32, samples=4,
                         seqlen=32, calib=SHORT_TEXT, run=RunOptions(resume=True))  # fmt: skip
 

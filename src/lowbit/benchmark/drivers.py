@@ -205,9 +205,14 @@ class Server:
     def __init__(self, job: BenchJob):
         assert job.url is not None
         self._url = job.url.rstrip("/").removesuffix("/v1")
-        models = _http(f"{self._url}/v1/models").get("data") or [{}]
-        self._model = models[0].get("id")
-        self.through, self.device = self._url, f"server {self._url}"
+        listed = _http(f"{self._url}/v1/models").get("data")
+        names = [each.get("id") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        names = [name for name in names if isinstance(name, str)]
+        if not names:
+            raise EngineError(f"{self._url}/v1/models lists no model: {str(listed)[:200]}")
+        self._model = names[0]
+        first = f" ({names[0]}, the first of {len(names)} models that it lists)" if len(names) > 1 else ""
+        self.through, self.device = self._url + first, f"server {self._url}"
         self._threads = ThreadPoolExecutor(job.largest[1])
 
     def generate(self, prompts: Sequence[list[int]], tokens: int) -> None:
@@ -230,7 +235,7 @@ def _http(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
             found = json.loads(answer.read())
     except urllib.error.HTTPError as error:
         raise EngineError(f"{url} answers {error.code}: {error.read(300).decode(errors='replace')}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{url} cannot be asked: {getattr(error, 'reason', error)}") from None
     if not isinstance(found, dict):
         raise EngineError(f"{url} answers no JSON object")

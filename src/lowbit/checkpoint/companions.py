@@ -64,6 +64,8 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and name in OBJECTS:
             stated[name] = read_json_object(path)
             check_types(path, stated[name])
+        elif path.suffix == ".txt" and path.exists():
+            _utf8(path)
     load_tokenizer_file(folder)
     notes = passed_over(folder) + broken_templates(folder, stated)
     if not has_tokenizer(folder):
@@ -97,13 +99,21 @@ def _templates(folder: Path, stated: dict[str, dict[str, Any]]) -> Iterator[tupl
     """(place, text) of every chat template, wherever transformers looks for one."""
     for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         if path.is_file() and leads_out(path, folder) is None:
-            yield str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace")
+            yield str(path.relative_to(folder)), _utf8(path)
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = stated.get(name, {}).get("chat_template")
         for one in found if isinstance(found, list) else [{"template": found}]:
             template = one.get("template") if isinstance(one, dict) else None
             if isinstance(template, str):
                 yield name, template
+
+
+def _utf8(path: Path) -> str:
+    """The text of a companion. CheckpointError if it is not UTF-8, which no loader takes."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text ({error})", _MEND) from error
 
 
 def _syntax_error(template: str) -> str | None:

@@ -12,7 +12,9 @@ from lowbit.cli.options import Json
 
 
 def clean(
-    folder: Annotated[Path, typer.Argument(help="Where outputs were written. [default: here]")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(show_default=False, help="Where outputs were written. [default: here]")
+    ] = Path(),
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     json: Json = False,
 ) -> None:

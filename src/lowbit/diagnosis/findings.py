@@ -15,7 +15,7 @@ from typing import Literal
 
 from lowbit.diagnosis.caches import costly_caches
 from lowbit.diagnosis.evidence import Evidence
-from lowbit.diagnosis.inputs import MISMATCH_LEAST, UNSEEN
+from lowbit.diagnosis.inputs import MISMATCH_LEAST, UNSEEN, is_mismatch
 from lowbit.diagnosis.pair import FACTOR, ROUNDING, TensorFacts
 from lowbit.report.diagnosis import Contribution, DiagnosisFinding, Severity
 
@@ -204,28 +204,30 @@ def outstanding(evidence: Evidence) -> Iterator[DiagnosisFinding]:
 
 
 def calibration(evidence: Evidence) -> Iterator[DiagnosisFinding]:
-    found = evidence.mismatch
-    if found is None:
-        return
-    share = evidence.unseen
-    unseen = "" if share is None else f"; {100 * share:.0f} % of the text's tokens do not occur in the calibration text"
-    measured = (
-        f"mean squares of channels differ by {found.distance:.2f} doublings (median over {found.inputs} inputs); the "
-        f"two halves of the text differ by {found.halves:.2f}{unseen}"
-    )
-    if found.is_found(evidence.unseen):
+    found, share = evidence.mismatch, evidence.unseen
+    measured = []
+    if found is not None:
+        measured.append(
+            f"mean squares of channels differ by {found.distance:.2f} doublings (median over {found.inputs} inputs); "
+            f"the two halves of the text differ by {found.halves:.2f}"
+        )
+    if share is not None:
+        measured.append(f"{100 * share:.0f} % of the text's tokens do not occur in the calibration text")
+    if is_mismatch(found, share):
         text = ((evidence.report or {}).get("settings") or {}).get("calibration") or {}
         name = text.get("name", "the calibration text")
         yield DiagnosisFinding(
-            kind="calibration", severity="fault", tensors=(found.worst,),
+            kind="calibration", severity="fault", tensors=() if found is None else (found.worst,),
             title=f"the model was calibrated on something else than this text: {name} does not look like it",
-            detail=measured,
+            detail="; ".join(measured),
         )  # fmt: skip
         return
-    unclear = found.distance > MISMATCH_LEAST and evidence.unseen is not None and evidence.unseen > UNSEEN
+    if found is None:
+        return
+    unclear = found.distance > MISMATCH_LEAST and share is not None and share > UNSEEN
     title = "the calibration text may differ from this one, but so do its own halves: more windows would tell" \
         if unclear else "nothing speaks against the calibration text"  # fmt: skip
-    yield DiagnosisFinding(kind="calibration-fits", severity="note", title=title, detail=measured)
+    yield DiagnosisFinding(kind="calibration-fits", severity="note", title=title, detail="; ".join(measured))
 
 
 def clipped(evidence: Evidence) -> Iterator[DiagnosisFinding]:

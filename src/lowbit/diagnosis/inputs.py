@@ -13,9 +13,10 @@ stream, which lies between, so the nearer of the two counts.
 
 A mismatch is reported if the median distance exceeds MISMATCH_LEAST doublings and MISMATCH_RATIO times that of the
 halves, and the calibration text lacks more than UNSEEN of this text's tokens; MISMATCH_ALONE doublings if the report
-does not record its tokens. (demo:smollm2, windows of 256: two English texts are 0.4 apart, English and code 0.7,
-English and German, Russian or Chinese 0.9 to 1.2; the packaged calibration text is 0.5 to 0.8 from any of them, and has
-their tokens.) Fewer than two windows have no halves, and nothing is reported.
+does not record its tokens; whatever the distance, if it lacks nearly all of them (UNSEEN_ALONE). (demo:smollm2, windows
+of 256: two English texts are 0.4 apart, English and code 0.7, English and German, Russian or Chinese 0.9 to 1.2; the
+packaged calibration text is 0.5 to 0.8 from any of them, and has their tokens.) Fewer than two windows have no halves,
+and distances are not judged.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ MISMATCH_RATIO = 1.6
 MISMATCH_LEAST = 0.6
 MISMATCH_ALONE = 0.9
 UNSEEN = 0.2
+UNSEEN_ALONE = 0.9
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,15 @@ class Mismatch:
     worst: str
     inputs: int
 
-    def is_found(self, unseen: float | None) -> bool:
-        """By the rule of the module; unseen: share of the text's tokens that the calibration text lacks, if known."""
-        least = MISMATCH_ALONE if unseen is None else MISMATCH_LEAST
-        lacks = unseen is None or unseen > UNSEEN
-        return lacks and self.distance > least and self.distance > MISMATCH_RATIO * self.halves
+
+def is_mismatch(found: Mismatch | None, unseen: float | None) -> bool:
+    """By the rule of the module; unseen: share of the text's tokens that the calibration text lacks, if known."""
+    if unseen is not None and unseen > UNSEEN_ALONE:
+        return True
+    if found is None or (unseen is not None and unseen <= UNSEEN):
+        return False
+    least = MISMATCH_ALONE if unseen is None else MISMATCH_LEAST
+    return found.distance > least and found.distance > MISMATCH_RATIO * found.halves
 
 
 def calibration_mismatch(

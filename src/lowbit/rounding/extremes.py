@@ -4,13 +4,13 @@ Rounding goes on with them, so they are looked for where the error of a slab giv
 
     clipped   a value that decodes to the same number when it is twice as large, or half
     flushed   a slab of weights that all decode to zero
-    crowded   a value so large that all others that share its scale decode to zero
+    crowded   a value so large that nothing is left of the others that share its scale: they decode to zero, or to
+              one number where a format has minimums (Q4_K)
     empty     a slab of zeros, which a damaged or unfinished checkpoint may have in place of weights
 """
 
 from __future__ import annotations
 
-import math
 import re
 
 import torch
@@ -21,6 +21,8 @@ from lowbit.rounding.target import Stored, Sums, Target
 # Errors of this size occur only where values are in the tens of thousands, the largest numbers of half precision.
 _SUSPICIOUS = 256.0
 _SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
+_CLIPPED = 0.99  # decoded / value, above which it is rounding
+_LOST = 0.9  # Σ error² / Σ w², from which nothing is left of weights
 _EMPTY = "are all zero in the source"
 
 
@@ -31,7 +33,7 @@ def tells_of_extremes(note: str) -> bool:
 
 def tells_of_loss(note: str) -> bool:
     """Whether a note is of `find_extreme`, on values that a format cannot hold; zeros it can."""
-    return bool(re.search(r" (became [\d.]|sets the scale that it shares)|: they became zero$", note))
+    return bool(re.search(r" (became -?[\d.]|sets the scale that it shares)|: they became zero$", note))
 
 
 def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name: str, first_row: int) -> str | None:
@@ -48,24 +50,22 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
     decoded = target.reader(rows)(torch.arange(len(values)))
     if flushed and not bool(decoded.any()):
         return (
-            f"the values of rows {first_row}..{first_row + len(values)}, at most {values.abs().max().item():.3g}, are "
-            f"below half of the smallest step of {name}: they became zero"
+            f"the values of rows {first_row}..{first_row + len(values)} ({values.numel():,} weights), at most "
+            f"{values.abs().max().item():.3g}, are below half of the smallest step of {name}: they became zero"
         )
     off = (values.float() - decoded if largest_error > _SUSPICIOUS else values).abs()
     row, column = divmod(int(off.argmax()), values.shape[1])
-    value, became = values[row, column].item(), decoded[row, column].item()
-    other = values.float().clone()
-    other[row, column] *= 2 if math.isfinite(value * 2) and abs(value) < 1e38 else 0.5
-    again = target.reader(target.encode(other)[0])(torch.tensor([row]))[0, column].item()
-    if abs(became) < abs(value) and abs(abs(again) - abs(became)) <= 0.01 * abs(became):
-        return f"{value:.6g} at [{first_row + row}, {column}] became {became:.6g}, the largest that {name} holds there"
+    place = f"{values[row, column].item():.6g} at [{first_row + row}, {column}]"
     lost = _crowded_out(values, decoded, row, column, target)
-    if lost:
+    clipped = _clipped(values, decoded, target)
+    if bool(clipped[row, column]):
+        more = int(clipped.sum()) - 1
         return (
-            f"{value:.6g} at [{first_row + row}, {column}] sets the scale that it shares with {lost} other weights, "
-            f"which became zero; --ignore keeps the tensor in 16 bits"
+            f"{place} became {decoded[row, column].item():.6g}, the largest that {name} holds there"
+            f"{f', and {more:,} more weights are cut like it' if more else ''}"
+            f"{f'; it shares its scale with {lost}' if lost else ''}"
         )
-    return None
+    return f"{place} sets the scale that it shares with {lost}" if lost else None
 
 
 def empty(first_row: int, rows: int) -> str:
@@ -73,11 +73,23 @@ def empty(first_row: int, rows: int) -> str:
     return f"the weights of rows {first_row}..{first_row + rows} {_EMPTY}"
 
 
-def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> int:
-    """How many weights other than 0 share a scale with [row, column], if all of them decode to zero; else 0."""
+def _clipped(values: Tensor, decoded: Tensor, target: Target) -> Tensor:
+    """bool [rows, K]: values that decode to less, and to the same where all are twice as large (or half)."""
+    largest = values.abs().max().item()
+    other = values.float() * (2.0 if largest < 1e38 else 0.5)
+    again = target.reader(target.encode(other)[0])(torch.arange(len(values)))
+    less = (decoded != 0) & (decoded.abs() < _CLIPPED * values.abs())
+    return less & ((again.abs() - decoded.abs()).abs() <= 0.01 * decoded.abs())
+
+
+def _crowded_out(values: Tensor, decoded: Tensor, row: int, column: int, target: Target) -> str:
+    """How many smaller weights share a scale with [row, column] and what became of them, if all are lost; else ""."""
     width = target.columns_per_fit(values.shape[1], "compensated") if target.rows_are_apart else values.shape[1]
     columns = slice(column - column % width, column - column % width + width)
     rows = slice(row, row + 1) if target.rows_are_apart else slice(None)
-    others = values[rows, columns].abs() < values[row, column].abs()
-    others &= values[rows, columns] != 0
-    return int(others.sum()) if not bool((decoded[rows, columns] != 0)[others].any()) else 0
+    group, back = values[rows, columns].double(), decoded[rows, columns].double()
+    others = (group.abs() < values[row, column].abs()) & (group != 0)
+    group, back = group[others], back[others]
+    if not len(group) or (back - group).square().sum() < _LOST * group.square().sum():
+        return ""
+    return f"{len(group):,} other weights, {'of which nothing is left' if back.any() else 'which became zero'}"

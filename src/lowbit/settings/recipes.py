@@ -64,6 +64,9 @@ def _parsed_yaml(recipe: str | Path, where: str) -> Any:
 
     try:
         text = str(recipe) if "\n" in str(recipe) else read_regular(Path(recipe)).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: cannot be read: {error}", "see docs/recipes.md for an example") from error
+    try:
         return yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors raise ValueError, IndexError, KeyError and more
         raise UsageError(f"{where}: cannot be read as YAML: {error}", "see docs/recipes.md for an example") from error

@@ -100,12 +100,22 @@ class Endpoint:
         return found
 
     def choice(self, place: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The first choice of an answer; EngineFailure where there is none."""
+        """The first choice of an answer; EngineFailure where there is none, or where another model answers."""
         answer = self.ask(place, {"model": self.name} | self._always | body)
+        said = answer.get("model")
+        if isinstance(said, str) and said and self.name and not _one_name(said, self.name):
+            raise EngineFailure(f"{self.url} was asked for {self.name!r}, and {said[:200]!r} answers",
+                                f"if that model is meant, name it: {self.url}#{said[:200]}")  # fmt: skip
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise EngineFailure(f"{self.url} answers no choices: {str(answer)[:200]}", "is it OpenAI's protocol?")
         return choices[0]
+
+
+def _one_name(one: str, other: str) -> bool:
+    """Whether two names may be of one model: servers answer with a path's last part, or with a version added."""
+    one, other = one.casefold(), other.casefold()
+    return one in other or other in one
 
 
 def _whole(answer: HTTPResponse) -> bytes:

@@ -38,6 +38,9 @@ HOPELESS_ROWS = 10_000  # rows without text after which a source is given up: da
 # Running text is read up to this many characters per token of the windows, but at least WHOLE_CHARACTERS.
 CHARACTERS_PER_TOKEN = 32
 WHOLE_CHARACTERS = 4_000_000
+_JUDGED = 20_000  # characters of the packaged evaluation text, with whose tokens a text is compared
+_TOO_FEW = 256  # tokens, which lack most of any other text
+_FOREIGN = 0.8  # share of them that a text lacks, above which a note says so
 _NO_ANSWERS = "give conversations (messages, or prompt and completion), or leave --loss-on out"
 
 
@@ -144,8 +147,23 @@ def windows_of_text(
         raise CheckpointError(f"the text {text.name!r} is empty", "give another")
     cut = cut_windows(text, tokenizer, windows, window_tokens)
     notes = [*notes, *too_few(text.name, cut.text_tokens, len(cut.ids), window_tokens, windows)]
-    notes += degenerate_notes(cut.ids, tokenizer, text.name)
+    notes += text_notes(cut.ids, tokenizer, text.name)
     return CalibrationWindows(cut.ids, text.name, text.sha256, cut.text_tokens, windows, tuple(notes))
+
+
+def text_notes(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Notes on a text that says nothing (`degenerate.py`), or that lacks the tokens of the packaged evaluation text."""
+    notes = degenerate_notes(ids, tokenizer, name)
+    if ids.numel() < _TOO_FEW:
+        return notes
+    judged = torch.tensor(tokenizer(read_text(None).content[:_JUDGED], add_special_tokens=False).input_ids)
+    unseen = 1.0 - torch.isin(judged, ids).double().mean().item() if len(judged) else 0.0
+    if unseen > _FOREIGN:
+        notes.append(
+            f"{unseen:.0%} of the tokens of the packaged evaluation text do not occur in {name!r}: figures of that "
+            f"text say little of a model calibrated on this one"
+        )
+    return notes
 
 
 def too_few(name: str, tokens: int, found: int, window_tokens: int, asked: int) -> list[str]:
@@ -282,7 +300,7 @@ def packed_windows(
     notes += too_few(reading.name, tokens, len(packer.cut), window_tokens, windows)
     ids = torch.tensor(packer.cut, dtype=torch.long)
     refuse_degenerate(ids, tokenizer, reading.name)
-    notes += degenerate_notes(ids, tokenizer, reading.name)
+    notes += text_notes(ids, tokenizer, reading.name)
     if marking == "answers" and marker is not None and not marker.split:
         raise UsageError(f"{reading.name}: there are no answers in it that can be told from the rest", _NO_ANSWERS)
     counted = torch.tensor(packer.counts) if marker is not None and marker.split else None

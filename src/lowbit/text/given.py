@@ -41,9 +41,10 @@ from lowbit.text.calibration import (
     Reading,
     check_context,
     packed_windows,
+    text_notes,
     too_few,
 )
-from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
+from lowbit.text.degenerate import refuse_degenerate
 from lowbit.text.packing import Packer, counted, spaced
 from lowbit.text.rows import Document, document_of
 
@@ -179,7 +180,7 @@ class GivenText:
         _check_ids(ids, self.name, None, vocabulary)  # before a tokenizer is asked for their text
         if tokenizer is not None:
             refuse_degenerate(ids, tokenizer, self.name)
-            notes += degenerate_notes(ids, tokenizer, self.name)
+            notes += text_notes(ids, tokenizer, self.name)
         notes += rows.notes() + too_few(self.name, tokens, len(ids), ids.shape[1], windows)
         digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
         if marking == "answers" and not rows.labelled:

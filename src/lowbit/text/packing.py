@@ -160,7 +160,7 @@ def _with_parsed_arguments(message: Message) -> Message:
     for call in message["tool_calls"]:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 call = call | {"function": function | {"arguments": json.loads(function["arguments"])}}
         calls.append(call)
     return message | {"tool_calls": calls}
