@@ -42,9 +42,10 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 
 @pytest.fixture(autouse=True)
-def real_index():
-    """Other tests put stand-ins in its place."""
+def real_index(monkeypatch):
+    """Other tests put stand-ins in its place. Without lm-eval's account of the machine, for which it calls pip."""
     harness._manager.cache_clear()
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture
@@ -146,9 +147,9 @@ def test_a_server_that_does_not_say_what_is_most_probable_cannot_judge_that(tiny
     head = path.read_text().partition("output_type")[0] + 'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\n'
     path.write_text(head + "output_type: loglikelihood\nmetric_list: [{metric: acc}]\n")
     model, tokenizer = lowbit.load(tiny_llama)
-    with serving(model, tokenizer, tops=False) as (url, _):
-        with pytest.raises(EngineFailure, match="letters counts the continuations that are the most probable"):
-            evaluate_tasks(tiny_llama, tasks=[task], url=url)
+    counts = pytest.raises(EngineFailure, match="letters counts the continuations that are the most probable")
+    with serving(model, tokenizer, tops=False) as (url, _), counts:
+        evaluate_tasks(tiny_llama, tasks=[task], url=url)
     with serving(model, tokenizer) as (url, _):
         assert evaluate_tasks(tiny_llama, tiny_llama, tasks=[task], url=url).rows[-1].lost == 0
 
