@@ -11,8 +11,6 @@ quantizes it to the same.
     logits   ‖theirs − ours‖ / ‖theirs‖, of ModelOpt's model with rounded weights, after its export has given fused
              linears one scale, and of its export as lowbit loads it, both in float32; not of NVFP4, whose rounding in
              ModelOpt needs a GPU
-
-Exits with 1 where logits differ by more than a hundredth.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def stated(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
 
 
-def compare(algorithm: str, source: Path, folder: Path, ids: torch.Tensor) -> bool:
+def compare(algorithm: str, source: Path, folder: Path, ids: torch.Tensor) -> None:
     preset, scheme, method = ALGORITHMS[algorithm]
     theirs, ours = folder / f"{algorithm}-modelopt", folder / f"{algorithm}-lowbit"
     for path in (theirs, ours):
@@ -104,7 +102,6 @@ def compare(algorithm: str, source: Path, folder: Path, ids: torch.Tensor) -> bo
         print(f"    tensor {name}: ModelOpt {left.get(name)}, lowbit {right.get(name)}")
     for key in keys:
         print(f"    config {key}: ModelOpt {stated(theirs).get(key)}, lowbit {stated(ours).get(key)}")
-    return error < 0.01
 
 
 def main(target: str, *algorithms: str) -> None:
@@ -116,8 +113,8 @@ def main(target: str, *algorithms: str) -> None:
                     "--kv-heads", "2", "--vocab", "320"]  # fmt: skip
         make_model()
     ids = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    alike = [compare(name, source, folder, ids) for name in algorithms or ALGORITHMS]
-    sys.exit(0 if all(alike) else 1)
+    for name in algorithms or ALGORITHMS:
+        compare(name, source, folder, ids)
 
 
 if __name__ == "__main__":
