@@ -64,8 +64,8 @@ def row(folder: str, task: str) -> str:
         log_samples=True, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
     )["samples"]["facts_as_mmlu"]  # fmt: skip
     model, tokenizer = lowbit.load(folder)
-    harness.check_tasks((task,))
-    ours = harness.samples(model, tokenizer, (task,), None, 8)["facts_as_mmlu"]
+    harness.check_tasks((task,), False)
+    ours = harness.samples(harness.whole_model(model, tokenizer, 8), (task,), None)["facts_as_mmlu"]
     pairs = list(zip(ours, theirs, strict=True))
     apart = max(abs(float(mine[0]) - float(its[0])) for our, their in pairs
                 for mine, its in zip(our["filtered_resps"], their["filtered_resps"], strict=True))  # fmt: skip

@@ -31,6 +31,7 @@ from lowbit.evaluation.perplexity import variants_of
 from lowbit.tasks.answering import answers
 from lowbit.tasks.items import CATEGORIES, Item, packaged_items
 from lowbit.tasks.kept import kept, key_of
+from lowbit.tasks.models import WholeModel
 from lowbit.tasks.result import rows_of
 
 ROWS = "W8A8 rtn,W4A16 rtn,W4A16 gptq,Q4_K_M rtn,Q2_K rtn"
@@ -78,7 +79,7 @@ def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
     names = tuple(args.categories.split(","))
     every = [[item for item in packaged_items(0, names) if item.category == name][: args.items] for name in names]
     items = [item for some in every for item in some]
-    categories = [item.category for item in items]
+    categories = [(item.category, "") for item in items]
     for name, path in (("reference", args.model), *((path.name, path) for path in files.values())):
         if not ask(args, name, path, items):
             sys.exit(f"{name}: not all of {len(items)} items are answered yet; run the same command again")
@@ -86,7 +87,7 @@ def print_tasks(args: argparse.Namespace, files: dict[str, Path]) -> None:
     print("| | MB | " + " | ".join(names) + " | all | difference | lost | gained | p |")
     print("|---|---:|" + "---:|" * (len(names) + 5))
     shares = " | ".join(str(row.right) for row in rows_of(categories, reference, None))
-    print(f"| reference (of {', '.join(str(categories.count(name)) for name in names)}) | | {shares} | | | | |")
+    print(f"| reference (of {', '.join(str(categories.count((name, ''))) for name in names)}) | | {shares} | | | | |")
     for row, path in files.items():
         rows = rows_of(categories, kept_answers(args, path.name, items), reference)
         last = rows[-1]
@@ -110,7 +111,9 @@ def ask(args: argparse.Namespace, name: str, path: Path | str, items: list[Item]
             with context(opened.model):
                 for begin in range(0, len(missing), _AT_ONCE):
                     some = missing[begin : begin + _AT_ONCE]
-                    for item, right in zip(some, answers(opened.model, opened.tokenizer, some), strict=True):
+                    for item, right in zip(
+                        some, answers(WholeModel(opened.model, opened.tokenizer), some), strict=True
+                    ):
                         add(key_of(repr(item)), right)
                     if time.monotonic() > stop:
                         break

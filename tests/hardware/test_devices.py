@@ -126,6 +126,16 @@ def test_dense_figures_of_the_data_sheets():
     assert DEVICES["rtx-4090"].bandwidth == 1008e9
 
 
+def test_geforce_cards_have_the_ai_tops_that_nvidia_prints():
+    """Of INT8 in the 30 series, of INT8 with sparsity in the 40, of FP4 with sparsity in the 50, rounded."""
+    printed = {"rtx-3060": 102, "rtx-3090-ti": 320, "rtx-4070": 466, "rtx-4080": 780, "rtx-4090": 1321,
+               "rtx-5070": 988, "rtx-5070-ti": 1406, "rtx-5080": 1801, "rtx-5090": 3352}  # fmt: skip
+    for name, tops in printed.items():
+        peak = DEVICES[name].peak
+        counted = 2 * peak["fp4"] if "fp4" in peak else peak["int8"] * (2 if "fp8" in peak else 1)
+        assert counted / 1e12 == pytest.approx(tops, abs=1), name
+
+
 def test_a_peak_cannot_be_changed():
     with pytest.raises(TypeError):
         DEVICES["h100"].peak["bf16"] = 1.0  # type: ignore[index]

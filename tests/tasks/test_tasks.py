@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import types
@@ -11,13 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.checkpoint.base import HTML_NAME, report_path
+from lowbit.checkpoint.base import HTML_NAME, OpenOptions, report_path
 from lowbit.cli.main import app
 from lowbit.errors import DependencyError, EngineFailure, NonFiniteError, UsageError
+from lowbit.evaluation.memory import Way
+from lowbit.evaluation.opening import Opener
 from lowbit.report import schema
 from lowbit.tasks import harness
-from lowbit.tasks.answering import _ENDS, answers, continuation_sums, likelihoods, written
+from lowbit.tasks.answering import ENDS, answers, choice_tokens, likelihoods
 from lowbit.tasks.items import Item
+from lowbit.tasks.models import BlockwiseModel, WholeModel
 from lowbit.tasks.run import evaluate_tasks
 
 
@@ -39,14 +43,14 @@ def test_likelihoods_are_sums_over_the_choice_alone_whatever_stands_beside_it_in
     for prompt, choice in texts:
         start = len(tokenizer(prompt)["input_ids"])
         rows.append((tokenizer(prompt + choice)["input_ids"], start))
-    found = continuation_sums(model, rows)
+    found = [each.total for each in WholeModel(model, tokenizer).scored(rows)]
     for (ids, start), total in zip(rows, found, strict=True):
         with torch.inference_mode():
             logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         alone = sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids)))
         assert total == pytest.approx(alone, abs=1e-4)
     items = [Item("facts", prompt, (choice, " no", " not", " never")) for prompt, choice in texts]
-    by_item = likelihoods(model, tokenizer, items)
+    by_item = likelihoods(WholeModel(model, tokenizer), items)
     assert [scores[0] * len(choice.encode()) for scores, (_, choice) in zip(by_item, texts, strict=True)] == (
         pytest.approx(found, abs=1e-3)
     )
@@ -55,14 +59,14 @@ def test_likelihoods_are_sums_over_the_choice_alone_whatever_stands_beside_it_in
 def test_ties_and_nan_are_no_right_answers(loaded):
     model, tokenizer = loaded
     same = Item("facts", "one", (" two", " two", " two", " two"))
-    assert answers(model, tokenizer, [same]) == [False]
+    assert answers(WholeModel(model, tokenizer), [same]) == [False]
     weight = model.get_output_embeddings().weight
     kept = weight.detach().clone()
     try:
         with torch.no_grad():
             weight.fill_(float("nan"))
         with pytest.raises(NonFiniteError):
-            answers(model, tokenizer, [same])
+            answers(WholeModel(model, tokenizer), [same])
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -73,11 +77,11 @@ def test_written_code_ends_where_the_function_does(loaded, monkeypatch):
     text = "    return x\n\n\ndef other():\n"
     monkeypatch.setattr(type(model), "generate", lambda self, ids, **how: torch.cat(
         [ids, torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])], 1))  # fmt: skip
-    assert written(model, tokenizer, "def f(x):\n").rstrip() == "    return x"
+    prompt = list(tokenizer("def f(x):\n")["input_ids"])
+    assert WholeModel(model, tokenizer).written([prompt], ENDS, 40)[0].rstrip() == "    return x"
     right = Item("code", "def f(x):\n", (), (("f(3)", "3"),))
     wrong = Item("code", "def f(x):\n", (), (("f(3)", "4"),))
-    assert answers(model, tokenizer, [wrong, right]) == [False, True]
-    assert _ENDS
+    assert answers(WholeModel(model, tokenizer), [wrong, right]) == [False, True]
 
 
 def test_a_model_against_itself_flips_nothing(tiny_llama):
@@ -85,6 +89,29 @@ def test_a_model_against_itself_flips_nothing(tiny_llama):
     assert [row.category for row in found.rows] == ["arithmetic", "facts", "all"]
     assert [(row.items, row.lost, row.gained) for row in found.rows] == [(6, 0, 0), (6, 0, 0), (12, 0, 0)]
     assert found.rows[-1].p == 1.0
+
+
+def test_a_model_that_does_not_fit_answers_block_by_block_as_a_whole_one_does(tiny_llama, loaded, monkeypatch):
+    """Choices of unlike lengths to 1e-4, text token by token, and so the rows; rounded inputs too."""
+    whole = WholeModel(*loaded)
+    words = ["one", "one two three four five six", "x " * 40]
+    rows = [choice_tokens(loaded[1], word, f" {end}") for word in words for end in ("cat", "dog", "two words more")]
+    prompts = [list(loaded[1](word)["input_ids"]) for word in words]
+    with contextlib.ExitStack() as stack:
+        opened = Opener(stack, torch.float32, "cpu", OpenOptions()).open(tiny_llama)
+        blockwise = BlockwiseModel(opened, contextlib.nullcontext, OpenOptions(), 1 << 30)
+        found, expected = blockwise.scored(rows), whole.scored(rows)
+        assert [each.total for each in found] == pytest.approx([each.total for each in expected], abs=1e-4)
+        assert [each.greedy for each in found] == [each.greedy for each in expected]
+        texts = whole.written(prompts, (), 5)
+        assert blockwise.written(prompts, (), 5) == texts
+        stop = texts[0][2:4]
+        assert blockwise.written(prompts[:1], (stop,), 5) == [texts[0].partition(stop)[0]]
+    monkeypatch.setattr("lowbit.tasks.run.choose_way", lambda loaders, runs, most: Way(True, 1 << 30, ("by blocks",)))
+    parted = evaluate_tasks(tiny_llama, tiny_llama, ["facts", "languages", "code"], limit=4)
+    monkeypatch.undo()
+    assert parted.notes[-2:] == ("reference: by blocks", "by blocks")
+    assert parted.rows == evaluate_tasks(tiny_llama, tiny_llama, ["facts", "languages", "code"], limit=4).rows
 
 
 def test_the_command_adds_them_to_the_report_and_the_page(folder):
@@ -115,7 +142,7 @@ def test_activations_are_simulated_where_the_scheme_rounds_them(tiny_llama, tmp_
     [
         ([], {}, "no task"),
         (["fact"], {}, "did you mean facts"),
-        (["facts", "mmlu"], {}, "one kind at a time"),
+        (["facts"], {"chat_template": True}, "without a chat template"),
         (["facts"], {"limit": 0}, "1 or more"),
         (["facts"], {"max_memory": 1 << 20}, "memory"),
     ],
@@ -165,7 +192,7 @@ def _stand_in(monkeypatch, evaluate):
 def test_lm_evals_items_are_paired_by_task_filter_and_document(folder, monkeypatch):
     calls = []
 
-    def evaluate(model, tasks, limit, log_samples, bootstrap_iters, task_manager):
+    def evaluate(model, tasks, limit, log_samples, bootstrap_iters, task_manager, apply_chat_template):
         assert log_samples
         calls.append(tasks)
         flipped = len(calls) - 1  # of the second model the first document is wrong

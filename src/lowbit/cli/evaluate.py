@@ -52,13 +52,19 @@ def evaluate(
     ] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Run tasks instead: all, some of arithmetic,facts,format,code; or lm-eval's: mmlu,my.yaml …"),
+        typer.Option(
+            help="Run tasks instead: all, some of arithmetic,facts,format,code,languages; humaneval; or lm-eval's: "
+            "mmlu,my.yaml …"
+        ),
     ] = None,
     task_items: Annotated[int | None, typer.Option(help="Items of each task. [default: all]", min=1)] = None,
     task_seed: Annotated[int, typer.Option(help="Seed of the packaged items.")] = 0,
     url: Annotated[
         str | None, typer.Option(help="With --tasks: a running server that serves QUANT, asked instead of loading it.")
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask lm-eval's tasks through the model's chat template.")
+    ] = False,
     json: Json = False,
     no_report: NoReport = False,
 ) -> None:
@@ -78,9 +84,10 @@ def evaluate(
 
     return_freed_memory()
     if tasks is not None:
-        _run_tasks(quantized, how, tasks.split(","), task_items, task_seed, url, activations.value, json, no_report)
+        asked = {"limit": task_items, "seed": task_seed, "url": url, "chat_template": chat_template}
+        _run_tasks(quantized, how | asked, tasks.split(","), activations.value, json, no_report)
         return
-    _refuse_task_options(task_items, task_seed, url)
+    _refuse_task_options(task_items, task_seed, url, chat_template)
     reported = not no_report and report_path(Path(quantized)).is_file()
     with window_progress("windows", quiet=json) as progress:
         evaluations = run(
@@ -159,9 +166,8 @@ _OF_A_TEXT = {"text": None, "windows": 40, "window_tokens": 512, "protocol": "fu
 
 
 def _run_tasks(
-    quantized: str, how: dict[str, Any], names: list[str], limit: int | None, seed: int, url: str | None,
-    activations: str, json: bool, no_report: bool,
-) -> None:  # fmt: skip
+    quantized: str, how: dict[str, Any], names: list[str], activations: str, json: bool, no_report: bool
+) -> None:
     from lowbit.checkpoint.base import HTML_NAME, report_path
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.reporting import add_tasks
@@ -173,8 +179,7 @@ def _run_tasks(
         flag = "--" + unread[0].replace("_", "-")
         raise UsageError(f"{flag} is of a text, and --tasks reads none", f"leave {flag} or --tasks out")
     with window_progress("items", quiet=json) as progress:
-        found = evaluate_tasks(quantized, tasks=names, url=url, limit=limit, seed=seed, activations=activations,  # type: ignore[arg-type]
-                               progress=progress, **how)  # fmt: skip
+        found = evaluate_tasks(quantized, tasks=names, activations=activations, progress=progress, **how)  # type: ignore[arg-type]
     if not no_report and found.reference is not None and add_tasks(Path(quantized), found) is not None and not json:
         say(f"added to {report_path(Path(quantized), HTML_NAME)}")
     if json:
@@ -189,7 +194,8 @@ def _run_tasks(
     echo(f"{Path(quantized).name} {task_sentence(found)}")
 
 
-def _refuse_task_options(limit: int | None, seed: int, url: str | None) -> None:
-    if limit is not None or seed or url is not None:
-        flag = "--task-items" if limit is not None else "--task-seed" if seed else "--url"
+def _refuse_task_options(limit: int | None, seed: int, url: str | None, chat_template: bool) -> None:
+    given = {"--task-items": limit is not None, "--task-seed": bool(seed), "--url": url is not None,
+             "--chat-template": chat_template}  # fmt: skip
+    for flag in (flag for flag, is_given in given.items() if is_given):
         raise UsageError(f"{flag} is of tasks, but --tasks was not given", "add --tasks all")

@@ -187,7 +187,8 @@ _NVIDIA = (
     _cuda("rtx-6000-ada", "NVIDIA RTX 6000 Ada 48 GB", 48, 960, (8, 9), _6000_ADA, bf16=364.2, fp8=728.5, int8=728.5,
           int4=1457, note=_HALVED),
     _cuda("rtx-pro-6000", "NVIDIA RTX PRO 6000 Blackwell 96 GB", 96, 1792, (12, 0), _PRO_6000, bf16=503.8, fp8=1007.6,
-          int8=1007.6, fp4=2015.2, note="from 4000 TOPS of FP4 with sparsity: a half of that, a quarter, an eighth"),
+          int8=1007.6, fp4=2015.2, note="188 multiprocessors × 2.617 GHz × 1024 operations, twice and four times as "
+          "many; NVIDIA prints 4000 TOPS of FP4 with sparsity"),
     _geforce("3060", 12, 360, 28, 1.777, (8, 6)),
     _geforce("3060 Ti", 8, 448, 38, 1.665, (8, 6)),
     _geforce("3070", 8, 448, 46, 1.725, (8, 6)),

@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.errors import DependencyError, EngineFailure, LowbitError, UsageError
+from lowbit.errors import CheckpointError, DependencyError, EngineFailure, LowbitError, UsageError
 from lowbit.tasks.task_files import bounded_tasks, check_task_file
+from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +31,18 @@ _OFFLINE = ("connection", "offline", "couldn't reach", "couldn't find", "localen
 _NO_DATA = "these tasks fetch their data from the Hub; without a network run the packaged ones: --tasks all"
 
 
+# Names that people use and lm-eval does not.
+_SPELLINGS = {"arc": ("arc_easy", "arc_challenge")}
+
+
+def spelled(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that lm-eval knows them by."""
+    return tuple(each for name in names for each in _SPELLINGS.get(name, (name,)))
+
+
 def check_tasks(names: tuple[str, ...], trust_remote_code: bool) -> str:
     """The name of the suite; DependencyError or UsageError where the tasks cannot be run."""
+    names = spelled(names)
     for path in _files(names):
         if not path.is_file():
             raise UsageError(f"{path}: there is no such task file",
@@ -94,30 +105,39 @@ def _names_the_hub(text: str) -> bool:
 
 
 def outcomes(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], limit: int | None, batch: int
+    judged: Any, names: tuple[str, ...], limit: int | None, chat: bool = False
 ) -> dict[tuple[str, str, str], bool]:
-    """(task, filter, document) → right, of every item."""
+    """(task, filter, document) → right, of every item. judged: an `LM` of lm-eval"""
     return {
         (str(task), str(sample.get("filter", "none")), str(sample["doc_id"])): _is_right(task, sample)
-        for task, found in samples(model, tokenizer, names, limit, batch).items()
+        for task, found in samples(judged, names, limit, chat).items()
         for sample in found
     }
 
 
-def samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], limit: int | None, batch: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Task → what lm-eval keeps of each item: the document, the answers, its metrics."""
-    import lm_eval  # type: ignore[import-not-found]
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+def whole_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
+    """lm-eval's own `hf` model over a model that is in memory."""
+    from lm_eval.models import huggingface  # type: ignore[import-not-found]
 
+    own: Any = huggingface.HFLM  # lm-eval's decorator hides its type
+    return own(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+def samples(
+    judged: Any, names: tuple[str, ...], limit: int | None, chat: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Task → what lm-eval keeps of each item: the document, the answers, its metrics. chat: by the chat template"""
+    import lm_eval  # type: ignore[import-not-found]
+
+    evaluate: Any = lm_eval.simple_evaluate  # as above
     try:
-        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        if chat:
+            _guard_template(judged)
         tasks = [str(Path(name).absolute()) if name.endswith(_FILE) else name for name in names]
         with bounded_tasks(tuple(map(str, _files(names)))):
-            found: Any = lm_eval.simple_evaluate(
+            found = evaluate(
                 model=judged, tasks=tasks, limit=limit, log_samples=True, bootstrap_iters=0,
-                task_manager=_manager(_files_only(names)),
+                task_manager=_manager(_files_only(names)), apply_chat_template=chat,
             )  # fmt: skip
     except LowbitError:
         raise
@@ -127,7 +147,34 @@ def samples(
             raise UsageError(f"{', '.join(names)}: the data cannot be had: {text[:300]}", _NO_DATA) from None
         hint = "run one task at a time to see which" if len(names) > 1 else "lm-eval's words say what is at fault"
         raise EngineFailure(f"lm-eval failed on {', '.join(names)}: {text[:300]}", hint) from None
+    if getattr(judged, "unknown_greedy", False):
+        _refuse_unknown(found.get("configs", {}))
     return found["samples"]
+
+
+def _guard_template(judged: Any) -> None:
+    """Have the model's chat template end, and fail by name."""
+    name, render = str(judged.tokenizer.name_or_path), judged.apply_chat_template
+
+    def guarded(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        try:
+            with bounded_template(name):
+                return render(history, add_generation_prompt)
+        except LowbitError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise CheckpointError(f"{name}: its chat template fails ({type(error).__name__}: {str(error)[:200]})",
+                                  "repair it, or leave --chat-template out") from None  # fmt: skip
+
+    judged.apply_chat_template = guarded
+
+
+def _refuse_unknown(configs: dict[str, dict[str, Any]]) -> None:
+    """EngineFailure where a task counts whether a continuation is the most probable one, which a server did not say."""
+    asked = [task for task, config in configs.items() if config.get("output_type") == "loglikelihood"]
+    if asked:
+        raise EngineFailure(f"{asked[0]} counts the continuations that are the most probable; the server does not say "
+                            "which those are", "vLLM, SGLang and llama.cpp do; or leave the task out")  # fmt: skip
 
 
 def _is_right(task: str, sample: dict[str, Any]) -> bool:

