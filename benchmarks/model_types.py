@@ -254,7 +254,7 @@ class _Sweep:
                 return {"loads": "failed", "reason": f"loads: it does, but {said}", "crashed": True}
             wrong = True
             outcomes.append(f"logits differ by {difference:.2g} of their spread in {dtype}")
-        if "dequantize=True" in said and self.difference(torch.bfloat16, dequantize=True) < DECODED:
+        if "dequantize=True" in said and self.difference(torch.float32, dequantize=True) < DECODED:
             return {"loads": "dequantized", "refusal": said}
         if not foretold.ok:
             return {"loads": "lowbit", "refusal": said}
