@@ -12,8 +12,10 @@ of time and memory; a stage that fails leaves its reason, and what needs its out
              quantized or with the reason why not
     verify   lowbit verify, with the source at hand
     loads    transformers loads the result with compressed-tensors, and its logits are those of lowbit.load, within a
-             part of their spread (TOLERANCES). "lowbit": lowbit verify --engine transformers says that transformers
-             does not load it, or transformers says so itself, and lowbit.load alone gave finite logits
+             part of their spread (TOLERANCES). "dequantized": it does so with CompressedTensorsConfig(dequantize=True)
+             only, as lowbit verify --engine transformers says. "lowbit": that command says that transformers does not
+             load it (without that it says so, the row has the reason), and lowbit.load alone gave finite logits. A
+             folder that loads although the command says no is a failure
     gptq     lowbit quantize --method gptq --samples 8 --seqlen 64; the share of the quantized weights whose codes the
              text chose
 
@@ -48,6 +50,7 @@ GROUP_SIZE = 32
 TOLERANCES = {"bfloat16": 1e-3, "float32": 0.02}
 SECONDS = 180
 BYTES = 12 * 2**30  # address space of one type's process; torch alone takes 5
+DECODED = 0.05  # the same with dequantize=True, which rounds decoded weights once more
 STAGES = ("built", "rtn", "verify", "loads", "gptq")
 
 
@@ -237,9 +240,7 @@ class _Sweep:
         if not self.logits(own).isfinite().all():
             raise ValueError("the logits of lowbit.load are not finite")
         foretold = lowbit.verify(self.quantized, engine="transformers")
-        if not foretold.ok:
-            said = foretold.failed[0]
-            return {"loads": "lowbit", "refusal": f"{said.rule}: {said.detail}"}
+        said = "; ".join(f"{check.rule}: {check.detail}" for check in foretold.failed)
         outcomes, wrong = [], False
         for dtype, tolerance in TOLERANCES.items():
             try:
@@ -248,20 +249,27 @@ class _Sweep:
                 outcomes.append(f"{one_line(error)} in {dtype}")
                 continue
             if difference < tolerance:
-                return {"loads": "transformers", "difference": difference}
+                if foretold.ok:
+                    return {"loads": "transformers", "difference": difference}
+                return {"loads": "failed", "reason": f"loads: it does, but {said}", "crashed": True}
             wrong = True
             outcomes.append(f"logits differ by {difference:.2g} of their spread in {dtype}")
+        if "dequantize=True" in said and self.difference(torch.float32, dequantize=True) < DECODED:
+            return {"loads": "dequantized", "refusal": said}
+        if not foretold.ok:
+            return {"loads": "lowbit", "refusal": said}
         row = {"loads": "failed" if wrong else "lowbit", "reason": f"loads: {', '.join(outcomes)}"}
         return row | ({"crashed": True} if wrong else {})
 
-    def difference(self, dtype: Any) -> float:
+    def difference(self, dtype: Any, dequantize: bool = False) -> float:
         """Of the logits of transformers from those of lowbit.load, as a part of the spread of the logits."""
         import transformers
 
         import lowbit
 
         (named,) = json.loads((self.quantized / "config.json").read_text())["architectures"]
-        theirs = getattr(transformers, named).from_pretrained(self.quantized, dtype=dtype).eval()
+        asked = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+        theirs = getattr(transformers, named).from_pretrained(self.quantized, dtype=dtype, **asked).eval()
         ours, _ = lowbit.load(self.quantized, dtype=dtype)
         take_computed_buffers(ours, theirs)
         wanted = self.logits(ours)
@@ -341,7 +349,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| type | built | rtn | verify | loads | gptq | quantized | why |", "|---|---|---|---|---|---|---:|---|"]
     for row in rows:
         share = f"{100 * row['share']:.0f} %" if "share" in row else ""
-        why = (row.get("reason") or "; ".join(row.get("kept", []))).replace("|", "\\|")
+        why = (
+            "; ".join(filter(None, (row.get("refusal"), row.get("reason")))) or "; ".join(row.get("kept", []))
+        ).replace("|", "\\|")
         cells = [f"`{row['type']}`", *(row.get(stage, "") for stage in STAGES), share, why]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -349,7 +359,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     good = {"built": ("yes", "not run"), "rtn": ("ok",), "verify": ("ok", "limits"),
-            "loads": ("transformers", "lowbit", "not run"), "gptq": ("ok",)}  # fmt: skip
+            "loads": ("transformers", "dequantized", "not run"), "gptq": ("ok",)}  # fmt: skip
     counts = ", ".join(f"{stage} {sum(row.get(stage) in good[stage] for row in rows)}" for stage in STAGES)
     return f"{len(rows)} types: {counts}"
 

@@ -56,6 +56,13 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, found):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(("epsilon", "noted"), [(1e-5, True), (1e-6, False)])
+def test_another_epsilon_for_the_latents_of_minicpm3_is_noted(tmp_path, epsilon, noted):
+    architecture, others, _, _ = CASES["minicpm3"]
+    model, _ = describe_folder(make_model(tmp_path / "hf", architecture, **(others | {"rms_norm_eps": epsilon})))
+    assert any("norms of latents" in note for note in model.notes) == noted
+
+
 @pytest.mark.parametrize("model_type", ["bitnet", "cwm", "gptj", "hyperclovax", "vaultgemma"])
 def test_a_model_type_without_a_row_is_refused_with_the_reason(model_type):
     with pytest.raises(ArchitectureError, match=rf"{model_type} models do not become GGUF files: llama\.cpp"):

@@ -25,7 +25,8 @@ from lowbit.version import __version__, version_of
 
 # Files that the result depends on.
 _SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
-            "perturb.py", "conversions.py", "disk_layout.py", "discover.py", "cache.py")  # fmt: skip
+            "perturb.py", "conversions.py", "disk_layout.py", "quantized_loading.py", "discover.py",
+            "cache.py")  # fmt: skip
 
 
 def discover_once(
@@ -87,9 +88,10 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
     blocks, passed_over = tuple(kept.pop("blocks")), tuple(kept.pop("passed_over"))
+    replaced = tuple(kept.pop("replaced_experts"))
     return Architecture(
         **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings,
-        passed_over=passed_over,
+        passed_over=passed_over, replaced_experts=replaced,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.fused_sets import fused_names
 from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
+from lowbit.architecture.quantized_loading import initialization_reads, replaced_experts
 from lowbit.architecture.roles import ROUTER, input_name, role_of, why_kept
 from lowbit.architecture.structure import Architecture, Linear, Part, Placement
 from lowbit.architecture.trace import BlockTrace, is_experts, is_linear, trace_blocks
@@ -76,6 +77,9 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
     tied = _tied(model, layout)
     parameters = {name: tensor.shape for name, tensor in stored.items() if name not in tied}
     roles = {name: _role(name, stored[name], linears, modules) for name in parameters}
+    owners = [
+        stored[f"{each.name}.weight"].path for each in linears.values() if each.keep is None and each.block is not None
+    ]
     return Architecture(
         model.config.model_type, type(model).__name__, names, linears, parameters, tied, roles,
         {name: place for name, place in layout.items() if place.parts != (Part(name),)},
@@ -84,6 +88,8 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs, heads,
         saved_names(model, layout, split_experts),
+        initialization_reads(model, [path for path in owners if isinstance(modules[path], nn.Linear)]),
+        replaced_experts(module for module in modules.values() if is_experts(module)),
     )  # fmt: skip
 
 

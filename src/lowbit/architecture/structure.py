@@ -170,6 +170,9 @@ class Architecture:
     untraced     why inputs of linears are not known; None where the model ran
     block_outputs  entries of the tuple that a block returns; 0 for a tensor
     saved_names    name that `save_pretrained` writes → the stored name, of those without the prefix that the hub has
+    needs_weights  the class of a module that transformers cannot initialize where linears have no weight; None where
+                   there is none (quantized_loading)
+    replaced_experts   quantization methods for which transformers puts linears in the place of fused experts
     heads          query heads of attention, with which `fed_rows` were tested; 0 where config.json states none
     """
 
@@ -189,6 +192,8 @@ class Architecture:
     block_outputs: int = 0
     heads: int = 0
     saved_names: dict[str, str] = field(default_factory=dict)
+    needs_weights: str | None = None
+    replaced_experts: tuple[str, ...] = ()
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,12 @@ def quantize(
         typer.Option("--output", "-o", metavar="OUT", help="Folder or NAME.gguf to write.", rich_help_panel=MAKE),
     ] = None,
     settings: Given,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Choose the scheme of most bits whose files fit: 100MB, 4GiB.", rich_help_panel=MAKE
+        ),
+    ] = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
@@ -39,6 +45,8 @@ def quantize(
     from lowbit.settings import RunOptions
 
     how = RunOptions(**run)
+    if target_size is not None:
+        settings = _within(target_size, model, output, recipe, options, settings)
     if dry_run:
         from lowbit.estimation.run_memory import Process, peak_memory
 
@@ -69,6 +77,23 @@ def quantize(
     for step in done.report.next_steps:
         if step.command.startswith("lowbit quantize"):
             say(f"lose less:    {step.command}")
+
+
+def _within(
+    size: str, model: str, output: Path | None, recipe: Path | None, options: Any, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings with the scheme that --target-size chooses."""
+    from lowbit.cli.console import say
+    from lowbit.errors import UsageError
+    from lowbit.estimation.target_size import scheme_within
+    from lowbit.knobs import parse_bytes
+
+    if recipe is not None:
+        raise UsageError("a recipe names its scheme, which --target-size would choose", "give one of the two")
+    gguf = settings.get("format") == "gguf" or (output is not None and output.suffix.lower() == ".gguf")
+    fitting = scheme_within(model, parse_bytes(size), gguf, options, **settings)
+    say(f"--target-size {size}: {fitting}")
+    return {**settings, "scheme": fitting.scheme}
 
 
 def plan_as_json(prepared: Prepared, peak_memory: int) -> dict[str, Any]:

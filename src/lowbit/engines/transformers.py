@@ -6,6 +6,9 @@ only.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from lowbit.architecture.structure import Placement
 from lowbit.engines.engine import GIB, Engine, MemoryModel, Support
 from lowbit.formats.compressed_tensors.rules import NO_TRANSFORMS
 from lowbit.formats.gptq import rules as gptq
@@ -13,6 +16,9 @@ from lowbit.verification.layers import GPT_OSS
 from lowbit.verification.left_out import LEFT_OUT, EngineUnit, is_head, left_out_list, transformers_converts
 from lowbit.verification.result import Finding, Loading, Rule
 from lowbit.verification.subject import Subject
+
+if TYPE_CHECKING:
+    from lowbit.checkpoint.compressed_tensors_config import Group
 
 
 def check_experts(subject: Subject) -> Finding:
@@ -22,7 +28,7 @@ def check_experts(subject: Subject) -> Finding:
               and (subject.format != "compressed-tensors" or placement.fused)]  # fmt: skip
     quantized = [name for members in subject.architecture.expert_sets.values() for name in members
                  if name in subject.schemes]  # fmt: skip
-    if merged and quantized:
+    if merged and quantized and subject.format not in subject.architecture.replaced_experts:
         problem = (
             f"{quantized[0]} is quantized, but transformers merges the experts of a block into one parameter as it "
             f"loads them ({merged[0]}), and its integration of {subject.format} knows linears only"
@@ -44,12 +50,118 @@ def check_transposed(subject: Subject) -> Finding:
     return Finding([], "every quantized layer is an nn.Linear")
 
 
+def check_initialized(subject: Subject) -> Finding:
+    """Linears without `weight` only in models whose initialization asks whether there is one."""
+    packed = _packed(subject)
+    if packed and subject.architecture.needs_weights:
+        problem = (
+            f"{packed[0]} is packed, and transformers initializes {subject.architecture.needs_weights} by the weight "
+            f"that such a layer does not have: AttributeError{_decoded(subject)}"
+        )
+        return Finding([problem], "")
+    return Finding([], "no module is initialized by a weight that is packed")
+
+
+def check_tied(subject: Subject) -> Finding:
+    """No packed linear shares its weight with another: transformers ties parameters by the name `weight`."""
+    packed = set(_packed(subject))
+    tied = subject.architecture.tied
+    shared = [
+        alias for alias, name in tied.items() if {alias.removesuffix(".weight"), name.removesuffix(".weight")} & packed
+    ]
+    if shared:
+        problem = (
+            f"{shared[0]} is {tied[shared[0]]}, which is packed, and transformers ties layers by their weights: "
+            f"AttributeError{_decoded(subject)}"
+        )
+        return Finding([problem], "")
+    return Finding([], "no packed layer is used twice")
+
+
+def check_converted(subject: Subject) -> Finding:
+    """What transformers makes of several tensors, or of a part of one, is quantized in a way that its conversion reads.
+
+    Into a parameter (experts, convolutions): it decodes packed integers without zero points, MXFP4 and 8-bit floats, by
+    one group for all, and passes floats on in folders of 8-bit floats only. Into a linear: it does to every stored
+    tensor what it does to the rows of the weight."""
+    group = _group_of_experts(subject.parsed.groups)
+    problems: list[str] = []
+    for parameter, placement in subject.architecture.layout.items():
+        names = [name.removesuffix(".weight") for name, _, _ in placement.pieces() if name.endswith(".weight")]
+        if problems or placement.fused or not names or not _is_converted(placement):
+            continue
+        plain = [name for name in names if name not in subject.schemes]
+        joined = len(plain) == len(names) or any(part.per_expert for part in placement.parts)
+        if plain and group.scheme.weight.number != "e4m3":
+            problems += [
+                f"transformers makes {parameter} of {plain[0]} and others, and loses what is not quantized there"
+            ]
+        elif joined:
+            problems += [
+                said for name in names if name in subject.schemes and (said := _undecoded(subject, name, group))
+            ]
+        else:
+            problems += [said for name in names if (said := _torn(subject, name, parameter))]
+    return Finding(problems[:1], "all that transformers converts is quantized in a way that it reads")
+
+
+def _is_converted(placement: Placement) -> bool:
+    return len(placement.parts) > 1 or any(
+        part.per_expert or not part.whole or part.transposed for part in placement.parts
+    )
+
+
+def _group_of_experts(groups: tuple[Group, ...]) -> Group:
+    """The group by which transformers decodes what it merges (get_experts_scheme)."""
+    regexes = [group for group in groups
+               if any(target.startswith("re:") and "experts" in target for target in group.targets)]  # fmt: skip
+    named = [group for group in groups if any(not target.startswith("re:") for target in group.targets)]
+    return (*regexes, *named, *groups)[0]
+
+
+def _undecoded(subject: Subject, linear: str, group: Group) -> str | None:
+    """Why transformers does not decode this one of several linears that it merges."""
+    spec = subject.schemes[linear].weight
+    if spec != group.scheme.weight:
+        return f"{linear} has another scheme than group {group.name}, by which transformers decodes all that it merges"
+    leaves = {name.rpartition(".")[2] for name in subject.expected_of(linear)}
+    strange = sorted(leaf for leaf in leaves if leaf.startswith("weight_") and leaf not in _DECODED)
+    if not strange and ("weight_packed" in leaves or spec.number == "e4m3"):
+        return None
+    return f"{linear} is merged with others, and transformers does not decode its {', '.join(strange) or 'integers'}"
+
+
+def _torn(subject: Subject, linear: str, parameter: str) -> str | None:
+    """Why the conversion of a quantized linear's rows does not fit all its tensors."""
+    rows = subject.architecture.linears[linear].shape[0]
+    for name, expected in subject.expected_of(linear).items():
+        leaf = name.rpartition(".")[2]
+        if leaf.startswith("weight") and expected.shape[:1] != (rows,):
+            shape = list(expected.shape)
+            return f"transformers makes {parameter} of rows of {linear}, and {name}, {shape}, has no such rows"
+    return None
+
+
+def _packed(subject: Subject) -> list[str]:
+    """Quantized linears that store no tensor called weight."""
+    return [name for name in subject.schemes if f"{name}.weight" not in subject.expected_of(name)]
+
+
+def _decoded(subject: Subject) -> str:
+    """How it loads all the same: with dequantize=True, which reads all layers by the first group."""
+    alike = len({group.scheme.weight for group in subject.parsed.groups}) == 1
+    return "; it loads with quantization_config=CompressedTensorsConfig(dequantize=True)" if alike else ""
+
+
 def _leaves_out(subject: Subject, unit: EngineUnit) -> bool | None:
     listed = left_out_list(subject)
     if is_head(subject, unit) and (subject.format == "awq" or not listed):
         return True  # transformers leaves the output layer alone by itself
     return not transformers_converts(unit.name, listed)
 
+
+# The stored tensors that transformers takes along when it decodes a linear that it merges with others.
+_DECODED = ("weight_packed", "weight_scale", "weight_shape")
 
 _LOADING = Loading(
     rules=(
@@ -64,6 +176,14 @@ _LOADING = Loading(
              ("gptq", "awq", "bitsandbytes", "bitnet", "compressed-tensors", "codebook"),
              "no quantized experts that transformers merges", check_experts,
              "conversion_mapping.py, replace_with_bnb_linear (transformers)", limit=True),
+        Rule("transformers-initialized", "limits", ("compressed-tensors",),
+             "no packed layer is initialized by its weight", check_initialized,
+             "_init_weights of the model's class (transformers)", limit=True),
+        Rule("transformers-tied", "limits", ("compressed-tensors",), "no packed layer is used twice", check_tied,
+             "tie_weights, modeling_utils.py (transformers)", limit=True),
+        Rule("transformers-converted", "limits", ("compressed-tensors",), "what transformers converts is read by it",
+             check_converted, "update_weight_conversions, quantizers/base.py; integrations/compressed_tensors.py "
+             "(transformers)", limit=True),
     ),
     no_loader={
         "modelopt": "transformers 5 does not know quant_method 'modelopt': it warns, skips the quantization, and loads "

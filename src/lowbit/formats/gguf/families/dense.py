@@ -217,6 +217,10 @@ def _minicpm3_of_file(metadata: dict[str, Any]) -> dict[str, Any]:
     return {"qk_rope_head_dim": rope, "qk_nope_head_dim": number(metadata, "minicpm3.attention.key_length") - rope}
 
 
+_EPSILON_OF_LATENTS = (
+    "llama.cpp takes rms_norm_eps also for the norms of latents, where transformers takes 1e-06: "
+    "logits differ by some 1e-5"
+)
 _MINICPM3 = GGUFArchitecture(
     "minicpm3", "MiniCPM3ForCausalLM", "minicpm3", "model.layers", OUTSIDE,
     {
@@ -242,6 +246,7 @@ _MINICPM3 = GGUFArchitecture(
     implied=lambda get: {"num_key_value_heads": get("num_attention_heads")},
     rope=Rope(("default", "linear", "longrope"), dim=lambda get: get("qk_rope_head_dim")),
     from_file=_minicpm3_of_file,
+    near={("rms_norm_eps", lambda epsilon: epsilon != 1e-6): _EPSILON_OF_LATENTS},
 )  # fmt: skip
 
 
