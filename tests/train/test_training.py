@@ -191,6 +191,27 @@ def test_the_gradients_are_those_of_lsq():
     assert torch.allclose(one.changes["0"].grad, expected, atol=1e-5)
 
 
+def test_the_gradients_of_zero_points_are_those_of_lsq_plus():
+    """Bhalgat et al. 2020: a code of the offset more moves what is beyond the range by −s, and nothing within it."""
+    weight = nn.Parameter(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    one = fake("W4A16_ASYM", weight)
+    with torch.no_grad():
+        one.changes["0"] -= 0.5
+        one.shifts["0"] += 2.2 / 15
+    g = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    out = one(weight)
+    (out * g).sum().backward()
+    kept = one.rounded(0, weight)[0]
+    scale, zero = (each.float().repeat_interleave(8, dim=1) for each in (kept.scale, kept.zero_point))
+    assert torch.equal(kept.zero_point, (one.zero_point_0 + 2).clamp(-8, 7))
+    v = weight.detach() / scale + zero
+    inside = (v >= -8) & (v <= 7)
+    assert not inside.all()
+    assert torch.equal(out.detach(), ((v - zero).round() + zero).clamp(-8, 7).sub(zero) * scale)
+    expected = (g * -scale * ~inside * 15).reshape(4, 2, 8).sum(2)
+    assert torch.allclose(one.shifts["0"].grad, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", ["W4A16_ASYM", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "FP8_BLOCK"])
 def test_gradients_reach_weights_and_scales_of_other_grids(scheme):
     weight = nn.Parameter(torch.randn(130, 256, generator=torch.Generator().manual_seed(0)))
@@ -227,6 +248,20 @@ def test_training_repairs_what_rounding_to_2_bits_broke(tiny):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+def test_zero_points_that_were_learned_are_those_of_the_files(tiny, tmp_path, format):
+    model, tokenizer = tiny
+    lowbit.train.prepare(model, "W4A16_ASYM", group_size=32, format=format)
+    before = {linear: kept[1].zero_point.clone() for linear, (kept, _) in trained_weights(model).items()}
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if ".shifts." in name:
+                each += torch.linspace(-0.2, 0.2, each.numel()).reshape(each.shape)
+    moved = [kept[1].zero_point for kept, _ in trained_weights(model).values()]
+    assert not all(torch.equal(a, b) for a, b in zip(before.values(), moved, strict=True))
+    check_exported(model, tmp_path / "out", tokenizer)
 
 
 def test_learned_scales_move_and_fitted_ones_follow_the_weights(tiny):
@@ -281,6 +316,42 @@ def test_the_trainer_of_transformers(tiny, tmp_path):
     trainer.train()
     assert any(not torch.equal(weight, before[linear][1]) for linear, (_, weight) in trained_weights(model).items())
     check_exported(trainer.model, tmp_path / "out", tokenizer)
+
+
+@pytest.mark.interop
+def test_sft_of_trl(tiny, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, tokenizer = tiny
+    lowbit.train.prepare(model, "W4A16", group_size=32)
+    before = trained_weights(model)
+    text = Path(SHORT_TEXT).read_text(encoding="utf-8")
+    rows = datasets.Dataset.from_dict({"text": [text[start : start + 300] for start in range(0, 1200, 300)]})
+    arguments = trl.SFTConfig(tmp_path / "run", max_steps=2, per_device_train_batch_size=2, max_length=32, bf16=False,
+                              report_to=[], use_cpu=True, learning_rate=1e-3, disable_tqdm=True)  # fmt: skip
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert any(not torch.equal(weight, before[linear][1]) for linear, (_, weight) in trained_weights(model).items())
+    check_exported(trainer.model, tmp_path / "out", tokenizer)
+
+
+@pytest.mark.interop
+def test_optimizer_states_of_8_bits(tiny, tmp_path):
+    """bitsandbytes keeps them; parameters of fewer than 4096 values stay in 32 bits."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    model, tokenizer = tiny
+    lowbit.train.prepare(model, "W4A16", group_size=32)
+    optimizer = optim.AdamW8bit(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    kept = {value.dtype for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
+    assert torch.uint8 in kept
+    assert losses[-1] < losses[0]
+    check_exported(model, tmp_path / "out", tokenizer)
 
 
 def test_a_state_is_saved_and_loaded(tiny, tmp_path):

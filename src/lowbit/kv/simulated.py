@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lowbit.errors import ArchitectureError, UsageError
 from lowbit.kv.attention import TwoVersions, windowed_attention
 from lowbit.kv.codecs import Codec, GgmlBlock, Minifloat, Plain, SideFacts
 from lowbit.kv.types import CacheType
+from lowbit.numerics.straight_through import straight_through
 
 # Layer → (facts of keys, facts of values).
 CacheFacts = Mapping[int, tuple[SideFacts, SideFacts]]
@@ -76,12 +77,14 @@ def quantized_layers(model: nn.Module, cache_type: CacheType) -> tuple[int, ...]
 
 @contextlib.contextmanager
 def simulated_cache(
-    model: nn.Module, cache_type: CacheType, facts: CacheFacts | None = None, only: tuple[int, ...] | None = None,
-    key_order: Tensor | None = None,
+    model: nn.Module, cache_type: CacheType, facts: CacheFacts | Literal["batch"] | None = None,
+    only: tuple[int, ...] | None = None, key_order: Tensor | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside, forward passes of the model (whole, or block by block; without a cache of their own) see the cache type.
+    Gradients go straight through its rounding.
 
-    facts  of every layer, for types that need calibration (`lowbit.kv.calibrated`)
+    facts  of every layer, for types that need calibration (`lowbit.kv.calibrated`); "batch": ranges are those of the
+           keys and values at hand
     only   layers that are quantized; None: `quantized_layers`
     key_order  int64 [D]: the value of a key that is each of llama.cpp's, whose converter makes rotary pairs neighbours
                for some architectures; its blocks and rotations then hold other values. Read by its types alone
@@ -90,7 +93,8 @@ def simulated_cache(
     if cache_type.needs and facts is None:
         raise UsageError(f"cache type {cache_type.name} needs ranges that a calibration text gives")
     order = key_order if isinstance(cache_type.keys, GgmlBlock) or cache_type.queries is not None else None
-    layers = {module: _Layer(cache_type, index, (facts or {}).get(index), order)
+    known = {} if facts is None or facts == "batch" else facts
+    layers = {module: _Layer(cache_type, index, known.get(index), order, facts == "batch")
               for module, index in attention_layers(model).items() if index in chosen}  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(wrapped_attention(_through(layers)))
@@ -104,12 +108,13 @@ def simulated_cache(
 
 @dataclass(frozen=True)
 class _Layer:
-    """The cache of one layer."""
+    """The cache of one layer. of_batch: ranges are those of the states at hand"""
 
     type: CacheType
     index: int
     facts: tuple[SideFacts, SideFacts] | None
     order: Tensor | None = None
+    of_batch: bool = False
 
     def keys(self, states: Tensor) -> Tensor:
         facts = None if self.facts is None else self.facts[0]
@@ -122,7 +127,7 @@ class _Layer:
         codec = self.type.queries
         if codec is None:
             return states
-        return self._reordered(states, lambda ordered: codec.round_trip(ordered.float()).to(states.dtype))
+        return self._reordered(states, lambda ordered: _rounded(ordered, codec, None))
 
     def _reordered(self, states: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         if self.order is None:
@@ -131,9 +136,16 @@ class _Layer:
         return change(states[..., order])[..., order.argsort()]
 
     def _given_back(self, states: Tensor, codec: Codec, facts: SideFacts | None) -> Tensor:
-        rounded = codec.round_trip(states.float(), facts).to(states.dtype)
-        first = self.type.exact_first
+        if self.of_batch:
+            facts = SideFacts(states.detach().abs().amax(dim=(0, 2, 3)).float())
+        rounded, first = _rounded(states, codec, facts), self.type.exact_first
         return torch.cat([states[..., :first, :], rounded[..., first:, :]], dim=-2) if first else rounded
+
+
+def _rounded(states: Tensor, codec: Codec, facts: SideFacts | None) -> Tensor:
+    with torch.no_grad():
+        rounded = codec.round_trip(states.float(), facts).to(states.dtype)
+    return straight_through(states, rounded)
 
 
 def _through(layers: Mapping[nn.Module, _Layer]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

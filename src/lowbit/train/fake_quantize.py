@@ -11,8 +11,12 @@ the precision of the file with the gradient of what was rounded (`numerics.strai
 s₀ is fitted to the weights, or, of a model that was quantized to the same grid, the scale that it has: fitted to
 decoded weights it would be another one, and every code would change before the first step.
 
-θ is relative, which takes the place of LSQ's gradient scale: one learning rate fits scales of every size. Zero points,
-and scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
+θ is relative, which takes the place of LSQ's gradient scale: one learning rate fits scales of every size. Zero points
+of integers are learned beside them (LSQ+: Bhalgat et al. 2020, arXiv 2004.09576), as shares φ of the range of codes:
+
+    z = clamp(rint(z₀ + φ · (q_max − q_min)), q_min, q_max)        ∂ŵ/∂z = 0 within the range, −s beyond it
+
+Scales of a whole tensor, which fused sets share (NVFP4's second level, FP8), stay those of the start.
 
 Fitted anew in every forward pass by the type's own encoder, from the weights as they are: ggml types, double
 quantization, scales below one of their row (QoQ), and grids with `learn_scales=False`. Ternary types take the absmean
@@ -37,6 +41,7 @@ from torch import Tensor, nn
 from lowbit.architecture.structure import Part
 from lowbit.errors import NonFiniteError
 from lowbit.kernels.tables import Codebook, MinifloatFormat
+from lowbit.numerics.scalar_grids import IntGrid
 from lowbit.numerics.straight_through import changed_scale, straight_through
 from lowbit.rounding.rtn import Fitted
 from lowbit.rounding.target import GridTarget, Stored, Target
@@ -76,6 +81,7 @@ class FakeQuantize(nn.Module):
 
     parts    what is quantized in it; the rest passes through
     changes  θ of each part with learned scales, float32, by its number
+    shifts   φ of those that have zero points
     scales   linear → its scales in the model that training starts from; passed over where the grid is another
 
     `hold` rounds once: forward passes and an export then have these codes, whatever the parameter is, and compute in
@@ -90,7 +96,7 @@ class FakeQuantize(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.parts = tuple(parts)
-        self.changes = nn.ParameterDict()
+        self.changes, self.shifts = nn.ParameterDict(), nn.ParameterDict()
         self._fitted: dict[int, Fitted] = {}
         self._held: dict[int, tuple[Stored, Tensor]] = {}
         self._computes = parameter.dtype
@@ -104,6 +110,8 @@ class FakeQuantize(nn.Module):
                 self.register_buffer(f"zero_point_{index}", fitted.zero_point)
                 self._fitted[index] = replace(fitted, scale=fitted.scale[:0], zero_point=None)
                 self.changes[str(index)] = nn.Parameter(torch.zeros_like(fitted.scale))
+                if fitted.zero_point is not None:
+                    self.shifts[str(index)] = nn.Parameter(torch.zeros_like(fitted.scale))
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The parameter with its linears rounded, in its own dtype."""
@@ -157,6 +165,11 @@ class FakeQuantize(nn.Module):
         if inside is not None and str(index) in self.changes:
             change = _per_weight(self.changes[str(index)], stored, weight.shape)
             wanted = wanted.float() + change * (decoded - plain * inside)
+        if inside is not None and str(index) in self.shifts:
+            assert isinstance(stored, QuantizedTensor)
+            grid, scale = self._integers(index), _per_weight(stored.scale, stored, weight.shape)
+            codes = (grid.qmax - grid.qmin) * _per_weight(self.shifts[str(index)], stored, weight.shape)
+            wanted = wanted.float() - codes * scale * ~inside
         return straight_through(wanted.to(weight.dtype), decoded.to(weight.dtype))
 
     def _rounded(self, index: int, weight: Tensor) -> tuple[Stored, Tensor]:
@@ -169,6 +182,8 @@ class FakeQuantize(nn.Module):
             start: Tensor = getattr(self, f"scale_{index}")
             scale = changed_scale(start, self.changes[str(index)], grid.scale_format, global_scale)  # type: ignore[attr-defined]
             zero_point: Tensor | None = getattr(self, f"zero_point_{index}")
+            if zero_point is not None:
+                zero_point = self._moved(index, zero_point)
             stored = replace(self._fitted[index], scale=scale, zero_point=zero_point).round(weight)
             return stored, stored.decode()
         target = each.target
@@ -178,6 +193,19 @@ class FakeQuantize(nn.Module):
             target = target.ranged(target.measured(weight))
         rounded = target.nearest(weight)
         return rounded.stored, rounded.decoded
+
+    def _integers(self, index: int) -> IntGrid:
+        """The grid of a part with zero points."""
+        grid = self._fitted[index].grid
+        assert isinstance(grid, IntGrid), "no other grid has zero points and learns scales"
+        return grid
+
+    def _moved(self, index: int, start: Tensor) -> Tensor:
+        """The zero points of a part as they are now."""
+        grid = self._integers(index)
+        lowest = grid.qmin if grid.lowest_zero_point is None else grid.lowest_zero_point
+        wanted = start + self.shifts[str(index)] * (grid.qmax - grid.qmin)
+        return wanted.round().clamp(lowest, grid.qmax).to(start.dtype)
 
 
 def _known(scales: Fitted | None, target: GridTarget, weight: Tensor) -> Fitted | None:

@@ -29,6 +29,7 @@ from lowbit.architecture.in_memory import model_in_memory, unwrapped
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
 from lowbit.knobs import Facts
+from lowbit.kv.simulated import quantized_layers
 from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.plan.plan import Plan, Request
 from lowbit.plan.plan import prepare as plan_output
@@ -36,6 +37,7 @@ from lowbit.rounding.rtn import Fitted, TensorRange
 from lowbit.rounding.target import Target
 from lowbit.schemes import ActivationSpec
 from lowbit.settings import Settings, make_settings, refuse_unread
+from lowbit.train.caches import cache_of, round_cache
 from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart
 
 _ATTRIBUTE = "lowbit_training"
@@ -51,7 +53,7 @@ class Training:
     options   trust in the model's own code
     dtype     of floats and scales in the output; None: the model's
     linears   linear → name of the parameter that holds it
-    hooks     of fake-quantized activations
+    hooks     of fake-quantized activations, and of the cache
     """
 
     settings: Settings
@@ -72,6 +74,7 @@ def prepare(
     *,
     learn_scales: bool = True,
     activations: bool = True,
+    cache: str | None = None,
     dtype: torch.dtype | None = None,
     options: OpenOptions | None = None,
     scales: Mapping[str, Fitted] = MappingProxyType({}),
@@ -82,6 +85,8 @@ def prepare(
     scheme        of folders (W4A16, NVFP4 …) or a type of GGUF files (Q4_0, Q4_K_M, TQ2_0 …)
     learn_scales  scales of grids are parameters (LSQ); False: fitted to the weights in every forward pass
     activations   fake-quantize the inputs of linears too, where the scheme quantizes them
+    cache         round keys and values as this type of KV cache does (`lowbit.kv.CACHE_TYPES`: int4_per_token_head …).
+                  None: as kv_cache of the settings will have an engine do it; without both they are not rounded
     dtype         of scales and of what stays unquantized in the output; None: the model's own. A model that is trained
                   in float32 may be written in bfloat16
     scales        linear → scales that learned ones begin with, of a model that was quantized before
@@ -98,6 +103,8 @@ def prepare(
         if name in chosen.given:
             raise UsageError(f"{name} is not read by a training", "training takes the place of a method; leave it out")
     refuse_unread(chosen, None, Facts(gguf=chosen.writes_gguf()))
+    named = cache if cache is not None else chosen.kv_cache
+    rounds = None if named is None else cache_of(named)
     training = Training(chosen, options or OpenOptions(), dtype, {})
     source = model_in_memory(model, None, options, dtype=dtype)
     try:
@@ -117,6 +124,8 @@ def prepare(
             training.linears |= {part.linear: parameter for part in parts}
         if activations:
             _refuse_fused_activations(plan.activations, training.linears)
+        if rounds is not None:
+            quantized_layers(model, rounds)  # which refuses heads and models that the type does not take
     finally:
         source.remove()
     # Nothing fails from here on: a model is prepared whole, or not at all.
@@ -125,6 +134,8 @@ def prepare(
         parametrize.register_parametrization(model.get_submodule(owner), leaf, fake, unsafe=True)
     if activations:
         training.hooks = _quantize_activations(model, plan.activations, training.linears)
+    if rounds is not None:
+        training.hooks += round_cache(model, rounds)
     setattr(model, _ATTRIBUTE, training)
     return model
 
