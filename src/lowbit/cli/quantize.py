@@ -22,17 +22,17 @@ def quantize(
         typer.Option("--output", "-o", metavar="OUT", help="Folder or NAME.gguf to write.", rich_help_panel=MAKE),
     ] = None,
     settings: Given,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=MAKE)
+    ] = False,
     target_size: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE", help="Choose the scheme of most bits whose files fit: 100MB, 4GiB.", rich_help_panel=MAKE
         ),
     ] = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=MAKE)
-    ] = False,
     run: Run,
     threads: Threads = None,
     json: Json = False,
