@@ -54,7 +54,6 @@ from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.target import Target
 from lowbit.settings import RunOptions, Settings
 from lowbit.text import CalibrationWindows, GivenText, context_length, mixed_windows
-from lowbit.text.packing import counted
 from lowbit.transform.facts import model_facts
 from lowbit.transform.online import online_rotations
 
@@ -132,8 +131,7 @@ def part_windows(windows: CalibrationWindows, settings: Settings) -> tuple[Calib
     if not settings.further_windows:
         return first, first.ids
     if 2 * len(further.ids) >= settings.further_windows:
-        note = f"distillation learns from {counted(len(further.ids), 'window')} behind those of the calibration"
-        return replace(first, notes=(*first.notes, note)), further.ids
+        return first, further.ids
     note = (
         f"the text has {len(further.ids) or 'no'} further windows for distillation, not the {settings.further_windows} "
         "asked for: it learns from those of the calibration too, which the rounding has fitted, so its gain there says "

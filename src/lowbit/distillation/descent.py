@@ -218,7 +218,8 @@ def outcome(state: State, windows: int, options: DistillOptions) -> Distilled:
     if better:
         notes.append(
             f"distillation of {parameters} scales and entries of norms and biases: KL {state.start:.4g} → "
-            f"{state.lowest:.4g} on {len(split.held_out)} held-out windows, at step {state.lowest_at} of {state.step}; "
+            f"{state.lowest:.4g} on {len(split.held_out)} held-out windows, learned from {len(split.train)}, at step "
+            f"{state.lowest_at} of {state.step}; "
             f"errors of single tensors are those before it"
         )
     else:
