@@ -47,7 +47,7 @@ def degenerate_notes(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str)
     notes, counts = [], torch.unique(ids, return_counts=True)[1].double()
     shares = counts / ids.numel()
     entropy = -float((shares * shares.log2()).sum())
-    text = tokenizer.decode(ids.reshape(-1)[:_LOOKED_AT].tolist(), skip_special_tokens=True)
+    text = str(tokenizer.decode(ids.reshape(-1)[:_LOOKED_AT].tolist(), skip_special_tokens=True))
     raw = text.encode("utf-8", errors="replace")
     packed = len(zlib.compress(raw)) / max(len(raw), 1)
     if ids.numel() >= _OF_TOKENS and (entropy < _LEAST_ENTROPY or packed < _LEAST_PACKED):
