@@ -20,7 +20,7 @@ from lowbit.calibrate.store import BlockStore
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import UsageError
 from lowbit.rounding import row_feedback
-from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions, gptq
+from lowbit.rounding.gptq import CORRECTION, CORRECTION_WITH_ROWS, GPTQOptions, gptq, share_corrected
 from lowbit.rounding.hessian import InputData, row_groups
 from lowbit.rounding.row_feedback import parts_of
 from lowbit.settings import RunOptions, make_settings
@@ -287,9 +287,10 @@ def test_a_level_of_quality_goes_on_without_gradients(model, text, tmp_path, mon
 def test_the_correction_is_smaller_where_rows_are_fed():
     """By linear: one without a gradient is rounded as without feedback."""
     options = GPTQOptions.of(make_settings(quality="good"))
-    assert (options.share_corrected(False), options.share_corrected(True)) == (CORRECTION, CORRECTION_WITH_ROWS)
+    shares = [share_corrected(options.correction, feeds_rows) for feeds_rows in (False, True)]
+    assert shares == [CORRECTION, CORRECTION_WITH_ROWS]
     given = GPTQOptions.of(make_settings(quality="good", correction=0.1))
-    assert (given.share_corrected(False), given.share_corrected(True)) == (0.1, 0.1)
+    assert [share_corrected(given.correction, feeds_rows) for feeds_rows in (False, True)] == [0.1, 0.1]
     assert not GPTQOptions.of(make_settings(method="gptq", correction=0.0)).needs_drift
 
 

@@ -204,7 +204,10 @@ def test_resuming_with_another_source_is_refused(model, text, tmp_path, monkeypa
         os.utime(weights, ns=times)  # of the same size and time
     else:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
-    says = {"weights": "model.safetensors of .* is not what it was$", "config": "rms_norm_eps was .*, is 0.001$"}
+    says = {
+        "weights": "(?m)model.safetensors of .* is not what it was$",
+        "config": "(?m)rms_norm_eps was .*, is 0.001$",
+    }
     with pytest.raises(UsageError, match=says[change]):
         calibrated(source, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
 

@@ -155,7 +155,7 @@ def test_progress_counts_a_window_once_per_block_and_model_and_once_for_comparin
 @pytest.mark.usefixtures("weights_alone")
 def test_less_than_a_block_is_refused_with_what_is_needed(tmp_path, text_file):
     save_model(tmp_path / "model", "llama")
-    told = r"block by block, needs .* \(the program .*largest part.*\); --max-memory allows 10 kB$"
+    told = r"(?m)block by block, needs .* \(the program .*largest part.*\); --max-memory allows 10 kB$"
     with pytest.raises(UsageError, match=told) as error:
         evaluate(tmp_path / "model", None, text_file, max_memory=10_000, **SETTINGS)
     assert "allow" in error.value.hint

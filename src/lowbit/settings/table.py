@@ -146,12 +146,12 @@ class Settings(Table):
              "REGEX=METHOD"),
     ] = Field(default_factory=dict)  # fmt: skip
     hessian: Annotated[
-        str | None,
+        str,
         Knob("GPTQ, SqueezeLLM, refine: what a token counts in the Hessian: inputs (all alike), guided (the gradient "
              "of the loss by the outputs of each linear), guided:4 (of four groups of its outputs), kronecker (guided, "
              "and errors of rows are fed to other rows by what the loss says of pairs of outputs)", METHODS,
-             knobs.TOKENS, "WEIGHTS", absent="inputs; kronecker for lowbit refine", see="gptq.md#weights-of-tokens"),
-    ] = None  # fmt: skip
+             knobs.TOKENS, "WEIGHTS", see="gptq.md#weights-of-tokens"),
+    ] = "inputs"  # fmt: skip
     damping: Annotated[
         float | None, Field(gt=0, le=1),
         Knob("GPTQ, refine: damping added to the diagonal of H, as a fraction of mean(diag H)", METHODS, knobs.HESSIAN,
@@ -326,9 +326,7 @@ class Settings(Table):
 
     @field_validator("hessian")
     @classmethod
-    def _hessian(cls, text: str | None) -> str | None:
-        if text is None:
-            return None
+    def _hessian(cls, text: str) -> str:
         name, colon, groups = text.partition(":")
         counted = groups.isdecimal() and int(groups) > 0
         if text not in ("inputs", "kronecker") and (name != "guided" or (colon and not counted)):
@@ -364,20 +362,14 @@ class Settings(Table):
         return value
 
     @property
-    def weights_of_tokens(self) -> str:
-        """What a token counts in the Hessian: the user's choice, or what measures best for the method."""
-        return self.hessian or ("kronecker" if parse_method(self.method).rounding.refines else "inputs")
-
-    @property
     def hessian_groups(self) -> int:
         """Groups of output rows with a Hessian each, of tokens weighed by gradients; 0 if tokens count alike."""
-        weights = self.weights_of_tokens
-        return 0 if weights == "inputs" else int(weights.partition(":")[2] or 1)
+        return 0 if self.hessian == "inputs" else int(self.hessian.partition(":")[2] or 1)
 
     @property
     def feeds_rows(self) -> bool:
         """True if errors of rows are fed to other rows, by the curvature of the loss in pairs of outputs."""
-        return self.weights_of_tokens == "kronecker"
+        return self.hessian == "kronecker"
 
     @property
     def bytes_per_shard(self) -> int:
