@@ -63,7 +63,7 @@ def held_out_divergence(source, output, text, method="distill") -> float:
                         distill_samples=PLAIN_GPTQ["distill_samples"] if "gptq" in method else None)  # fmt: skip
     further = settings.further_windows
     windows = read_windows(checkpoint, settings, OpenOptions(), RunOptions(), further=further)
-    ids = windows.parted(settings.samples)[1 if further else 0].ids
+    ids = windows.ids[settings.samples :] if further else windows.ids
     ids = ids[Split.of(len(ids)).held_out]
     with torch.no_grad():
         log_p = load_model(checkpoint)(ids).logits.log_softmax(-1)

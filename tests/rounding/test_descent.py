@@ -207,3 +207,14 @@ def test_types_without_codes_are_kept():
     refined = refine(WEIGHT, target, InputData(STATS), PLAIN, start)
     assert refined.fell_back
     assert torch.equal(refined.stored, start)
+
+
+def test_rows_with_a_hessian_of_their_own_are_refined_by_it():
+    """As with --hessian guided:2: the two halves of a weight are what each would be alone."""
+    halves, parts = (slice(0, 12), slice(12, N)), (STATS, stats_of(correlated().flip(1)))
+    target = target_of("W4A16")
+    data = InputData(parts[0], tuple(InputData(each) for each in parts))
+    both = refine(WEIGHT, target, data, PLAIN, target.nearest(WEIGHT).stored)
+    for rows, stats in zip(halves, parts, strict=True):
+        alone = refine(WEIGHT[rows], target, InputData(stats), PLAIN, target.nearest(WEIGHT[rows]).stored)
+        assert torch.equal(both.decoded[rows], alone.decoded)

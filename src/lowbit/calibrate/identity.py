@@ -45,12 +45,15 @@ def depends_on(job: Job, options: OpenOptions, learning: Tensor) -> dict[str, An
 
     learning  ids that a distillation learns from
     """
+    text = {"the calibration text": job.ids}
+    if job.settings.further_windows:
+        text["the text of the distillation"] = learning
     return identity(
         job.checkpoint, options,
         store={"store": 3},
         settings=settings_of(job.settings),
         beside={} if job.start is None else told_as("{}, which is refined,", file_hashes(set(job.start.files))),
-        text={"the calibration text": job.ids, "the text of the distillation": learning},
+        text=text,
         targets={name: repr(target) for name, target in sorted(job.targets.items())},
         arithmetic={"dtype": str(job.dtype), "device": job.device},
     )  # fmt: skip

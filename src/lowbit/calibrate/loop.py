@@ -127,13 +127,13 @@ def read_windows(
 def part_windows(windows: CalibrationWindows, settings: Settings) -> tuple[CalibrationWindows, Tensor]:
     """Windows of the calibration, and the ids that a distillation learns from: the further ones, since GPTQ has fitted
     its own; all there are, with a note, if fewer than half of those asked for are left."""
-    first, further = windows.parted(settings.samples)
+    first, further = windows.first(settings.samples), windows.ids[settings.samples :]
     if not settings.further_windows:
         return first, first.ids
-    if 2 * len(further.ids) >= settings.further_windows:
-        return first, further.ids
+    if 2 * len(further) >= settings.further_windows:
+        return first, further
     note = (
-        f"the text has {len(further.ids) or 'no'} further windows for distillation, not the {settings.further_windows} "
+        f"the text has {len(further) or 'no'} further windows for distillation, not the {settings.further_windows} "
         "asked for: it learns from those of the calibration too, which the rounding has fitted, so its gain there says "
         "little of other text"
     )

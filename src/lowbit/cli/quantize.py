@@ -87,10 +87,11 @@ def _within(
     from lowbit.errors import UsageError
     from lowbit.estimation.target_size import scheme_within
     from lowbit.knobs import parse_bytes
+    from lowbit.settings import make_settings
 
     if recipe is not None:
         raise UsageError("a recipe names its scheme, which --target-size would choose", "give one of the two")
-    gguf = settings.get("format") == "gguf" or (output is not None and output.suffix.lower() == ".gguf")
+    gguf = make_settings(None, **settings).writes_gguf(output)
     fitting = scheme_within(model, parse_bytes(size), gguf, options, **settings)
     say(f"--target-size {size}: {fitting}")
     return {**settings, "scheme": fitting.scheme}

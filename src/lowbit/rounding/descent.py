@@ -29,7 +29,7 @@ from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.coordinate_descent import Descent
 from lowbit.rounding.gptq import SEARCH, STREAM_CORRECTION, GPTQOptions, gptq, share_corrected
 from lowbit.rounding.held import Held, HeldBlocks, hold, joined
-from lowbit.rounding.hessian import SHRINKAGE, Factor, InputData, PreparedHessian
+from lowbit.rounding.hessian import SHRINKAGE, Curvature, Factor, InputData
 from lowbit.rounding.row_descent import RowDescent, joined_rows
 from lowbit.rounding.row_feedback import parts_of
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
@@ -106,17 +106,17 @@ def _refine_apart(
     """Every row by itself; each goes on with the start that is better after a sweep."""
     each, apart = target.columns_per_code, target.rows_are_apart
     shares = share_corrected(options.correction, False), options.stream
-    slabs: list[tuple[slice, PreparedHessian, Tensor]] = []
+    slabs: list[tuple[slice, Tensor, Curvature, Factor | None]] = []
     for rows, part in data.by_rows(len(weight)):
         hessian, count = part.hessian(options.damping, options.shrinkage), rows.stop - rows.start
-        wanted = hessian.corrected(weight[rows], *shares, rows)
+        wanted, curvature = hessian.corrected(weight[rows], *shares, rows), hessian.curvature()
+        factor = hessian.factor(each, each) if options.reround else None
         threads = min(torch.get_num_threads(), max(1, count // _ROWS_PER_THREAD)) if apart else 1
         step = -(-count // threads)
-        slabs += [(slice(rows.start + first, rows.start + min(first + step, count)), hessian,
-                   wanted[first : first + step]) for first in range(0, count, step)]  # fmt: skip
+        slabs += [(slice(rows.start + first, rows.start + min(first + step, count)), wanted[first : first + step],
+                   curvature, factor) for first in range(0, count, step)]  # fmt: skip
 
-    def of_rows(rows: slice, hessian: PreparedHessian, wanted: Tensor) -> tuple[Held, int]:
-        curvature = hessian.curvature()
+    def of_rows(rows: slice, wanted: Tensor, curvature: Curvature, factor: Factor | None) -> tuple[Held, int]:
         unchanged = Descent(hold(target, starts[0], rows), wanted, curvature, options.block)
         begun = [Descent(hold(target, one, rows), wanted, curvature, options.block) for one in starts]
         for descent in begun:
@@ -126,7 +126,6 @@ def _refine_apart(
             better = other.error() < best.error()
             best.take(other, better)
             anew += int(better.sum())
-        factor = hessian.factor(each, each) if options.reround else None
         if factor is not None:
             _rerounded_where_better(best, factor)
         for _ in range(options.sweeps - 1):
@@ -141,14 +140,10 @@ def _refine_apart(
     def one(index: int) -> None:
         done[index] = of_rows(*slabs[index])
 
-    for _, hessian, _ in slabs:  # computed once, whatever the threads
-        hessian.curvature()
-        if options.reround:
-            hessian.factor(each, each)
     if len(slabs) == 1:
         one(0)
     else:
-        run_all(((one, index) for index in range(len(slabs))), len(slabs))
+        run_all(((one, index) for index in range(len(slabs))), min(len(slabs), torch.get_num_threads()))
     finished = [result for result in done if result is not None]
     stored = joined([held for held, _ in finished])
     decoded = target.reader(stored)(torch.arange(len(weight)))

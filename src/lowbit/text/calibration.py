@@ -65,12 +65,10 @@ class CalibrationWindows:
     notes: tuple[str, ...]
     counted: Tensor | None = None
 
-    def parted(self, count: int) -> tuple[CalibrationWindows, CalibrationWindows]:
-        """The first `count` windows, and the others; the notes stay with the first."""
-        counted = (None, None) if self.counted is None else (self.counted[:count], self.counted[count:])
-        asked = min(count, self.asked)
-        first = replace(self, ids=self.ids[:count], asked=asked, counted=counted[0])
-        return first, replace(self, ids=self.ids[count:], asked=self.asked - asked, notes=(), counted=counted[1])
+    def first(self, count: int) -> CalibrationWindows:
+        """The first `count` windows."""
+        counted = None if self.counted is None else self.counted[:count]
+        return replace(self, ids=self.ids[:count], asked=min(count, self.asked), counted=counted)
 
 
 def calibration_windows(
