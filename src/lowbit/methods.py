@@ -217,9 +217,7 @@ def parse_method(text: str) -> Method:
         raise UsageError(f"method {text!r} rotates values twice: spinquant learns a rotation of each value head",
                          "leave rotate out")  # fmt: skip
     online = next((row.name for row in transforms if row.online is not None), None)
-    if online is not None and (learned or finish):
-        what = learned or finish
-        assert what is not None
-        raise UsageError(f"method {text!r}: {what.name} learns in the model's own basis, {online} rounds in another",
+    if online is not None and learned:
+        raise UsageError(f"method {text!r}: {learned.name} learns in the model's own basis, {online} rounds in another",
                          f"take {online}+gptq")  # fmt: skip
     return Method(tuple(transforms), roundings[0] if roundings else RTN, learned, finish)

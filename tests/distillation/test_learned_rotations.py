@@ -203,8 +203,7 @@ def test_rounded_inputs_of_fused_experts_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("method", "why"),
     [("hadamard+spinquant+gptq", "rotates the residual stream twice"),
-     ("spinquant+rotate+gptq", "learns a rotation of each value head"),
-     ("spinquant+hadamard-down+gptq+distill", "learns in the model's own basis")],
+     ("spinquant+rotate+gptq", "learns a rotation of each value head")],
 )  # fmt: skip
 def test_methods_that_rotate_twice_are_refused(method, why):
     with pytest.raises(UsageError, match=why):

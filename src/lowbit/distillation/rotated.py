@@ -11,21 +11,20 @@ Inputs of linears are rounded by hooks, weights where the run rounds them to nea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.stream import RotationJob
 from lowbit.calibrate.tensors import StoredTensors
+from lowbit.distillation.inputs import round_inputs
 from lowbit.distillation.student import Changes, Kept, Student
 from lowbit.errors import UsageError
-from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.numerics.hadamard import Rotation
 from lowbit.numerics.straight_through import straight_through
-from lowbit.schemes import ActivationSpec
 from lowbit.transform.block import BlockTensors
 from lowbit.transform.rotate import StreamRotations, reads_residual, turn_block, value_point, writes_residual
 
@@ -52,8 +51,12 @@ class RotatedStudent(Student):
         }
         self._turns = {index: frozenset(self._turned_names(index)) for index in blocks}
         super().__init__(runner, job.ids, [*[{} for _ in blocks], {}], resident, graphs)
-        for name, spec in job.activations.items():
-            _input_of(runner, name).register_forward_pre_hook(_rounding(spec, job.online.get(name)))
+        fused = round_inputs(runner, job.activations, job.online)
+        if fused:
+            raise UsageError(
+                f"{fused[0]} runs inside a fused operation, whose inputs cannot be rounded while rotations are learned",
+                "take hadamard, which learns nothing, or a scheme that rounds weights only",
+            )
 
     @torch.no_grad()
     def forward(self, windows: Tensor, changes: Changes) -> Tensor:
@@ -152,23 +155,3 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 
 def _linears_of(runner: BlockRunner, index: int) -> tuple[Linear, ...]:
     return tuple(each for each in runner.architecture.linears.values() if each.block == index)
-
-
-def _input_of(runner: BlockRunner, name: str) -> nn.Linear:
-    module = runner.linear_module(name)
-    if module is None:
-        raise UsageError(
-            f"{name} runs inside a fused operation, whose inputs cannot be rounded while rotations are learned",
-            "take hadamard, which learns nothing, or a scheme that rounds weights only",
-        )
-    return module
-
-
-def _rounding(spec: ActivationSpec, online: Rotation | None) -> Callable[[nn.Module, tuple], tuple]:
-    def round_input(_module: nn.Module, inputs: tuple) -> tuple:
-        x = inputs[0]
-        if online is None:
-            return (fake_quantize_activation(x, spec), *inputs[1:])
-        return (online.inputs_back(fake_quantize_activation(online.inputs(x), spec)), *inputs[1:])
-
-    return round_input

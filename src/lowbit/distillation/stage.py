@@ -1,8 +1,9 @@
 """Distillation as the last step of a calibrated quantization: codes from the store, what was learned back into it.
 
 Learned are the scales of every rounded linear, and the norms and biases that the output stores as floats. The student
-is the model that is going to be written: the source with rewritten tensors, rounded linears, and what the plan rounds
-outside the blocks (embedding and head of a GGUF file) already rounded. The teacher is the source.
+is the model that is going to be run: the source with rewritten tensors, rounded linears, what the plan rounds outside
+the blocks (embedding and head of a GGUF file) already rounded, and inputs rounded where the engine rounds them. The
+teacher is the source.
 
 The state of the descent is kept beside the blocks, so that a run that is stopped goes on from it. Blocks with what was
 learned are files of their own (`BlockStore.save_distilled`), made again by a run that goes on.
@@ -25,8 +26,10 @@ from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, is_decoded
 from lowbit.distillation.descent import Distilled, DistillOptions, State, distill, outcome
 from lowbit.distillation.divergence import TokenDivergence
+from lowbit.distillation.inputs import round_inputs
 from lowbit.distillation.memory import DistillMemory, distill_memory, distillation_dtype
 from lowbit.distillation.student import Changes, LearnedTensor, Parts, Student
+from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.learnable import Learnable, LearnableVector, learnable
 from lowbit.rounding.target import Stored, Target
 
@@ -72,9 +75,20 @@ def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, D
         ]
         runs = (job.dtype, job.run.device, job.options, share.states)
         base = OverlaidCheckpoint(calibrated.checkpoint, job.rounded(calibrated.checkpoint))
-        student = Student(BlockRunner(base, *runs), ids, parts, share.resident, share.graphs)
+        runner = BlockRunner(base, *runs)
+        fused = round_inputs(runner, job.activations, calibrated.rotations)
+        student = Student(runner, ids, parts, share.resident, share.graphs)
         divergence = TokenDivergence(BlockRunner(job.checkpoint, *runs), student, job.progress)
         done = distill(student, divergence, options, keeper, _shown(job.progress))
+        if fused:
+            done = replace(
+                done,
+                notes=(
+                    *done.notes,
+                    f"inputs of {len(fused)} linears were not rounded while learning, "
+                    f"since transformers computes them in one operation: {fused[0]}",
+                ),
+            )
     _write(store, opened, done.changes, job)
     rewritten = {name: Replacement(partial(store.tensor, name), job.dtypes[name]) for name in store.rewritten()}
     return replace(calibrated, checkpoint=OverlaidCheckpoint(calibrated.checkpoint, rewritten)), done
@@ -88,7 +102,8 @@ def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[
         linear = architecture.linears[name]
         assert linear.block is not None, "the calibrated loop rounds linears of blocks"
         turned = linear.transposed and not is_decoded(checkpoint, f"{name}.weight")
-        found[linear.block][f"{name}.weight"] = partial(_open_linear, calibrated.store, linear, target, turned)
+        online = calibrated.rotations.get(name)
+        found[linear.block][f"{name}.weight"] = partial(_open_linear, calibrated.store, linear, target, turned, online)
     for name, shape in architecture.parameters.items():
         block = architecture.block_of(name)
         is_vector = len(shape) == 1 and architecture.roles.get(name) in LEARNED_ROLES and name in checkpoint.tensors
@@ -98,8 +113,10 @@ def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[
     return found
 
 
-def _open_linear(store: BlockStore, linear: Linear, target: Target, turned: bool) -> LearnedTensor:
-    return LearnedTensor(learnable(target, store.stored(linear.name, target, linear.shape[1])), turned)
+def _open_linear(
+    store: BlockStore, linear: Linear, target: Target, turned: bool, online: Rotation | None
+) -> LearnedTensor:
+    return LearnedTensor(learnable(target, store.stored(linear.name, target, linear.shape[1])), turned, online)
 
 
 def _open_vector(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> LearnedTensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
+from lowbit.numerics.hadamard import Rotation
 from lowbit.rounding.learnable import Learnable
 
 # Name of a stored tensor → parameter → relative change, or the gradient in it.
@@ -27,14 +28,26 @@ Changes = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LearnedTensor:
-    """A learnable tensor of the model. turned: the file has the transposed weight."""
+    """A learnable tensor of the model.
+
+    turned  the file has the transposed weight
+    online  rotation V of the input by the engine: what is learned is W V, and the model has W
+    """
 
     learnable: Learnable
     turned: bool = False
+    online: Rotation | None = None
 
-    def in_file(self, values: Tensor) -> Tensor:
-        """[N, K] ↔ the file's orientation."""
+    def decoded(self, changes: dict[str, Tensor]) -> Tensor:
+        """What the model has after these changes, in the file's orientation."""
+        values = self.learnable.decoded(changes)
+        values = values if self.online is None else self.online.back(values)
         return values.t() if self.turned else values
+
+    def gradients(self, changes: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+        """Of the changes, from that of what the model has."""
+        values = gradient.t() if self.turned else gradient
+        return self.learnable.gradients(changes, values if self.online is None else self.online.columns(values))
 
 
 # Of each block, then of what lies behind the last: stored name → the tensor, opened when it is needed.
@@ -133,7 +146,7 @@ class Student:
         """Turn the gradients that the tensors of a part hold into gradients of their changes."""
         for name, of_tensor in self.runner.take_gradients(self._learned(index, changes)).items():
             one = self.parts[index][name]()
-            for parameter, gradient in one.learnable.gradients(changes[name], one.in_file(of_tensor)).items():
+            for parameter, gradient in one.gradients(changes[name], of_tensor).items():
                 found[name][parameter] += gradient
 
     def _learned(self, index: int, changes: Changes) -> set[str]:
@@ -158,5 +171,4 @@ class Student:
     @torch.no_grad()
     def _put(self, index: int, changes: Changes) -> None:
         for name, open_one in self.parts[index].items():
-            one = open_one()
-            self.runner.put({name: one.in_file(one.learnable.decoded(changes.get(name, {})))})
+            self.runner.put({name: open_one().decoded(changes.get(name, {}))})
