@@ -2,11 +2,12 @@
 
 usage: activation_quality.py MODEL --calib C [--text T] [--work build/bench/activations] [--samples 8] [--seqlen 512]
                              [--windows 4] [--window-tokens 512] [--group-size 64] [--steps 24]
-                             [--rows "W4A4 gptq,NVFP4 gptq"]
+                             [--rows "W4A4 gptq,NVFP4 gptq"] [--distill-samples 48]
 
     MODEL  as for `lowbit quantize`;  C, T: texts for calibration and evaluation
     steps  of learned rotations
     rows   SCHEME METHOD, separated by commas
+    distill-samples  further windows of C that +distill learns from
 
 The codes of a row are judged alone, with the activations of their scheme, and those of W4A4 with the activations of
 W4A4_GROUP and W4A8 too: only `input_activations` of config.json changes. Rows that lie in the work folder are not done
@@ -28,7 +29,9 @@ from lowbit.schemes import SCHEMES, ActivationSpec
 LEARNED = "spinquant+hadamard-down"
 ROWS = (
     "W4A4 rtn,W4A4 gptq,W4A4 hadamard+rotate+gptq,W4A4 hadamard+rotate+hadamard-down+gptq,"
-    f"W4A4 {LEARNED}+gptq,W4A4 {LEARNED},W4A8_QOQ gptq,NVFP4 gptq,NVFP4 hadamard+rotate+hadamard-down+gptq"
+    "W4A4 hadamard+rotate+hadamard-down+gptq+distill,"
+    f"W4A4 {LEARNED}+gptq,W4A4 {LEARNED},W4A8_QOQ gptq,NVFP4 gptq,NVFP4 hadamard+rotate+hadamard-down+gptq,"
+    "NVFP4 gptq+distill"
 )
 COLUMNS = ("alone", "own", "W4A4_GROUP", "W4A8")
 
@@ -39,7 +42,8 @@ def main() -> None:
     arguments.add_argument("--calib", required=True)
     arguments.add_argument("--text")
     arguments.add_argument("--work", type=Path, default=Path("build/bench/activations"))
-    numbers = {"samples": 8, "seqlen": 512, "windows": 4, "window-tokens": 512, "group-size": 64, "steps": 24}
+    numbers = {"samples": 8, "seqlen": 512, "windows": 4, "window-tokens": 512, "group-size": 64, "steps": 24,
+               "distill-samples": 48}  # fmt: skip
     for name, default in numbers.items():
         arguments.add_argument(f"--{name}", type=int, default=default)
     arguments.add_argument("--rows", default=ROWS)
@@ -62,8 +66,9 @@ def measured(args: argparse.Namespace, scheme: str, method: str) -> dict[str, st
     grouped = {"group_size": args.group_size} if SCHEMES[scheme].weight.group_size_is_free else {}
     learns = {"rotation_steps": args.steps} if parsed.learns_rotations else {}
     local = scheme == "NVFP4"  # stores a scale of its inputs
+    distills = {"distill_samples": args.distill_samples} if parsed.finish else {}
     lowbit.quantize(args.model, output, scheme=scheme, method=method, overwrite=True,
-                    **(text if parsed.needs_text or local else {}), **grouped, **learns)  # fmt: skip
+                    **(text if parsed.needs_text or local else {}), **grouped, **learns, **distills)  # fmt: skip
     found = dict(zip(("alone", "own"), judged(args, output), strict=True))
     for other in ("W4A4_GROUP", "W4A8") if scheme == "W4A4" else ():
         activation = SCHEMES[other].with_group_size(args.group_size).activation
