@@ -165,6 +165,9 @@ def test_a_cheaper_hour_is_a_cheaper_token():
         {"goal": "cheap"},
         {"workload": "finetune", "engine": "vllm"},
         {"engine": "vllm", "hardware": "m1"},
+        {"engine": "vllm", "hardware": "cpu", "kv_cache": "fp8"},
+        {"engine": "llama.cpp", "kv_cache": "fp8"},
+        {"workload": "finetune", "kv_cache": "fp8"},
     ],
 )
 def test_questions_that_make_no_sense_are_refused(asked):
@@ -206,3 +209,8 @@ def test_the_demo_model_for_llama_cpp_on_this_machine():
     answer = run("demo:smollm2", "--engine", "llama.cpp", "--hardware", "this", "--goal", "quality")
     assert answer.exit_code == 0
     assert "lowbit quantize demo:smollm2 -o smollm2-" in answer.stdout
+
+
+def test_an_fp8_cache_is_refused_with_what_it_would_cost():
+    with pytest.raises(UsageError, match=r"--kv-cache fp8: vLLM's CPU backend cuts the bits of FP8 values off"):
+        advise(LLAMA_8B, hardware="cpu", engine="vllm", kv_cache="fp8")

@@ -225,3 +225,9 @@ def test_peak_memory_is_within_fifteen_percent(tmp_path, scheme, output):
         if estimated["run"]["peak_memory"] == pytest.approx(peaks[-1], rel=0.15):
             return
     raise AssertionError(f"{estimated['run']['peak_memory']} bytes were estimated, and {peaks} measured")
+
+
+@pytest.mark.parametrize(("hardware", "told"), [("cpu", True), ("h100", False)])
+def test_an_fp8_cache_of_a_cpu_is_told_to_cost_more_than_the_measured_one(tiny_llama, hardware, told):
+    found = lowbit.estimate(tiny_llama, scheme="W8A16", kv_cache="fp8", engine="vllm", hardware=hardware)
+    assert any("CPU backend cuts the bits of FP8 values off" in line for line in found.assumptions) == told

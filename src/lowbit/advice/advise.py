@@ -179,6 +179,9 @@ def advise(
         asked = _Question(about, device, chosen, find_goal(goal),
                           find_workload(workload or ("serve" if chosen.batch > 1 else "chat")), load, kv_cache,
                           price)  # fmt: skip
+        why = chosen.memory.keeps_fp8_cache(about.shape, device) if kv_cache == "fp8" else None
+        if kv_cache == "fp8" and (why or finetune):
+            raise UsageError(f"--kv-cache fp8: {why or 'adapters are trained without one'}", "leave --kv-cache out")
         options_found, without = _options(asked)
         return Advice(
             about.name, about.billions, active_weights(about.shape) / 1e9, device, chosen.name, asked.goal,

@@ -90,6 +90,7 @@ class MemoryModel:
     fp8_below_ada  head_dims for which a backend reads an FP8 cache on cards without FP8 (below compute capability 8.9),
                    where neither latent attention nor attention sinks do; None: every model
     fp8_below_ada_source  where that is stated
+    fp8_on_cpu     what speaks against an FP8 cache on a CPU, where the engine has one
     token_block    tokens per block of the cache
     bounds_windows True: the cache of a sliding layer holds its window and `slack_passes` passes of a prefill in
                    flight; False: it holds every token
@@ -110,6 +111,7 @@ class MemoryModel:
     windows_of: tuple[str, ...] | None = None
     fp8_below_ada: tuple[int, ...] | None = None
     fp8_below_ada_source: str = ""
+    fp8_on_cpu: str = ""
 
     def pass_tokens(self, memory: int | None = None) -> int | None:
         """Largest number of tokens in one pass of a prompt, for a device with `memory` bytes; None: unbounded."""
@@ -121,7 +123,7 @@ class MemoryModel:
     def keeps_fp8_cache(self, shape: ModelShape, device: Device) -> str | None:
         """Why an FP8 cache is not possible for a model on a device; None where it is."""
         if "fp8" not in self.cache_types or device.kind not in ("cuda", "rocm"):
-            return f"no FP8 cache on {device.kind} devices"
+            return (device.kind == "cpu" and self.fp8_on_cpu) or f"no FP8 cache on {device.kind} devices"
         capability = device.compute_capability
         if capability is None or capability >= ADA or self.fp8_below_ada is None:
             return None

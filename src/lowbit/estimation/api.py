@@ -114,15 +114,17 @@ def estimate(
         return Estimate(
             headers.name, plan.model_class if shape is None else shape.model_type, files, cache, serving, fit,
             run_of(prepared, holding, rates),
-            (*_assumptions(chosen, serving, fit, device, measure), *_cache_loss(kv_cache)), notes,
+            (*_assumptions(chosen, serving, fit, device, measure), *_cache_loss(kv_cache, chosen, device)), notes,
         )  # fmt: skip
 
 
-def _cache_loss(kv_cache: str | None) -> tuple[str, ...]:
+def _cache_loss(kv_cache: str | None, engine: Engine, device: Device | None) -> tuple[str, ...]:
     """What a cache of this type costs, where it was measured; nothing of one in 16 bits."""
     name = (kv_cache or "auto").lower()
     found = cache_loss("fp8_calibrated" if name == "fp8" else name)
-    return () if found is None else (f"loss by the cache in {name}, {found.says}",)
+    on_cpu = device is not None and device.kind == "cpu" and name.startswith("fp8") and engine.memory.fp8_on_cpu
+    return () if found is None else (
+        f"loss by the cache in {name}, {found.says}", *([f"on this device more: {on_cpu}"] if on_cpu else []))  # fmt: skip
 
 
 def _settings(
