@@ -123,8 +123,8 @@ def _cache_loss(kv_cache: str | None, engine: Engine, device: Device | None) -> 
     name = (kv_cache or "auto").lower()
     found = cache_loss("fp8_calibrated" if name == "fp8" else name)
     on_cpu = device is not None and device.kind == "cpu" and name.startswith("fp8") and engine.memory.fp8_on_cpu
-    return () if found is None else (
-        f"loss by the cache in {name}, {found.says}", *([f"on this device more: {on_cpu}"] if on_cpu else []))  # fmt: skip
+    more = (f"on this device more: {on_cpu}",) if on_cpu else ()
+    return () if found is None else (f"loss by the cache in {name}, {found.says}", *more)
 
 
 def _settings(
