@@ -22,7 +22,7 @@ from lowbit.rounding.hessian import Curvature, inverse_root, prepared, product
 from lowbit.rounding.row_feedback import DAMPING, SHRINKAGE
 from lowbit.rounding.target import Rounded, Stored, Target
 
-ROWS = 16  # of a step, at most
+ROWS = 64  # of a step, at most: 16 take four times as long for 2 % less of the error
 STEPS = 8  # of a sweep, at least
 _BLOCK = 128  # columns whose changes are spread at once; affects only rounding errors and time
 
