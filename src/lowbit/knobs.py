@@ -148,7 +148,7 @@ CORRECTION = Reader("GPTQ with a correction, without sign-SGD", "--method gptq w
                     lambda run: HESSIAN.reads(run) and run.corrects and not run.learns)  # fmt: skip
 REFINE = Reader("lowbit refine", "lowbit refine FILE --reference MODEL uses it", lambda run: "refine" in run.roundings)
 SIGN_SGD = Reader("sign-SGD", "--method sign-sgd uses it", lambda run: run.learns)
-DISTILL = Reader("distillation", "--method gptq+distill uses it", lambda run: run.distills)
+DISTILL = Reader("distillation", "--method gptq+distill and lowbit refine --distill use it", lambda run: run.distills)
 ROTATIONS = Reader("learned rotations", "--method spinquant+gptq uses it", lambda run: run.turns)
 GGUF = Reader("GGUF files of language models", "-o NAME.gguf --scheme Q4_K_M uses it",
               lambda run: run.gguf and not run.mmproj)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli.options import Json, Opening, Overwrite, Run, of_table
-from lowbit.knobs import CALIBRATION, MAKE
+from lowbit.knobs import CALIBRATION, MAKE, METHODS
 from lowbit.settings import READ_BY_REFINE, Settings
 
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ def refine(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="Folder or NAME.gguf to write.", rich_help_panel=MAKE),
     ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill",
+            help="Then learn scales, norms and biases from the reference, end to end.",
+            rich_help_panel=METHODS,
+        ),
+    ] = False,
     text: Annotated[
         str | None,
         typer.Option(
@@ -56,8 +64,9 @@ def refine(
     from lowbit.refinement import refine as run_refinement
     from lowbit.settings import RunOptions
 
-    how: dict[str, Any] = {"reference": reference, "text": text, "windows": windows, "window_tokens": window_tokens,
-                           "options": options, "run": RunOptions(**run), **settings}  # fmt: skip
+    how: dict[str, Any] = {"reference": reference, "distill": distill, "text": text, "windows": windows,
+                           "window_tokens": window_tokens, "options": options, "run": RunOptions(**run),
+                           **settings}  # fmt: skip
     if dry_run:
         prepared = dry_refine(file, **how)
         if json:
@@ -137,8 +146,8 @@ def _summary(done: Refined) -> Any:
     report, before, after = done.report, done.before, done.after
     assert report.refinement is not None
     table = Table(title=f"{report.refinement.file} → {done.path}", title_justify="left", show_header=False)
-    refined = [tensor for tensor in report.tensors if tensor.method == "refine"]
-    kept = [tensor for tensor in report.tensors if tensor.scheme is not None and tensor.method != "refine"]
+    refined = [tensor for tensor in report.tensors if (tensor.method or "").startswith("refine")]
+    kept = [tensor for tensor in report.tensors if tensor.scheme is not None and tensor not in refined]
     totals = report.totals
     rows = {
         "held-out text": f"{before.text.name}, {before.windows} windows of {before.window_tokens} tokens",

@@ -51,6 +51,10 @@ class KeepsFiles(Protocol):
         """The source's files, copied into the hidden folder and open for the refined tensors."""
         ...
 
+    def vector_piece(self, tensor: PlannedTensor, values: Tensor) -> Piece:
+        """A whole vector of floats, [n] in the dtype that the file has it in, as its bytes lie there."""
+        ...
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -59,12 +63,15 @@ class Kept:
     targets  linear → grid or ggml type of its codes, of the linears that are refined
     codes    linear → what the file holds of it, in the rows of the linear
     files    of the model
+    vectors  stored name, as the architecture has it → norms, biases and their like, of floats, which a distillation may
+             change where the file has them
     """
 
     plan: Any
     targets: dict[str, Target]
     codes: Callable[[str], Stored]
     files: frozenset[Path]
+    vectors: dict[str, PlannedTensor]
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class KeptFolderPlan(FolderPlan):
 
     def pack(self, tensor: PlannedTensor, rows: QuantizedTensor | Tensor, first: int) -> list[Piece]:
         return [piece for piece in super().pack(tensor, rows, first) if piece.name in self.refined]
+
+    def vector_piece(self, tensor: PlannedTensor, values: Tensor) -> Piece:
+        return Piece(tensor.name, values, 0)
 
     @property
     def origin(self) -> Path:
@@ -170,7 +180,10 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
         assert isinstance(checkpoint, CanReadCodes)
         return checkpoint.read_quantized(f"{linear}.weight")
 
-    return Kept(plan, plan.targets, codes, frozenset(info.file for info in source.tensors.values()))
+    vectors = {tensor.source.names[0]: tensor for tensor in plan.tensors
+               if len(tensor.shape) == 1 and len(tensor.source.names) == 1 and tensor.linear is None
+               and source.tensors[tensor.name].dtype == tensor.plain_dtype}  # fmt: skip
+    return Kept(plan, plan.targets, codes, frozenset(info.file for info in source.tensors.values()), vectors)
 
 
 def _files_of(checkpoint: Any) -> Any:

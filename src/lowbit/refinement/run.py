@@ -1,14 +1,12 @@
 """`refine`: open both models, compare them, run the text, patch a copy, judge it, and keep it only if it is better.
 
-    open file and reference → same model? same basis?        pair, basis
-    the file on held-out text                                 before
-    block by block, from the file's codes                     calibrate.loop
-    a copy of the file with new codes and scales              plan.refining
-    verify; the copy on the same held-out text                after
-    before ≤ after: refused, nothing is written
-
-What learns scales after the codes (distillation) works on the `Calibrated` that the loop returns, between the loop and
-the copy: its store has the codes, its checkpoint what the file keeps, and the reference is the teacher.
+open file and reference → same model? same basis?        pair, basis
+the file on held-out text                                 before
+block by block, from the file's codes                     calibrate.loop
+scales, norms and biases, end to end, if asked for        distillation.stage
+a copy of the file with new codes, scales and vectors     plan.refining
+verify; the copy on the same held-out text                after
+before ≤ after: refused, nothing is written
 """
 
 from __future__ import annotations
@@ -22,8 +20,10 @@ from typing import Any
 from lowbit.calibrate import loop
 from lowbit.calibrate.store import joined_results, tell_of_blocks
 from lowbit.calibrate.task import CalibrationTask, StartModel
+from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.opening import find_gguf
+from lowbit.distillation.stage import FinishJob, check_distillation, distill_store
 from lowbit.errors import NoGainError, UsageError, VerificationError
 from lowbit.evaluation import Evaluation, evaluate
 from lowbit.files.claim import claimed, refuse_claimed
@@ -85,12 +85,13 @@ class Planned:
 
 
 def dry_refine(
-    file: str | Path, *, reference: str | Path, text: str | Path | None = None, windows: int = 24,
-    window_tokens: int = 512, options: OpenOptions | None = None, run: RunOptions | None = None, **settings: Any,
+    file: str | Path, *, reference: str | Path, distill: bool = False, text: str | Path | None = None,
+    windows: int = 24, window_tokens: int = 512, options: OpenOptions | None = None, run: RunOptions | None = None,
+    **settings: Any,
 ) -> Prepared:  # fmt: skip
     """The plan of a refinement: which tensors are refined and which keep their bytes, and why."""
     held_out = HeldOut(text, windows, window_tokens)
-    return _planned(file, reference, held_out, options or OpenOptions(), run, settings).prepared
+    return _planned(file, reference, distill, held_out, options or OpenOptions(), run, settings).prepared
 
 
 def refine(
@@ -98,6 +99,7 @@ def refine(
     output: str | Path,
     *,
     reference: str | Path,
+    distill: bool = False,
     text: str | Path | None = None,
     windows: int = 24,
     window_tokens: int = 512,
@@ -112,6 +114,7 @@ def refine(
     file       a GGUF file, or a folder in a format that lowbit writes
     output     NAME.gguf, or a folder
     reference  the 16-bit model that the file was made of
+    distill    then learn its scales, norms and biases from the reference, end to end (docs/distill.md)
     text       held-out text that decides, as of `evaluate`: the packaged evaluation text by default; windows of
                window_tokens tokens
     options    of the reference
@@ -124,7 +127,7 @@ def refine(
     refuse_claimed(output)
     refuse_sources([output], [Path(file), Path(reference)])
     held_out = HeldOut(text, windows, window_tokens)
-    asked = _planned(file, reference, held_out, options or OpenOptions(), run, settings)
+    asked = _planned(file, reference, distill, held_out, options or OpenOptions(), run, settings)
     prepared, kept = asked.prepared, asked.kept
     plan = kept.plan
     _refuse_other_name(output, plan.format.suffix, file)
@@ -136,17 +139,23 @@ def refine(
         inherited = {check.rule for check in verify(plan.origin, engine=plan.engine).broken}
         task = CalibrationTask(
             checkpoint=prepared.checkpoint, architecture=asked.pair.architecture, targets=kept.targets,
-            dtypes=plan.float_dtypes, settings=plan.settings, options=prepared.options, run=run,
-            progress=_share(progress, 10, 90), start=asked.start,
+            dtypes={name: tensor.plain_dtype for name, tensor in kept.vectors.items()}, settings=plan.settings,
+            options=prepared.options, run=run, progress=_share(progress, 10, 50 if distill else 90), start=asked.start,
         )  # fmt: skip
+        job = FinishJob(**vars(replace(task, progress=_share(progress, 50, 90))), rounded=lambda _file: {})
         try:
+            if distill:
+                check_distillation(job)
             done = loop.calibrate(task, output)
+            if distill:
+                done, distilled = distill_store(done, job)
+                prepared = replace(prepared, distilled=distilled)
             prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
             report = None
             with plan.workplace(output, overwrite, claim) as work:
                 written = _patched(prepared, asked, work, output)
                 model = plan.model_in(work, output)
-                verification = _verified(model, output, asked, inherited)
+                verification = _verified(model, output, asked, prepared, inherited)
                 after = judge(str(model), _share(progress, 90, 100)).model_copy(update={"model": str(output)})
                 _refuse_no_gain(before, after, file)
                 report = build_report(prepared, written, plan.opened_at(output), verification, meter)
@@ -165,8 +174,8 @@ def refine(
 
 
 def _planned(
-    file: str | Path, reference: str | Path, held_out: HeldOut, options: OpenOptions, run: RunOptions | None,
-    given: dict[str, Any],
+    file: str | Path, reference: str | Path, distill: bool, held_out: HeldOut, options: OpenOptions,
+    run: RunOptions | None, given: dict[str, Any],
 ) -> Planned:  # fmt: skip
     """Open and compare both models; reads samples of weights."""
     others = [name for name, value in given.items() if name not in READ_BY_REFINE and value is not None]
@@ -175,7 +184,7 @@ def _planned(
                          f"it reads {', '.join(READ_BY_REFINE)}")  # fmt: skip
     if held_out.windows < 1:
         raise UsageError(f"{held_out.windows} held-out windows", "at least one is needed to see a gain")
-    settings: Settings = make_settings(None, method="refine", **given)
+    settings: Settings = make_settings(None, method=f"refine{'+distill' if distill else ''}", **given)
     gguf = find_gguf(file, options) is not None
     refuse_unread(settings, run, Facts(gguf=gguf))
     _refuse_one_text(settings, held_out)
@@ -243,9 +252,14 @@ def _judge(asked: Planned, reference: str | Path, run: RunOptions) -> Callable[[
 
 
 def _patched(prepared: Prepared, asked: Planned, work: Path, output: Path) -> Written:
-    """A copy of the file with the refined codes and scales in it."""
-    plan, store = asked.kept.plan, prepared.calibrated.store  # type: ignore[union-attr]
+    """A copy of the file with the refined codes and scales, and the learned vectors, in it."""
+    assert prepared.calibrated is not None
+    plan, store = asked.kept.plan, prepared.calibrated.store
     files = plan.copied(work, output)
+    for name in sorted(store.rewritten()):
+        vector = asked.kept.vectors[name]
+        learned = vector.source.read(prepared.calibrated.checkpoint, 0, vector.rows)
+        files.write(plan.vector_piece(vector, learned.to(vector.plain_dtype)))
     results, found = {}, store.results()
     for tensor in plan.tensors:
         if tensor.making is not Making.calibrated:
@@ -264,11 +278,16 @@ def _patched(prepared: Prepared, asked: Planned, work: Path, output: Path) -> Wr
     return Written(files.files, results, beside=beside, digests=digests)
 
 
-def _verified(model: Path, output: Path, asked: Planned, inherited: set[str]) -> Verification:
-    """Verify the copy, its unrefined tensors against the file; what the file broke already is reported and stays."""
+def _verified(model: Path, output: Path, asked: Planned, prepared: Prepared, inherited: set[str]) -> Verification:
+    """Verify the copy, its unrefined tensors against the file and what was learned; what the file broke already is
+    reported and stays."""
+    assert prepared.calibrated is not None
+    file, done = asked.pair.file, prepared.calibrated
+    learned = {name: Replacement(partial(done.checkpoint.read, name), asked.kept.vectors[name].plain_dtype)
+               for name in done.store.rewritten()}  # fmt: skip
     verification = verify(
-        model, source=asked.pair.file, engine=asked.kept.plan.engine, options=asked.prepared.options,
-        nearest=False,
+        model, source=OverlaidCheckpoint(file, learned) if learned else file, engine=asked.kept.plan.engine,
+        options=asked.prepared.options, nearest=False,
     )  # fmt: skip
     for failed in (check for check in verification.broken if check.rule not in inherited):
         raise VerificationError(

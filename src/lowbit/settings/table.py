@@ -466,6 +466,6 @@ class Settings(Table):
 
 
 # What a refinement reads: all else is the file's.
-_REFINEMENT = knobs.Facts(blockwise=True, roundings=frozenset({"refine"}), reads_text=True, draws=True)
+_REFINEMENT = knobs.Facts(blockwise=True, roundings=frozenset({"refine"}), reads_text=True, draws=True, distills=True)
 READ_BY_REFINE = tuple(name for name, row in Settings.rows().items()
                        if row.knob.panel in (CALIBRATION, METHODS) and row.knob.reader.reads(_REFINEMENT))  # fmt: skip

@@ -63,6 +63,9 @@ class KeptGGUFPlan(GGUFPlan):
         assert isinstance(blocks, Tensor)
         return [Piece(tensor.name, blocks, first)]
 
+    def vector_piece(self, tensor: PlannedTensor, values: Tensor) -> Piece:
+        return Piece(tensor.name, values.contiguous().view(torch.uint8).reshape(1, -1), 0)
+
     def copied(self, work: Path, output: Path) -> PatchedFiles:
         raw: RawGGUF = self.raw
         copies = dict(
@@ -123,7 +126,10 @@ def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Archi
         return ScaledBlocks(blocks, chosen.scale) if chosen.scaled else blocks
 
     targets: dict[str, Target] = {weight.removesuffix(".weight"): target(weight) for weight in places}
-    return Kept(kept, targets, codes, frozenset(file.path for file in raw.files))
+    vectors = {source.names[0]: replace(tensor, source=source) for tensor in kept.tensors
+               if len(tensor.shape) == 1 and by_name[tensor.name].type_name == "F32"
+               and (source := sources.get(tensor.name)) is not None and len(source.names) == 1}  # fmt: skip
+    return Kept(kept, targets, codes, frozenset(file.path for file in raw.files), vectors)
 
 
 def _raw_of(checkpoint: Any) -> RawGGUF:
