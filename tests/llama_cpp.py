@@ -84,6 +84,45 @@ def ranks(path: Path, query: str, documents: list[str]) -> list[float]:
     return [result["relevance_score"] for result in sorted(results, key=lambda result: result["index"])]
 
 
+class _ByValue(ctypes.Structure):
+    """A struct of llama.h that only goes from one of its functions to another; longer than any of them."""
+
+    _fields_ = (("bytes", ctypes.c_char * 1024),)
+
+
+def last_logits(path: Path, ids: list[int], vocabulary: int) -> Tensor:
+    """Logits [vocabulary] behind the last id, by llama.cpp's library alone: xllamacpp's server wants a tokenizer."""
+    import numpy as np
+
+    class Batch(ctypes.Structure):
+        _fields_ = (("n_tokens", ctypes.c_int32), ("rest", ctypes.c_void_p * 6))
+
+    called = ggml()
+    for name, result, arguments in (
+        ("llama_model_default_params", _ByValue, []),
+        ("llama_context_default_params", _ByValue, []),
+        ("llama_model_load_from_file", ctypes.c_void_p, [ctypes.c_char_p, _ByValue]),
+        ("llama_init_from_model", ctypes.c_void_p, [ctypes.c_void_p, _ByValue]),
+        ("llama_batch_get_one", Batch, [ctypes.c_void_p, ctypes.c_int32]),
+        ("llama_decode", ctypes.c_int32, [ctypes.c_void_p, Batch]),
+        ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p, ctypes.c_int32]),
+        ("llama_free", None, [ctypes.c_void_p]),
+        ("llama_model_free", None, [ctypes.c_void_p]),
+    ):
+        function = getattr(called, name)
+        function.restype, function.argtypes = result, arguments
+    called.llama_backend_init()
+    model = called.llama_model_load_from_file(str(path).encode(), called.llama_model_default_params())
+    assert model, f"llama.cpp does not load {path}"
+    context = called.llama_init_from_model(model, called.llama_context_default_params())
+    tokens = (ctypes.c_int32 * len(ids))(*ids)
+    assert called.llama_decode(context, called.llama_batch_get_one(tokens, len(ids))) == 0
+    logits = np.ctypeslib.as_array(called.llama_get_logits_ith(context, -1), (vocabulary,)).copy()
+    called.llama_free(context)
+    called.llama_model_free(model)
+    return torch.from_numpy(logits)
+
+
 def _embedding_server(path: Path, ranking: bool = False):
     import xllamacpp
 

@@ -1,8 +1,10 @@
 """Calibration windows of every source: what is read, how it is packed, what is said, what is refused."""
 
 import hashlib
+import itertools
 import json
 import random
+import re
 import sys
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import torch
 from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, DependencyError, UsageError
 from lowbit.text import calibration_windows, context_length, cut_windows, read_text
+from lowbit.text.given import GivenText
 from lowbit.text.packing import Renderer
 from lowbit.text.rows import LAYOUTS, document_of, shuffled
 
@@ -159,9 +162,41 @@ def test_a_row_that_is_no_object_is_refused():
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\nplain\n')
-    with pytest.raises(CheckpointError, match=r"rows.jsonl: line 2 is not JSON"):
+    path.write_text("plain\nwords\n")
+    with pytest.raises(CheckpointError, match=r"rows.jsonl: line \d is not JSON"):
         calibration_windows(path, byte_tokenizer(), 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ('{"prompt": "a", "label": 1}', "has the columns prompt, label"), ("7", "a row is int"),
+        ('{"text": "cut off', "is not JSON"), ("[]", "a row is list"), ("null", "a row is NoneType"),
+        ("{}", r"has the columns \(none\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("position", [0, 3, 6])
+def test_a_row_that_cannot_be_used_is_counted_and_told(tmp_path, odd, why, position):
+    lines = [json.dumps({"text": f"row {number} of plain words "}) for number in range(6)]
+    lines.insert(position, odd)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    text, found = packed_text(path, windows=99, window_tokens=4)
+    assert text.count("of plain words") >= 5
+    (note,) = [note for note in found.notes if "cannot be used" in note]
+    assert note.startswith("1 of 7 rows passed over, which cannot be used: ")
+    assert re.search(why, note)
+
+
+def test_rows_of_another_kind_without_end_are_refused_early():
+    with pytest.raises(UsageError, match="has the columns label"):
+        GivenText(itertools.repeat({"label": 1})).windows(byte_tokenizer(), 1, 8)
+
+
+def test_rows_without_text_and_odd_ones_are_both_told_where_nothing_is_left(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": ""}, {"label": 1}])
+    with pytest.raises(CheckpointError, match=r"2 rows, none with text; 1 of 2 rows passed over.*columns label"):
+        calibration_windows(path, byte_tokenizer(), 1, 8)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,12 @@ def test_unknown_columns_are_listed(tokenizer):
         cut([{"prompt": "a", "answer": "b"}], tokenizer)
 
 
+def test_a_row_of_other_columns_is_passed_over_and_told(tokenizer):
+    found = cut([{"answer": "b"}, *({"text": text} for text in TEXTS)], tokenizer, 3, 16)
+    assert torch.equal(found.ids, cut(TEXTS, tokenizer, 3, 16).ids)
+    assert any("rows passed over, which cannot be used" in note and "columns answer" in note for note in found.notes)
+
+
 def test_the_same_token_again_and_again_is_refused(tokenizer):
     with pytest.raises(CheckpointError, match="one token again and again"):
         cut(torch.full((4, 64), 7), tokenizer)

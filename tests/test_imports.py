@@ -15,8 +15,8 @@ ROOT = Path(lowbit.__file__).parent
 # From left to right. What lies to the right is reached by name, through the rows of `registry` and `methods`.
 LAYERS = [
     # leaves, and the currency that stages hand on
-    "version", "errors", "workers", "files", "patterns", "records", "measure", "registry", "hardware", "tensors",
-    "schemes", "methods", "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
+    "version", "errors", "workers", "files", "patterns", "spellings", "records", "measure", "registry", "hardware",
+    "tensors", "schemes", "methods", "kernels", "numerics", "knobs", "foreign_recipes", "settings", "text",
     # the flow
     "checkpoint", "architecture", "rounding", "transform", "calibrate", "kv", "distillation", "export", "plan",
     "verification", "formats", "engines", "pipeline", "evaluation", "benchmark", "tasks", "report", "reporting",

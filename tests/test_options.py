@@ -243,6 +243,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "modelfile": (True, {}, GGUF),
     "mmproj": (True, {}, {"gguf rtn", "gguf copy"}),  # of the others, it refuses what they have beside
     "pre_tokenizer": ("llama-bpe", {}, GGUF - {"gguf copy"}),
+    "no_tokenizer": (True, {}, GGUF - {"gguf copy"}),
 }
 
 

@@ -66,9 +66,10 @@ if TYPE_CHECKING:
 
 def _with_near_names(call: Any) -> Any:
     """The call; its TypeError for a keyword that it does not have names the nearest one."""
-    import difflib
     import functools
     import inspect
+
+    from lowbit.spellings import near
 
     parameters = inspect.signature(call).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):  # which says so itself
@@ -77,8 +78,8 @@ def _with_near_names(call: Any) -> Any:
     @functools.wraps(call)
     def checked(*args: Any, **named: Any) -> Any:
         for name in named.keys() - parameters.keys():
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(parameters)}"
+            meant = near(name, parameters)
+            hint = f"did you mean {' or '.join(meant)}?" if meant else f"it takes {', '.join(parameters)}"
             raise TypeError(f"lowbit.{call.__name__}() has no argument {name!r}; {hint}")
         return call(*args, **named)
 

@@ -135,9 +135,10 @@ def _opened_in_memory(
     """A model in memory; UsageError where a GGUF file is to be made of it, and there is no tokenizer to put into it."""
     source: ModelInMemory = load("lowbit.architecture.in_memory:model_in_memory")(model, tokenizer, options)
     gguf = settings.writes_gguf(None if output is None else Path(output))
-    if gguf and not settings.mmproj and not has_tokenizer(source.folder):
+    if gguf and not settings.mmproj and not settings.no_tokenizer and not has_tokenizer(source.folder):
         source.remove()
-        raise UsageError("a GGUF file holds the tokenizer, and none was given", "give tokenizer=")
+        raise UsageError("a GGUF file holds the tokenizer, and none was given",
+                         "give tokenizer=, or no_tokenizer=True for a file that takes token ids alone")  # fmt: skip
     return source
 
 

@@ -281,7 +281,9 @@ def _calibration_notes(prepared: Prepared) -> tuple[str, ...]:
 
 
 def _serve_lines(verification: Verification, output: Path) -> tuple[schema.ServeLine, ...]:
-    """Commands that run the model: the engine's, if all its rules passed, and lowbit's own."""
+    """Commands that run the model: the engine's, if all its rules passed, and lowbit's; none without a tokenizer."""
+    if any(check.rule in ("tokenizer", "gguf-text") and not check.passed for check in verification.checks):
+        return ()
     place = str(output.absolute())
     ours = schema.ServeLine(engine="lowbit", command=f'lowbit generate {shlex.quote(place)} -p "…"')
     engine = find_engine(verification.engine)

@@ -364,6 +364,30 @@ def test_estimate_answers_a_mistyped_engine(lowbit, tiny_llama):
     assert "hint: did you mean" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("evaluate", "--compute", "--dtype"), ("imatrix", "--compute", "--dtype"), ("quantize", "--dtype", "--compute"),
+        ("refine", "--dtype", "--compute"), ("evaluate", "--calib", "--text"), ("quantize", "--text", "--calib"),
+        ("finetune", "--calib", "--data"), ("evaluate", "--seqlen", "--window-tokens"),
+        ("quantize", "--window-tokens", "--seqlen"), ("generate", "--max-new-tokens", "--max-tokens"),
+        ("quantize", "--percdamp", "--damping"), ("quantize", "--scehme", "--scheme"),
+    ],
+)  # fmt: skip
+def test_the_hint_names_what_this_command_calls_it(lowbit, command, typed, meant):
+    done = lowbit(command, "model", typed, "x")
+    assert done.code == 2
+    assert done.stderr.startswith(f"error: no such option: {typed}\n")
+    assert f"hint: did you mean {meant}" in done.stderr
+
+
+def test_every_name_of_an_option_stands_in_one_group():
+    from lowbit.spellings import _GROUPS
+
+    names = [name for group in _GROUPS for name in group]
+    assert len(names) == len(set(names))
+
+
 def test_generate_refuses_an_empty_prompt_and_a_missing_one(lowbit, quantized):
     assert_refused(lowbit("generate", quantized, "--raw", "-p", ""), "no tokens")
     assert_refused(lowbit("generate", quantized), "prompt")

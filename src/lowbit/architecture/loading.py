@@ -210,10 +210,13 @@ def load_tokenizer(checkpoint: Checkpoint, options: OpenOptions | None = None) -
 
     trust = (options or OpenOptions()).trust_remote_code
     hint = "copy tokenizer.json and tokenizer_config.json from the original model into the folder"
-    if checkpoint.kind != "gguf":
+    if checkpoint.kind == "gguf":
+        hint = "use a GGUF file that has one, or the folder that the file was made of"
+    else:
         check_companions(checkpoint.folder, checkpoint.source)
-        if not has_tokenizer(checkpoint.folder) and not trust:
-            raise CheckpointError(f"there is no tokenizer in {checkpoint.source}", hint)
+    if not has_tokenizer(checkpoint.folder) and not trust:
+        raise CheckpointError(f"there is no tokenizer in {checkpoint.source}", hint)
+    if checkpoint.kind != "gguf":
         code = code_of_tokenizer(checkpoint.folder)
         if code is not None and not trust:
             raise UnsafeError(

@@ -31,6 +31,7 @@ from lowbit.checkpoint.stated import hub_kernels, refuse_absurd
 from lowbit.engines import find_engine
 from lowbit.errors import DependencyError, EngineFailure, UnsafeError, UsageError
 from lowbit.formats.gguf.raw import RawGGUF
+from lowbit.formats.gguf.tokenizer import NO_TOKENIZER
 from lowbit.hardware import this_processor
 from lowbit.verification.result import loading_of
 
@@ -187,6 +188,9 @@ def _sizes(path: Path) -> tuple[int, int | None]:
     """(tokens of the vocabulary, tokens of the longest context if stated)."""
     if is_gguf(path):
         metadata = RawGGUF(path).metadata
+        if metadata.get("tokenizer.ggml.model") in NO_TOKENIZER:
+            raise UsageError(f"there is no tokenizer in {path}, and llama-server stops without one",
+                             "measure a file of the model that has one: the speed is the same")  # fmt: skip
         tokens = metadata.get("tokenizer.ggml.tokens")
         longest = metadata.get(f"{metadata.get('general.architecture')}.context_length")
         count = len(tokens) if isinstance(tokens, Sequence) else 0

@@ -144,7 +144,7 @@ def given_windows(
     given: GivenText, checkpoint: Checkpoint, settings: Settings, options: OpenOptions, count: int
 ) -> CalibrationWindows:
     """Calibration data in memory, cut into `count` windows; texts need the checkpoint's tokenizer."""
-    known = checkpoint.kind == "gguf" or has_tokenizer(checkpoint.folder)
+    known = has_tokenizer(checkpoint.folder)
     tokenizer, refused = None, None
     try:
         tokenizer = load_tokenizer(checkpoint, options) if known or options.trust_remote_code else None

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.cli.plain import one_line, plain, plain_table
 from lowbit.errors import UsageError
 from lowbit.files.regular import open_regular
+
+if TYPE_CHECKING:
+    from lowbit.report.schema import Report
 
 ProgressCallback = Callable[[str, int, int], None]
 HEARTBEAT = 60.0  # seconds between two lines of progress where nobody sees a bar
@@ -156,6 +159,11 @@ def print_json(value: Any) -> None:
 def say(message: str) -> None:
     """A line on stderr."""
     print(plain(message), file=sys.stderr, flush=True)
+
+
+def say_how_to_serve(report: Report, label: str = "serve it:") -> None:
+    """The command that serves what was written, where there is one, below an empty line."""
+    say("\n" + (f"{label} {report.serve[0].command}" if report.serve else "nothing serves it: there is no tokenizer"))
 
 
 def echo(message: str = "", end: str = "\n") -> None:

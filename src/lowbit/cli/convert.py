@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Settings of `lowbit quantize` that apply to a conversion.
 _READ = ("group_size", "range", "percentile", "double_quant", "positive_scales", "outliers", "kv_cache", "calib",
-         "samples", "seqlen", "shard_size", "modelfile", "mmproj")  # fmt: skip
+         "samples", "seqlen", "shard_size", "modelfile", "pre_tokenizer", "no_tokenizer",
+         "mmproj")  # fmt: skip
 
 
 def convert(
@@ -60,7 +61,7 @@ def convert(
     """Convert a quantized model to another format; report what was repacked exactly and what was requantized."""
     from lowbit import api
     from lowbit.checkpoint.adapter import is_adapter
-    from lowbit.cli.console import byte_progress, print_json, print_table, say
+    from lowbit.cli.console import byte_progress, print_json, print_table, say_how_to_serve
     from lowbit.cli.quantize import plan_as_json, plan_table
     from lowbit.errors import UsageError
 
@@ -90,7 +91,7 @@ def convert(
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
     print_table(_summary(done.report, done.path))
-    say(f"\nserve it: {done.report.serve[0].command}")
+    say_how_to_serve(done.report)
 
 
 def _convert_adapter(

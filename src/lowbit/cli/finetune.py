@@ -15,7 +15,7 @@ from lowbit.train.options import Course, LoRA
 # What shapes an output that is trained; training takes the place of methods and their text.
 SHAPING = (
     "scheme", "format", "group_size", "overrides", "ignore", "range", "percentile", "double_quant",
-    "positive_scales", "shard_size", "pure", "output_type", "token_embedding_type", "pre_tokenizer",
+    "positive_scales", "shard_size", "pure", "output_type", "token_embedding_type", "pre_tokenizer", "no_tokenizer",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def finetune(
 ) -> None:
     """Train a model under fake quantization, and write it with the codes that it computes with."""
     import lowbit
-    from lowbit.cli.console import print_json, print_table, say, window_progress
+    from lowbit.cli.console import print_json, print_table, say, say_how_to_serve, window_progress
     from lowbit.cli.quantize import summary
     from lowbit.errors import UsageError
     from lowbit.train import Adapted
@@ -81,5 +81,5 @@ def finetune(
         print_json(report)
     else:
         print_table(summary(done.report, done.path))
-        say(f"\nserve it:     {done.report.serve[0].command}")
+        say_how_to_serve(done.report, "serve it:    ")
         say(f"what it cost: lowbit evaluate {done.path} --reference {reference or model}")

@@ -40,6 +40,7 @@ from lowbit.cli.quantize import quantize
 from lowbit.cli.refine import refine
 from lowbit.cli.verify import verify
 from lowbit.errors import LowbitError
+from lowbit.spellings import near
 
 app = typer.Typer(
     name="lowbit",
@@ -179,9 +180,16 @@ def _usage_error(error: Exception) -> NoReturn:
         typer.echo(show())
         sys.exit(2)
     command = getattr(getattr(error, "ctx", None), "command_path", "lowbit")
-    message = show().rstrip(".")
+    message, unknown = show().rstrip("."), getattr(error, "option_name", None)
     listed = "commands" if message.lower().startswith("no such command") else "options"
-    _fail(message[:1].lower() + message[1:], f"{command} --help lists the {listed}", getattr(error, "exit_code", 2))
+    hint = f"{command} --help lists the {listed}"
+    if unknown is not None and hasattr(error, "possibilities"):  # no such option
+        message = f"no such option: {unknown}"
+        params = getattr(getattr(error, "ctx", None), "command", None)
+        meant = near(unknown, [option for param in getattr(params, "params", ()) for option in param.opts
+                               if option.startswith("--")], 3)  # fmt: skip
+        hint = f"did you mean {' or '.join(meant)}? {hint}" if meant else hint
+    _fail(message[:1].lower() + message[1:], hint, getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, hint: str, exit_code: int) -> NoReturn:

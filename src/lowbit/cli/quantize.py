@@ -40,7 +40,7 @@ def quantize(
 ) -> None:
     """Quantize a model, verify what was written, and report what it cost."""
     import lowbit
-    from lowbit.cli.console import byte_progress, print_json, print_table, say
+    from lowbit.cli.console import byte_progress, print_json, print_table, say, say_how_to_serve
     from lowbit.errors import UsageError
     from lowbit.settings import RunOptions
 
@@ -71,7 +71,7 @@ def quantize(
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
     print_table(summary(done.report, done.path))
-    say(f"\nserve it:     {done.report.serve[0].command}")
+    say_how_to_serve(done.report, "serve it:    ")
     if any(line.engine == "lowbit" for line in done.report.serve):  # not a vision tower by itself
         say(f"what it cost: lowbit evaluate {done.path}")
     for step in done.report.next_steps:

@@ -57,7 +57,7 @@ def refine(
     json: Json = False,
 ) -> None:
     """Improve the codes and scales of a quantized file: same format, types and size, nearer to its reference."""
-    from lowbit.cli.console import byte_progress, print_json, print_table, say
+    from lowbit.cli.console import byte_progress, print_json, print_table, say_how_to_serve
     from lowbit.errors import UsageError
     from lowbit.measure import return_freed_memory
     from lowbit.refinement import dry_refine
@@ -83,7 +83,7 @@ def refine(
         print_json(done.report.model_dump(mode="json", by_alias=True))
         return
     print_table(_summary(done))
-    say(f"\nserve it: {done.report.serve[0].command}")
+    say_how_to_serve(done.report)
 
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def weight_bytes(
     with open_headers(model, options) as headers:
         prepared, notes = plan_of(headers, settings_of_run, options)
         prepared.checkpoint.close()
-        guessed = headers.guessed_bytes(prepared)
+        guessed = 0 if settings_of_run.no_tokenizer else headers.guessed_bytes(prepared)
         if guessed:
             notes += (f"the vocabulary's share of the header is taken as {_BYTES_PER_TOKEN} bytes a token",)
         bits = prepared.plan.bits_per_weight(decoder_only=True)

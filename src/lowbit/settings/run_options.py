@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any
 
 from pydantic import ValidationError
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 from lowbit import knobs
 from lowbit.errors import UsageError
 from lowbit.knobs import RUNNING, Knob, Size, Table, value_refused
+from lowbit.spellings import near
 
 
 class RunOptions(Table):
@@ -21,10 +21,10 @@ class RunOptions(Table):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
+            meant = near(where, RunOptions.model_fields)
             unknown = first["type"] == "extra_forbidden"
             said = f"there is no option {where} of a run" if unknown else value_refused(error)
-            raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
+            raise UsageError(said, f"{f'did you mean {meant[0]}? ' if meant else ''}"
                              f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
 
     device: Annotated[

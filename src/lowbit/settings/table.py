@@ -252,6 +252,11 @@ class Settings(Table):
         Knob("llama.cpp's name for the pre-tokenizer, if tokenizer.json does not identify it", GGUF_PANEL, knobs.HEADER,
              "NAME"),
     ] = None  # fmt: skip
+    no_tokenizer: Annotated[
+        bool,
+        Knob("Write no tokenizer: for models without one, or with one that llama.cpp does not have; programs then give "
+             "token ids, not text", GGUF_PANEL, knobs.HEADER, see="gguf.md#without-a-tokenizer"),
+    ] = False  # fmt: skip
 
     mmproj: Annotated[
         bool,

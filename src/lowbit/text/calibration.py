@@ -27,7 +27,7 @@ from lowbit.text.answers import AnswerMarker, Marking
 from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
 from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
 from lowbit.text.packing import Packer, Renderer, counted, spaced
-from lowbit.text.rows import ROW_SUFFIXES, Document, articles, document_of, file_rows, shuffled
+from lowbit.text.rows import ROW_SUFFIXES, ROWS_OF_ONE_KIND, Document, articles, document_of, file_rows, shuffled
 from lowbit.text.windows import Text, cut_windows, read_plain, read_text
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class Reading:
 
     characters  limit per document
     empty       rows without text
+    unusable    what is wrong with each row that cannot be used
     skipped     other skipped parts, with reasons
     """
 
@@ -187,6 +188,7 @@ class Reading:
     characters: int
     rows: int = 0
     empty: int = 0
+    unusable: list[CheckpointError | UsageError] = field(default_factory=list)
     documents: int = 0
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -200,15 +202,37 @@ class Reading:
             raise self.nothing_found()
         return bool(document)
 
-    def nothing_found(self) -> CheckpointError:
+    def document(self, row: Any, source: str) -> Document:
+        """The document of a row; "" or [] for one that is passed over, and counted. The error of the first row where
+        none of the first rows, or of all, can be used."""
+        try:
+            document = document_of(row, source)
+        except (CheckpointError, UsageError) as error:
+            self.rows += 1
+            self.unusable.append(error)
+            if len(self.unusable) == self.rows >= ROWS_OF_ONE_KIND:
+                raise self.unusable[0] from None
+            return ""
+        return document if self.counted(document) else ""
+
+    def nothing_found(self) -> CheckpointError | UsageError:
+        if self.unusable and len(self.unusable) == self.rows:
+            return self.unusable[0]
         rows = f"{counted(self.rows, 'row')}, none with text" if self.rows else "no text in it"
+        rows += f"; {self._unusable_rows()}" if self.unusable else ""
         reasons = f"; passed over: {some(self.skipped)}" if self.skipped else ""
         return CheckpointError(f"{self.name}: {rows}{reasons}", "give another text")
+
+    def _unusable_rows(self) -> str:
+        first = self.unusable[0].args[0]
+        return f"{spaced(len(self.unusable))} of {spaced(self.rows)} rows passed over, which cannot be used: {first}"
 
     def all_notes(self) -> list[str]:
         notes = list(self.notes)
         if self.empty:
             notes.append(f"{spaced(self.empty)} of {spaced(self.rows)} rows passed over: they hold no text")
+        if self.unusable:
+            notes.append(self._unusable_rows())
         if self.skipped:
             notes.append(f"passed over: {some(self.skipped)}")
         return notes
@@ -228,10 +252,15 @@ def _of_dataset(dataset: HubDataset, reading: Reading) -> Iterator[Document]:
 
 def _of_rows(rows: Iterable[Any], reading: Reading, source: str, buffer: int, what: str = "rows") -> Iterator[Document]:
     reading.notes.append(f"{what} of {source} in an order drawn with seed {reading.seed}, {spaced(buffer)} at a time")
+    rows_before, unusable_before = reading.rows, len(reading.unusable)
     for row in shuffled(rows, reading.seed, buffer):
-        document = document_of(row, source)
-        if reading.counted(document):
+        if document := reading.document(row, source):
             yield document
+    if rows_before - reading.rows == unusable_before - len(reading.unusable) < 0:  # of a folder, a file of another kind
+        why = reading.unusable[unusable_before]
+        del reading.unusable[unusable_before:]
+        reading.rows = rows_before
+        raise why
 
 
 def _of_folder(folder: Path, reading: Reading) -> Iterator[Document]:

@@ -46,7 +46,7 @@ from lowbit.text.calibration import (
 )
 from lowbit.text.degenerate import refuse_degenerate
 from lowbit.text.packing import Packer, counted, spaced
-from lowbit.text.rows import Document, document_of
+from lowbit.text.rows import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,8 +137,7 @@ class GivenText:
 
         def documents() -> Iterator[Document]:
             for item in chain.from_iterable(map(_texts_of_batch, items)):
-                document = _document(item, self.name)
-                if reading.counted(document):
+                if document := reading.document(_row(item, self.name), self.name):
                     yield document
 
         return packed_windows(documents(), reading, tokenizer, windows, window_tokens, marking)
@@ -353,13 +352,13 @@ def _texts_of_batch(item: Any) -> list[Any]:
     return list(texts) if batch else [item]  # type: ignore[arg-type]
 
 
-def _document(item: Any, name: str) -> Document:
-    """The document of an item; a list of turns is a conversation."""
+def _row(item: Any, name: str) -> Any:
+    """The row that an item is; a list of turns is a conversation."""
     if isinstance(item, list) and item and all(isinstance(turn, dict) for turn in item):
         item = {"messages": item}
     if not isinstance(item, str | Mapping):
         raise UsageError(f"{name} holds a {type(item).__name__}, which is neither a text nor token ids", _TAKEN)
-    return document_of(dict(item) if isinstance(item, Mapping) else item, name)
+    return dict(item) if isinstance(item, Mapping) else item
 
 
 def _check_ids(ids: Tensor, name: str, longest: int | None, vocabulary: int | None) -> None:

@@ -9,7 +9,8 @@
 
 The first matching layout wins, so a dataset of conversations that also has a column `text` is rendered with the model's
 own template. Rows of files are JSON objects or strings: one a line (.jsonl), a list (.json), or the rows of a table
-(.parquet, with pyarrow). Rows without any of these columns are refused; empty rows are skipped and counted.
+(.parquet, with pyarrow). Rows that cannot be used (without any of these columns, no object, a line that is not JSON)
+and empty rows are passed over and counted (`calibration.Reading`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import CheckpointError, DependencyError, UsageError
+from lowbit.errors import CheckpointError, DependencyError, LowbitError, UsageError
 from lowbit.files.regular import open_text, read_regular
 
+ROWS_OF_ONE_KIND = 100  # a source whose first so many rows cannot be used is refused: datasets may be endless
 Message = dict[str, Any]
 Document = str | list[Message]
 
@@ -60,8 +62,17 @@ LAYOUTS: dict[tuple[str, ...], Callable[[dict[str, Any]], Document]] = {
 }
 
 
+class UnusableRow:
+    """Stands for a row that cannot be read; `document_of` raises why."""
+
+    def __init__(self, why: LowbitError):
+        self.why = why
+
+
 def document_of(row: Any, source: str) -> Document:
-    """The document of one row; "" or [] where it holds nothing."""
+    """The document of one row; "" or [] where it holds nothing. CheckpointError, UsageError where it cannot be used."""
+    if isinstance(row, UnusableRow):
+        raise row.why
     row = {"text": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise CheckpointError(f"{source}: a row is {type(row).__name__}, not an object with columns")
@@ -161,12 +172,12 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _parsed(line: str, where: str) -> Any:
+    """The row of a line; `UnusableRow` for one that is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{where} is not JSON: {error}", "give one JSON object a line; rename plain text to .txt"
-        ) from error
+        hint = "give one JSON object a line; rename plain text to .txt"
+        return UnusableRow(CheckpointError(f"{where} is not JSON: {error}", hint))
 
 
 def _messages(turns: Any) -> list[Message]:

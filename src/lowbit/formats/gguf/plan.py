@@ -45,6 +45,7 @@ from lowbit.formats.gguf.modelfile import Modelfile, make_modelfile, refuse_unwr
 from lowbit.formats.gguf.names import loadable_name, name_for_tokenizer
 from lowbit.formats.gguf.raw import NATIVE_DTYPE, RawCheckpoint, RawGGUF, refuse_no_model, rows_and_columns
 from lowbit.formats.gguf.rules import INHERITED
+from lowbit.formats.gguf.tokenizer import NO_TOKENIZER
 from lowbit.formats.gguf.tokenizer_files import TokenizerFiles
 from lowbit.formats.gguf.type_rules import read_type_rules
 from lowbit.formats.gguf.weight_scales import INPUT_SCALE, applies_scale, scale_name, weight_of, why_not_applied
@@ -57,7 +58,7 @@ from lowbit.formats.gguf.write import (
     part_names,
     part_sizes,
 )
-from lowbit.formats.gguf.write_tokenizer import tokenizer_key_values
+from lowbit.formats.gguf.write_tokenizer import LEFT_OUT, WITHOUT_TOKENIZER, tokenizer_key_values
 from lowbit.knobs import Facts
 from lowbit.numerics.ggml import TYPES
 from lowbit.patterns import check_patterns
@@ -325,6 +326,14 @@ class _Mapped:
         return changed, tuple(f"{count} tensors: {why}" for why, count in whys.items())
 
 
+def _refuse_beside_no_tokenizer(settings: Settings) -> None:
+    """UsageError for an option about the tokenizer of a file that gets none."""
+    for flag, given in (("--pre-tokenizer", settings.pre_tokenizer), ("--modelfile", settings.modelfile)):
+        if given:
+            raise UsageError(f"{flag} is about a tokenizer, and --no-tokenizer writes none",
+                             "leave one of the two out")  # fmt: skip
+
+
 def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     """A Hugging Face model, opened and mapped to GGUF."""
     settings = request.settings
@@ -333,7 +342,13 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
     mapped = describe_gguf(checkpoint, architecture)
     float_type = "BF16" if model_dtype(checkpoint) is torch.bfloat16 else "F16"
     values, notes = mapped.key_values, mapped.notes
-    if not request.lacks_tokenizer:
+    has_none = checkpoint.kind == "gguf" and checkpoint.metadata.get("tokenizer.ggml.model") in NO_TOKENIZER
+    if has_none:
+        values |= WITHOUT_TOKENIZER
+    elif settings.no_tokenizer:
+        _refuse_beside_no_tokenizer(settings)
+        values, notes = values | WITHOUT_TOKENIZER, (*notes, LEFT_OUT)
+    elif not request.lacks_tokenizer:
         embedding = next(tensor for tensor in mapped.tensors if tensor.name == "token_embd.weight")
         tokenizer = tokenizer_key_values(
             checkpoint.folder, embedding.shape[0], settings.pre_tokenizer, mapped.vocabulary

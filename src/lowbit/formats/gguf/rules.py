@@ -24,12 +24,14 @@ from lowbit.formats.gguf.names import missing_tokens
 from lowbit.formats.gguf.nearest_codes import check_nearest
 from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
 from lowbit.formats.gguf.table import DERIVED, ROWS
+from lowbit.formats.gguf.tokenizer import NO_TOKENIZER
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
 from lowbit.numerics.ggml import TYPES
 from lowbit.verification.checksums import check_checksums, error_bound
 from lowbit.verification.result import GGUF, GGUF_FILES, Finding, Rule
 
 if TYPE_CHECKING:
+    from lowbit.formats.gguf.header import GGUFTensor
     from lowbit.formats.gguf.subject import GGUFSubject
 
 # What the loader takes and the package's table lacks: the output of rerankers.
@@ -40,7 +42,7 @@ _ROWS: dict[str, set[MODEL_TENSOR]] = {}
 for _row in ROWS:
     _ROWS.setdefault(_row.arch, set()).update(kind for kind, _ in _row.places)
 _NEEDED_KEYS = ("context_length", "embedding_length", "block_count")
-_TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "none")
+_TOKENIZER_MODELS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4")
 _MERGING = ("gpt2", "gemma4")
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\.[a-z_]+_token_id")
 # ‖W − Ŵ‖ / ‖W‖ by bits per weight: far above what encoding costs, far below what foreign weights do (√2)
@@ -143,6 +145,9 @@ def check_tokenizer(subject: GGUFSubject) -> Finding:
     """The tokenizer is of a known kind; its lists agree with each other and with the rows of the embedding."""
     metadata = subject.raw.metadata
     model = metadata.get("tokenizer.ggml.model")
+    embedding = next((t for t in subject.raw.tensors if t.name == "token_embd.weight"), None)
+    if model in NO_TOKENIZER:
+        return _without_tokenizer(metadata.get(f"{subject.arch}.vocab_size"), embedding)
     if model not in _TOKENIZER_MODELS:
         return Finding([f"tokenizer.ggml.model is {model!r}, which llama.cpp does not know"], "")
     problems, count = [], _length(metadata.get("tokenizer.ggml.tokens"))
@@ -155,10 +160,25 @@ def check_tokenizer(subject: GGUFSubject) -> Finding:
     for key, value in metadata.items():
         if _TOKEN_ID.fullmatch(key) and (type(value) is not int or not 0 <= value < max(1, count)):
             problems.append(f"{key} is {value!r}, there are {count} tokens")
-    embedding = next((t for t in subject.raw.tensors if t.name == "token_embd.weight"), None)
-    if embedding is not None and model != "none" and embedding.shape[0] != count:
+    if embedding is not None and embedding.shape[0] != count:
         problems.append(f"token_embd.weight has {embedding.shape[0]} rows for {count} tokens")
     return Finding(problems, f"{model}, {count} tokens")
+
+
+def _without_tokenizer(stated: Any, embedding: GGUFTensor | None) -> Finding:
+    """A file that takes token ids alone: the stated size of the vocabulary is that of the embedding."""
+    rows = None if embedding is None else embedding.shape[0]
+    wrong = rows is not None and stated != rows
+    problem = f"token_embd.weight has {rows} rows, the stated vocab_size is {stated!r}, and there is no tokenizer"
+    return Finding([problem] if wrong else [], "there is none, and the size of the vocabulary is stated")
+
+
+def check_text(subject: GGUFSubject) -> Finding:
+    """There is a tokenizer. llama.cpp's library loads a file without one, and its programs stop at the first text."""
+    if subject.raw.metadata.get("tokenizer.ggml.model") not in NO_TOKENIZER:
+        return Finding([], "llama-server and llama-cli take text")
+    return Finding(["there is no tokenizer, and llama-server and llama-cli stop without one; programs that call the "
+                    "library with token ids can use it"], "")  # fmt: skip
 
 
 def check_name(subject: GGUFSubject) -> Finding:
@@ -217,6 +237,8 @@ RULES: tuple[Rule, ...] = (
          "llama_vocab::impl::load of llama-vocab.cpp"),
     Rule("gguf-name", "format", (GGUF,), "the name asks for no token that the vocabulary lacks", check_name,
          "llama_vocab::impl::load of llama-vocab.cpp: token_to_id.at"),
+    Rule("gguf-text", "limits", (GGUF,), "there is a tokenizer, which llama.cpp's programs need", check_text,
+         "GGML_ASSERT(type != LLAMA_VOCAB_TYPE_NONE) of token_to_piece, llama-vocab.cpp", limit=True),
     Rule("gguf-finite", "values", GGUF_FILES, "no weight is NaN or inf", check_finite,
          "ggml_validate_row_data (--check-tensors)"),
     Rule("gguf-weights", "values", GGUF_FILES, "every tensor is as near to its source as its bits allow", check_weights,

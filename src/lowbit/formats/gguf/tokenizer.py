@@ -4,6 +4,7 @@
     tokenizer.ggml.model "llama"  SentencePiece: "▁" for spaces, byte fallback; every way to split a token into two
                                   tokens is a merge, and the token with the highest score merges first
     tokenizer.ggml.model "gemma4" "▁" for spaces and byte fallback, with merges; text is cut at newlines, BOS before it
+    tokenizer.ggml.model "none"   no tokenizer: nothing is written
     token_type                    control and unknown → special added tokens, user-defined → added tokens;
                                   unused "[PADn]" are left out
     add_bos_token, add_eos_token  the post-processor
@@ -29,6 +30,7 @@ from lowbit.errors import CheckpointError
 from lowbit.formats.gguf.pre_tokenizers import BY_NAME, LINES, PreTokenizer
 
 K = Keys.Tokenizer
+NO_TOKENIZER = ("none", "no_vocab")  # llama.cpp takes both; its converter writes the first
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARACTERS = 1 << 14
 # A token of SentencePiece is split everywhere; its models' longest have 16 to 64 characters.
@@ -60,6 +62,8 @@ class _Vocabulary:
 def write_tokenizer(folder: Path, metadata: dict[str, Any], where: str) -> None:
     """tokenizer.json, tokenizer_config.json and chat templates of the key-values; CheckpointError names what is bad."""
     model = metadata.get(K.MODEL)
+    if model in NO_TOKENIZER:
+        return
     if K.LIST not in metadata:
         raise CheckpointError(f"{where}: there is no tokenizer in the file", "use another GGUF of the model")
     if model == "gpt2":

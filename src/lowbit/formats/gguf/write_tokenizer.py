@@ -10,6 +10,9 @@
     tokenizer.ggml.add_bos_token, .add_eos_token, .add_space_prefix
     tokenizer.chat_template, tokenizer.chat_template.NAME
 
+Where no tokenizer is asked for, all of it is `tokenizer.ggml.model` "none", as convert_hf_to_gguf.py has it; the number
+of tokens is then ARCH.vocab_size.
+
 The vocabulary has a token for every row of the embedding; rows without one get "[PADn]", unused. Notes list what
 llama.cpp lacks: NFC, spaces that go with a token, prefixes other than BOS. Refused: unigram and WordPiece models,
 pre-tokenizers that llama.cpp does not have, tokens without a row.
@@ -52,6 +55,7 @@ _KNOWN_TEXTS = {
 }  # fmt: skip
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>",
                  "[EOT]")  # fmt: skip
+_WITHOUT = "--no-tokenizer writes a file without one, which takes token ids alone"
 _WRAPPINGS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 # Llama.cpp's chat parser of Gemma 4 has to see these, so they are no control tokens.
 _GEMMA4_VISIBLE = {
@@ -59,6 +63,11 @@ _GEMMA4_VISIBLE = {
 }  # fmt: skip
 # gpt-oss ends every message with <|end|>, and its turns with these
 _HARMONY = {"<|return|>", "<|call|>"}
+
+
+# Key-values, and the note, of a file without a tokenizer
+WITHOUT_TOKENIZER = {K.MODEL: ("none", GGUFValueType.STRING)}
+LEFT_OUT = "no tokenizer is written, as asked: llama.cpp loads the file and takes token ids, no text"
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,14 @@ def _vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None, spaced:
     if parsed is None and files.sentencepiece is None:
         raise CheckpointError(
             f"{files.folder}: there is no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)",
-            "copy the tokenizer files of the model beside its config.json",
+            "copy the tokenizer files of the model beside its config.json, or write a file that takes token ids alone: "
+            "--no-tokenizer",
         )
     if parsed is not None and parsed["model"].get("type", "BPE") != "BPE":
         raise ArchitectureError(
             f"{files.folder}: the tokenizer is of type {parsed['model'].get('type')}; byte-level BPE and SentencePiece "
-            f"BPE are written"
+            f"BPE are written",
+            _WITHOUT,
         )
     added = _within(files.added, vocab_size, notes := [])
     steps = json.dumps([(parsed or {}).get(key) for key in ("pre_tokenizer", "decoder")])
