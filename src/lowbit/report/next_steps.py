@@ -13,9 +13,9 @@
 
 The commands are that of the report with some words changed, so options of trust, adapters and the like stay; those that
 the changed run would not read, and so refuse, go. Nothing is proposed where that command is not known (a model in
-memory), for a vision tower by itself, or where it was no `lowbit quantize`. A set stands out if its mean error is STANDS_OUT times the median of its scheme;
-engines fuse some linears, so whole sets are named. What an override gains is not known before `lowbit diagnose` has
-measured it.
+memory), for a vision tower by itself, or where it was no `lowbit quantize`. A set stands out if its mean error is
+STANDS_OUT times the median of its scheme; engines fuse some linears, so whole sets are named. What an override gains is
+not known before `lowbit diagnose` has measured it.
 """
 
 from __future__ import annotations
