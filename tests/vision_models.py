@@ -18,6 +18,8 @@ _TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 _EYE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _QWEN_EYE = {"depth": 3, "num_heads": 2, "patch_size": 14}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+# llama.cpp does not turn pairs that no axis has where axes are interleaved: of 16, 6, 5 and 5 leave none.
+_INTERLEAVED = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [6, 5, 5]}}
 _QWEN_TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _QWEN3_EYE = {"depth": 3, "num_heads": 2, "patch_size": 16, "hidden_size": 32, "intermediate_size": 64,
@@ -44,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     }, _CLIP_NORM | {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14}),
     "qwen3_vl": ("qwen3_vl", {
         **_QWEN_TOKENS,
-        "text_config": {**_TEXT, **_MROPE, "head_dim": 32, "num_hidden_layers": 3},
+        "text_config": {**_TEXT, **_INTERLEAVED, "head_dim": 32, "num_hidden_layers": 3},
         "vision_config": {**_QWEN3_EYE, "deepstack_visual_indexes": [0, 1]},
     }, _HALF | {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16}),
     "qwen3_vl_moe": ("qwen3_vl_moe", {
@@ -87,7 +89,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 # Tokens that llama.cpp looks up, or that frame an image.
 _AROUND = {"<fake_token_around_image>": 311, "<global-img>": 312, "\n\n": 313}
-SPECIAL = {"pixtral": {"[IMG_BREAK]": 310}, "mistral3": {"[IMG_BREAK]": 310}, "idefics3": _AROUND, "smolvlm": _AROUND}
+_FRAME = {"<|vision_start|>": 302, "<|vision_end|>": 303}
+SPECIAL = {"pixtral": {"[IMG_BREAK]": 310}, "mistral3": {"[IMG_BREAK]": 310}, "idefics3": _AROUND, "smolvlm": _AROUND,
+           "qwen2_5_vl": _FRAME, "qwen3_vl": _FRAME}  # fmt: skip
 
 
 def make_vision(folder: Path, case: str, seed: int = 0, **changes: Any) -> Path:

@@ -1,6 +1,6 @@
 """A GGUF as llama-quantize writes it, where no llama-quantize is at hand: the encoders of llama.cpp inside xllamacpp.
 
-usage: llama_encoders.py MODEL OUT.gguf --type Q2_K [--imatrix FILE]      (models without experts)
+usage: llama_encoders.py MODEL OUT.gguf --type Q2_K [--imatrix FILE]
 
 lowbit writes the file, with the types that llama-quantize gives every tensor (held by tests/export/test_gguf_mix.py).
 Then each quantized tensor is encoded again by `ggml_quantize_chunk`, the function that llama-quantize calls, from
@@ -19,6 +19,7 @@ import torch
 
 import lowbit
 from lowbit.formats.gguf.imatrix_file import read_imatrix
+from lowbit.formats.gguf.importance import ImportanceMatrix
 from lowbit.numerics.ggml import TYPES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -39,20 +40,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
         plain = Path(scratch) / "plain.gguf"
         lowbit.quantize(args.model, plain, scheme="F32")
-        sources = {tensor.name: tensor for tensor in gguf.GGUFReader(plain).tensors}
-        replaced = 0
-        for tensor in gguf.GGUFReader(args.out, "r+").tensors:
-            kind = TYPES.get(tensor.tensor_type.name)
-            if kind is None or tensor.tensor_type.name in ("F32", "F16", "BF16"):
-                continue
-            weight = torch.from_numpy(sources[tensor.name].data.copy()).float()
-            weight = weight.reshape(-1, weight.shape[-1])
-            measured = None if matrix is None else matrix.entries.get(tensor.name)
-            importance = None if measured is None else measured.values[0]
-            blocks = quantized(kind.number, weight, kind.row_bytes(weight.shape[1]), importance)
-            tensor.data.reshape(blocks.shape)[:] = blocks.numpy()
-            replaced += 1
+        replaced = encode_again(args.out, plain, matrix)
     print(f"{args.out}: {replaced} tensors encoded by llama.cpp")
+
+
+def encode_again(path: Path, plain: Path, matrix: ImportanceMatrix | None = None) -> int:
+    """Each quantized tensor of a file anew, from the file of the same model in F32; returns how many."""
+    sources = {tensor.name: tensor for tensor in gguf.GGUFReader(plain).tensors}
+    replaced = 0
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        kind = TYPES.get(tensor.tensor_type.name)
+        if kind is None or tensor.tensor_type.name in ("F32", "F16", "BF16"):
+            continue
+        weight = torch.from_numpy(sources[tensor.name].data.copy()).float()
+        measured = None if matrix is None else matrix.entries.get(tensor.name)
+        experts = weight.reshape(-1, *weight.shape[-2:])
+        stored = tensor.data.reshape(len(experts), weight.shape[-2], -1)
+        for index, rows in enumerate(experts):
+            importance = None if measured is None else measured.values[index]
+            stored[index] = quantized(kind.number, rows, kind.row_bytes(rows.shape[1]), importance).numpy()
+        replaced += 1
+    return replaced
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -425,11 +425,24 @@ def test_a_file_of_rules_that_cannot_apply_is_refused(tmp_path):
         choose_types("Q4_K_M", small(), FACTS, rules=rules_of(tmp_path, "_exps = Q8_0"))
     with pytest.raises(UsageError, match="not a regular expression"):
         choose_types("Q4_K_M", small(), FACTS, rules=rules_of(tmp_path, "attn_[ = Q8_0"))
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="there is no such file"):
         read_type_rules(str(tmp_path / "absent"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read"):
         read_type_rules(str(tmp_path / "binary"))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("iq4_ks", "only ik_llama.cpp has it"), ("Q4_0_4_4", "no longer reads it")])
+def test_types_that_others_have_are_said_to_be_theirs(tmp_path, name, hint):
+    asked = {"output_type": name}, {"token_embedding_type": name}, {"overrides": [("attn_v", name)]}
+    for call in (
+        lambda: find_file_type(name),
+        lambda: rules_of(tmp_path, f"attn_v = {name}"),
+        *(partial(choose_types, "Q4_K_M", small(), FACTS, **each) for each in asked),
+    ):
+        with pytest.raises(UsageError, match=name) as caught:
+            call()
+        assert hint in caught.value.hint
 
 
 def test_overrides_hold_in_files_of_floats_and_with_pure():

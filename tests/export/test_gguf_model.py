@@ -23,7 +23,8 @@ from lowbit.formats.gguf.mix import MixFacts, TensorShape, choose_types
 from lowbit.formats.gguf.model import describe_gguf
 from lowbit.formats.gguf.raw import RawGGUF, rows_and_columns
 from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
-from lowbit.formats.gguf.table import MODEL_TYPES, ROWS, gguf_names
+from lowbit.formats.gguf.table import MODEL_TYPES, ROWS, gguf_names, row_of_model
+from lowbit.formats.gguf.table import REFUSED as WITHOUT_ROW
 from models import make_model
 
 
@@ -284,6 +285,15 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, found):
     with pytest.raises(ArchitectureError, match=found) as caught:
         describe_folder(folder)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_ROW)
+def test_what_is_refused_by_name_stands_in_the_document_and_says_why(model_type):
+    document = Path(__file__).parents[2] / "docs" / "gguf-architectures.md"
+    refused = document.read_text(encoding="utf-8").partition("## What is refused")[2]
+    assert f"`{model_type}`" in refused
+    with pytest.raises(ArchitectureError, match=f"{model_type} models do not become GGUF files: .{{20}}"):
+        row_of_model({"model_type": model_type}, "config.json")
 
 
 def test_keys_that_shared_blocks_of_gemma_3n_have_on_the_hub_are_left_out_and_zeros_in_the_file(tmp_path):

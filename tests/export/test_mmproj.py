@@ -299,6 +299,7 @@ def test_a_tower_is_rounded_again_and_is_no_language_model(folders, tmp_path):
     whole = lowbit.quantize(str(folders["qwen3_vl"]), tmp_path / "whole.gguf", scheme="F16", mmproj=True)
     smaller = lowbit.quantize(str(whole.path), tmp_path / "smaller.gguf", scheme="Q8_0")
     assert {line.engine for line in smaller.report.serve} == {"llama.cpp"}
+    assert not smaller.report.next_steps  # which `lowbit quantize` and the report show: evaluate, --quality good
     assert any(tensor.scheme == "Q8_0" for tensor in smaller.report.tensors)
     with pytest.raises(ArchitectureError, match="no language model by itself") as caught:
         lowbit.evaluate(str(whole.path))

@@ -23,7 +23,8 @@ from vision_models import CASES, SPECIAL, make_vision
 
 pytest.importorskip("xllamacpp")
 
-SIDE = {"gemma3": 56, "smolvlm": 64, "mistral3": 112}
+SIDE = {"gemma3": 56, "smolvlm": 64, "mistral3": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}
+QWEN_PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 FORCED = 67  # a letter: what is sampled; the log-probabilities are those before the bias
 
 
@@ -46,7 +47,7 @@ def image(case: str, seed: int) -> np.ndarray:
 def text_folder(folder: Path, target: Path) -> Path:
     """The language model alone: what config.json's text_config says, under its names."""
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] == "gemma3":  # has a row of its own
+    if config["model_type"] == "gemma3" or config["model_type"] in QWEN_PATCH:  # has a row of its own
         return folder
     target.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
@@ -85,6 +86,13 @@ def answers(text: Path, mmproj: Path, images: list[np.ndarray]) -> list[dict[int
     return found
 
 
+def patches(values: torch.Tensor, side: int) -> torch.Tensor:
+    """float32 [3, H, W] → [patches, 3 · 2 · side²], as Qwen's processor cuts them: those that are merged in a row."""
+    rows, columns = (size // side // 2 for size in values.shape[1:])
+    twice = values.repeat(2, 1, 1, 1).reshape(2, 3, rows, 2, side, columns, 2, side)
+    return twice.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(4 * rows * columns, -1)
+
+
 def reference(folder: Path, case: str, pixels: np.ndarray) -> torch.Tensor:
     """Log-probabilities of transformers' model after the prompt that llama.cpp makes; float64 [V]."""
     from tokenizers import Tokenizer
@@ -106,6 +114,10 @@ def reference(folder: Path, case: str, pixels: np.ndarray) -> torch.Tensor:
             [*tile, blank, around, whole, *[token] * 4, around],
             torch.stack([values] * 2)[None],
         )
+    elif case in QWEN_PATCH:
+        start, stop = SPECIAL[case].values()
+        seen = [start, *[token] * 16, stop]
+        inputs |= {"pixel_values": patches(values, QWEN_PATCH[case]), "image_grid_thw": torch.tensor([[1, 8, 8]])}
     else:
         row = [*[token] * 4, SPECIAL[case]["[IMG_BREAK]"]]
         seen, after = (row * 4)[:-1], "[IMG_END]"
@@ -113,6 +125,8 @@ def reference(folder: Path, case: str, pixels: np.ndarray) -> torch.Tensor:
     ids = torch.tensor([[*encode("<s>user: " + before).ids, *seen, *encode(after + "What?</s>").ids]])
     if case == "gemma3":
         inputs["token_type_ids"] = (ids == token).long()
+    if case in QWEN_PATCH:
+        inputs["mm_token_type_ids"] = (ids == token).int()
     with torch.no_grad():
         return torch.log_softmax(model(input_ids=ids, **inputs).logits[0, -1].double(), -1)
 
@@ -133,3 +147,7 @@ def test_what_llama_cpp_sees_is_what_transformers_sees(tmp_path, case):
         assert max(abs(value - wanted[token].item()) for token, value in found.items()) < 3e-3
     apart = max(abs(value - expected[1][token].item()) for token, value in seen[0].items())
     assert apart > 0.03  # the images matter
+    rounded = lowbit.quantize(folder, tmp_path / "q8_0.gguf", mmproj=True, scheme="Q8_0").path
+    (found,) = answers(text, rounded, images[:1])
+    far = max(abs(value - expected[0][token].item()) for token, value in found.items())
+    assert 1e-4 < far < 0.1

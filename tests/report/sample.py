@@ -87,7 +87,10 @@ def make_report(blocks: int = 30, seed: int = 0, **changes) -> Report:
         tensors=tensors,
         verification=make_verification(),
         evaluation=(make_evaluation(bytes_out),),
-        serve=(ServeLine(engine="vllm", command="vllm serve /models/smollm2-w4a16 --max-model-len 4096"),),
+        serve=(
+            ServeLine(engine="vllm", command="vllm serve /models/smollm2-w4a16 --max-model-len 4096"),
+            ServeLine(engine="lowbit", command='lowbit generate /models/smollm2-w4a16 -p "…"'),
+        ),
         command="lowbit quantize demo:smollm2 -o out --scheme W4A16",
         neighbours=make_neighbours(),
     )

@@ -13,9 +13,9 @@
 
 The commands are that of the report with some words changed, so options of trust, adapters and the like stay; those that
 the changed run would not read, and so refuse, go. Nothing is proposed where that command is not known (a model in
-memory) or was no `lowbit quantize`. A set stands out if its mean error is STANDS_OUT times the median of its scheme;
-engines fuse some linears, so whole sets are named. What an override gains is not known before `lowbit diagnose` has
-measured it.
+memory), for a vision tower by itself, or where it was no `lowbit quantize`. A set stands out if its mean error is
+STANDS_OUT times the median of its scheme; engines fuse some linears, so whole sets are named. What an override gains is
+not known before `lowbit diagnose` has measured it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _steps(report: Report, output: str) -> Iterator[Suggestion]:
         engine = report.verification.engine
         yield _step(f"see what {engine_name(engine)} would refuse, rule by rule",
                     "verify", output, "--engine", engine, "--reference", source)  # fmt: skip
-    if not report.command:
+    if not report.command or not any(line.engine == "lowbit" for line in report.serve):  # a vision tower by itself
         return
     run = headline_evaluation(report)
     of_quantize = known[:2] == ["lowbit", "quantize"] and report.totals.quantized_weights > 0

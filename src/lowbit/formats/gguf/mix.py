@@ -52,8 +52,9 @@ from lowbit.formats.gguf.mix_table import (
     MixRule,
     needs_importance,
 )
+from lowbit.formats.gguf.stored_types import asked_type, foreign_hint
 from lowbit.formats.gguf.type_rules import TypeRules
-from lowbit.numerics.ggml.types import TYPES, find_type
+from lowbit.numerics.ggml.types import TYPES
 from lowbit.patterns import PatternError, compiled
 from lowbit.schemes import SCHEMES
 
@@ -152,7 +153,7 @@ def find_file_type(name: str) -> FileType:
     hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(FILE_TYPES)}"
     if upper in SCHEMES:
         hint = "it is a scheme of folders; for GGUF give --scheme Q4_K_M, Q8_0 or another of its types"
-    raise UsageError(f"there is no GGUF file type {name!r}", hint)
+    raise UsageError(f"there is no GGUF file type {name!r}", foreign_hint(name) or hint)
 
 
 def choose_types(
@@ -240,7 +241,7 @@ class Asked:
         free = {tensor.name: tensor for tensor in tensors if why_never_quantized(tensor, facts.arch) is None}
         named: set[str] = set()
         for regex, type_name in overrides:
-            kind = find_type(type_name).name
+            kind = asked_type(type_name).name
             found = _search(regex, free, tensors, "--override")
             for name in found:
                 types.setdefault(name, (kind, f"matches --override {regex}={type_name}"))
@@ -250,7 +251,7 @@ class Asked:
         tied = OUTPUT not in free
         embeddings = [name for name in (EMBEDDING, LAYER_EMBEDDING) if name in free]
         if output_type is not None:
-            kind = find_type(output_type).name
+            kind = asked_type(output_type).name
             if not tied:
                 types[OUTPUT] = (kind, "the output type that was asked for")
             for name in embeddings if tied else ():
@@ -258,7 +259,7 @@ class Asked:
             if tied and not embeddings:
                 raise UsageError("an output type was asked for, and there is no output matrix", "leave it out")
         if token_embedding_type is not None:
-            kind = find_type(token_embedding_type).name
+            kind = asked_type(token_embedding_type).name
             if not embeddings:
                 raise UsageError("an embedding type was asked for, and there is no token_embd.weight", "leave it out")
             for name in embeddings:

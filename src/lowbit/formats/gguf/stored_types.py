@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES
 
+from lowbit.errors import UsageError
 from lowbit.numerics.ggml import TYPES
+from lowbit.numerics.ggml.types import GgmlType, find_type
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,21 @@ def type_name(number: int) -> str:
     if number in STORED_TYPES:
         return STORED_TYPES[number].name
     return IK_LLAMA_TYPES.get(number) or REMOVED_TYPES.get(number) or f"type {number}"
+
+
+def foreign_hint(name: str) -> str:
+    """What to do about a type that was asked for, where only a fork has it or llama.cpp had it once; else ""."""
+    if name.upper() in IK_LLAMA_TYPES.values():
+        return "only ik_llama.cpp has it; lowbit writes the types of llama.cpp, such as IQ4_XS and Q4_K"
+    return "llama.cpp no longer reads it; take Q4_0 or IQ4_NL" if name.upper() in REMOVED_TYPES.values() else ""
+
+
+def asked_type(name: str) -> GgmlType:
+    """The ggml type that was asked for, case-insensitively; UsageError."""
+    try:
+        return find_type(name)
+    except UsageError as error:
+        raise UsageError(str(error), foreign_hint(name) or error.hint) from error
 
 
 def why_unreadable(number: int) -> tuple[str, str]:

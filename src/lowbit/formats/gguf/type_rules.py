@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lowbit.errors import UsageError
 from lowbit.files.regular import open_regular
-from lowbit.numerics.ggml.types import find_type
+from lowbit.formats.gguf.stored_types import asked_type
 
 _BYTES = 1 << 20
 _RULES = 20_000
@@ -38,6 +38,8 @@ def read_type_rules(path: str) -> TypeRules:
         with open_regular(Path(path)) as file:
             content = file.read(_BYTES + 1)
         text = content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file", "its rules are lines: attn_v = Q6_K") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a file of types: {error}", _HINT) from error
     if len(content) > _BYTES:
@@ -52,7 +54,7 @@ def read_type_rules(path: str) -> TypeRules:
             if not (pattern and equals and name):
                 raise UsageError(f"{path}, line {number}: {line[:80]!r} is no rule", _HINT)
             try:
-                rules.append((pattern, find_type(name).name))
+                rules.append((pattern, asked_type(name).name))
             except UsageError as error:
                 raise UsageError(f"{path}, line {number}: {error}", error.hint) from error
     if not rules:

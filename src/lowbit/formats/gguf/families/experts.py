@@ -188,6 +188,8 @@ REFUSED = {
     "aria_text": "llama.cpp has no architecture for it",
     "longcat_flash": "llama.cpp has no architecture for it",
     "doge": "llama.cpp has no architecture for it",
+    "bailing_moe": "it is computed by Python code beside its files, and lowbit has no row for llama.cpp's bailingmoe",
+    "bailing_hybrid": "lowbit has no row for its linear attention beside latent attention",
 }
 
 # --- Hunyuan --------------------------------------------------------------------------------------------------------
