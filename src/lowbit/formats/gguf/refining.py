@@ -79,7 +79,7 @@ class KeptGGUFPlan(GGUFPlan):
 
 def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Architecture, settings: Settings) -> Kept:
     """The plan of a GGUF file that is refined; UsageError for one of another architecture, shapes or tensors."""
-    raw = _raw_of(checkpoint)
+    raw = checkpoint.files.raw
     described = describe_gguf(reference, architecture)
     arch = str(raw.metadata.get("general.architecture"))
     if described.arch != arch:
@@ -124,13 +124,6 @@ def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Archi
 
     targets: dict[str, Target] = {weight.removesuffix(".weight"): target(weight) for weight in places}
     return Kept(kept, targets, codes, frozenset(file.path for file in raw.files))
-
-
-def _raw_of(checkpoint: Any) -> RawGGUF:
-    """The file below the views of an open GGUF."""
-    while not hasattr(checkpoint, "raw"):
-        checkpoint = checkpoint.stored
-    return checkpoint.raw
 
 
 def _source_rows(raw: RawGGUF, tensor: Any, source: GGUFTensorSource, index: int) -> Tensor:
