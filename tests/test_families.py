@@ -14,7 +14,7 @@ from lowbit.architecture import canonical_view, discover_once, open_described
 from lowbit.architecture.building import auto_class
 from lowbit.architecture.loading import load_model
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes, OpenOptions, is_decoded
+from lowbit.checkpoint.base import OpenOptions
 from models import ARCHITECTURES, make_model, make_tokenizer
 
 IDS = torch.arange(24)[None] * 7 % 300 + 3
@@ -64,7 +64,7 @@ def test_verifies_and_only_the_linears_of_the_decoder_are_quantized(models, arch
     assert lowbit.verify(quantized).broken == []
     known, checkpoint = opened(quantized)
     wanted = {f"{x.name}.weight" for x in known.linears.values() if x.block is not None and x.keep is None}
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     assert set(checkpoint.schemes) == wanted
     assert {len(known.blocks), len({known.block_of(name) for name in wanted})} == {2}
 
@@ -75,7 +75,7 @@ def test_everything_else_survives_to_the_bit(models, architecture):
     """Biases, q/k norms, sinks, routers, embeddings and whatever else a family has."""
     source, quantized = (opened(folder)[1] for folder in models(architecture))
     assert set(source.tensors) == set(quantized.tensors)
-    kept = [name for name in source.tensors if not is_decoded(quantized, name)]
+    kept = [name for name in source.tensors if name not in quantized.schemes]
     assert len(kept) > 3
     for name in kept:
         assert torch.equal(source.read(name), quantized.read(name)), name
@@ -104,7 +104,7 @@ def test_decoded_weights_saved_plainly_give_the_same_logits_in_transformers(mode
     plain = {}
     for name in checkpoint.tensors:
         value = checkpoint.read(name)
-        plain[name] = value.t().contiguous() if name in transposed and is_decoded(checkpoint, name) else value
+        plain[name] = value.t().contiguous() if name in transposed and name in checkpoint.schemes else value
     save(plain, checkpoint.config(), tmp_path)
     assert torch.equal(logits(load_model(checkpoint)), logits(transformers_model(tmp_path)))
 

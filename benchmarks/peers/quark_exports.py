@@ -18,7 +18,7 @@ from quark.torch.quantization.config import config as specs  # type: ignore[impo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 
 KINDS = {
     "int4_group": {"weight": specs.Int4PerGroupSpec(ch_axis=-1, group_size=32)},
@@ -75,7 +75,7 @@ def main(target: str, *kinds: str) -> None:
     for kind in kinds or KINDS:
         theirs = exported(kind, Path(target) / kind)
         ours = open_checkpoint(Path(target) / kind)
-        assert isinstance(ours, CanReadCodes)
+        assert isinstance(ours, Checkpoint)
         equal = len(ours.schemes) == len(theirs) and all(
             torch.equal(ours.read(f"{name}.weight"), weight) for name, weight in theirs.items()
         )

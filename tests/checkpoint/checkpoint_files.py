@@ -8,7 +8,6 @@ import numpy as np
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
@@ -24,7 +23,7 @@ def open_quantized(folder, tensors, quantization, metadata=None):
     save_file(tensors, folder / "model.safetensors", metadata)
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     checkpoint = open_checkpoint(folder)
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     return checkpoint
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
 from lowbit.errors import CheckpointError
 from lowbit.kernels.tables import CODEBOOKS, values
 from lowbit.numerics.scales import dynamic_map
@@ -47,7 +46,7 @@ class Files:
         save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, self.folder / "m.safetensors")
         (self.folder / "config.json").write_text(json.dumps({"quantization_config": self.config}))
         checkpoint = open_checkpoint(self.folder)
-        assert isinstance(checkpoint, CanReadCodes)
+        assert checkpoint.schemes
         return checkpoint
 
     def refused(self, pattern: str) -> None:

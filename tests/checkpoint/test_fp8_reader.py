@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoint.checkpoint_files import open_quantized
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import Granularity
@@ -36,7 +36,7 @@ class Files:
             self.tensors["l.weight_scale_inv"] = scale
             self.weight = codes.float() * by_weight
 
-    def open(self) -> CanReadCodes:
+    def open(self) -> Checkpoint:
         return open_quantized(self.folder, self.tensors, self.config)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.numerics.float_zero_grid import FloatZeroGrid
 from lowbit.tensors import GroupParams, RangeSearch
@@ -72,12 +72,12 @@ def linear(shape, packing="4bit_u8", axis=1, group=16, dtype=torch.bfloat16, see
     return tensors, weight.reshape(shape).float()
 
 
-def opened(folder: Path, tensors: dict[str, Tensor], stated: bool = True) -> CanReadCodes:
+def opened(folder: Path, tensors: dict[str, Tensor], stated: bool = True) -> Checkpoint:
     save_file({f"l.{leaf}": tensor for leaf, tensor in tensors.items()}, folder / "model.safetensors")
     quantization = {"quantization_config": {"quant_method": "hqq", "quant_config": {}, "skip_modules": ["lm_head"]}}
     (folder / "config.json").write_text(json.dumps(quantization if stated else {"model_type": "llama"}))
     checkpoint = open_checkpoint(folder)
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     return checkpoint
 
 

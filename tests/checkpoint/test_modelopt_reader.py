@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES
 
@@ -40,9 +40,9 @@ class Files:
             (self.folder / "hf_quant_config.json").write_text(json.dumps(self.companion))
         return self.folder
 
-    def open(self) -> CanReadCodes:
+    def open(self) -> Checkpoint:
         checkpoint = open_checkpoint(self.write())
-        assert isinstance(checkpoint, CanReadCodes)
+        assert checkpoint.schemes
         return checkpoint
 
     def _float8(self, random) -> torch.Tensor:

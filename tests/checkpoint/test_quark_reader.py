@@ -18,7 +18,7 @@ from torch import Tensor
 import lowbit
 from checkpoint.checkpoint_files import open_quantized
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES, KVCacheScheme
 from models import make_model
@@ -119,7 +119,7 @@ class Files:
     def add(self, **tensors: Tensor) -> None:
         self.tensors |= {f"l.{leaf}": tensor.contiguous() for leaf, tensor in tensors.items()}
 
-    def open(self) -> CanReadCodes:
+    def open(self) -> Checkpoint:
         return open_quantized(self.folder, self.tensors, self.config)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint.checkpoint_files import open_quantized
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import Granularity
@@ -73,7 +73,7 @@ class Files:
             self.tensors["l._weight_zero_point"] = torch.zeros(scale.shape, dtype=torch.int8)
         self.weight = qdata.float() * scale.float().repeat_interleave(SHAPE[1] // groups, 1)
 
-    def open(self) -> CanReadCodes:
+    def open(self) -> Checkpoint:
         metadata = dict(self.metadata)
         if self.stated is not None:
             metadata["l.weight"] = self.stated if isinstance(self.stated, str) else json.dumps(self.stated)
@@ -297,7 +297,7 @@ def test_models_that_transformers_saved(tmp_path, kind):
     )
     model.save_pretrained(tmp_path / "quantized")
     checkpoint = open_checkpoint(tmp_path / "quantized")
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     assert len(checkpoint.schemes) == 7
     for name in checkpoint.schemes:
         theirs = model.get_parameter(name).dequantize()

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lowbit.checkpoint.base import TensorInfo
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, read_config
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -68,7 +68,7 @@ def save_model(folder: Path, family: str, seed: int = 0, add_bos: bool = False, 
     return model
 
 
-class FakeCheckpoint:
+class FakeCheckpoint(Checkpoint):
     """The Checkpoint contract over tensors in memory; counts what is read to show that reading streams."""
 
     kind = "safetensors"
@@ -81,9 +81,7 @@ class FakeCheckpoint:
         self.notes: list = []
         self.released: list = []
         self.largest_read = 0
-        if schemes is not None:
-            self.schemes = schemes
-            self.input_scales = input_scales or {}
+        self.schemes, self._input_scales = schemes or {}, input_scales or {}
         file = next(folder.glob("*.safetensors"))
         self.tensors = {
             name: TensorInfo(name, tuple(value.shape), value.dtype, "F32", value.nbytes, file)
@@ -95,7 +93,6 @@ class FakeCheckpoint:
         self.tensors[new] = replace(self.tensors.pop(old), name=new)
 
     def config(self):
-        from lowbit.checkpoint.base import read_config
 
         return read_config(self.folder)
 
@@ -110,3 +107,7 @@ class FakeCheckpoint:
 
     def close(self):
         pass
+
+    @property
+    def input_scales(self):
+        return self._input_scales

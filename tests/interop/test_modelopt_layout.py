@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
 from lowbit.formats.modelopt import write as exporter
 from lowbit.numerics import grid_for
 from lowbit.rounding.rtn import measure_range, round_to_nearest
@@ -145,7 +144,7 @@ def test_we_read_their_int4(tmp_path):
     (tmp_path / "hf_quant_config.json").write_text(f'{{"quantization": {quantization}}}')
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     by_weight = scale.repeat_interleave(128, 1)
     expected = (weight / by_weight).round().clamp(-8, 7) * by_weight
     assert torch.equal(checkpoint.read("l.weight"), expected * columns)

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes
 from lowbit.pipeline import write_checkpoint
 from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
@@ -61,7 +60,7 @@ def written(model, tmp_path_factory):
 
 def open_codes(folder: Path):
     checkpoint = open_checkpoint(folder)
-    assert isinstance(checkpoint, CanReadCodes)
+    assert checkpoint.schemes
     return checkpoint
 
 

@@ -15,7 +15,7 @@ from lowbit.architecture.inspection import inspect_source, untied
 from lowbit.architecture.structure import Architecture
 from lowbit.architecture.view import Changes, canonical_view, holds_single_experts
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions, is_decoded
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.companions import check_companions
 from lowbit.checkpoint.opening import ModelSource
 from lowbit.checkpoint.stated import refuse_absurd
@@ -81,13 +81,11 @@ def open_described(
     checkpoint = open_checkpoint(model, options)
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
     architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts, unties)
-    if not isinstance(checkpoint, CanReadCodes):
-        return checkpoint, architecture
     for linear in architecture.linears.values():
         weight = f"{linear.name}.weight"
         if linear.block is None or weight in architecture.tied or linear.keep is not None:
             continue
-        if not is_decoded(checkpoint, weight) and checkpoint.says_quantized(linear.name):
+        if weight not in checkpoint.schemes and checkpoint.says_quantized(linear.name):
             raise CheckpointError(
                 f"{checkpoint.source}: config.json quantizes {linear.name}, but the files hold a plain {weight}",
                 "the model is quantized in part, or config.json is of another one; list the linear as ignored there",

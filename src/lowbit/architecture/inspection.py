@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lowbit.architecture.structure import Architecture
-from lowbit.checkpoint.base import Checkpoint, TensorInfo, is_decoded, row_slabs
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, row_slabs
 from lowbit.checkpoint.companions import beyond_embedding
 from lowbit.checkpoint.quantized import is_of_codes
 from lowbit.errors import CheckpointError
@@ -110,7 +110,7 @@ def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> Non
                 f"{checkpoint.source}: tensor {name} {list(shape)} is absent", _why_absent(name, architecture)
             )
         linear = architecture.linears.get(name.removesuffix(".weight"))
-        if linear is not None and linear.transposed and is_decoded(checkpoint, name):
+        if linear is not None and linear.transposed and name in checkpoint.schemes:
             shape = linear.shape
         if tuple(info.shape) != tuple(shape):
             raise CheckpointError(

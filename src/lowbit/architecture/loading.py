@@ -30,7 +30,7 @@ from lowbit.architecture.disk_layout import disk_layout, fit_rows
 from lowbit.architecture.inspection import ENLARGE, embedding_rows
 from lowbit.architecture.structure import COMPUTED_BUFFERS, Architecture, Part, Placement
 from lowbit.architecture.view import holds_single_experts
-from lowbit.checkpoint.base import OpenOptions, is_decoded, refuse_remote_code, row_slabs
+from lowbit.checkpoint.base import OpenOptions, refuse_remote_code, row_slabs
 from lowbit.checkpoint.companions import beyond_embedding, check_companions, code_of_tokenizer, has_tokenizer
 from lowbit.errors import ArchitectureError, CheckpointError, UnsafeError, UsageError
 
@@ -343,7 +343,7 @@ def _is_passed_over(name: str, checkpoint: Checkpoint, architecture: Architectur
         return True
     # AutoGPTQ writes a bias for every linear; where the model has none it is zeros.
     owner, _, leaf = name.rpartition(".")
-    return leaf == "bias" and is_decoded(checkpoint, f"{owner}.weight") and not checkpoint.read(name).any().item()
+    return leaf == "bias" and f"{owner}.weight" in checkpoint.schemes and not checkpoint.read(name).any().item()
 
 
 def _lies_transposed(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot, stored: str) -> bool:
@@ -351,7 +351,7 @@ def _lies_transposed(checkpoint: Checkpoint, model: PreTrainedModel, slot: _Slot
     from transformers.pytorch_utils import Conv1D
 
     owner = model.get_submodule(slot.names[0].rpartition(".")[0])
-    return isinstance(owner, Conv1D) and is_decoded(checkpoint, stored)
+    return isinstance(owner, Conv1D) and stored in checkpoint.schemes
 
 
 def _some(names: list[str]) -> str:

@@ -76,7 +76,7 @@ class Change:
         return bool(self.updates) or self.shift is not None
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(Checkpoint):
     """A `Checkpoint`; what the adapter does not change is the base's own.
 
     stored     the base, under the names of its architecture
@@ -137,6 +137,10 @@ class MergedCheckpoint:
     def release(self, name: str) -> None:
         change = self.changes.get(name)
         self.stored.release(name if change is None else change.source)
+
+    @property
+    def files(self) -> Any:
+        return self.stored.files
 
     def close(self) -> None:
         self.stored.close()

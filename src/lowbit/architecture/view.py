@@ -26,22 +26,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.architecture.prefixes import find_renaming
 from lowbit.architecture.structure import Architecture, Part
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, TensorInfo, find_tensor, row_range
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, row_range
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from lowbit.schemes import Scheme
     from lowbit.tensors import QuantizedTensor
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def canonical_view(checkpoint: Checkpoint, architecture: Architecture, changes: 
     if same and not wide and changes == Changes():
         return checkpoint
     changes = replace(changes, notes=(*notes, *changes.notes))
-    kind = _CodesView if isinstance(checkpoint, CanReadCodes) else _View
-    return kind(checkpoint, sources, changes)
+    return _View(checkpoint, sources, changes)
 
 
 # Granite names them by a number alone: block_sparse_moe.0.gate_proj.
@@ -150,22 +150,36 @@ def _is_turned(info: TensorInfo, shape: tuple[int, ...]) -> bool:
     return tuple(info.shape) != tuple(shape) and tuple(info.shape) == (*shape[:-2], shape[-1], shape[-2])
 
 
-class _View:
+class _View(Checkpoint):
     """See the module docstring; `tensors` are the canonical ones. float64 is read as float32."""
 
     def __init__(self, stored: Checkpoint, sources: dict[str, CanonicalSource], changes: Changes):
         self.stored, self.sources, self._config = stored, sources, changes.config
         self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
+        self.kv_cache, self.int8_threshold = stored.kv_cache, stored.int8_threshold
         self.notes = [*stored.notes, *changes.notes]
         self.tensors: dict[str, TensorInfo] = {}
         for name, source in sources.items():
             info = stored.tensors[source.name]
             if source.part is not None:
+                if source.name in stored.schemes:
+                    raise CheckpointError(
+                        f"{stored.source}: {source.name} holds the codes of several experts in one tensor, which are "
+                        "not read",
+                        "start from the 16-bit checkpoint",
+                    )
                 shape = source.part.shape_in(tuple(info.shape))
                 info = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
             dtype = torch.float32 if info.dtype is torch.float64 else info.dtype
             same = info.name == name and info.dtype is dtype
             self.tensors[name] = info if same else replace(info, name=name, dtype=dtype)
+        self._names = {source.name: name for name, source in sources.items() if source.part is None}
+        self.schemes = self._renamed(stored.schemes)
+        self.rotations = self._renamed(stored.rotations)
+
+    def _renamed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What a name in the files has, under the name here."""
+        return {self._names[name]: value for name, value in values.items() if name in self._names}
 
     @property
     def folder(self) -> Path:
@@ -195,47 +209,27 @@ class _View:
         find_tensor(self.tensors, name, self.source)
         return self.sources[name]
 
-
-class _CodesView(_View):
-    """A view of a checkpoint that `CanReadCodes`."""
-
-    def __init__(self, stored: Any, sources: dict[str, CanonicalSource], changes: Changes):
-        super().__init__(stored, sources, changes)
-        self._codes: CanReadCodes = stored
-        whole = {source.name: name for name, source in sources.items() if source.part is None}
-        cut = [source.name for source in sources.values() if source.part is not None and source.name in stored.schemes]
-        if cut:
-            raise CheckpointError(
-                f"{stored.source}: {cut[0]} holds the codes of several experts in one tensor, which are not read",
-                "start from the 16-bit checkpoint",
-            )
-        self._names = whole
-        self.kv_cache = getattr(stored, "kv_cache", None)
-        self.schemes: dict[str, Scheme] = {
-            whole[name]: scheme for name, scheme in stored.schemes.items() if name in whole
-        }
-        self.int8_threshold = getattr(stored, "int8_threshold", None)
-        rotations = getattr(stored, "rotations", {})
-        self.rotations = {whole[name]: rotation for name, rotation in rotations.items() if name in whole}
+    @property
+    def files(self) -> Any:
+        return self.stored.files
 
     @property
     def input_scales(self) -> dict[str, float]:
-        return {self._names[name]: scale for name, scale in self._codes.input_scales.items() if name in self._names}
+        return self._renamed(self.stored.input_scales)
 
     @property
     def input_zero_points(self) -> dict[str, int]:
-        found = self._codes.input_zero_points
-        return {self._names[name]: zero_point for name, zero_point in found.items() if name in self._names}
+        return self._renamed(self.stored.input_zero_points)
 
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        return self._codes.read_quantized(self.sources[name].name, start, stop)
+        return self.stored.read_quantized(self.sources[name].name, start, stop)
 
     def row_multiple(self, name: str) -> int:
-        return self._codes.row_multiple(self.sources[name].name)
+        return self.stored.row_multiple(self.sources[name].name)
 
     def scale_dtype(self, name: str) -> torch.dtype:
-        return self._codes.scale_dtype(self.sources[name].name)
+        return self.stored.scale_dtype(self.sources[name].name)
 
     def says_quantized(self, linear: str) -> bool:
         source = self.sources.get(f"{linear}.weight")
-        return self._codes.says_quantized(linear if source is None else source.name.removesuffix(".weight"))
+        return self.stored.says_quantized(linear if source is None else source.name.removesuffix(".weight"))

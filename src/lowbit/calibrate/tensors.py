@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, is_decoded, row_range
+from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, row_range
+from lowbit.tensors import QuantizedTensor
 
 
 class StoredTensors:
@@ -41,7 +42,7 @@ class StoredTensors:
         """[N, K] ↔ the file's orientation, which differs for transposed linears."""
         linear = self._linears.get(name.removesuffix(".weight"))
         turn = linear is not None and linear.transposed and name.endswith(".weight")
-        return values.t() if turn and not is_decoded(self._checkpoint, name) else values
+        return values.t() if turn and name not in self._checkpoint.schemes else values
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,18 @@ class Replacement:
     dtype: torch.dtype
 
 
-class OverlaidCheckpoint:
-    """A `Checkpoint` with some tensors replaced: rewritten by transforms, or decoded from their codes.
-
-    Attributes outside the protocol come from the source.
-    """
+class OverlaidCheckpoint(Checkpoint):
+    """A `Checkpoint` with some tensors replaced: rewritten by transforms, or decoded from their codes."""
 
     def __init__(self, base: Checkpoint, replaced: dict[str, Replacement]):
         self.base, self._replaced = base, replaced
         self.source, self.kind, self.metadata, self.notes = base.source, base.kind, base.metadata, base.notes
+        self.schemes, self.rotations = base.schemes, base.rotations
+        self.kv_cache, self.int8_threshold = base.kv_cache, base.int8_threshold
         self.tensors: dict[str, TensorInfo] = {
             name: replace(info, dtype=replaced[name].dtype) if name in replaced else info
             for name, info in base.tensors.items()
         }
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "base":  # not set yet while copy.copy builds an instance
-            raise AttributeError(name)
-        return getattr(self.base, name)
 
     @property
     def folder(self) -> Any:
@@ -90,3 +85,27 @@ class OverlaidCheckpoint:
 
     def close(self) -> None:
         self.base.close()
+
+    @property
+    def files(self) -> Any:
+        return self.base.files
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        return self.base.input_scales
+
+    @property
+    def input_zero_points(self) -> dict[str, int]:
+        return self.base.input_zero_points
+
+    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
+        return self.base.read_quantized(name, start, stop)
+
+    def row_multiple(self, name: str) -> int:
+        return self.base.row_multiple(name)
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        return self.base.scale_dtype(name)
+
+    def says_quantized(self, linear: str) -> bool:
+        return self.base.says_quantized(linear)

@@ -16,10 +16,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import CheckpointError, UnsafeError
 from lowbit.files.regular import read_regular
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lowbit.checkpoint.kv_cache import StoredKVCache
+    from lowbit.numerics.column_scales import InputBasis
     from lowbit.schemes import Scheme
     from lowbit.tensors import QuantizedTensor
 
@@ -108,74 +112,84 @@ class TensorInfo:
     written: torch.dtype | None = None
 
 
-class Checkpoint(Protocol):
+class Checkpoint(ABC):
     """An open model: tensors, and a Hugging Face folder with its config and tokenizer.
 
-    `read` and `release` may be called from several threads at once.
+    `read` and `release` may be called from several threads at once. What concerns quantized linears has an answer for
+    models without any: there are no schemes, no scales and no rotations.
+
+    source     what the user typed
+    kind       "safetensors", "gguf", "pickle", "memory", or the quant_method of a quantized folder, which is decoded
+    tensors    in file order
+    metadata   GGUF key-values, or the safetensors __metadata__
+    notes      for the user: "tensors are stored as Q4_1 …"
+    hub_names  False for a GGUF file under its own names
+    schemes    weight name → scheme, of the weights that `read` decodes, [N, K], from codes in the files
+    rotations  weight name → rotation (or scales) of its input at run time, of those that have one. `read` takes it back
+               out of the weight, so that the model computes the same without it; `read_quantized` gives the codes as
+               they are
+    kv_cache   scales of a quantized KV cache, which are not in `tensors`
+    int8_threshold  |x| from which LLM.int8() multiplies a column of inputs in 16 bits
     """
 
-    source: str  # what the user typed
-    kind: str  # "safetensors", "gguf", "pickle", "memory", or the quant_method of a quantized folder (decoded)
-    tensors: dict[str, TensorInfo]  # in file order
-    metadata: dict[str, Any]  # GGUF key-values, or the safetensors __metadata__
-    notes: list[str]  # for the user: "tensors are stored as Q4_1 …"
+    source: str
+    kind: str
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any]
+    notes: list[str]
+    hub_names: bool = True
+    schemes: Mapping[str, Scheme] = MappingProxyType({})
+    rotations: Mapping[str, InputBasis] = MappingProxyType({})
+    kv_cache: StoredKVCache | None = None
+    int8_threshold: float | None = None
+    folder: Path  # of config.json, tokenizer files and so on; for GGUF a rebuilt one without weights
 
-    @property
-    def folder(self) -> Path:
-        """Folder of config.json, tokenizer files and so on; for GGUF a rebuilt one without weights."""
-        ...
-
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """config.json, parsed."""
-        ...
 
+    @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of a tensor, on the CPU, C-contiguous. May alias the mapped file: never write into it."""
-        ...
 
+    @abstractmethod
     def release(self, name: str) -> None:
         """Drop the tensor's pages from resident memory. Slices returned by `read` stay valid (they fault back in)."""
-        ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
-
-@runtime_checkable
-class CanReadCodes(Protocol):
-    """A checkpoint of quantized linears that can return codes."""
-
-    schemes: dict[str, Scheme]  # weight name → scheme, of the quantized ones
+    @property
+    def files(self) -> Any:
+        """The checkpoint of the files as they are, below all views: `SafetensorsCheckpoint`, `GGUFCheckpoint`, …"""
+        return self
 
     @property
     def input_scales(self) -> dict[str, float]:
         """Weight name → static activation scale (multiplier), for schemes that store one."""
-        ...
+        return {}
 
     @property
     def input_zero_points(self) -> dict[str, int]:
         """Weight name → zero point of its input, a signed code, for static schemes that store one."""
-        ...
+        return {}
 
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        """Codes and scales of rows start..stop; start divides by `row_multiple`."""
-        ...
+        """Codes and scales of rows start..stop of one of `schemes`, rotated as stored; start divides by
+        `row_multiple`. KeyError for other tensors."""
+        raise KeyError(f"{self.source} has no codes of {name}")
 
     def row_multiple(self, name: str) -> int:
-        """Slabs of a quantized weight begin at multiples of this many rows."""
-        ...
+        """Slabs of a tensor begin at multiples of this many rows."""
+        return 1
 
     def scale_dtype(self, name: str) -> torch.dtype:
-        """The float dtype of its stored scales."""
-        ...
+        """The float dtype of the stored scales of one of `schemes`. KeyError for other tensors."""
+        raise KeyError(f"{self.source} has no scales of {name}")
 
     def says_quantized(self, linear: str) -> bool:
         """True if config.json quantizes a linear, whatever the files hold."""
-        ...
-
-
-def is_decoded(checkpoint: Checkpoint, name: str) -> bool:
-    """True for a weight that `read` decodes, [N, K], from codes in the files."""
-    return name in getattr(checkpoint, "schemes", ())
+        return False
 
 
 @dataclass(frozen=True)

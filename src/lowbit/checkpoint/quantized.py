@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.base import Checkpoint, TensorInfo, read_json_object
-from lowbit.checkpoint.kv_cache import StoredKVCache, kv_cache_names, read_kv_cache
+from lowbit.checkpoint.kv_cache import kv_cache_names, read_kv_cache
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import stated_quantization, without_quantization
 from lowbit.checkpoint.unreadable import MLX, find_unreadable, is_mlx
@@ -45,11 +45,17 @@ class Expected:
 class Layout(ABC):
     """How one format keeps quantized linears. `linear` is a module name, `shape` its logical [N, K].
 
-    LEAVES  endings of the stored names of a quantized linear, optional ones included
-    notes   for the user: "zero points are stored as GPTQ v1 stores them"
+    LEAVES          endings of the stored names of a quantized linear, optional ones included
+    HAS_KV_CACHE    the format can state a quantized KV cache
+    kv_cache        the stated scheme of it; None where there is none, or none that lowbit knows
+    int8_threshold  |x| from which LLM.int8() multiplies a column of inputs in 16 bits
+    notes           for the user: "zero points are stored as GPTQ v1 stores them"
     """
 
     LEAVES: ClassVar[tuple[str, ...]] = ()
+    HAS_KV_CACHE: ClassVar[bool] = False
+    kv_cache: KVCacheScheme | None = None
+    int8_threshold: float = 6.0
 
     def __init__(self, stored: Checkpoint):
         self.stored = stored
@@ -93,9 +99,6 @@ class Layout(ABC):
     def scale_dtype(self, linear: str) -> torch.dtype:
         """The float dtype of the stored scales (of the second level, where the first is no float)."""
 
-    # |x| from which LLM.int8() multiplies a column of inputs in 16 bits.
-    int8_threshold: float = 6.0
-
     def rotation(self, linear: str, columns: int, quantized: bool = True) -> InputBasis | None:
         """How the loader rotates, or scales, the input of a linear as the model runs; None where it does not.
 
@@ -112,24 +115,8 @@ class Layout(ABC):
         return None
 
 
-@runtime_checkable
-class HasKVCache(Protocol):
-    """The layout of a format that can state a quantized KV cache."""
-
-    @property
-    def kv_cache(self) -> KVCacheScheme | None:
-        """The stated scheme; None where there is none, or none that lowbit knows."""
-        ...
-
-
-class QuantizedCheckpoint:
-    """The decoded view of an open safetensors folder; `tensors` lists logical weights.
-
-    kv_cache   scales of a quantized KV cache, which are not in `tensors`
-    rotations  weight name → rotation (or scales) of its input at run time, of those that have one. `read` takes it back
-               out of the weight, so that the model computes the same without it; `read_quantized` gives the codes as
-               they are
-    """
+class QuantizedCheckpoint(Checkpoint):
+    """The decoded view of an open safetensors folder; `tensors` lists logical weights."""
 
     def __init__(self, stored: Checkpoint, layout: Layout, kind: str):
         self.stored, self.layout, self.kind = stored, layout, kind
@@ -146,9 +133,8 @@ class QuantizedCheckpoint:
             owned = self._owned[f"{linear}.weight"] = layout.owned(linear)
             for name in owned:
                 self._owners.setdefault(name, []).append(linear)
-        self.kv_cache: StoredKVCache | None = None
         beside: set[str] = set(layout.beside())
-        if isinstance(layout, HasKVCache):
+        if layout.HAS_KV_CACHE:
             beside |= set(kv_cache_names(stored))
             self.kv_cache, notes = read_kv_cache(stored, layout.kv_cache)
             self.notes += notes
@@ -174,19 +160,20 @@ class QuantizedCheckpoint:
         return without_quantization(self.stored.config())
 
     @property
+    def files(self) -> Any:
+        return self.stored
+
+    @property
     def input_scales(self) -> dict[str, float]:
-        """Weight name → static activation scale (multiplier), for schemes that store one."""
         found = {weight: self.layout.input_scale(weight.removesuffix(".weight")) for weight in self.schemes}
         return {weight: scale for weight, scale in found.items() if scale is not None}
 
     @property
     def input_zero_points(self) -> dict[str, int]:
-        """Weight name → zero point of its input, a signed code, for static schemes that store one."""
         found = {weight: self.layout.input_zero_point(weight.removesuffix(".weight")) for weight in self.schemes}
         return {weight: zero_point for weight, zero_point in found.items() if zero_point is not None}
 
     def says_quantized(self, linear: str) -> bool:
-        """True where config.json quantizes a linear, whatever the files hold."""
         return self.layout.scheme_of(linear) is not None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -204,13 +191,12 @@ class QuantizedCheckpoint:
         return self.layout.read(linear, shape, first, stop).decode()[start - first :]
 
     def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        """Codes and scales of rows start..stop of a quantized weight, rotated as stored; start divides by
-        `row_multiple`."""
         rows, columns = self.tensors[name].shape
         return self.layout.read(name.removesuffix(".weight"), (rows, columns), start, rows if stop is None else stop)
 
     def row_multiple(self, name: str) -> int:
-        """Slabs of a quantized weight begin at multiples of this many rows."""
+        if name not in self.schemes:
+            return 1
         rows, columns = self.tensors[name].shape
         return self.layout.row_multiple(name.removesuffix(".weight"), (rows, columns))
 

@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.base import OpenOptions, read_config, text_part
+from lowbit.checkpoint.base import Checkpoint, OpenOptions, read_config, text_part
 from lowbit.errors import CheckpointError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -40,14 +39,9 @@ _DTYPES = ("dtype", "torch_dtype")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
-class StatedConfig:
-    """The config.json of a checkpoint's folder, with what lowbit changed in it.
+class StatedConfig(Checkpoint):
+    """A checkpoint with the config.json of its folder, and what lowbit changed in it: every change adds a note."""
 
-    notes  for the user; every change adds one
-    """
-
-    folder: Path
-    notes: list[str]
     _restated: dict[str, Any] | None = None
 
     def config(self) -> dict[str, Any]:

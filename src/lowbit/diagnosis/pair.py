@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture.view import canonical_view
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded, row_slabs
+from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import ArchitectureError, UsageError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Pair:
         linear = self.architecture.linears.get(name.removesuffix(".weight"))
         if linear is None or not linear.transposed or not name.endswith(".weight"):
             return False
-        return is_decoded(self.quantized, name) != is_decoded(self.original, name)
+        return name in self.quantized.schemes != name in self.original.schemes
 
     def _seen_shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self.original.tensors[name].shape)
@@ -252,7 +252,7 @@ def _gain_of_rounding(pair: Pair, name: str) -> float:
     """The gain of a sound tensor: 1, as errors of rounding have little of the weight in them. Ternary codes at the mean
     |w| of the matrix are smaller than the weights on the whole, by what rounding the reference so gives."""
     checkpoint = pair.quantized
-    if not isinstance(checkpoint, CanReadCodes) or name not in checkpoint.schemes:
+    if name not in checkpoint.schemes:
         return 1.0
     if checkpoint.schemes[name].weight.number != "ternary":
         return 1.0
@@ -285,7 +285,7 @@ def codes_at_ends(pair: Pair, name: str) -> Ends | None:
     from lowbit.tensors import RangeSearch
 
     checkpoint = pair.quantized
-    if not isinstance(checkpoint, CanReadCodes) or name not in checkpoint.schemes:
+    if name not in checkpoint.schemes:
         return None
     spec = checkpoint.schemes[name].weight
     if spec.number != "int" or needs_tensor_range(spec):
@@ -297,7 +297,7 @@ def codes_at_ends(pair: Pair, name: str) -> Ends | None:
     if not isinstance(grid, IntGrid) or stored.g_idx is not None:
         return None
     search = RangeSearch("wmse" if spec.bits <= 4 else "absmax")
-    original, rotation = pair.read_original(name, 0, rows), getattr(checkpoint, "rotations", {}).get(name)
+    original, rotation = pair.read_original(name, 0, rows), checkpoint.rotations.get(name)
     original = original if rotation is None else rotation.columns(original)
     fresh = round_to_nearest(original, spec, grid, search)
     share, expected = (

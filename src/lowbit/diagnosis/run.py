@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,9 +41,6 @@ from lowbit.report import schema
 from lowbit.report.diagnosis import Diagnosis, Suggestion
 from lowbit.text import Windows, cut_windows, read_text
 from lowbit.version import __version__
-
-if TYPE_CHECKING:
-    from lowbit.schemes import Scheme
 
 MOST_SUSPECTS = 16  # groups that are measured in any case
 
@@ -163,9 +160,7 @@ class _Measuring:
         self, search: ContributionSearch, of_reference: Mapping[str, InputStats], of_judged: Mapping[str, InputStats]
     ) -> Evidence:
         pair, ties = self.pair, search.tree.tied.values()
-        schemes: dict[str, Scheme] = getattr(pair.quantized, "schemes", {})
-        scales: dict[str, float] = getattr(pair.quantized, "input_scales", {})
-        zero_points: dict[str, int] = getattr(pair.quantized, "input_zero_points", {})
+        schemes, scales = pair.quantized.schemes, pair.quantized.input_scales
         rounds_activations = any(scheme.activation is not None for scheme in schemes.values())
         if rounds_activations:
             self.notes.append("activations are quantized at run time: not simulated here (lowbit evaluate does)")
@@ -182,7 +177,7 @@ class _Measuring:
             mismatch=self._mismatch(of_reference, of_judged),
             unseen=self._unseen(),
             outliers=tuple(outlier_inputs(of_reference.values())),
-            clipped=tuple(clipped_inputs(of_reference.values(), schemes, scales, zero_points)),
+            clipped=tuple(clipped_inputs(of_reference.values(), schemes, scales, pair.quantized.input_zero_points)),
             ends=tuple(each for each in ends if each is not None),
             quantizes_activations=rounds_activations,
             report=self.report,

@@ -233,7 +233,7 @@ def _reported(report: dict[str, Any]) -> dict[str, Any] | None:
 
 def _seen(pair: Pair) -> dict[str, Any] | None:
     """The settings visible in a folder without a report."""
-    schemes = getattr(pair.quantized, "schemes", {})
+    schemes = pair.quantized.schemes
     common = Counter(scheme.name for scheme in schemes.values()).most_common(1)
     if not common or common[0][0] not in SCHEMES:
         return None

@@ -28,7 +28,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import is_decoded
 from lowbit.diagnosis.pair import Pair
 from lowbit.errors import ArchitectureError
 from lowbit.report.diagnosis import Level
@@ -124,7 +123,7 @@ def _gains(pair: Pair, name: str, dim: int, moved: Tensor | None = None) -> Tens
     """⟨Ŵ, W⟩ / ⟨W, W⟩ over one dimension of a weight [N, K] as linears have it; moved [K] multiplies W's columns."""
     q, w = pair.read(name), pair.read_original(name)
     pair.release(name)
-    if pair.linears[name].transposed and not is_decoded(pair.quantized, name):
+    if pair.linears[name].transposed and name not in pair.quantized.schemes:
         q, w = q.t(), w.t()
     w = w if moved is None else w * moved
     return (q * w).sum(dim) / (w * w).sum(dim).clamp(min=torch.finfo(torch.float32).tiny)

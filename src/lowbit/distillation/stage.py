@@ -23,7 +23,7 @@ from lowbit.calibrate.loop import Calibrated
 from lowbit.calibrate.store import BlockRecord, BlockStore
 from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
-from lowbit.checkpoint.base import Checkpoint, is_decoded
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.distillation.descent import Distilled, DistillOptions, State, distill, outcome
 from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.inputs import round_inputs
@@ -101,7 +101,7 @@ def _openers(calibrated: Calibrated, job: FinishJob) -> list[dict[str, Callable[
     for name, target in job.targets.items():
         linear = architecture.linears[name]
         assert linear.block is not None, "the calibrated loop rounds linears of blocks"
-        turned = linear.transposed and not is_decoded(checkpoint, f"{name}.weight")
+        turned = linear.transposed and f"{name}.weight" not in checkpoint.schemes
         online = calibrated.rotations.get(name)
         found[linear.block][f"{name}.weight"] = partial(_open_linear, calibrated.store, linear, target, turned, online)
     for name, shape in architecture.parameters.items():

@@ -179,10 +179,10 @@ def _llm_int8_hook(threshold: float):
 
 def simulation_of(checkpoint: Checkpoint) -> Callable[[nn.Module], AbstractContextManager[None]]:
     """What simulates, inside a model that has the weights of a checkpoint, how an engine rounds its inputs."""
-    schemes, scales = getattr(checkpoint, "schemes", {}), getattr(checkpoint, "input_scales", {})
-    rotations, threshold = getattr(checkpoint, "rotations", {}), getattr(checkpoint, "int8_threshold", None)
-    zero_points = getattr(checkpoint, "input_zero_points", {})
-    return lambda model: simulated_activations(model, schemes, scales, rotations, threshold, zero_points)
+    scales, zero_points = checkpoint.input_scales, checkpoint.input_zero_points
+    return lambda model: simulated_activations(
+        model, checkpoint.schemes, scales, checkpoint.rotations, checkpoint.int8_threshold, zero_points
+    )
 
 
 def _hook(spec: ActivationSpec, scale: float | None, rotation: InputBasis | None = None, zero_point: int | None = None):

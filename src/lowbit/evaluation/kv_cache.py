@@ -226,7 +226,7 @@ def _facts(
 ) -> tuple[CacheFacts | None, dict[str, Origin]]:
     """(what the types need, None for nothing; type → where that is from). Ranges that the checkpoint stores count for
     every type that needs ranges; distributions are always measured."""
-    stored = getattr(opened.checkpoint, "kv_cache", None)
+    stored = opened.checkpoint.kv_cache
     measured = tuple(each for each in types if each.needs and (stored is None or "distribution" in each.needs))
     origin: dict[str, Origin] = {
         each.name: "none" if not each.needs else "calibrated" if each in measured else "stored" for each in types
@@ -290,7 +290,7 @@ def _steps(asked: _Asked, cuts: Sequence[Windows], progress: Progress | None) ->
 
 def _shared(opened: Opened, text: Text, cut: Windows, protocol: Protocol, dtype: torch.dtype) -> dict[str, Any]:
     """The fields that all rows of one context share."""
-    schemes = {scheme.name for scheme in getattr(opened.checkpoint, "schemes", {}).values()}
+    schemes = {scheme.name for scheme in opened.checkpoint.schemes.values()}
     return {
         "model": opened.checkpoint.source,
         "scheme": " + ".join(sorted(schemes)) or None,

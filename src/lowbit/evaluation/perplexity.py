@@ -193,8 +193,7 @@ def variants_of(checkpoint: Checkpoint, activations: Activations) -> dict[Varian
     """The requested variants that exist, with the context of each: "none" for weights alone, "simulated"."""
     if activations not in ("auto", "none", "simulated"):
         raise UsageError(f"there is no activations mode {activations!r}", "choose one of auto, none, simulated")
-    schemes = getattr(checkpoint, "schemes", {})
-    quantizes_activations = any(scheme.rounds_inputs for scheme in schemes.values())
+    quantizes_activations = any(scheme.rounds_inputs for scheme in checkpoint.schemes.values())
     if activations == "simulated" and not quantizes_activations:
         raise UsageError(
             f"{checkpoint.source}: no layer quantizes its activations, so there is nothing to simulate",
@@ -227,7 +226,7 @@ def _facts(
     way: Way,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of an Evaluation that all its variants share."""
-    schemes = {scheme.name for scheme in getattr(judged.checkpoint, "schemes", {}).values()}
+    schemes = {scheme.name for scheme in judged.checkpoint.schemes.values()}
     bits, bits_from = bits_per_weight(judged.checkpoint, report)
     notes = (*judged.checkpoint.notes, *source.notes, *way.notes)
     if source.opened is not None and source.opened.checkpoint.notes:

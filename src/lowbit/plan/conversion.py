@@ -20,14 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lowbit.architecture import model_dtype, open_described
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint
-from lowbit.checkpoint.kv_cache import StoredKVCache
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import FormatError, UsageError
 from lowbit.export import Exporter, find_exporter
 from lowbit.export.kv_cache import unfit_kv_cache
 from lowbit.knobs import Facts
-from lowbit.numerics.column_scales import InputBasis
 from lowbit.numerics.scales import E2M1_MAX, E4M3_MAX, INT8_MAX
 from lowbit.plan.folder import FolderPlan, make_plan, with_kv_cache
 from lowbit.plan.linears import stored_as
@@ -80,7 +78,7 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         plan = make_plan(checkpoint, architecture, settings, dtype, fixed={})
         tensors = (replace(t, reason=f"decoded from {checkpoint.tensors[t.name].stored}") for t in plan.tensors)
         return prepared(replace(plan, tensors=tuple(tensors)))
-    if checkpoint.kind not in KINDS or not isinstance(checkpoint, CanReadCodes):
+    if checkpoint.kind not in KINDS:
         raise UsageError(
             f"{checkpoint.source} is not a quantized folder ({checkpoint.kind}); there are no codes to convert",
             _instead(checkpoint.source, exporter),
@@ -92,7 +90,7 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
         for weight, scheme in checkpoint.schemes.items()
         if weight.removesuffix(".weight") in shapes
     }
-    transforms: dict[str, InputBasis] = getattr(checkpoint, "rotations", {})
+    transforms = checkpoint.rotations
     rotated = [name for name in choices if f"{name}.weight" in transforms]
     if settings.format == "float":  # read decoded and without the rotation, like a tensor that is copied
         choices = {name: choice for name, choice in choices.items() if name not in rotated}
@@ -111,7 +109,7 @@ def prepare_conversion(request: Request, scheme_given: bool = False) -> Prepared
     return prepared(_checked_values(plan, checkpoint, exporter))
 
 
-def _input_ranges(plan: FolderPlan, checkpoint: CanReadCodes) -> dict[str, InputRange]:
+def _input_ranges(plan: FolderPlan, checkpoint: Checkpoint) -> dict[str, InputRange]:
     """Input ranges recovered from the source's static activation scales; linears without one are calibrated later."""
     stored, zero_points, ranges = checkpoint.input_scales, checkpoint.input_zero_points, {}
     for linear in plan.static_inputs:
@@ -135,7 +133,7 @@ def _with_kv_cache(plan: FolderPlan, checkpoint: Checkpoint) -> FolderPlan:
 
     Settings that ask for KV-cache scales take precedence: calibration then measures keys and values.
     """
-    stored: StoredKVCache | None = getattr(checkpoint, "kv_cache", None)
+    stored = checkpoint.kv_cache
     if stored is None or plan.kv_cache is not None:
         return plan
     scheme, notes = stored.scheme, plan.notes
@@ -219,7 +217,7 @@ def _has_place(exporter: Exporter, scheme: Scheme) -> bool:
 
 
 def _planned(
-    tensor: PlannedTensor, choices: dict[str, Choice], checkpoint: CanReadCodes, exporter: Exporter, settings: Settings
+    tensor: PlannedTensor, choices: dict[str, Choice], checkpoint: Checkpoint, exporter: Exporter, settings: Settings
 ) -> PlannedTensor:
     """A tensor planned as repacked, with scales in the source's dtype, or as requantized, with the reason."""
     if tensor.linear is None or tensor.scheme is None:
@@ -240,7 +238,6 @@ def _checked_values(plan: FolderPlan, checkpoint: Checkpoint, exporter: Exporter
     """The plan, in which linears are requantized whose values the target cannot store, though it has their scheme."""
     if exporter.FORMAT == "float":
         return plan
-    assert isinstance(checkpoint, CanReadCodes)
     tensors = []
     for tensor in plan.tensors:
         if tensor.making is Making.repacked and tensor.scheme is not None and tensor.linear is not None:

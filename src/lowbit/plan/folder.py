@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture, model_dtype, open_described
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.companions import find_companions, has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.checkpoint.stated import without_quantization
@@ -325,7 +325,7 @@ def with_kv_cache(plan: FolderPlan, scheme: KVCacheScheme, config: dict[str, Any
 
 def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype) -> PlannedTensor:
     info = checkpoint.tensors[name]
-    decoded = is_decoded(checkpoint, name)
+    decoded = name in checkpoint.schemes
     floats = info.dtype.is_floating_point and (checkpoint.kind == "gguf" or decoded)
     stored = StoredTensor(name, dtype if floats else info.written or info.dtype, tuple(info.shape))
     role = architecture.roles.get(name, "other")
@@ -339,7 +339,7 @@ def _copied(name: str, checkpoint: Checkpoint, architecture: Architecture, dtype
     return PlannedTensor(
         name, role, architecture.block_of(name), stored.shape, StoredRows(name), info.nbytes, Making.copied, (stored,),
         reason=reason, dtype=dtype, plain_dtype=stored.dtype,
-        multiple=checkpoint.row_multiple(name) if decoded and isinstance(checkpoint, CanReadCodes) else 1,
+        multiple=checkpoint.row_multiple(name),
     )  # fmt: skip
 
 

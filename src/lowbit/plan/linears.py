@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError, ShapeError, UsageError
 from lowbit.export import Exporter
 from lowbit.methods import RTN, Rounding, parse_method
@@ -65,7 +65,6 @@ class StoredRows:
         return store.quantized(self.name.removesuffix(".weight"), target.spec, target.grid, self.columns, first, last)
 
     def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> QuantizedTensor:
-        assert isinstance(checkpoint, CanReadCodes)
         assert isinstance(target, GridTarget)
         return widened(checkpoint.read_quantized(self.name, first, last), target.spec)
 
@@ -132,7 +131,7 @@ class LinearPlanner:
         rounding = self.settings.rounding_of(linear.name)
         if scheme.weight.is_fitted:
             _refuse_scales_only(linear, scheme, rounding, parse_method(self.settings.method).learned)
-        turned = linear.transposed and not is_decoded(self.checkpoint, tensor.name)
+        turned = linear.transposed and tensor.name not in self.checkpoint.schemes
         return replace(
             tensor,
             scheme=scheme,

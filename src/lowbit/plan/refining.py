@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear, model_dtype
-from lowbit.checkpoint.base import HTML_NAME, REPORT_NAME, CanReadCodes, Checkpoint
+from lowbit.checkpoint.base import HTML_NAME, REPORT_NAME, Checkpoint
 from lowbit.checkpoint.companions import find_companions
 from lowbit.checkpoint.quantized import FLOATS, KINDS
 from lowbit.errors import LowbitError, UsageError
 from lowbit.export import Exporter, Piece, find_exporter
 from lowbit.export.patched_files import BytesPlace, PatchedFiles, same_bytes
-from lowbit.numerics.column_scales import InputBasis
 from lowbit.plan.folder import FolderPlan, make_plan
 from lowbit.plan.linears import stored_as
 from lowbit.plan.plan import Making, PlannedTensor
@@ -137,7 +136,7 @@ def _beside(folder: Path) -> list[Path]:
 def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Architecture, settings: Settings) -> Kept:
     """The plan of a quantized folder that is refined; UsageError for one that has no codes, or is in a format that
     lowbit does not write."""
-    if checkpoint.kind not in KINDS or not isinstance(checkpoint, CanReadCodes):
+    if checkpoint.kind not in KINDS:
         raise UsageError(
             f"{checkpoint.source} is not quantized ({checkpoint.kind}); there are no codes to refine",
             f"quantize it: lowbit quantize {checkpoint.source} --method gptq -o OUT",
@@ -148,7 +147,7 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
             f"{checkpoint.source} is in the format {checkpoint.kind}, which lowbit reads and does not write",
             "convert it first: lowbit convert … --format compressed-tensors",
         )
-    source = _files_of(checkpoint)
+    source = checkpoint.files
     shapes = {linear.name: linear for linear in architecture.linears.values()}
     schemes = {weight.removesuffix(".weight"): scheme for weight, scheme in checkpoint.schemes.items()
                if weight.removesuffix(".weight") in shapes}  # fmt: skip
@@ -177,7 +176,6 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
     )  # fmt: skip
 
     def codes(linear: str) -> QuantizedTensor:
-        assert isinstance(checkpoint, CanReadCodes)
         return checkpoint.read_quantized(f"{linear}.weight")
 
     vectors = {tensor.source.names[0]: tensor for tensor in plan.tensors
@@ -186,15 +184,8 @@ def keep_folder(checkpoint: Checkpoint, reference: Checkpoint, architecture: Arc
     return Kept(plan, plan.targets, codes, frozenset(info.file for info in source.tensors.values()), vectors)
 
 
-def _files_of(checkpoint: Any) -> Any:
-    """The open safetensors files below the views of a quantized folder."""
-    while hasattr(checkpoint, "stored"):
-        checkpoint = checkpoint.stored
-    return checkpoint
-
-
 def _kept_tensor(
-    tensor: PlannedTensor, checkpoint: CanReadCodes, source: Any, exporter: Exporter, settings: Settings,
+    tensor: PlannedTensor, checkpoint: Checkpoint, source: Any, exporter: Exporter, settings: Settings,
     refined: set[str],
 ) -> PlannedTensor:  # fmt: skip
     """A tensor as the file has it; `Making.calibrated` where it is a linear that can be refined, whose stored tensors
@@ -205,9 +196,8 @@ def _kept_tensor(
     dtype = checkpoint.scale_dtype(tensor.name)
     dtype = dtype if dtype in FLOATS else tensor.dtype
     why = "it lies outside the decoder blocks, where no text is measured" if linear.block is None else None
-    transforms: dict[str, InputBasis] = getattr(checkpoint, "rotations", {})
-    if tensor.name in transforms:
-        why = transforms[tensor.name].reason
+    if tensor.name in checkpoint.rotations:
+        why = checkpoint.rotations[tensor.name].reason
     why = why or unrefinable(scheme)
     if why is None:
         names, why = _reproduced(linear, scheme, checkpoint, source, exporter, dtype)
@@ -226,7 +216,7 @@ def unrefinable(scheme: Scheme) -> str | None:
 
 
 def _reproduced(
-    linear: Linear, scheme: Scheme, checkpoint: CanReadCodes, source: Any, exporter: Exporter, dtype: torch.dtype
+    linear: Linear, scheme: Scheme, checkpoint: Checkpoint, source: Any, exporter: Exporter, dtype: torch.dtype
 ) -> tuple[set[str], str | None]:
     """(stored tensors that depend on codes and scales, why lowbit's writer does not make their bytes again from what
     its reader returns; None where it does).

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
-from lowbit.checkpoint.base import Checkpoint, is_decoded
+from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, UsageError
 from lowbit.refinement.pair import TwoModels
 from lowbit.transform.block import BlockTensors
@@ -92,7 +92,7 @@ def _sampled_rows(rows: int) -> list[slice]:
 def _sample(checkpoint: Checkpoint, linear: Linear, rows: list[slice]) -> Tensor:
     """Some rows of [N, K], float32."""
     name = f"{linear.name}.weight"
-    if linear.transposed and not is_decoded(checkpoint, name):
+    if linear.transposed and name not in checkpoint.schemes:
         whole = _whole(checkpoint, linear)
         return torch.cat([whole[part] for part in rows])
     values = torch.cat([checkpoint.read(name, part.start, part.stop).float() for part in rows])
@@ -104,7 +104,7 @@ def _whole(checkpoint: Checkpoint, linear: Linear) -> Tensor:
     name = f"{linear.name}.weight"
     values = checkpoint.read(name).float()
     checkpoint.release(name)
-    return values.t() if linear.transposed and not is_decoded(checkpoint, name) else values
+    return values.t() if linear.transposed and name not in checkpoint.schemes else values
 
 
 def _changed_norms(pair: TwoModels, block: int) -> list[str]:
@@ -212,7 +212,7 @@ class _Folded:
         if self._block != block or self._held is None:
             self._block, self._held = block, self._folded(block)
         linear = architecture.linears.get(name.removesuffix(".weight"))
-        turned = linear is not None and linear.transposed and not is_decoded(reference, name)
+        turned = linear is not None and linear.transposed and name not in reference.schemes
         return self._held[name].t() if turned else self._held[name]
 
     def _folded(self, block: int) -> dict[str, Tensor]:

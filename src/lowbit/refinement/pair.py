@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowbit.architecture import Architecture, open_described
 from lowbit.architecture.view import holds_single_experts
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import UsageError
 from lowbit.formats.gguf.plan import PLAIN
@@ -50,7 +50,7 @@ def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> 
 
 
 def _refuse_quantized(reference: Checkpoint, architecture: Architecture) -> None:
-    codes = reference.kind in KINDS and isinstance(reference, CanReadCodes)
+    codes = reference.kind in KINDS
     types = {reference.tensors[f"{name}.weight"].stored for name in architecture.linears
              if f"{name}.weight" in reference.tensors}  # fmt: skip
     if codes or (reference.kind == "gguf" and not types.issubset(PLAIN)):

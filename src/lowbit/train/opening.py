@@ -20,7 +20,7 @@ from lowbit.architecture import model_dtype
 from lowbit.architecture.inspection import embedding_rows
 from lowbit.architecture.loading import Loader, load_model, load_tokenizer
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, OpenOptions
+from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.measure import available_memory, human_bytes
@@ -152,8 +152,6 @@ def _windows(asked: TrainingTask, tokenizer: Any, checkpoint: Checkpoint) -> Cal
 
 def _scales(checkpoint: Checkpoint, linears: Iterable[str]) -> dict[str, Fitted]:
     """Linear → the scales that a folder of codes holds of it, where its groups are of consecutive columns."""
-    if not isinstance(checkpoint, CanReadCodes):
-        return {}
     found = {}
     for linear in linears:
         if f"{linear}.weight" in checkpoint.schemes:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.checkpoint.base import is_decoded, row_slabs
+from lowbit.checkpoint.base import row_slabs
 from lowbit.errors import CheckpointError
 from lowbit.numerics.precision import squared_error_in_double
 from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
@@ -155,7 +155,7 @@ def _original(subject: Subject, linear: str, survey: Survey) -> Callable[[int, i
         survey.relative.append(f"{name}: the source has no such tensor")
         return None
     role = subject.architecture.linears[linear]
-    transposed = role.transposed and not is_decoded(source, name)
+    transposed = role.transposed and name not in source.schemes
     found = tuple(source.tensors[name].shape)
     if found != (role.shape[::-1] if transposed else role.shape):
         survey.relative.append(f"{name}: the source's has shape {list(found)}, not {role.shape}")

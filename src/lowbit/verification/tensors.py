@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from lowbit.checkpoint.kv_cache import key_value_heads, kv_cache_names
-from lowbit.checkpoint.quantized import FLOATS, HasKVCache, tensor_problem
+from lowbit.checkpoint.quantized import FLOATS, tensor_problem
 from lowbit.registry import FORMATS
 from lowbit.verification.checksums import error_bound
 from lowbit.verification.left_out import is_accounted_for
@@ -129,7 +129,7 @@ def check_cache_scales(subject: Subject) -> Finding:
     found = kv_cache_names(subject.stored)
     places = {place: name for name, place in found.items()}
     layout = subject.layout
-    scheme = layout.kv_cache if isinstance(layout, HasKVCache) else None
+    scheme = None if layout is None else layout.kv_cache
     if not _quantizes_kv_cache(subject) and not (subject.format == "fp8" and places):
         return Finding([], "the cache is not quantized")
     if scheme is None:
@@ -154,7 +154,7 @@ def check_cache_scales_read(subject: Subject) -> Finding:
     """The engine reads the scales that the files have; where it drops them in silence, the cache is in 16 bits, or in
     FP8 with scales of 1."""
     layout, reads = subject.layout, subject.loading.cache_scales
-    scheme = layout.kv_cache if isinstance(layout, HasKVCache) else None
+    scheme = None if layout is None else layout.kv_cache
     if scheme is None or not kv_cache_names(subject.stored):
         return Finding([], "there are none")
     if reads is None:

@@ -25,13 +25,14 @@ from lowbit.errors import CheckpointError
 from lowbit.numerics import grid_for
 from lowbit.numerics.hadamard import Rotation
 from lowbit.numerics.scales import e8m0_values
-from lowbit.schemes import KVCacheScheme, Scheme
+from lowbit.schemes import Scheme
 from lowbit.tensors import Granularity, QuantizedTensor
 
 
 class CompressedTensorsLayout(Layout):
     LEAVES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale",
               "input_scale", "input_zero_point", "input_global_scale", "weight_g_idx")  # fmt: skip
+    HAS_KV_CACHE = True
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
@@ -40,14 +41,9 @@ class CompressedTensorsLayout(Layout):
         if self.transforms.attention:
             self.notes.append("queries and keys are rotated as the model runs, which only a rounded cache feels; they "
                               "are read without")  # fmt: skip
-
-    @property
-    def kv_cache(self) -> KVCacheScheme | None:
-        """See `lowbit.checkpoint.quantized.HasKVCache`."""
-        stated = self.parsed.kv_cache
-        if stated is None or not is_fp8_cache(stated):
-            return None
-        return kv_cache_scheme("head" if stated.get("strategy") == "attn_head" else "tensor")
+        cache = self.parsed.kv_cache
+        if cache is not None and is_fp8_cache(cache):
+            self.kv_cache = kv_cache_scheme("head" if cache.get("strategy") == "attn_head" else "tensor")
 
     def linears(self) -> dict[str, tuple[int, int]]:
         found = {}

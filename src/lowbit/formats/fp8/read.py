@@ -40,6 +40,7 @@ _HINT = "the files and config.json do not belong together, or a download is inco
 
 class Fp8Layout(Layout):
     LEAVES = ("weight", *_SCALES, *_INPUT_SCALES)
+    HAS_KV_CACHE = True
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lowbit.architecture.inspection import MASKS
 from lowbit.architecture.structure import Architecture
-from lowbit.checkpoint.base import CanReadCodes, Checkpoint, is_decoded, read_json_object
+from lowbit.checkpoint.base import Checkpoint, read_json_object
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
@@ -110,7 +110,6 @@ class GGUFTensorSource:
 
     def repack(self, checkpoint: Checkpoint, target: Target, first: int, last: int) -> ScaledBlocks:
         """The codes and scales of an NVFP4 folder as blocks of the file; the scale of the matrix beside them."""
-        assert isinstance(checkpoint, CanReadCodes)
         codes = NVFP4Codes(checkpoint)
         rows = self.with_columns(TYPES[target.name].row_bytes(self.shape[-1]))
         blocks = rows.read(codes, first, last)  # type: ignore[arg-type]
@@ -133,7 +132,7 @@ class GGUFTensorSource:
         assert self.arranged is not None
         if len(checkpoint.tensors[name].shape) < 2:
             return checkpoint.read(name)
-        if self.arranged.layout.transposed and not is_decoded(checkpoint, name):
+        if self.arranged.layout.transposed and name not in checkpoint.schemes:
             return checkpoint.read(name)[:, first:last].t().contiguous()
         return checkpoint.read(name, first, last)
 
@@ -156,7 +155,7 @@ class NVFP4Codes:
     A block of 64 weights has the E4M3 scales of four groups of 16, then their codes, two in a byte, j and j + 8.
     """
 
-    def __init__(self, checkpoint: CanReadCodes):
+    def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self.tensors = checkpoint.tensors  # type: ignore[attr-defined]
         self.schemes = checkpoint.schemes

@@ -23,7 +23,7 @@ from torch import Tensor
 from lowbit.checkpoint.base import row_slabs
 from lowbit.formats.gguf.header import GGUFTensor
 from lowbit.formats.gguf.model import describe_gguf
-from lowbit.formats.gguf.raw import RawCheckpoint, rows_and_columns
+from lowbit.formats.gguf.raw import rows_and_columns
 from lowbit.numerics.ggml.types import TYPES, GgmlType, family, per_column, weights_of
 from lowbit.verification.result import Finding
 from lowbit.workers import run_all
@@ -69,7 +69,7 @@ def _originals(subject: GGUFSubject) -> dict[str, _Rows]:
     source = subject.source
     if source is None:
         return {}
-    if isinstance(source, RawCheckpoint):
+    if not source.hub_names:
         same = [name for name, info in source.tensors.items() if tuple(info.shape) == shapes.get(name)]
         return {name: partial(source.read, name) for name in same}
     architecture, checkpoint = subject.described

@@ -27,7 +27,7 @@ from torch import Tensor
 from lowbit.architecture import Linear, model_dtype, open_described
 from lowbit.calibrate.loop import given_windows
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.base import HTML_NAME, CanReadCodes, Checkpoint, report_path
+from lowbit.checkpoint.base import HTML_NAME, Checkpoint, report_path
 from lowbit.checkpoint.opening import find_gguf
 from lowbit.errors import UsageError
 from lowbit.export import Piece
@@ -360,10 +360,9 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
             name, note = name_for_tokenizer(values[NAME][0], tokenizer.strips_as_phi3)
         values, notes = values | {NAME: (name, GGUFValueType.STRING)}, notes if note is None else (*notes, note)
     linears = {f"{linear.name}.weight": linear for linear in architecture.linears.values()}
-    schemes = checkpoint.schemes if isinstance(checkpoint, CanReadCodes) else {}
-    rotated = getattr(checkpoint, "rotations", {})  # their codes are of other columns
-    nvfp4 = {name for name, scheme in schemes.items()
-             if scheme.weight == SCHEMES["NVFP4"].weight and name not in rotated}  # fmt: skip
+    nvfp4 = {name for name, scheme in checkpoint.schemes.items()
+             if scheme.weight == SCHEMES["NVFP4"].weight
+             and name not in checkpoint.rotations}  # whose codes are of other columns  # fmt: skip
     # A source tensor that several tensors of the file are cut from counts once, in proportion.
     cut_from: Counter[str] = Counter()
     for t in mapped.tensors:
@@ -378,7 +377,7 @@ def _of_model(request: Request) -> tuple[Checkpoint, _Mapped]:
         )
         for t in mapped.tensors
     )  # fmt: skip
-    if nvfp4 and any(name in nvfp4 for name in getattr(checkpoint, "input_scales", {})):
+    if nvfp4 and any(name in nvfp4 for name in checkpoint.input_scales):
         notes = (*notes, "scales of activations are left out: llama.cpp does not use them")
     facts = model_facts(mapped.arch, {key: value[0] for key, value in mapped.key_values.items()}, float_type)
     of_blocks = {name: linear for name, linear in linears.items() if linear.block is not None}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.base import SPLIT, TensorInfo
+from lowbit.checkpoint.base import SPLIT, Checkpoint, TensorInfo
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
@@ -164,13 +164,14 @@ class RawGGUF:
             file.close()
 
 
-class RawCheckpoint:
+class RawCheckpoint(Checkpoint):
     """A GGUF file of any architecture as a `Checkpoint` under its own names, without config.json and tokenizer."""
 
     kind = "gguf"
+    hub_names = False
 
     def __init__(self, raw: RawGGUF, source: str):
-        self.raw, self.source, self.metadata = raw, source, raw.metadata
+        self.raw, self.source, self.metadata, self.folder = raw, source, raw.metadata, raw.path.parent
         self.notes = stored_types_note(raw.tensors)
         self._stored = {tensor.name: tensor for tensor in raw.tensors}
         self.tensors = {
@@ -180,10 +181,6 @@ class RawCheckpoint:
             )
             for tensor in raw.tensors
         }  # fmt: skip
-
-    @property
-    def folder(self) -> Path:
-        return self.raw.path.parent
 
     def config(self) -> dict[str, Any]:
         return {}

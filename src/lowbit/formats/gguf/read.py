@@ -24,7 +24,15 @@ import torch
 from gguf.constants import MODEL_TENSOR, TENSOR_NAMES
 from torch import Tensor
 
-from lowbit.checkpoint.base import TensorInfo, cache_root, find_tensor, read_config, read_json_object, row_range
+from lowbit.checkpoint.base import (
+    Checkpoint,
+    TensorInfo,
+    cache_root,
+    find_tensor,
+    read_config,
+    read_json_object,
+    row_range,
+)
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError, OutputError
 from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor
@@ -37,7 +45,7 @@ from lowbit.version import version_of
 MAX_HEAD_DIM = 65536
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(Checkpoint):
     """The `Checkpoint` of a GGUF file or of all parts of a split one.
 
     raw     the file as it is

@@ -82,7 +82,7 @@ class KeptGGUFPlan(GGUFPlan):
 
 def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Architecture, settings: Settings) -> Kept:
     """The plan of a GGUF file that is refined; UsageError for one of another architecture, shapes or tensors."""
-    raw = _raw_of(checkpoint)
+    raw = checkpoint.files.raw
     described = describe_gguf(reference, architecture)
     arch = str(raw.metadata.get("general.architecture"))
     if described.arch != arch:
@@ -130,13 +130,6 @@ def keep_file(checkpoint: Checkpoint, reference: Checkpoint, architecture: Archi
                if len(tensor.shape) == 1 and by_name[tensor.name].type_name == "F32"
                and (source := sources.get(tensor.name)) is not None and len(source.names) == 1}  # fmt: skip
     return Kept(kept, targets, codes, frozenset(file.path for file in raw.files), vectors)
-
-
-def _raw_of(checkpoint: Any) -> RawGGUF:
-    """The file below the views of an open GGUF."""
-    while not hasattr(checkpoint, "raw"):
-        checkpoint = checkpoint.stored
-    return checkpoint.raw
 
 
 def _source_rows(raw: RawGGUF, tensor: Any, source: GGUFTensorSource, index: int) -> Tensor:

@@ -104,7 +104,7 @@ class GGUFSubject(Verified):
         types = {tensor.name: tensor.type_name for tensor in self.raw.tensors}
         if self.tower is not None:
             return types | {name: info.stored for name, info in self.tower.tensors.items()}
-        if self.source is not None and not isinstance(self.source, RawCheckpoint):
+        if self.source is not None and self.source.hub_names:
             types |= {name: info.stored for name, info in self.as_checkpoint.tensors.items()}
         return types
 
@@ -116,7 +116,7 @@ class GGUFSubject(Verified):
     @cached_property
     def tower(self) -> TowerFile | None:
         """The file of a vision tower under Hugging Face names, if its source has them; else None."""
-        if self.known_format != MMPROJ or self.source is None or isinstance(self.source, RawCheckpoint):
+        if self.known_format != MMPROJ or self.source is None or not self.source.hub_names:
             return None
         return TowerFile(self.raw, self.source)
 
@@ -164,7 +164,7 @@ class _Pass:
 
     def _has_hub_source(self) -> bool:
         source = self.subject.source
-        if source is None or isinstance(source, RawCheckpoint):
+        if source is None or not source.hub_names:
             return False
         try:
             return bool(self.subject.as_checkpoint.tensors)
@@ -173,7 +173,7 @@ class _Pass:
 
     def _under_own_names(self) -> list[_Job]:
         ours, source = RawCheckpoint(self.subject.raw, ""), self.subject.source
-        theirs = source if isinstance(source, RawCheckpoint) else None
+        theirs = None if source is None or source.hub_names else source
         jobs: list[_Job] = []
         for name, info in ours.tensors.items():
             known = theirs is not None and name in theirs.tensors

@@ -64,6 +64,7 @@ _HINT = "the files and config.json do not belong together, or a download is inco
 
 class ModelOptLayout(Layout):
     LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+    HAS_KV_CACHE = True
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)

@@ -68,6 +68,7 @@ class QuarkLayout(Layout):
         "weight", "weight_scale", "weight_scale_2", "weight_zero_point", "weight_zero_point_2", "input_scale",
         "input_scale_2", "input_zero_point", "input_zero_point_2",
     )  # fmt: skip
+    HAS_KV_CACHE = True
 
     def __init__(self, stored: Checkpoint, quantization: dict[str, Any]):
         super().__init__(stored)
