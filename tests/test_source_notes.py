@@ -27,6 +27,29 @@ def tied(tmp_path_factory):
     return folder
 
 
+LEFT = "config.json states a quantization (fbgemm_fp8), but all tensors are plain floats"
+
+
+@pytest.fixture(scope="module")
+def unquantized(tmp_path_factory):
+    """Plain floats under a quantization that was undone: what opening the model says, not its description."""
+    folder = make_model(tmp_path_factory.mktemp("notes") / "left", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fbgemm_fp8"}}))
+    return folder
+
+
+def test_what_opening_says_is_said_by_an_importance_matrix(unquantized, tmp_path):
+    done = lowbit.imatrix(unquantized, tmp_path / "x.gguf", calib=SHORT_TEXT, samples=1, seqlen=16)
+    assert sum(note.startswith(LEFT) for note in done.notes) == 1
+
+
+def test_what_opening_says_is_said_by_an_answer(unquantized, caplog):
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        lowbit.generate(unquantized, "one", max_tokens=1, chat="raw")
+    assert sum(LEFT in record.getMessage() for record in caplog.records) == 1
+
+
 def with_prediction_block(folder: Path) -> Path:
     """A block for multi-token prediction under Qwen's names."""
     make_model(folder, "qwen3")

@@ -118,7 +118,7 @@ class _Heartbeat:
         if now - self.last < HEARTBEAT or not total:
             return
         self.last, spent = now, now - self.began
-        left = f", about {_duration(spent * (total - done) / done)} left" if done else ""
+        left = f", about {_duration(spent * (total - done) / done)} left" if 100 * done >= total else ""
         _log.log(self.level, "%s: %.0f %%, %s%s", self.title, 100 * done / total, _duration(spent), left)
 
 

@@ -64,7 +64,7 @@ def generate(
         simulated = simulation_of(checkpoint)
     finally:
         checkpoint.close()
-    for note in loader.notes:
+    for note in (*checkpoint.notes, *loader.notes):
         _log.warning("note: %s", note)
     refuse_without_text(network, str(model))
     ids = prompt_ids(tokenizer, prompt, chat).to(network.device)

@@ -120,7 +120,7 @@ def _finite(values: Tensor, what: str) -> np.ndarray:
         bad = int((~np.isfinite(array)).sum())
         raise NonFiniteError(
             f"{what} is NaN or infinite at {bad} of {len(array)} tokens",
-            "the model overflows: check its scales with `lowbit verify`, or evaluate with --dtype float32",
+            "the model overflows: look at its scales with `lowbit verify`; float32 is the widest --dtype",
         )
     return array
 

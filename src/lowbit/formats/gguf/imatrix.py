@@ -228,7 +228,7 @@ def imatrix(
             )  # fmt: skip
         finally:
             checkpoint.close()
-        matrix, tokens, notes = measured.matrix, measured.tokens, measured.notes
+        matrix, tokens, notes = measured.matrix, measured.tokens, (*checkpoint.notes, *measured.notes)
     if others:
         matrix = merge([matrix, *others], names)
     notes = (*notes, *unseen_notes(matrix, output.name))
