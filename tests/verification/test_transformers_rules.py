@@ -34,7 +34,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory):
         if model_type not in sources:
             sources[model_type] = make_tiny(tmp_path_factory.mktemp("tiny") / "source", model_type)
         folder = tmp_path_factory.mktemp("quantized") / "model"
-        grouped = {} if scheme in ("W8A8", "FP8_DYNAMIC") else {"group_size": 32}
+        grouped = {} if scheme in ("W8A8", "FP8_DYNAMIC", "NVFP4A16") else {"group_size": 32}
         return lowbit.quantize(sources[model_type], folder, scheme=scheme, **grouped, **settings).path
 
     return make
