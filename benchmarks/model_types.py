@@ -12,10 +12,11 @@ of time and memory; a stage that fails leaves its reason, and what needs its out
              quantized or with the reason why not
     verify   lowbit verify, with the source at hand
     loads    transformers loads the result with compressed-tensors, and its logits are those of lowbit.load, within a
-             part of their spread (TOLERANCES). "dequantized": it does so with CompressedTensorsConfig(dequantize=True)
-             only, as lowbit verify --engine transformers says. "lowbit": that command says that transformers does not
-             load it (without that it says so, the row has the reason), and lowbit.load alone gave finite logits. A
-             folder that loads although the command says no is a failure
+             part of their spread (TOLERANCES). "loader": it does so with a folder made with --loader transformers, in
+             which as many weights are quantized; "part": with one in which fewer are. "dequantized": with
+             CompressedTensorsConfig(dequantize=True) only. "lowbit": lowbit.load alone gave finite logits. Where it is
+             not the first, lowbit verify --engine transformers has to say so, and the row has the reason. A folder that
+             loads although the command says no is a failure
     gptq     lowbit quantize --method gptq --samples 8 --seqlen 64; the share of the quantized weights whose codes the
              text chose
 
@@ -156,6 +157,7 @@ class _Sweep:
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
         self.source, self.quantized = folder / "source", folder / "quantized"
+        self.share = 0.0
 
     def stage(self, stage: str) -> dict[str, Any]:
         """{stage: what came out} or {stage: "failed" or "refused", "reason": why}."""
@@ -196,20 +198,14 @@ class _Sweep:
 
         given = inputs(self.name, model.config, torch.tensor([TEXT]))
         given = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in given.items()}
+        torch.manual_seed(0)  # some draw noise that they continue
         with torch.inference_mode():
             return model(**given, use_cache=False).logits.float()
 
     def rtn(self) -> dict[str, Any]:
-        import lowbit
-
-        made = lowbit.quantize(self.source, self.quantized, scheme="W4A16", group_size=GROUP_SIZE)
-        entries = made.report.tensors
+        row, listed = self.rounded(self.quantized)
+        self.share = row["share"]
         weights = stored_weights(self.source)
-        listed = sum(math.prod(entry.shape) for entry in entries)
-        matrices = [entry for entry in entries if entry.block is not None and len(entry.shape) > 1]
-        quantized = sum(math.prod(entry.shape) for entry in matrices if entry.scheme is not None)
-        kept = sorted({f"{entry.role}: {entry.reason}" for entry in matrices if entry.scheme is None})
-        row = {"share": quantized / max(1, sum(math.prod(entry.shape) for entry in matrices)), "kept": kept}
         if listed != weights:
             return {
                 **row,
@@ -218,6 +214,17 @@ class _Sweep:
                 "crashed": True,
             }
         return {**row, "rtn": "ok"}
+
+    def rounded(self, output: Path, **more: Any) -> tuple[dict[str, Any], int]:
+        """({"share": of the decoder's weights that are quantized, "kept": why others are not}, weights reported)."""
+        import lowbit
+
+        entries = lowbit.quantize(self.source, output, scheme="W4A16", group_size=GROUP_SIZE, **more).report.tensors
+        matrices = [entry for entry in entries if entry.block is not None and len(entry.shape) > 1]
+        quantized = sum(math.prod(entry.shape) for entry in matrices if entry.scheme is not None)
+        kept = sorted({f"{entry.role}: {entry.reason}" for entry in matrices if entry.scheme is None})
+        share = quantized / max(1, sum(math.prod(entry.shape) for entry in matrices))
+        return {"share": share, "kept": kept}, sum(math.prod(entry.shape) for entry in entries)
 
     def verify(self) -> dict[str, Any]:
         import lowbit
@@ -239,12 +246,34 @@ class _Sweep:
             return {"loads": "not run"}
         if not self.logits(own).isfinite().all():
             raise ValueError("the logits of lowbit.load are not finite")
-        foretold = lowbit.verify(self.quantized, engine="transformers")
+        row = self.loads_in_transformers(self.quantized)
+        return row if "refusal" not in row else row | self.loads_where_written_for_it(row["refusal"])
+
+    def loads_where_written_for_it(self, refusal: str) -> dict[str, Any]:
+        """{"loads": "loader" or "part"} where transformers loads the folder of --loader transformers."""
+        folder = self.folder / "for_transformers"
+        share = self.rounded(folder, loader="transformers")[0]["share"]
+        row = self.loads_in_transformers(folder)
+        if row["loads"] == "failed":
+            return row
+        if row["loads"] != "transformers" or share == 0:
+            return {}
+        if math.isclose(share, self.share, rel_tol=1e-6):
+            return {"loads": "loader", "refusal": refusal}
+        said = f"with --loader transformers it loads, and {100 * share:.0f} % is quantized"
+        return {"loads": "part", "refusal": f"{refusal}; {said}"}
+
+    def loads_in_transformers(self, folder: Path) -> dict[str, Any]:
+        import torch
+
+        import lowbit
+
+        foretold = lowbit.verify(folder, engine="transformers")
         said = "; ".join(f"{check.rule}: {check.detail}" for check in foretold.failed)
         outcomes, wrong = [], False
         for dtype, tolerance in TOLERANCES.items():
             try:
-                difference = self.difference(getattr(torch, dtype))
+                difference = self.difference(folder, getattr(torch, dtype))
             except Exception as error:  # whatever transformers raises is what it says of the folder
                 outcomes.append(f"{one_line(error)} in {dtype}")
                 continue
@@ -254,23 +283,23 @@ class _Sweep:
                 return {"loads": "failed", "reason": f"loads: it does, but {said}", "crashed": True}
             wrong = True
             outcomes.append(f"logits differ by {difference:.2g} of their spread in {dtype}")
-        if "dequantize=True" in said and self.difference(torch.float32, dequantize=True) < DECODED:
+        if "dequantize=True" in said and self.difference(folder, torch.float32, dequantize=True) < DECODED:
             return {"loads": "dequantized", "refusal": said}
         if not foretold.ok:
             return {"loads": "lowbit", "refusal": said}
         row = {"loads": "failed" if wrong else "lowbit", "reason": f"loads: {', '.join(outcomes)}"}
         return row | ({"crashed": True} if wrong else {})
 
-    def difference(self, dtype: Any, dequantize: bool = False) -> float:
+    def difference(self, folder: Path, dtype: Any, dequantize: bool = False) -> float:
         """Of the logits of transformers from those of lowbit.load, as a part of the spread of the logits."""
         import transformers
 
         import lowbit
 
-        (named,) = json.loads((self.quantized / "config.json").read_text())["architectures"]
+        (named,) = json.loads((folder / "config.json").read_text())["architectures"]
         asked = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-        theirs = getattr(transformers, named).from_pretrained(self.quantized, dtype=dtype, **asked).eval()
-        ours, _ = lowbit.load(self.quantized, dtype=dtype)
+        theirs = getattr(transformers, named).from_pretrained(folder, dtype=dtype, **asked).eval()
+        ours, _ = lowbit.load(folder, dtype=dtype)
         take_computed_buffers(ours, theirs)
         wanted = self.logits(ours)
         return ((self.logits(theirs) - wanted).abs().max() / wanted.std()).item()
@@ -359,7 +388,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     good = {"built": ("yes", "not run"), "rtn": ("ok",), "verify": ("ok", "limits"),
-            "loads": ("transformers", "dequantized", "not run"), "gptq": ("ok",)}  # fmt: skip
+            "loads": ("transformers", "loader", "dequantized", "not run"), "gptq": ("ok",)}  # fmt: skip
     counts = ", ".join(f"{stage} {sum(row.get(stage) in good[stage] for row in rows)}" for stage in STAGES)
     return f"{len(rows)} types: {counts}"
 

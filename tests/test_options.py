@@ -198,6 +198,7 @@ READ: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "method": ("gptq", {}, QUANTIZED),
     "quality": ("good", {"method": "gptq"}, QUANTIZED),
     "format": ("auto", {}, set(RUNS)),
+    "loader": ("transformers", {}, FOLDERS),
     "group_size": (32, {}, FOLDERS | {"convert anew"}),
     "overrides": ({"x": "W8A16"}, {}, QUANTIZED),
     "ignore": (("x",), {}, QUANTIZED),

@@ -77,9 +77,10 @@ def exceptions(s: Sizes) -> dict[str, dict[str, Any]]:
             "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8, "ple_layer_ids": [1],
             "ple_embed_dim": s.rank,
         },
-        "qwen3_vl_moe_text": {"norm_topk_prob": True},
+        "qwen3_vl_moe_text": {"norm_topk_prob": True, "moe_intermediate_size": 96},
         "recurrent_gemma": {"num_hidden_layers": 3},
         "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, s.hidden - 32]},
+        "shieldgemma2": {"yes_token_index": 7, "no_token_index": 8},
         "step3p5": {"sliding_window": 16},
         "xmod": {"default_language": "en_XX"},
         "zamba": {**_HYBRID, "attention_hidden_size": DEFAULT, "attention_head_dim": DEFAULT},
@@ -102,6 +103,10 @@ NOT_MADE: dict[str, str] = {
 NOT_RUN: dict[str, str] = {
     "pi0": "predicts the actions of a robot from its state",
 }
+
+
+# The class of models on the hub, where the auto classes name a part of it, which saves names that it does not load.
+OWN_CLASS = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
 
 
 def inputs(model_type: str, config: PretrainedConfig, ids: Tensor) -> dict[str, Tensor]:

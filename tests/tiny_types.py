@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tiny_type_rows import DEFAULT, exceptions
+from tiny_type_rows import DEFAULT, OWN_CLASS, exceptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -265,11 +265,15 @@ def build_tiny(model_type: str, sizes: Sizes = TEXT, seed: int = 0) -> Any:
 
     What a class sets to a constant (norms, biases) is moved away from it, so that a lost one shows.
     """
+    import transformers
+
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = tiny_config(model_type, sizes)
-        model = factory(config).from_config(config).eval().float()
+        own = OWN_CLASS.get(model_type)
+        model = factory(config).from_config(config) if own is None else getattr(transformers, own)(config)
+        model = model.eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.std() > 0:

@@ -124,6 +124,8 @@ OUTLIERS = Reader("the schemes KMEANS4 and KMEANS3", "--scheme KMEANS4 uses it",
 RANGE_PERCENTILE = Reader("--range percentile, for folders", "--range percentile uses it",
                           lambda run: run.by_percentile and RANGES.reads(run))  # fmt: skip
 FOLDERS = Reader("folders", "llama.cpp takes the type of its cache when it starts", lambda run: not run.gguf)
+NAMED_FOR = Reader("folders that lowbit quantize writes", "GGUF files and conversions keep the names they have",
+                   lambda run: not run.gguf and not run.converts)  # fmt: skip
 READS_TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, or --kv-cache uses it",
                     lambda run: run.reads_text)  # fmt: skip
 TEXT = Reader("runs that calibrate", "--method gptq, a static scheme such as FP8, --kv-cache, or --imatrix measure for "

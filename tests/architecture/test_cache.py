@@ -15,9 +15,9 @@ def found(tmp_path, monkeypatch) -> list[str]:
     """Model types that were really discovered, with a cache of the test's own."""
     calls: list[str] = []
 
-    def counted(config, folder, trust_remote_code=False, split_experts=False):
+    def counted(config, folder, trust_remote_code=False, split_experts=False, own_names=False):
         calls.append(config["model_type"])
-        return discover(config, folder, trust_remote_code, split_experts)
+        return discover(config, folder, trust_remote_code, split_experts, own_names)
 
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
     monkeypatch.setattr(cache, "discover", counted)

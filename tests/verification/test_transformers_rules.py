@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from breaking import failures
 import lowbit
 from lowbit.architecture.building import auto_class, build_without_weights
 from lowbit.architecture.quantized_loading import initialization_reads, replaced_experts
+from lowbit.checkpoint.base import read_config
+from lowbit.errors import UsageError
 from models import config_of
 from tiny_types import make_tiny
 
@@ -31,7 +34,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory):
         if model_type not in sources:
             sources[model_type] = make_tiny(tmp_path_factory.mktemp("tiny") / "source", model_type)
         folder = tmp_path_factory.mktemp("quantized") / "model"
-        grouped = {} if scheme in ("W8A8", "FP8_DYNAMIC") else {"group_size": 32}
+        grouped = {} if scheme in ("W8A8", "FP8_DYNAMIC", "NVFP4A16") else {"group_size": 32}
         return lowbit.quantize(sources[model_type], folder, scheme=scheme, **grouped, **settings).path
 
     return make
@@ -126,3 +129,57 @@ def test_only_all_experts_of_a_model_are_replaced():
     assert replaced_experts([kind(), kind()]) == ("bitsandbytes", "compressed-tensors")
     assert replaced_experts([kind(), torch.nn.Module()]) == ()
     assert replaced_experts([]) == ()
+
+
+# One of which transformers joins convolutions, one of which it cuts a joined matrix, and one with experts beside.
+@pytest.mark.parametrize("model_type", ["olmo_hybrid", "hrm_text", "kimi_linear"])
+def test_a_folder_written_for_transformers_has_the_names_of_its_modules(quantized, model_type):
+    hub, own = (quantized(model_type, "W4A16", **more) for more in ({}, {"loader": "transformers"}))
+    said = failures(hub, engine="transformers")["transformers-converted"]
+    assert "lowbit quantize --loader transformers writes a folder that it reads" in said
+    assert failures(own, engine="transformers") == {}
+    assert_same_logits(loaded(own), own, 1e-3)
+
+
+def test_calibration_takes_a_folder_for_transformers_too(quantized):
+    folder = quantized("hrm_text", "W4A16", loader="transformers", method="gptq", samples=8, seqlen=64)
+    report = json.loads((folder / "lowbit-report.json").read_text(encoding="utf-8"))
+    rounded = {entry["name"]: entry["method"] for entry in report["tensors"] if entry["scheme"] is not None}
+    assert set(rounded.values()) == {"gptq"}
+    assert any(name.endswith("self_attn.q_proj.weight") for name in rounded)
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "zamba2"])
+def test_a_folder_for_transformers_says_that_it_is_decoded_where_it_must_be(quantized, model_type):
+    folder = quantized(model_type, "W4A16", loader="transformers")
+    assert read_config(folder)["quantization_config"]["dequantize"] is True
+    assert failures(folder, engine="transformers") == {}
+    assert_same_logits(loaded(folder), folder, 0.05)
+
+
+def test_experts_that_transformers_cannot_read_stay_in_16_bits_where_it_is_the_loader(quantized):
+    folder = quantized("qwen3_vl_moe", "W4A16", loader="transformers")
+    assert failures(folder, engine="transformers") == {}
+    assert_same_logits(loaded(folder), folder, 1e-3)
+
+
+def test_a_rule_that_cuts_what_is_not_quantized_is_refused_by_transformers(quantized):
+    for more in ({}, {"loader": "transformers"}):
+        folder = quantized("qianfan_ocr", "W4A16", **more)
+        said = failures(folder, engine="transformers")["transformers-converted"]
+        assert "refuses to where these are not quantized: ValueError" in said
+        assert loaded(folder) is None
+
+
+def test_experts_of_nvfp4_are_misread_with_dequantize_too(quantized):
+    folder = quantized("mixtral", "NVFP4A16")
+    said = failures(folder, engine="transformers")["transformers-converted"]
+    assert "transformers does not decode its weight_global_scale, with dequantize=True neither" in said
+    own, _ = lowbit.load(folder, dtype=torch.bfloat16)
+    wanted = logits(own)
+    assert (logits(loaded(folder, quantization_config=DEQUANTIZE)) - wanted).abs().max() > wanted.std()
+
+
+def test_only_folders_of_compressed_tensors_are_written_for_transformers(quantized):
+    with pytest.raises(UsageError, match="--loader transformers writes compressed-tensors folders, not gptq"):
+        quantized("hrm_text", "W4A16", loader="transformers", format="gptq")

@@ -79,6 +79,7 @@ def auto_class(config: Any, named: Any = None) -> Any:
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoModelForSequenceClassification,
@@ -92,6 +93,9 @@ def auto_class(config: Any, named: Any = None) -> Any:
         if name.endswith(end) and not name.endswith("LMHeadModel") and type(config) in factory._model_mapping:
             return factory
     sees = type(config) in AutoModelForImageTextToText._model_mapping
+    judges = name.endswith("ForImageClassification") and type(config) in AutoModelForImageClassification._model_mapping
+    if sees and judges:  # images, by what its text model answers (ShieldGemma 2)
+        return AutoModelForImageClassification
     if sees and getattr(AutoModelForImageTextToText._model_mapping[type(config)], "__name__", "") == name:
         return AutoModelForImageTextToText
     text = type(config) in AutoModelForCausalLM._model_mapping

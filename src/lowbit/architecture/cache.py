@@ -1,7 +1,8 @@
 """A cache of discovered architectures: importing transformers and building a model on the meta device takes longer than
 reading a billion weights.
 
-    key = SHA-256(config.json, split_experts, versions of transformers and lowbit, source of the table and of discovery)
+    key = SHA-256(config.json, split_experts, own_names, versions of transformers and lowbit, source of the table and of
+                  discovery)
 
 The cache is in LOWBIT_CACHE (or the user's cache folder), beside the rebuilt GGUF folders. A file that cannot be read
 or written costs time only. Models with their own code are never cached.
@@ -25,29 +26,30 @@ from lowbit.version import __version__, version_of
 
 # Files that the result depends on.
 _SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
-            "perturb.py", "conversions.py", "disk_layout.py", "quantized_loading.py", "discover.py",
+            "perturb.py", "conversions.py", "blocks.py", "disk_layout.py", "quantized_loading.py", "discover.py",
             "cache.py")  # fmt: skip
 
 
 def discover_once(
-    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False
-) -> Architecture:
+    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False,
+    own_names: bool = False,
+) -> Architecture:  # fmt: skip
     """`discover`, cached by config.json."""
     if trust_remote_code:
-        return discover(config, folder, trust_remote_code, split_experts)
-    path = _path(config, split_experts)
+        return discover(config, folder, trust_remote_code, split_experts, own_names)
+    path = _path(config, split_experts, own_names)
     architecture = _kept(path)
     if architecture is not None:
         return architecture
-    architecture = _kept(_path(config, not split_experts))
+    architecture = _kept(_path(config, not split_experts, own_names))
     if architecture is None or architecture.files_fuse_experts:
-        architecture = discover(config, folder, split_experts=split_experts)
+        architecture = discover(config, folder, split_experts=split_experts, own_names=own_names)
         _keep(path, architecture)
     return architecture
 
 
-def _path(config: dict[str, Any], split_experts: bool) -> Path:
-    return cache_root() / "architecture" / f"{_key(config, split_experts)}.json"
+def _path(config: dict[str, Any], split_experts: bool, own_names: bool) -> Path:
+    return cache_root() / "architecture" / f"{_key(config, split_experts, own_names)}.json"
 
 
 def _kept(path: Path) -> Architecture | None:
@@ -64,9 +66,9 @@ def _parsed(path: Path, changed: int, inode: int) -> Architecture:
     return _from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _key(config: dict[str, Any], split_experts: bool) -> str:
+def _key(config: dict[str, Any], split_experts: bool, own_names: bool) -> str:
     parts = [json.dumps({k: v for k, v in config.items() if k != "quantization_config"}, sort_keys=True, default=str)]
-    parts += [str(split_experts), version_of("transformers"), __version__, *_sources()]
+    parts += [str(split_experts), str(own_names), version_of("transformers"), __version__, *_sources()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -88,10 +90,10 @@ def _from_json(kept: dict[str, Any]) -> Architecture:
     }
     spellings = tuple((found, canonical) for found, canonical in kept.pop("spellings"))
     blocks, passed_over = tuple(kept.pop("blocks")), tuple(kept.pop("passed_over"))
-    replaced = tuple(kept.pop("replaced_experts"))
+    replaced, cut = tuple(kept.pop("replaced_experts")), tuple(kept.pop("cut_weights"))
     return Architecture(
         **kept, blocks=blocks, linears=linears, parameters=parameters, layout=layout, spellings=spellings,
-        passed_over=passed_over, replaced_experts=replaced,
+        passed_over=passed_over, replaced_experts=replaced, cut_weights=cut,
     )  # fmt: skip
 
 

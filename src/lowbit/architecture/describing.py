@@ -12,6 +12,7 @@ from lowbit.architecture.cache import discover_once
 from lowbit.architecture.disk_layout import fit_rows
 from lowbit.architecture.families import family_of
 from lowbit.architecture.inspection import inspect_source, untied
+from lowbit.architecture.own_names import discover_named
 from lowbit.architecture.structure import Architecture
 from lowbit.architecture.view import Changes, canonical_view, holds_single_experts
 from lowbit.checkpoint import open_checkpoint, refuse_remote_code
@@ -39,7 +40,7 @@ def describe_checkpoint(
     config, folder = checkpoint.config(), str(checkpoint.folder)
     refuse_absurd(config, checkpoint.source, [info.shape for info in checkpoint.tensors.values()])
     notes = [] if checkpoint.kind == "gguf" else check_companions(checkpoint.folder, checkpoint.source)
-    architecture = discover_once(config, folder, trust_remote_code, split)
+    architecture = discover_named(checkpoint.tensors, config, folder, trust_remote_code, split)
     view = canonical_view(checkpoint, architecture)
     architecture = _fitted(architecture, view)
     found = inspect_source(view, architecture)
@@ -50,7 +51,8 @@ def describe_checkpoint(
                           copied=dict(architecture.tied))  # fmt: skip
         found.unties = True
     if found.unties:
-        architecture = _fitted(discover_once(untied(config), folder, trust_remote_code, split), view)
+        architecture = _fitted(discover_once(untied(config), folder, trust_remote_code, split, architecture.own_names),
+                               view)  # fmt: skip
     return architecture, canonical_view(view, architecture, changes)
 
 

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowbit.architecture.blocks import find_blocks
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.disk_layout import disk_layout, saved_names
 from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.fused_sets import fused_names
 from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
-from lowbit.architecture.quantized_loading import initialization_reads, replaced_experts
+from lowbit.architecture.quantized_loading import cut_weights, initialization_reads, replaced_experts
 from lowbit.architecture.roles import ROUTER, input_name, role_of, why_kept
 from lowbit.architecture.structure import Architecture, Linear, Part, Placement
 from lowbit.architecture.trace import BlockTrace, is_experts, is_linear, trace_blocks
@@ -40,23 +41,28 @@ if TYPE_CHECKING:
 
 
 def discover(
-    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False
-) -> Architecture:
+    config: dict[str, Any], folder: str, trust_remote_code: bool = False, split_experts: bool = False,
+    own_names: bool = False,
+) -> Architecture:  # fmt: skip
     """The architecture of a model, from its parsed config.json; `folder` holds it (for remote code only).
 
     split_experts  describe experts that this model's files store as one tensor expert by expert
+    own_names      under the names of transformers' modules (`disk_layout`)
 
     Raises ArchitectureError for what the module docstring refuses.
     """
     model = build_without_weights(config, folder, trust_remote_code, torch.float32, eager=True)
-    return describe(model, split_experts)
+    return describe(model, split_experts, own_names)
 
 
-def describe(model: PreTrainedModel, split_experts: bool = False) -> Architecture:
+def describe(model: PreTrainedModel, split_experts: bool = False, own_names: bool = False) -> Architecture:
     """Roles of everything that a model's files store; parameters of `model` are on the meta device."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     paths = find_blocks(model)
     layout = disk_layout(model, split_experts)
+    if own_names:
+        on_hub, layout = layout, disk_layout(model, split_experts, own_names=True)
+        own_names = layout != on_hub
     stored = _stored(modules, layout)
     names = _stored_blocks(paths, layout, modules, type(model).__name__)
     heads = query_heads(model.config)
@@ -87,45 +93,11 @@ def describe(model: PreTrainedModel, split_experts: bool = False) -> Architectur
         int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0),
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs, heads,
-        saved_names(model, layout, split_experts),
+        {} if own_names else saved_names(model, layout, split_experts),
         initialization_reads(model, [path for path in owners if isinstance(modules[path], nn.Linear)]),
         replaced_experts(module for module in modules.values() if is_experts(module)),
+        cut_weights(model), own_names,
     )  # fmt: skip
-
-
-def find_blocks(model: PreTrainedModel) -> list[str]:
-    """Module names of the decoder blocks: of the lists of modules in the text decoder, the one with most weights."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    found = _largest_list(decoder) or _largest_list(model)
-    if found is None:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no list of decoder blocks with linears",
-            "lowbit quantizes decoders that transformers builds of repeated blocks",
-        )
-    names = {module: name for name, module in model.named_modules()}
-    stored = _with_own_weights(model, names[found])
-    return [f"{stored}.{index}" for index in range(len(found))]
-
-
-def _with_own_weights(model: PreTrainedModel, blocks: str) -> str:
-    """The list of blocks whose weights files hold, where `blocks` shares all of them with another (DiffusionGemma)."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    matrices = [name for name, value in model.get_submodule(blocks).named_parameters(blocks) if value.dim() > 1]
-    paths = {tied[name].removesuffix(name.removeprefix(blocks)) if name in tied else blocks for name in matrices}
-    return paths.pop() if len(paths) == 1 else blocks
-
-
-def _largest_list(model: nn.Module | None) -> nn.ModuleList | None:
-    """The outermost list of modules with linears that has most weights."""
-    modules = () if model is None else model.modules()
-    lists = [module for module in modules if isinstance(module, nn.ModuleList)
-             and any(is_linear(part) or is_experts(part) for part in module.modules())]  # fmt: skip
-    nested = {part for each in lists for part in each.modules() if part is not each}
-
-    def weights(blocks: nn.ModuleList) -> int:
-        return sum(value.numel() for value in blocks.parameters() if value.dim() > 1)
-
-    return max((each for each in lists if each not in nested), key=weights, default=None)
 
 
 def query_heads(config: Any) -> int:

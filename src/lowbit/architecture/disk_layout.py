@@ -9,6 +9,10 @@ parameter to the files; `conversions` finds out which rows a converter moves whe
 Rules that take a prefix from the names of some files cannot tell whether other files have it. The layout has it, as the
 hub has; `save_pretrained` leaves it out, and `disk_layout(…, prefixes=False)` says how the names are then.
 
+`disk_layout(…, own_names=True)` has the names of transformers' modules where a rule moves rows: transformers applies
+its rules to no file that has these names, so that quantized tensors and what stands beside them arrive as they are.
+Experts of the decoder stay one by one, since transformers decodes and merges these.
+
 A parameter whose rows cannot be followed has no parts: its tensors are copied as they are, and lowbit does not load
 such a model.
 """
@@ -16,10 +20,12 @@ such a model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lowbit.architecture.blocks import find_blocks
 from lowbit.architecture.conversions import Conversions, ConvertedGroup
 from lowbit.architecture.families import Family, family_of
 from lowbit.architecture.structure import FusedTensor, Part, Placement
@@ -29,12 +35,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def disk_layout(model: PreTrainedModel, split_experts: bool = False, prefixes: bool = True) -> dict[str, Placement]:
+def disk_layout(
+    model: PreTrainedModel, split_experts: bool = False, prefixes: bool = True, own_names: bool = False
+) -> dict[str, Placement]:
     """Placement of every parameter and persistent buffer of a model, tied ones too, in model order.
 
     split_experts  take apart the experts that files of this model type hold in one tensor
     prefixes       names as files on the hub have them; without: as `save_pretrained` writes them, which leaves out
                    prefixes that only some files have
+    own_names      names of transformers' modules, if a rule makes weights of several tensors or of a part of one
     """
     family = family_of(model.config.model_type)
     modules = dict(model.named_modules())
@@ -47,7 +56,49 @@ def disk_layout(model: PreTrainedModel, split_experts: bool = False, prefixes: b
         owner = modules.get(name.rpartition(".")[0])
         if split_experts and len(shapes[name]) > 1 and is_experts(owner):
             layout[name] = _split(name.rpartition(".")[2], layout[name], owner, family)
-    return layout
+    return _renamed(model, layout) if own_names else layout
+
+
+def _renamed(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, Placement]:
+    """The layout under the names of transformers' modules; as it is where all rules only rename, or merge experts."""
+    blocks = find_blocks(model)[0].rpartition(".")[0]
+    # A rule that splits the experts of a list, some for text and some for images, does not fit packed ones.
+    holders = Counter(part.name for placed in layout.values() for part in placed.parts)
+    apart = {
+        name for name, placed in layout.items()
+        if path_in_block(name, blocks) is not None and placed.parts
+        and all(part.per_expert and holders[part.name] == 1 for part in placed.parts)
+    }  # fmt: skip
+    if not any(
+        name not in apart and placed.converted and any(part.name.endswith(".weight") for part in placed.parts)
+        for name, placed in layout.items()
+    ):
+        return layout
+    rules, renamed = _rules(model), {}
+    for name, placed in layout.items():
+        if name in apart:
+            parts = tuple(replace(part, name=_in_own_block(part.name, name, blocks, rules)) for part in placed.parts)
+            fused = (FusedTensor(name, placed.shape, parts),) if placed.fused else ()
+            renamed[name] = Placement(placed.shape, parts, fused)
+        else:
+            renamed[name] = Placement(placed.shape, (Part(name),)) if placed.parts else placed
+    return renamed
+
+
+def _in_own_block(stored: str, parameter: str, blocks: str, rules: list[Any]) -> str:
+    """The stored name of an expert under its block's own name, if transformers makes the same of both."""
+    index = parameter.removeprefix(f"{blocks}.").partition(".")[0]
+    inside = re.match(rf".*?\.{index}\.(.*)", stored)
+    moved = stored if inside is None else f"{blocks}.{index}.{inside[1]}"
+    return moved if _loaded_as(moved, rules) == _loaded_as(stored, rules) else stored
+
+
+def _loaded_as(stored: str, rules: list[Any]) -> str:
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    return rename_source_key(stored.replace("*", "0"), renamings, converters)[0]
 
 
 def saved_names(model: PreTrainedModel, layout: dict[str, Placement], split_experts: bool = False) -> dict[str, str]:
@@ -177,7 +228,8 @@ def _split(leaf: str, placed: Placement, owner: Any, family: Family) -> Placemen
     prefix, names = next(spelled, ("", ()))
     names = tuple(prefix + name for name in names)
     if not names:
-        leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+        leaves = {leaf: (leaf,) for leaf in ("gate_proj", "up_proj", "down_proj")}
+        leaves["gate_up_proj"] = ("gate_proj", "up_proj")
         if kind not in leaves:
             return placed
         names = tuple(f"{path}.*.{each}.{'bias' if is_bias else 'weight'}" for each in leaves[kind])

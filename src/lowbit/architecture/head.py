@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lowbit.architecture.discover import decoder_of, find_blocks
+from lowbit.architecture.blocks import find_blocks
+from lowbit.architecture.discover import decoder_of
 from lowbit.architecture.trace import replaced_forward
 
 if TYPE_CHECKING:

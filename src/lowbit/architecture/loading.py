@@ -104,7 +104,7 @@ class Loader:
         self.architecture, self.checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts)
         self.notes = tuple(note for note in self.checkpoint.notes if note not in checkpoint.notes)
         self.model = _empty_model(self.checkpoint, dtype, options)
-        self.layout = _layout(self.model, self.checkpoint)
+        self.layout = _layout(self.model, self.checkpoint, self.architecture.own_names)
         self._slots = _slots(self.model, self.layout, self.checkpoint)
         self.beside = _check_names(self.checkpoint, self.model, self._slots, self.architecture)
         for module in self.model.modules():
@@ -177,9 +177,9 @@ def _place(part: Part, expert: int | None, turned: bool, values: Tensor) -> Tens
     return place.t() if turned else place
 
 
-def _layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Placement]:
+def _layout(model: PreTrainedModel, checkpoint: Checkpoint, own_names: bool) -> dict[str, Placement]:
     """transformers parameter → placement in the checkpoint; ArchitectureError where that is not known."""
-    layout = disk_layout(model, holds_single_experts(checkpoint))
+    layout = disk_layout(model, holds_single_experts(checkpoint), own_names=own_names)
     layout |= fit_rows(layout, {name: info.shape for name, info in checkpoint.tensors.items()})
     unknown = [name for name, placement in layout.items() if not placement.parts]
     if unknown:
@@ -194,7 +194,7 @@ def _layout(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Placeme
 def module_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, str]:
     """Linear → name of its module in a transformers model; without linears in a fused parameter."""
     names = {}
-    for parameter, placement in disk_layout(model).items():
+    for parameter, placement in disk_layout(model, own_names=architecture.own_names).items():
         part = next(iter(placement.parts), None)
         if part is None or not part.whole or not part.name.endswith(".weight"):
             continue

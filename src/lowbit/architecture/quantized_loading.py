@@ -4,6 +4,8 @@ _init_weights   runs over every module. Some classes read `module.weight` of eac
                 packed codes does not have; loading then ends in an AttributeError.
 fused experts   are parameters, not linears. transformers puts a list of linears in the place of some of them when a
                 checkpoint is quantized (Llama 4), so that their codes have a place.
+one to many   a rule that cuts one stored weight into several is copied with the names of packed tensors beside the
+                stored one, unless the parts are quantized; a rule of several names on both sides is refused.
 """
 
 from __future__ import annotations
@@ -61,3 +63,19 @@ def replaced_experts(experts: Iterable[nn.Module]) -> tuple[str, ...]:
         for kind in kinds
     ]  # fmt: skip
     return tuple(sorted(set.intersection(*methods))) if methods else ()
+
+
+def cut_weights(model: PreTrainedModel) -> tuple[str, ...]:
+    """Patterns of the first of the weights that transformers makes of one stored weight, by each of its rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = [rule for rule in get_model_conversion_mapping(model, add_legacy=False)
+             if isinstance(rule, WeightConverter)]  # fmt: skip
+    return tuple(
+        rule._original_target_patterns[0]
+        for rule in rules
+        if len(rule._original_target_patterns) > 1
+        and not getattr(rule.operations[0], "supports_many_to_many", False)
+        and all(source.endswith(".weight") for source in rule._original_source_patterns)
+    )

@@ -139,6 +139,11 @@ class Placement:
     parts: tuple[Part, ...]
     fused: tuple[FusedTensor, ...] = ()
 
+    @property
+    def converted(self) -> bool:
+        """True where transformers makes the parameter of several tensors, of a part of one, or of its transpose."""
+        return len(self.parts) > 1 or any(part.per_expert or not part.whole or part.transposed for part in self.parts)
+
     def pieces(self) -> Iterator[tuple[str, Part, int | None]]:
         """(stored name, part, expert) of every stored tensor in it; a name may come several times, with other rows."""
         return _pieces(self.parts, self.shape)
@@ -173,6 +178,9 @@ class Architecture:
     needs_weights  the class of a module that transformers cannot initialize where linears have no weight; None where
                    there is none (quantized_loading)
     replaced_experts   quantization methods for which transformers puts linears in the place of fused experts
+    cut_weights    patterns of the first of several weights into which transformers cuts a stored weight
+    own_names      names are those of transformers' modules, but for experts that it merges; else the hub's
+                   (lowbit.architecture.own_names)
     heads          query heads of attention, with which `fed_rows` were tested; 0 where config.json states none
     """
 
@@ -194,6 +202,8 @@ class Architecture:
     saved_names: dict[str, str] = field(default_factory=dict)
     needs_weights: str | None = None
     replaced_experts: tuple[str, ...] = ()
+    cut_weights: tuple[str, ...] = ()
+    own_names: bool = False
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[str, ...]]:

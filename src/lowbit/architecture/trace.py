@@ -108,7 +108,7 @@ def trace_blocks(
 
 
 def _entries(last: list[Any]) -> int:
-    return len(last[0]) if last and isinstance(last[0], tuple) else 0
+    return len(last[0]) if last and isinstance(last[0], tuple | list) else 0
 
 
 def _handed_on(out: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any | None:
@@ -117,7 +117,7 @@ def _handed_on(out: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
     first = first_tensor(out)
     if not isinstance(hidden, Tensor) or first is None or hidden.shape != first.shape:
         return None
-    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+    return (hidden, *out[1:]) if isinstance(out, tuple | list) else hidden
 
 
 def _kind(block: nn.Module) -> Any:
@@ -248,17 +248,15 @@ def _experts_width(module: nn.Module) -> int:
 
 
 def lies_transposed(module: nn.Module) -> bool:
-    """True if experts' weights are [E, in, out]; their class says it, or the shapes of its parameters do."""
+    """True if experts' weights are [E, in, out]; their class says it, or the shapes of its parameters do. Without a
+    fused gate the shapes are alike either way, and transformers' classes have [E, out, in]."""
     stated = getattr(module, "is_transposed", None)
     if stated is not None:
         return bool(stated)
-    first = module._parameters.get("gate_up_proj")
-    first = module._parameters["up_proj"] if first is None else first
-    down = module._parameters["down_proj"]
-    assert first is not None
+    first, down = module._parameters.get("gate_up_proj"), module._parameters["down_proj"]
     assert down is not None
     # [E, H, 2I] and [E, I, H] against [E, 2I, H] and [E, H, I]
-    return first.shape[1] == down.shape[2] and first.shape[2] in (down.shape[1], 2 * down.shape[1])
+    return first is not None and (first.shape[1], first.shape[2]) == (down.shape[2], 2 * down.shape[1])
 
 
 def _random(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> nn.Parameter:

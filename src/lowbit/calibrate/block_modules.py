@@ -9,7 +9,8 @@ uniformly (integrations/moe.py, `use_experts_implementation`); `run_experts` fol
     y = h · W_down[e] + b                 then `post_expert_norm` if it has one
     out[token] += routing weight · y
 
-Weights are [E, out, in], or [E, in, out] if the class says `is_transposed`.
+Weights are [E, out, in], or [E, in, out] if the class says `is_transposed`. Of classes without that description the
+products are watched (`watched_experts`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from torch import Tensor, nn
 
 from lowbit.architecture.structure import Linear, Placement
 from lowbit.architecture.trace import lies_transposed
+from lowbit.calibrate.watched_experts import Look, WatchedExperts
 from lowbit.errors import ArchitectureError
-from lowbit.methods import RUNS_NO_TEXT
 
-# Called with (expert, which input, x [tokens routed to it, K]).
-Look = Callable[[int, Literal["input", "hidden"], Tensor], None]
 # Attributes by which a module of fused experts describes its computation.
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "down_proj")
 
@@ -99,6 +98,7 @@ def observed(
     """
     wanted = None if only is None else {source.name for source in only}
     remaining: set[str] = set()
+    watched: list[WatchedExperts] = []
     whole = not stops or only is None or any(source.expert is not None for source in only)
 
     def look(source: BlockInput, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -109,7 +109,11 @@ def observed(
             raise AllSeen
 
     def look_at(sources: dict[tuple[int, str], BlockInput]) -> Look:
-        return lambda expert, which, x: visitor.look(sources[expert, which], x)
+        def look_at_one(expert: int, which: Literal["input", "hidden"], x: Tensor) -> None:
+            if (expert, which) in sources:
+                visitor.look(sources[expert, which], x)
+
+        return look_at_one
 
     with ExitStack() as stack:
         for path, source in block.inputs.items():
@@ -120,10 +124,11 @@ def observed(
         for path, sources in block.experts.items():
             if wanted is None or any(source.name in wanted for source in sources.values()):
                 experts = module.get_submodule(path)
-                run = run_experts if _describes_itself(experts) else run_stacked_experts
-                experts.forward = partial(run, experts, look_at(sources), all_tokens=all_experts)
+                experts.forward = partial(_runner(experts, look_at(sources), watched), all_tokens=all_experts)
                 stack.callback(delattr, experts, "forward")
         yield
+        for each in watched:
+            each.check()
 
 
 def observed_blocks(
@@ -148,18 +153,22 @@ def observed_blocks(
             source = inputs[linear.reads]
             if expert is not None:
                 which = "hidden" if parameter.endswith(".down_proj") else "input"
-                experts = model.get_submodule(owner)
-                if not (_describes_itself(experts) or _is_stacked(experts)):
-                    raise ArchitectureError(
-                        f"{linear.name} runs inside {type(experts).__name__}, a fused operation of transformers that "
-                        f"does not describe its computation; its input cannot be measured",
-                        RUNS_NO_TEXT,
-                    )
                 block.experts.setdefault(path, {})[expert, which] = source
             elif source.name not in seen:
                 block.inputs[path] = source
                 seen.add(source.name)
     return blocks
+
+
+def _runner(experts: nn.Module, look: Look, watched: list[WatchedExperts]) -> Callable[..., Tensor]:
+    """The forward of a module of experts that shows their inputs; one that only its products show is added to
+    `watched`."""
+    if _describes_itself(experts):
+        return partial(run_experts, experts, look)
+    if _is_stacked(experts):
+        return partial(run_stacked_experts, experts, look)
+    watched.append(WatchedExperts(experts, look))
+    return watched[-1]
 
 
 def run_experts(

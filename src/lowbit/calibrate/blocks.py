@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lowbit.architecture.blocks import find_blocks
 from lowbit.architecture.cache import discover_once
-from lowbit.architecture.discover import decoder_of, find_blocks
+from lowbit.architecture.discover import decoder_of
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.architecture.loading import Loader, module_names
@@ -104,9 +105,12 @@ class BlockRunner:
         self.model, self.notes = self._loader.model, self._loader.notes
         # Split fused experts too: every expert has inputs of its own.
         folder = str(checkpoint.folder)
-        self.architecture = discover_once(checkpoint.config(), folder, options.trust_remote_code, split_experts=True)
+        own = self._loader.architecture.own_names
+        self.architecture = discover_once(
+            checkpoint.config(), folder, options.trust_remote_code, split_experts=True, own_names=own
+        )
         names = find_blocks(self.model)
-        layout = disk_layout(self.model, split_experts=True)
+        layout = disk_layout(self.model, split_experts=True, own_names=own)
         self.blocks = observed_blocks(self.model, names, self.architecture.linears, layout)
         self._decoder_name = decoder_of(self.model, names[0])
         self._decoder = self.model.get_submodule(self._decoder_name)

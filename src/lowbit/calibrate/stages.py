@@ -33,14 +33,18 @@ _NOT_ONE_TENSOR = (TypeError, ValueError, RuntimeError, AttributeError, Architec
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How a child returns its output: in a tuple with `others` more (None: bare); flat: as [tokens, width]."""
+    """How a child returns its output: in a tuple or list with `others` more (None: bare); flat: [tokens, width]."""
 
     others: int | None = None
     flat: bool = False
+    listed: bool = False
 
     def as_returned(self, out: Tensor) -> Any:
         out = out.reshape(-1, out.shape[-1]) if self.flat else out
-        return out if self.others is None else (out, *[None] * self.others)
+        if self.others is None:
+            return out
+        entries = [out, *[None] * self.others]
+        return entries if self.listed else tuple(entries)
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def find_stages(block: Block, run: Callable[[], object]) -> list[Stage]:
     for child in sorted(children, key=lambda path: places.get(path, len(order))):
         paths = sorted(children[child], key=lambda path: places.get(path, len(order)))
         inputs, out = [block.inputs[path] for path in paths], outputs.get(child)
-        others = len(out) - 1 if isinstance(out, tuple) else None
-        form = OutputForm(others, out is not None and _first(out).dim() == 2)
+        others = len(out) - 1 if isinstance(out, tuple | list) else None
+        form = OutputForm(others, out is not None and _first(out).dim() == 2, isinstance(out, list))
         if child in experts:
             stages.append(Stage(child, (*inputs, *experts[child]), form))
             continue
@@ -94,7 +98,8 @@ def _watch(block: Block, paths: tuple[str, ...], run: Callable[[], object]) -> t
 
     def put_out(path: str, _module: nn.Module, _arguments: Any, out: Any) -> None:
         first = _first(out).clone()  # later operations may change it in place
-        outputs[path] = (first, *out[1:]) if isinstance(out, tuple | list) else first
+        rest = out[1:] if isinstance(out, tuple | list) else ()
+        outputs[path] = [first, *rest] if isinstance(out, list) else (first, *rest) if isinstance(out, tuple) else first
 
     with ExitStack() as stack:
         for path in dict.fromkeys(paths):

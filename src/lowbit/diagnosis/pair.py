@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowbit.architecture.view import canonical_view
+from lowbit.architecture.own_names import under_own_names
+from lowbit.architecture.view import canonical_view, holds_single_experts
 from lowbit.checkpoint.base import Checkpoint, row_slabs
 from lowbit.errors import ArchitectureError, UsageError
 
@@ -75,6 +76,10 @@ class Pair:
     @cached_property
     def original(self) -> Checkpoint:
         """The reference under the architecture's names."""
+        loader = self.reference.loader
+        if self.architecture.own_names and loader.architecture is not None:
+            single = holds_single_experts(self.quantized)
+            return under_own_names(loader.checkpoint, loader.architecture, False, single)[1]
         return canonical_view(self.reference.checkpoint, self.architecture)
 
     @cached_property

@@ -6,9 +6,9 @@ only.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from lowbit.architecture.structure import Placement
 from lowbit.engines.engine import GIB, Engine, MemoryModel, Support
 from lowbit.formats.compressed_tensors.rules import NO_TRANSFORMS
 from lowbit.formats.gptq import rules as gptq
@@ -53,7 +53,7 @@ def check_transposed(subject: Subject) -> Finding:
 def check_initialized(subject: Subject) -> Finding:
     """Linears without `weight` only in models whose initialization asks whether there is one."""
     packed = _packed(subject)
-    if packed and subject.architecture.needs_weights:
+    if packed and subject.architecture.needs_weights and not _is_decoded(subject):
         problem = (
             f"{packed[0]} is packed, and transformers initializes {subject.architecture.needs_weights} by the weight "
             f"that such a layer does not have: AttributeError{_decoded(subject)}"
@@ -69,7 +69,7 @@ def check_tied(subject: Subject) -> Finding:
     shared = [
         alias for alias, name in tied.items() if {alias.removesuffix(".weight"), name.removesuffix(".weight")} & packed
     ]
-    if shared:
+    if shared and not _is_decoded(subject):
         problem = (
             f"{shared[0]} is {tied[shared[0]]}, which is packed, and transformers ties layers by their weights: "
             f"AttributeError{_decoded(subject)}"
@@ -85,17 +85,16 @@ def check_converted(subject: Subject) -> Finding:
     one group for all, and passes floats on in folders of 8-bit floats only. Into a linear: it does to every stored
     tensor what it does to the rows of the weight."""
     group = _group_of_experts(subject.parsed.groups)
-    problems: list[str] = []
+    problems = _cut_unquantized(subject)
     for parameter, placement in subject.architecture.layout.items():
         names = [name.removesuffix(".weight") for name, _, _ in placement.pieces() if name.endswith(".weight")]
-        if problems or placement.fused or not names or not _is_converted(placement):
+        if problems or placement.fused or not names or not placement.converted:
             continue
         plain = [name for name in names if name not in subject.schemes]
         joined = len(plain) == len(names) or any(part.per_expert for part in placement.parts)
         if plain and group.scheme.weight.number != "e4m3":
-            problems += [
-                f"transformers makes {parameter} of {plain[0]} and others, and loses what is not quantized there"
-            ]
+            lost = f"transformers makes {parameter} of {plain[0]} and others, and loses what is not quantized there"
+            problems.append(lost + _NAMED)
         elif joined:
             problems += [
                 said for name in names if name in subject.schemes and (said := _undecoded(subject, name, group))
@@ -105,10 +104,19 @@ def check_converted(subject: Subject) -> Finding:
     return Finding(problems[:1], "all that transformers converts is quantized in a way that it reads")
 
 
-def _is_converted(placement: Placement) -> bool:
-    return len(placement.parts) > 1 or any(
-        part.per_expert or not part.whole or part.transposed for part in placement.parts
-    )
+def _cut_unquantized(subject: Subject) -> list[str]:
+    """A tensor that transformers cuts into weights of linears that are not quantized: it extends that conversion by
+    the tensors of quantized ones, and then refuses it, whatever the files hold."""
+    names = subject.architecture.loaded_names
+    loaded = "\n".join(f"{each}.weight" for name in subject.schemes for each in names.get(name, (name,)))
+    cut = [target for target in subject.architecture.cut_weights if not re.search(rf"{target}$", loaded, re.MULTILINE)]
+    return [f"transformers cuts a tensor into {target} and others, and refuses to where these are not quantized: "
+            f"ValueError, for every compressed-tensors folder of {subject.architecture.class_name}"
+            for target in cut[:1]]  # fmt: skip
+
+
+# Files under the names of its modules are not converted.
+_NAMED = "; lowbit quantize --loader transformers writes a folder that it reads"
 
 
 def _group_of_experts(groups: tuple[Group, ...]) -> Group:
@@ -128,7 +136,8 @@ def _undecoded(subject: Subject, linear: str, group: Group) -> str | None:
     strange = sorted(leaf for leaf in leaves if leaf.startswith("weight_") and leaf not in _DECODED)
     if not strange and ("weight_packed" in leaves or spec.number == "e4m3"):
         return None
-    return f"{linear} is merged with others, and transformers does not decode its {', '.join(strange) or 'integers'}"
+    return (f"{linear} is merged with others, and transformers does not decode its {', '.join(strange) or 'integers'}, "
+            "with dequantize=True neither: it computes with other values")  # fmt: skip
 
 
 def _torn(subject: Subject, linear: str, parameter: str) -> str | None:
@@ -138,7 +147,7 @@ def _torn(subject: Subject, linear: str, parameter: str) -> str | None:
         leaf = name.rpartition(".")[2]
         if leaf.startswith("weight") and expected.shape[:1] != (rows,):
             shape = list(expected.shape)
-            return f"transformers makes {parameter} of rows of {linear}, and {name}, {shape}, has no such rows"
+            return f"transformers makes {parameter} of rows of {linear}, and {name}, {shape}, has no such rows{_NAMED}"
     return None
 
 
@@ -149,8 +158,19 @@ def _packed(subject: Subject) -> list[str]:
 
 def _decoded(subject: Subject) -> str:
     """How it loads all the same: with dequantize=True, which reads all layers by the first group."""
-    alike = len({group.scheme.weight for group in subject.parsed.groups}) == 1
-    return "; it loads with quantization_config=CompressedTensorsConfig(dequantize=True)" if alike else ""
+    if not _is_alike(subject):
+        return ""
+    return ("; it loads with quantization_config=CompressedTensorsConfig(dequantize=True), which lowbit quantize "
+            "--loader transformers writes into config.json")  # fmt: skip
+
+
+def _is_decoded(subject: Subject) -> bool:
+    """True where config.json has transformers decode all layers as it loads."""
+    return subject.quantization.get("dequantize") is True and _is_alike(subject)
+
+
+def _is_alike(subject: Subject) -> bool:
+    return len({group.scheme.weight for group in subject.parsed.groups}) == 1
 
 
 def _leaves_out(subject: Subject, unit: EngineUnit) -> bool | None:

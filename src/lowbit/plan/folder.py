@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit.architecture import Architecture, model_dtype, open_described
+from lowbit.architecture import Architecture, holds_single_experts, model_dtype, open_described
+from lowbit.architecture.own_names import under_own_names
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.companions import find_companions, has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
@@ -40,6 +41,7 @@ from lowbit.numerics.hadamard import Rotation
 from lowbit.patterns import check_patterns
 from lowbit.plan.linears import LinearPlanner, StoredRows, common_group_sizes
 from lowbit.plan.plan import Making, Plan, PlannedTensor, Prepared, Request, output_format
+from lowbit.registry import Format
 from lowbit.rounding.error import squared_error
 from lowbit.rounding.target import Sums
 from lowbit.schemes import ActivationSpec, KVCacheScheme, Scheme, find_kv_cache_scheme
@@ -77,12 +79,23 @@ class FolderPlan(Plan):
 
     @property
     def engine(self) -> str:
-        return self.exporter.engine_of(self.schemes) or self.format.engine
+        return self.settings.loader or self.exporter.engine_of(self.schemes) or self.format.engine
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
         """Linear → scheme, of every quantized linear."""
         return {tensor.linear.name: tensor.scheme for tensor in self.tensors if tensor.linear and tensor.scheme}
+
+    @property
+    def is_decoded_on_loading(self) -> bool:
+        """True for a folder for transformers of which it must decode the weights as it loads: its class initializes or
+        ties layers by weights that packed ones do not have. It decodes all by one group."""
+        if self.settings.loader != "transformers" or len({scheme.weight for scheme in self.schemes.values()}) != 1:
+            return False
+        stored = {tensor.name for tensor in self.stored}
+        packed = {f"{name}.weight" for name in self.schemes if f"{name}.weight" not in stored}
+        tied = {*self.described.tied, *self.described.tied.values()}
+        return bool(packed & tied) or (bool(packed) and self.described.needs_weights is not None)
 
     @property
     def ignored(self) -> list[str]:
@@ -222,7 +235,7 @@ class FolderPlan(Plan):
             config["dtype"] = str(self.dtype).removeprefix("torch.")
         quantization = self.quantization_config()
         if quantization:
-            config["quantization_config"] = quantization
+            config["quantization_config"] = quantization | ({"dequantize": True} if self.is_decoded_on_loading else {})
         beside = self.exporter.companion_files(self.schemes, self.ignored)
         if self.kv_cache is not None:
             beside = state_kv_cache_beside(self.format.name, self.kv_cache, beside)
@@ -239,6 +252,8 @@ def prepare_folder(request: Request) -> Prepared:
     format = output_format(settings)
     split = True if format.fused_experts else False if format.name == "float" else None
     checkpoint, architecture = open_described(request.model, request.options, split, request.unties)
+    if settings.loader == "transformers":
+        checkpoint, architecture = _for_transformers(request, format, checkpoint, architecture)
     if checkpoint.kind in KINDS:
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     dtype = model_dtype(checkpoint)
@@ -248,6 +263,23 @@ def prepare_folder(request: Request) -> Prepared:
 
     source = request.name or checkpoint.source
     return Prepared(checkpoint, plan_again(settings), threads, plan_again, request.options, source)
+
+
+def _for_transformers(
+    request: Request, format: Format, checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[Checkpoint, Architecture]:
+    """The model as transformers reads it quantized: experts that it would merge of no tensors that it knows in one
+    tensor, and under the names of its modules where its rules would lose something."""
+    if format.name != "compressed-tensors":
+        raise UsageError(f"--loader transformers writes compressed-tensors folders, not {format.name}",
+                         "leave --format out")  # fmt: skip
+    fused = any(placed.fused for placed in architecture.layout.values())
+    if fused and format.name not in architecture.replaced_experts:
+        checkpoint.close()
+        checkpoint, architecture = open_described(request.model, request.options, False, request.unties)
+    trust, single = request.options.trust_remote_code, holds_single_experts(checkpoint)
+    architecture, checkpoint = under_own_names(checkpoint, architecture, trust, single)
+    return checkpoint, architecture
 
 
 def make_plan(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowbit.architecture import Architecture, open_described
+from lowbit.architecture.own_names import under_own_names
 from lowbit.architecture.view import holds_single_experts
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
@@ -45,6 +46,8 @@ def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> 
     split = is_gguf or holds_single_experts(present)
     source, architecture = open_described(reference, options, split)
     _refuse_quantized(source, architecture)
+    if present_architecture.own_names:
+        architecture, source = under_own_names(source, architecture, options.trust_remote_code, split)
     _refuse_another_model(present, present_architecture, source, architecture)
     return TwoModels(present, source, architecture)
 

@@ -98,6 +98,13 @@ class Settings(Table):
         Literal["fp8", "fp8_per_head", "nvfp4"] | None,
         Knob("Store scales for an FP8 or NVFP4 KV cache", STORE, knobs.FOLDERS, "TYPE", see="methods/kv-cache.md"),
     ] = None
+    loader: Annotated[
+        Literal["transformers"] | None,
+        Knob("What a compressed-tensors folder is written for. transformers: under the names of its modules where the "
+             "hub's lose tensors there, and with experts that it could not read left in 16 bits", STORE,
+             knobs.NAMED_FOR, "LOADER", "vLLM and others that read the names of the hub",
+             see="models.md#folders-for-transformers"),
+    ] = None  # fmt: skip
     shard_size: Annotated[
         Size | None,
         Knob("Maximum size of a weight file, such as 500MB", STORE, knobs.PARTS, "SIZE", "5GB; one GGUF file"),

@@ -190,7 +190,7 @@ def _parts(model: Any, targets: dict[str, Target], architecture: Architecture) -
     """Parameter of the model → the linears in it that are quantized."""
     found: dict[str, list[QuantizedPart]] = {}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for parameter, placement in disk_layout(model, split_experts=True).items():
+    for parameter, placement in disk_layout(model, split_experts=True, own_names=architecture.own_names).items():
         for stored, part, expert in placement.pieces():
             linear = stored.removesuffix(".weight")
             if stored.endswith(".weight") and linear in targets and parameter not in tied and part.total is None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.architecture import Architecture, Linear, canonical_view, discover_once, holds_single_experts
+from lowbit.architecture import Architecture, Linear, canonical_view, describe_checkpoint, holds_single_experts
+from lowbit.architecture.own_names import discover_named, under_own_names
 from lowbit.checkpoint.base import (
     IN_MEMORY,
     Checkpoint,
@@ -107,7 +108,11 @@ class Subject(Verified):
     @cached_property
     def original(self) -> Checkpoint | None:
         """The source under the names of the architecture."""
-        return None if self.source is None else canonical_view(self.source, self.architecture)
+        if self.source is None or not self.architecture.own_names:
+            return None if self.source is None else canonical_view(self.source, self.architecture)
+        trust = self.options.trust_remote_code
+        hub, source = describe_checkpoint(self.source, trust, holds_single_experts(self.stored))
+        return under_own_names(source, hub, trust, holds_single_experts(self.stored))[1]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -152,7 +157,7 @@ class Subject(Verified):
         """Experts are described one by one where the files hold blocks, single experts, or decoded floats."""
         refuse_absurd(self.config, str(self.folder), [info.shape for info in self.stored.tensors.values()])
         split = self.known_format in ("mxfp4", PLAIN) or holds_single_experts(self.stored)
-        return discover_once(self.config, str(self.folder), self.options.trust_remote_code, split)
+        return discover_named(self.stored.tensors, self.config, str(self.folder), self.options.trust_remote_code, split)
 
     @cached_property
     def dtype(self) -> torch.dtype:
