@@ -66,7 +66,6 @@ if TYPE_CHECKING:
 
 def _with_near_names(call: Any) -> Any:
     """The call; its TypeError for a keyword that it does not have names the nearest one."""
-    import difflib
     import functools
     import inspect
 
@@ -77,8 +76,9 @@ def _with_near_names(call: Any) -> Any:
     @functools.wraps(call)
     def checked(*args: Any, **named: Any) -> Any:
         for name in named.keys() - parameters.keys():
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(parameters)}"
+            from lowbit.errors import did_you_mean
+
+            hint = did_you_mean(name, parameters, f"it takes {', '.join(parameters)}")
             raise TypeError(f"lowbit.{call.__name__}() has no argument {name!r}; {hint}")
         return call(*args, **named)
 

@@ -28,8 +28,7 @@ from checkpoint_files import (
 from lowbit.checkpoint import open_gguf
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.formats.gguf.header import ggml_type, read_header
-from lowbit.formats.gguf.stored_types import IK_LLAMA_TYPES, REMOVED_TYPES, STORED_TYPES
+from lowbit.formats.gguf.header import IK_LLAMA_TYPES, REMOVED_TYPES, STORED_TYPES, ggml_type, read_header
 
 ROW = gguf_tensor_row("w", [8])
 DATA = bytes(32)

@@ -154,14 +154,6 @@ def _finds_again(chosen: list[Any], rules: list[Any], names: list[str]) -> bool:
     return all(apply_renamings(apply_renamings(name, back), forth) == name for name in plain)
 
 
-def path_in_block(name: str, blocks: str) -> tuple[int, str] | None:
-    """(index of the block, path in it) of a stored name; None outside the decoder blocks."""
-    if not name.startswith(blocks + "."):
-        return None
-    index, _, path = name[len(blocks) + 1 :].partition(".")
-    return (int(index), path) if index.isdigit() and path else None
-
-
 def _split(leaf: str, placed: Placement, owner: Any, family: Family) -> Placement:
     """The parts of every expert in a parameter that files hold as one tensor, or as one of gates and one of ups."""
     if not placed.parts or any(part.per_expert for part in placed.parts):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.calibrate.stream import RotationJob
+from lowbit.calibrate.task import RotationJob
 from lowbit.calibrate.tensors import StoredTensors
 from lowbit.distillation.student import Changes, Kept, Student
 from lowbit.errors import UsageError

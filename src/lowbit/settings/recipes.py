@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.files.regular import read_regular
 from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, translated
 from lowbit.knobs import value_refused
@@ -31,10 +30,9 @@ def make_settings(recipe: Any = None, **flags: Any) -> Settings:
         where = ".".join(str(part) for part in first["loc"])
         from_file = isinstance(recipe, str | Path) and where.split(".")[0] not in flags
         origin = f"{recipe}: " if from_file and "\n" not in str(recipe) else ""
-        near = difflib.get_close_matches(where, Settings.model_fields, n=1)
         if first["type"] == "extra_forbidden":
             equivalent = find_equivalent(where, values.get(where))
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = f"{did_you_mean(where, Settings.model_fields)} ".lstrip()
             hint = hint if equivalent is None else f"here it is {equivalent}; "
             if where in RunOptions.model_fields:
                 hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any
 
 from pydantic import ValidationError
 
 from lowbit import knobs
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.knobs import RUNNING, Knob, Size, Table, value_refused
 
 
@@ -21,11 +20,10 @@ class RunOptions(Table):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            near = difflib.get_close_matches(where, RunOptions.model_fields, n=1)
             unknown = first["type"] == "extra_forbidden"
             said = f"there is no option {where} of a run" if unknown else value_refused(error)
-            raise UsageError(said, f"{f'did you mean {near[0]}? ' if near else ''}"
-                             f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
+            options = f"options: {', '.join(RunOptions.model_fields)}"
+            raise UsageError(said, f"{did_you_mean(where, RunOptions.model_fields)} {options}".lstrip()) from error
 
     device: Annotated[
         str, Knob("Device for forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")

@@ -10,6 +10,11 @@ Every count is checked against the bytes that are left before anything is alloca
 order; unknown value types, nested or oversized arrays; a key or tensor name that occurs twice; more than 8 dimensions;
 element counts beyond 64 bits; rows that are not whole blocks; tensors that are unaligned, outside the file or overlap.
 A ggml type that is not known has no size to check; it is refused when that tensor is read.
+
+The types that a GGUF file may name: ggml's number → name, block and bytes; and the names of types of forks.
+
+What llama.cpp reads has a size, so that its place in the file can be checked. Types of ik_llama.cpp and those that
+llama.cpp has removed have a name only: they are called by it in messages, and are not read.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGUFValueType
+from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.errors import CheckpointError
-from lowbit.formats.gguf.stored_types import STORED_TYPES, StoredType, type_name, why_unreadable
+from lowbit.errors import CheckpointError, brief_name
+from lowbit.numerics.ggml import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -97,7 +102,7 @@ class _Parser:
         rows = [self._tensor_row() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise self._error(f"general.alignment is {_brief(alignment)}; a power of two is needed")
+            raise self._error(f"general.alignment is {brief_name(alignment)}; a power of two is needed")
         data_start = -(-self.position // alignment) * alignment
         tensors = [self._place(row, data_start, alignment) for row in rows]
         self._check_distinct(tensors)
@@ -165,7 +170,7 @@ class _Parser:
     def _tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, shape as torch sees it, ggml type number, offset)."""
         name = self._string("a tensor name")
-        what = f"tensor {_brief(name)}"
+        what = f"tensor {brief_name(name)}"
         dim_count = self._number("<I", what)
         if dim_count > MAX_DIMS:
             raise self._error(f"{what} has {dim_count} dimensions; at most {MAX_DIMS} are allowed")
@@ -176,7 +181,7 @@ class _Parser:
     def _place(self, row: tuple[str, tuple[int, ...], int, int], data_start: int, alignment: int) -> GGUFTensor:
         """Check where a tensor lies and how many bytes it has."""
         name, shape, type_id, offset = row
-        what = f"tensor {_brief(name)}"
+        what = f"tensor {brief_name(name)}"
         if offset % alignment:
             raise self._error(f"{what} has offset {offset}, not a multiple of the alignment {alignment}")
         elements = 1
@@ -203,12 +208,12 @@ class _Parser:
         names: set[str] = set()
         for tensor in tensors:
             if tensor.name in names:
-                raise self._error(f"tensor {_brief(tensor.name)} occurs twice")
+                raise self._error(f"tensor {brief_name(tensor.name)} occurs twice")
             names.add(tensor.name)
         ordered = sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop))
         for before, after in pairwise(ordered):
             if after.start < before.stop:
-                raise self._error(f"tensor {_brief(after.name)} overlaps {_brief(before.name)}")
+                raise self._error(f"tensor {brief_name(after.name)} overlaps {brief_name(before.name)}")
 
     def _count(self, what: str, smallest: int, most: int = MAX_ELEMENTS) -> int:
         """A u64 count of things of at least `smallest` bytes each, of which `most` are read."""
@@ -252,10 +257,61 @@ def ggml_type(tensor: GGUFTensor, where: str) -> StoredType:
     kind = STORED_TYPES.get(tensor.type_id)
     if kind is None:
         what, hint = why_unreadable(tensor.type_id)
-        raise CheckpointError(f"{where}: tensor {_brief(tensor.name)} {what}", hint)
+        raise CheckpointError(f"{where}: tensor {brief_name(tensor.name)} {what}", hint)
     return kind
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+@dataclass(frozen=True)
+class StoredType:
+    """A row of K numbers is K / `weights` blocks of `size` bytes."""
+
+    name: str
+    number: int
+    weights: int
+    size: int
+
+
+# Also what the gguf package has and lowbit does not decode (integers, doubles, types of activations), and the reverse.
+STORED_TYPES: dict[int, StoredType] = {
+    kind.number: kind
+    for kind in (
+        *(StoredType(kind.name, int(kind), *sizes) for kind, sizes in GGML_QUANT_SIZES.items()),
+        *(StoredType(kind.name, kind.number, kind.weights, kind.size) for kind in TYPES.values()),
+    )
+}
+
+# ggml.h of ik_llama.cpp: number → name.
+IK_LLAMA_TYPES = {
+    36: "I2_S", 97: "Q8_0_X4", 98: "Q8_1_X4", 99: "Q8_2_X4", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64",
+    137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS",
+    147: "Q8_K16", 148: "Q8_K32", 149: "Q8_KR8", 150: "Q8_K128", 151: "Q8_KV", 152: "IQ5_KS", 153: "IQ2_KT",
+    154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT", 202: "Q4_0_R8", 206: "Q5_0_R4",
+    208: "Q8_0_R8", 210: "Q2_K_R4", 211: "Q3_K_R4", 212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4", 216: "IQ2_XXS_R4",
+    217: "IQ2_XS_R4", 218: "IQ3_XXS_R4", 219: "IQ1_S_R4", 220: "IQ4_NL_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4",
+    223: "IQ4_XS_R8", 229: "IQ1_M_R4", 230: "BF16_R16", 233: "Q6_0_R4", 335: "IQ2_BN_R4", 337: "IQ2_K_R4",
+    338: "IQ3_K_R4", 339: "IQ4_K_R4", 340: "IQ5_K_R4", 344: "IQ4_KS_R4", 352: "IQ5_KS_R4", 398: "Q8_KV_R8",
+    399: "Q8_K_R8",
+}  # fmt: skip
+# What ggml.h says was removed.
+REMOVED_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
+
+
+def type_name(number: int) -> str:
+    """ "Q4_1"; of a fork or a removed type its name there; "type 99" where the number is not known."""
+    if number in STORED_TYPES:
+        return STORED_TYPES[number].name
+    return IK_LLAMA_TYPES.get(number) or REMOVED_TYPES.get(number) or f"type {number}"
+
+
+def why_unreadable(number: int) -> tuple[str, str]:
+    """(what a type is that has no size here, hint), for messages."""
+    name = type_name(number)
+    if number in IK_LLAMA_TYPES:
+        return (f"is stored as {name} (number {number}), a type of ik_llama.cpp that llama.cpp does not have",
+                "get the model in a type of llama.cpp, or run this file with ik_llama.cpp")  # fmt: skip
+    if number in REMOVED_TYPES:
+        return (f"is stored as {name} (number {number}), which llama.cpp no longer reads",
+                "get the model in another type: a newer file of it has Q4_0 or IQ4_NL")  # fmt: skip
+    return f"has ggml type {number}, which is not known", "update lowbit, or get the model in another type"
