@@ -9,6 +9,7 @@ Quantizes a two-block Llama of random weights (`tests/models.py`) with `lowbit q
                 counted apart (before Python 3.12 each is a function); files they lie in
     frames      of lowbit on the stack, from the command to the wrapper of GPTQ's kernel
     size        files and lines of src/lowbit; lines of the median function, docstring included
+    probes      hasattr, getattr and isinstance that ask of a checkpoint what every `Checkpoint` answers
 
 `--list` shows the functions by file, and the frames of the deepest call by name.
 """
@@ -97,6 +98,23 @@ def sizes() -> tuple[int, int, float]:
     return len(files), sum(text.count("\n") for text in texts), statistics.median(lengths)
 
 
+def probes() -> list[str]:
+    """Places that ask what class a checkpoint is, or whether it has what every `Checkpoint` has."""
+    sys.path[:0] = [str(ROOT / "src")]
+    from lowbit.checkpoint.base import Checkpoint
+
+    members = {name for name in (*vars(Checkpoint), *Checkpoint.__annotations__) if not name.startswith("_")}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+                asked = ast.unparse(node.args[1])
+                of_class = node.func.id == "isinstance" and asked.endswith("Checkpoint")
+                if of_class or (node.func.id in ("hasattr", "getattr") and asked.strip("'") in members):
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="functions by file, frames by name")
@@ -116,6 +134,8 @@ def main() -> None:
     print(f"GPTQ of a two-block Llama: {len(called)} functions ({inner} of them comprehensions) in {len(files)} files, "
           f"{len(frames)} frames")  # fmt: skip
     print(f"src/lowbit: {count} files, {lines} lines, median function {median:g} lines")
+    asked = probes()
+    print(*asked, f"probes: {len(asked)}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lowbit.text import (
     stream_text,
     stream_windows,
 )
-from lowbit.text.packaged import SHARES, apportioned, filled, packaged_domains, packaged_windows
+from lowbit.text.mixture import SHARES, apportioned, filled, packaged_domains, packaged_windows
 
 
 @pytest.fixture

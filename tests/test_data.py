@@ -4,7 +4,7 @@ from importlib import resources
 
 import pytest
 
-from lowbit.text.packaged import PASSAGES
+from lowbit.text.mixture import PASSAGES
 
 DATA = resources.files("lowbit") / "data"
 SIZES = {"evaluation.txt": (110_000, 140_000), "calibration.txt": (400_000, 480_000)}

@@ -69,7 +69,7 @@ def _with_near_names(call: Any) -> Any:
     import functools
     import inspect
 
-    from lowbit.spellings import near
+    from lowbit.spellings import meant_option
 
     parameters = inspect.signature(call).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):  # which says so itself
@@ -78,8 +78,7 @@ def _with_near_names(call: Any) -> Any:
     @functools.wraps(call)
     def checked(*args: Any, **named: Any) -> Any:
         for name in named.keys() - parameters.keys():
-            meant = near(name, parameters)
-            hint = f"did you mean {' or '.join(meant)}?" if meant else f"it takes {', '.join(parameters)}"
+            hint = meant_option(name, parameters, f"it takes {', '.join(parameters)}")
             raise TypeError(f"lowbit.{call.__name__}() has no argument {name!r}; {hint}")
         return call(*args, **named)
 

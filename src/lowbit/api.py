@@ -30,7 +30,7 @@ from lowbit.plan.conversion import prepare_conversion
 from lowbit.plan.plan import Prepared, Progress, Request, output_format, prepare
 from lowbit.registry import load
 from lowbit.report import schema
-from lowbit.reporting import build_report, extremes_of, keeping, write_report
+from lowbit.reporting import build_report, extremes_of, write_report
 from lowbit.rounding.extremes import tells_of_loss
 from lowbit.settings import RunOptions, Settings, make_settings, refuse_unread
 from lowbit.text import parse_mixture
@@ -105,7 +105,7 @@ def quantize(
 
     After a LowbitError `output` does not exist, or is still the earlier one, and a model in memory is as it was.
     """
-    given, text = _text_in_memory(settings)
+    (given, text), meter = _text_in_memory(settings), Meter()
     if isinstance(model, str | Path):
         if tokenizer is not None or in_place:
             raise UsageError(f"{'in_place' if in_place else 'tokenizer'} is for a model in memory, and {model} is none",
@@ -114,7 +114,8 @@ def quantize(
             raise UsageError("no output was named", "give quantize(model, output): a folder, or NAME.gguf")
         chosen = make_settings(recipe, **given)
         request = Request(model, chosen, options or OpenOptions(), threads, progress, text=text)
-        return _quantize(request, Path(output), overwrite, run)
+        prepared = _prepared(request, Path(output), overwrite, run)
+        return write_prepared(prepared, Path(output), overwrite, progress, meter, run)
     if output is None and in_place is False:
         raise UsageError("neither an output nor the model may be written to", "name an output, or leave in_place out")
     chosen = make_settings(recipe, **given)
@@ -147,10 +148,13 @@ def _quantize_in_memory(
 ) -> Quantized:
     """Write the output, or a temporary one, and then copy its weights into the model if that is asked for."""
     assert not isinstance(request.model, str | Path)
+    meter = Meter()
     temporary = None if output is not None else Path(tempfile.mkdtemp(prefix="lowbit-quantized-"))
     try:
-        place = Path(output or "") if temporary is None else temporary / f"model{_suffix(request.settings)}"
-        done = _quantize(request, place, overwrite, run)
+        suffix = output_format(request.settings).suffix or ""
+        place = Path(output or "") if temporary is None else temporary / f"model{suffix}"
+        prepared = _prepared(request, place, overwrite, run)
+        done = write_prepared(prepared, place, overwrite, request.progress, meter, run)
         if in_place:
             model = cast("ModelInMemory", request.model).model
             load("lowbit.architecture.in_memory:put_back")(model, open_checkpoint(done.path), request.options)
@@ -167,9 +171,9 @@ def _quantize_in_memory(
     return done
 
 
-def _quantize(request: Request, output: Path, overwrite: bool, run: RunOptions | None) -> Quantized:
-    """Refuse what can be refused at once, plan, and write."""
-    meter, chosen = Meter(), request.settings
+def _prepared(request: Request, output: Path, overwrite: bool, run: RunOptions | None) -> Prepared:
+    """Refuse what can be refused at once, and plan."""
+    chosen = request.settings
     refuse_unread(chosen, run, Facts(gguf=chosen.writes_gguf(output), in_order=request.text is not None))
     refuse_other_name(output, chosen)
     refuse_claimed(output)  # before an importance matrix is measured
@@ -179,7 +183,7 @@ def _quantize(request: Request, output: Path, overwrite: bool, run: RunOptions |
         beside = [report_path(output), report_path(output, HTML_NAME)]
         beside += [output.with_name("Modelfile")] if chosen.modelfile else []
         refuse_existing_files(output, [output, *beside], overwrite)
-    return write_prepared(prepare(request, output), output, overwrite, request.progress, meter, run)
+    return prepare(request, output)
 
 
 def _text_in_memory(settings: dict[str, Any]) -> tuple[dict[str, Any], GivenText | None]:
@@ -191,10 +195,6 @@ def _text_in_memory(settings: dict[str, Any]) -> tuple[dict[str, Any], GivenText
         return settings | {"calib": str(calib)}, None
     text: GivenText = load("lowbit.text.given:GivenText")(calib)
     return settings | {"calib": text.name}, text
-
-
-def _suffix(settings: Settings) -> str:
-    return output_format(settings).suffix or ""
 
 
 def convert(
@@ -295,7 +295,7 @@ def write_prepared(
                 raise VerificationError(
                     f"{output}: {plan.scheme_name} of {plan.format.name} cannot hold the source's weights: {lost[0]}"
                     f"{f'; and {len(lost) - 1} more such tensors' if len(lost) > 1 else ''}",
-                    f"{keeping(prepared, lost[0].partition(':')[0])} keeps it in 16 bits; or repair it. The output was "
+                    f"{plan.keeping(lost[0].partition(':')[0])} keeps it in 16 bits; or repair it. The output was "
                     f"removed",
                 )
             raise VerificationError(

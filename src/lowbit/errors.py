@@ -6,12 +6,29 @@ exception is a bug of lowbit and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 _LONGEST_VALUE = 60  # characters
+_LONGEST_NAME = 80
 
 
 def brief(value: str) -> str:
     """A value as a message shows it, cut where it is long."""
     return value if len(value) <= _LONGEST_VALUE else value[: _LONGEST_VALUE - 1] + "…"
+
+
+def brief_name(name: object) -> str:
+    """A name that a file states, as a message shows it: quoted, control characters as their codes, cut where it is
+    long."""
+    text = repr(name)
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 3] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1, cutoff: float = 0.6) -> str:
+    """A hint with the names nearest to one that does not exist, at most `count`; `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, list(known), count, cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 class LowbitError(Exception):

@@ -10,12 +10,11 @@ attributes, never a name. A new method is a module and a row.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.registry import load
 
 # The hint where a model cannot be run, or not in this memory. A level of quality stands for a method that runs a text.
@@ -195,9 +194,8 @@ def parse_method(text: str) -> Method:
         row = _BY_NAME.get(part.strip())
         if row is None:
             known = [*TRANSFORMS, *ROUNDINGS, *FINISHES]
-            near = difflib.get_close_matches(part.strip(), known, n=2)
-            raise UsageError(f"there is no method {part.strip()!r}", f"did you mean {' or '.join(near)}?" if near else
-                             f"choose from {', '.join(known)}, joined by +")  # fmt: skip
+            hint = did_you_mean(part.strip(), known, f"choose from {', '.join(known)}, joined by +", 2)
+            raise UsageError(f"there is no method {part.strip()!r}", hint)
         if row in transforms or row in roundings or (isinstance(row, Transform) and roundings):
             raise UsageError(f"method {text!r}: {row.name} appears twice, or after a rounding",
                              "transforms come first: smoothquant+gptq")  # fmt: skip

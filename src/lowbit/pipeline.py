@@ -312,8 +312,7 @@ class _Run:
             raise NonFiniteError(
                 f"{self._file_of(tensor)}: tensor {tensor.name} holds {values[row, column].item():.6g} at "
                 f"[{first + row}, {column}], which is beyond the range of {tensor.stored_as}",
-                f"store it in 16 bits: --override '{tensor.name}=BF16' in a GGUF file, else --ignore "
-                f"'{tensor.name.removesuffix('.weight')}'",
+                f"store it in 16 bits: {self.plan.keeping(tensor.name)}",
             )
         return squared_error_in_double(values, decoded)
 

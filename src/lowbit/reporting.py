@@ -316,24 +316,11 @@ def extremes_of(prepared: Prepared, written: Written) -> list[str]:
     return [f"{name}: {note}" for name, note in found]
 
 
-def keeping(prepared: Prepared, name: str) -> str:
-    """The options that keep a tensor as it is; in a folder with those that engines load as one matrix with it."""
-    if prepared.plan.format.name == "gguf":
-        return f"--override '{name}=BF16'"
-    linear, architecture = name.removesuffix(".weight"), prepared.plan.architecture
-    sets = {} if architecture is None else architecture.fused_sets | architecture.expert_sets
-    for whole, members in sets.items():
-        if linear in members:
-            together = all(member.startswith(f"{whole}.") for member in members)
-            return " ".join(f"--ignore '{each}'" for each in ([f"{whole}."] if together else members))
-    return f"--ignore '{linear}'"
-
-
 def _extreme_notes(prepared: Prepared, written: Written) -> tuple[str, ...]:
     """The first few, each with what keeps such a tensor as it is, and how many more there are."""
     found, notes = extremes_of(prepared, written), []
     for note in found[:_EXTREMES]:
-        keep = keeping(prepared, note.partition(":")[0])
+        keep = prepared.plan.keeping(note.partition(":")[0])
         notes.append(f"{note}; {keep} of quantize keeps it in 16 bits" if tells_of_loss(note) else note)
     if len(found) > _EXTREMES:
         notes.append(f"{len(found) - _EXTREMES} more notes of this kind stand with their tensors in the report")

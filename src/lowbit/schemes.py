@@ -7,12 +7,11 @@ new row. Any scheme combines with any of `KV_CACHE_SCHEMES`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.tensors import Granularity
 
 if TYPE_CHECKING:
@@ -318,8 +317,7 @@ def find_scheme(name: str) -> Scheme:
         return scheme
     if is_gguf_name(name):
         raise UsageError(f"{name.upper()} is a type of GGUF files only", "write one: -o NAME.gguf")
-    near = difflib.get_close_matches(name.upper(), {**SCHEMES, **dict.fromkeys(gguf_names())}, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(SCHEMES)}"
+    hint = did_you_mean(name.upper(), (*SCHEMES, *gguf_names()), f"choose one of {', '.join(SCHEMES)}", 3, 0.5)
     raise UsageError(f"there is no scheme {name!r}", hint)
 
 

@@ -55,5 +55,11 @@ def near(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     return meant or [spelled[each] for each in difflib.get_close_matches(_plain(name), spelled, n=count)]
 
 
+def meant_option(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`errors.did_you_mean` for names of options, by meaning first."""
+    meant = near(name, known)
+    return f"did you mean {' or '.join(meant)}?" if meant else otherwise
+
+
 def _plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_").lower()

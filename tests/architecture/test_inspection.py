@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.architecture import discover_once, open_described
-from lowbit.architecture.prefixes import find_renaming
+from lowbit.architecture.view import find_renaming
 from lowbit.checkpoint import OpenOptions
 from lowbit.errors import CheckpointError
 from models import config_of, make_model

@@ -8,9 +8,8 @@ import re
 import pytest
 from chat_servers import chatting, prompt_of
 
-from lowbit.blind.judge import combine, judge, read_verdict
 from lowbit.blind.result import AnswerPair, Judged, judge_sentence, sign_test
-from lowbit.blind.run import compare_blind
+from lowbit.blind.run import ask_judge, combine, compare_blind, read_verdict
 from lowbit.errors import EngineFailure
 from lowbit.tasks.endpoint import Endpoint
 
@@ -88,7 +87,7 @@ def opinion(body):
 
 def test_every_pair_that_differs_is_judged_on_both_sides():
     with chatting(opinion, ("critic",)) as (url, asked):
-        found, forget = judge(PAIRS, Endpoint(url))
+        found, forget = ask_judge(PAIRS, Endpoint(url))
         forget()
     assert found.verdicts == ("a", "b", "flip", "unreadable", None, "tie")
     assert len(asked) == 2 * 5
@@ -101,7 +100,7 @@ def test_every_pair_that_differs_is_judged_on_both_sides():
 
 def test_a_judge_that_never_answers_in_the_form_says_nothing_of_the_models():
     with chatting(lambda body: "Both are nice.") as (url, _):
-        found, _ = judge(PAIRS, Endpoint(url))
+        found, _ = ask_judge(PAIRS, Endpoint(url))
     assert found.count("unreadable") == 5
     assert found.share_of_flips is None
     assert judge_sentence(found, "A", "B") == "no verdict of the judge can be read, so nothing is said of the models"
@@ -124,10 +123,10 @@ def test_a_judging_goes_on_where_a_dying_judge_stopped_it():
 
     with chatting(say) as (url, asked):
         with pytest.raises(EngineFailure, match="answers 503"):
-            judge(PAIRS, Endpoint(url))
+            ask_judge(PAIRS, Endpoint(url))
         broken.clear()
         before = len(asked)
-        found, _ = judge(PAIRS, Endpoint(url))
+        found, _ = ask_judge(PAIRS, Endpoint(url))
     assert len(asked) - before == 6
     assert found.verdicts == ("a", "b", "flip", "unreadable", None, "tie")
     assert found.notes == ("4 replies of the judge are from a run that was stopped",)

@@ -46,6 +46,13 @@ def whole(model, text, tmp_path_factory):
     return files_of(out)
 
 
+@pytest.fixture(scope="module")
+def whole_gptq(model, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole-gptq") / "out"
+    calibrated(model, out, text, "gptq")
+    return files_of(out)
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("states_every", [0.0, 1e9], ids=["with states", "without states"])
 @pytest.mark.parametrize("stop_at", range(BLOCKS))
@@ -175,11 +182,10 @@ def _swap(path):
     ],
 )
 def test_damaged_files_of_the_store_are_done_again(
-    model, text, tmp_path, monkeypatch, caplog, damage, which, again_from
+    model, text, whole_gptq, tmp_path, monkeypatch, caplog, damage, which, again_from
 ):
     """Whatever became of a file, the output is that of an undisturbed run."""
     store = stopped_after(3, model, tmp_path / "out", text, monkeypatch, method="gptq")
-    calibrated(model, tmp_path / "whole", text, "gptq")
     damage(store / which)
     finished, save = [], BlockStore.save
     monkeypatch.setattr(
@@ -188,7 +194,7 @@ def test_damaged_files_of_the_store_are_done_again(
     calibrated(model, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
     assert finished == list(range(again_from, BLOCKS))
     assert which.startswith("block-") or "damaged" in caplog.text or which == "blocks.json"
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == whole_gptq
     assert not store.exists()
 
 

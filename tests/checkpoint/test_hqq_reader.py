@@ -17,7 +17,7 @@ import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError
-from lowbit.numerics.float_zero_grid import FloatZeroGrid
+from lowbit.numerics.scalar_grids import FloatZeroGrid
 from lowbit.tensors import GroupParams, RangeSearch
 from models import make_model
 

@@ -13,7 +13,7 @@ from lowbit.architecture.describing import open_described
 from lowbit.architecture.loading import load_model
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.store import BlockStore
-from lowbit.calibrate.stream import RotationJob
+from lowbit.calibrate.task import RotationJob
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.distillation import rotations as learning

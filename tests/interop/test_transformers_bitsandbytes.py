@@ -241,6 +241,7 @@ def test_inputs_of_int8_linears_are_rounded_as_bitsandbytes_rounds_them(written)
     x[2, 7], x[5, 100] = 30.0, -8.0
     state = bnb.MatmulLtState()
     state.CB, state.SCB = codes[f"{FIRST}.weight"], codes[f"{FIRST}.SCB"]
+    assert checkpoint.int8_threshold is not None
     state.has_fp16_weights, state.threshold, state.is_training = False, checkpoint.int8_threshold, False
     expected = bnb.matmul(x.half(), state.CB, state=state).float()
     found = quantize_llm_int8(x.half().float(), checkpoint.int8_threshold) @ checkpoint.read(f"{FIRST}.weight").t()

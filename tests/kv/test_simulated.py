@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfi
 from transformers.cache_utils import DynamicCache
 
 from lowbit.errors import ArchitectureError, ShapeError, UsageError
-from lowbit.kv.attention import TwoVersions, windowed_attention
 from lowbit.kv.calibrated import k_means, measure_facts
-from lowbit.kv.simulated import quantized_layers, simulated_cache
+from lowbit.kv.simulated import TwoVersions, quantized_layers, simulated_cache, windowed_attention
 from lowbit.kv.types import CACHE_TYPES, Window, find_cache_type, find_cache_types
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

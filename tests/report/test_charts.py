@@ -24,9 +24,8 @@ from lowbit.report.heatmap import (
     heat_map,
     sensitivity,
 )
-from lowbit.report.histogram import bins_of, outline, weights_figure
 from lowbit.report.page import render_html
-from lowbit.report.plot import error_plot
+from lowbit.report.plot import bins_of, error_plot, outline, weights_figure
 from lowbit.report.summary import LEVELS, quality_limits, quality_words
 from lowbit.rounding.histogram import BINS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.calibrate.linear import outlier_columns, outlier_note
 from lowbit.numerics import grid_for
-from lowbit.rounding.outliers import outlier_columns, outlier_note
 from lowbit.rounding.target import GridTarget
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import LayerStats, RangeSearch

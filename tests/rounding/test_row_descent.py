@@ -15,7 +15,7 @@ from lowbit.rounding.descent import ANEW, RefineOptions, refine
 from lowbit.rounding.gptq import GPTQOptions, gptq
 from lowbit.rounding.hessian import InputData, prepared
 from lowbit.rounding.row_descent import RowDescent, joined_rows
-from lowbit.rounding.row_feedback import DAMPING, SHRINKAGE
+from lowbit.rounding.row_feedback import DAMPING, SHRINKAGE, damped
 from lowbit.rounding.target import GgmlTarget
 from rounding.gptq_cases import problem, target_of
 from rounding.test_row_feedback import curvature
@@ -39,7 +39,7 @@ def test_no_sweep_raises_the_error_of_the_whole_weight(monkeypatch, rows_of_a_st
     data, target = InputData(stats), target_of("W2A16", weight, 16)
     start = gptq(weight, target, data, GPTQOptions(correction=0.0, shrinkage=0.0))
     inputs = data.hessian(EXACT.damping).curvature()
-    descent, errors = RowDescent(start.stored, target, slice(0, 12), weight, g, inputs), []
+    descent, errors = RowDescent(start.stored, target, slice(0, 12), weight, damped(g), inputs), []
     for _ in range(4):
         rounded = joined_rows([descent])
         errors.append(whole(weight, rounded.decoded, g, data))
@@ -61,7 +61,7 @@ def test_a_step_heads_for_the_best_errors_of_its_rows(monkeypatch):
             super().__init__(held, wanted, inputs, block)
 
     monkeypatch.setattr(row_descent, "Descent", Noted)
-    descent = RowDescent(target.nearest(weight).stored, target, slice(0, 12), weight, g,
+    descent = RowDescent(target.nearest(weight).stored, target, slice(0, 12), weight, damped(g),
                          data.hessian(EXACT.damping).curvature())  # fmt: skip
     errors, rows = descent.errors.clone(), descent.places[0]
     assert rows.tolist() == [0, 8], "far apart"

@@ -7,35 +7,53 @@
     score.py            one number from all of it, by goal and workload
 
 No rule ties a scheme to a device: the order follows from the tables.
+
+The command line that writes the checkpoint; `Engine.serve_line` gives the one that serves it.
+
+What `lowbit verify` would refuse, found before anything is written: such a scheme is not advised.
+
+The files of a plan are made without their weights: config.json, the format's own JSON files, and a safetensors file
+that is all header. The engine's rules about its kernels and loaders (`Rule.limit`) need no more, so the same functions
+judge the plan and, later, the files: model dtype, bits, group sizes, shapes, formats without a loader, models whose
+class refuses a format; and for several cards, whether every layer splits at whole groups.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from lowbit.advice.commands import output_name, quantize_line, quantize_settings
 from lowbit.advice.measured import MeasuredSpeed, measured_here
 from lowbit.advice.quality import Expectation, expected, fp8_cache_loss
-from lowbit.advice.refused import why_refused
 from lowbit.advice.result import Advice, Memory, Option, reason_for
 from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
 from lowbit.advice.score import Goal, Ratios, Workload, find_goal, find_workload, score
 from lowbit.architecture.shape import ModelShape, shape_of
 from lowbit.checkpoint.base import OpenOptions
+from lowbit.checkpoint.remote import folder_for_copies, safetensors_without_weights
+from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.engines import Engine, engine_for, find_engine
-from lowbit.engines.engine import SIXTEEN, Support
+from lowbit.engines.engine import DOUBLE_QUANT, SIXTEEN, Support
+from lowbit.engines.servers import split_problem
 from lowbit.errors import ArchitectureError, FormatError, LowbitError, UsageError
 from lowbit.estimation.footprint import Footprint, active_weights, footprint
 from lowbit.estimation.serving import ADAPTER_RANK, Deployment, deploy, training_bytes
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
 from lowbit.hardware.table import PRICE_SOURCE, PRICES
+from lowbit.knobs import Facts, command_line
+from lowbit.plan.folder import FolderPlan
+from lowbit.plan.plan import Prepared
 from lowbit.registry import FORMATS
-from lowbit.settings import make_settings
+from lowbit.schemes import is_gguf_name
+from lowbit.settings import MEASURE, Settings, facts_of, make_settings
+from lowbit.verification import rules
+from lowbit.verification.result import PLAIN, shortened
+from lowbit.verification.subject import Subject
 
 DEFAULT_CONTEXT = 2048
 _SMALL_MODEL = 4.0  # billions of weights, below which figures of 8B models are too kind
@@ -332,3 +350,87 @@ def _notes(asked: _Question) -> tuple[str, ...]:
     if asked.device.note:
         notes.append(f"{asked.device.label}: {asked.device.note}")
     return tuple(notes)
+
+
+PLACEHOLDER = "MODEL"
+# Types whose expected quality (`lowbit.advice.quality`) was measured without an importance matrix.
+_WITHOUT_IMATRIX = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_0")
+
+
+def quantize_settings(scheme: str, how: Support, fp8_cache: bool, longest: int | None = None) -> dict[str, Any]:
+    """The keyword arguments of `lowbit.quantize` for an option, without defaults.
+
+    longest  context of the model in tokens, the limit of calibration windows
+    """
+    settings = _what(scheme, how, fp8_cache)
+    facts = facts_of(make_settings(None, **settings), Facts(gguf=is_gguf_name(scheme)))
+    reads_text = facts.reads_text or facts.measures
+    if reads_text and longest is not None and longest < Settings().seqlen:
+        settings["seqlen"] = longest
+    return settings
+
+
+def _what(scheme: str, how: Support, fp8_cache: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"scheme": scheme}
+    if is_gguf_name(scheme):
+        if scheme not in _WITHOUT_IMATRIX:
+            settings["imatrix"] = MEASURE
+        return settings
+    if how.method != "rtn":
+        settings["method"] = how.method
+    if how.format not in ("compressed-tensors", "bitsandbytes"):
+        settings["format"] = how.format
+    if scheme in DOUBLE_QUANT:
+        settings["double_quant"] = True
+    if fp8_cache:
+        settings["kv_cache"] = "fp8"
+    return settings
+
+
+def output_name(model: str | None, scheme: str, fp8_cache: bool = False) -> str:
+    """Name of the output in the current folder: "Llama-3.1-8B-W4A16", "….gguf"."""
+    stem = PLACEHOLDER.lower() if model is None else PurePath(model.removeprefix("demo:")).name.removesuffix(".gguf")
+    return f"{stem}-{scheme}{'-fp8-cache' if fp8_cache else ''}{'.gguf' if is_gguf_name(scheme) else ''}"
+
+
+def quantize_line(model: str | None, output: str, settings: dict[str, Any]) -> str:
+    """ "lowbit quantize MODEL -o OUT --scheme …" of those settings."""
+    return command_line("quantize", model or PLACEHOLDER, output, settings)
+
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+
+
+def why_refused(prepared: Prepared, engine: Engine, options: OpenOptions, ranks: int = 1) -> str | None:
+    """Why an engine would not load the files of a plan; None where no rule speaks against them, and for GGUF files.
+
+    ranks  cards that divide every matrix among them
+    """
+    plan = prepared.plan
+    if not isinstance(plan, FolderPlan):
+        return None
+    with folder_for_copies("planned") as folder:
+        for name, content in plan.json_files(prepared.checkpoint).items():
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        tensors = {tensor.name: (_NAMES[tensor.dtype], tensor.shape) for tensor in plan.stored}
+        safetensors_without_weights(folder / "model.safetensors", tensors)
+        subject = Subject(folder=folder, engine=engine.name, options=options)
+        try:
+            return _first_problem(subject, engine, ranks)
+        finally:
+            subject.close()
+
+
+def _first_problem(subject: Subject, engine: Engine, ranks: int) -> str | None:
+    if subject.format == PLAIN:
+        return None
+    for rule in rules(engine.name, subject.format):
+        if rule.limit:
+            try:
+                problems = rule.check(subject).problems
+            except LowbitError as error:
+                problems = [str(error)]
+            if problems:
+                return f"{engine.label} would refuse it ({rule.name}): {shortened(problems[:1])}"
+    problem = None if ranks == 1 else split_problem(subject, ranks)
+    return None if problem is None else f"it does not split among {ranks} cards: {problem}"

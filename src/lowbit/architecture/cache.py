@@ -25,7 +25,7 @@ from lowbit.checkpoint.base import cache_root
 from lowbit.version import __version__, version_of
 
 # Files that the result depends on.
-_SOURCES = ("families.py", "feeding.py", "fused_sets.py", "roles.py", "structure.py", "building.py", "trace.py",
+_SOURCES = ("families.py", "feeding.py", "roles.py", "structure.py", "building.py", "trace.py",
             "perturb.py", "conversions.py", "blocks.py", "disk_layout.py", "quantized_loading.py", "discover.py",
             "cache.py")  # fmt: skip
 

@@ -28,10 +28,9 @@ from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.disk_layout import disk_layout, saved_names
 from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
-from lowbit.architecture.fused_sets import fused_names
 from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
 from lowbit.architecture.quantized_loading import cut_weights, initialization_reads, replaced_experts
-from lowbit.architecture.roles import ROUTER, input_name, role_of, why_kept
+from lowbit.architecture.roles import ROUTER, fused_names, input_name, role_of, why_kept
 from lowbit.architecture.structure import Architecture, Linear, Part, Placement
 from lowbit.architecture.trace import BlockTrace, is_experts, is_linear, trace_blocks
 from lowbit.errors import ArchitectureError

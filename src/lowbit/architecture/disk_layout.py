@@ -66,7 +66,7 @@ def _renamed(model: PreTrainedModel, layout: dict[str, Placement]) -> dict[str, 
     holders = Counter(part.name for placed in layout.values() for part in placed.parts)
     apart = {
         name for name, placed in layout.items()
-        if path_in_block(name, blocks) is not None and placed.parts
+        if _path_in_block(name, blocks) is not None and placed.parts
         and all(part.per_expert and holders[part.name] == 1 for part in placed.parts)
     }  # fmt: skip
     if not any(
@@ -205,7 +205,7 @@ def _finds_again(chosen: list[Any], rules: list[Any], names: list[str]) -> bool:
     return all(apply_renamings(apply_renamings(name, back), forth) == name for name in plain)
 
 
-def path_in_block(name: str, blocks: str) -> tuple[int, str] | None:
+def _path_in_block(name: str, blocks: str) -> tuple[int, str] | None:
     """(index of the block, path in it) of a stored name; None outside the decoder blocks."""
     if not name.startswith(blocks + "."):
         return None

@@ -25,9 +25,8 @@ import torch
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.merged import Change, MergedCheckpoint, Update
-from lowbit.architecture.prefixes import find_renaming
 from lowbit.architecture.structure import Architecture
-from lowbit.architecture.view import canonical_sources, canonical_view, holds_single_experts
+from lowbit.architecture.view import canonical_sources, canonical_view, find_renaming, holds_single_experts
 from lowbit.checkpoint.adapter import Adapter, LowRank, open_adapter
 from lowbit.checkpoint.base import Checkpoint, OpenOptions, TensorInfo, refuse_remote_code
 from lowbit.checkpoint.companions import adapter_beside, adapter_kind, gather_companions, passed_over

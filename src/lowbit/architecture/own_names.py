@@ -108,7 +108,7 @@ class _OwnNames(Checkpoint):
             self.tensors[name] = replace(info, name=name, shape=joined.shape, nbytes=nbytes)
 
     @property
-    def folder(self) -> Path:  # type: ignore[override]
+    def folder(self) -> Path:
         return self.stored.folder
 
     @property

@@ -2,11 +2,18 @@
 
 A role is the field's short name of what a linear does (q_proj, down_proj). It is for reports and for rules about
 attention; nothing that changes a number depends on it: what a linear reads and what feeds it is found by running it.
+
+The matrices that engines fuse into one: all members must have one scheme.
+
+One row per set, with the file of vLLM 0.32 that stacks it (`packed_modules_mapping`, `stacked_params_mapping`; SGLang's
+files do the same). A set holds where all members lie in one module and read one input. Where some engine loads the
+members apart, a common scheme costs nothing; where one fuses them and schemes differ, it loads nonsense.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # last part of a linear's name → role; other names are their own role
 _ROLES = {
@@ -79,3 +86,27 @@ def input_name(path: str, role: str, taken: set[str]) -> str:
     if role == "down_proj" and path.count(".") > 1:
         name = f"{path.rpartition('.')[0]}.hidden"
     return name if name is not None and name not in taken else f"{path}.input"
+
+
+# (members, name of the fused matrix, where)
+FUSED_SETS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "qkv_proj", "models/llama.py, LlamaForCausalLM.packed_modules_mapping"),
+    (("gate_proj", "up_proj"), "gate_up_proj", "models/llama.py, LlamaForCausalLM.packed_modules_mapping"),
+    (("w1", "w3"), "gate_up_proj", "models/mixtral.py, get_expert_mapping; models/internlm2.py"),
+    (("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj", "models/deepseek_v2.py, load_weights"),
+    (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz", "models/qwen3_5.py, packed_modules_mapping"),
+    (("in_proj_b", "in_proj_a"), "in_proj_ba", "models/qwen3_5.py, packed_modules_mapping"),
+    (("wq", "wk", "wv"), "qkv_proj", "models/chatglm.py and relatives"),
+    (("query", "key", "value"), "qkv_proj", "models/bert.py, stacked_params_mapping"),
+)
+
+
+def fused_names(leaves: Iterable[str]) -> dict[str, str]:
+    """Member → name of its fused matrix, for linears of one module that read one input."""
+    present = set(leaves)
+    found: dict[str, str] = {}
+    for members, name, _ in FUSED_SETS:
+        there = [leaf for leaf in members if leaf in present]
+        if len(there) > 1:
+            found.update(dict.fromkeys(there, name))
+    return found

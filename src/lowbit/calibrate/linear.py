@@ -2,11 +2,19 @@
 
 A linear that cannot be rounded as asked (too few tokens reached its expert, its input has no statistics) is rounded to
 nearest, and its result says so.
+
+Outlier columns of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+
+    y = x[:, O] · W[:, O]ᵀ  in 16 bits   +   int8(x[:, R]) · int8(W[:, R])ᵀ          O: max |x| ≥ 6,  R: the others
+
+A few input channels carry values far above the rest. One of them sets the step of all int8 values of a token, so
+bitsandbytes' INT8 multiplies those columns in 16 bits, and chooses them for every batch at run time. Nothing is stored;
+this module reports how many channels it affects.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +26,8 @@ from lowbit.registry import load
 from lowbit.rounding.error import squared_error_of
 from lowbit.rounding.extremes import find_extreme
 from lowbit.rounding.hessian import InputData
-from lowbit.rounding.outliers import outlier_note
 from lowbit.rounding.target import Rounded, Stored, Target, nearest
+from lowbit.tensors import LayerStats
 
 _ERROR_ROWS = 128  # sampled for the layer errors of the report
 LayerErrors = tuple[float | None, float | None]  # (layer_error, nearest_error) of `LinearResult`
@@ -113,3 +121,31 @@ def _layer_errors(weight: Tensor, decoded: Tensor, target: Target, data: InputDa
     if energy <= 0:
         return 0.0, 0.0
     return error / energy, by_nearest / energy
+
+
+THRESHOLD = 6.0
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """columns  int64, ascending; share of the K columns; energy: the share of Σ x² that they carry"""
+
+    columns: Tensor
+    share: float
+    energy: float
+
+
+def outlier_columns(stats: LayerStats, threshold: float = THRESHOLD) -> Outliers:
+    """The input channels whose |x| reached the threshold in calibration."""
+    columns = (stats.absmax >= threshold).nonzero()[:, 0]
+    energy, total = stats.mean_sq[columns].sum(dtype=torch.float64), stats.mean_sq.sum(dtype=torch.float64)
+    return Outliers(columns, len(columns) / max(1, len(stats.absmax)), (energy / total).item() if total > 0 else 0.0)
+
+
+def outlier_note(stats: LayerStats) -> str:
+    """How much of an input LLM.int8() would keep in 16 bits, for the report."""
+    outliers = outlier_columns(stats)
+    return (
+        f"{len(outliers.columns)} of {len(stats.absmax)} input channels reach {THRESHOLD:g}, with "
+        f"{100 * outliers.energy:.1f} % of their squares; bitsandbytes multiplies those in 16 bits"
+    )

@@ -41,9 +41,8 @@ from lowbit.calibrate.one_block import CalibratedBlock, Job, Work
 from lowbit.calibrate.passes import Streams
 from lowbit.calibrate.stages import count_stages
 from lowbit.calibrate.store import BlockStore, LinearResult
-from lowbit.calibrate.stream import RotationJob, outside_blocks, stream_rotations
 from lowbit.calibrate.summary import coverage_notes
-from lowbit.calibrate.task import CalibrationTask
+from lowbit.calibrate.task import CalibrationTask, RotationJob, outside_blocks, stream_rotations
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.companions import has_tokenizer

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, brief_name
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**63 - 1
@@ -46,7 +46,7 @@ def read_header(file: MappedFile) -> tuple[list[HeaderEntry], dict[str, str]]:
     data_start, header = _parse_json(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file.path}: __metadata__ must map strings to strings, found {_brief(metadata)}")
+        raise CheckpointError(f"{file.path}: __metadata__ must map strings to strings, found {brief_name(metadata)}")
     tensors = [_parse_tensor(file, data_start, name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_coverage(file, data_start, tensors)
@@ -106,16 +106,16 @@ def _non_negative(digits: str) -> int:
 
 
 def _parse_tensor(file: MappedFile, data_start: int, name: str, entry: Any) -> HeaderEntry:
-    where = f"{file.path}: tensor {_brief(name)}"
+    where = f"{file.path}: tensor {brief_name(name)}"
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: dtype, shape and data_offsets are needed, found {_brief(entry)}")
+        raise CheckpointError(f"{where}: dtype, shape and data_offsets are needed, found {brief_name(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise CheckpointError(f"{where}: unknown dtype {_brief(dtype)}; known are {', '.join(ITEM_SIZE)}")
+        raise CheckpointError(f"{where}: unknown dtype {brief_name(dtype)}; known are {', '.join(ITEM_SIZE)}")
     if not _is_size_list(shape):
-        raise CheckpointError(f"{where}: shape must be a list of non-negative integers, found {_brief(shape)}")
+        raise CheckpointError(f"{where}: shape must be a list of non-negative integers, found {brief_name(shape)}")
     if not _is_size_list(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets must be two non-negative integers, found {_brief(offsets)}")
+        raise CheckpointError(f"{where}: data_offsets must be two non-negative integers, found {brief_name(offsets)}")
     begin, end = offsets
     if begin > end:
         raise CheckpointError(f"{where}: data_offsets begin at {begin}, after their end at {end}")
@@ -140,7 +140,7 @@ def _count_elements(where: str, shape: list[int]) -> int:
     for size in shape:
         elements *= max(size, 1)
         if elements > MAX_ELEMENTS:
-            raise CheckpointError(f"{where}: shape {_brief(shape)} overflows 64 bits")
+            raise CheckpointError(f"{where}: shape {brief_name(shape)} overflows 64 bits")
     return 0 if 0 in shape else elements
 
 
@@ -151,8 +151,8 @@ def _check_coverage(file: MappedFile, data_start: int, tensors: list[HeaderEntry
         if tensor.start != position:
             what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
             raise CheckpointError(
-                f"{file.path}: tensor {_brief(tensor.name)} {what}: it begins at byte {tensor.start - data_start} of "
-                f"the data, {position - data_start} was expected"
+                f"{file.path}: tensor {brief_name(tensor.name)} {what}: it begins at byte {tensor.start - data_start} "
+                f"of the data, {position - data_start} was expected"
             )
         position = tensor.stop
     if position != file.size:
@@ -160,8 +160,3 @@ def _check_coverage(file: MappedFile, data_start: int, tensors: list[HeaderEntry
             f"{file.path}: the tensors end at byte {position}, the file at {file.size}",
             "bytes that belong to no tensor are not allowed: download the file again",
         )
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -20,12 +20,13 @@ from pathlib import Path
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.engines import find_engine
 from lowbit.evaluation.cache_result import CacheEvaluation, context_label
+from lowbit.kv.types import OF_OUTPUT
 from lowbit.report.diagnosis import DiagnosisFinding, Suggestion
 
 MOST_CACHES = 3  # that are named one by one
 MOST_LAYERS = 0.25  # of the layers stay in 16 bits
 # Types that are the engine's FP8 with scales from the files.
-_WITH_SCALES = {"fp8_calibrated": "fp8", "fp8_per_head": "fp8"}
+_WITH_SCALES = {OF_OUTPUT[name]: "fp8" for name in ("fp8", "fp8_per_head")}
 
 
 def costly_caches(evidence: Evidence) -> Iterator[DiagnosisFinding]:

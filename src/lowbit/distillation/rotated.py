@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.calibrate.stream import RotationJob
+from lowbit.calibrate.task import RotationJob
 from lowbit.calibrate.tensors import StoredTensors
 from lowbit.distillation.inputs import round_inputs
 from lowbit.distillation.student import Changes, Kept, Student

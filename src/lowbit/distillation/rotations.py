@@ -29,7 +29,7 @@ from torch import Tensor
 from lowbit.architecture import Architecture
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.store import BlockStore
-from lowbit.calibrate.stream import RotationJob
+from lowbit.calibrate.task import RotationJob
 from lowbit.distillation.descent import EVALUATIONS, PASSES, Split, windows_per_step
 from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.memory import DistillMemory, distill_memory, distillation_dtype

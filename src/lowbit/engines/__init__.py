@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-
 from lowbit.engines.engine import Engine, Suits
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.hardware import Device
 from lowbit.registry import ENGINES, load
 
@@ -16,9 +14,8 @@ def find_engine(name: str) -> Engine:
     """The engine called `name`, case-insensitively; UsageError suggests the nearest."""
     place = ENGINES.get(name.lower())
     if place is None:
-        near = difflib.get_close_matches(name.lower(), ENGINES, n=2, cutoff=0.4) or list(ENGINES)
-        raise UsageError(f"there is no engine {name!r}", f"did you mean {' or '.join(near)}?" if len(near) < 3 else
-                         f"choose one of {', '.join(ENGINES)}")  # fmt: skip
+        hint = did_you_mean(name.lower(), ENGINES, f"choose one of {', '.join(ENGINES)}", 2, 0.4)
+        raise UsageError(f"there is no engine {name!r}", hint)
     return load(place)
 
 

@@ -21,6 +21,7 @@ from lowbit.estimation.serving import deploy, fit_of, gigabytes
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
 from lowbit.kv.losses import cache_loss
+from lowbit.kv.types import OF_OUTPUT
 from lowbit.plan.plan import Prepared
 from lowbit.registry import FORMATS
 from lowbit.schemes import KV_CACHE_SCHEMES
@@ -121,7 +122,7 @@ def estimate(
 def _cache_loss(kv_cache: str | None, engine: Engine, device: Device | None) -> tuple[str, ...]:
     """What a cache of this type costs, where it was measured; nothing of one in 16 bits."""
     name = (kv_cache or "auto").lower()
-    found = cache_loss("fp8_calibrated" if name == "fp8" else name)
+    found = cache_loss(OF_OUTPUT.get(name, name)) or cache_loss(name)
     on_cpu = device is not None and device.kind == "cpu" and name.startswith("fp8") and engine.memory.fp8_on_cpu
     more = (f"on this device more: {on_cpu}",) if on_cpu else ()
     return () if found is None else (f"loss by the cache in {name}, {found.says}", *more)

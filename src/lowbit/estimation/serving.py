@@ -18,23 +18,20 @@ Refused: other layer types (recurrent layers), and a cache type that the engine 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowbit.architecture.shape import ModelShape
 from lowbit.engines import Engine
-from lowbit.errors import ArchitectureError, UsageError
+from lowbit.errors import ArchitectureError, UsageError, did_you_mean
 from lowbit.estimation.footprint import matrices
 from lowbit.estimation.result import DeviceFit, Serving
-from lowbit.kv.types import CACHE_TYPES
+from lowbit.kv.types import CACHE_TYPES, OF_OUTPUT
 
 LONGEST = 1 << 24  # upper limit of tokens and sequences if the model has none
-# Names of `--kv-cache` that are no row of `lowbit.kv.CACHE_TYPES` → the row.
-_ROWS = {"fp8": "fp8_calibrated"}
 # Bits of one cached value of a head of 128, scales included; those of a layer or head are a few bytes in all.
 CACHE_BITS: dict[str, float] = {
-    name: CACHE_TYPES[_ROWS.get(name, name)].bits(128) for name in ("fp8", *CACHE_TYPES) if name != "fp8_calibrated"
+    name: CACHE_TYPES[OF_OUTPUT.get(name, name)].bits(128) for name in ("fp8", *CACHE_TYPES) if name != "fp8_calibrated"
 }
 _SPELLINGS = {"float16": "f16", "fp16": "f16", "bfloat16": "bf16", "float32": "f32", "fp32": "f32"}
 
@@ -110,13 +107,13 @@ def cache_bits(name: str, engine: Engine | None = None, head_dim: int = 128) -> 
     offered = ("auto", *CACHE_BITS) if engine is None else engine.memory.cache_types
     if spelled not in offered:
         known = spelled in CACHE_BITS
-        near = difflib.get_close_matches(spelled, offered, n=2) or offered
+        choice = f"choose one of {', '.join(offered)}"
         raise UsageError(
             f"{engine.name} keeps no KV cache in {name}" if engine is not None and known
             else f"there is no KV cache type {name!r}" + ("" if engine is None else f" in {engine.name}"),
-            f"choose one of {', '.join(offered)}" if known or len(near) > 2 else f"did you mean {' or '.join(near)}?",
+            choice if known else did_you_mean(spelled, offered, choice, 2),
         )  # fmt: skip
-    return 16.0 if spelled == "auto" else CACHE_TYPES[_ROWS.get(spelled, spelled)].bits(head_dim)
+    return 16.0 if spelled == "auto" else CACHE_TYPES[OF_OUTPUT.get(spelled, spelled)].bits(head_dim)
 
 
 def _layer(kind: str, shape: ModelShape, engine: Engine | None, memory: int | None) -> LayerCache:

@@ -9,11 +9,10 @@ Sources, read in 2026: vLLM 0.32 (CacheDType of vllm/config/cache.py), llama.cpp
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.kv.codecs import (
     Affine,
     BlockFloat4,
@@ -211,6 +210,8 @@ CACHE_TYPES: dict[str, CacheType] = {
     )
 }  # fmt: skip
 
+# --kv-cache of an output, whose scales are stored → the cache that an engine then has.
+OF_OUTPUT = {"fp8": "fp8_calibrated", "fp8_per_head": "fp8_per_head", "nvfp4": "nvfp4_calibrated"}
 # Other spellings, of engines and of settings.
 SPELLINGS = {"float16": "f16", "fp16": "f16", "bfloat16": "bf16", "float32": "f32", "fp32": "f32", "fp8": "fp8_e4m3"}
 PAIRED = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # llama.cpp's, for keys and values
@@ -225,8 +226,7 @@ def find_cache_type(name: str) -> CacheType:
         return CACHE_TYPES[spelled]
     if "/" in spelled or "=" in spelled:
         return _pair(spelled)
-    near = difflib.get_close_matches(spelled, CACHE_TYPES, n=3, cutoff=0.5)
-    raise UsageError(f"there is no cache type {name!r}", f"did you mean {' or '.join(near)}?" if near else DOCS)
+    raise UsageError(f"there is no cache type {name!r}", did_you_mean(spelled, CACHE_TYPES, DOCS, 3, 0.5))
 
 
 def find_cache_types(text: str) -> tuple[CacheType, ...]:

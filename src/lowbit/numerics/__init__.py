@@ -20,8 +20,7 @@ def grid_for(
     """
     from lowbit.kernels.tables import CODEBOOKS, MINIFLOATS
     from lowbit.numerics.fitted_grids import KMeansGrid, LogGrid
-    from lowbit.numerics.float_zero_grid import FloatZeroGrid
-    from lowbit.numerics.scalar_grids import CodebookGrid, IntGrid, MinifloatGrid
+    from lowbit.numerics.scalar_grids import CodebookGrid, FloatZeroGrid, IntGrid, MinifloatGrid
 
     scale_format = model_dtype if spec.scale_format == "model" else spec.scale_format
     if spec.number == "int":

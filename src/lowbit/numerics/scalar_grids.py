@@ -15,6 +15,12 @@
 A candidate range gives params, `error` judges them, the best of each group is kept. On a symmetric grid the candidates
 shrink both ends together; on an asymmetric one they then move the low end alone and the high end alone, from the best
 joint range. Ties keep the wider range. All-zero groups keep scale 1.
+
+Integers whose zero point is a float, between codes, as HQQ finds it: x ≈ (code − zero) · scale, codes 0 .. 2^b − 1.
+
+Decoding subtracts and multiplies in the dtype of the scales, rounding twice, as HQQ's own `Quantizer.dequantize` does:
+the float32 values that come out are those of a 16-bit model. Fitting covers the range of a group, which need not hold
+0; rounding is to the nearest code, ties to even. A group of equal weights gets the scale 1.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.kernels.tables import Codebook, MinifloatFormat
-from lowbit.numerics.scales import storable_scale
+from lowbit.numerics.scales import SCALE_DTYPES, storable_scale
 from lowbit.tensors import Grid, GroupParams, RangeSearch
 
 # Candidates are judged together up to so many weights: enough for one call to be worth it, few enough for caches.
@@ -307,3 +313,40 @@ def _percentile_range(weight: Tensor, group_size: int, percentile: float, symmet
         lows.append(low)
         highs.append(high)
     return torch.stack(lows, dim=1).reshape(rows, groups), torch.stack(highs, dim=1).reshape(rows, groups)
+
+
+@dataclass(frozen=True)
+class FloatZeroGrid(DecodedError, SearchedGrid):
+    """codes uint8. `GroupParams.zero_point` is float32. dtype: of the arithmetic, and of stored scales and zeros"""
+
+    bits: int
+    dtype: str = "bfloat16"
+    symmetric = False
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}_float_zero"
+
+    def params_from_range(self, low: Tensor, high: Tensor, global_scale: float | Tensor = 1.0) -> GroupParams:
+        scale = ((high - low) / ((1 << self.bits) - 1)).to(self._torch_dtype).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return GroupParams(scale, (-low / scale).to(self._torch_dtype).float())
+
+    def round(self, weight: Tensor, params: GroupParams, group_size: int) -> Tensor:
+        scale, zero = (_per_column(each, weight.shape[1], group_size) for each in (params.scale, params.zero_point))
+        return (weight.float() / scale + zero).round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: GroupParams, group_size: int) -> Tensor:
+        dtype, columns = self._torch_dtype, codes.shape[1]
+        scale, zero = (_per_column(each, columns, group_size).to(dtype) for each in (params.scale, params.zero_point))
+        return ((codes.to(dtype) - zero) * scale).float()
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        return SCALE_DTYPES[self.dtype]
+
+
+def _per_column(values: Tensor | None, columns: int, group_size: int) -> Tensor:
+    """[N, G] → [N, columns]"""
+    assert values is not None, "a grid with zero points"
+    return values.repeat_interleave(group_size, dim=1)[:, :columns]

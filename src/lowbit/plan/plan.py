@@ -230,6 +230,16 @@ class Plan(ABC):
         """The engine whose rules the output must pass."""
         return self.format.engine
 
+    def keeping(self, name: str) -> str:
+        """The options that keep a tensor as it is, with those that engines load as one matrix with it."""
+        linear, architecture = name.removesuffix(".weight"), self.architecture
+        sets = {} if architecture is None else architecture.fused_sets | architecture.expert_sets
+        for whole, members in sets.items():
+            if linear in members:
+                together = all(member.startswith(f"{whole}.") for member in members)
+                return " ".join(f"--ignore '{each}'" for each in ([f"{whole}."] if together else members))
+        return f"--ignore '{linear}'"
+
     @property
     def quantized(self) -> list[PlannedTensor]:
         return [tensor for tensor in self.tensors if tensor.is_quantized]

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, median
 
-from lowbit.architecture.fused_sets import fused_names
+from lowbit.architecture.roles import fused_names
 from lowbit.errors import LowbitError
 from lowbit.knobs import Facts
 from lowbit.methods import parse_method

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowbit.report import chart, compared, details, heatmap, histogram, plot, summary, units
+from lowbit.report import chart, compared, details, heatmap, plot, summary, units
 from lowbit.report.caches import cache_rows
 from lowbit.report.compared import Comparison
 from lowbit.report.schema import Report
@@ -43,7 +43,7 @@ def render_html(report: Report) -> str:
         marks=chart.report_marks(report),
         samples=details.prompts([] if evaluation is None else [(summary.run_name(evaluation), evaluation.samples)]),
         maps=heatmap.error_maps(report.tensors),
-        weights=histogram.weights_figure(report.tensors, heatmap.recorded_inputs(report)),
+        weights=plot.weights_figure(report.tensors, heatmap.recorded_inputs(report)),
         strips=None if calibration is None else heatmap.activation_strips(calibration.inputs),
         plot_view=plot.error_plot(report.tensors),
     )
@@ -89,7 +89,7 @@ def environment() -> Environment:
         "places": lambda value, digits=2: f"{value:.{digits}f}",
         "engine": summary.engine_name,
         "run_name": summary.run_name,
-        "histogram_data": histogram.histogram_data,
+        "histogram_data": plot.histogram_data,
         "plus_minus": units.plus_minus,
         "number": units.number,
         "size": units.size,
@@ -101,7 +101,7 @@ def environment() -> Environment:
     }
     templates.globals |= {
         "summary": summary, "details": details, "chart": chart, "compared": compared, "heatmap": heatmap, "plot": plot,
-        "BINS": histogram.BINS,
+        "BINS": plot.BINS,
     }  # fmt: skip
     return templates
 

@@ -27,11 +27,11 @@ from lowbit.kernels import feedback
 from lowbit.kernels.tables import MinifloatFormat
 from lowbit.numerics.ggml.grid import IntLevels
 from lowbit.rounding.coordinate_descent import Descent
-from lowbit.rounding.gptq import SEARCH, STREAM_CORRECTION, GPTQOptions, gptq, share_corrected
+from lowbit.rounding.gptq import SEARCH, GPTQOptions, HessianOptions, gptq, share_corrected
 from lowbit.rounding.held import Held, HeldBlocks, hold, joined
-from lowbit.rounding.hessian import SHRINKAGE, Curvature, Factor, InputData
+from lowbit.rounding.hessian import Curvature, Factor, InputData
 from lowbit.rounding.row_descent import RowDescent, joined_rows
-from lowbit.rounding.row_feedback import parts_of
+from lowbit.rounding.row_feedback import damped, parts_of
 from lowbit.rounding.target import Rounded, ScaledBlocks, Stored, Target
 from lowbit.tensors import QuantizedTensor
 from lowbit.workers import run_all
@@ -44,7 +44,7 @@ _ROWS_PER_THREAD = 64  # at least
 
 
 @dataclass(frozen=True)
-class RefineOptions:
+class RefineOptions(HessianOptions):
     """
     damping     λ as a fraction of mean(diag H)
     shrinkage   ρ, the share by which every off-diagonal of H is taken back, 0 to 1
@@ -57,24 +57,10 @@ class RefineOptions:
     block       columns whose changes are spread over the others at once; affects only rounding errors and time
     """
 
-    damping: float = 0.01
-    shrinkage: float = SHRINKAGE
-    correction: float | None = None
-    stream: float = STREAM_CORRECTION
     sweeps: int = 4
     anew: bool = True
     reround: bool = True
     block: int = 128
-
-    @property
-    def needs_drift(self) -> bool:
-        """True if the unquantized model must run beside the quantized one."""
-        return self.correction != 0
-
-    @property
-    def needs_lost(self) -> bool:
-        """True if what the residual stream lost must be measured too."""
-        return self.needs_drift and self.stream > 0
 
     @classmethod
     def of(cls, settings: Settings) -> RefineOptions:
@@ -159,7 +145,8 @@ def _refine_together(
     wanted = hessian.corrected(weight, share_corrected(options.correction, True), options.stream)
     parts, notes = list[RowDescent](), ()
     for rows, outputs in zip(parts_of(len(weight)), data.rows, strict=True):
-        begun = [RowDescent(one, target, rows, wanted[rows], outputs, hessian.curvature()) for one in starts]
+        g = damped(outputs)
+        begun = [RowDescent(one, target, rows, wanted[rows], g, hessian.curvature()) for one in starts]
         unchanged = begun[0].error()
         for descent in begun:
             descent.sweep()
@@ -167,7 +154,7 @@ def _refine_together(
         for _ in range(options.sweeps - 1):
             best.sweep()
         if not best.error() < unchanged:
-            best = RowDescent(starts[0], target, rows, wanted[rows], outputs, hessian.curvature())
+            best = RowDescent(starts[0], target, rows, wanted[rows], g, hessian.curvature())
         elif best is not begun[0]:
             notes = (ANEW,)
         parts.append(best)

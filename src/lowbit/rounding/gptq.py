@@ -59,7 +59,27 @@ _ROWS_PER_THREAD = 64  # at least
 
 
 @dataclass(frozen=True)
-class GPTQOptions:
+class HessianOptions:
+    """What roundings by a Hessian share; the fields are told in `GPTQOptions`."""
+
+    damping: float = 0.01
+    shrinkage: float = SHRINKAGE
+    correction: float | None = None
+    stream: float = STREAM_CORRECTION
+
+    @property
+    def needs_drift(self) -> bool:
+        """True if the unquantized model must run beside the quantized one."""
+        return self.correction != 0
+
+    @property
+    def needs_lost(self) -> bool:
+        """True if what the residual stream lost must be measured too."""
+        return self.needs_drift and self.stream > 0
+
+
+@dataclass(frozen=True)
+class GPTQOptions(HessianOptions):
     """
     damping     λ as a fraction of mean(diag H); multiplied by ten, up to 1, while H has no Cholesky factor
     shrinkage   ρ, the share by which every off-diagonal of H is taken back (`hessian`), 0 to 1
@@ -78,26 +98,12 @@ class GPTQOptions:
     search      range search that replaces the target's own, which suits rounding to nearest
     """
 
-    damping: float = 0.01
-    shrinkage: float = SHRINKAGE
     act_order: bool = True
     scales: Literal["auto", "static", "compensated"] = "auto"
     weighting: Literal["diagonal", "cost", "none"] = "cost"
     block: int = 128
-    correction: float | None = None
-    stream: float = STREAM_CORRECTION
     refine: int = 1
     search: RangeSearch | None = None
-
-    @property
-    def needs_drift(self) -> bool:
-        """True if the unquantized model must run beside the quantized one."""
-        return self.correction != 0
-
-    @property
-    def needs_lost(self) -> bool:
-        """True if what the residual stream lost must be measured too."""
-        return self.needs_drift and self.stream > 0
 
     @classmethod
     def of(cls, settings: Settings) -> GPTQOptions:
@@ -128,14 +134,23 @@ def gptq(weight: Tensor, target: Target, data: InputData, options: GPTQOptions |
         groups = [(rows, groups[0][1]) for rows in parts_of(len(weight))]
     slabs: list[_Slab] = []
     order: list[Tensor] = []
-    for (rows, hessian), factor in zip(groups, factors or [None] * len(groups), strict=True):
-        found = _round_group(weight, rows, target, hessian, options, factor)
-        if found is None:
+    for (rows, hessian), rows_by in zip(groups, factors or [None] * len(groups), strict=True):
+        rounder = _row_rounder(weight.shape[1], target, hessian, options)
+        if rounder is None:
             note = "rounded to nearest: the Hessian has no inverse at any damping"
             return replace(target.nearest(weight, hessian.diagonal), notes=(note,), fell_back=True)
-        slabs += found
-        if factor is not None:
-            order.append(factor.order + rows.start)
+        factor, round_rows = rounder
+        shares = share_corrected(options.correction, rows_by is not None), options.stream
+        corrected = hessian.corrected(weight[rows], *shares, rows).index_select(1, factor.order)
+        threads = min(torch.get_num_threads(), len(corrected) // _ROWS_PER_THREAD) if target.rows_are_apart else 1
+        if rows_by is not None:  # one step after another
+            done = list(rounded_in_order(round_rows, corrected, rows_by))
+            order.append(rows_by.order + rows.start)
+        elif threads <= 1 or weight.device.type != "cpu":
+            done = [round_rows(corrected)]
+        else:
+            done = _in_threads(round_rows, corrected.chunk(threads))
+        slabs += [_stored(each, factor, target.columns_per_code) for each in done]
     decoded = torch.cat([slab.decoded for slab in slabs])
     codes = torch.cat([slab.codes for slab in slabs])
     damping = max(slab.damping for slab in slabs)
@@ -169,23 +184,16 @@ class _Slab:
     damping: float
 
 
-def _round_group(
-    weight: Tensor, group: slice, target: Target, hessian: PreparedHessian, options: GPTQOptions,
-    rows_by: Factor | None = None,
-) -> list[_Slab] | None:  # fmt: skip
-    """Round the rows of a weight that share a Hessian; None if it has no factor.
-
-    rows_by  the factor of G: rows are rounded one step after another, and are returned in its order
-    """
-    columns, each = weight.shape[1], target.columns_per_code
-    run = target.columns_per_fit(columns, options.scales)
+def _row_rounder(
+    columns: int, target: Target, hessian: PreparedHessian, options: GPTQOptions
+) -> tuple[Factor, Callable[[Tensor], ScalarRows | LatticeRows]] | None:
+    """(the factor of a Hessian, what rounds rows [n, K] in its order); None if the Hessian has no factor."""
+    each, run = target.columns_per_code, target.columns_per_fit(columns, options.scales)
     factor = hessian.factor(run if run < columns else each, each, options.act_order)
     if factor is None:
         return None
-    order, runs = factor.order, _runs(factor.order, run)
-    weighting = _weighting(hessian, factor, options)
+    runs, weighting = _runs(factor.order, run), _weighting(hessian, factor, options)
     descent = hessian.descent(factor) if options.refine and each == 1 else None
-
     kind = TableRows if target.fits_tables else ScalarRows if each == 1 else LatticeRows
 
     def round_rows(part: Tensor) -> ScalarRows | LatticeRows:
@@ -200,21 +208,15 @@ def _round_group(
                 rows.round(z, (0, columns, options.block), descent, descend=True)
         return rows
 
-    shares = share_corrected(options.correction, rows_by is not None), options.stream
-    corrected = hessian.corrected(weight[group], *shares, group).index_select(1, order)
-    threads = min(torch.get_num_threads(), max(1, len(corrected) // _ROWS_PER_THREAD)) if target.rows_are_apart else 1
-    if rows_by is not None:
-        done = list(rounded_in_order(round_rows, corrected, rows_by))
-    elif threads == 1 or weight.device.type != "cpu":
-        done = [round_rows(corrected)]
-    else:
-        done = _in_threads(round_rows, corrected.chunk(threads))
-    stored, stored_codes = order.argsort(), (order[::each] // each).argsort()
-    return [
-        _Slab(rows.decoded.index_select(1, stored), rows.codes.index_select(1, stored_codes),
-              [rows.fitted[first] for first in sorted(rows.fitted)], factor.damping)
-        for rows in done
-    ]  # fmt: skip
+    return factor, round_rows
+
+
+def _stored(rows: ScalarRows | LatticeRows, factor: Factor, each: int) -> _Slab:
+    """Rounded rows in storage order."""
+    order = factor.order
+    return _Slab(rows.decoded.index_select(1, order.argsort()),
+                 rows.codes.index_select(1, (order[::each] // each).argsort()),
+                 [rows.fitted[first] for first in sorted(rows.fitted)], factor.damping)  # fmt: skip
 
 
 def _runs(order: Tensor, run: int) -> list[tuple[int, int]]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lowbit.rounding.coordinate_descent import Descent
 from lowbit.rounding.held import Held, hold, joined
-from lowbit.rounding.hessian import Curvature, inverse_root, prepared, product
-from lowbit.rounding.row_feedback import DAMPING, SHRINKAGE
+from lowbit.rounding.hessian import Curvature, inverse_root, product
 from lowbit.rounding.target import Rounded, Stored, Target
 
 ROWS = 64  # of a step, at most: 16 take four times as long for 2 % less of the error
@@ -38,12 +37,11 @@ class RowDescent:
         """
         stored   a weight, of which `rows` are these
         wanted   float32 [n, K]: W* of these rows
-        outputs  float32 [n, n]: G as it was measured;  inputs: H
+        outputs  float32 [n, n]: G, `damped`;  inputs: H
         """
         count = len(wanted)
         apart = max(count // ROWS, min(count, STEPS))
-        self.wanted, self.inputs = wanted, inputs
-        self.outputs = prepared(outputs, DAMPING, SHRINKAGE).curvature().within(slice(None))
+        self.wanted, self.outputs, self.inputs = wanted, outputs, inputs
         self.places = [torch.arange(first, count, apart) for first in range(apart)]
         self.held = [hold(target, stored, slice(rows.start + first, rows.stop, apart)) for first in range(apart)]
         self.errors = torch.empty_like(wanted)

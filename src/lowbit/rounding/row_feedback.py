@@ -50,6 +50,11 @@ def parts_of(rows: int) -> list[slice]:
     return row_groups(rows, -(-rows // LARGEST_PART))
 
 
+def damped(curvature: Tensor) -> Tensor:
+    """G as it is computed with, float32 [n, n], of the measured one."""
+    return prepared(curvature, DAMPING, SHRINKAGE).curvature().within(slice(None))
+
+
 def row_factor(curvature: Tensor) -> Factor | None:
     """The factor of G, float32 [n, n]; None if it has none."""
     together = _rows_together(len(curvature))

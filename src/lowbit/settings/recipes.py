@@ -14,7 +14,7 @@ from lowbit.foreign_recipes import find_equivalent, is_foreign, of_modifiers, tr
 from lowbit.knobs import value_refused
 from lowbit.settings.run_options import RunOptions
 from lowbit.settings.table import Settings
-from lowbit.spellings import near
+from lowbit.spellings import meant_option
 
 
 def make_settings(recipe: Any = None, **flags: Any) -> Settings:
@@ -31,10 +31,9 @@ def make_settings(recipe: Any = None, **flags: Any) -> Settings:
         where = ".".join(str(part) for part in first["loc"])
         from_file = isinstance(recipe, str | Path) and where.split(".")[0] not in flags
         origin = f"{recipe}: " if from_file and "\n" not in str(recipe) else ""
-        meant = near(where, Settings.model_fields)
         if first["type"] == "extra_forbidden":
             equivalent = find_equivalent(where, values.get(where))
-            hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+            hint = f"{meant_option(where, Settings.model_fields)} ".lstrip()
             hint = hint if equivalent is None else f"here it is {equivalent}; "
             if where in RunOptions.model_fields:
                 hint = f"give it as run=RunOptions({where}=…), or --{where.replace('_', '-')} on the command line; "

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from lowbit import knobs
 from lowbit.errors import UsageError
 from lowbit.knobs import RUNNING, Knob, Size, Table, value_refused
-from lowbit.spellings import near
+from lowbit.spellings import meant_option
 
 
 class RunOptions(Table):
@@ -21,11 +21,10 @@ class RunOptions(Table):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            meant = near(where, RunOptions.model_fields)
             unknown = first["type"] == "extra_forbidden"
             said = f"there is no option {where} of a run" if unknown else value_refused(error)
-            raise UsageError(said, f"{f'did you mean {meant[0]}? ' if meant else ''}"
-                             f"options: {', '.join(RunOptions.model_fields)}") from error  # fmt: skip
+            options = f"options: {', '.join(RunOptions.model_fields)}"
+            raise UsageError(said, f"{meant_option(where, RunOptions.model_fields)} {options}".lstrip()) from error
 
     device: Annotated[
         str, Knob("Device for forward passes and rounding: cpu, cuda, cuda:1 …", RUNNING, knobs.READS_TEXT, "DEVICE")

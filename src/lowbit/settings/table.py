@@ -6,7 +6,6 @@ say together: the scheme, the rounding and the range of a linear.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lowbit import knobs
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 from lowbit.knobs import CALIBRATION, GGUF_PANEL, MAKE, METHODS, STORE, Knob, Size, Table
 from lowbit.methods import ROUNDINGS, Rounding, parse_method
 from lowbit.patterns import compiled, user_pattern
@@ -326,9 +325,8 @@ class Settings(Table):
     def _format(cls, name: str) -> str:
         known = ("auto", *written_formats())
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"there is no format {name!r}", f"{f'did you mean {near[0]}? ' if near else ''}"
-                             f"formats: {', '.join(known)}")  # fmt: skip
+            hint = f"{did_you_mean(name, known)} formats: {', '.join(known)}".lstrip()
+            raise UsageError(f"there is no format {name!r}", hint)
         return name
 
     @field_validator("method")

@@ -10,13 +10,12 @@ task file that is not there or defines no task, or what `task_files` refuses.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.errors import CheckpointError, DependencyError, EngineFailure, LowbitError, UsageError
+from lowbit.errors import CheckpointError, DependencyError, EngineFailure, LowbitError, UsageError, did_you_mean
 from lowbit.tasks.task_files import bounded_tasks, check_task_file
 from lowbit.text.template_limits import bounded_template
 
@@ -60,9 +59,8 @@ def check_tasks(names: tuple[str, ...], trust_remote_code: bool) -> str:
         _load(path, manager)
     for name in names:
         if not name.endswith(_FILE) and name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise UsageError(f"lm-eval has no task {name!r}", f"did you mean {', '.join(near)}?" if near else
-                             "lm-eval ls tasks lists them")  # fmt: skip
+            hint = did_you_mean(name, known, "lm-eval ls tasks lists them", 3)
+            raise UsageError(f"lm-eval has no task {name!r}", hint)
     return f"lm-eval {metadata.version('lm_eval')}"
 
 

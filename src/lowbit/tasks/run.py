@@ -8,7 +8,6 @@ Refused: items longer than the model's context, unknown tasks, a chat template f
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, UsageError, did_you_mean
 from lowbit.evaluation.footprint import fingerprint, read_report, state_of_files
 from lowbit.evaluation.memory import choose_way
 from lowbit.evaluation.opening import Opened, Opener, open_reference
@@ -182,9 +181,9 @@ def _suite(tasks: Sequence[str], limit: int | None, seed: int, chat: bool, trust
     if chat and not others:
         raise UsageError("the packaged tasks and HumanEval are asked without a chat template",
                          "leave --chat-template out, or name tasks of lm-eval")  # fmt: skip
-    near = difflib.get_close_matches(others[0], (*CATEGORIES, humaneval.NAME), n=1) if others else []
-    if near and len(names) == 1:
-        raise UsageError(f"there is no task {others[0]!r}", f"did you mean {near[0]}?")
+    hint = did_you_mean(others[0], (*CATEGORIES, humaneval.NAME)) if others else ""
+    if hint and len(names) == 1:
+        raise UsageError(f"there is no task {others[0]!r}", hint)
     titles = ["packaged"] if packaged else []
     items = _first(packaged_items(seed, packaged), limit)
     if humaneval.NAME in names:

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, UsageError
 from lowbit.text.answers import AnswerMarker, Marking
-from lowbit.text.degenerate import degenerate_notes, refuse_degenerate
 from lowbit.text.hub import DATASETS, HubDataset, find_dataset, is_dataset, stream_rows
 from lowbit.text.packing import Packer, Renderer, counted, spaced
 from lowbit.text.rows import ROW_SUFFIXES, ROWS_OF_ONE_KIND, Document, articles, document_of, file_rows, shuffled
-from lowbit.text.windows import Text, cut_windows, read_plain, read_text
+from lowbit.text.windows import Text, cut_windows, degenerate_notes, read_plain, read_text, refuse_degenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +149,7 @@ def windows_of_text(
 
 
 def text_notes(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Notes on a text that says nothing (`degenerate.py`), or that lacks the tokens of the packaged evaluation text."""
+    """Notes on a text that says nothing (`windows.py`), or that lacks the tokens of the packaged evaluation text."""
     notes = degenerate_notes(ids, tokenizer, name)
     if ids.numel() < _TOO_FEW:
         return notes

@@ -44,9 +44,9 @@ from lowbit.text.calibration import (
     text_notes,
     too_few,
 )
-from lowbit.text.degenerate import refuse_degenerate
 from lowbit.text.packing import Packer, counted, spaced
 from lowbit.text.rows import Document
+from lowbit.text.windows import refuse_degenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

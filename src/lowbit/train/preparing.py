@@ -9,13 +9,24 @@ learned of its scales L.parametrizations.weight.0.changes.
 
 Refused, besides what `architecture.in_memory` refuses: a model that is prepared already, or all of whose parameters are
 frozen; methods and importance matrices, whose place training takes.
+
+Keys and values as a quantized KV cache gives them back, while a model is trained.
+
+    k̂ = decode(encode(k))        forward; backward straight through: the gradient of k̂ is that of k
+
+Each attention module gets the cache around its own forward pass, by hooks: so whatever runs it, a trainer, or the
+recomputation of activation checkpointing in the backward pass, sees the same. `lowbit.kv.simulated` has what types do.
+Ranges that an engine has stored, of FP8 and NVFP4, are those of the batch, as static activation scales are in training.
+
+Refused: types with tables that need a calibration text (KVQuant), and what the simulation refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -26,10 +37,12 @@ from torch.nn.utils import parametrize
 from lowbit.architecture import Architecture
 from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.in_memory import model_in_memory, unwrapped
+from lowbit.calibrate.kv_cache import attention_layers
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import UsageError
 from lowbit.knobs import Facts
-from lowbit.kv.simulated import quantized_layers
+from lowbit.kv.simulated import quantized_layers, simulated_cache
+from lowbit.kv.types import OF_OUTPUT, CacheType, find_cache_type
 from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.plan.plan import Plan, Request
 from lowbit.plan.plan import prepare as plan_output
@@ -37,7 +50,6 @@ from lowbit.rounding.rtn import Fitted, TensorRange
 from lowbit.rounding.target import Target
 from lowbit.schemes import ActivationSpec
 from lowbit.settings import Settings, make_settings, refuse_unread
-from lowbit.train.caches import cache_of, round_cache
 from lowbit.train.fake_quantize import FakeQuantize, QuantizedPart
 
 _ATTRIBUTE = "lowbit_training"
@@ -222,3 +234,33 @@ def _quantize_activations(
 
 def _hook(spec: ActivationSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     return lambda module, inputs: (fake_quantize_activation(inputs[0], spec), *inputs[1:])
+
+
+def cache_of(name: str) -> CacheType:
+    """The type of a name; UsageError for one that a training cannot have."""
+    found = find_cache_type(OF_OUTPUT.get(name, name))
+    if "distribution" in found.needs:
+        raise UsageError(f"cache type {found.name} needs tables of a calibration text, which change in training",
+                         "choose fp8_calibrated, int8_per_token_head, int4_per_token_head, kivi4 or kivi2")  # fmt: skip
+    return found
+
+
+def round_cache(model: nn.Module, cache: CacheType) -> list[Any]:
+    """Have the attention of a model see keys and values of this cache type; returns the hooks."""
+    layers = set(quantized_layers(model, cache))
+    hooks: list[Any] = []
+    for module, layer in attention_layers(model).items():
+        if layer in layers:
+            within = ExitStack()  # empty outside of the module's forward pass
+            enter = partial(_enter, within, model, cache, layer)
+            hooks += [module.register_forward_pre_hook(enter),
+                      module.register_forward_hook(partial(_leave, within), always_call=True)]  # fmt: skip
+    return hooks
+
+
+def _enter(within: ExitStack, model: nn.Module, cache: CacheType, layer: int, *_: Any) -> None:
+    within.enter_context(simulated_cache(model, cache, "batch", only=(layer,)))
+
+
+def _leave(within: ExitStack, *_: Any) -> None:
+    within.close()

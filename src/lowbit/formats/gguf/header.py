@@ -23,7 +23,7 @@ import numpy as np
 from gguf.constants import GGUFValueType
 
 from lowbit.checkpoint.mapped_file import MappedFile
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, brief_name
 from lowbit.formats.gguf.stored_types import STORED_TYPES, StoredType, type_name, why_unreadable
 
 MAGIC = b"GGUF"
@@ -97,7 +97,7 @@ class _Parser:
         rows = [self._tensor_row() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise self._error(f"general.alignment is {_brief(alignment)}; a power of two is needed")
+            raise self._error(f"general.alignment is {brief_name(alignment)}; a power of two is needed")
         data_start = -(-self.position // alignment) * alignment
         tensors = [self._place(row, data_start, alignment) for row in rows]
         self._check_distinct(tensors)
@@ -165,7 +165,7 @@ class _Parser:
     def _tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, shape as torch sees it, ggml type number, offset)."""
         name = self._string("a tensor name")
-        what = f"tensor {_brief(name)}"
+        what = f"tensor {brief_name(name)}"
         dim_count = self._number("<I", what)
         if dim_count > MAX_DIMS:
             raise self._error(f"{what} has {dim_count} dimensions; at most {MAX_DIMS} are allowed")
@@ -176,7 +176,7 @@ class _Parser:
     def _place(self, row: tuple[str, tuple[int, ...], int, int], data_start: int, alignment: int) -> GGUFTensor:
         """Check where a tensor lies and how many bytes it has."""
         name, shape, type_id, offset = row
-        what = f"tensor {_brief(name)}"
+        what = f"tensor {brief_name(name)}"
         if offset % alignment:
             raise self._error(f"{what} has offset {offset}, not a multiple of the alignment {alignment}")
         elements = 1
@@ -203,12 +203,12 @@ class _Parser:
         names: set[str] = set()
         for tensor in tensors:
             if tensor.name in names:
-                raise self._error(f"tensor {_brief(tensor.name)} occurs twice")
+                raise self._error(f"tensor {brief_name(tensor.name)} occurs twice")
             names.add(tensor.name)
         ordered = sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop))
         for before, after in pairwise(ordered):
             if after.start < before.stop:
-                raise self._error(f"tensor {_brief(after.name)} overlaps {_brief(before.name)}")
+                raise self._error(f"tensor {brief_name(after.name)} overlaps {brief_name(before.name)}")
 
     def _count(self, what: str, smallest: int, most: int = MAX_ELEMENTS) -> int:
         """A u64 count of things of at least `smallest` bytes each, of which `most` are read."""
@@ -252,10 +252,5 @@ def ggml_type(tensor: GGUFTensor, where: str) -> StoredType:
     kind = STORED_TYPES.get(tensor.type_id)
     if kind is None:
         what, hint = why_unreadable(tensor.type_id)
-        raise CheckpointError(f"{where}: tensor {_brief(tensor.name)} {what}", hint)
+        raise CheckpointError(f"{where}: tensor {brief_name(tensor.name)} {what}", hint)
     return kind
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -23,14 +23,13 @@ quantized; a type of the user's whose block does not divide the row; types that 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowbit.errors import CheckpointError, UsageError
+from lowbit.errors import CheckpointError, UsageError, did_you_mean
 from lowbit.formats.gguf.mix_table import (
     ALIASES,
     CONDITIONS,
@@ -149,8 +148,7 @@ def find_file_type(name: str) -> FileType:
     file_type = FILE_TYPES.get(ALIASES.get(upper, upper))
     if file_type is not None:
         return file_type
-    near = difflib.get_close_matches(upper, FILE_TYPES, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(FILE_TYPES)}"
+    hint = did_you_mean(upper, FILE_TYPES, f"choose one of {', '.join(FILE_TYPES)}", 3, 0.5)
     if upper in SCHEMES:
         hint = "it is a scheme of folders; for GGUF give --scheme Q4_K_M, Q8_0 or another of its types"
     raise UsageError(f"there is no GGUF file type {name!r}", foreign_hint(name) or hint)

@@ -35,9 +35,8 @@ from lowbit.formats.gguf.general import general_key_values, kept_key_values
 from lowbit.formats.gguf.keys import KeyValues, key_values
 from lowbit.formats.gguf.layout import Arranged, Lookup
 from lowbit.formats.gguf.mmproj.table import tower_of
-from lowbit.formats.gguf.pooling import pooling_of_folder
+from lowbit.formats.gguf.pooling import pooling_of_folder, ranking_of_folder
 from lowbit.formats.gguf.raw import rows_and_columns
-from lowbit.formats.gguf.reranking import ranking_of_folder
 from lowbit.formats.gguf.rope import rope_key_values
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget, each_place
 from lowbit.formats.gguf.table import CANNOT_RUN, EXPERT_COUNTS, look_up, row_of_model, targets_of

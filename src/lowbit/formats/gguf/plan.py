@@ -150,6 +150,9 @@ class GGUFPlan(Plan):
     def _part_sizes(self) -> list[int]:
         return part_sizes(self.stored, self.key_values, self.settings.shard_size)
 
+    def keeping(self, name: str) -> str:
+        return f"--override '{name}=BF16'"
+
     def pack(self, tensor: PlannedTensor, rows: Stored, first: int) -> list[Piece]:
         if isinstance(rows, ScaledBlocks):
             pieces, expert = [Piece(tensor.name, rows.blocks, first)], tensor.expert_at(first)

@@ -22,8 +22,7 @@ from torch import Tensor
 from lowbit.checkpoint.base import SPLIT, Checkpoint, TensorInfo
 from lowbit.checkpoint.mapped_file import MappedFile
 from lowbit.errors import ArchitectureError, CheckpointError
-from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, ggml_type, read_header
-from lowbit.formats.gguf.stored_types import StoredType
+from lowbit.formats.gguf.header import GGUFHeader, GGUFTensor, StoredType, ggml_type, read_header
 from lowbit.formats.gguf.weight_scales import SCALE, scale_name
 from lowbit.numerics import ggml
 

@@ -18,7 +18,24 @@ from gguf.constants import MODEL_TENSOR as T
 
 from lowbit.checkpoint.base import as_transformers_has_it, transformers_config
 from lowbit.errors import ArchitectureError
-from lowbit.formats.gguf.families import dense, embedding, experts, gemma, gpt, hybrid, llama, qwen, seeing
+from lowbit.formats.gguf.families import (
+    dense,
+    experts,
+    falcon_h1,
+    gated_delta,
+    gemma,
+    gemma3n,
+    gemma4,
+    gpt,
+    granite_hybrid,
+    kimi_linear,
+    lfm2,
+    llama,
+    mamba,
+    nemotron_h,
+    qwen,
+    seeing,
+)
 from lowbit.formats.gguf.layout import Lookup
 from lowbit.formats.gguf.row import GGUFArchitecture, RowTarget
 
@@ -33,13 +50,21 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # Several rows of a model type, or of an arch, stand in the order in which their conditions are asked.
 ROWS: tuple[GGUFArchitecture, ...] = (
-    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *seeing.ROWS, *embedding.ROWS, *dense.ROWS, *experts.ROWS,
-    *hybrid.ROWS,
+    *llama.ROWS, *qwen.ROWS, *gemma.ROWS, *gpt.ROWS, *seeing.ROWS, *gemma.EMBEDDING_ROWS, *dense.ROWS, *experts.ROWS,
+    *gated_delta.ROWS, *kimi_linear.ROWS, *lfm2.ROWS, *mamba.ROWS, *granite_hybrid.ROWS, *nemotron_h.ROWS,
+    *falcon_h1.ROWS, *gemma3n.ROWS, *gemma4.ROWS,
 )  # fmt: skip
 MODEL_TYPES = tuple(dict.fromkeys([*(row.model_type for row in ROWS), *seeing.AROUND]))
 # Model type → why it has no row, where that is more than that nobody made one.
 REFUSED: dict[str, str] = {
-    **dense.REFUSED, **experts.REFUSED, **hybrid.REFUSED, **seeing.REFUSED, **embedding.REFUSED,
+    **dense.REFUSED, **experts.REFUSED, **seeing.REFUSED,
+    "minimax": "lowbit does not write the lightning attention of llama.cpp's minimax-01",
+    **dict.fromkeys(("recurrent_gemma", "zamba", "zamba2"), "llama.cpp has no such architecture"),
+    **dict.fromkeys(
+        ("bert", "distilbert", "xlm-roberta", "camembert", "nomic_bert", "jina_embeddings_v3"),
+        "its vocabulary is of WordPiece or unigram kind, which lowbit does not write",
+    ),
+    **dict.fromkeys(("roberta", "modernbert", "eurobert"), "encoders have no rows"),
 }  # fmt: skip
 
 

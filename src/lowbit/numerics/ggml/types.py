@@ -24,7 +24,6 @@ scale · value + offset in float32 is what every decoder computes, bit for bit.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, did_you_mean
 
 LARGEST_HALF = 65504.0  # of numbers in half precision, in which most types keep their scales
 
@@ -134,8 +133,7 @@ def find_type(name: str) -> GgmlType:
     kind = TYPES.get(name.upper())
     if kind is not None:
         return kind
-    near = difflib.get_close_matches(name.upper(), TYPES, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"choose one of {', '.join(TYPES)}"
+    hint = did_you_mean(name.upper(), TYPES, f"choose one of {', '.join(TYPES)}", 3, 0.5)
     raise UsageError(f"there is no ggml type {name!r}", hint)
 
 

@@ -199,7 +199,7 @@
     return Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true) / 65535);
   }
 
-  const outline = (base64) => // as histogram.py draws it
+  const outline = (base64) => // as plot.py draws it
     "M0 100" + shares(base64).map((share, i) => `V${(100 - 96 * Math.sqrt(share)).toFixed(1)}H${i + 1}`).join("") + "V100";
 
   const short = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-4 ? value.toExponential(2) : Number(value.toPrecision(3)).toString());

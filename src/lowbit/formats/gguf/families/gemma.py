@@ -1,4 +1,10 @@
-"""Gemma 1 to 3."""
+"""Gemma 1 to 3.
+
+Models that make one embedding of a text: Gemma with attention in both directions.
+
+Embedding models that are plain decoders (Qwen 3, Llama, Mistral …) need no row: their class is the bare decoder, whose
+names lack "model.", and `pooling.py` reads how their folder pools the tokens.
+"""
 
 from __future__ import annotations
 
@@ -87,3 +93,17 @@ _GEMMA3 = replace(
 )  # fmt: skip
 
 ROWS = (_GEMMA, _GEMMA2, _GEMMA3_TEXT, _GEMMA3)
+
+
+def _scale_is_of_the_head(get: Lookup) -> dict[str, Any]:
+    return {"query_pre_attn_scalar": get("head_dim")}
+
+
+EMBEDDING_ROWS = (
+    replace(
+        _GEMMA3_TEXT, arch="gemma-embedding", when=lambda get: not is_causal(get),
+        fixed=_GEMMA3_TEXT.fixed | {"use_bidirectional_attention": (True,), "final_logit_softcapping": (None,)},
+        keys=tuple(key for key in _GEMMA3_TEXT.keys if key.name != "final_logit_softcapping"),
+        implied=_scale_is_of_the_head, window_of=lambda window: 2 * (window - 1),
+    ),
+)  # fmt: skip
