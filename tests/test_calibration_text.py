@@ -542,14 +542,20 @@ def test_a_text_without_words_gets_a_note(tmp_path):
     )
 
 
-def notes_of(tmp_path, text: str) -> str:
+def notes_of(tmp_path, text: str, windows: int = 60, tokens: int = 64) -> str:
     (tmp_path / "text.txt").write_text(text)
-    return "; ".join(calibration_windows(tmp_path / "text.txt", byte_tokenizer(), 60, 64).notes)
+    return "; ".join(calibration_windows(tmp_path / "text.txt", byte_tokenizer(), windows, tokens).notes)
 
 
 @pytest.mark.parametrize("text", ["the " * 2000, "aaaaaaaaab" * 800, "the quick brown fox jumps over the dog. " * 200])
 def test_a_text_that_says_the_same_again_and_again_gets_a_note(tmp_path, text):
     assert "says the same again and again" in notes_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(("windows", "tokens"), [(1, 32), (1, 64), (2, 64), (4, 32)])
+def test_few_tokens_are_judged_by_their_entropy(tmp_path, windows, tokens):
+    assert "2 different tokens, an entropy of 0.7 bits a token" in notes_of(tmp_path, "aaaa " * 40, windows, tokens)
+    assert "again and again" not in notes_of(tmp_path, read_text(None).content[:5000], windows, tokens)
 
 
 def test_ordinary_prose_gets_no_note(tmp_path):

@@ -27,7 +27,7 @@ def brief_name(name: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1, cutoff: float = 0.6) -> str:
     """A hint with the names nearest to one that does not exist, at most `count`; `otherwise` where none is near."""
-    near = difflib.get_close_matches(name, list(known), count, cutoff)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), count, cutoff)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 

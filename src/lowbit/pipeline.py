@@ -35,7 +35,7 @@ from lowbit.methods import RTN, parse_method
 from lowbit.numerics.precision import compute_dtype, squared_error_in_double
 from lowbit.plan.plan import SLAB_WEIGHTS, CalibrationText, Container, Making, Plan, PlannedTensor, Prepared, Progress
 from lowbit.registry import load
-from lowbit.rounding.extremes import empty, find_extreme, tells_of_loss
+from lowbit.rounding.extremes import EMPTY, empty, find_extreme, overflowing
 from lowbit.rounding.hessian import InputData
 from lowbit.rounding.histogram import RowReader, WeightHistogram, WeightHistograms
 from lowbit.rounding.rtn import TensorRange, measure_range
@@ -231,7 +231,7 @@ class _Run:
             sums = self._finite(tensor, first, values, target.reader(rows), sums)
             found = find_extreme(values, rows, sums, target, tensor.stored_as, first) if values.numel() else None
             self._keep(tensor, first, sums)
-            self._note(tensor, first, found)
+            self._note(tensor, first, found or overflowing(values, sums[1] ** 0.5, first, len(tensor.shape) < 2))
             source, decode = lambda chosen: values[chosen], target.reader(rows)
         elif tensor.making is Making.calibrated:
             assert self.store is not None
@@ -290,16 +290,20 @@ class _Run:
             self.sums.setdefault(tensor.name, {})[first] = sums
 
     def _note(self, tensor: PlannedTensor, first: int, note: str | None) -> None:
-        if note is not None and (len(tensor.shape) > 1 or tells_of_loss(note)):  # biases of zeros are ordinary
+        if note is not None and (len(tensor.shape) > 1 or not note.endswith(EMPTY)):  # biases of zeros are ordinary
             with self.lock:
                 self.notes.setdefault(tensor.name, {})[first] = note
 
     def _check_kept(self, tensor: PlannedTensor, first: int, values: Tensor) -> None:
-        """NonFiniteError for NaN or inf in rows that keep their floats or codes; a note where all are zero."""
+        """NonFiniteError for NaN or inf in rows that keep their floats or codes; a note where all are zero, or one is
+        so large that it overflows."""
         extent = measure_range(values.reshape(1, -1))
         self._check_finite(tensor, first, extent.high - extent.low)
         if extent.low == extent.high == 0:
             self._note(tensor, first, empty(first, len(values)))
+        else:
+            limit = max(-extent.low, extent.high)
+            self._note(tensor, first, overflowing(values, limit, first, len(tensor.shape) < 2))
 
     def _finite(self, tensor: PlannedTensor, first: int, values: Tensor, decode: RowReader, sums: Sums) -> Sums:
         """The sums of a slab's errors, in float64 where finite weights overflow float32; NonFiniteError for others."""

@@ -129,6 +129,14 @@ def test_a_shape_that_config_json_denies_is_refused_alike_for_folders_and_gguf(f
     ("values", "said"),
     [
         (torch.ones(128, 128, dtype=torch.int8), "is I8, not a 16- or 32-bit float | this checkpoint is quantized"),
+        (
+            torch.ones(128, 128, dtype=torch.int16),
+            "is I16, not a 16- or 32-bit float | bits of 16-bit floats",
+        ),
+        (
+            torch.ones(128, 128, dtype=torch.int64),
+            "is I64, not a 16- or 32-bit float | no format of weights holds",
+        ),
         (torch.ones(128, 128, dtype=torch.bool), "is BOOL, not a 16- or 32-bit float | a mask was saved"),
         (torch.ones(128, 128).to(torch.float8_e4m3fn), "is F8_E4M3, not a 16- or 32-bit float | no scale was found"),
     ],

@@ -154,6 +154,16 @@ def test_a_file_with_scales_is_quantized_again(scaled, tmp_path):
     assert verify(same, source=source).ok
 
 
+@pytest.mark.parametrize("scheme", ["F32", "Q8_0"])
+def test_a_gguf_file_becomes_nvfp4_with_scales_that_it_did_not_have(model, tmp_path, scheme):
+    """Which are no tensors without a source: their weights are compared with them."""
+    source = lowbit.quantize(model, tmp_path / "source.gguf", scheme=scheme).path
+    done = lowbit.convert(source, tmp_path / "x.gguf", format="gguf", scheme="NVFP4")
+    assert done.report.verification.ok
+    assert len([name for name in tensors_in(done.path) if name.endswith(".scale")]) == 14
+    assert max(relative_errors(source, done.path).values()) < 0.1
+
+
 def test_a_file_with_scales_is_calibrated(scaled, tmp_path):
     """An importance matrix, and GPTQ: into NVFP4 again, whose scales come from the calibrated weights."""
     lowbit.imatrix(scaled, tmp_path / "i.gguf", calib=SHORT_TEXT, samples=2, seqlen=64)

@@ -114,7 +114,8 @@ def test_the_remedy_of_a_note_is_one_that_works(tiny_llama, tmp_path, scheme, op
     assert len(given) == (2 if option == "ignore" else 1)  # gate_proj and up_proj, which engines load as one
     how = {option: given if option == "ignore" else dict(each.split("=") for each in given)}
     notes = lowbit.quantize(model, out, scheme=scheme, overwrite=True, **how).report.source.notes
-    assert not any("e+38 at" in note for note in notes)
+    (kept,) = (note for note in notes if re.search(r"e\+38 at", note))  # as it was, and still as large
+    assert kept.endswith("[0, 0] is so large that products with it overflow")
 
 
 def test_a_slab_of_zeros_is_named():
@@ -148,6 +149,23 @@ def test_a_matrix_of_zeros_is_said_of_every_conversion(empty_up, tmp_path, how):
     assert any(EMPTY_UP.match(note) for note in said), said
 
 
+@pytest.mark.parametrize(
+    "how", [{"scheme": "W4A16", "group_size": 32}, {"scheme": "Q8_0"}, {"scheme": "W8A16", "format": "float"}]
+)
+def test_a_norm_with_which_everything_overflows_is_said(tiny_llama, tmp_path, how):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][5] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    output = tmp_path / ("out.gguf" if how["scheme"] == "Q8_0" else "out")
+    said = lowbit.quantize(model, output, **how).report.source.notes
+    assert any(HUGE_NORM.match(note) for note in said), said
+    assert not any("all zero" in note for note in said)
+
+
+HUGE_NORM = re.compile(
+    r"(model\.norm|output_norm)\.weight: 3\.00406e\+38 at \[5\] is so large that products with it overflow$"
+)
 EMPTY_UP = re.compile(
     r"(model\.layers\.0\.mlp\.up_proj|blk\.0\.ffn_up)\.weight: the weights of rows 0\.\.192 are all zero"
 )

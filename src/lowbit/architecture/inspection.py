@@ -119,7 +119,7 @@ def _check_parameters(checkpoint: Checkpoint, architecture: Architecture) -> Non
             )
         if info.dtype not in _FLOATS and architecture.roles.get(name) != "other":
             raise CheckpointError(
-                f"{info.file}: tensor {name} is {info.stored}, not a 16- or 32-bit float", _why_no_float(info)
+                f"{info.file}: tensor {name} is {info.stored}, not a 16- or 32-bit float", why_no_float(info)
             )
 
 
@@ -133,7 +133,8 @@ def _why_absent(name: str, architecture: Architecture) -> str:
     return "the files are incomplete, or config.json is of another model"
 
 
-def _why_no_float(info: TensorInfo) -> str:
+def why_no_float(info: TensorInfo) -> str:
+    """The hint for a weight that is stored as something else than a 16- or 32-bit float."""
     if info.dtype is torch.bool:
         return "a mask was saved in place of the weight; save the model again"
     if info.dtype.is_floating_point:
@@ -141,6 +142,13 @@ def _why_no_float(info: TensorInfo) -> str:
             "no scale was found beside it; cast it to bfloat16 if its values are the weights, or start from the "
             "original checkpoint"
         )
+    if info.dtype in (torch.int16, torch.uint16):
+        return (
+            "bits of 16-bit floats were saved as integers, as numpy does with bfloat16; save them as what they are "
+            "(tensor.view(torch.bfloat16) or torch.float16), or start from the original checkpoint"
+        )
+    if info.dtype in (torch.int64, torch.uint64):
+        return "no format of weights holds such integers; something else was saved under its name: save the model again"
     return "this checkpoint is quantized already, and nothing says how; start from the original one"
 
 

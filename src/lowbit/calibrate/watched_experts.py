@@ -42,7 +42,7 @@ class WatchedExperts:
                 f"{type(self.experts).__name__} does not describe its computation; not every expert can see every token"
             )
         self.ran = True
-        with _Products(self):
+        with _SeenProducts(self):
             return type(self.experts).forward(self.experts, *arguments, **keywords)
 
     def check(self) -> None:
@@ -55,7 +55,7 @@ class WatchedExperts:
             )
 
 
-class _Products(TorchFunctionMode):
+class _SeenProducts(TorchFunctionMode):
     """One call of a module of experts."""
 
     def __init__(self, watched: WatchedExperts):

@@ -136,7 +136,7 @@ class Pair:
         linear = self.architecture.linears.get(name.removesuffix(".weight"))
         if linear is None or not linear.transposed or not name.endswith(".weight"):
             return False
-        return name in self.quantized.schemes != name in self.original.schemes
+        return (name in self.quantized.schemes) != (name in self.original.schemes)
 
     def _seen_shape(self, name: str) -> tuple[int, ...]:
         shape = tuple(self.original.tensors[name].shape)

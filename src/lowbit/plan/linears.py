@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architecture import Architecture, Linear
+from lowbit.architecture.inspection import why_no_float
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import CheckpointError, ShapeError, UsageError
 from lowbit.export import Exporter
@@ -112,7 +113,7 @@ class LinearPlanner:
             return replace(tensor, reason=reason)
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             raise CheckpointError(f"{info.file}: tensor {info.name} is {info.stored}, not a 16- or 32-bit float",
-                                  "this checkpoint is quantized already; start from the original one")  # fmt: skip
+                                  why_no_float(info))  # fmt: skip
         scheme, notes, reason = _fit_to_shape(linear, scheme, self.settings, self.common)
         if reason is not None:
             return replace(tensor, reason=reason, unfit=True)

@@ -7,6 +7,7 @@ Rounding goes on with them, so they are looked for where the error of a slab giv
     crowded   a value so large that nothing is left of the others that share its scale: they decode to zero, or to
               one number where a format has minimums (Q4_K)
     empty     a slab of zeros, which a damaged or unfinished checkpoint may have in place of weights
+    huge      a value, kept as it is, with which any ordinary input overflows
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ _SUSPICIOUS = 256.0
 _SUSPICIOUS_WEIGHT = 65504.0**2  # Σ w² of a slab; two million ordinary weights have some thousands
 _CLIPPED = 0.99  # decoded / value, above which it is rounding
 _LOST = 0.9  # Σ error² / Σ w², from which nothing is left of weights
-_EMPTY = "are all zero in the source"
+EMPTY = "are all zero in the source"
+_OVERFLOWING = 2.0**113  # times an activation of 2^14 or more it is beyond float32; Gemma 4's factors of RoPE are 2^100
+_OVERFLOWS = "is so large that products with it overflow"
 
 
 def tells_of_extremes(note: str) -> bool:
-    """Whether a note is one of `find_extreme`."""
-    return tells_of_loss(note) or note.endswith(_EMPTY)
+    """Whether a note is one of `find_extreme` or `overflowing`."""
+    return tells_of_loss(note) or note.endswith((EMPTY, _OVERFLOWS))
 
 
 def tells_of_loss(note: str) -> bool:
@@ -70,7 +73,22 @@ def find_extreme(values: Tensor, rows: Stored, sums: Sums, target: Target, name:
 
 def empty(first_row: int, rows: int) -> str:
     """The note on a slab of zeros."""
-    return f"the weights of rows {first_row}..{first_row + rows} {_EMPTY}"
+    return f"the weights of rows {first_row}..{first_row + rows} {EMPTY}"
+
+
+def overflowing(values: Tensor, limit: float, first_row: int, is_vector: bool) -> str | None:
+    """The note on a value, kept as it is, with which any ordinary input overflows.
+
+    values  [rows, K], finite, none of them larger than the limit
+    """
+    if limit < _OVERFLOWING:
+        return None
+    at = int(values.abs().argmax())
+    row, column = divmod(at, values.shape[1])
+    if abs(values[row, column].item()) < _OVERFLOWING:
+        return None
+    place = f"[{first_row + at}]" if is_vector else f"[{first_row + row}, {column}]"
+    return f"{values[row, column].item():.6g} at {place} {_OVERFLOWS}"
 
 
 def _clipped(values: Tensor, decoded: Tensor, target: Target) -> Tensor:

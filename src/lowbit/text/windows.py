@@ -175,9 +175,11 @@ def cut_windows(
 _SAME = 0.95  # share of one token at which a text is refused
 _FEWEST_WORDS = 0.3  # share of letters and digits below which a note says so
 _LOOKED_AT = 4096  # tokens
-_LEAST_ENTROPY = 3.0  # bits, as of eight tokens of equal shares, below which a note says so
+# tokens → bits, below which a note says so: of eight tokens of equal shares, or of three where a text is short, since
+# 32 bytes of a table or of digits often have less than three
+_LEAST_ENTROPY = {64: 3.0, 32: 1.5}
 _LEAST_PACKED = 0.05  # of its size, below which a note says that a text repeats itself
-_OF_TOKENS = 256  # in a text that is judged by these two
+_PACKED_TOKENS = 256  # in a text that is judged by its packed size, of which a part does not shrink
 
 
 def refuse_degenerate(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -202,10 +204,12 @@ def degenerate_notes(ids: Tensor, tokenizer: PreTrainedTokenizerBase, name: str)
     text = str(tokenizer.decode(ids.reshape(-1)[:_LOOKED_AT].tolist(), skip_special_tokens=True))
     raw = text.encode("utf-8", errors="replace")
     packed = len(zlib.compress(raw)) / max(len(raw), 1)
-    if ids.numel() >= _OF_TOKENS and (entropy < _LEAST_ENTROPY or packed < _LEAST_PACKED):
+    least = next((bits for tokens, bits in _LEAST_ENTROPY.items() if ids.numel() >= tokens), 0.0)
+    if entropy < least or (ids.numel() >= _PACKED_TOKENS and packed < _LEAST_PACKED):
         notes.append(
             f"the text {name!r} says the same again and again: {len(counts)} different tokens, an entropy of "
-            f"{entropy:.1f} bits a token; its first {_LOOKED_AT:,} tokens pack to {packed:.1%} of their size"
+            f"{entropy:.1f} bits a token; its first {min(_LOOKED_AT, ids.numel()):,} tokens pack to {packed:.1%} of "
+            f"their size"
         )
     characters = [character for character in text if not character.isspace()]
     share = sum(character.isalnum() for character in characters) / len(characters) if characters else 0.0

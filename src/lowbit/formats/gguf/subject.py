@@ -174,10 +174,11 @@ class _Pass:
     def _under_own_names(self) -> list[_Job]:
         ours, source = RawCheckpoint(self.subject.raw, ""), self.subject.source
         theirs = None if source is None or source.hub_names else source
+        applied = {scale.name for scale in self.subject.raw.weight_scales.values()}  # are compared with their weights
         jobs: list[_Job] = []
         for name, info in ours.tensors.items():
-            known = theirs is not None and name in theirs.tensors
-            if theirs is not None and not known:
+            known = theirs is not None and name in theirs.tensors and name not in applied
+            if theirs is not None and not known and name not in applied:
                 self.found.without_source.append(name)
 
             def release(name: str = name, other: Checkpoint | None = theirs if known else None) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from lowbit.errors import UsageError
 from lowbit.files.regular import open_regular
 from lowbit.formats.gguf.stored_types import asked_type
+from lowbit.patterns import PatternError, compiled
 
 _BYTES = 1 << 20
 _RULES = 20_000
@@ -33,7 +34,7 @@ class TypeRules:
 
 
 def read_type_rules(path: str) -> TypeRules:
-    """UsageError where the file cannot be read, or a line holds no rule."""
+    """UsageError where the file cannot be read, or a line holds no rule or one whose regex is none."""
     try:
         with open_regular(Path(path)) as file:
             content = file.read(_BYTES + 1)
@@ -54,7 +55,12 @@ def read_type_rules(path: str) -> TypeRules:
             if not (pattern and equals and name):
                 raise UsageError(f"{path}, line {number}: {line[:80]!r} is no rule", _HINT)
             try:
+                compiled(pattern)
                 rules.append((pattern, asked_type(name).name))
+            except PatternError as error:
+                raise UsageError(
+                    f"{path}, line {number}: {pattern[:80]!r} is not a regular expression: {error}", _HINT
+                ) from error
             except UsageError as error:
                 raise UsageError(f"{path}, line {number}: {error}", error.hint) from error
     if not rules:
