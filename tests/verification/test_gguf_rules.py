@@ -169,6 +169,12 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, changed):
     assert failed(write(tmp_path / "x.gguf", values=key_values() | changed)) == {"gguf-tokenizer"}
 
 
+def test_a_file_without_a_tokenizer_takes_token_ids_alone(tmp_path):
+    values = {key: value for key, value in key_values().items() if not key.startswith("tokenizer.")}
+    values |= {"tokenizer.ggml.model": ("none", V.STRING), "llama.vocab_size": (VOCAB, V.UINT32)}
+    assert failed(write(tmp_path / "x.gguf", values=values)) == {"gguf-text"}
+
+
 def test_a_tokenizer_without_merges(tmp_path):
     values = {key: value for key, value in key_values().items() if key != "tokenizer.ggml.merges"}
     assert failed(write(tmp_path / "x.gguf", values=values)) == {"gguf-tokenizer"}
