@@ -218,6 +218,15 @@ def test_resuming_with_another_source_is_refused(model, text, tmp_path, monkeypa
         calibrated(source, tmp_path / "out", text, "gptq", run=RunOptions(resume=True))
 
 
+def test_resuming_with_another_text_is_refused(model, text, tmp_path, monkeypatch):
+    mine = tmp_path / "text.txt"
+    shutil.copy(text, mine)
+    stopped_after(1, model, tmp_path / "out", mine, monkeypatch, method="gptq")
+    mine.write_text(mine.read_text()[::-1])
+    with pytest.raises(UsageError, match="the calibration text is not what it was"):
+        calibrated(model, tmp_path / "out", mine, "gptq", run=RunOptions(resume=True))
+
+
 IDENTITY = {
     "lowbit": {"version": "0.1.0", "store": 3}, "settings": {"sweeps": None, "damping": 0.01}, "model": "m",
     "files": {"a": "1"}, "beside": {"q.gguf, which is refined,": "1", "a.safetensors of the adapter": "1"},

@@ -491,3 +491,9 @@ def test_another_tiktoken_model_is_refused(tmp_path):
 def test_a_damaged_tiktoken_model_is_named(tmp_path, tokens, found):
     with pytest.raises(CheckpointError, match=found):
         tokenizer_key_values(write_tiktoken(tmp_path, tokens), 300)
+
+
+def test_half_of_a_surrogate_pair_in_a_chat_template_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "a\\ud800b"}')
+    with pytest.raises(CheckpointError, match="half of a surrogate pair stands in the chat template 'default'"):
+        TokenizerFiles(tmp_path).chat_templates()

@@ -166,6 +166,14 @@ class TokenizerFiles:
             entry = _object(entry, self.folder / "tokenizer_config.json")
             if not isinstance(entry.get("name"), str) or not isinstance(entry.get("template"), str):
                 raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: a chat template needs name and text")
+            try:
+                f"{entry['name']}{entry['template']}".encode()
+            except UnicodeEncodeError as error:
+                raise CheckpointError(
+                    f"{self.folder / 'tokenizer_config.json'}: half of a surrogate pair stands in the chat template "
+                    f"{entry['name']!r}, which no file can hold",
+                    "download the file again",
+                ) from error
             templates[entry["name"]] = entry["template"]
         return templates
 
