@@ -11,6 +11,7 @@ No rule ties a scheme to a device: the order follows from the tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -166,6 +167,8 @@ def advise(
     UsageError for unknown or incompatible arguments, and the errors of opening the model.
     """
     _check(context, batch, kv_cache, price)
+    if memory is not None and memory < 1:
+        raise UsageError(f"a memory of {memory} bytes holds no model", "give that of one card, such as 16GiB")
     device = find_device(hardware) if isinstance(hardware, str) else hardware
     device = device if memory is None else replace(device, memory_bytes=memory)
     finetune = workload == "finetune"
@@ -221,7 +224,7 @@ def _check(context: int, batch: int | None, kv_cache: str, price: float | None) 
         raise UsageError(f"a batch of {batch} sequences is not one", "give 1 or more")
     if kv_cache not in ("auto", "fp8", "bf16"):
         raise UsageError(f"there is no KV cache {kv_cache!r}", "choose auto, fp8 or bf16")
-    if price is not None and price <= 0:
+    if price is not None and not 0 < price < math.inf:
         raise UsageError(f"a price of {price} dollars per hour is not one", "leave --price out")
 
 

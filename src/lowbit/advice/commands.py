@@ -36,6 +36,8 @@ def _what(scheme: str, how: Support, fp8_cache: bool) -> dict[str, Any]:
         return settings
     if how.method != "rtn":
         settings["method"] = how.method
+    if how.group_size is not None:
+        settings["group_size"] = how.group_size
     if how.format not in ("compressed-tensors", "bitsandbytes"):
         settings["format"] = how.format
     if scheme in DOUBLE_QUANT:
