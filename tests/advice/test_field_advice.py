@@ -10,6 +10,7 @@ import pytest
 from advice_shapes import COMMON, LLAMA_8B, LLAMA_70B, MISTRAL_7B, QWEN3_14B
 
 from lowbit.advice import advise
+from lowbit.errors import UsageError
 from lowbit.hardware import Device
 
 SIZES = pytest.mark.parametrize("shape", COMMON.values(), ids=COMMON)
@@ -100,6 +101,12 @@ def test_what_lowbit_cannot_write_for_tensorrt_llm_says_so():
     assert "lowbit writes no" in best.reason
 
 
+def test_int8_weights_for_tensorrt_llm_are_written_with_one_scale_per_row():
+    found = advise(LLAMA_8B, hardware="A100-80GB", engine="tensorrt-llm").option("W8A16")
+    assert found.writable
+    assert found.quantize == ("lowbit quantize MODEL -o model-W8A16 --scheme W8A16 --group-size -1 --format modelopt")
+
+
 @pytest.mark.parametrize("shape", [MISTRAL_7B, QWEN3_14B, LLAMA_70B], ids=["7B", "14B", "70B"])
 @pytest.mark.parametrize("hardware", ["RTX-3090", "RTX-4090", "A100-80GB"])
 def test_fine_tuning_gets_nf4(shape, hardware):
@@ -135,3 +142,9 @@ def test_four_bit_arithmetic_is_blackwells():
     slow = advise(LLAMA_8B, hardware="H100", engine="vllm", goal="speed").option("NVFP4")
     assert slow.how.fallback
     assert slow.ratios.prefill == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("asked", [{"price": float("nan")}, {"price": float("inf")}, {"memory": 0}])
+def test_a_price_or_a_memory_that_cannot_be_is_refused(asked):
+    with pytest.raises(UsageError, match=next(iter(asked))):
+        advise(LLAMA_8B, hardware="H100", engine="vllm", **asked)

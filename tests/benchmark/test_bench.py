@@ -206,8 +206,9 @@ def test_an_engine_that_stops_early_is_not_timed(folder, tmp_path, monkeypatch):
         ("folder", {"batches": (0,)}, UsageError, "batch"),
         ("folder", {"tokens": 0}, UsageError, "tokens"),
         ("folder", {"repeats": 0}, UsageError, "repeats"),
-        ("folder", {"warmups": -1}, UsageError, "warm-ups"),
+        ("folder", {"warmups": -1}, UsageError, "warm-ups must be 0 or more"),
         ("folder", {"threads": 0}, UsageError, "threads"),
+        ("folder", {"seed": -1}, UsageError, "a seed must be 0 or more"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused_before_anything_starts(request, what, asked, error, says):
@@ -260,6 +261,8 @@ def test_a_config_that_the_files_deny_or_that_asks_for_code_starts_no_engine(fol
 def test_lists_of_numbers(folder):
     answer = CliRunner().invoke(app, ["bench", str(folder), "--context", "8,x"])
     assert isinstance(answer.exception, UsageError)
+    answer = CliRunner().invoke(app, ["bench", str(folder), "--batch", "1.5"])
+    assert answer.exception.hint == "write it as --batch 1,8"
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,230"), (99.96, "100.0"), (12.34, "12.3"), (1.234, "1.23")])

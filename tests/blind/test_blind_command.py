@@ -118,3 +118,12 @@ def test_two_models_are_compared_and_no_other_number(models):
 def test_a_model_that_does_not_exist_is_an_error_in_words(prompts, tmp_path):
     with pytest.raises(LowbitError):
         lowbit(tmp_path / "absent", tmp_path / "absent", "--blind", "--prompts", prompts)
+
+
+@pytest.mark.parametrize(
+    ("second", "page", "says"), [("absent", "page.html", "absent"), ("", "absent/page.html", "absent is no folder")]
+)
+def test_a_model_or_a_folder_that_is_not_there_is_refused_before_anything_is_asked(prompts, second, page, says):
+    with chatting(prompt_of) as (a, asked), pytest.raises(LowbitError, match=says):
+        lowbit(a, second or a, "--blind", "--prompts", prompts, "-o", page)
+    assert not asked

@@ -144,6 +144,7 @@ def test_activations_are_simulated_where_the_scheme_rounds_them(tiny_llama, tmp_
         (["fact"], {}, "did you mean facts"),
         (["facts"], {"chat_template": True}, "without a chat template"),
         (["facts"], {"limit": 0}, "1 or more"),
+        (["facts"], {"seed": -1}, "the seed -1"),
         (["facts"], {"max_memory": 1 << 20}, "memory"),
     ],
 )

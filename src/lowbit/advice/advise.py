@@ -21,6 +21,7 @@ class refuses a format; and for several cards, whether every layer splits at who
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -184,6 +185,8 @@ def advise(
     UsageError for unknown or incompatible arguments, and the errors of opening the model.
     """
     _check(context, batch, kv_cache, price)
+    if memory is not None and memory < 1:
+        raise UsageError(f"a memory of {memory} bytes holds no model", "give that of one card, such as 16GiB")
     device = find_device(hardware) if isinstance(hardware, str) else hardware
     device = device if memory is None else replace(device, memory_bytes=memory)
     finetune = workload == "finetune"
@@ -239,7 +242,7 @@ def _check(context: int, batch: int | None, kv_cache: str, price: float | None) 
         raise UsageError(f"a batch of {batch} sequences is not one", "give 1 or more")
     if kv_cache not in ("auto", "fp8", "bf16"):
         raise UsageError(f"there is no KV cache {kv_cache!r}", "choose auto, fp8 or bf16")
-    if price is not None and price <= 0:
+    if price is not None and not 0 < price < math.inf:
         raise UsageError(f"a price of {price} dollars per hour is not one", "leave --price out")
 
 
@@ -378,6 +381,8 @@ def _what(scheme: str, how: Support, fp8_cache: bool) -> dict[str, Any]:
         return settings
     if how.method != "rtn":
         settings["method"] = how.method
+    if how.group_size is not None:
+        settings["group_size"] = how.group_size
     if how.format not in ("compressed-tensors", "bitsandbytes"):
         settings["format"] = how.format
     if scheme in DOUBLE_QUANT:

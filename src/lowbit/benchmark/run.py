@@ -83,7 +83,7 @@ def bench(
     path = first_part(Path(model))
     if not path.exists():
         raise UsageError(f"{model}: there is no such folder or file", "give the output of lowbit quantize")
-    _check_numbers(contexts, batches, tokens, repeats, warmups, threads)
+    _check_numbers(contexts, batches, tokens, repeats, warmups, threads, seed)
     name = _engine_of(path, engine, url)
     driver = "server" if url is not None else _driver_of(name, max(batches))
     if url is None:
@@ -110,15 +110,18 @@ def bench(
 
 
 def _check_numbers(
-    contexts: Sequence[int], batches: Sequence[int], tokens: int, repeats: int, warmups: int, threads: int | None
-) -> None:
-    given = {
+    contexts: Sequence[int], batches: Sequence[int], tokens: int, repeats: int, warmups: int, threads: int | None,
+    seed: int,
+) -> None:  # fmt: skip
+    from_one = {
         "context": contexts, "batch": batches, "number of tokens": (tokens,), "number of repeats": (repeats,),
-        "number of threads": (1 if threads is None else threads,), "number of warm-ups": (warmups + 1,),
+        "number of threads": (1 if threads is None else threads,),
     }  # fmt: skip
-    for what, values in given.items():
-        if not values or min(values) < 1:
-            raise UsageError(f"a {what} must be 1 or more", "leave it out for the default")
+    from_zero = {"number of warm-ups": (warmups,), "seed": (seed,)}
+    for least, given in ((1, from_one), (0, from_zero)):
+        for what, values in given.items():
+            if not values or min(values) < least:
+                raise UsageError(f"a {what} must be {least} or more", "leave it out for the default")
 
 
 def _engine_of(path: Path, engine: str | None, url: str | None) -> str:

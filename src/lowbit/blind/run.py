@@ -24,7 +24,12 @@ import torch
 
 from lowbit.blind.answering import Answers, Generation, answer_all, trimmed
 from lowbit.blind.prompts import BlindPrompt, read_prompts
+<<<<<<< HEAD
 from lowbit.blind.result import AnswerPair, BlindTest, Judged, Verdict
+=======
+from lowbit.blind.result import AnswerPair, BlindTest
+from lowbit.checkpoint import open_checkpoint
+>>>>>>> proof
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
 from lowbit.tasks.endpoint import Endpoint, is_url
@@ -66,10 +71,14 @@ def compare_blind(
     if judge_model is not None and judge is None:
         raise UsageError("--judge-model names a model of --judge, which was not given", "add --judge URL")
     asked, notes = read_prompts(prompts)
-    for each in filter(is_url, (a, b)):  # asked now, before an hour of answers
-        Endpoint(each)
+    options = options or OpenOptions()
+    for each in (a, b):  # now, before an hour of answers
+        if is_url(each):
+            Endpoint(each)
+        else:
+            open_checkpoint(each, options).close()
     judging = None if judge is None else Endpoint(judge, judge_model)
-    how = Generation(max_tokens, temperature, seed or 0, dtype, device, options or OpenOptions())
+    how = Generation(max_tokens, temperature, seed or 0, dtype, device, options)
     total = len(asked) * (2 if judging is None else 3)
 
     def told(offset: int) -> Callable[[int], None]:

@@ -72,4 +72,4 @@ def numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r} is not a list of numbers", f"write it as {option} 512,2048") from None
+        raise UsageError(f"{option} {text!r} is not a list of numbers", f"write it as {option} 1,8") from None

@@ -29,7 +29,9 @@ def estimate(
     batch: Annotated[int, typer.Option(help="Concurrent sequences.", min=1)] = 1,
     engine: Annotated[
         str | None,
-        typer.Option(help="vllm, sglang, tensorrt-llm, transformers, llama.cpp. [default: the format's own]"),
+        typer.Option(
+            help="vllm, sglang, tensorrt-llm, lmdeploy, tgi, transformers, llama.cpp. [default: the format's own]"
+        ),
     ] = None,
     kv_cache: Annotated[
         str | None, typer.Option(help="Type of the KV cache: auto (16 bits), fp8; with llama.cpp q8_0, q4_0 …")

@@ -56,6 +56,7 @@ class Support:
     converts      True where the kernel converts weights to the dtype of its arithmetic as it multiplies (FP8
                   activations over 4-bit integers), which costs some of that arithmetic
     method        `--method` that gives the scheme its expected quality
+    group_size    `--group-size` that the loader asks for; None: the scheme's
     finetune      True if adapters can be trained on it
     instead       where `format` is None: command of the engine's own tools
     """
@@ -71,6 +72,7 @@ class Support:
     fallback: bool = False
     converts: bool = False
     method: str = "rtn"
+    group_size: int | None = None
     finetune: bool = False
     note: str = ""
     instead: str = ""

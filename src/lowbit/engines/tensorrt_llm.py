@@ -176,10 +176,10 @@ _SUPPORT = (
             least=AMPERE, most=BELOW_BLACKWELL, small_batch=_BATCH, method="awq"),
     Support(("W4AFP8_STATIC",), "fp8", "modelopt", f"{_DOCS}: W4A8 AWQ; docs/source/features/quantization.md: Ada and "
             "Hopper", least=ADA, most=BELOW_BLACKWELL, converts=True, method="awq"),
-    Support(("W8A16",), "16", None, f"{_DOCS}: W8A16 weight-only; WeightOnlyQuantLinearMethod of "
-            "_torch/modules/linear.py", least=AMPERE, small_batch=_BATCH,
-            note="INT8 weight-only takes one scale per row",
-            instead="lowbit quantize MODEL -o OUT --scheme W8A16 --group-size -1 --format modelopt"),)  # fmt: skip
+    Support(("W8A16",), "16", "modelopt", f"{_DOCS}: W8A16 weight-only; WeightOnlyQuantLinearMethod of "
+            "_torch/modules/linear.py", least=AMPERE, small_batch=_BATCH, group_size=-1,
+            note="INT8 weight-only takes one scale per row"),
+)  # fmt: skip
 
 _MEMORY = MemoryModel(
     prefill=((0, 8192),), logit_rows=256, logit_bytes=16, framework=2 * GIB, share=0.9,

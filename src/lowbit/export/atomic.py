@@ -134,11 +134,14 @@ _HEAD = 4096
 
 
 def refuse_existing_document(path: Path, overwrite: bool, mark: str) -> None:
-    """OutputError if something has the name of a document; with `overwrite`, unless it is one of lowbit's.
+    """OutputError if something has the name of a document; with `overwrite`, unless it is one of lowbit's. And if its
+    folder does not exist.
 
     mark  what documents of this kind begin with
     """
     with translated_os_errors(path):
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: {path.parent} is no folder", "choose a folder that exists")
         if not os.path.lexists(path):
             return
         if path.is_symlink() or not path.is_file():

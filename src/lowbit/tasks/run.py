@@ -100,7 +100,11 @@ def evaluate_tasks(
     activations    "auto": simulated as the engine would where the scheme quantizes them; "none": weights alone
     max_memory     as in `evaluate`: a model that does not fit is run block by block, with a note
     progress       called with (items done, items in all), both models together; lm-eval's items are not counted
+
+    UsageError for tasks, a limit or a seed that cannot be, before a model is opened.
     """
+    if seed < 0:
+        raise UsageError(f"the seed {seed} of the packaged items is below 0", "give one from 0 up")
     meter = Meter()
     options = options or OpenOptions()
     suite = _suite(tasks, limit, seed, chat_template, options.trust_remote_code)
