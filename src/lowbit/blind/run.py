@@ -24,12 +24,8 @@ import torch
 
 from lowbit.blind.answering import Answers, Generation, answer_all, trimmed
 from lowbit.blind.prompts import BlindPrompt, read_prompts
-<<<<<<< HEAD
 from lowbit.blind.result import AnswerPair, BlindTest, Judged, Verdict
-=======
-from lowbit.blind.result import AnswerPair, BlindTest
 from lowbit.checkpoint import open_checkpoint
->>>>>>> proof
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import UsageError
 from lowbit.tasks.endpoint import Endpoint, is_url
