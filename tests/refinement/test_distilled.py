@@ -16,7 +16,6 @@ from refinement.test_refining import contents, tensors
 FILES = {
     "q2_k.gguf": {"scheme": "Q2_K"},
     "gptq": {"scheme": "W2A16", "group_size": 64, "format": "gptq"},
-    "compressed-tensors": {"scheme": "W2A16", "group_size": 64},
     "bitsandbytes": {"scheme": "NF4", "double_quant": True},
 }
 LEARNS = {"distill": True, "samples": 8, "distill_samples": 0, "distill_steps": 8, "distill_rate": 2e-3,
