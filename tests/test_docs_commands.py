@@ -211,7 +211,7 @@ def cases() -> list[Any]:
     return found
 
 
-@pytest.mark.sampled(3, keep=("README", "quickstart"))
+@pytest.mark.sampled(6, keep=("README", "quickstart"))
 @pytest.mark.parametrize(("path", "line"), cases())
 def test_line_runs(bench, path, line):
     bench.run(line, path)

@@ -152,7 +152,7 @@ def test_every_format_that_is_read_is_here():
     assert {name.split()[0] for name in SOURCES} - {"gptq_v2"} == read - {"mxfp4", "torchao"}
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_conversion_keeps_the_weights_or_states_the_error_or_is_refused(source, target, source_of, tmp_path):

@@ -218,6 +218,7 @@ def test_experts_count_all_tokens_alike_and_say_so(text, tmp_path):
     assert "linears)" in counted[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "stablelm_parallel", "deepseek_v3"])
 def test_every_linear_has_weights_or_a_reason(family, tmp_path):
     """Conv1D, a decoder inside a decoder, stacked rows, MLP beside attention, experts with their router."""

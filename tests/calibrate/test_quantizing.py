@@ -46,6 +46,7 @@ def divergence(folder, reference) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
+@pytest.mark.sampled(2, keep=("gptq",))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_a_model_near_its_source(tiny_llama, tmp_path, text, method):
     few = {"iterations": 8} if "sign-sgd" in method else {}

@@ -93,7 +93,7 @@ def whole_rows(tmp_path_factory) -> tuple[Path, Path]:
     return model, folder / "tiny.imatrix"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_a_model_without_fallbacks_in_every_file_type(file_type, whole_rows, tmp_path):
     model, matrix = whole_rows

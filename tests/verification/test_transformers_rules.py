@@ -62,7 +62,7 @@ def assert_same_logits(model: Any, folder: Path, within: float) -> None:
     assert (logits(model) - wanted).abs().max() < within * wanted.std()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("model_type", "scheme", "settings", "rule", "named"),
     [
