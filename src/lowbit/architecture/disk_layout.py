@@ -228,7 +228,7 @@ def _split(leaf: str, placed: Placement, owner: Any, family: Family) -> Placemen
     prefix, names = next(spelled, ("", ()))
     names = tuple(prefix + name for name in names)
     if not names:
-        leaves = {leaf: (leaf,) for leaf in ("gate_proj", "up_proj", "down_proj")}
+        leaves: dict[str, tuple[str, ...]] = {leaf: (leaf,) for leaf in ("gate_proj", "up_proj", "down_proj")}
         leaves["gate_up_proj"] = ("gate_proj", "up_proj")
         if kind not in leaves:
             return placed
