@@ -16,6 +16,9 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 384, "max_position_embeddings": 256,
 }  # fmt: skip
 # A text of 6 kB. The packaged one is 420 kB, and tokenizing it takes longer than calibrating a tiny model with it.
+# One block whose every shape fits every format: 256 divides all.
+FITS_ALL = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 128}  # fmt: skip
 SHORT_TEXT = str(Path(__file__).parent / "data" / "short.txt")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 

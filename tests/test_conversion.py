@@ -14,7 +14,7 @@ import lowbit
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError, NonFiniteError, UsageError, VerificationError
 from lowbit.registry import folder_formats
-from models import SHORT_TEXT, make_model
+from models import FITS_ALL, SHORT_TEXT, make_model
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
 
@@ -55,9 +55,7 @@ TARGETS = [name for name in folder_formats() if name not in ("float", "mxfp4", "
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """One block whose every shape fits every format: 256 divides all."""
-    return make_model(tmp_path_factory.mktemp("conversion") / "model", hidden_size=256, intermediate_size=256,
-                      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=128)  # fmt: skip
+    return make_model(tmp_path_factory.mktemp("conversion") / "model", **FITS_ALL)
 
 
 @pytest.fixture(scope="session")

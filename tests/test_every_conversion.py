@@ -28,7 +28,7 @@ from lowbit.registry import FORMATS, folder_formats
 from lowbit.rounding.rtn import round_to_nearest
 from lowbit.schemes import SCHEMES
 from lowbit.tensors import RangeSearch
-from models import make_model
+from models import FITS_ALL, make_model
 
 Packed = Callable[[str, Tensor], dict[str, Tensor]]
 
@@ -121,8 +121,7 @@ TARGETS = (*folder_formats(), *(f"gguf {name}" for name in GGUF_TYPES))
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("every") / "model", hidden_size=256, intermediate_size=256,
-                      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=128)  # fmt: skip
+    return make_model(tmp_path_factory.mktemp("every") / "model", **FITS_ALL)
 
 
 @pytest.fixture(scope="session")

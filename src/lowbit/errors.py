@@ -7,7 +7,7 @@ exception is a bug of lowbit and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LONGEST_VALUE = 60  # characters
 _LONGEST_NAME = 80
@@ -27,7 +27,11 @@ def brief_name(name: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1, cutoff: float = 0.6) -> str:
     """A hint with the names nearest to one that does not exist, at most `count`; `otherwise` where none is near."""
-    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), count, cutoff)
+    return meaning(difflib.get_close_matches(name, list(dict.fromkeys(known)), count, cutoff), otherwise)
+
+
+def meaning(near: Sequence[str], otherwise: str = "") -> str:
+    """A hint with names that may have been meant; `otherwise` where there are none."""
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 

@@ -26,6 +26,7 @@ from lowbit.calibrate.task import CalibrationTask
 from lowbit.calibrate.tensors import Replacement
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.quantized import FLOATS
+from lowbit.distillation.descent import Distilled
 from lowbit.distillation.stage import FinishJob, check_distillation
 from lowbit.errors import NonFiniteError
 from lowbit.files.claim import Claim
@@ -65,18 +66,12 @@ def calibrate(
             settings=settings, options=prepared.options, run=run, progress=progress, text=prepared.text,
             activations=plan.activations,
         )  # fmt: skip
-        finish = parse_method(settings.method).finish
-        job = FinishJob(**vars(task), rounded=partial(_rounded_outside, plan))
-        if finish is not None:
-            check_distillation(job)
-        done = loop.calibrate(task, output)
-        if finish is not None:
-            done, distilled = load(finish.function)(done, job)
-            prepared = replace(prepared, distilled=distilled)
+        done, distilled = run_method(task, output, partial(_rounded_outside, plan))
         windows = done.windows
         prepared = replace(
-            prepared, checkpoint=done.checkpoint, calibrated=done, calibration=CalibrationText.of(windows)
-        )
+            prepared, checkpoint=done.checkpoint, calibrated=done, distilled=distilled,
+            calibration=CalibrationText.of(windows),
+        )  # fmt: skip
         checkpoint = done.decoded(targets, plan.architecture, plan.dtype)
     elif prepared.calibrated is not None and plan.architecture is not None:  # codes of a training
         checkpoint = prepared.calibrated.decoded(targets, plan.architecture, plan.dtype)
@@ -92,6 +87,24 @@ def calibrate(
         activations=plan.activations, rotations=plan.rotations,
     )  # fmt: skip
     return replace(prepared, plan=plan.with_ranges(ranges), calibration=CalibrationText.of(windows))
+
+
+def run_method(
+    task: CalibrationTask, output: Path, rounded: Callable[[Checkpoint], dict[str, Replacement]],
+    finishing: Progress | None = None,
+) -> tuple[loop.Calibrated, Distilled | None]:  # fmt: skip
+    """The calibrated loop, and the finish that the method may have; too little memory or text for that is refused
+    first.
+
+    rounded    as of `FinishJob`
+    finishing  progress of the finish; None: the task's
+    """
+    finish = parse_method(task.settings.method).finish
+    if finish is None:
+        return loop.calibrate(task, output), None
+    job = FinishJob(**vars(task), rounded=rounded)
+    check_distillation(job)
+    return load(finish.function)(loop.calibrate(task, output), replace(job, progress=finishing or task.progress))
 
 
 def _rounded_outside(plan: Plan, checkpoint: Checkpoint) -> dict[str, Replacement]:

@@ -1,12 +1,14 @@
 """Options by the names that other commands, other tools or a slip of the finger give them.
 
-`near` is asked wherever an option is not known: on the command line, among keyword arguments and in recipes.
+`meant_option` is asked wherever an option is not known: on the command line, among keyword arguments and in recipes.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from lowbit.errors import meaning
 
 # Names of one thing: options here, and those of llama.cpp, llm-compressor, GPTQModel, AutoRound, transformers and vLLM.
 _GROUPS: tuple[frozenset[str], ...] = tuple(
@@ -44,21 +46,17 @@ _GROUPS: tuple[frozenset[str], ...] = tuple(
 )
 
 
-def near(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The known names that mean the same as an unknown one, else at most `count` that are spelled nearly like it.
+def meant_option(name: str, known: Iterable[str], otherwise: str = "", count: int = 1) -> str:
+    """A hint with the known names that mean the same as an unknown one, else at most `count` that are spelled nearly
+    like it; `otherwise` where there are none.
 
     name, known  of keyword arguments or of the command line ("--group-size")
     """
     spelled = {_plain(each): each for each in known}
     same = {each for group in _GROUPS if _plain(name) in group for each in group}
     meant = [option for each, option in spelled.items() if each in same]
-    return meant or [spelled[each] for each in difflib.get_close_matches(_plain(name), spelled, n=count)]
-
-
-def meant_option(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`errors.did_you_mean` for names of options, by meaning first."""
-    meant = near(name, known)
-    return f"did you mean {' or '.join(meant)}?" if meant else otherwise
+    near = meant or [spelled[each] for each in difflib.get_close_matches(_plain(name), spelled, n=count)]
+    return meaning(near, otherwise)
 
 
 def _plain(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from lowbit.calibrate.store import BlockStore
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.distillation import descent
-from lowbit.distillation.descent import Split
+from lowbit.distillation.descent import Split, State, outcome
 from lowbit.distillation.divergence import TokenDivergence
 from lowbit.distillation.memory import DistillMemory, MemoryShare, distillation_dtype
 from lowbit.errors import NonFiniteError, UsageError
@@ -345,3 +346,18 @@ def test_distill_stands_behind_every_method(typed, name):
 def test_a_linear_alone_cannot_be_distilled():
     with pytest.raises(UsageError, match="works on whole blocks"):
         Settings(method_overrides={"down_proj": "gptq+distill"})
+
+
+def test_what_the_student_leaves_out_is_said_of_a_run_that_goes_on_too():
+    state = State({}, {}, {}, {}, step=3, start=0.2, lowest=0.1, finished=True, notes=["inputs stay"])
+    kept = State.of(state.tensors(), json.loads(json.dumps(state.facts())))
+    assert outcome(kept, 8, descent.DistillOptions()).notes[-1] == "inputs stay"
+
+
+def test_inputs_of_fused_experts_stay_and_are_named(tmp_path):
+    source, text = make_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=1), write_text(tmp_path)
+    given = GIVEN | {"scheme": "W8A8", "distill_steps": 1}
+    report = lowbit.quantize(source, tmp_path / "out", method="distill", calib=str(text), **given).report
+    (note,) = [note for note in report.source.notes if "were not rounded while learning" in note]
+    assert "since they are no nn.Linear of their own" in note
+    assert ".experts.0." in note

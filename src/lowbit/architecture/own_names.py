@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lowbit.architecture.cache import discover_once
 from lowbit.architecture.structure import Architecture, Part, Placement
-from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, row_range
+from lowbit.checkpoint.base import Checkpoint, CheckpointView, find_tensor, row_range
 from lowbit.errors import CheckpointError
 
 
@@ -95,28 +94,17 @@ def _sources(checkpoint: Checkpoint, hub: Architecture, own: Architecture) -> di
     return found
 
 
-class _OwnNames(Checkpoint):
+class _OwnNames(CheckpointView):
     """See the module docstring; reads rows of what it joins from the checkpoint, slab by slab."""
 
     def __init__(self, stored: Checkpoint, sources: Mapping[str, _Joined]):
-        self.stored, self.sources = stored, sources
-        self.source, self.kind, self.metadata, self.notes = stored.source, stored.kind, stored.metadata, stored.notes
-        self.tensors: dict[str, TensorInfo] = {}
+        super().__init__(stored)
+        self.sources = sources
+        self.tensors = {}
         for name, joined in sources.items():
             info = stored.tensors[joined.pieces[0][0]]
             nbytes = math.prod(joined.shape) * info.dtype.itemsize
             self.tensors[name] = replace(info, name=name, shape=joined.shape, nbytes=nbytes)
-
-    @property
-    def folder(self) -> Path:
-        return self.stored.folder
-
-    @property
-    def files(self) -> Any:
-        return self.stored.files
-
-    def config(self) -> dict[str, Any]:
-        return self.stored.config()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         info = find_tensor(self.tensors, name, self.source)
@@ -132,12 +120,12 @@ class _OwnNames(Checkpoint):
             part.of(whole if expert is None else whole[expert]).copy_(part.of_stored(self.stored.read(each)))
         return whole[start:stop].reshape(shape)
 
+    def _stored_name(self, name: str) -> str:
+        return self.sources[name].pieces[0][0]
+
     def release(self, name: str) -> None:
         for each, _, _ in self.sources[name].pieces:
             self.stored.release(each)
-
-    def close(self) -> None:
-        self.stored.close()
 
 
 def _in_rows(part: Part, expert: int | None) -> bool:

@@ -39,18 +39,14 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Architecture, Part
-from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, row_range
+from lowbit.checkpoint.base import Checkpoint, CheckpointView, TensorInfo, find_tensor, row_range
 from lowbit.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from lowbit.tensors import QuantizedTensor
 
 Value = TypeVar("Value")
 
@@ -160,15 +156,14 @@ def _is_turned(info: TensorInfo, shape: tuple[int, ...]) -> bool:
     return tuple(info.shape) != tuple(shape) and tuple(info.shape) == (*shape[:-2], shape[-1], shape[-2])
 
 
-class _View(Checkpoint):
+class _View(CheckpointView):
     """See the module docstring; `tensors` are the canonical ones. float64 is read as float32."""
 
     def __init__(self, stored: Checkpoint, sources: dict[str, CanonicalSource], changes: Changes):
-        self.stored, self.sources, self._config = stored, sources, changes.config
-        self.source, self.kind, self.metadata = stored.source, stored.kind, stored.metadata
-        self.kv_cache, self.int8_threshold = stored.kv_cache, stored.int8_threshold
+        super().__init__(stored)
+        self.sources, self._config = sources, changes.config
         self.notes = [*stored.notes, *changes.notes]
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors = {}
         for name, source in sources.items():
             info = stored.tensors[source.name]
             if source.part is not None:
@@ -191,10 +186,6 @@ class _View(Checkpoint):
         """What a name in the files has, under the name here."""
         return {self._names[name]: value for name, value in values.items() if name in self._names}
 
-    @property
-    def folder(self) -> Path:
-        return self.stored.folder
-
     def config(self) -> dict[str, Any]:
         return self.stored.config() if self._config is None else self._config
 
@@ -209,19 +200,12 @@ class _View(Checkpoint):
         values = values[0] if source.expert is not None else values
         return source.part.of(values)[start:stop].contiguous().to(self.tensors[name].dtype)
 
-    def release(self, name: str) -> None:
-        self.stored.release(self._source(name).name)
-
-    def close(self) -> None:
-        self.stored.close()
+    def _stored_name(self, name: str) -> str:
+        return self._source(name).name
 
     def _source(self, name: str) -> CanonicalSource:
         find_tensor(self.tensors, name, self.source)
         return self.sources[name]
-
-    @property
-    def files(self) -> Any:
-        return self.stored.files
 
     @property
     def input_scales(self) -> dict[str, float]:
@@ -230,15 +214,6 @@ class _View(Checkpoint):
     @property
     def input_zero_points(self) -> dict[str, int]:
         return self._renamed(self.stored.input_zero_points)
-
-    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        return self.stored.read_quantized(self.sources[name].name, start, stop)
-
-    def row_multiple(self, name: str) -> int:
-        return self.stored.row_multiple(self.sources[name].name)
-
-    def scale_dtype(self, name: str) -> torch.dtype:
-        return self.stored.scale_dtype(self.sources[name].name)
 
     def says_quantized(self, linear: str) -> bool:
         source = self.sources.get(f"{linear}.weight")

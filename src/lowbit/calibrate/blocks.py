@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -197,9 +197,13 @@ class BlockRunner:
         prefix = self.blocks[index].name + "."
         self._loader.put(values, lambda name: copy.get_parameter(name.removeprefix(prefix)))
 
+    @cached_property
+    def _module_names(self) -> dict[str, str]:
+        return module_names(self.model, self.architecture)
+
     def linear_module(self, name: str) -> nn.Linear | None:
         """The module that computes a linear by itself; None for experts and for other classes."""
-        path = module_names(self.model, self.architecture).get(name)
+        path = self._module_names.get(name)
         module = None if path is None else self.model.get_submodule(path)
         return module if isinstance(module, nn.Linear) else None
 

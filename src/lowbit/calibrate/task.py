@@ -1,6 +1,7 @@
 """What a calibrated run works on, and the finished model that a refinement starts from.
 
-Rotations of the residual stream, which are folded into a model before anything is measured: found, or learned.
+`stream_rotations` has the rotations of the residual stream, found or learned, which are folded into a model before
+anything is measured.
 """
 
 from __future__ import annotations

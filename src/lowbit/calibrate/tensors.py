@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.architecture.structure import Linear
 from lowbit.calibrate.blocks import BlockRunner
-from lowbit.checkpoint.base import Checkpoint, TensorInfo, find_tensor, row_range
-from lowbit.tensors import QuantizedTensor
+from lowbit.checkpoint.base import Checkpoint, CheckpointView, find_tensor, row_range
 
 
 class StoredTensors:
@@ -53,59 +51,20 @@ class Replacement:
     dtype: torch.dtype
 
 
-class OverlaidCheckpoint(Checkpoint):
+class OverlaidCheckpoint(CheckpointView):
     """A `Checkpoint` with some tensors replaced: rewritten by transforms, or decoded from their codes."""
 
-    def __init__(self, base: Checkpoint, replaced: dict[str, Replacement]):
-        self.base, self._replaced = base, replaced
-        self.source, self.kind, self.metadata, self.notes = base.source, base.kind, base.metadata, base.notes
-        self.schemes, self.rotations = base.schemes, base.rotations
-        self.kv_cache, self.int8_threshold = base.kv_cache, base.int8_threshold
-        self.tensors: dict[str, TensorInfo] = {
+    def __init__(self, stored: Checkpoint, replaced: dict[str, Replacement]):
+        super().__init__(stored)
+        self._replaced = replaced
+        self.tensors = {
             name: replace(info, dtype=replaced[name].dtype) if name in replaced else info
-            for name, info in base.tensors.items()
+            for name, info in stored.tensors.items()
         }
-
-    @property
-    def folder(self) -> Any:
-        return self.base.folder
-
-    def config(self) -> dict[str, Any]:
-        return self.base.config()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         info = find_tensor(self.tensors, name, self.source)
         if name not in self._replaced:
-            return self.base.read(name, start, stop)
+            return self.stored.read(name, start, stop)
         start, stop, shape = row_range(info, start, stop)
         return self._replaced[name].read()[start:stop].to(info.dtype).reshape(shape).contiguous()
-
-    def release(self, name: str) -> None:
-        self.base.release(name)
-
-    def close(self) -> None:
-        self.base.close()
-
-    @property
-    def files(self) -> Any:
-        return self.base.files
-
-    @property
-    def input_scales(self) -> dict[str, float]:
-        return self.base.input_scales
-
-    @property
-    def input_zero_points(self) -> dict[str, int]:
-        return self.base.input_zero_points
-
-    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-        return self.base.read_quantized(name, start, stop)
-
-    def row_multiple(self, name: str) -> int:
-        return self.base.row_multiple(name)
-
-    def scale_dtype(self, name: str) -> torch.dtype:
-        return self.base.scale_dtype(name)
-
-    def says_quantized(self, linear: str) -> bool:
-        return self.base.says_quantized(linear)

@@ -192,6 +192,61 @@ class Checkpoint(ABC):
         return False
 
 
+class CheckpointView(Checkpoint):
+    """Another checkpoint, shown in another way: what a subclass does not override is the other's.
+
+    stored  the other one
+    """
+
+    def __init__(self, stored: Checkpoint):
+        self.stored = stored
+        self.source, self.kind, self.metadata, self.notes = stored.source, stored.kind, stored.metadata, stored.notes
+        self.tensors, self.hub_names = stored.tensors, stored.hub_names
+        self.schemes, self.rotations = stored.schemes, stored.rotations
+        self.kv_cache, self.int8_threshold = stored.kv_cache, stored.int8_threshold
+
+    def _stored_name(self, name: str) -> str:
+        """What `stored` calls a tensor that is a whole one of it."""
+        return name
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    @property
+    def files(self) -> Any:
+        return self.stored.files
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        return self.stored.input_scales
+
+    @property
+    def input_zero_points(self) -> dict[str, int]:
+        return self.stored.input_zero_points
+
+    def config(self) -> dict[str, Any]:
+        return self.stored.config()
+
+    def release(self, name: str) -> None:
+        self.stored.release(self._stored_name(name))
+
+    def close(self) -> None:
+        self.stored.close()
+
+    def read_quantized(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
+        return self.stored.read_quantized(self._stored_name(name), start, stop)
+
+    def row_multiple(self, name: str) -> int:
+        return self.stored.row_multiple(self._stored_name(name))
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        return self.stored.scale_dtype(self._stored_name(name))
+
+    def says_quantized(self, linear: str) -> bool:
+        return self.stored.says_quantized(linear)
+
+
 @dataclass(frozen=True)
 class OpenOptions:
     """How a source is opened, and how far the user trusts it.

@@ -40,7 +40,7 @@ from lowbit.cli.quantize import quantize
 from lowbit.cli.refine import refine
 from lowbit.cli.verify import verify
 from lowbit.errors import LowbitError
-from lowbit.spellings import near
+from lowbit.spellings import meant_option
 
 app = typer.Typer(
     name="lowbit",
@@ -186,9 +186,8 @@ def _usage_error(error: Exception) -> NoReturn:
     if unknown is not None and hasattr(error, "possibilities"):  # no such option
         message = f"no such option: {unknown}"
         params = getattr(getattr(error, "ctx", None), "command", None)
-        meant = near(unknown, [option for param in getattr(params, "params", ()) for option in param.opts
-                               if option.startswith("--")], 3)  # fmt: skip
-        hint = f"did you mean {' or '.join(meant)}? {hint}" if meant else hint
+        flags = [flag for param in getattr(params, "params", ()) for flag in param.opts if flag.startswith("--")]
+        hint = f"{meant_option(unknown, flags, count=3)} {hint}".lstrip()
     _fail(message[:1].lower() + message[1:], hint, getattr(error, "exit_code", 2))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -107,6 +107,7 @@ class State:
     lowest_at  step of `best`
     ended      why the run ended before its last step
     finished   True behind the last step
+    notes      for the user, on what the student leaves out
     """
 
     changes: Changes
@@ -122,6 +123,7 @@ class State:
     lowest_at: int = 0
     ended: str = ""
     finished: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under flat names."""
@@ -182,10 +184,12 @@ def distill(
     options: DistillOptions,
     keeper: Keeper | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    notes: Sequence[str] = (),
 ) -> Distilled:
     """Learn the changes of a student's parameters.
 
     progress  called with (steps done, steps in all, KL of the last batch)
+    notes     on what the student leaves out
 
     UsageError if nothing can be learned or the windows are too few, NonFiniteError if the divergence is not finite at
     the start. A gradient that is not finite later ends the run with the best changes so far, and a note.
@@ -196,7 +200,7 @@ def distill(
         state = run.started()
     else:
         student.prepare(state.changes)
-    kept_at = time.monotonic()
+    state.notes, kept_at = list(notes), time.monotonic()
     while state.step < run.steps and not state.ended:
         loss = run.one_step(state)
         if progress is not None:
@@ -230,7 +234,7 @@ def outcome(state: State, windows: int, options: DistillOptions) -> Distilled:
     return Distilled(
         changes=state.best if better else {}, start=state.start, end=state.lowest, steps=state.step,
         best_step=state.lowest_at, rate=options.rate, windows=(len(split.train), len(split.held_out)),
-        parameters=parameters, notes=tuple(notes),
+        parameters=parameters, notes=(*notes, *state.notes),
     )  # fmt: skip
 
 

@@ -25,19 +25,22 @@ def round_inputs(
 
     activations  linear → how its input is rounded;  online: linear → rotation of its input by the engine
 
-    Returns the linears whose inputs stay as they are, since a fused operation of transformers computes them.
+    Returns the linears whose inputs stay as they are, since no nn.Linear of their own computes them: experts of a fused
+    operation, and Conv1D.
     """
-    fused = []
+    apart = []
     for name, spec in activations.items():
         module = runner.linear_module(name)
         if module is None:
-            fused.append(name)
+            apart.append(name)
         else:
-            module.register_forward_pre_hook(_rounding(spec, online.get(name)))
-    return tuple(fused)
+            module.register_forward_pre_hook(rounding_hook(spec, online.get(name)))
+    return tuple(apart)
 
 
-def _rounding(spec: ActivationSpec, online: Rotation | None) -> Callable[[nn.Module, tuple], tuple]:
+def rounding_hook(spec: ActivationSpec, online: Rotation | None = None) -> Callable[[nn.Module, tuple], tuple]:
+    """A forward pre-hook that rounds the first input of a module; online: rotation of it by the engine."""
+
     def round_input(_module: nn.Module, inputs: tuple) -> tuple:
         x = inputs[0]
         if online is None:

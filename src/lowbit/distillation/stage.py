@@ -76,19 +76,12 @@ def distill_store(calibrated: Calibrated, job: FinishJob) -> tuple[Calibrated, D
         runs = (job.dtype, job.run.device, job.options, share.states)
         base = OverlaidCheckpoint(calibrated.checkpoint, job.rounded(calibrated.checkpoint))
         runner = BlockRunner(base, *runs)
-        fused = round_inputs(runner, job.activations, calibrated.rotations)
+        apart = round_inputs(runner, job.activations, calibrated.rotations)
         student = Student(runner, ids, parts, share.resident, share.graphs)
         divergence = TokenDivergence(BlockRunner(job.checkpoint, *runs), student, job.progress)
-        done = distill(student, divergence, options, keeper, _shown(job.progress))
-        if fused:
-            done = replace(
-                done,
-                notes=(
-                    *done.notes,
-                    f"inputs of {len(fused)} linears were not rounded while learning, "
-                    f"since transformers computes them in one operation: {fused[0]}",
-                ),
-            )
+        why = f"since they are no nn.Linear of their own in transformers: {', '.join(apart[:1])}"
+        notes = [f"inputs of {len(apart)} linears were not rounded while learning, {why}"] if apart else []
+        done = distill(student, divergence, options, keeper, _shown(job.progress), notes)
     _write(store, opened, done.changes, job)
     rewritten = {name: Replacement(partial(store.tensor, name), job.dtypes[name]) for name in store.rewritten()}
     return replace(calibrated, checkpoint=OverlaidCheckpoint(calibrated.checkpoint, rewritten)), done

@@ -1,12 +1,14 @@
 """`refine`: open both models, compare them, run the text, patch a copy, judge it, and keep it only if it is better.
 
-open file and reference → same model? same basis?        pair, basis
-the file on held-out text                                 before
-block by block, from the file's codes                     calibrate.loop
-scales, norms and biases, end to end, if asked for        distillation.stage
-a copy of the file with new codes, scales and vectors     plan.refining
-verify; the copy on the same held-out text                after
-before ≤ after: refused, nothing is written
+    open file and reference → same model? same basis?        pair, basis
+    the file on held-out text                                 before
+    block by block, from the file's codes                     calibrate.loop
+    scales, norms and biases, end to end, if asked for        distillation.stage
+    a copy of the file with new codes, scales and vectors     plan.refining
+    verify; the copy on the same held-out text                after
+    before ≤ after: refused, nothing is written
+
+The file is the student of a distillation, the reference its teacher. Codes, types, names and sizes stay where they are.
 """
 
 from __future__ import annotations
@@ -17,13 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowbit.calibrate import loop
 from lowbit.calibrate.store import joined_results, tell_of_blocks
 from lowbit.calibrate.task import CalibrationTask, StartModel
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import OpenOptions
 from lowbit.checkpoint.opening import find_gguf
-from lowbit.distillation.stage import FinishJob, check_distillation, distill_store
 from lowbit.errors import NoGainError, UsageError, VerificationError
 from lowbit.evaluation import Evaluation, evaluate
 from lowbit.files.claim import claimed, refuse_claimed
@@ -31,7 +31,7 @@ from lowbit.files.hashes import file_digests
 from lowbit.files.system import check_disk, refuse_sources
 from lowbit.knobs import Facts
 from lowbit.measure import Meter
-from lowbit.pipeline import Written
+from lowbit.pipeline import Written, run_method
 from lowbit.plan.plan import CalibrationText, Making, Prepared, Progress
 from lowbit.plan.refining import Kept
 from lowbit.refinement.basis import in_basis
@@ -142,15 +142,11 @@ def refine(
             dtypes={name: tensor.plain_dtype for name, tensor in kept.vectors.items()}, settings=plan.settings,
             options=prepared.options, run=run, progress=_share(progress, 10, 50 if distill else 90), start=asked.start,
         )  # fmt: skip
-        job = FinishJob(**vars(replace(task, progress=_share(progress, 50, 90))), rounded=lambda _file: {})
         try:
-            if distill:
-                check_distillation(job)
-            done = loop.calibrate(task, output)
-            if distill:
-                done, distilled = distill_store(done, job)
-                prepared = replace(prepared, distilled=distilled)
-            prepared = replace(prepared, calibrated=done, calibration=CalibrationText.of(done.windows))
+            # The file has embedding and head rounded already.
+            done, distilled = run_method(task, output, lambda _file: {}, _share(progress, 50, 90))
+            text_read = CalibrationText.of(done.windows)
+            prepared = replace(prepared, calibrated=done, distilled=distilled, calibration=text_read)
             report = None
             with plan.workplace(output, overwrite, claim) as work:
                 written = _patched(prepared, asked, work, output)

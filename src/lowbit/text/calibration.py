@@ -255,7 +255,8 @@ def _of_rows(rows: Iterable[Any], reading: Reading, source: str, buffer: int, wh
     for row in shuffled(rows, reading.seed, buffer):
         if document := reading.document(row, source):
             yield document
-    if rows_before - reading.rows == unusable_before - len(reading.unusable) < 0:  # of a folder, a file of another kind
+    read, unusable = reading.rows - rows_before, len(reading.unusable) - unusable_before
+    if 0 < read == unusable:  # of a folder, a file of another kind
         why = reading.unusable[unusable_before]
         del reading.unusable[unusable_before:]
         reading.rows = rows_before

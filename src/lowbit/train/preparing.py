@@ -23,7 +23,7 @@ Refused: types with tables that need a calibration text (KVQuant), and what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from lowbit.architecture import Architecture
@@ -39,11 +39,11 @@ from lowbit.architecture.disk_layout import disk_layout
 from lowbit.architecture.in_memory import model_in_memory, unwrapped
 from lowbit.calibrate.kv_cache import attention_layers
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
+from lowbit.distillation.inputs import rounding_hook
 from lowbit.errors import UsageError
 from lowbit.knobs import Facts
 from lowbit.kv.simulated import quantized_layers, simulated_cache
 from lowbit.kv.types import OF_OUTPUT, CacheType, find_cache_type
-from lowbit.numerics.activations import fake_quantize_activation
 from lowbit.plan.plan import Plan, Request
 from lowbit.plan.plan import prepare as plan_output
 from lowbit.rounding.rtn import Fitted, TensorRange
@@ -229,11 +229,7 @@ def _quantize_activations(
 ) -> list[Any]:
     """Hooks that round the inputs of linears."""
     owners = {linear: model.get_submodule(linears[linear].removesuffix(".weight")) for linear in activations}
-    return [owners[linear].register_forward_pre_hook(_hook(spec)) for linear, spec in activations.items()]
-
-
-def _hook(spec: ActivationSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    return lambda module, inputs: (fake_quantize_activation(inputs[0], spec), *inputs[1:])
+    return [owners[linear].register_forward_pre_hook(rounding_hook(spec)) for linear, spec in activations.items()]
 
 
 def cache_of(name: str) -> CacheType:

@@ -108,11 +108,13 @@ class Subject(Verified):
     @cached_property
     def original(self) -> Checkpoint | None:
         """The source under the names of the architecture."""
-        if self.source is None or not self.architecture.own_names:
-            return None if self.source is None else canonical_view(self.source, self.architecture)
-        trust = self.options.trust_remote_code
-        hub, source = describe_checkpoint(self.source, trust, holds_single_experts(self.stored))
-        return under_own_names(source, hub, trust, holds_single_experts(self.stored))[1]
+        if self.source is None:
+            return None
+        if not self.architecture.own_names:
+            return canonical_view(self.source, self.architecture)
+        trust, single = self.options.trust_remote_code, holds_single_experts(self.stored)
+        hub, source = describe_checkpoint(self.source, trust, single)
+        return under_own_names(source, hub, trust, single)[1]
 
     @cached_property
     def config(self) -> dict[str, Any]:
