@@ -6,16 +6,14 @@
     quality.py          what a scheme is expected to lose, with the source
     score.py            one number from all of it, by goal and workload
 
-No rule ties a scheme to a device: the order follows from the tables.
+No rule ties a scheme to a device: the order follows from the tables. Beside each scheme stands the command line that
+writes the checkpoint; `Engine.serve_line` gives the one that serves it.
 
-The command line that writes the checkpoint; `Engine.serve_line` gives the one that serves it.
-
-What `lowbit verify` would refuse, found before anything is written: such a scheme is not advised.
-
-The files of a plan are made without their weights: config.json, the format's own JSON files, and a safetensors file
-that is all header. The engine's rules about its kernels and loaders (`Rule.limit`) need no more, so the same functions
-judge the plan and, later, the files: model dtype, bits, group sizes, shapes, formats without a loader, models whose
-class refuses a format; and for several cards, whether every layer splits at whole groups.
+A scheme whose files `lowbit verify` would refuse is not advised. To know that before anything is written, the files of
+its plan are made without their weights: config.json, the format's own JSON files, and a safetensors file that is all
+header. The engine's rules about its kernels and loaders (`Rule.limit`) need no more, so the same functions judge the
+plan and, later, the files: model dtype, bits, group sizes, shapes, formats without a loader, models whose class refuses
+a format; and for several cards, whether every layer splits at whole groups.
 """
 
 from __future__ import annotations

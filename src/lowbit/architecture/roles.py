@@ -1,11 +1,10 @@
-"""Names of roles and inputs, and what always stays in 16 bits.
+"""Names of roles, the sets of matrices that engines fuse, and what always stays in 16 bits.
 
 A role is the field's short name of what a linear does (q_proj, down_proj). It is for reports and for rules about
 attention; nothing that changes a number depends on it: what a linear reads and what feeds it is found by running it.
 
-The matrices that engines fuse into one: all members must have one scheme.
-
-One row per set, with the file of vLLM 0.32 that stacks it (`packed_modules_mapping`, `stacked_params_mapping`; SGLang's
+All members of a fused set must have one scheme, because the engine joins them into one matrix. There is one row per
+set, with the file of vLLM 0.32 that stacks it (`packed_modules_mapping`, `stacked_params_mapping`; SGLang's
 files do the same). A set holds where all members lie in one module and read one input. Where some engine loads the
 members apart, a common scheme costs nothing; where one fuses them and schemes differ, it loads nonsense.
 """

@@ -1,11 +1,9 @@
 """`compare_blind`: two models answer the same prompts; a page for people, and a judge's verdicts if one is named.
 
-A model as judge of pairs of answers, over OpenAI's chat completions.
-
-Each pair is judged twice, with the sides swapped, because judges prefer a side (Zheng et al. 2023, Judging
-LLM-as-a-Judge with MT-Bench and Chatbot Arena, from where the form of the verdict is too): [[A]], [[B]] or [[C]] for a
-tie. A verdict that flips with the side is a tie. A reply with no verdict, or with several that differ, is counted as
-unreadable and never guessed at.
+The judge is a model behind OpenAI's chat completions. Each pair is judged twice, with the sides swapped, because
+judges prefer a side (Zheng et al. 2023, Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena, from where the form of
+the verdict is too): [[A]], [[B]] or [[C]] for a tie. A verdict that flips with the side is a tie. A reply with no
+verdict, or with several that differ, is counted as unreadable and never guessed at.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 A linear that cannot be rounded as asked (too few tokens reached its expert, its input has no statistics) is rounded to
 nearest, and its result says so.
 
-Outlier columns of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+Behind it: how many input channels of a linear LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) would take for
+outliers.
 
     y = x[:, O] · W[:, O]ᵀ  in 16 bits   +   int8(x[:, R]) · int8(W[:, R])ᵀ          O: max |x| ≥ 6,  R: the others
 
 A few input channels carry values far above the rest. One of them sets the step of all int8 values of a token, so
-bitsandbytes' INT8 multiplies those columns in 16 bits, and chooses them for every batch at run time. Nothing is stored;
-this module reports how many channels it affects.
+bitsandbytes' INT8 multiplies those columns in 16 bits, and chooses them for every batch at run time. Nothing is
+stored; the report says how many channels are affected.
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ downloaded folder points to may be anything on this machine. Sub-folders of conf
 (`additional_chat_templates`, `1_Pooling`), those of weights and of training are not. An adapter's config is not: beside
 an output, transformers would look for the adapter.
 
-The types of those values of companion files that transformers, engines and lowbit compute with.
-
-transformers takes any JSON and fails on first use: a number that is a string raises TypeError in the middle of a run.
+The values that transformers, engines and lowbit compute with are checked by type too: transformers takes any JSON and
+fails on first use, and a number that is a string raises TypeError in the middle of a run.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The error of every quantized tensor by transformer block, and of several models the mean of each block.
+"""Two pictures: the error of every quantized tensor by block, or of several models the mean of each block; and the
+weights of one tensor before and after rounding.
 
 Pictures are plain SVG whose coordinates are percentages, so they fit any width without scaling their text, print, and
 need no JavaScript; report.js adds pointing, keys and search by reading `data-t`, the number of the tensor's table row.
 Within a block the roles stand side by side; a thin line per role joins the block means. Roles differ by marker shape
 and by colour. Tensors outside the blocks get a column of their own; tensors of zero error sit on the floor.
 
-The weights of one tensor before and after rounding, as two histograms on one axis; report.js shows any tensor's.
-
-What the page holds of each tensor is what the report holds, 2 · 63 counts in base64, in the attribute `data-h` of its
-row in the tensor table: "reach values rows source decoded". The tensor of largest error is drawn here, so that the
-picture is there without JavaScript, too. Heights are square roots of counts, so that tails can be seen.
+The weights of a tensor are two histograms on one axis; report.js shows any tensor's. What the page holds of each tensor
+is what the report holds, 2 · 63 counts in base64, in the attribute `data-h` of its row in the tensor table: "reach
+values rows source decoded". The tensor of largest error is drawn here, so that the picture is there without JavaScript,
+too. Heights are square roots of counts, so that tails can be seen.
 """
 
 from __future__ import annotations
