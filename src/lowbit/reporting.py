@@ -141,7 +141,8 @@ def _command(prepared: Prepared, output: Path) -> str | None:
     plan, given = prepared.plan, prepared.plan.settings.given
     if prepared.start is not None:
         trust = asdict(prepared.options)
-        asked = {"reference": prepared.source, "distill": plan.settings.method.endswith("+distill")}
+        distill = plan.settings.method.endswith("+distill")
+        asked = {"reference": prepared.source, "distill": distill, **prepared.held_out}
         return command_line("refine", prepared.start, output, asked, _own(given), trust)
     repacked = any(tensor.making is Making.repacked for tensor in plan.tensors)
     if repacked and plan.format.suffix is None:

@@ -159,6 +159,8 @@ def test_a_cheaper_hour_is_a_cheaper_token():
     [
         {"context": 1},
         {"batch": 0},
+        {"context": 99999999999},
+        {"batch": 99999999999},
         {"kv_cache": "int2"},
         {"price": 0.0},
         {"engine": "ollama"},

@@ -34,8 +34,10 @@ def refusal(folder: Path) -> str:
         ("generation_config.json", "", "generation_config.json: not valid JSON"),
         ("generation_config.json", "[]", "generation_config.json: a JSON object is needed"),
         ("special_tokens_map.json", "null", "special_tokens_map.json: a JSON object is needed"),
+        *((name, '{"chat_template": "a\\ud800b"}', f"{name}: half of a surrogate pair stands in a text")
+          for name in ("tokenizer_config.json", "chat_template.json", "generation_config.json")),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_file_is_refused_by_name(folder, name, text, said):
     (folder / name).write_text(text)
     assert said in refusal(folder)

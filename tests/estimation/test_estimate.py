@@ -141,7 +141,8 @@ def test_rates_can_be_measured(tiny_llama, tmp_path, monkeypatch):
         ({"scheme": "W4A16", "kv_cache": "q8_0"}, UsageError, "vllm keeps no KV cache in q8_0", "fp8"),
         ({"scheme": "Q4_K_M", "kv_cache": "fp8"}, UsageError, "llama.cpp keeps no KV cache in fp8", "q8_0"),
         ({"scheme": "W5A5"}, UsageError, "W5A5", "W"),
-        ({"scheme": "W4A16", "batch": 0}, UsageError, "batch 0", ""),
+        ({"scheme": "W4A16", "batch": 0}, UsageError, "a batch of 0 sequences", "16777216"),
+        ({"scheme": "W4A16", "context": 99999999999}, UsageError, "a context of 99999999999 tokens", "16777216"),
         ({"scheme": "W4A16", "group_size": 48}, ShapeError, "48", ""),
     ],
 )

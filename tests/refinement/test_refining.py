@@ -69,7 +69,7 @@ def test_only_codes_and_scales_of_linears_change(name, model, refine, tmp_path):
     assert not done.report.verification.broken
 
 
-def test_the_report_keeps_both_figures_and_the_command(model, refine, tmp_path, calibration):
+def test_the_report_keeps_both_figures_and_the_command(model, refine, tmp_path, calibration, held_out):
     start, out = tmp_path / "start", tmp_path / "out"
     lowbit.quantize(model, start, scheme="W4A16")
     done = refine(start, out, model)
@@ -80,7 +80,8 @@ def test_the_report_keeps_both_figures_and_the_command(model, refine, tmp_path, 
     assert report.refinement.before.text == report.refinement.after.text
     assert report.refinement.before.kld_mean > report.refinement.after.kld_mean
     assert report.source.model == str(model)
-    assert report.command.startswith(f"lowbit refine {start} -o {out} --reference {model} --calib {calibration}")
+    named = f"--text {held_out} --windows 3 --window-tokens 32 --calib {calibration}"
+    assert report.command.startswith(f"lowbit refine {start} -o {out} --reference {model} {named}")
     assert lowbit.evaluate(out, text=None, windows=1, window_tokens=32)[0].reference == str(model)
     assert report.settings.method == "refine"
     assert "refine" in (out / "report.html").read_text()

@@ -40,7 +40,7 @@ from lowbit.engines.engine import DOUBLE_QUANT, SIXTEEN, Support
 from lowbit.engines.servers import split_problem
 from lowbit.errors import ArchitectureError, FormatError, LowbitError, UsageError
 from lowbit.estimation.footprint import Footprint, active_weights, footprint
-from lowbit.estimation.serving import ADAPTER_RANK, Deployment, deploy, training_bytes
+from lowbit.estimation.serving import ADAPTER_RANK, Deployment, deploy, refuse_absurd_load, training_bytes
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
 from lowbit.hardware.table import PRICE_SOURCE, PRICES
@@ -234,10 +234,7 @@ def _open(model: str | Path | ModelShape | dict[str, Any] | None, options: OpenO
 
 
 def _check(context: int, batch: int | None, kv_cache: str, price: float | None) -> None:
-    if context < 2:
-        raise UsageError(f"a context of {context} tokens is not one", "give the tokens of a sequence, such as 8192")
-    if batch is not None and batch < 1:
-        raise UsageError(f"a batch of {batch} sequences is not one", "give 1 or more")
+    refuse_absurd_load(context, batch, least=2)
     if kv_cache not in ("auto", "fp8", "bf16"):
         raise UsageError(f"there is no KV cache {kv_cache!r}", "choose auto, fp8 or bf16")
     if price is not None and not 0 < price < math.inf:

@@ -315,13 +315,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no config.json", "copy config.json and the tokenizer files of the model beside it"
         )
     config = read_json_object(path)
+    refuse_half_pairs(path, config)
+    return config
+
+
+def refuse_half_pairs(path: Path, document: Any, what: str = "a text") -> None:
+    """CheckpointError where a text of a JSON document has half of a surrogate pair, which JSON can spell and UTF-8
+    cannot."""
     try:
-        json.dumps(config, ensure_ascii=False).encode()
+        json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{path}: half of a surrogate pair stands in a text, which no file can hold", "download the file again"
+            f"{path}: half of a surrogate pair stands in {what}, which no file can hold", "download the file again"
         ) from error
-    return config
 
 
 def row_slabs(shape: tuple[int, ...], weights: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.base import REPORT_NAME, read_json_object
+from lowbit.checkpoint.base import REPORT_NAME, read_json_object, refuse_half_pairs
 from lowbit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def check_companions(folder: Path, source: str) -> list[str]:
         if path.exists() and name in OBJECTS:
             stated[name] = read_json_object(path)
             check_types(path, stated[name])
+            if name not in TOKENIZERS:  # those that load hold none
+                refuse_half_pairs(path, stated[name])
         elif path.suffix == ".txt" and path.exists():
             _utf8(path)
     load_tokenizer_file(folder)

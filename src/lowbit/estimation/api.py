@@ -17,7 +17,7 @@ from lowbit.errors import ArchitectureError, UsageError
 from lowbit.estimation.result import Cache, DeviceFit, Estimate, Files, Serving
 from lowbit.estimation.run_memory import Process, measured_program, peak_memory
 from lowbit.estimation.run_time import assumed_rates, measure_rates, run_of
-from lowbit.estimation.serving import deploy, fit_of, gigabytes
+from lowbit.estimation.serving import deploy, fit_of, gigabytes, refuse_absurd_load
 from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
 from lowbit.kv.losses import cache_loss
@@ -62,8 +62,7 @@ def estimate(
     Raises LowbitError for what a run would refuse, an unknown engine, device or cache type, and what the engine cannot
     load at all.
     """
-    if batch < 1 or (context is not None and context < 1):
-        raise UsageError(f"context {context} and batch {batch} must be 1 or more")
+    refuse_absurd_load(context, batch)
     process = Process.now()
     options = options or OpenOptions()
     with open_headers(model, options) as headers:

@@ -28,7 +28,7 @@ from lowbit.estimation.footprint import matrices
 from lowbit.estimation.result import DeviceFit, Serving
 from lowbit.kv.types import CACHE_TYPES, OF_OUTPUT
 
-LONGEST = 1 << 24  # upper limit of tokens and sequences if the model has none
+LONGEST = 1 << 24  # tokens of a sequence, and sequences: no model was made for more, and no engine takes more
 # Bits of one cached value of a head of 128, scales included; those of a layer or head are a few bytes in all.
 CACHE_BITS: dict[str, float] = {
     name: CACHE_TYPES[OF_OUTPUT.get(name, name)].bits(128) for name in ("fp8", *CACHE_TYPES) if name != "fp8_calibrated"
@@ -177,6 +177,15 @@ class Deployment:
 
     def largest_batch(self, usable: int, context: int) -> int:
         return _largest(lambda batch: self.serving(context, batch).total <= usable, LONGEST)
+
+
+def refuse_absurd_load(context: int | None, batch: int | None, least: int = 1) -> None:
+    """UsageError for tokens of a sequence, or sequences, that nobody serves. None: not asked; least: tokens"""
+    if context is not None and not least <= context <= LONGEST:
+        raise UsageError(f"a context of {context} tokens is not one",
+                         f"give the tokens of a sequence, {least} to {LONGEST}, such as 8192")  # fmt: skip
+    if batch is not None and not 1 <= batch <= LONGEST:
+        raise UsageError(f"a batch of {batch} sequences is not one", f"give 1 to {LONGEST}")
 
 
 def deploy(

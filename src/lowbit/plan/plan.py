@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -434,6 +434,7 @@ class Prepared:
     made_by      what chose the codes of `calibrated`, where that is no method of the settings: training
     distilled    what a distillation learned, after it
     start        the finished file that is refined; `checkpoint` is then its reference
+    held_out     the options of a refinement that choose its held-out text, where they are not the defaults
     """
 
     checkpoint: Checkpoint
@@ -448,6 +449,7 @@ class Prepared:
     made_by: str = ""
     distilled: Distilled | None = None
     start: str | None = None
+    held_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 def output_format(settings: Settings, output: Path | None = None) -> Format:

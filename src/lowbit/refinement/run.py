@@ -14,7 +14,7 @@ The file is the student of a distillation, the reference its teacher. Codes, typ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ class HeldOut:
     text: str | Path | None = None
     windows: int = 24
     window_tokens: int = 512
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are not the defaults, for the command of the report."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,8 @@ def _planned(
     def plan_again(_: Settings) -> Any:
         raise UsageError("a refinement has no neighbours: it keeps the types of its file")
 
-    prepared = Prepared(changed, kept.plan, 1, plan_again, options, str(reference), start=str(file))
+    prepared = Prepared(changed, kept.plan, 1, plan_again, options, str(reference), start=str(file),
+                        held_out=held_out.given)  # fmt: skip
     return Planned(pair, kept, prepared, held_out)
 
 

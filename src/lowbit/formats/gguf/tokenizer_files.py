@@ -33,7 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.base import MAX_JSON_BYTES, read_json_object, text_part
+from lowbit.checkpoint.base import MAX_JSON_BYTES, read_json_object, refuse_half_pairs, text_part
 from lowbit.errors import ArchitectureError, CheckpointError
 from lowbit.files.regular import read_regular
 from lowbit.formats.gguf.pre_tokenizers import BY_NAME
@@ -166,14 +166,7 @@ class TokenizerFiles:
             entry = _object(entry, self.folder / "tokenizer_config.json")
             if not isinstance(entry.get("name"), str) or not isinstance(entry.get("template"), str):
                 raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: a chat template needs name and text")
-            try:
-                f"{entry['name']}{entry['template']}".encode()
-            except UnicodeEncodeError as error:
-                raise CheckpointError(
-                    f"{self.folder / 'tokenizer_config.json'}: half of a surrogate pair stands in the chat template "
-                    f"{entry['name']!r}, which no file can hold",
-                    "download the file again",
-                ) from error
+            refuse_half_pairs(self.folder / "tokenizer_config.json", entry, f"the chat template {entry['name']!r}")
             templates[entry["name"]] = entry["template"]
         return templates
 
