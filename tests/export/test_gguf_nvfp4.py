@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from checkpoint.checkpoint_files import tiny_tensors, write_tiny_gguf
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import CheckpointError
 from lowbit.export import Piece
@@ -205,6 +206,18 @@ def test_where_llama_cpp_applies_no_scale_another_type_of_as_many_bits_is_taken(
     assert done.report.verification.ok
     asked = lowbit.quantize(source, tmp_path / "asked.gguf", scheme="Q8_0", overrides={"blk.0.ffn_up.weight": "NVFP4"})
     assert tensors_in(asked.path)["blk.0.ffn_up.weight"][0] == "NVFP4"
+
+
+def test_a_weight_that_has_a_scale_of_its_own_gets_no_second_one(tmp_path):
+    """BitNet files have the scale of a ternary matrix under the name that NVFP4's would have."""
+    name = "blk.0.attn_q"
+    tensors = tiny_tensors("llama") | {f"{name}.scale": np.array([0.25], np.float32)}
+    source = write_tiny_gguf(tmp_path / "bitnet.gguf", "bitnet", tensors)
+    done = lowbit.quantize(source, tmp_path / "x.gguf", scheme="NVFP4", pure=True)
+    before, after = tensors_in(source), tensors_in(done.path)
+    assert after[f"{name}.scale"] == before[f"{name}.scale"]
+    assert after[f"{name}.weight"][0] == "IQ4_NL"
+    assert any("a scale lies beside it, so NVFP4 became IQ4_NL" in note for note in done.report.source.notes)
 
 
 def test_a_scale_that_llama_cpp_ignores_fails_a_rule(model, scaled, tmp_path):

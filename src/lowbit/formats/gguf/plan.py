@@ -323,7 +323,8 @@ class _Mapped:
             elif choice.type_name == "NVFP4" and not self._is_scaled(entry):
                 same = isinstance(entry.source, FileTensor) and entry.source_type == "NVFP4"
                 if not same and not choice.asked:
-                    why = why_not_applied(self.arch, entry.name)
+                    own = scale_name(entry.name) in self._source_types
+                    why = "a scale lies beside it" if own else why_not_applied(self.arch, entry.name)
                     changed[entry.name] = TypeChoice(UNSCALED, f"{why}, so NVFP4 became {UNSCALED}")
                     whys[f"{why}, so NVFP4 became {UNSCALED}"] += 1
         return changed, tuple(f"{count} tensors: {why}" for why, count in whys.items())
