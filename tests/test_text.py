@@ -7,6 +7,7 @@ import torch
 from evaluation.tiny_models import byte_tokenizer
 from lowbit.errors import CheckpointError, DependencyError, UsageError
 from lowbit.text import Text, cut_windows, read_text, wants_bos
+from lowbit.text.hub import hub_or_cache
 
 ALPHABET = Text("alphabet", "abcdefghijklmnopqrstuvwxyz")
 
@@ -126,6 +127,25 @@ def test_a_dataset_that_does_not_exist_is_named(monkeypatch):
         read_text("hub:no/such:c:train")
     with pytest.raises(UsageError, match="form"):
         read_text("hub:a:b:c:d")
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_without_a_network_the_cache_of_datasets_is_read_and_nothing_is_tried_again(monkeypatch, reached):
+    import huggingface_hub
+
+    def head(_url, timeout):
+        assert timeout <= 10
+        if not reached:
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(config=config))
+    with hub_or_cache():
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is config.HF_HUB_OFFLINE is not reached
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not config.HF_HUB_OFFLINE
 
 
 def test_hub_datasets_need_the_eval_extra(monkeypatch):

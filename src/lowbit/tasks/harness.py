@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import CheckpointError, DependencyError, EngineFailure, LowbitError, UsageError, did_you_mean
 from lowbit.tasks.task_files import bounded_tasks, check_task_file
+from lowbit.text.hub import hub_or_cache
 from lowbit.text.template_limits import bounded_template
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _files(names: tuple[str, ...]) -> list[Path]:
 def _load(path: Path, manager: Any) -> None:
     """UsageError unless lm-eval finds a task in the file."""
     try:
-        with bounded_tasks((str(path),)):
+        with hub_or_cache(), bounded_tasks((str(path),)):
             manager.load(str(path.absolute()))
     except LowbitError:
         raise
@@ -132,7 +133,7 @@ def samples(
         if chat:
             _guard_template(judged)
         tasks = [str(Path(name).absolute()) if name.endswith(_FILE) else name for name in names]
-        with bounded_tasks(tuple(map(str, _files(names)))):
+        with hub_or_cache(), bounded_tasks(tuple(map(str, _files(names)))):
             found = evaluate(
                 model=judged, tasks=tasks, limit=limit, log_samples=True, bootstrap_iters=0,
                 task_manager=_manager(_files_only(names)), apply_chat_template=chat,

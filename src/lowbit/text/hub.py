@@ -7,18 +7,21 @@
     hub:OWNER/NAME[:CONFIG[:SPLIT]]                     any other
 
 Calibration streams rows, so that only what is read is downloaded. Any error of `datasets`, which passes on those of
-networks and files, becomes a UsageError that names the dataset.
+networks and files, becomes a UsageError that names the dataset. Where the Hub cannot be reached, what an earlier
+download left is taken at once (`hub_or_cache`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit.errors import DependencyError, UsageError
 
 STREAM_BUFFER = 1000  # rows shuffled at a time, a few megabytes
+_PATIENCE = 10.0  # seconds for the first answer of the Hub
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def running_text(dataset: HubDataset) -> str:
     """Rows of the column `text` joined by blank lines, as in GPTQ's and transformers' perplexity recipes."""
     load_dataset = _load_dataset(dataset)
     try:
-        rows: Any = load_dataset(dataset.repository, dataset.config, split=dataset.split)
+        with hub_or_cache():
+            rows: Any = load_dataset(dataset.repository, dataset.config, split=dataset.split)
         return "\n\n".join(rows["text"])
     except KeyError as error:
         raise UsageError(
@@ -81,9 +85,46 @@ def stream_rows(dataset: HubDataset) -> Iterator[Any]:
     """Rows as dicts, in the dataset's order, downloaded as they are asked for."""
     load_dataset = _load_dataset(dataset)
     try:
-        yield from load_dataset(dataset.repository, dataset.config, split=dataset.split, streaming=True)
+        with hub_or_cache():
+            rows = load_dataset(dataset.repository, dataset.config, split=dataset.split, streaming=True)
+        yield from rows
     except Exception as error:
         raise _unreadable(dataset, error) from error
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Within it, where the Hub cannot be reached, its libraries take what an earlier download left, or fail at once;
+    they would try every file six times, for half a minute each."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or _reaches_the_hub():
+        yield
+        return
+    places: list[Any] = [constants]
+    with suppress(ImportError):
+        from datasets import config  # type: ignore[import-not-found]
+
+        places.append(config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _reaches_the_hub() -> bool:
+    """One request, whose answer does not matter."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # of whichever HTTP library there is: no name, no route, no answer in time, no proxy
+        return False
+    return True
 
 
 def _load_dataset(dataset: HubDataset) -> Any:
