@@ -14,6 +14,7 @@ from breaking import failures
 import lowbit
 from lowbit.architecture.building import auto_class, build_without_weights
 from lowbit.architecture.quantized_loading import initialization_reads, replaced_experts
+from lowbit.checkpoint import opening
 from lowbit.checkpoint.base import read_config
 from lowbit.errors import UsageError
 from models import config_of
@@ -161,6 +162,14 @@ def test_experts_that_transformers_cannot_read_stay_in_16_bits_where_it_is_the_l
     folder = quantized("qwen3_vl_moe", "W4A16", loader="transformers")
     assert failures(folder, engine="transformers") == {}
     assert_same_logits(loaded(folder), folder, 1e-3)
+
+
+def test_a_source_is_opened_once_for_transformers_too(tmp_path, monkeypatch):
+    source, opened = make_tiny(tmp_path / "source", "qwen3_vl_moe"), []
+    open_folder = opening._open_folder
+    monkeypatch.setattr(opening, "_open_folder", lambda *asked: opened.append(asked) or open_folder(*asked))
+    lowbit.dry_run(source, scheme="W4A16", group_size=32, loader="transformers")
+    assert len(opened) == 1
 
 
 def test_a_rule_that_cuts_what_is_not_quantized_is_refused_by_transformers(quantized):

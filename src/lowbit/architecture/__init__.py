@@ -2,7 +2,7 @@
 
 from lowbit.architecture.building import build_without_weights
 from lowbit.architecture.cache import discover_once
-from lowbit.architecture.describing import describe_checkpoint, model_dtype, open_described
+from lowbit.architecture.describing import describe_checkpoint, describe_opened, model_dtype, open_described
 from lowbit.architecture.discover import discover
 from lowbit.architecture.families import family_of
 from lowbit.architecture.structure import Architecture, Linear
@@ -14,6 +14,7 @@ __all__ = [
     "build_without_weights",
     "canonical_view",
     "describe_checkpoint",
+    "describe_opened",
     "discover",
     "discover_once",
     "family_of",

@@ -76,11 +76,17 @@ def _fitted(architecture: Architecture, view: Checkpoint) -> Architecture:
 def open_described(
     model: ModelSource, options: OpenOptions, split_experts: bool | None = False, unties: bool = False
 ) -> tuple[Checkpoint, Architecture]:
-    """An open model under the names of its architecture; experts and ties as `describe_checkpoint` has them.
+    """An open model under the names of its architecture; raises what `describe_opened` does."""
+    return describe_opened(open_checkpoint(model, options), options, split_experts, unties)
+
+
+def describe_opened(
+    checkpoint: Checkpoint, options: OpenOptions, split_experts: bool | None = False, unties: bool = False
+) -> tuple[Checkpoint, Architecture]:
+    """(the model under the names of its architecture, that), experts and ties as `describe_checkpoint` has them.
 
     CheckpointError where config.json quantizes a linear that the files hold in 16 bits: one of the two is wrong.
     """
-    checkpoint = open_checkpoint(model, options)
     refuse_remote_code(checkpoint.config(), checkpoint.source, options)
     architecture, checkpoint = describe_checkpoint(checkpoint, options.trust_remote_code, split_experts, unties)
     for linear in architecture.linears.values():

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit.architecture import Architecture, holds_single_experts, model_dtype, open_described
+from lowbit.architecture import Architecture, describe_opened, holds_single_experts, model_dtype
 from lowbit.architecture.own_names import under_own_names
+from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.checkpoint.companions import find_companions, has_tokenizer
 from lowbit.checkpoint.quantized import KINDS
@@ -251,9 +252,10 @@ def prepare_folder(request: Request) -> Prepared:
     threads, settings = request.worker_threads, request.settings
     format = output_format(settings)
     split = True if format.fused_experts else False if format.name == "float" else None
-    checkpoint, architecture = open_described(request.model, request.options, split, request.unties)
+    opened = open_checkpoint(request.model, request.options)
+    checkpoint, architecture = describe_opened(opened, request.options, split, request.unties)
     if settings.loader == "transformers":
-        checkpoint, architecture = _for_transformers(request, format, checkpoint, architecture)
+        checkpoint, architecture = _for_transformers(request, format, opened, checkpoint, architecture)
     if checkpoint.kind in KINDS:
         checkpoint.notes.append(f"the source is quantized already ({checkpoint.kind}); its error comes on top")
     dtype = model_dtype(checkpoint)
@@ -266,17 +268,19 @@ def prepare_folder(request: Request) -> Prepared:
 
 
 def _for_transformers(
-    request: Request, format: Format, checkpoint: Checkpoint, architecture: Architecture
+    request: Request, format: Format, opened: Checkpoint, checkpoint: Checkpoint, architecture: Architecture
 ) -> tuple[Checkpoint, Architecture]:
     """The model as transformers reads it quantized: experts that it would merge of no tensors that it knows in one
-    tensor, and under the names of its modules where its rules would lose something."""
+    tensor, and under the names of its modules where its rules would lose something.
+
+    opened  the model as its files name things; checkpoint: the same, under the names of the architecture
+    """
     if format.name != "compressed-tensors":
         raise UsageError(f"--loader transformers writes compressed-tensors folders, not {format.name}",
                          "leave --format out")  # fmt: skip
     fused = any(placed.fused for placed in architecture.layout.values())
     if fused and format.name not in architecture.replaced_experts:
-        checkpoint.close()
-        checkpoint, architecture = open_described(request.model, request.options, False, request.unties)
+        checkpoint, architecture = describe_opened(opened, request.options, False, request.unties)
     trust, single = request.options.trust_remote_code, holds_single_experts(checkpoint)
     architecture, checkpoint = under_own_names(checkpoint, architecture, trust, single)
     return checkpoint, architecture

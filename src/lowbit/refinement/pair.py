@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowbit.architecture import Architecture, open_described
+from lowbit.architecture import Architecture, describe_opened, open_described
 from lowbit.architecture.own_names import under_own_names
 from lowbit.architecture.view import holds_single_experts
+from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.checkpoint.quantized import KINDS
 from lowbit.errors import UsageError
@@ -38,11 +39,9 @@ def open_pair(file: str | Path, reference: str | Path, options: OpenOptions) -> 
     if os.path.exists(file) and os.path.exists(reference) and os.path.samefile(file, reference):
         raise UsageError(f"{reference} is the file itself", _IS_REFERENCE)
     own = replace(options, adapter=None, revision=None)
-    present, present_architecture = open_described(file, own, False)
-    is_gguf = present.kind == "gguf"
-    if is_gguf:
-        present.close()
-        present, present_architecture = open_described(file, own, True)
+    opened = open_checkpoint(file, own)
+    is_gguf = opened.kind == "gguf"
+    present, present_architecture = describe_opened(opened, own, is_gguf)
     split = is_gguf or holds_single_experts(present)
     source, architecture = open_described(reference, options, split)
     _refuse_quantized(source, architecture)
