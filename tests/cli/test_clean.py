@@ -54,8 +54,11 @@ def test_what_a_run_uses_stays(lowbit, left):
 
 def test_a_folder_with_other_files_stays(lowbit, left):
     (left / ".b.lowbit-work" / "thesis").write_text("mine")
+    stays = "what lowbit did not write stays: thesis"
+    assert f"1 finished blocks, which --resume would go on from; {stays}" in lowbit("clean", left).stderr
     assert "kept, since something else lies in it" in lowbit("clean", left, "--yes").stderr
     assert names_in(left / ".b.lowbit-work") == ["thesis"]
+    assert f"nothing of lowbit's; {stays}" in lowbit("clean", left).stderr
 
 
 def test_no_folder_is_refused(lowbit, tmp_path):

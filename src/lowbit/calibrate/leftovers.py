@@ -27,6 +27,7 @@ class Leftover:
     owner   the record of the run; None without one: a run of lowbit 0.1, or one that ended in order
     blocks  finished blocks in it
     in_use  why it must stay; None where no run lives
+    others  names in it that are not lowbit's, which stay
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Leftover:
     owner: Owner | None = None
     blocks: int = 0
     in_use: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def what(self) -> str:
@@ -45,7 +47,10 @@ class Leftover:
             blocks = f"{self.blocks} finished blocks, which --resume would go on from" if self.blocks else "a record"
             if not self.blocks and (self.path / "learning.safetensors").exists():
                 blocks = "the state of a training, which --resume would go on from"
-            return f"{blocks}; left by {self.owner}" if self.owner else blocks
+            if self.others and not self.owner and len(os.listdir(self.path)) == len(self.others):
+                blocks = "nothing of lowbit's"
+            kept = f"; what lowbit did not write stays: {', '.join(self.others)}" if self.others else ""
+            return f"{blocks}; left by {self.owner}{kept}" if self.owner else f"{blocks}{kept}"
         return "an output that was being replaced" if ".earlier-" in self.path.name else "an unfinished output"
 
 
@@ -69,7 +74,8 @@ def find_leftovers(folder: Path) -> list[Leftover]:
         except LowbitError as error:
             in_use = str(error)
         blocks = len(list(path.glob("block-*.safetensors")))
-        found.append(Leftover(path, output, _size(path), owner, blocks, in_use))
+        others = _not_stored(path) if match["kind"] == WORK else ()
+        found.append(Leftover(path, output, _size(path), owner, blocks, in_use, others))
     return found
 
 
@@ -90,6 +96,11 @@ def remove_leftover(leftover: Leftover) -> bool:
     finally:
         claim.release()
     return not leftover.path.exists()
+
+
+def _not_stored(work: Path) -> tuple[str, ...]:
+    """Names in a folder of finished blocks that no run puts there."""
+    return tuple(sorted(path.name for path in work.iterdir() if path.name != OWNER and not STORED.fullmatch(path.name)))
 
 
 def _size(folder: Path) -> int:
