@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.schemes import SCHEMES, find_scheme
+from lowbit.schemes import SCHEMES, find_scheme, scheme_of_specs
 from lowbit.tensors import Granularity
 
 NAMED_IN_DESIGN = [
@@ -51,7 +53,20 @@ def test_groups_of_integer_activations_follow_those_of_the_weights():
     assert scheme.activation is not None
     assert (scheme.weight.group_size, scheme.activation.group_size) == (64, 64)
     whole = find_scheme("W4A4_GROUP").with_group_size(-1)
-    assert whole.activation == SCHEMES["W4A4"].activation
+    assert whole.activation == replace(SCHEMES["W4A4"].activation, symmetric=False)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_file_with_groups_of_another_size_has_the_same_name(size):
+    scheme = find_scheme("W4A4_GROUP").with_group_size(size)
+    assert scheme_of_specs(scheme.weight, scheme.activation) == scheme
+
+
+def test_e5m2_is_answered_with_what_runs():
+    with pytest.raises(UsageError, match="no engine's format has linears in E5M2") as caught:
+        find_scheme("FP8_E5M2")
+    assert "FP8_DYNAMIC" in caught.value.hint
+    assert "--kv-cache fp8_e5m2" in caught.value.hint
 
 
 def test_channel_int8_can_be_grouped():

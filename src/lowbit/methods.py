@@ -110,9 +110,9 @@ TRANSFORMS = {row.name: row for row in (
     Transform("awq", "lowbit.transform.awq:apply",
               "scales that protect weights which meet large activations", "2306.00978"),
     Transform("rotate", "lowbit.transform.rotate:apply_values",
-              "a Hadamard rotation of each value head (QuaRot)", "2404.00456"),
+              "a Hadamard rotation of each value head (R2 of QuaRot)", "2404.00456", ("r2",)),
     Transform("hadamard", "lowbit.transform.rotate:apply_stream",
-              "a Hadamard rotation of the residual stream (QuaRot)", "2404.00456", ("quarot",),
+              "a Hadamard rotation of the residual stream (R1 of QuaRot)", "2404.00456", ("quarot", "r1"),
               stream="lowbit.transform.rotate:hadamard_rotations", refuses="lowbit.transform.rotate:refuse_residual"),
     Transform("spinquant", "lowbit.transform.rotate:apply_stream",
               "rotations of the residual stream and of each value head, learned from the unquantized model; slow",
@@ -123,6 +123,13 @@ TRANSFORMS = {row.name: row for row in (
               "2404.00456", ("r4",), online="lowbit.transform.online:down_rotations",
               refuses="lowbit.transform.online:refuse_down"),
 )}  # fmt: skip
+# Methods of the field that are none here → what to take instead, and why.
+NOT_HERE = {
+    "r3": "leave it out: it turns queries and keys for the cache alone, and no engine here applies it; lowbit evaluate "
+          "--kv-cache quarot4 measures such a cache",
+    "atom": "no engine's format has columns in 8 bits beside those in 4; take quarot+r2+r4+gptq, or spinquant+r4+gptq",
+    "omniquant": "take awq+gptq+sign-sgd: scales are searched, ranges and codes are learned",
+}  # fmt: skip
 ROUNDINGS = {row.name: row for row in (
     Rounding("rtn", "lowbit.rounding.target:nearest", "round to nearest, no data"),
     Rounding("hqq", "lowbit.rounding.hqq:hqq", "half-quadratic search of scales and zero points, no data",
@@ -195,7 +202,7 @@ def parse_method(text: str) -> Method:
         if row is None:
             known = [*TRANSFORMS, *ROUNDINGS, *FINISHES]
             hint = did_you_mean(part.strip(), known, f"choose from {', '.join(known)}, joined by +", 2)
-            raise UsageError(f"there is no method {part.strip()!r}", hint)
+            raise UsageError(f"there is no method {part.strip()!r}", NOT_HERE.get(part.strip().lower(), hint))
         if row in transforms or row in roundings or (isinstance(row, Transform) and roundings):
             raise UsageError(f"method {text!r}: {row.name} appears twice, or after a rounding",
                              "transforms come first: smoothquant+gptq")  # fmt: skip

@@ -206,7 +206,7 @@ _INT8_TOKEN_ASYM = ActivationSpec("int", 8, "token", symmetric=False)
 _INT8_STATIC = ActivationSpec("int", 8, "tensor", dynamic=False)
 _INT8_STATIC_ASYM = ActivationSpec("int", 8, "tensor", dynamic=False, symmetric=False)
 _INT4_TOKEN = ActivationSpec("int", 4, "token")
-_INT4_GROUP = ActivationSpec("int", 4, "group", group_size=128)
+_INT4_GROUP = ActivationSpec("int", 4, "group", group_size=128, symmetric=False)
 _FP8_TOKEN = ActivationSpec("e4m3", 8, "token")
 _FP8_STATIC = ActivationSpec("e4m3", 8, "tensor", dynamic=False)
 _FP8_GROUP = ActivationSpec("e4m3", 8, "group", group_size=128)
@@ -239,7 +239,7 @@ SCHEMES: dict[str, Scheme] = {
                "4-bit integers, group 128, scales int8 below one per row (QoQ); activations 8-bit per token, dynamic"),
         Scheme("W4A4", _int_group(4), _INT4_TOKEN, "4-bit integers, group 128; activations 4-bit per token, dynamic"),
         Scheme("W4A4_GROUP", _int_group(4), _INT4_GROUP,
-               "4-bit integers, group 128; activations 4-bit per 128 of a token, dynamic"),
+               "4-bit integers, group 128; activations 4-bit with a zero point per 128 of a token, dynamic"),
         Scheme("W4AFP8", _int_group(4), _FP8_TOKEN, "4-bit integers, group 128; activations FP8 per token, dynamic"),
         Scheme("W4AFP8_STATIC", _INT4_RANGED, _FP8_STATIC,
                "4-bit integers, group 128; activations FP8 per tensor, static"),
@@ -317,6 +317,9 @@ def find_scheme(name: str) -> Scheme:
         return scheme
     if is_gguf_name(name):
         raise UsageError(f"{name.upper()} is a type of GGUF files only", "write one: -o NAME.gguf")
+    if "E5M2" in name.upper():
+        raise UsageError(f"there is no scheme {name!r}: no engine's format has linears in E5M2",
+                         "take FP8_DYNAMIC; lowbit evaluate --kv-cache fp8_e5m2 measures a cache in it")  # fmt: skip
     hint = did_you_mean(name.upper(), (*SCHEMES, *gguf_names()), f"choose one of {', '.join(SCHEMES)}", 3, 0.5)
     raise UsageError(f"there is no scheme {name!r}", hint)
 
@@ -342,15 +345,17 @@ def is_gguf_name(name: str) -> bool:
 def scheme_of_specs(weight: WeightSpec, activation: ActivationSpec | None) -> Scheme:
     """The scheme of the table that stores and computes the same, with this group size; else an unnamed one."""
     for scheme in SCHEMES.values():
-        own = scheme.weight
+        own, inputs = scheme.weight, scheme.activation
         if own.group_size_is_free:
             own = replace(own, granularity=weight.granularity, group_size=weight.group_size)
         if own.number in ("nf4", "fp4"):
             own = replace(own, scale_format=weight.scale_format, group_size=weight.group_size)
         if own.is_fitted:
             own = replace(own, granularity=weight.granularity, group_size=weight.group_size, outliers=weight.outliers)
-        if own == weight and scheme.activation == activation:
-            return replace(scheme, weight=weight)
+        if inputs is not None and inputs.number == "int" and inputs.per == "group" and activation is not None:
+            inputs = replace(inputs, group_size=activation.group_size)
+        if own == weight and inputs == activation:
+            return replace(scheme, weight=weight, activation=activation)
     if weight.number == "e4m3" and activation is None:
         return Scheme("FP8A16", weight, None, "FP8 E4M3, weight-only")
     activation_bits = 16 if activation is None else activation.bits

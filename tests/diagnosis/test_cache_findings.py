@@ -82,12 +82,26 @@ def test_instead_is_the_smallest_type_of_the_same_engines_below_the_weights():
         ((make_cache("nvfp4", 0.056),),
          ["lowbit", "evaluate", "out", "--kv-cache", "nvfp4", "--context", "512", "--windows", "4", "--by-layer"]),
         ((make_cache("q4_0", 0.04), make_cache("q8_0/q4_0", 0.01)),
-         ["llama-server", "-m", "out", "-ctk", "q8_0", "-ctv", "q4_0"]),
+         ["llama-server", "-m", "out.gguf", "-ctk", "q8_0", "-ctv", "q4_0"]),
     ],
     ids=["skip", "by-layer", "instead"],
 )  # fmt: skip
 def test_the_command(rows, words):
-    assert shlex.split(next(cache_suggestions(evidence(*rows), "out")).command) == words
+    quantized = "out.gguf" if "out.gguf" in words else "out"
+    assert shlex.split(next(cache_suggestions(evidence(*rows), quantized)).command) == words
+
+
+def test_no_command_of_an_engine_that_does_not_read_the_files():
+    rows = make_cache("q4_0", 0.04), make_cache("q8_0/q4_0", 0.01)
+    assert list(cache_suggestions(evidence(*rows), "out")) == []
+    [finding] = costly_caches(evidence(*rows))
+    assert "q8_0/q4_0 costs 0.01000" in finding.detail
+
+
+def test_a_context_that_fits_the_window_in_16_bits_says_nothing_of_a_type():
+    row = make_cache("hqq_int2", 0.06)
+    assert instead(row, evidence(row, make_cache("quanto_int4", 0.0, context=128))) is None
+    assert instead(row, evidence(row, make_cache("quanto_int4", 0.01))).type == "quanto_int4"
 
 
 def test_scales_that_the_files_lack_are_no_command():

@@ -33,7 +33,7 @@ from models import make_model
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1,
          "tie_word_embeddings": False}  # fmt: skip
 IDS = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
-LEARNED = {"scheme": "W4A4", "samples": 6, "seqlen": 32, "rotation_steps": 3}
+LEARNED = {"scheme": "W4A4", "samples": 6, "seqlen": 32, "rotation_steps": 3, "seed": 2}
 
 
 def make_job(folder, activations=None, rounds=False, online=None) -> RotationJob:

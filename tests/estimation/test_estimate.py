@@ -19,6 +19,7 @@ from lowbit.errors import ArchitectureError, CheckpointError, FormatError, Shape
 from lowbit.estimation import weight_bytes
 from lowbit.estimation.serving import deploy
 from models import SHORT_TEXT, make_model
+from tiny_types import make_tiny
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -101,6 +102,12 @@ def test_an_fp8_cache_halves_it_and_stores_scales_where_the_format_can(tiny_llam
 def test_an_fp8_cache_of_latent_attention_has_no_scales_and_the_notes_say_so(tmp_path):
     found = lowbit.estimate(make_model(tmp_path / "m", "deepseek_v3"), scheme="W8A16", kv_cache="fp8")
     assert any("no scales of the KV cache are stored" in note for note in found.notes)
+
+
+def test_a_model_without_a_cache_has_no_loss_by_one(tmp_path):
+    found = lowbit.estimate(make_tiny(tmp_path / "m", "mamba"), scheme="W8A16", group_size=32, kv_cache="fp8")
+    assert found.cache is None
+    assert not any("loss by the cache" in line for line in found.assumptions)
 
 
 def test_a_calibrated_run_takes_more_of_everything(tiny_llama):

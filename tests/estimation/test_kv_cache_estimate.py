@@ -129,6 +129,18 @@ def test_unknown_names_are_answered_with_neighbours():
     assert "fp8" in caught.value.hint
 
 
+def test_keys_and_values_in_two_types():
+    """llama.cpp chooses them apart; `lowbit evaluate --kv-cache` takes the same names."""
+    shape, engine = shape_of(LLAMA_8B), find_engine("llama.cpp")
+    for name in ("q8_0/q4_0", "k=q8_0,v=q4_0"):
+        assert cache_of(shape, engine, name).bits == (8.5 + 4.5) / 2
+    assert cache_of(shape, engine, "q4_0/q4_0").bits == cache_of(shape, engine, "q4_0").bits
+    with pytest.raises(UsageError, match="vllm keeps keys and values in one type, not in q8_0/q4_0"):
+        cache_of(shape, find_engine("vllm"), "q8_0/q4_0")
+    with pytest.raises(UsageError, match="there is no cache type 'q9_9'"):
+        cache_of(shape, engine, "q8_0/q9_9")
+
+
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ArchitectureError, match="'linear_attention'"):
         cache_of(shape_of({**LLAMA_8B, "model_type": "other", "layer_types": ["linear_attention"] * 32}))

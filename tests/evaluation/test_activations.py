@@ -51,13 +51,23 @@ def test_int8_per_token():
     assert torch.equal(quantize_activation(x, spec_of("W8A8")), expected)
 
 
-@pytest.mark.parametrize("name", ["W4A4", "W4A4_GROUP"])
-def test_int4_uses_all_sixteen_codes(name):
+def test_int4_per_token_uses_all_sixteen_codes():
     x = activations()
-    parts = x if name == "W4A4" else in_groups(x, 128)
-    scale = parts.abs().amax(-1, keepdim=True) / 7
-    expected = torch.nan_to_num((parts / scale).round().clamp(-8, 7) * scale).reshape(x.shape)
-    assert torch.equal(quantize_activation(x, spec_of(name)), expected)
+    scale = x.abs().amax(-1, keepdim=True) / 7.5
+    codes = torch.nan_to_num((x / scale).round().clamp(-8, 7))
+    assert codes.unique().tolist() == list(range(-8, 8))
+    assert torch.equal(quantize_activation(x, spec_of("W4A4")), codes * scale)
+
+
+def test_int4_per_group_covers_the_range_of_every_group():
+    x = activations()
+    x[0, 0] = x[0, 0].abs() + 1  # a range that is widened to hold 0
+    groups = in_groups(x, 128)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.where(high > low, (high - low) / 15, 1.0)
+    zero = (-8 - low / scale).round()
+    expected = (((groups / scale).round() + zero).clamp(-8, 7) - zero) * scale
+    assert torch.equal(quantize_activation(x, spec_of("W4A4_GROUP")), expected.flatten(-2))
 
 
 def test_int8_with_zero_points_covers_a_range_that_is_off_centre():
@@ -129,9 +139,9 @@ def test_a_model_without_the_zero_point_of_an_input_is_refused():
     assert torch.equal(found, model(quantize_activation(x, spec_of("W8A8_STATIC_ASYM"), 0.5, -100)))
 
 
-def test_asymmetric_groups_are_refused():
-    spec = ActivationSpec("int", 8, "group", group_size=4, symmetric=False)
-    with pytest.raises(CheckpointError, match="asymmetric 8-bit int activations, per group"):
+def test_asymmetric_floats_are_refused():
+    spec = ActivationSpec("e4m3", 8, "group", group_size=4, symmetric=False)
+    with pytest.raises(CheckpointError, match="asymmetric 8-bit e4m3 activations, per group"):
         quantize_activation(torch.ones(1, 4), spec)
 
 
@@ -289,6 +299,22 @@ def test_nvfp4_equals_compressed_tensors():
     x = activations()
     ours = quantize_activation(x, spec_of("NVFP4"), 2.0**-5)
     assert torch.equal(ours, foreign("NVFP4", x, global_scale=2.0**-5))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", ["W4A4", "W4A4_GROUP"])
+def test_int4_equals_compressed_tensors(name):
+    """No engine has a kernel of int4 activations; transformers runs them through this package."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x, spec = activations(), spec_of(name)
+    args = quantization.QuantizationArgs(
+        num_bits=4, symmetric=spec.symmetric, strategy=spec.per, group_size=spec.group_size, dynamic=True
+    )
+    theirs = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, nn.Module()), args)
+    torch.testing.assert_close(quantize_activation(x, spec), theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.interop

@@ -15,7 +15,7 @@ from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.cli.evaluate import evaluate as command
 from lowbit.cli.options import with_groups
 from lowbit.errors import ShapeError, UsageError
-from lowbit.evaluation.cache_result import cache_table, context_label, layer_lines
+from lowbit.evaluation.cache_result import cache_sentence, cache_table, context_label, layer_lines
 from lowbit.evaluation.kv_cache import evaluate_kv_cache, parse_contexts
 from lowbit.evaluation.metrics import token_kld
 from lowbit.kv import CACHE_TYPES
@@ -165,6 +165,25 @@ def test_heads_and_gguf_files_that_a_type_does_not_fit(tmp_path, text_file):
         evaluate_kv_cache(tmp_path / "m.gguf", "fp8_e5m2", contexts=(64,), text=text_file)
     [row] = evaluate_kv_cache(tmp_path / "m.gguf", "kvquant4", contexts=(64,), text=text_file, windows=1)
     assert row.kld_mean > 0
+
+
+def test_the_name_of_an_engine_stands_for_the_types_that_the_model_takes(folder, text_file):
+    """A type that does not fit is an error where it is named, and a note where only its engine is."""
+    rows = evaluate_kv_cache(folder, "vllm", contexts=(32,), text=text_file, windows=1)
+    assert {"fp8_e4m3", "nvfp4", "int4_per_token_head"} <= {row.type for row in rows}
+    assert not any(row.type.startswith("turboquant") for row in rows)
+    assert any("left out: cache type turboquant_4bit_nc keeps 2 layers at each end" in note for note in rows[0].notes)
+    with pytest.raises(UsageError, match="turboquant_4bit_nc keeps 2 layers"):
+        evaluate_kv_cache(folder, "vllm,turboquant_4bit_nc", contexts=(32,), text=text_file, windows=1)
+
+
+def test_a_context_that_the_window_holds_is_said_and_not_ranked(folder, text_file):
+    rows = evaluate_kv_cache(folder, "kivi2,q4_0", contexts=(64,), text=text_file, windows=1)
+    assert any("at 64 tokens kivi2 rounds nothing" in note for note in rows[0].notes)
+    assert cache_sentence(rows).endswith("q4_0")
+    [longer] = evaluate_kv_cache(folder, "kivi2", contexts=(160,), text=text_file, windows=1)
+    assert longer.rounds
+    assert not any("rounds nothing" in note for note in longer.notes)
 
 
 def test_contexts_are_parsed():

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 
 from lowbit.errors import ShapeError, UsageError
 from lowbit.kv import CACHE_TYPES, QuantizedCache
-from lowbit.kv.cache import QuantizedCacheLayer, own_cache
+from lowbit.kv.cache import QuantizedCacheLayer, cache_for, own_cache
+from tiny_types import build_tiny
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}  # fmt: skip
@@ -160,9 +161,17 @@ def test_what_makes_no_cache_is_named():
         QuantizedCache(config, bits=3)
     with pytest.raises(UsageError, match="groups of 12 tokens"):
         QuantizedCache(config, group=12)
-    narrow = QuantizedCache(LlamaConfig(**SIZES | {"head_dim": 48}))
-    with pytest.raises(ShapeError, match="int4 has groups of 64 along the head, which do not divide heads of 48"):
+    narrow_config = LlamaConfig(**SIZES | {"head_dim": 48})
+    narrow = QuantizedCache(narrow_config)
+    with pytest.raises(
+        ShapeError, match="int4 has groups of 64 along the head, which do not divide heads of 48"
+    ) as error:
         narrow.update(states(4, size=48), states(4, size=48), 0)
+    assert "QuantizedCache(model.config, bits=4, group=16)" in error.value.hint
+    QuantizedCache(narrow_config, bits=4, group=16).update(states(4, size=48), states(4, size=48), 0)
+    recurrent = build_tiny("rwkv")
+    with pytest.raises(UsageError, match="RwkvForCausalLM keeps a state of its own"):
+        cache_for("int4", recurrent)  # its forward would take the cache and leave it empty
     with pytest.raises(UsageError, match=r"q8_0 is run by llama.cpp; `generate` keeps its cache in int8"):
         own_cache("q8_0", config)
     with pytest.raises(UsageError, match="kivi2 is only measured here"):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3TextConfig, LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from lowbit.errors import ArchitectureError, ShapeError, UsageError
 from lowbit.kv.calibrated import k_means, measure_facts
 from lowbit.kv.simulated import TwoVersions, quantized_layers, simulated_cache, windowed_attention
 from lowbit.kv.types import CACHE_TYPES, Window, find_cache_type, find_cache_types
+from tiny_types import build_tiny
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}  # fmt: skip
@@ -164,9 +165,13 @@ def test_latent_attention_rounds_its_latent():
 
 
 def test_what_cannot_be_simulated_is_named(llama):
-    recurrent = made(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ArchitectureError, match="MambaForCausalLM has no layer whose keys and values"):
-        quantized_layers(recurrent, CACHE_TYPES["q8_0"])
+    for model_type, said in (
+        ("mamba", "its layers keep a recurrent state of fixed size"),
+        ("bloom", "it does not run its attention through transformers'"),
+        ("zamba2", "one Zamba2Attention runs as several layers"),
+    ):
+        with pytest.raises(ArchitectureError, match=f"has no KV cache that can be measured: {said}"):
+            quantized_layers(build_tiny(model_type), CACHE_TYPES["q8_0"])
     odd = made(LlamaConfig(**SIZES | {"head_dim": 24}))
     for name in ("q8_0", "int4_hadamard", "nvfp4"):
         with pytest.raises(ShapeError, match="24 values"):

@@ -332,3 +332,12 @@ def test_verify_with_the_source_turns_it_too(model, text, tmp_path):
     assert "relative-error" in {
         check.rule for check in lowbit.verify(tmp_path / "out", source=open_checkpoint(model)).failed
     }
+
+
+def test_the_names_of_the_papers():
+    assert parse_method("r1+r2+r4+gptq") == parse_method("hadamard+rotate+hadamard-down+gptq")
+    for name, word in (("r3", "quarot4"), ("atom", "spinquant"), ("omniquant", "sign-sgd")):
+        with pytest.raises(UsageError, match=f"there is no method '{name}'") as caught:
+            parse_method(f"{name}+gptq")
+        assert word in caught.value.hint
+    parse_method("awq+gptq+sign-sgd"), parse_method("spinquant+r4+gptq")  # what the hints take

@@ -6,12 +6,14 @@
 transformers passes K and V to an attention function that it looks up by name. While a model is observed, the look-up
 returns that function wrapped, so that its arguments are measured; masks and everything else stay the same.
 
-Refused: classes that call no such function (Bloom), and multi-head latent attention (DeepSeek): its cache holds one
-latent vector per token, whose k_scale vLLM's compressed-tensors loader does not fill.
+Refused: classes that call no such function (Bloom), one module that is the attention of several layers (Zamba), and
+multi-head latent attention (DeepSeek): its cache holds one latent vector per token, whose k_scale vLLM's
+compressed-tensors loader does not fill.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,7 +108,7 @@ def refuse_latent_attention(config: dict[str, Any], model: str) -> None:
 
 def attention_layers(model: nn.Module) -> dict[nn.Module, int]:
     """Attention module → index of its layer; towers for images and the like have none. ArchitectureError for a model
-    without any."""
+    without any, and where one module is the attention of several layers (Zamba), with a cache for each."""
     name = type(model).__name__
     layers = {
         module: module.layer_idx
@@ -114,9 +116,14 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, int]:
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     }
     if not layers:
-        raise ArchitectureError(
-            f"{name} does not run its attention through transformers' attention functions; its keys and values cannot "
-            f"be measured",
-            "leave --kv-cache out",
-        )
+        stateful = getattr(model, "_is_stateful", False)
+        raise _not_measured(name, "its layers keep a recurrent state of fixed size and no keys and values" if stateful
+                            else "it does not run its attention through transformers' attention functions")  # fmt: skip
+    shared = next((module for module in layers if "layer_idx" in inspect.signature(module.forward).parameters), None)
+    if shared is not None:
+        raise _not_measured(name, f"one {type(shared).__name__} runs as several layers, with keys and values for each")
     return layers  # type: ignore[return-value]
+
+
+def _not_measured(name: str, why: str) -> ArchitectureError:
+    return ArchitectureError(f"{name} has no KV cache that can be measured: {why}", "leave --kv-cache out")

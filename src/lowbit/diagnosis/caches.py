@@ -1,8 +1,8 @@
 """KV caches that lose more than the weights do, and what to take instead.
 
-Read are the figures that `lowbit evaluate --kv-cache` left in the report, of each type at its longest context. Nothing
-is measured here, and a model without such figures gets no finding. Weights and caches are measured on their own texts
-and contexts, which the finding says.
+Read are the figures that `lowbit evaluate --kv-cache` left in the report, of each type at its longest context, but for
+those of contexts that a window in 16 bits holds whole. Nothing is measured here, and a model without such figures gets
+no finding. Weights and caches are measured on their own texts and contexts, which the finding says.
 
     costly     KLD − 2 · error > KLD of the weights
     layers     with --by-layer: the costliest ones, so many that the others cost less than the weights, at most
@@ -17,6 +17,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowbit.checkpoint.base import is_gguf
 from lowbit.diagnosis.evidence import Evidence
 from lowbit.engines import find_engine
 from lowbit.evaluation.cache_result import CacheEvaluation, context_label
@@ -125,11 +126,11 @@ def _condition(row: CacheEvaluation) -> tuple[object, ...]:
 
 
 def _measured(evidence: Evidence) -> list[CacheEvaluation]:
-    """One row for each type: its longest context."""
+    """One row for each type: its longest context, of those that it rounds at."""
     found: dict[str, CacheEvaluation] = {}
     for record in (evidence.report or {}).get("kv_cache") or ():
         row = CacheEvaluation.model_validate(record)
-        if row.type not in found or row.context > found[row.type].context:
+        if row.rounds and (row.type not in found or row.context > found[row.type].context):
             found[row.type] = row
     return list(found.values())
 
@@ -143,14 +144,14 @@ def _costly(evidence: Evidence) -> list[CacheEvaluation]:
 
 
 def _serve(row: CacheEvaluation, quantized: str, skip: tuple[int, ...] = ()) -> str | None:
-    """The command of the first of the type's engines that has the option; None for types that need scales which the
-    files lack."""
+    """The command of the first of the type's engines that reads such files and has the option; None for types that need
+    scales which the files lack."""
     if row.type in _WITH_SCALES and row.scales != "stored":
         return None
     keys, _, values = _WITH_SCALES.get(row.type, row.type).partition("/")
     place = str(Path(quantized).absolute()) if Path(quantized).exists() else quantized
-    for name in row.engines:
-        command = find_engine(name).serve_with_cache(place, keys, values or keys, skip)
-        if command is not None:
+    for engine in map(find_engine, row.engines):
+        command = engine.serve_with_cache(place, keys, values or keys, skip)
+        if command is not None and engine.loading.reads_gguf == is_gguf(Path(quantized)):
             return command
     return None

@@ -114,7 +114,8 @@ def estimate(
         return Estimate(
             headers.name, plan.model_class if shape is None else shape.model_type, files, cache, serving, fit,
             run_of(prepared, holding, rates),
-            (*_assumptions(chosen, serving, fit, device, measure), *_cache_loss(kv_cache, chosen, device)), notes,
+            (*_assumptions(chosen, serving, fit, device, measure),
+             *(_cache_loss(kv_cache, chosen, device) if cache is not None else ())), notes,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from lowbit.engines import Engine
 from lowbit.errors import ArchitectureError, UsageError, did_you_mean
 from lowbit.estimation.footprint import matrices
 from lowbit.estimation.result import DeviceFit, Serving
-from lowbit.kv.types import CACHE_TYPES, OF_OUTPUT
+from lowbit.kv.types import CACHE_TYPES, OF_OUTPUT, find_cache_type
 
 LONGEST = 1 << 24  # tokens of a sequence, and sequences: no model was made for more, and no engine takes more
 # Bits of one cached value of a head of 128, scales included; those of a layer or head are a few bytes in all.
@@ -101,10 +101,17 @@ def cache_of(
 
 
 def cache_bits(name: str, engine: Engine | None = None, head_dim: int = 128) -> float:
-    """Bits of a cached value by the type's name, in heads of a size; "auto" is the model's 16 bits."""
+    """Bits of a cached value by the type's name, or of a pair KEYS/VALUES, in heads of a size; "auto" is the model's 16
+    bits."""
     spelled = name.lower()
     spelled = _SPELLINGS.get(spelled, spelled)
     offered = ("auto", *CACHE_BITS) if engine is None else engine.memory.cache_types
+    if "/" in spelled or "=" in spelled:
+        pair = find_cache_type(spelled)
+        if engine is not None and engine.name not in pair.engines:
+            raise UsageError(f"{engine.name} keeps keys and values in one type, not in {pair.name}",
+                             f"choose one of {', '.join(offered)}")  # fmt: skip
+        return pair.bits(head_dim)
     if spelled not in offered:
         known = spelled in CACHE_BITS
         choice = f"choose one of {', '.join(offered)}"

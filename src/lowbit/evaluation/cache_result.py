@@ -73,6 +73,13 @@ class CacheEvaluation(Record):
         """Where it stands in a report: a newer figure of the same type and length replaces it."""
         return self.type, self.context
 
+    @property
+    def rounds(self) -> bool:
+        """False where the type's window in 16 bits holds the whole context, so that the figure says nothing of it."""
+        from lowbit.kv.types import CACHE_TYPES
+
+        return self.type not in CACHE_TYPES or CACHE_TYPES[self.type].rounds_at(self.context)
+
 
 def cache_heading(rows: Sequence[CacheEvaluation]) -> str:
     """Model, text and what is compared, one line each."""
@@ -115,9 +122,10 @@ def layer_lines(rows: Sequence[CacheEvaluation], shown: int = 6) -> list[str]:
 
 
 def cache_sentence(rows: Sequence[CacheEvaluation]) -> str:
-    """The type of least KLD among those of at most 8.5, 6 and 4.5 bits, at the longest context."""
+    """The type of least KLD among those of at most 8.5, 6 and 4.5 bits, at the longest context, of those that round
+    there."""
     longest = max(row.context for row in rows)
-    at = [row for row in rows if row.context == longest]
+    at = [row for row in rows if row.context == longest and row.rounds]
     best = []
     for limit in (8.5, 6.0, 4.5):
         fits = [row for row in at if row.bits_per_value <= limit]

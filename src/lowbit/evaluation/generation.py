@@ -75,9 +75,9 @@ def generate(
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature}
     if kv_cache is not None:
-        from lowbit.kv.cache import own_cache
+        from lowbit.kv.cache import cache_for
 
-        settings["past_key_values"] = own_cache(kv_cache, network.config)
+        settings["past_key_values"] = cache_for(kv_cache, network)
     devices = [network.device.index or 0] if network.device.type == "cuda" else []
     with simulated(network), torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -26,10 +26,10 @@ from lowbit.architecture.shape import ModelShape, shape_of
 from lowbit.calibrate.blocks import BlockRunner
 from lowbit.calibrate.kv_cache import attention_layers
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.errors import ArchitectureError, UsageError
+from lowbit.errors import ArchitectureError, LowbitError, UsageError
 from lowbit.evaluation.activations import simulation_of
 from lowbit.evaluation.blockwise import BlockwiseRuns, Context, Steps, block_count, fill_head
-from lowbit.evaluation.cache_result import CacheEvaluation, LayerLoss
+from lowbit.evaluation.cache_result import CacheEvaluation, LayerLoss, context_label
 from lowbit.evaluation.forward import Runner
 from lowbit.evaluation.memory import Way, choose_way
 from lowbit.evaluation.metrics import Scores
@@ -41,7 +41,7 @@ from lowbit.formats.gguf.table import look_up, row_of_model, targets_of
 from lowbit.kv.calibrated import measure_facts
 from lowbit.kv.codecs import GgmlBlock, SideFacts
 from lowbit.kv.simulated import CacheFacts, quantized_layers, simulated_cache
-from lowbit.kv.types import CacheType, find_cache_types
+from lowbit.kv.types import CacheType, asked_cache_types
 from lowbit.measure import Meter
 from lowbit.registry import ENGINES, load
 from lowbit.text import Protocol, Text, Windows, cut_windows, read_text
@@ -67,7 +67,7 @@ class _Variant:
 @dataclass(frozen=True)
 class _Asked:
     """The model, how it runs, and what is measured of it. activations: the context of its scheme's own rounding;
-    facts, key_order: as `simulated_cache` takes them."""
+    facts, key_order: as `simulated_cache` takes them; left_out: notes on types that the model does not take."""
 
     opened: Opened
     way: Way
@@ -76,6 +76,7 @@ class _Asked:
     variants: tuple[_Variant, ...]
     facts: CacheFacts | None
     key_order: Tensor | None
+    left_out: tuple[str, ...] = ()
 
     def context(self, variant: _Variant | None) -> Context:
         """Makes the context that the model runs in, with this cache or with one in the compute dtype."""
@@ -113,6 +114,7 @@ def evaluate_kv_cache(
 
     model        a folder, a .gguf file, a Hugging Face id, or demo:smollm2; quantized or not
     types        names of `lowbit.kv.CACHE_TYPES`, pairs such as q8_0/q4_0, and names of engines for all of their types
+                 that the model takes: a note names the others
     contexts     tokens of a window, one row for each
     windows      of the shortest context; longer ones get as many as hold the same tokens, at least one
     activations  "none": the scheme's activations stay in the compute dtype
@@ -122,7 +124,7 @@ def evaluate_kv_cache(
     UsageError for an unknown type, a context beyond the model's, a type that the checkpoint's engine lacks;
     ArchitectureError for a model without such a cache; ShapeError for heads that a type does not take.
     """
-    chosen = find_cache_types(types if isinstance(types, str) else ",".join(types))
+    wanted = asked_cache_types(types if isinstance(types, str) else ",".join(types))
     if activations not in ("auto", "none"):
         raise UsageError(f"there is no activations mode {activations!r} of a cache", "choose auto or none")
     contexts = sorted(set(contexts))
@@ -132,16 +134,17 @@ def evaluate_kv_cache(
     with contextlib.ExitStack() as stack:
         opener = Opener(stack, dtype, device, options or OpenOptions())
         opened = opener.open(model, opener.options.adapter)
-        _check_engine(opened, chosen)
+        _check_engine(opened, [row for row, _ in wanted])
         _check_contexts(opened, contexts)
-        variants = _variants(opened, chosen, by_layer)
+        variants, left_out = _variants(opened, wanted, by_layer)
+        chosen = [each.type for each in variants if not each.alone]
         way = choose_way([opened.loader], 1 + len(variants), max_memory)
         if not way.block_by_block:
             opened.loader.fill()
         rounded: Context = contextlib.nullcontext if activations == "none" else simulation_of(opened.checkpoint)
         facts, origin = _facts(opened, way, opener.options, chosen, rounded)
         order = _key_order(opened) if any(isinstance(each.keys, GgmlBlock) for each in chosen) else None
-        asked = _Asked(opened, way, opener.options, rounded, variants, facts, order)
+        asked = _Asked(opened, way, opener.options, rounded, variants, facts, order, left_out)
         found: list[CacheEvaluation] = []
         tokens = windows * contexts[0]
         cuts = [cut_windows(judged_text, opened.tokenizer, max(1, tokens // length), length, protocol, bos)
@@ -207,18 +210,36 @@ def _key_order(opened: Opened) -> Tensor | None:
     return None if order is None else torch.from_numpy(order)
 
 
-def _variants(opened: Opened, types: Sequence[CacheType], by_layer: bool) -> tuple[_Variant, ...]:
-    found = [_Variant(each, quantized_layers(opened.model, each)) for each in types]
-    for each in found:
-        if not each.layers:
-            raise UsageError(
-                f"cache type {each.type.name} keeps {each.type.skip_ends} layers at each end in 16 bits, which are all "
-                f"that the model has",
-                "choose a type that quantizes every layer, such as int4_per_token_head",
-            )
+def _variants(
+    opened: Opened, wanted: Sequence[tuple[CacheType, bool]], by_layer: bool
+) -> tuple[tuple[_Variant, ...], tuple[str, ...]]:
+    """(what is measured; notes on types that only an engine's name stands for and that the model does not take). The
+    error of a type that does not fit, where it was asked for by name or none fits."""
+    found: list[_Variant] = []
+    unfit: list[LowbitError] = []
+    for each, by_name in wanted:
+        try:
+            found.append(_Variant(each, _layers_of(opened, each)))
+        except LowbitError as error:
+            if by_name:
+                raise
+            unfit.append(error)
+    if not found:
+        raise unfit[0]
     if by_layer:
         found += [_Variant(each.type, (layer,), True) for each in list(found) for layer in each.layers]
-    return tuple(found)
+    return tuple(found), tuple(dict.fromkeys(f"left out: {error}" for error in unfit))
+
+
+def _layers_of(opened: Opened, cache_type: CacheType) -> tuple[int, ...]:
+    layers = quantized_layers(opened.model, cache_type)
+    if not layers:
+        raise UsageError(
+            f"cache type {cache_type.name} keeps {cache_type.skip_ends} layers at each end in 16 bits, which are all "
+            f"that the model has",
+            "choose a type that quantizes every layer, such as int4_per_token_head",
+        )
+    return layers
 
 
 def _facts(
@@ -307,7 +328,7 @@ def _shared(opened: Opened, text: Text, cut: Windows, protocol: Protocol, dtype:
 
 
 def _notes(asked: _Asked, cut: Windows, windows: int) -> tuple[str, ...]:
-    notes = (*asked.opened.checkpoint.notes, *asked.way.notes)
+    notes = (*asked.opened.checkpoint.notes, *asked.way.notes, *asked.left_out)
     if len(cut.ids) < windows:
         notes += (f"{len(cut.ids)} windows of {cut.ids.shape[1]} tokens instead of {windows}: the text has "
                   f"{cut.text_tokens} tokens",)  # fmt: skip
@@ -333,6 +354,9 @@ def _rows(
         said = notes
         if len(variant.layers) < blocks:
             said += (f"{kept.name} quantizes the cache of {len(variant.layers)} of the {blocks} layers",)
+        if not kept.rounds_at(shared["context"]):
+            at = context_label(shared["context"])
+            said += (f"at {at} tokens {kept.name} rounds nothing: its window keeps them all in 16 bits",)
         rows.append(CacheEvaluation(
             **shared, type=kept.name, engines=kept.engines, per=kept.per, how=kept.how, source=kept.source,
             bits_per_value=bits, bytes_per_token=size,

@@ -23,21 +23,24 @@ the group or the Hadamard matrix does not divide, other numbers of bits.
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from lowbit.errors import UsageError
+from lowbit.errors import ShapeError, UsageError
 from lowbit.kv.codecs import Affine, hadamard
 from lowbit.kv.types import CACHE_TYPES, OWN_GROUP, OWN_WINDOW, CacheType, find_cache_type
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _GROWTH = 256  # tokens by which the shared buffers grow
+_SMALLEST_GROUP = 8  # and what divides a group: codes of 2 bits fill bytes
 
 
 @dataclass
@@ -102,11 +105,19 @@ class QuantizedCacheLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         key_size, value_size = key_states.shape[-1], value_states.shape[-1]
         name = f"int{self.bits}{'_hadamard' if self.rotated else ''}"
-        Affine(self.bits, "tokens", self.group, self.rotated).check(key_size, name)
-        Affine(self.bits, "head", self.group, self.rotated).check(value_size, name)
+        try:
+            Affine(self.bits, "tokens", self.group, self.rotated).check(key_size, name)
+            Affine(self.bits, "head", self.group, self.rotated).check(value_size, name)
+        except ShapeError as error:
+            raise ShapeError(str(error), self._what_fits(math.gcd(key_size, value_size, self.group))) from error
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
+
+    def _what_fits(self, group: int) -> str:
+        if self.rotated or group % _SMALLEST_GROUP:
+            return "leave --kv-cache out: the cache of such heads stays in 16 bits"
+        return f"QuantizedCache(model.config, bits={self.bits}, group={group}) takes them; else leave --kv-cache out"
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep new states [B, heads, T, D]; all of them as attention is to see them."""
@@ -249,7 +260,7 @@ class QuantizedCache(Cache):
     ):  # fmt: skip
         if bits not in (8, 4, 2):
             raise UsageError(f"a cache of {bits} bits is not one of 8, 4 and 2", "choose bits=4")
-        if group < 8 or group % 8 or window < 0:
+        if group < _SMALLEST_GROUP or group % _SMALLEST_GROUP or window < 0:
             raise UsageError(f"groups of {group} tokens and a window of {window} are no cache",
                              "choose a group of a multiple of 8, and a window of 0 tokens or more")  # fmt: skip
         buffers = _Buffers()
@@ -258,6 +269,12 @@ class QuantizedCache(Cache):
             for layer in DynamicCache(config=config).layers
         ]
         if not any(isinstance(layer, QuantizedCacheLayer) for layer in layers):
+            if any(isinstance(layer, LinearAttentionAndFullAttentionLayer) for layer in layers):
+                raise UsageError(
+                    f"{config.model_type} has keys and values beside a recurrent state in one layer, which this cache "
+                    f"cannot hold",
+                    "leave the cache in 16 bits",
+                )
             raise UsageError(
                 f"{config.model_type} has no layer that attends to every token, so there is nothing to quantize",
                 "windows and recurrent states are of bounded size: leave the cache in 16 bits",
@@ -278,6 +295,14 @@ class QuantizedCache(Cache):
 
 
 OWN_TYPES = tuple(name for name, row in CACHE_TYPES.items() if row.source == "lowbit.kv.QuantizedCache")
+
+
+def cache_for(name: str, model: PreTrainedModel) -> QuantizedCache:
+    """`own_cache` of a model; UsageError for one that would leave it unread (RWKV)."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UsageError(f"{type(model).__name__} keeps a state of its own and no keys and values to quantize",
+                         "leave --kv-cache out")  # fmt: skip
+    return own_cache(name, model.config)
 
 
 def own_cache(name: str, config: PretrainedConfig) -> QuantizedCache:

@@ -62,14 +62,7 @@ def quantized_layers(model: nn.Module, cache_type: CacheType) -> tuple[int, ...]
 
     ArchitectureError for a model without a cache of keys and values, ShapeError for heads of the wrong size.
     """
-    try:
-        layers = attention_layers(model)
-    except ArchitectureError as error:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no layer whose keys and values go through transformers' attention functions: "
-            f"there is no cache to quantize",
-            "recurrent layers (Mamba, RWKV) keep a state of fixed size instead",
-        ) from error
+    layers = attention_layers(model)
     indices = sorted(set(layers.values()))
     for module in layers:
         if _is_latent(module):

@@ -85,6 +85,11 @@ class CacheType:
         stored = self.keys.bits(key_dim) * key_dim + self.values.bits(value_dim) * value_dim
         return stored / (key_dim + value_dim)
 
+    def rounds_at(self, context: int) -> bool:
+        """False where all tokens of such a context are still in the window."""
+        sides: tuple[Literal["keys", "values"], ...] = ("keys", "values")
+        return self.window is None or any(self.window.quantized(context - 1, side) for side in sides)
+
     def check(self, key_dim: int, value_dim: int) -> None:
         """ShapeError for heads that the type does not take."""
         self.keys.check(key_dim, self.name)
@@ -234,15 +239,22 @@ def find_cache_types(text: str) -> tuple[CacheType, ...]:
 
     "k=q8_0,v=q4_0" is one type, whatever stands around it.
     """
-    words, names = [word.strip() for word in text.split(",")], []
+    return tuple(row for row, _ in asked_cache_types(text))
+
+
+def asked_cache_types(text: str) -> tuple[tuple[CacheType, bool], ...]:
+    """`find_cache_types`, each with whether it was asked for by its own name, not only by that of its engine."""
+    words, found = [word.strip() for word in text.split(",")], dict[str, tuple[CacheType, bool]]()
     while words:
         word = words.pop(0)
         if not word:
             raise UsageError(f"--kv-cache {text!r} has an empty name", "separate types by one comma: q8_0,q4_0")
         if word.lower().startswith(("k=", "v=")) and words and words[0].lower().startswith(("k=", "v=")):
             word += f",{words.pop(0)}"
-        names += types_of(word.lower()) or [word]
-    found = {row.name: row for row in map(find_cache_type, names)}
+        of_engine = types_of(word.lower())
+        for row in map(find_cache_type, of_engine or [word]):
+            known = found.get(row.name)
+            found[row.name] = row, not of_engine or (known is not None and known[1])
     return tuple(found.values())
 
 

@@ -1,8 +1,10 @@
 """The rounding of activations as engines do it at run time: x̂ = decode(encode(x)).
 
-    int, per token    s = max|x| / (2^(b−1) − 1)   codes = clamp(rint(x / s), −2^(b−1), 2^(b−1) − 1); 127 of 8 bits
+    int, per token    s = max|x| / r               codes = clamp(rint(x / s), −2^(b−1), 2^(b−1) − 1)
+                      r = 127 of 8 bits, (2^b − 1) / 2 of fewer: 7.5 of 4, so that all codes are used
     int, per group    the same over g channels of a token
-    int, asymmetric   s = (max x − min x) / 255    codes = clamp(rint(x / s) + z, −128, 127), z = rint(−128 − min x / s)
+    int, asymmetric   s = (max x − min x) / (2^b − 1)    codes = clamp(rint(x / s) + z, −2^(b−1), 2^(b−1) − 1)
+                      z = rint(−2^(b−1) − min x / s); of fewer than 8 bits the range is widened to hold 0
     e4m3, per token   s = max(max|x| / 448, 1/(448·512))    codes = e4m3(x / s), saturating
     e4m3, per group   the same over g channels of a token
     static            s is the stored input scale, for all tokens; int8 and e4m3
@@ -14,6 +16,7 @@
 All rounding is to nearest, ties to even, in float32; the result has the dtype of the input. A group of zeros stays
 zeros. The last group of a row may be short. Where implementations differ, vLLM's kernels or the specification count:
   int8: vLLM divides by 127 (csrc/quantization/w8a8/int8/scaled_quant.cu); compressed-tensors' simulation by 127.5.
+  int4: no kernel of an engine; compressed-tensors, through which transformers runs it, divides by 7.5.
   e4m3: vLLM keeps s at least 1/(448·512) (input_quant_fp8.py); compressed-tensors has no such floor.
   MX:   the OCP Microscaling specification 1.0, section 6.3, takes the floor, so that values above 1.75 · 2^emax
         (E4M3) or 6 (E2M1) saturate; compressed-tensors goes one power of two up where max|x| has a mantissa ≥ 1.75.
@@ -52,16 +55,20 @@ def quantize_activation(
     if spec.needs_calibration and input_scale is None:
         raise UsageError("a static activation scheme needs the scale that calibration stored")
     values = x.to(torch.float32)
-    if not spec.symmetric:
-        return _asymmetric(values, spec, input_scale, zero_point).to(x.dtype)
     if spec.per != "group":
-        absmax = values.abs().amax(-1, keepdim=True) if spec.per == "token" else values.abs().amax()
-        return _encode_decode(values, _scale(absmax, spec, input_scale), spec).to(x.dtype)
+        return _rounded(values, spec, input_scale, zero_point).to(x.dtype)
     assert spec.group_size is not None, "a group scheme names its group size"
     columns = values.shape[-1]
     groups = F.pad(values, (0, -columns % spec.group_size)).unflatten(-1, (-1, spec.group_size))
-    scale = _scale(groups.abs().amax(-1, keepdim=True), spec, input_scale)
-    return _encode_decode(groups, scale, spec).flatten(-2)[..., :columns].to(x.dtype)
+    return _rounded(groups, spec, input_scale, zero_point).flatten(-2)[..., :columns].to(x.dtype)
+
+
+def _rounded(values: Tensor, spec: ActivationSpec, input_scale: float | None, zero_point: int | None) -> Tensor:
+    """x̂ of float32 values, whose last axis is what shares a scale: a token or a group of it."""
+    if not spec.symmetric:
+        return _asymmetric(values, spec, input_scale, zero_point)
+    absmax = values.abs().amax() if spec.per == "tensor" else values.abs().amax(-1, keepdim=True)
+    return _encode_decode(values, _scale(absmax, spec, input_scale), spec)
 
 
 def fake_quantize_activation(x: Tensor, spec: ActivationSpec) -> Tensor:
@@ -97,8 +104,9 @@ def quantize_llm_int8(x: Tensor, threshold: float) -> Tensor:
 
 
 def _asymmetric(values: Tensor, spec: ActivationSpec, static: float | None, stored: int | None) -> Tensor:
-    """Integers that cover [min, max] of every token (or of all), which need not hold 0; or the stored range."""
-    if spec.number != "int" or spec.per == "group":
+    """Integers that cover [min, max] of every token or group (or of all), or the stored range. 8 bits need not hold 0,
+    as in vLLM's kernel; fewer do, as in compressed-tensors."""
+    if spec.number != "int":
         raise CheckpointError(
             f"asymmetric {spec.bits}-bit {spec.number} activations, per {spec.per}, cannot be simulated",
             "evaluate the weights alone with --activations none",
@@ -108,8 +116,10 @@ def _asymmetric(values: Tensor, spec: ActivationSpec, static: float | None, stor
             raise UsageError("a static asymmetric scheme needs the scale and the zero point that calibration stored")
         codes = ((values / static).round() + stored).clamp(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
         return (codes - stored) * static
-    across = (-1,) if spec.per == "token" else tuple(range(values.dim()))
+    across = tuple(range(values.dim())) if spec.per == "tensor" else (-1,)
     low, high = values.amin(across, keepdim=True), values.amax(across, keepdim=True)
+    if spec.bits < 8:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     least, largest = -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
     scale = (high - low) / (largest - least)
     scale = torch.where(scale > 0, scale, torch.where(high != 0, high.abs(), torch.ones_like(high)))
@@ -135,8 +145,10 @@ def _scale(absmax: Tensor, spec: ActivationSpec, input_scale: float | None) -> T
 
 
 def _largest(spec: ActivationSpec) -> float:
-    """The largest code."""
-    return float(2 ** (spec.bits - 1) - 1) if spec.number == "int" else _MAX[spec.number]
+    """The |value| of codes at a scale of 1 that the largest input takes."""
+    if spec.number != "int":
+        return _MAX[spec.number]
+    return 127.0 if spec.bits == 8 else (2**spec.bits - 1) / 2
 
 
 def _encode_decode(values: Tensor, scale: Tensor, spec: ActivationSpec) -> Tensor:

@@ -182,7 +182,10 @@ def model_facts(architecture: Architecture) -> ModelFacts:
             "choose a method that rewrites no weights, such as gptq or rtn",
         )
     if not architecture.heads:
-        raise ArchitectureError("config.json does not tell the number of attention heads")
+        raise ArchitectureError(
+            f"{architecture.class_name} has no attention heads that config.json counts",
+            "choose a method that rewrites no weights, such as gptq or rtn",
+        )
     return ModelFacts(architecture, architecture.heads)
 
 
