@@ -79,7 +79,7 @@ def allocate(
     like: str | None = None,
     target_size: int | None = None,
     types: Sequence[str] = CANDIDATES,
-    samples: int = 16,
+    samples: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     max_memory: int = MAX_MEMORY,

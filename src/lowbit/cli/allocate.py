@@ -33,7 +33,7 @@ def allocate(
     ] = None,
     samples: Annotated[
         int, typer.Option(help="Number of calibration windows.", metavar="N", min=1, rich_help_panel=CALIBRATION)
-    ] = 16,
+    ] = 8,
     max_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for hidden states; the rest goes to a temporary file.")
     ] = "1GiB",
