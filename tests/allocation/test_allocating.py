@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lowbit
-from lowbit.allocation.run import rules_of
+from lowbit.allocation.offers import rules_of
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawGGUF
 from models import FITS_ALL, SHORT_TEXT, make_model
@@ -93,7 +93,9 @@ def test_a_gguf_file_is_allocated_too(model, tmp_path):
     [
         ({"target_size": 1000}, "nothing fits into 1 kB"),
         ({"target_size": 1000, "like": "Q4_K_M"}, "the bytes of a file type and a size were given"),
-        ({"like": "W4A16"}, "there is no GGUF file type 'W4A16'"),
+        ({"like": "Q4_Z"}, "there is no GGUF file type 'Q4_Z'"),
+        ({"types": ["W4A16", "Q4_K"]}, "Q4_K"),
+        ({"like": "Q4_K_M", "types": ["W4A16"]}, "Q4_K_M"),
         ({"types": ["Q4"]}, "Q4"),
         ({"types": []}, "there is no type to choose from"),
         ({"calib": "missing.txt"}, "missing.txt"),
@@ -123,3 +125,36 @@ def test_rules_join_the_blocks_of_one_type():
         "# about", r"^token_embd\.weight$ = Q6_K", r"^blk\.(0|2)\.attn_q\.weight$ = Q4_K",
         r"^blk\.(10)\.attn_q\.weight$ = Q5_K",
     ]  # fmt: skip
+
+
+def test_a_folder_gets_a_recipe(model, tmp_path):
+    """Schemes, one for each fused set, within a size between that of all in 4 and all in 8 bits."""
+    sizes = [lowbit.dry_run(model, scheme=scheme).plan.file_bytes for scheme in ("W4A16", "W8A16")]
+    done = lowbit.allocate(model, tmp_path / "x.yaml", target_size=sum(sizes) // 2, types=("W4A16", "W8A16"), **TEXT)
+    assert set(done.types.values()) == {"W4A16", "W8A16"}
+    assert sizes[0] < done.file_bytes <= done.budget
+    out = tmp_path / "out"
+    report = lowbit.quantize(model, out, recipe=done.path).report
+    found = {tensor.name: tensor.scheme for tensor in report.tensors if tensor.scheme in ("W4A16", "W8A16")}
+    for name, scheme in done.types.items():
+        members = [its for weight, its in found.items() if weight.startswith(name.rpartition(".")[0])]
+        assert scheme in members
+    assert sum(file.stat().st_size for file in out.glob("*.safetensors")) == done.file_bytes
+
+
+def test_experts_of_a_block_get_one_scheme(tmp_path):
+    model = make_model(tmp_path / "model", "mixtral")
+    low, high = (lowbit.dry_run(model, scheme=scheme).plan.file_bytes for scheme in ("W4A16", "W8A16"))
+    done = lowbit.allocate(
+        model, tmp_path / "x.yaml", target_size=low + (high - low) * 4 // 5, types=("W4A16", "W8A16"), **TEXT
+    )
+    experts = {name: scheme for name, scheme in done.types.items() if "experts" in name}
+    assert sorted(experts.values()) == ["W4A16", "W8A16"]  # of two blocks
+    assert r".experts\.\d+\.w1$" in done.path.read_text()
+    lowbit.quantize(model, tmp_path / "out", recipe=done.path)  # refuses what mixes schemes in a block
+
+
+def test_the_bytes_of_a_scheme_are_kept(model, tmp_path):
+    done = lowbit.allocate(model, tmp_path / "x.yaml", like="W4A16", types=("W3A16", "W4A16", "W8A16"), **TEXT)
+    assert done.file_bytes <= done.budget == lowbit.dry_run(model, scheme="W4A16").plan.file_bytes
+    assert done.cost <= done.before

@@ -19,7 +19,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "
 TYPES = ("fine", "coarse")
 
 
-def round_to(kind, weight, importance):
+def round_to(kind, name, weight, importance):
     """Errors whose size alone depends on the type."""
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weight)))
     return weight + noise * {"fine": 1e-4, "coarse": 1e-3}[kind]
@@ -66,7 +66,7 @@ def test_a_linear_costs_what_the_definition_says(model):
         x, gradient = seen[name.removesuffix(".weight")]
         weight = checkpoint.read(name).float()
         for kind, found in its.items():
-            moved = (x @ (round_to(kind, weight, None) - weight).T * gradient).sum(-1)
+            moved = (x @ (round_to(kind, name, weight, None) - weight).T * gradient).sum(-1)
             assert_close(torch.tensor(found), (moved.square() / 2).mean(), rtol=1e-3, atol=0.0)
 
 
@@ -76,7 +76,7 @@ def test_a_token_counts_for_one_nat_at_most(model):
     runner = BlockRunner(checkpoint)
     name = "model.layers.0.mlp.down_proj.weight"
     costs = measure_costs(runner, checkpoint, IDS, Tensors([Weighed(name, (name,), ("huge",))]),
-                          lambda kind, weight, importance: weight + 1e6, 7, 1 << 30)  # fmt: skip
+                          lambda kind, name, weight, importance: weight + 1e6, 7, 1 << 30)  # fmt: skip
     assert costs[name]["huge"] == pytest.approx(1.0)
 
 
@@ -90,7 +90,7 @@ def test_the_sum_is_near_the_divergence(model):
         expected = whole(ids).logits.log_softmax(-1).flatten(0, 1)
         for name in costs:
             parameter = whole.get_parameter(name)
-            parameter.copy_(round_to("coarse", parameter, None))
+            parameter.copy_(round_to("coarse", name, parameter, None))
         found = whole(ids).logits.log_softmax(-1).flatten(0, 1)
     divergence = kl_div(found, expected, log_target=True, reduction="batchmean").item()
     assert sum(its["coarse"] for its in costs.values()) == pytest.approx(divergence, rel=0.35)
@@ -104,7 +104,7 @@ def test_the_head_costs_its_divergence(model):
         hidden = whole.model(IDS).last_hidden_state
         weight = whole.lm_head.weight
         expected = (hidden @ weight.T).log_softmax(-1)
-        found = (hidden @ round_to("coarse", weight, None).T).log_softmax(-1)
+        found = (hidden @ round_to("coarse", "lm_head.weight", weight, None).T).log_softmax(-1)
         every = kl_div(found, expected, log_target=True, reduction="none").sum(-1)
     some = torch.cat([part.flatten()[::4] for part in every.split(85)])  # one batch holds all windows
     assert costs["lm_head.weight"]["coarse"] == pytest.approx(some.mean().item(), rel=1e-2)

@@ -1,4 +1,4 @@
-"""`lowbit allocate`: which type each tensor of a GGUF file gets, by what it costs the model."""
+"""`lowbit allocate`: which type each tensor of an output gets, by what it costs the model."""
 
 from lowbit.allocation.run import Allocation, allocate
 

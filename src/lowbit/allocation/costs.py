@@ -40,12 +40,12 @@ from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, NonFiniteError
 
 PASSES = 3  # windows through each block, for the progress bar
-CAP = 1.0
+_CAP = 1.0  # nats that a token counts for at most
 _EVERY = 4  # tokens from one whose logits are compared to the next
 _LOGITS = 256 << 20  # bytes of logits at once
 
-# (type, weight [N, K], importance [K] or None) → what an engine decodes, float32 [N, K]
-RoundTo = Callable[[str, Tensor, Tensor | None], Tensor]
+# (type, name of a weight, the weight [N, K], importance [K] or None) → what an engine decodes, float32 [N, K]
+RoundTo = Callable[[str, str, Tensor, Tensor | None], Tensor]
 Costs = dict[str, dict[str, float]]  # tensor of the output → type → nats per token
 
 
@@ -119,10 +119,11 @@ def measure_costs(
             runner.drop(index)
             tick(2 * len(ids))
         if tensors.embedding is not None:
-            weight = checkpoint.read(tensors.embedding.sources[0]).float()
+            (source,) = tensors.embedding.sources
+            weight = checkpoint.read(source).float()
             for name in tensors.embedding.types:
-                value = Replacement(lambda name=name: round_to(name, weight, None), torch.float32)
-                moved = runner.embed(ids, OverlaidCheckpoint(checkpoint, {tensors.embedding.sources[0]: value}))
+                value = Replacement(partial(round_to, name, source, weight, None), torch.float32)
+                moved = runner.embed(ids, OverlaidCheckpoint(checkpoint, {source: value}))
                 costs[tensors.embedding.name][name] += _nats(moved.values - embedded, gradient) / ids.numel()
     return costs
 
@@ -150,7 +151,9 @@ class _WeighedBlock:
             weights = {name: self.checkpoint.read(name).float() for name in tensor.sources}
             found[tensor.name] = {}
             for kind in tensor.types:
-                rounded = {name: self.round_to(kind, weight, importance.get(name)) for name, weight in weights.items()}
+                rounded = {
+                    name: self.round_to(kind, name, weight, importance.get(name)) for name, weight in weights.items()
+                }
                 if all(name in seen for name in weights):
                     total = sum(_product_cost(seen[name], rounded[name] - weights[name]) for name in weights)
                 else:
@@ -239,7 +242,7 @@ def _squares(x: Tensor) -> Tensor:
 
 def _nats(moved: Tensor, slopes: Tensor) -> float:
     """Σ over tokens of ½ (g · Δz)², at most 1 each; both [..., width]."""
-    return ((moved * slopes).sum(dim=-1).square() / 2).clamp(max=CAP).sum().item()
+    return ((moved * slopes).sum(dim=-1).square() / 2).clamp(max=_CAP).sum().item()
 
 
 def _product_cost(seen: _Seen, error: Tensor) -> float:
@@ -258,7 +261,7 @@ def _costs_of_head(
         hidden = [runner.behind_blocks(ids[batch], states[batch]).flatten(0, 1)[::_EVERY] for batch in batches_of(ids)]
         rows = torch.cat(hidden)
         for kind in head.types:
-            rounded = round_to(kind, weight, None)
+            rounded = round_to(kind, name, weight, None)
             for part in rows.split(max(1, _LOGITS // (4 * len(weight)))):
                 runner.put({name: weight})
                 expected = runner.logits(part).float().log_softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""`lowbit allocate MODEL -o FILE`: the type of each tensor of a GGUF file, by what it costs this model."""
+"""`lowbit allocate MODEL -o FILE`: the type of each tensor of an output, by what it costs this model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 def allocate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id or demo:smollm2.")],
-    settings: Annotated[dict[str, Any], of_table(Settings, ("calib", "seqlen", "seed"))],
+    settings: Annotated[dict[str, Any], of_table(Settings, ("group_size", "calib", "seqlen", "seed"))],
     how: Annotated[dict[str, Any], of_running(adapter=True)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File of rules to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File of rules, or recipe, to write.")] = None,
     like: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="File type whose bytes to stay within. [default: Q4_K_M]")
+        str | None,
+        typer.Option(metavar="TYPE", help="File type or scheme whose bytes to stay within. [default: Q4_K_M]"),
     ] = None,
     target_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes to stay within, such as 4.5GB; instead of --like.")
     ] = None,
     types: Annotated[
         str | None,
-        typer.Option(metavar="TYPES", help="Types to choose from. [default: Q2_K,Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0]"),
+        typer.Option(
+            metavar="TYPES", help="Types to choose from, or schemes. [default: Q2_K,Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0]"
+        ),
     ] = None,
     samples: Annotated[
         int, typer.Option(help="Number of calibration windows.", metavar="N", min=1, rich_help_panel=CALIBRATION)
@@ -40,7 +43,7 @@ def allocate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Choose the type of every tensor of a GGUF file by what it costs this model, within the bytes of a file type."""
+    """Choose the type of every tensor by what it costs this model, within the bytes of a file type or a size."""
     import lowbit
     from lowbit.cli.console import print_json, print_table, say, window_progress
     from lowbit.errors import UsageError
@@ -65,7 +68,7 @@ def allocate(
         say(f"note: {note}")
     print_table(_table(done))
     echo(_sentence(done))
-    say(f"\nuse it:  lowbit quantize {model} -o OUT.gguf --scheme {done.file_type} --tensor-type-file {done.path}")
+    say(f"\nuse it:  lowbit quantize {model} {done.how_to_use}")
 
 
 def _table(done: Allocation) -> Any:
@@ -73,21 +76,16 @@ def _table(done: Allocation) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from lowbit.numerics.ggml import TYPES
-
     table = Table(box=SIMPLE_HEAD)
-    for title in ("type", "bits"):
-        table.add_column(title)
+    table.add_column("type")
     for title in ("tensors", "weights"):
         table.add_column(title, justify="right")
     table.add_column("most of them")
     total = sum(done.sizes.values())
-    for kind in sorted(set(done.types.values()), key=lambda name: -TYPES[name].bits_per_weight):
+    for kind in sorted(set(done.types.values())):
         names = [name for name, its in done.types.items() if its == kind]
         weights = sum(done.sizes[name] for name in names)
-        table.add_row(
-            kind, f"{TYPES[kind].bits_per_weight:.2f}", str(len(names)), f"{weights / total:.1%}", _most(names)
-        )
+        table.add_row(kind, str(len(names)), f"{weights / total:.1%}", _most(names))
     return table
 
 
@@ -104,18 +102,18 @@ def _sentence(done: Allocation) -> str:
 
     said = f"{done.path}: {human_bytes(done.file_bytes)} of {human_bytes(done.budget)}; rounded to nearest, about "
     said += f"{done.cost:.4f} nats per token"
-    return said if done.before is None else f"{said}, with {done.file_type}'s own mix {done.before:.4f}"
+    return said if done.before is None else f"{said}, with {done.scheme}'s own types {done.before:.4f}"
 
 
 def _as_json(done: Allocation) -> dict[str, Any]:
     return {
         "file": str(done.path),
-        "file_type": done.file_type,
+        "scheme": done.scheme,
         "file_bytes": done.file_bytes,
         "budget": done.budget,
         "types": done.types,
         "predicted_nats": done.cost,
-        "predicted_nats_of_file_type": done.before,
+        "predicted_nats_of_scheme": done.before,
         "tokens": done.tokens,
         "seconds": done.seconds,
         "notes": list(done.notes),
