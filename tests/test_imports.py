@@ -22,7 +22,7 @@ LAYERS = [
     "verification", "formats", "engines", "pipeline", "evaluation", "benchmark", "tasks", "report", "reporting",
     "refinement", "api",
     # beside the flow
-    "train", "estimation", "advice", "comparison", "blind", "diagnosis", "transformers",
+    "train", "estimation", "allocation", "advice", "comparison", "blind", "diagnosis", "transformers",
     # entries
     "cli", "__main__",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ _CALLS = {
     "evaluate": "lowbit.evaluation:evaluate",
     "evaluate_kv_cache": "lowbit.evaluation:evaluate_kv_cache",
     "advise": "lowbit.advice:advise",
+    "allocate": "lowbit.allocation:allocate",
     "bench": "lowbit.benchmark.run:bench",
     "compare": "lowbit.comparison:compare",
     "diagnose": "lowbit.diagnosis:diagnose",
@@ -45,6 +46,7 @@ __all__ = ["__version__", *_CALLS, *_PACKAGES]
 if TYPE_CHECKING:
     from lowbit import train as train
     from lowbit.advice import advise as advise
+    from lowbit.allocation import allocate as allocate
     from lowbit.api import convert as convert
     from lowbit.api import dry_run as dry_run
     from lowbit.api import inspect as inspect

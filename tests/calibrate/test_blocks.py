@@ -144,7 +144,7 @@ def test_only_gradients_say_that_other_hessians_need_less_disk(tmp_path, monkeyp
     runner = SimpleNamespace(blocks=[None] * 3, dtype=torch.float32)
     states = SimpleNamespace(values=torch.zeros(4, 16, 32))
     with pytest.raises(OutputError, match=r"24\.6 kB of hidden states") as error:
-        gradients._inputs_of_blocks(runner, IDS, states, 1000, lambda windows: None)  # type: ignore[arg-type]
+        gradients.inputs_of_blocks(runner, IDS, states, 1000, lambda windows: None)  # type: ignore[arg-type]
     assert "TMPDIR" in error.value.hint
     assert "--hessian inputs" in error.value.hint
 

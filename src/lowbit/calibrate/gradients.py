@@ -90,10 +90,10 @@ def token_weights(
     modules = module_names(runner.model, runner.architecture)
     with torch.no_grad():
         states = runner.embed(ids)
-        inputs = _inputs_of_blocks(runner, ids, states, memory, tick)
+        inputs = inputs_of_blocks(runner, ids, states, memory, tick)
         gradient = states.values  # from here on ∂ℓ/∂(what they hold)
         try:
-            _through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
+            back_through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
         except ArchitectureError as error:
             why = f"no gradient comes through the head: {_first_line(error)}"
             return TokenWeights({}, dict.fromkeys(groups, why))
@@ -117,7 +117,7 @@ def token_weights(
     return found
 
 
-def _inputs_of_blocks(runner: BlockRunner, ids: Tensor, states: HiddenStates, memory: int, tick: Tick) -> Tensor:
+def inputs_of_blocks(runner: BlockRunner, ids: Tensor, states: HiddenStates, memory: int, tick: Tick) -> Tensor:
     """The inputs of all blocks, [blocks, windows, T, width]; `states` become the output of the last."""
     windows, tokens, width = states.values.shape
     try:
@@ -135,7 +135,7 @@ def _inputs_of_blocks(runner: BlockRunner, ids: Tensor, states: HiddenStates, me
     return kept
 
 
-def _through_head(runner: BlockRunner, ids: Tensor, states: Tensor, generator: torch.Generator) -> None:
+def back_through_head(runner: BlockRunner, ids: Tensor, states: Tensor, generator: torch.Generator) -> None:
     """Replace the last hidden states [windows, T, width] by the gradient of the loss."""
     with runner.head_loaded():
         blocks = -(-runner.vocabulary // _DRAWN)

@@ -21,6 +21,7 @@ from typing import NoReturn
 import typer
 
 from lowbit.cli.advise import advise
+from lowbit.cli.allocate import allocate
 from lowbit.cli.bench import bench
 from lowbit.cli.clean import clean
 from lowbit.cli.compare import compare
@@ -53,8 +54,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS = (
-    quantize, convert, refine, finetune, imatrix, inspect, verify, evaluate, bench, advise, estimate, compare, diagnose,
-    generate, demo, clean,
+    quantize, convert, refine, finetune, imatrix, allocate, inspect, verify, evaluate, bench, advise, estimate, compare,
+    diagnose, generate, demo, clean,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(cls=Sections)(with_groups(command))

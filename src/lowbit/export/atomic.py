@@ -9,7 +9,7 @@ and the earlier output are exchanged in one step, so that there is one at every 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from lowbit.checkpoint.base import HTML_NAME, REPORT_NAME, read_json_object
 from lowbit.checkpoint.companions import is_companion
 from lowbit.errors import CheckpointError, OutputError
-from lowbit.files.claim import Claim, claimed, hidden, remove_tree
+from lowbit.files.claim import Claim, claimed, hidden, refuse_claimed, remove_tree
 from lowbit.files.rename import exchange, rename_new
 from lowbit.files.system import flush, flush_folder, translated_os_errors
 
@@ -153,6 +153,25 @@ def refuse_existing_document(path: Path, overwrite: bool, mark: str) -> None:
         if not ours:
             raise OutputError(f"{path} exists, and is no such document of lowbit",
                               "--overwrite would delete it: choose another -o")  # fmt: skip
+
+
+def refuse_existing_file(output: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
+    """OutputError where something has the name of a single file without a report, unless it may be replaced;
+    or where another run writes to it.
+
+    is_ours  True for a file of that kind; what: its name, such as "imatrix"
+    """
+    with translated_os_errors(output):
+        there = os.path.lexists(output)
+        if not there:
+            return refuse_claimed(output)
+        ours = not output.is_symlink() and is_ours(output)
+    if not overwrite:
+        replace = ", or replace it with --overwrite" if ours else ", or remove it first"
+        raise OutputError(f"{output} exists already", f"choose another name with -o{replace}")
+    if not ours:
+        raise OutputError(f"{output} exists already, and is no {what}", "choose another name with -o")
+    return refuse_claimed(output)
 
 
 def refuse_existing_files(target: Path, places: list[Path], overwrite: bool = False) -> None:

@@ -16,7 +16,6 @@ Refused: NaN and inf in an input, a model type that GGUF has no names for, a tex
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,8 @@ from lowbit.calibrate.blocks import MAX_MEMORY, BlockInput, BlockRunner, Progres
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import NonFiniteError, OutputError, UsageError
-from lowbit.export.atomic import atomic_files
-from lowbit.files.claim import refuse_claimed
-from lowbit.files.system import refuse_sources, translated_os_errors
+from lowbit.export.atomic import atomic_files, refuse_existing_file
+from lowbit.files.system import refuse_sources
 from lowbit.formats.gguf.imatrix_file import FORMS, Form, is_imatrix, read_imatrix, write_imatrix
 from lowbit.formats.gguf.importance import HEAD_NAMES, ImportanceEntry, ImportanceMatrix, merge, unseen_notes
 from lowbit.formats.gguf.layout import Lookup, RowLayout
@@ -213,7 +211,7 @@ def imatrix(
         raise OutputError(f"{output} is a folder; an imatrix is one file", "name a file with -o")
     texts = [part.source for part in parse_mixture(calib) if part.source is not None]
     refuse_sources([output], [Path(each) for each in (model, *texts, *merge_with)])
-    _refuse_existing(output, overwrite)
+    refuse_existing_file(output, overwrite, is_imatrix, "imatrix")
     others = [read_imatrix(path) for path in merge_with]
     names = [str(model), *map(str, merge_with)]
     tokens, notes = 0, ()
@@ -235,19 +233,3 @@ def imatrix(
     with atomic_files(output, overwrite) as work:
         write_imatrix(matrix, work / output.name, form)
     return Imatrix(output, matrix, tokens, time.perf_counter() - began, notes)
-
-
-def _refuse_existing(output: Path, overwrite: bool) -> None:
-    """OutputError where something has the name, unless it is an imatrix that may be replaced; or where another run
-    writes to it."""
-    with translated_os_errors(output):
-        there = os.path.lexists(output)
-        if not there:
-            return refuse_claimed(output)
-        ours = not output.is_symlink() and is_imatrix(output)
-    if not overwrite:
-        replace = ", or replace it with --overwrite" if ours else ", or remove it first"
-        raise OutputError(f"{output} exists already", f"choose another name with -o{replace}")
-    if not ours:
-        raise OutputError(f"{output} exists already, and is no imatrix", "choose another name with -o")
-    return refuse_claimed(output)
