@@ -44,7 +44,8 @@ def check_transposed(subject: Subject) -> Finding:
     if quantized:
         problem = (
             f"{quantized[0]} is a Conv1D in transformers ({subject.architecture.class_name}), and its integration of "
-            f"{subject.format} knows nn.Linear only: the layer stays as it was initialized"
+            f"{subject.format} knows nn.Linear only: the layer stays as it was initialized; load it with lowbit.load, "
+            f"or have transformers load the decoded weights, which lowbit convert OUT -o FLOAT --format float writes"
         )
         return Finding([problem], "")
     return Finding([], "every quantized layer is an nn.Linear")
