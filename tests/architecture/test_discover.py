@@ -229,6 +229,7 @@ def test_the_decoder_of_several_models_is_the_one_that_text_goes_through():
     inside = [linear for linear in found.linears.values() if linear.block is not None]
     assert {linear.role for linear in inside} >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
     assert not any(linear.block is not None for name, linear in found.linears.items() if name.startswith("talker."))
+    assert found.needs_weights == "Qwen3OmniMoeForConditionalGeneration", "it has no forward, which decodes"
 
 
 def test_embeddings_that_compute_positions_from_their_padding_are_traced():
