@@ -29,7 +29,7 @@ class SharedMapping:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _KeptEntry:
     windows: slice
     value: Any
 
@@ -43,7 +43,7 @@ class SharedStates:
 
     def __init__(self, model: str, limit: int):
         self._model, self._limit = model, limit
-        self._entries: dict[tuple[bool, int, Any], list[_Entry]] = {}
+        self._entries: dict[tuple[bool, int, Any], list[_KeptEntry]] = {}
 
     @contextmanager
     def given(self, arguments: Any, part: slice, other: bool) -> Iterator[Any]:
@@ -70,7 +70,7 @@ class SharedStates:
             for number, mapping in mappings.items():
                 for key, value in mapping.items():
                     if value is not before[number].get(key):
-                        self._keep((other, number, key), _Entry(part, tree_map(_detached, value)))
+                        self._keep((other, number, key), _KeptEntry(part, tree_map(_detached, value)))
 
     def _known(self, number: int, part: slice, other: bool) -> dict[Any, Any]:
         """Entries of some windows; the other stream reads those of this one where it has none of its own."""
@@ -82,7 +82,7 @@ class SharedStates:
                     found[key] = _cut(entry, part)
         return found
 
-    def _keep(self, place: tuple[bool, int, Any], entry: _Entry) -> None:
+    def _keep(self, place: tuple[bool, int, Any], entry: _KeptEntry) -> None:
         size = entry.windows.stop - entry.windows.start
         for leaf in tree_leaves(entry.value):
             if isinstance(leaf, Tensor) and (not leaf.dim() or len(leaf) != size):
@@ -119,7 +119,7 @@ def _covers(windows: slice, part: slice) -> bool:
     return windows.start <= part.start and part.stop <= windows.stop
 
 
-def _cut(entry: _Entry, part: slice) -> Any:
+def _cut(entry: _KeptEntry, part: slice) -> Any:
     windows = entry.windows.stop - entry.windows.start
     within = slice(part.start - entry.windows.start, part.stop - entry.windows.start)
     return tree_map(lambda leaf: of_some_windows(leaf, 0, windows, within) if isinstance(leaf, Tensor) else leaf,
