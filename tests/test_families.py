@@ -209,3 +209,18 @@ def test_gpt_oss_keeps_its_experts_as_loaders_read_them(models):
     experts = [name for name in given if ".experts." in name]
     assert len(experts) == 8
     assert all(torch.equal(stored[name], given[name]) for name in experts)
+
+
+def test_decoded_weights_of_conv1d_are_written_as_its_class_has_them(tmp_path):
+    """Square ones too, whose shape does not tell [K, N] from [N, K]; transformers loads what `convert` writes."""
+    import transformers
+
+    source = make_model(tmp_path / "source", "gpt2")
+    lowbit.quantize(source, tmp_path / "quantized", scheme="W4A16", group_size=32)
+    lowbit.convert(tmp_path / "quantized", tmp_path / "decoded", format="float")
+
+    ours, _ = lowbit.load(tmp_path / "quantized", dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        ids = torch.arange(3, 19)[None]
+        assert torch.equal(ours(ids).logits, theirs.eval()(ids).logits)

@@ -6,6 +6,7 @@ from lowbit.architecture import discover
 from lowbit.errors import ArchitectureError
 from models import ARCHITECTURES, FAMILIES
 from models import config_of as config
+from tiny_types import tiny_config
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -212,3 +213,29 @@ def test_norms_behind_a_linear_do_not_feed_it():
 def test_parallel_blocks_share_one_input():
     linears = discover(config("cohere2"), "x").linears
     assert linears["model.layers.0.mlp.up_proj"].reads == linears["model.layers.0.self_attn.q_proj"].reads
+
+
+def test_the_decoder_of_several_models_is_the_one_that_text_goes_through():
+    """Qwen3-Omni thinks in one model and talks in another, which here has the list of modules with more weights."""
+    parsed = tiny_config("qwen3_omni_moe")
+    parsed.talker_config.text_config.shared_expert_intermediate_size = 64
+    parsed.talker_config.spatial_merge_size = 2
+    given = parsed.to_dict() | {"architectures": ["Qwen3OmniMoeForConditionalGeneration"]}
+
+    found = discover(given, "x")
+
+    assert found.blocks
+    assert all(block.startswith("thinker.model.layers.") for block in found.blocks)
+    inside = [linear for linear in found.linears.values() if linear.block is not None]
+    assert {linear.role for linear in inside} >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert not any(linear.block is not None for name, linear in found.linears.items() if name.startswith("talker."))
+    assert found.needs_weights == "Qwen3OmniMoeForConditionalGeneration", "it has no forward, which decodes"
+
+
+def test_embeddings_that_compute_positions_from_their_padding_are_traced():
+    """ProphetNet adds the number of its padding token to every position."""
+    found = discover(tiny_config("prophetnet").to_dict(), "x")
+
+    assert found.untraced is None
+    block = "prophetnet.decoder.layers.0.self_attn"
+    assert len({found.linears[f"{block}.{leaf}_proj"].reads for leaf in ("query", "key", "value")}) == 1

@@ -167,6 +167,15 @@ def test_biases_that_the_model_lacks(folder):
     assert "attention_bias" in refusal(folder)
 
 
+def test_a_bias_that_no_key_of_the_config_gives(tmp_path):
+    """Qwen3 has attention_bias, and no key for biases of its MLP."""
+    folder = make_model(tmp_path / "qwen3", "qwen3")
+    edit_tensors(folder, **{"model/layers/0/mlp/down_proj/bias": torch.ones(128)})
+    said = refusal(folder)
+    assert "Qwen3ForCausalLM has no such bias" in said
+    assert "mlp_bias" not in said
+
+
 def test_what_is_empty_or_beyond_num_hidden_layers_is_left_out(folder):
     edit_tensors(folder, **{"model/layers/0/extra": torch.zeros(0, 4)})
     edit_config(folder, num_hidden_layers=1)

@@ -49,6 +49,12 @@ def test_zero_is_in_the_middle_bin_and_all_zeros_have_a_reach():
     assert counts(made)[BINS // 2] == counts(made, "decoded")[BINS // 2] == 64
 
 
+@pytest.mark.filterwarnings("error")
+def test_subnormal_values_warn_of_nothing():
+    made = weight_histogram(torch.full((64,), 1e-40), None, 1)
+    assert counts(made).sum() == 64
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (3, 7), (4096, 4096), (49152, 576), (5, 1), (200_000, 2), (8, 100_000)])
 def test_sampled_rows_are_in_order_inside_and_spread(shape):
     rows, columns = shape

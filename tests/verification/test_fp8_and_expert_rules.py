@@ -137,10 +137,13 @@ def test_experts_that_transformers_merges(good):
 
 
 def test_conv1d_that_transformers_does_not_fill(good):
-    """Seen with transformers 5.23 and compressed-tensors 0.20: GPT-2 loads without an error and talks nonsense."""
+    """Seen with transformers 5.23 and compressed-tensors 0.20: GPT-2 loads without an error and talks nonsense. The
+    rule says what to do instead."""
     failed = failures(good("W4A16", model="gpt2", group_size=32), engine="transformers")
     assert set(failed) == {"transformers-conv1d"}
     assert "c_attn" in failed["transformers-conv1d"]
+    assert "load it with lowbit.load" in failed["transformers-conv1d"]
+    assert "lowbit convert OUT -o FLOAT --format float" in failed["transformers-conv1d"]
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 def find_blocks(model: PreTrainedModel) -> list[str]:
     """Module names of the decoder blocks: of the lists of modules in the text decoder, the one with most weights."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    found = _largest_list(decoder) or _largest_list(model)
+    found = _largest_list(_text_decoder(model)) or _largest_list(model)
     if found is None:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of decoder blocks with linears",
@@ -25,6 +24,19 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
     names = {module: name for name, module in model.named_modules()}
     stored = _with_own_weights(model, names[found])
     return [f"{stored}.{index}" for index in range(len(found))]
+
+
+def _text_decoder(model: PreTrainedModel) -> nn.Module | None:
+    """What the class calls its decoder. One that has none, of several models (Qwen-Omni: one thinks, one talks), names
+    the config that text goes through, and the model inside it that has a config of that class is meant."""
+    from transformers import PreTrainedModel
+
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    kind = type(model.config.get_text_config())
+    if decoder is not model or kind is type(model.config):
+        return decoder
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
+    return next((part for part in parts if type(part.config) is kind), decoder)
 
 
 def _with_own_weights(model: PreTrainedModel, blocks: str) -> str:

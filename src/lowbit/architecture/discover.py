@@ -29,7 +29,7 @@ from lowbit.architecture.disk_layout import disk_layout, saved_names
 from lowbit.architecture.families import COMMON_SPELLINGS, family_of
 from lowbit.architecture.feeding import Feed
 from lowbit.architecture.perturb import gate_passes, look_at_block, norm_kind
-from lowbit.architecture.quantized_loading import cut_weights, initialization_reads, replaced_experts
+from lowbit.architecture.quantized_loading import cut_weights, has_no_forward, initialization_reads, replaced_experts
 from lowbit.architecture.roles import ROUTER, fused_names, input_name, role_of, why_kept
 from lowbit.architecture.structure import Architecture, Linear, Part, Placement
 from lowbit.architecture.trace import BlockTrace, is_experts, is_linear, trace_blocks
@@ -93,7 +93,8 @@ def describe(model: PreTrainedModel, split_experts: bool = False, own_names: boo
         (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_unknown_towers(layout, names[0])),
         _norms(modules, decoder, stored), untraced, outputs, heads,
         {} if own_names else saved_names(model, layout, split_experts),
-        initialization_reads(model, [path for path in owners if isinstance(modules[path], nn.Linear)]),
+        type(model).__name__ if has_no_forward(model)
+        else initialization_reads(model, [path for path in owners if isinstance(modules[path], nn.Linear)]),
         replaced_experts(module for module in modules.values() if is_experts(module)),
         cut_weights(model), own_names,
     )  # fmt: skip

@@ -175,7 +175,8 @@ def _check_unexpected(checkpoint: Checkpoint, architecture: Architecture, found:
     found.leave_out(zeros, f"biases of zeros, which {architecture.class_name} does not have")
     nonzero = [name for name in biases if name not in zeros]
     if nonzero:
-        flag = next((flag for part, flag in _BIAS_FLAGS.items() if part in nonzero[0]), "")
+        flags = (flag for part, flag in _BIAS_FLAGS.items() if part in nonzero[0])
+        flag = next((flag for flag in flags if _knows(architecture.model_type, flag)), "")
         raise CheckpointError(
             f"{checkpoint.source}: {_some(nonzero)}: {architecture.class_name} has no such bias"
             f"{f' unless config.json sets {flag}' if flag else ''}",
@@ -203,3 +204,10 @@ _BIAS_FLAGS = {"attn": "attention_bias", "attention": "attention_bias", "mlp": "
 def _some(names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def _knows(model_type: str, key: str) -> bool:
+    """True if transformers' config of a type has a key."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], key)

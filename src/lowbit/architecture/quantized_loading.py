@@ -2,6 +2,8 @@
 
 _init_weights   runs over every module. Some classes read `module.weight` of each linear there, which a linear of
                 packed codes does not have; loading then ends in an AttributeError.
+decoding        waits for the first call of the model itself. A class that only its parts compute (Qwen-Omni thinks in
+                one model and talks in another) is never called, so its packed layers are never decoded.
 fused experts   are parameters, not linears. transformers puts a list of linears in the place of some of them when a
                 checkpoint is quantized (Llama 4), so that their codes have a place.
 one to many   a rule that cuts one stored weight into several is copied with the names of packed tensors beside the
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
+
+
+def has_no_forward(model: nn.Module) -> bool:
+    """True for a model of models, which is never called itself."""
+    return type(model).forward is nn.Module.forward
 
 
 def initialization_reads(model: PreTrainedModel, quantized: Iterable[str]) -> str | None:

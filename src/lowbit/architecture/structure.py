@@ -175,8 +175,9 @@ class Architecture:
     untraced     why inputs of linears are not known; None where the model ran
     block_outputs  entries of the tuple that a block returns; 0 for a tensor
     saved_names    name that `save_pretrained` writes → the stored name, of those without the prefix that the hub has
-    needs_weights  the class of a module that transformers cannot initialize where linears have no weight; None where
-                   there is none (quantized_loading)
+    needs_weights  the class of a module that transformers cannot initialize where linears have no weight, or of a model
+                   without a forward, whose packed linears it never decodes; None where there is none
+                   (quantized_loading)
     replaced_experts   quantization methods for which transformers puts linears in the place of fused experts
     cut_weights    patterns of the first of several weights into which transformers cuts a stored weight
     own_names      names are those of transformers' modules, but for experts that it merges; else the hub's

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKENS = 8
 _VOCABULARY = 64
+_ROWS = _VOCABULARY + 2 * TOKENS  # of an embedding
 # Elements of a parameter that is no linear, embedding or expert; a larger one is not given values.
 _LARGEST = 1 << 26
 # Weights above which a linear becomes a projection; smaller ones get values, since some classes use them directly.
@@ -196,7 +197,7 @@ def filled(root: nn.Module, without: set[nn.Module] | None = None) -> Iterator[N
                 width = _experts_width(module)
                 stack.enter_context(replaced_forward(module, _routed(_projection(width, width, random))))
                 continue
-            if isinstance(module, nn.Embedding):  # of which a few rows are there, perhaps not that of padding
+            if isinstance(module, nn.Embedding) and (module.padding_idx or 0) >= _ROWS:  # a few rows are there
                 padding.append((module, module.padding_idx))
                 module.padding_idx = None
             for name, value in module._parameters.items():
@@ -261,7 +262,7 @@ def lies_transposed(module: nn.Module) -> bool:
 
 def _random(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> nn.Parameter:
     if isinstance(module, nn.Embedding):  # ids and positions are small numbers
-        shape = (min(shape[0], _VOCABULARY + 2 * TOKENS), *shape[1:])
+        shape = (min(shape[0], _ROWS), *shape[1:])
     if math.prod(shape) > _LARGEST:
         raise ValueError(f"{type(module).__name__} holds a parameter {list(shape)} that is neither linear nor experts")
     if len(shape) < 2:

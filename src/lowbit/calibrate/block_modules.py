@@ -16,6 +16,7 @@ products are watched (`watched_experts`).
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,12 +70,14 @@ class Block:
 
     inputs   path of the observed module → its input
     experts  path of fused experts → (expert, "input" or "hidden") → input
+    calls    name of an input → times that one run reads it, where that is more than once; `find_stages` fills it
     """
 
     name: str
     module: nn.Module
     inputs: dict[str, BlockInput] = field(default_factory=dict)
     experts: dict[str, dict[tuple[int, str], BlockInput]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def all_inputs(self) -> list[BlockInput]:
@@ -97,15 +100,16 @@ def observed(
     all_experts  show every token to every expert, whatever the router chose
     """
     wanted = None if only is None else {source.name for source in only}
-    remaining: set[str] = set()
+    remaining: Counter[str] = Counter()
     watched: list[WatchedExperts] = []
+    all_calls: Counter[str] = Counter()
     whole = not stops or only is None or any(source.expert is not None for source in only)
 
     def look(source: BlockInput, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         visitor.look(source, arguments[0].reshape(-1, arguments[0].shape[-1]))
-        remaining.discard(source.name)
-        if not whole and not remaining:
-            remaining.update(wanted or ())
+        remaining[source.name] -= 1
+        if not whole and not +remaining:
+            remaining.update(all_calls)
             raise AllSeen
 
     def look_at(sources: dict[tuple[int, str], BlockInput]) -> Look:
@@ -118,7 +122,7 @@ def observed(
     with ExitStack() as stack:
         for path, source in block.inputs.items():
             if wanted is None or source.name in wanted:
-                remaining.add(source.name)
+                remaining[source.name] = block.calls.get(source.name, 1)
                 handle = module.get_submodule(path).register_forward_pre_hook(partial(look, source))
                 stack.callback(handle.remove)
         for path, sources in block.experts.items():
@@ -126,6 +130,7 @@ def observed(
                 experts = module.get_submodule(path)
                 experts.forward = partial(_runner(experts, look_at(sources), watched), all_tokens=all_experts)
                 stack.callback(delattr, experts, "forward")
+        all_calls = remaining.copy()
         yield
         for each in watched:
             each.check()

@@ -11,7 +11,8 @@ calls the steps itself: `embed`, then `load`, `forward`, `put` and `drop` for ea
 
 Linears that read the same input (q, k and v) share one `BlockInput`; experts run one by one and have their own.
 
-Arguments that depend on the tokens (the embeddings that Zamba 2 passes to each block) are kept for every batch.
+Arguments that depend on the tokens (the embeddings that Zamba 2 passes to each block) are kept for every batch, and so
+is what blocks hand to later ones (`shared_states`).
 
 Refused: experts that do not describe themselves, and arguments of that kind that exceed `max_memory`.
 """
@@ -38,6 +39,8 @@ from lowbit.architecture.head import KeptOutput, without_decoder
 from lowbit.architecture.loading import Loader, module_names
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import Block, BlockInput, BlockVisitor, observed, observed_blocks
+from lowbit.calibrate.shared_states import SharedMapping, SharedStates, without_mappings
+from lowbit.calibrate.stream_axes import PROBE_TOKENS, StreamAxes, axis_of_windows, find_axes, of_some_windows
 from lowbit.checkpoint.base import Checkpoint, OpenOptions
 from lowbit.errors import ArchitectureError, OutputError
 from lowbit.measure import human_bytes, trim_memory
@@ -101,7 +104,9 @@ class BlockRunner:
         self._calls: dict[int, list[_Call]] = {}  # number of windows → arguments that do not depend on their tokens
         self._own_calls: dict[int, list[_Call]] = {}  # first window of a batch → its arguments, where they do depend
         self._own_sizes: dict[int, int] = {}  # first window of a batch → its number of windows
-        self._inner: tuple[int, ...] = ()  # hidden states of one token
+        self._cuts: list[_Call] = []  # axes of the windows in the arguments of blocks
+        self._shared = SharedStates("", 0)
+        self.axes = StreamAxes(0, 1, 1, ())  # of the last text that was embedded
         self.model, self.notes = self._loader.model, self._loader.notes
         # Split fused experts too: every expert has inputs of its own.
         folder = str(checkpoint.folder)
@@ -147,21 +152,24 @@ class BlockRunner:
                 if self.architecture.block_of(name) is None and name in present.tensors:
                     self._loader.put({name: present.read(name).float()}, self._outside_parameter)
         states = None
+        self._shared = SharedStates(type(self.model).__name__, self._max_memory)
         with torch.no_grad():  # not inference mode: sign-SGD runs the captured arguments with gradients
+            self.axes = find_axes(type(self.model).__name__, lambda some: self._capture(some)[0].shape, ids)
             for batch in batches_of(ids):
                 hidden, found = self._capture(ids[batch])
+                flat = self.axes.flat(hidden)
                 if states is None:
-                    self._inner = tuple(hidden.shape[2:])
-                    states = self.new_states((ids.shape[0], ids.shape[1], math.prod(self._inner)))
+                    states = self.new_states((ids.shape[0], ids.shape[1], flat.shape[2]))
                     if not _same_calls(found, self._capture(ids[batch].flip(1))[1]):
                         self._own_calls[batch.start] = found
-                states.values[batch] = hidden.flatten(2)
+                        self._cuts = self._axes_in_calls(ids)
+                states.values[batch] = flat
                 if self._own_calls:
-                    self._own_sizes[batch.start] = len(hidden)
+                    self._own_sizes[batch.start] = len(flat)
                     first = self._own_calls[next(iter(self._own_calls))]
                     self._own_calls[batch.start] = _sharing(found, first)
-                elif len(hidden) not in self._calls:
-                    self._calls[len(hidden)] = found
+                elif len(flat) not in self._calls:
+                    self._calls[len(flat)] = found
             if 1 not in self._calls and not self._own_calls:
                 self._calls[1] = self._capture(ids[:1])[1]
             self._refuse_large_arguments()
@@ -212,7 +220,8 @@ class BlockRunner:
 
         batch  the windows that x holds, for models whose blocks get arguments that depend on the tokens
         """
-        if self._own_calls:
+        own = bool(self._own_calls)
+        if own:
             call = self._call_of(index, batch)
         elif len(x) in self._calls:
             call = self._calls[len(x)][index]
@@ -220,9 +229,11 @@ class BlockRunner:
             size = max(known for known in self._calls if known < len(x))
             return torch.cat([self.forward(index, x[:size], module), self.forward(index, x[size:], module)])
         block = self.blocks[index].module if module is None else module
-        with _blamed_on(self.model):
-            output = block(x.to(self.device).unflatten(2, self._inner), *call.arguments, **call.keywords)
-        return (output[0] if isinstance(output, tuple | list) else output).flatten(2)
+        arguments = (call.arguments, call.keywords)
+        shared = self._shared.given(arguments, batch, module is not None) if own and batch else nullcontext(arguments)
+        with _blamed_on(self.model), shared as (positional, keywords):
+            output = block(self.axes.unflat(x.to(self.device)), *positional, **keywords)
+        return self.axes.flat(output[0] if isinstance(output, tuple | list) else output)
 
     def _call_of(self, index: int, batch: slice | None) -> _Call:
         """The arguments of some windows of one batch of `embed`."""
@@ -233,13 +244,26 @@ class BlockRunner:
                 "choose --method gptq or rtn",
             )
         start = max(known for known in self._own_calls if known <= batch.start)
-        call = self._own_calls[start][index]
-        windows, first, last = self._own_sizes[start], batch.start - start, batch.stop - start
+        call, axes = self._own_calls[start][index], self._cuts[index]
+        windows, part = self._own_sizes[start], slice(batch.start - start, batch.stop - start)
 
-        def cut(leaf: Any) -> Any:
-            return leaf[first:last] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == windows else leaf
+        def cut(leaf: Any, axis: int | None) -> Any:
+            return of_some_windows(leaf, axis, windows, part) if isinstance(leaf, Tensor) else leaf
 
-        return _Call(tree_map(cut, call.arguments), tree_map(cut, call.keywords))
+        return _Call(tree_map(cut, call.arguments, axes.arguments), tree_map(cut, call.keywords, axes.keywords))
+
+    def _axes_in_calls(self, ids: Tensor) -> list[_Call]:
+        """The axis of windows, or None, in place of every argument of every block."""
+        one = self._capture(ids[:1, :PROBE_TOKENS])[1]
+        two = self._capture(ids[:1, :PROBE_TOKENS].repeat(2, 1))[1]
+
+        def axis(leaf: Any, other: Any) -> int | None:
+            return axis_of_windows(leaf.shape, other.shape) if isinstance(leaf, Tensor) else None
+
+        return [
+            _Call(tree_map(axis, call.arguments, other.arguments), tree_map(axis, call.keywords, other.keywords))
+            for call, other in zip(one, two, strict=True)
+        ]
 
     def _refuse_large_arguments(self) -> None:
         """ArchitectureError if arguments that depend on the tokens take more than the memory for hidden states."""
@@ -267,7 +291,7 @@ class BlockRunner:
     def behind_blocks(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The input of the output head, [windows, T, H'], for hidden states behind the last block; everything outside
         the blocks is loaded."""
-        behind = hidden.to(self.device).unflatten(2, self._inner)
+        behind = self.axes.unflat(hidden.to(self.device))
         # Every block stub returns the last hidden states, so that only the decoder's final norm computes.
         returned = self._as_returned(behind)
         with _standing_in(self.blocks, lambda index, call: returned), _blamed_on(self.model):
@@ -336,13 +360,8 @@ class BlockRunner:
                 with _blamed_on(self.model):
                     self._decoder(input_ids=ids.to(self.device), use_cache=False)
             except _Captured:
-                if first[0].shape[:2] != ids.shape:
-                    raise ArchitectureError(
-                        f"{type(self.model).__name__} has hidden states {list(first[0].shape)} for {list(ids.shape)} "
-                        f"tokens, which lowbit does not run block by block",
-                        RUNS_NO_TEXT,
-                    ) from None
-                return first[0], calls
+                arguments = without_mappings([(call.arguments, call.keywords) for call in calls])
+                return first[0], [_Call(*each) for each in arguments]
         raise ArchitectureError(f"{type(self.model).__name__} does not run its decoder blocks one after another")
 
     def _as_returned(self, hidden: Tensor) -> Any:
@@ -407,9 +426,10 @@ def _tensors(call: _Call) -> list[Tensor]:
 
 
 def _same_calls(calls: list[_Call], others: list[_Call]) -> bool:
-    """True if the arguments of all blocks are the same."""
+    """True if the arguments of all blocks are the same, and none is a mapping that blocks share."""
     pairs = zip(calls, others, strict=True)
-    return all(
+    leaves = tree_leaves([(call.arguments, call.keywords) for call in calls])
+    return not any(isinstance(leaf, SharedMapping) for leaf in leaves) and all(
         one.shape == two.shape and torch.equal(one, two)
         for call, other in pairs
         for one, two in zip(_tensors(call), _tensors(other), strict=True)

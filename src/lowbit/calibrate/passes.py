@@ -75,11 +75,16 @@ class BlockPasses:
         def one_window() -> Tensor:
             return runner.forward(index, streams.quantized.values[:1], batch=slice(0, 1))
 
-        self.stages = find_stages(self.block, one_window)
+        def one_batch() -> Tensor:
+            batch = batches_of(streams.ids)[0]
+            return runner.forward(index, streams.quantized.values[batch], batch=batch)
+
+        usual = runner.axes.usual
+        self.stages = find_stages(self.block, one_window, None if usual else one_batch)
         self._idle = find_idle(self.block, self.stages, one_window)
         self._children = dict.fromkeys(stage.child for stage in self.stages)
         self._added: tuple[str, ...] = ()  # children whose output is added to the residual stream
-        if lost and streams.unquantized is not None:
+        if lost and usual and streams.unquantized is not None:
             h = streams.quantized.values[:1].to(runner.device)
             self._added = added_to_stream(self.block, self.stages, h, one_window)
         # The original weights, for the unquantized stream.
@@ -114,8 +119,9 @@ class BlockPasses:
             for batch in batches:
                 if weights is not None:
                     statistics.weights = partial(weights.of, batch=batch)
-                compared = original is not None and batch.start < self._streams.compared
+                compared = keeper is not None and batch.start < self._streams.compared
                 if compared:
+                    keeper.inputs.clear()
                     if stage.end is not None and stage.child in self._added:
                         statistics.lost = partial(self._lost, stage.child, batch, self._input_lost(batch))
                     self._unquantized(stage, batch)
@@ -215,12 +221,11 @@ class BlockPasses:
     def _outputs(self, stage: Stage, unquantized: bool) -> ChildOutputs:
         key = (stage.child, unquantized)
         if key not in self._kept:
-            tokens = self._streams.quantized.values.shape[1]
             windows = self._streams.compared if unquantized else len(self._streams.ids)
             runner = self._runner  # not `self`: a reference cycle would be freed late
 
-            def room(width: int, may_spill: bool) -> Tensor | None:
-                shape = (windows, tokens, width)
+            def room(rows: int, width: int, may_spill: bool) -> Tensor | None:
+                shape = (windows, rows, width)
                 return runner.new_states(shape).values if may_spill or runner.has_room(shape) else None
 
             self._kept[key] = ChildOutputs(stage.form, room)

@@ -14,6 +14,7 @@ the child's output equals the linear's. A norm is idle if the block's output sta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from lowbit.architecture.trace import replaced_forward
 from lowbit.calibrate.block_modules import AllSeen, Block, BlockInput
+from lowbit.calibrate.stream_axes import axis_of_windows, shape_of_windows
 from lowbit.errors import ArchitectureError
 
 # What a part of a block raises that is given something else than it wants.
@@ -33,14 +35,18 @@ _NOT_ONE_TENSOR = (TypeError, ValueError, RuntimeError, AttributeError, Architec
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How a child returns its output: in a tuple or list with `others` more (None: bare); flat: [tokens, width]."""
+    """How a child returns its output: in a tuple or list with `others` more (None: bare), in the shape that it has for
+    one window, of which `axis` counts windows."""
 
     others: int | None = None
-    flat: bool = False
+    shape: torch.Size | None = None
+    axis: int = 0
     listed: bool = False
 
     def as_returned(self, out: Tensor) -> Any:
-        out = out.reshape(-1, out.shape[-1]) if self.flat else out
+        """out [windows, rows, width], in the order of the child's own."""
+        if self.shape is not None:
+            out = out.reshape(*shape_of_windows(self.shape[:-1], self.axis, len(out)), out.shape[-1])
         if self.others is None:
             return out
         entries = [out, *[None] * self.others]
@@ -64,8 +70,14 @@ class Stage:
     end: str | None = None
 
 
-def find_stages(block: Block, run: Callable[[], object]) -> list[Stage]:
-    """Stages in the order of computation; `run` sends a window through the block. Unreached inputs come last."""
+def find_stages(
+    block: Block, run: Callable[[], object], run_more: Callable[[], object] | None = None
+) -> list[Stage]:  # fmt: skip
+    """Stages in the order of computation. Unreached inputs come last.
+
+    run       sends a window through the block
+    run_more  sends several, where the first axis of an output may not be that of windows
+    """
     experts: dict[str, list[BlockInput]] = {}
     for path, sources in block.experts.items():  # of text and of images, in one MLP
         experts.setdefault(path.split(".")[0], []).extend(sources.values())
@@ -73,13 +85,15 @@ def find_stages(block: Block, run: Callable[[], object]) -> list[Stage]:
     for path in block.inputs:
         children.setdefault(path.split(".")[0], []).append(path)
     order, outputs = _watch(block, (*block.inputs, *children), run)
+    of_more = {} if run_more is None else _watch(block, tuple(children), run_more)[1]
+    runs = Counter(order)
+    block.calls = {source.name: runs[path] for path, source in block.inputs.items() if runs[path] > 1}
     places = {path: place for place, path in reversed(list(enumerate(order)))}  # where each was reached first
     stages: list[Stage] = []
     for child in sorted(children, key=lambda path: places.get(path, len(order))):
         paths = sorted(children[child], key=lambda path: places.get(path, len(order)))
         inputs, out = [block.inputs[path] for path in paths], outputs.get(child)
-        others = len(out) - 1 if isinstance(out, tuple | list) else None
-        form = OutputForm(others, out is not None and _first(out).dim() == 2, isinstance(out, list))
+        form = OutputForm() if out is None else _form(out, of_more.get(child))
         if child in experts:
             stages.append(Stage(child, (*inputs, *experts[child]), form))
             continue
@@ -109,6 +123,13 @@ def _watch(block: Block, paths: tuple[str, ...], run: Callable[[], object]) -> t
                 stack.callback(handle.remove)
         run()
     return order, outputs
+
+
+def _form(out: Any, of_more: Any | None) -> OutputForm:
+    """Of a child's output for one window, and for several where it was seen."""
+    others, shape = len(out) - 1 if isinstance(out, tuple | list) else None, _first(out).shape
+    axis = None if of_more is None else axis_of_windows(shape, _first(of_more).shape)
+    return OutputForm(others, shape, axis or 0, isinstance(out, list))
 
 
 def _first(out: Any) -> Tensor:
@@ -161,10 +182,10 @@ def added_to_stream(block: Block, stages: list[Stage], h: Tensor, run: Callable[
 
     def output(source: str | None) -> Tensor | None:
         with ExitStack() as stack:
-            for child, form in children.items():
-                out = form.as_returned(h if child == source else torch.zeros_like(h))
-                stack.enter_context(replaced_forward(block.module.get_submodule(child), partial(_return, out)))
             try:
+                for child, form in children.items():
+                    out = form.as_returned(h if child == source else torch.zeros_like(h))
+                    stack.enter_context(replaced_forward(block.module.get_submodule(child), partial(_return, out)))
                 return run()
             except _NOT_ONE_TENSOR:
                 return None
@@ -192,13 +213,20 @@ def _same_without(block: Block, name: str, known: dict[str, Any], run: Callable[
             return False
 
 
+def _rows(values: Tensor, batch: slice) -> int:
+    """Vectors of one window."""
+    return values.numel() // values.shape[-1] // (batch.stop - batch.start)
+
+
 class ChildOutputs:
     """The outputs of one child for every window, so that it computes once.
 
-    room  (width, may spill) → a tensor [windows, tokens, width], or None if memory is short
+    room  (rows of a window, width, may spill) → a tensor [windows, rows, width], or None if memory is short
+
+    What is kept of a batch are the child's own numbers in their order, whichever axis counts windows.
     """
 
-    def __init__(self, form: OutputForm, room: Callable[[int, bool], Tensor | None]):
+    def __init__(self, form: OutputForm, room: Callable[[int, int, bool], Tensor | None]):
         self._form, self._room = form, room
         self._outputs: Tensor | None = None
         self._known: set[int] = set()  # first windows of the batches whose outputs are kept
@@ -208,7 +236,7 @@ class ChildOutputs:
     def keep_input(self, end: nn.Module, batch: slice, x: Tensor) -> None:
         """Keep x [tokens, K], the input of `end`, the child's last linear, if there is room."""
         if self._end is None:
-            self._end, self._inputs = end, self._room(x.shape[-1], False)
+            self._end, self._inputs = end, self._room(_rows(x, batch), x.shape[-1], False)
         if self._inputs is not None:
             self._inputs[batch] = x.reshape(self._inputs[batch].shape)
 
@@ -237,9 +265,10 @@ class ChildOutputs:
                 out = inner(*arguments, **keywords)
             if records:
                 values = _first(out)
+                of_window = _rows(values, batch), values.shape[-1]
                 if self._outputs is None:
                     in_place = self._inputs is not None and self._inputs.shape[-1] == values.shape[-1]
-                    self._outputs = self._inputs if in_place else self._room(values.shape[-1], True)
+                    self._outputs = self._inputs if in_place else self._room(*of_window, True)
                 assert self._outputs is not None
                 self._outputs[batch] = values.reshape(self._outputs[batch].shape)
                 self._known.add(batch.start)
@@ -251,7 +280,7 @@ class ChildOutputs:
             yield
 
     def kept(self, batch: slice) -> Tensor:
-        """The output kept for some windows, [windows, tokens, width]."""
+        """The output kept for some windows, [windows, rows, width]."""
         assert self._outputs is not None, "it was not computed yet"
         assert batch.start in self._known, "it was not computed yet"
         return self._outputs[batch]

@@ -34,14 +34,22 @@ _TILE = 512  # side of the tiles of the symmetric product
 
 
 class InputKeeper:
-    """A `BlockVisitor` that keeps the last batch of every input, for comparison with the other stream."""
+    """A `BlockVisitor` that keeps one batch of every input, for comparison with the other stream.
+
+    inputs  name → what its readers were given, of every call in order
+    """
 
     def __init__(self):
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, list[Tensor]] = {}
 
     def look(self, source: BlockInput, x: Tensor) -> None:
         if source.expert is None:  # the streams route differently, so the tokens of experts do not match
-            self.inputs[source.name] = x
+            self.inputs.setdefault(source.name, []).append(x)
+
+    def next(self, source: BlockInput) -> Tensor | None:
+        """The first call that was not asked for yet; None where there is none."""
+        calls = self.inputs.get(source.name)
+        return calls.pop(0) if calls else None
 
     def finish(self, block: int) -> None:
         self.inputs.clear()
@@ -78,7 +86,7 @@ class InputStatistics:
             groups = {name: each.shape[1] for name, each in weights.items()}
             plain = not weights or any(linear.name not in weights for linear in source.linears)
             sums = self._sums[source.name] = _Sums(x.shape[1], self._channels, crossed, plain, groups, x.device)
-        original = None if self._unquantized is None else self._unquantized.inputs.get(source.name)
+        original = None if self._unquantized is None else self._unquantized.next(source)
         lost = None if original is None or self.lost is None else self.lost().to(x.device)
         with fast_products(self._dtype):
             sums.add(x.float(), None if original is None else original - x, lost, weights)

@@ -44,7 +44,8 @@ def check_transposed(subject: Subject) -> Finding:
     if quantized:
         problem = (
             f"{quantized[0]} is a Conv1D in transformers ({subject.architecture.class_name}), and its integration of "
-            f"{subject.format} knows nn.Linear only: the layer stays as it was initialized"
+            f"{subject.format} knows nn.Linear only: the layer stays as it was initialized; load it with lowbit.load, "
+            f"or have transformers load the decoded weights, which lowbit convert OUT -o FLOAT --format float writes"
         )
         return Finding([problem], "")
     return Finding([], "every quantized layer is an nn.Linear")
@@ -53,11 +54,12 @@ def check_transposed(subject: Subject) -> Finding:
 def check_initialized(subject: Subject) -> Finding:
     """Linears without `weight` only in models whose initialization asks whether there is one."""
     packed = _packed(subject)
-    if packed and subject.architecture.needs_weights and not _is_decoded(subject):
-        problem = (
-            f"{packed[0]} is packed, and transformers initializes {subject.architecture.needs_weights} by the weight "
-            f"that such a layer does not have: AttributeError{_decoded(subject)}"
-        )
+    needs_weights = subject.architecture.needs_weights
+    if packed and needs_weights and not _is_decoded(subject):
+        why = f"transformers initializes {needs_weights} by the weight that such a layer does not have"
+        if needs_weights == subject.architecture.class_name:  # it has no forward
+            why = f"transformers decodes such layers when the model is called, and {needs_weights} calls its parts only"
+        problem = f"{packed[0]} is packed, and {why}: AttributeError{_decoded(subject)}"
         return Finding([problem], "")
     return Finding([], "no module is initialized by a weight that is packed")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architecture.head import KeptOutput, without_decoder
+from lowbit.architecture.quantized_loading import has_no_forward
 from lowbit.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Runner:
     def __post_init__(self):
         if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             name = type(self.model).__name__
+            if has_no_forward(self.model):
+                raise ArchitectureError(
+                    f"{name} consists of models that run apart, and takes no text itself",
+                    "evaluate the part that reads text, saved as a model of its own",
+                )
             raise ArchitectureError(
                 f"{name}.forward has no `logits_to_keep`: its logits cannot be computed in slices",
                 "upgrade transformers; its causal language models have had it since 4.45",

@@ -149,7 +149,9 @@ def weight_histogram(source: Tensor, decoded: Tensor | None, rows: int) -> Weigh
 
 def _count(values: np.ndarray, reach: float) -> np.ndarray:
     """int64 [BINS]"""
-    bins = values * np.float32(min(BINS / 2 / reach, np.finfo(np.float32).max))  # finite for subnormal weights too
+    bins = values * np.float32(
+        min(BINS / 2 / reach, float(np.finfo(np.float32).max))
+    )  # finite for subnormal weights too
     bins += np.float32(BINS / 2)
     np.clip(bins, 0, BINS - 1, out=bins)
     return np.bincount(bins.astype(np.intp), minlength=BINS)

@@ -295,7 +295,8 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
     survey = Survey()
     checkpoint, source = subject.checkpoint, subject.original
     info = checkpoint.tensors[name]
-    if source is not None and (name not in source.tensors or source.tensors[name].shape != info.shape):
+    original = _in_the_files_orientation(subject, name)
+    if source is not None and (original is None or original[0] != tuple(info.shape)):
         survey.copied.append(f"{name}: the source has no such tensor of shape {list(info.shape)}")
         source = None
     # A folder of floats may hold what quantization made of the weights, decoded: then they are near, not equal.
@@ -307,11 +308,11 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
         if not bool(torch.isfinite(values).all()):
             survey.finite.append(f"{name} holds NaN or inf (rows {start}..{stop})")
             break
-        if source is not None and rounded:
-            original = source.read(name, start, stop).float()
-            error += (values.float() - original).square_().sum().item()
-            weight += original.square().sum().item()
-        elif source is not None and not torch.equal(values, source.read(name, start, stop).to(values.dtype)):
+        given = None if source is None or original is None else original[1](start, stop)
+        if given is not None and rounded:
+            error += (values.float() - given.float()).square_().sum().item()
+            weight += given.float().square().sum().item()
+        elif given is not None and not torch.equal(values, given.to(values.dtype)):
             survey.copied.append(f"{name} differs from the source (rows {start}..{stop})")
             break
         if info.nbytes > _RELEASE_ABOVE:
@@ -325,6 +326,21 @@ def _survey_plain(subject: Subject, name: str) -> Survey:
             bound = error_bound(LARGEST_RELATIVE_ERROR[2], subject.errors_left.get(f"{linear}.weight"))
             survey.compare(linear, error, weight, bound)
     return survey
+
+
+def _in_the_files_orientation(
+    subject: Subject, name: str
+) -> tuple[tuple[int, ...], Callable[[int, int], Tensor]] | None:
+    """(shape, reader of rows) of the source's tensor as a folder of floats has it, None where there is none. A linear
+    that its class stores as [K, N] is [N, K] where the source is quantized."""
+    source = subject.original
+    if source is None or name not in source.tensors:
+        return None
+    shape = tuple(source.tensors[name].shape)
+    linear = subject.architecture.linears.get(name.removesuffix(".weight"))
+    if linear is not None and linear.transposed and name in source.schemes:
+        return shape[::-1], lambda start, stop: source.read(name)[:, start:stop].t()
+    return shape, lambda start, stop: source.read(name, start, stop)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
