@@ -61,7 +61,7 @@ def asked(model: str, case: int) -> tuple[int, Advice]:
         single = arguments["hardware"].startswith("M")
         chosen = arguments | {"hardware": arguments["hardware"] if single else several}
         answer = advise(shape, **chosen)  # type: ignore[arg-type]
-        option = answer.option(larger)
+        option = answer.option(SIXTEEN if larger in answer.left_out else larger)
         if single or (option is not None and option.memory.fits):
             return count, answer
     raise AssertionError(f"{shape} in {larger} fits no number of {arguments['hardware']}")
@@ -72,7 +72,10 @@ def cell(model: str, case: int) -> str:
     best = answer.best
     times = f" ({count} cards)" if count > 1 else ""
     cache = " + FP8 cache" if best.fp8_cache else ""
-    return f"`{best.scheme}`{cache}{times}" if best.memory.fits else "none fits"
+    size = best.how.group_size if best.how is not None else None
+    groups = f" in groups of {size}" if size else ""
+    scheme = best.scheme if best.scheme == SIXTEEN else f"`{best.scheme}`"
+    return f"{scheme}{groups}{cache}{times}" if best.memory.fits else "none fits"
 
 
 def cards_table() -> str:
@@ -119,6 +122,10 @@ Written by `python docs/make_advice.py`; a test holds it to the code. [advise.md
 Each cell is the first scheme of `lowbit advise` at its default load (servers: 8 sequences of 2048 tokens; llama.cpp:
 one) on the fewest cards (1, 2, 4, 8, 16) on which a scheme larger than the field's usual one fits too: with less room
 the answer is what fits.
+
+Mixtures are fine-tuned in 16 bits: transformers merges the experts of a block as it loads them, and its integration of
+bitsandbytes quantizes linears only, so a folder in NF4 would not load. Groups smaller than the usual 128 stand where
+the cards cannot split those.
 
 Some cells are near ties: of a 1B model on an A100 `W8A16` scores within 0.02 of `W4A16`, of the 235B model on four H100
 `W4A16` within 0.02 of FP8. Where two are so near, take the one whose loss you have measured.

@@ -19,7 +19,7 @@ CHINESE = DOCS / "zh"
 PAGES = sorted(path.relative_to(CHINESE).as_posix() for path in CHINESE.rglob("*.md"))
 # English only: references that are mostly names and figures, and the pages about the project itself.
 ENGLISH_ONLY = {
-    "advice-matrix.md", "advise.md", "architecture.md", "benchmarks.md", "cli.md", "follow-one-tensor.md",
+    "advice-matrix.md", "architecture.md", "benchmarks.md", "cli.md", "follow-one-tensor.md",
     "formats.md", "ggml-types.md", "gguf-architectures.md", "gguf-file-types.md", "gguf-vision.md", "hardware.md",
     "interop.md", "log.md", "map.md", "models.md", "recipes.md", "reliability.md",
 }  # fmt: skip

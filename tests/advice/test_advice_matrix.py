@@ -26,7 +26,10 @@ def test_the_fields_advice(model, case):
     heading, arguments, expected = MAKER.CASES[case]
     _, answer = MAKER.asked(model, case)
     best = answer.best
-    if best.memory.fits and answer.option(expected[0]).memory.fits:
+    if expected[0] in answer.left_out:  # no folder in NF4 of a mixture is loaded
+        assert "transformers-experts" in answer.left_out[expected[0]]
+        assert (case, best.scheme) == (len(MAKER.CASES) - 1, "16 bits")
+    elif best.memory.fits and answer.option(expected[0]).memory.fits:
         room = MAKER.ROOM.get(expected[0], expected[0])
         crowded = not answer.option(room).memory.fits  # a Mac of one size only
         assert best.scheme in expected or crowded, (heading, [(o.label, o.score) for o in answer.options[:3]])

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.advice import advise
+from lowbit.architecture.shape import shape_of
 from lowbit.cli.advise import rough
 from lowbit.cli.main import app
 from lowbit.engines import find_engine
@@ -154,11 +155,68 @@ def test_every_advised_scheme_passes_the_rules_that_judged_the_plan(tmp_path):
 
 
 def test_layers_that_do_not_split_at_whole_groups_are_left_out_for_several_cards():
-    narrow = {**LLAMA_2_70B, "hidden_size": 1024, "intermediate_size": 1152}  # 576 columns a card, groups of 128
-    assert advise(narrow, hardware="H100", engine="vllm").option("W4A16") is not None
+    narrow = {**LLAMA_2_70B, "intermediate_size": 1152}  # 576 columns a card, blocks of 128
     two = advise(narrow, hardware="2xH100", engine="vllm")
-    assert two.option("W4A16") is None
-    assert "does not split among 2 cards" in two.left_out["W4A16"]
+    assert two.option("FP8_BLOCK") is None
+    assert "does not split among 2 cards" in two.left_out["FP8_BLOCK"]
+
+
+def test_smaller_groups_are_advised_where_several_cards_cannot_split_the_usual_ones():
+    narrow = {**LLAMA_2_70B, "intermediate_size": 1152}  # 576 columns a card, groups of 128
+    assert "--group-size" not in advise(narrow, hardware="H100", engine="vllm").option("W4A16").quantize
+    two = advise(narrow, hardware="2xH100", engine="vllm")
+    assert "--group-size 64" in two.option("W4A16").quantize
+    assert "W4A16" not in two.left_out
+    assert two.option("W4A16").memory.weights > advise(narrow, hardware="H100").option("W4A16").memory.weights
+
+
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 128},
+    "glm4_moe": {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 128,
+                 "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}  # fmt: skip
+ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize(
+    ("engine", "hardware"),
+    [("tensorrt-llm", "A100"), ("tensorrt-llm", "H100"), ("tgi", "A100"), ("lmdeploy", "A100"), ("vllm", "2xA100")],
+)
+def test_a_shape_is_judged_as_its_model_is(kind, engine, hardware):
+    """Experts, shapes, groups and classes: the same schemes with config.json as with nothing but the shape."""
+    about = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "dtype": "bfloat16"}
+    config = {**LLAMA_2_70B, **about, **MIXTURES[kind]}
+    model, shape = (advise(each, hardware=hardware, engine=engine) for each in (config, shape_of(config)))
+    assert {option.label for option in shape.options} == {option.label for option in model.options}
+    assert shape.left_out.keys() == model.left_out.keys()
+
+
+def test_experts_in_4_bits_without_activations_are_not_advised_for_tensorrt_llm():
+    found = advise(QWEN3_30B_A3B, hardware="A100", engine="tensorrt-llm", goal="memory")
+    assert "W4A8_AWQ" in found.left_out["W4A16"]
+    assert advise(LLAMA_8B, hardware="A100", engine="tensorrt-llm").option("W4A16") is not None
+
+
+def test_rules_about_stored_numbers_do_not_judge_a_plan():
+    """TensorRT-LLM takes experts in W4A8 AWQ; their input scales are no numbers before they are written."""
+    config = {**LLAMA_2_70B, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **MIXTURES["mixtral"]}
+    found = advise(config, hardware="H100", engine="tensorrt-llm")
+    assert found.option("W4AFP8_STATIC") is not None, found.left_out
+
+
+def test_experts_in_nf4_are_left_out_for_the_reason_that_verify_has():
+    found = advise(QWEN3_30B_A3B, hardware="A100", workload="finetune")
+    assert found.best.scheme == SIXTEEN
+    for scheme in ("NF4", "FP4", "INT8"):
+        assert "transformers merges the experts" in found.left_out[scheme]
+    assert advise(LLAMA_8B, hardware="A100", workload="finetune").best.scheme == "NF4"
+
+
+def test_a_shape_of_an_unknown_type_is_not_refused():
+    unknown = advise(replace(LLAMA_8B, model_type="nobody-has-it"), hardware="A100", engine="vllm")
+    assert unknown.option("W4A16") is not None
 
 
 def test_an_engine_without_kernels_for_a_device_says_so():

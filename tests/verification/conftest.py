@@ -11,7 +11,8 @@ from lowbit.checkpoint import open_checkpoint
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
 # Architectures beside the general one, by what is special about them.
-OTHERS = {"qwen3_moe": {}, "gpt2": {}, "gpt_oss": {}, "tied": {"tie_word_embeddings": True, **SIZES}}
+OTHERS = {"qwen3_moe": {}, "mixtral": {}, "deepseek_v3": {}, "gpt2": {}, "gpt_oss": {}, "qwen3": SIZES,
+          "tied": {"tie_word_embeddings": True, **SIZES}}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

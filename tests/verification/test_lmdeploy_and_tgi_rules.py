@@ -127,7 +127,25 @@ def test_groups_that_tgi_has_no_loader_for(good, scheme, settings, said):
 
 
 def test_experts_in_packed_codes_that_tgi_has_no_layer_for(good):
-    assert_breaks(good("W4A16", model="qwen3_moe"), "tgi-groups", "experts are unquantized", engine="tgi")
+    assert_breaks(good("W4A16", model="mixtral"), "tgi-groups", "experts are unquantized", engine="tgi")
+
+
+@pytest.mark.parametrize(("scheme", "settings"), [("W4A16", {"format": "gptq"}), ("W4A16_ASYM", {"format": "awq"})])
+def test_packed_codes_of_a_model_that_tgi_has_no_class_for(good, scheme, settings):
+    assert failures(good(scheme, model="mixtral", **settings), engine="tgi") == {}
+    verification = assert_breaks(good(scheme, model="qwen3", **settings), "tgi-model", "no class of its own for qwen3",
+                                 engine="tgi")  # fmt: skip
+    assert outcomes(verification) == ["refuses"]
+
+
+def test_transformers_decodes_what_tgi_has_no_class_for(good):
+    verification = assert_breaks(good("W4A16", model="qwen3"), "tgi-speed", "without TGI's kernels", engine="tgi")
+    assert outcomes(verification) == ["costs"]
+
+
+def test_packed_experts_behind_a_sigmoid(good):
+    folder = good("W4A16_ASYM", format="awq", model="deepseek_v3")
+    assert "router of deepseek_v3 has a sigmoid" in failures(folder, engine="tgi")["tgi-experts"]
 
 
 def test_linears_that_marlin_does_not_take(good):

@@ -9,16 +9,12 @@
 No rule ties a scheme to a device: the order follows from the tables. Beside each scheme stands the command line that
 writes the checkpoint; `Engine.serve_line` gives the one that serves it.
 
-A scheme whose files `lowbit verify` would refuse is not advised. To know that before anything is written, the files of
-its plan are made without their weights: config.json, the format's own JSON files, and a safetensors file that is all
-header. The engine's rules about its kernels and loaders (`Rule.limit`) need no more, so the same functions judge the
-plan and, later, the files: model dtype, bits, group sizes, shapes, formats without a loader, models whose class refuses
-a format; and for several cards, whether every layer splits at whole groups.
+A scheme whose files `lowbit verify` would refuse is not advised (judge.py). Where groups are too wide for the cards
+that divide every matrix, smaller ones are tried.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from lowbit.advice.judge import why_refused, why_shape_refused
 from lowbit.advice.measured import MeasuredSpeed, measured_here
 from lowbit.advice.quality import Expectation, expected, fp8_cache_loss
 from lowbit.advice.result import Advice, Memory, Option, reason_for
@@ -33,11 +30,8 @@ from lowbit.advice.roofline import ASSUMPTIONS, Load, Speed, speed
 from lowbit.advice.score import Goal, Ratios, Workload, find_goal, find_workload, score
 from lowbit.architecture.shape import ModelShape, shape_of
 from lowbit.checkpoint.base import OpenOptions
-from lowbit.checkpoint.remote import folder_for_copies, safetensors_without_weights
-from lowbit.checkpoint.safetensors import TORCH_DTYPE
 from lowbit.engines import Engine, engine_for, find_engine
 from lowbit.engines.engine import DOUBLE_QUANT, SIXTEEN, Support
-from lowbit.engines.servers import split_problem
 from lowbit.errors import ArchitectureError, FormatError, LowbitError, UsageError
 from lowbit.estimation.footprint import Footprint, active_weights, footprint
 from lowbit.estimation.serving import ADAPTER_RANK, Deployment, deploy, refuse_absurd_load, training_bytes
@@ -45,17 +39,13 @@ from lowbit.estimation.weights import ModelHeaders, open_headers, plan_of
 from lowbit.hardware import Device, find_device
 from lowbit.hardware.table import PRICE_SOURCE, PRICES
 from lowbit.knobs import Facts, command_line
-from lowbit.plan.folder import FolderPlan
-from lowbit.plan.plan import Prepared
 from lowbit.registry import FORMATS
 from lowbit.schemes import is_gguf_name
 from lowbit.settings import MEASURE, Settings, facts_of, make_settings
-from lowbit.verification import rules
-from lowbit.verification.result import PLAIN, shortened
-from lowbit.verification.subject import Subject
 
 DEFAULT_CONTEXT = 2048
 _SMALL_MODEL = 4.0  # billions of weights, below which figures of 8B models are too kind
+_SMALLER_GROUPS = (64, 32)  # that kernels of 4 and 8 bits take
 # Without MODEL: the shape of Llama 3.1 8B.
 GENERIC = ModelShape("llama", hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336,
                      vocab=128256, max_positions=131072)  # fmt: skip
@@ -90,8 +80,13 @@ class _Model:
 
         judge  the engine, and the cards that divide every matrix; None: it has taken this scheme before
         """
-        by_shape = footprint(self.shape, scheme)
-        if self.headers is None or settings is None:
+        by_shape = footprint(self.shape, scheme, (settings or {}).get("group_size"))
+        if settings is None:
+            return by_shape
+        if self.headers is None:
+            refusal = None if judge is None or is_gguf_name(scheme) else why_shape_refused(self.shape, settings, *judge)
+            if refusal is not None:
+                raise FormatError(refusal)
             return by_shape
         prepared, _ = plan_of(self.headers, make_settings(None, **settings), self.options)
         try:
@@ -254,12 +249,24 @@ def _options(asked: _Question) -> tuple[list[Option], dict[str, str]]:
         elif expectation is None:
             without[scheme] = "no figure of its quality is known"
         else:
-            try:
-                options += [_option(asked, scheme, how, expectation, basis, fp8, first=place == 0)
-                            for place, fp8 in enumerate(_caches(asked, how))]  # fmt: skip
-            except LowbitError as error:
-                without[scheme] = str(error)
+            for tried in (how, *_with_smaller_groups(asked, scheme, how)):
+                try:
+                    options += [_option(asked, scheme, tried, expectation, basis, fp8, first=place == 0)
+                                for place, fp8 in enumerate(_caches(asked, tried))]  # fmt: skip
+                    without.pop(scheme, None)
+                    break
+                except LowbitError as error:
+                    without.setdefault(scheme, str(error))
     return options, without
+
+
+def _with_smaller_groups(asked: _Question, scheme: str, how: Support | None) -> list[Support]:
+    """The same support in smaller groups, which more cards can split; none for a single card."""
+    if asked.ranks == 1 or how is None or how.format is None or how.group_size is not None or is_gguf_name(scheme):
+        return []
+    stated = make_settings(None, scheme=scheme).base_scheme().weight
+    size = stated.group_size if stated.group_size_is_free else None
+    return [replace(how, group_size=smaller) for smaller in _SMALLER_GROUPS if size is not None and smaller < size]
 
 
 def _caches(asked: _Question, how: Support | None) -> list[bool]:
@@ -396,41 +403,3 @@ def output_name(model: str | None, scheme: str, fp8_cache: bool = False) -> str:
 def quantize_line(model: str | None, output: str, settings: dict[str, Any]) -> str:
     """ "lowbit quantize MODEL -o OUT --scheme …" of those settings."""
     return command_line("quantize", model or PLACEHOLDER, output, settings)
-
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-
-
-def why_refused(prepared: Prepared, engine: Engine, options: OpenOptions, ranks: int = 1) -> str | None:
-    """Why an engine would not load the files of a plan; None where no rule speaks against them, and for GGUF files.
-
-    ranks  cards that divide every matrix among them
-    """
-    plan = prepared.plan
-    if not isinstance(plan, FolderPlan):
-        return None
-    with folder_for_copies("planned") as folder:
-        for name, content in plan.json_files(prepared.checkpoint).items():
-            (folder / name).write_text(json.dumps(content), encoding="utf-8")
-        tensors = {tensor.name: (_NAMES[tensor.dtype], tensor.shape) for tensor in plan.stored}
-        safetensors_without_weights(folder / "model.safetensors", tensors)
-        subject = Subject(folder=folder, engine=engine.name, options=options)
-        try:
-            return _first_problem(subject, engine, ranks)
-        finally:
-            subject.close()
-
-
-def _first_problem(subject: Subject, engine: Engine, ranks: int) -> str | None:
-    if subject.format == PLAIN:
-        return None
-    for rule in rules(engine.name, subject.format):
-        if rule.limit:
-            try:
-                problems = rule.check(subject).problems
-            except LowbitError as error:
-                problems = [str(error)]
-            if problems:
-                return f"{engine.label} would refuse it ({rule.name}): {shortened(problems[:1])}"
-    problem = None if ranks == 1 else split_problem(subject, ranks)
-    return None if problem is None else f"it does not split among {ranks} cards: {problem}"

@@ -17,7 +17,7 @@ from lowbit.checkpoint.stated import MOST_WIDE, refuse_absurd
 from lowbit.errors import ArchitectureError
 
 # what → the names that config.json files have for it, the common one first
-_SPELLINGS: dict[str, tuple[str, ...]] = {
+SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads"),
@@ -98,12 +98,12 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
     large.
     """
     values = _complete(config)
-    found: dict[str, Any] = {what: _number(values, names) for what, names in _SPELLINGS.items()}
+    found: dict[str, Any] = {what: _number(values, names) for what, names in SPELLINGS.items()}
     refuse_absurd(config, "this model")
     for what in ("hidden", "layers", "heads"):
         if found[what] is None:
             raise ArchitectureError(
-                f"config.json has no {_SPELLINGS[what][0]}", "is it the config.json of a language model?"
+                f"config.json has no {SPELLINGS[what][0]}", "is it the config.json of a language model?"
             )
     hidden, heads, layers = found["hidden"], found["heads"], found["layers"]
     found["kv_heads"] = 1 if values.get("multi_query") else found["kv_heads"] or heads

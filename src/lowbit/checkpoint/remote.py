@@ -244,11 +244,14 @@ def copy_side_files(source: Path, target: Path) -> None:
         shutil.copytree(templates, target / templates.name)
 
 
-def safetensors_without_weights(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file that is all header. tensors: name → (dtype as the format spells it, shape)."""
+def safetensors_without_weights(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], described: Mapping[str, bytes] | None = None
+) -> None:
+    """A safetensors file that is all header. tensors: name → (dtype as the format spells it, shape); described: name →
+    bytes that are there all the same."""
     import json
 
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
         nbytes = ITEM_SIZE[dtype]
@@ -258,4 +261,6 @@ def safetensors_without_weights(path: Path, tensors: Mapping[str, tuple[str, tup
         position += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    header_copy(path, len(text).to_bytes(8, "little") + text, 8 + len(text) + position)
+    start = 8 + len(text)
+    pieces = {start + header[name]["data_offsets"][0]: data for name, data in (described or {}).items()}
+    header_copy(path, len(text).to_bytes(8, "little") + text, start + position, pieces)

@@ -137,10 +137,10 @@ _LOADING = Loading(
              "WInt4AFP8FusedMoEMethod of _torch/modules/fused_moe/quantization.py (TensorRT-LLM)", limit=True),
         Rule("tensorrt-input-scales", "limits", ("modelopt",), "every pre_quant_scale is one that its loader applies",
              check_awq_inputs, "load_weights_fused_qkv_linear, load_weights_fused_gate_up_linear of "
-             "_torch/modules/linear.py (TensorRT-LLM)", limit=True, then="misreads"),
+             "_torch/modules/linear.py (TensorRT-LLM)", limit=True, reads_values=True, then="misreads"),
         Rule("tensorrt-needless-scales", "limits", ("modelopt",), "no input is multiplied by ones without need",
              check_needless_scales, "apply of W4A8_AWQ_LinearMethod in _torch/modules/linear.py (TensorRT-LLM)",
-             limit=True, then="costs"),
+             limit=True, reads_values=True, then="costs"),
         Rule("tensorrt-algorithms", "limits", (_CT,), "TensorRT-LLM has an algorithm for every group", check_groups,
              "_quant_config_from_config_group of quant_config_utils.py (TensorRT-LLM)", limit=True),
         Rule("tensorrt-fp8-blocks", "limits", ("fp8",), "blocks are 128 × 128", check_blocks,

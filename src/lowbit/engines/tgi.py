@@ -10,6 +10,10 @@ lowbit writes awq, gptq and compressed-tensors.
     gptq, awq           Marlin from compute capability 8.0: 4 or 8 bits in groups of 32, 64, 128 or one per row; GPTQ
                         symmetric. The model runs in float16
 
+    models              with classes of its own, those below; all others go to transformers, which reads no gptq or awq
+                        there ("not supported for AutoModel") and decodes compressed-tensors without TGI's kernels
+    experts             gptq and awq by Marlin, where the router ends in a softmax; no compressed-tensors
+
 It loads q, k and v as one matrix, and gate and up, by the scheme of the first; the output layer is always in 16 bits.
 """
 
@@ -27,6 +31,42 @@ from lowbit.verification.subject import Subject
 
 _CT = "compressed-tensors"
 _PACKED = ("gptq", "awq")
+# ModelType of models/__init__.py, but for llama4 and gemma3, which it takes from transformers
+_MODELS = frozenset((
+    "deepseek_v2", "deepseek_v3", "idefics", "idefics2", "idefics3", "llava_next", "mllama", "llama", "phi", "phi3",
+    "phimoe", "phi-msft", "granite", "gemma", "gemma2", "gemma3_text", "paligemma", "cohere", "dbrx", "mamba",
+    "mistral", "mixtral", "gpt_bigcode", "gpt2", "gpt_neox", "gptj", "baichuan", "falcon", "RefinedWeb",
+    "RefinedWebModel", "starcoder2", "qwen2", "qwen2_vl", "qwen2_5_vl", "opt", "bloom", "mpt",
+))  # fmt: skip
+_EXPERTS_REFUSED = {
+    "deepseek_v3": "TGI's Marlin layer of experts takes a softmax, and the router of deepseek_v3 has a sigmoid",
+    "dbrx": "TGI's class of dbrx does not support gptq and awq",
+}
+
+
+def check_model(subject: Subject) -> Finding:
+    """TGI has a class of its own for the model; transformers', which it takes else, reads no packed codes there."""
+    kind = subject.config.get("model_type")
+    if kind in _MODELS:
+        return Finding([], f"{kind} is one of its own")
+    problem = f"TGI has no class of its own for {kind}, and reads no {subject.format} into that of transformers"
+    return Finding([problem], "")
+
+
+def check_speed(subject: Subject) -> Finding:
+    """TGI's kernels multiply: the model has a class of TGI's own."""
+    kind = subject.config.get("model_type")
+    problem = f"TGI has no class of its own for {kind}; transformers decodes the weights, without TGI's kernels"
+    return Finding([] if kind in _MODELS else [problem], "by TGI's kernels")
+
+
+def check_experts(subject: Subject) -> Finding:
+    """TGI's class of the model takes quantized experts."""
+    experts = [name for members in subject.architecture.expert_sets.values() for name in members
+               if name in subject.schemes]  # fmt: skip
+    why = _EXPERTS_REFUSED.get(str(subject.config.get("model_type")))
+    problem = f"{experts[0] if experts else ''} is quantized; {why}"
+    return Finding([problem] if experts and why else [], "experts by Marlin" if experts else "no experts")
 
 
 def check_groups(subject: Subject) -> Finding:
@@ -120,6 +160,13 @@ _LOADING = Loading(
              limit=True),
         Rule("tgi-packed", "limits", _PACKED, "Marlin takes every linear of a block", check_packed,
              "can_use_gptq_marlin, GPTQMarlinWeightsLoader of layers/marlin/gptq.py (TGI)", limit=True),
+        Rule("tgi-model", "limits", _PACKED, "TGI has a class of its own for the model", check_model,
+             "get_model of models/__init__.py: not supported for AutoModel (TGI)", limit=True),
+        Rule("tgi-speed", "limits", (_CT,), "its kernels multiply, by a class of its own for the model", check_speed,
+             "get_model of models/__init__.py: TransformersFlashCausalLM (TGI)", limit=True, then="costs"),
+        Rule("tgi-experts", "limits", _PACKED, "its class takes quantized experts", check_experts,
+             "GPTQMarlinSparseMoELayer of layers/moe/gptq_marlin.py, _load_experts_quantized of "
+             "models/custom_modeling/flash_dbrx_modeling.py (TGI)", limit=True),
         Rule("tgi-head", "limits", (_CT, *_PACKED, "fp8"), "the output layer is in 16 bits", check_head,
              "TensorParallelHead.load of layers/tensor_parallel.py (TGI)", limit=True),
         Rule("tgi-static", "limits", (_CT,), "no static activation scale that is not used", check_static,

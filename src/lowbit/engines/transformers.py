@@ -27,7 +27,7 @@ def check_experts(subject: Subject) -> Finding:
               if any(part.per_expert for part in placement.parts)
               and (subject.format != "compressed-tensors" or placement.fused)]  # fmt: skip
     quantized = [name for members in subject.architecture.expert_sets.values() for name in members
-                 if name in subject.schemes]  # fmt: skip
+                 if name in subject.linears_in_files]  # fmt: skip
     if merged and quantized and subject.format not in subject.architecture.replaced_experts:
         problem = (
             f"{quantized[0]} is quantized, but transformers merges the experts of a block into one parameter as it "

@@ -72,9 +72,9 @@ class Footprint:
                        experts=self.experts * factor)  # fmt: skip
 
 
-def footprint(shape: ModelShape, scheme: str) -> Footprint:
-    """The bytes of a model in a scheme, a GGUF file type, or `SIXTEEN`."""
-    bits = _gguf_bits(shape, scheme) if is_gguf_name(scheme) else _folder_bits(shape, scheme)
+def footprint(shape: ModelShape, scheme: str, group_size: int | None = None) -> Footprint:
+    """The bytes of a model in a scheme, a GGUF file type, or `SIXTEEN`. group_size  None: the scheme's."""
+    bits = _gguf_bits(shape, scheme) if is_gguf_name(scheme) else _folder_bits(shape, scheme, group_size)
     parts: dict[str, float] = dict.fromkeys(("dense", "head", "embedding", "experts"), 0.0)
     for matrix, each in zip(matrices(shape), bits, strict=True):
         parts[matrix.part] += matrix.weights * each / 8
@@ -136,20 +136,21 @@ def _mlp(
     ]
 
 
-def _folder_bits(shape: ModelShape, scheme: str) -> list[float]:
+def _folder_bits(shape: ModelShape, scheme: str, group_size: int | None) -> list[float]:
     """Embeddings and output layer stay in 16 bits, as `lowbit quantize` leaves them."""
-    inside = _SIXTEEN_BITS if scheme == SIXTEEN else scheme_bits(scheme)
+    inside = _SIXTEEN_BITS if scheme == SIXTEEN else scheme_bits(scheme, group_size)
     return [inside if matrix.part in ("dense", "experts") else _SIXTEEN_BITS for matrix in matrices(shape)]
 
 
 @lru_cache(maxsize=64)
-def scheme_bits(scheme: str) -> float:
+def scheme_bits(scheme: str, group_size: int | None = None) -> float:
     """Bits per weight of a scheme in the format that it is written in by default, scales and zero points included."""
     import torch
 
     from lowbit.export import default_format, find_exporter
 
-    found = make_settings(None, scheme=scheme, double_quant=scheme in DOUBLE_QUANT).base_scheme()
+    settings = make_settings(None, scheme=scheme, group_size=group_size, double_quant=scheme in DOUBLE_QUANT)
+    found = settings.base_scheme()
     stored = find_exporter(default_format(found)).stored_tensors("l", (_SIDE, _SIDE), found, torch.bfloat16)
     return 8 * sum(tensor.nbytes for tensor in stored) / _SIDE**2
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,11 +33,13 @@ ASSEMBLED_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Name, dtype and shape of a tensor of the file."""
+    """Name, dtype and shape of a tensor of the file. described: bytes that follow from the shapes, as of a JSON text,
+    up to numbers that rounding finds; None of all others."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    described: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -54,6 +54,7 @@ class Rule:
     gate          True if later rules cannot be checked after it fails
     limit         True if it is about kernels or loaders of the engine, not about the files: a checkpoint that fails it
                   is sound, and other engines (or cards) may run it
+    reads_values  True if it looks at stored numbers, which a plan does not have yet
     needs_source  True if it compares with the original weights
     needs_nearest True if it applies only to codes rounded to nearest
     needs_checksums True if it compares with the checksums of the report
@@ -68,6 +69,7 @@ class Rule:
     follows: str
     gate: bool = False
     limit: bool = False
+    reads_values: bool = False
     needs_source: bool = False
     needs_nearest: bool = False
     needs_checksums: bool = False

@@ -89,15 +89,20 @@ def stored_tensors(linear: str, shape: tuple[int, int], scheme: Scheme, dtype: t
     stored = [
         StoredTensor(weight, torch.uint8, (rows * columns // 2, 1)),
         StoredTensor(f"{weight}.absmax", torch.uint8 if nested else torch.float32, (scales,)),
-        StoredTensor(f"{weight}.quant_map", torch.float32, (16,)),
-        StoredTensor(f"{weight}.quant_state.bitsandbytes__{kind}", torch.uint8, (len(state),)),
+        StoredTensor(f"{weight}.quant_map", torch.float32, (16,), _bytes(values(CODEBOOKS[kind]))),
+        StoredTensor(f"{weight}.quant_state.bitsandbytes__{kind}", torch.uint8, (len(state),), state),
     ]
     if nested:
         stored += [
             StoredTensor(f"{weight}.nested_absmax", torch.float32, (-(-scales // NESTED_BLOCK),)),
-            StoredTensor(f"{weight}.nested_quant_map", torch.float32, (len(dynamic_map()),)),
+            StoredTensor(f"{weight}.nested_quant_map", torch.float32, (len(dynamic_map()),), _bytes(dynamic_map())),
         ]
     return stored
+
+
+def _bytes(table: torch.Tensor) -> bytes:
+    """float32 [n], as a file holds it."""
+    return table.to(torch.float32).cpu().numpy().astype("<f4").tobytes()
 
 
 def quant_state(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, offset: float | None) -> bytes:
