@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import lowbit
+from lora import make_adapter
 from lowbit.allocation.offers import rules_of
+from lowbit.checkpoint.base import OpenOptions
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf.raw import RawGGUF
 from models import FITS_ALL, SHORT_TEXT, make_model
@@ -100,12 +102,58 @@ def test_a_gguf_file_is_allocated_too(model, tmp_path):
         ({"types": []}, "there is no type to choose from"),
         ({"calib": "missing.txt"}, "missing.txt"),
         ({"samples": 0}, "samples"),
+        ({"target_size": 0}, "nothing fits into 0 B"),
+        ({"like": "BF16"}, "BF16 quantizes nothing of it"),
+        ({"group_size": 32}, "--group-size 32 is read only by folders"),
     ],
 )
 def test_what_cannot_be_done_is_refused(model, tmp_path, given, message):
     with pytest.raises(LowbitError, match=message):
         lowbit.allocate(model, tmp_path / "x.types", **{**TEXT, **given})
     assert not (tmp_path / "x.types").exists()
+
+
+def test_matrices_that_lie_transposed_are_rounded_by_their_rows(tmp_path):
+    """GPT-2's; and NVFP4 only where llama.cpp applies a scale of the whole matrix, which takes bytes too."""
+    model = make_model(tmp_path / "model", "gpt2")
+    done = lowbit.allocate(model, tmp_path / "x.types", types=("NVFP4", "Q8_0"), target_size=450_000, **TEXT)
+    out = tmp_path / "x.gguf"
+    lowbit.quantize(model, out, scheme=done.scheme, tensor_type_file=str(done.path))
+    assert out.stat().st_size == done.file_bytes <= done.budget
+    found = types_in(out)
+    assert {name: found[name] for name in done.types} == done.types
+    assert {done.types[f"blk.{index}.ffn_up.weight"] for index in (0, 1)} <= {"IQ4_NL", "Q8_0"}
+    assert "NVFP4" in done.types.values()
+
+
+def test_types_that_need_an_importance_matrix_are_used_with_one(model, tmp_path):
+    """The command asks for it, and what the file then says of it is in the size; other types were not asked for."""
+    done = lowbit.allocate(model, tmp_path / "x.types", types=("IQ2_XXS", "Q4_K"), target_size=300_000, **TEXT)
+    assert set(done.types.values()) == {"IQ2_XXS", "Q4_K"}
+    assert f"--imatrix measure --calib {SHORT_TEXT}" in done.command
+    out = tmp_path / "x.gguf"
+    lowbit.quantize(model, out, scheme=done.scheme, tensor_type_file=str(done.path), imatrix="measure", **TEXT)
+    assert out.stat().st_size == done.file_bytes <= done.budget
+
+
+@pytest.mark.parametrize("less", [0, 1, 96])
+def test_the_smallest_mix_is_found_or_refused_by_name(model, tmp_path, less):
+    """Tensors are aligned, and headers differ: what seems to fit may not."""
+    smallest = tmp_path / "smallest.gguf"
+    lowbit.quantize(model, smallest, scheme="Q4_K_M", pure=True)
+    size = smallest.stat().st_size - less
+    given = {"types": ("Q4_K", "Q8_0"), "target_size": size, **TEXT}
+    if less:
+        with pytest.raises(LowbitError, match="nothing fits"):
+            lowbit.allocate(model, tmp_path / "x.types", **given)
+    else:
+        assert lowbit.allocate(model, tmp_path / "x.types", **given).file_bytes == size
+
+
+def test_the_command_merges_the_adapter_too(model, tmp_path):
+    adapter = make_adapter(tmp_path / "my adapter", model, "q_proj")
+    done = lowbit.allocate(model, tmp_path / "x.types", types=TYPES, options=OpenOptions(adapter=str(adapter)), **TEXT)
+    assert f"--adapter '{adapter}'" in done.command
 
 
 def test_an_existing_file_is_replaced_only_on_request(model, done):
@@ -140,6 +188,14 @@ def test_a_folder_gets_a_recipe(model, tmp_path):
         members = [its for weight, its in found.items() if weight.startswith(name.rpartition(".")[0])]
         assert scheme in members
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) == done.file_bytes
+
+
+def test_the_group_size_is_in_the_recipe(model, tmp_path):
+    done = lowbit.allocate(
+        model, tmp_path / "x.yaml", target_size=800_000, types=("W4A16", "W8A16"), group_size=32, **TEXT
+    )
+    lowbit.quantize(model, tmp_path / "out", recipe=done.path)
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) == done.file_bytes
 
 
 def test_experts_of_a_block_get_one_scheme(tmp_path):

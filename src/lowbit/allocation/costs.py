@@ -148,7 +148,7 @@ class _WeighedBlock:
             importance |= self._importance_of_experts(linears)
         found: Costs = {}
         for tensor in tensors:
-            weights = {name: self.checkpoint.read(name).float() for name in tensor.sources}
+            weights = {name: self._rows(name, linears, self.checkpoint.read(name).float()) for name in tensor.sources}
             found[tensor.name] = {}
             for kind in tensor.types:
                 rounded = {
@@ -157,9 +157,17 @@ class _WeighedBlock:
                 if all(name in seen for name in weights):
                     total = sum(_product_cost(seen[name], rounded[name] - weights[name]) for name in weights)
                 else:
-                    total = self._cost_at_output(weights, rounded, of_output)
+                    total = self._cost_at_output(
+                        {name: self._rows(name, linears, value) for name, value in weights.items()},
+                        {name: self._rows(name, linears, value) for name, value in rounded.items()}, of_output,
+                    )  # fmt: skip
                 found[tensor.name][kind] = total / self.ids.numel()
         return found
+
+    def _rows(self, name: str, linears: Mapping[str, Linear], values: Tensor) -> Tensor:
+        """[N, K] ↔ the orientation of the file."""
+        turns = linears[name].transposed and name not in self.checkpoint.schemes
+        return values.t().contiguous() if turns else values
 
     def _back(self, names: Sequence[str], linears: Mapping[str, Linear], gradient: Tensor) -> dict[str, _Seen]:
         """Run the block with gradients; what its linears saw, of those that run once and by themselves."""
@@ -206,7 +214,7 @@ class _WeighedBlock:
         return {name: values for name, values in found.items() if values is not None and values.any()}
 
     def _cost_at_output(self, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor], slopes: Tensor) -> float:
-        """Σ over tokens of ½ (g · Δz)² at the output of the block, at most 1 each."""
+        """Σ over tokens of ½ (g · Δz)² at the output of the block, at most 1 each; weights as in the file."""
         total = 0.0
         for batch in batches_of(self.ids):
             before = self.runner.forward(self.index, self.inputs[batch], batch=batch)

@@ -20,13 +20,15 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from lowbit.formats.gguf.mix_table import EMBEDDING, FALLBACKS, OUTPUT
+from lowbit.formats.gguf.mix import TypeChoice, importance_needed
+from lowbit.formats.gguf.mix_table import EMBEDDING, FILE_TYPES, OUTPUT
 from lowbit.numerics.ggml import TYPES
-from lowbit.plan.plan import PlannedTensor, Prepared
-from lowbit.rounding.target import GgmlTarget, Target
-from lowbit.settings import Settings
+from lowbit.plan.plan import PlannedTensor, Prepared, Request, prepare
+from lowbit.rounding.target import Target
+from lowbit.settings import MEASURE, Settings
 
 MARK = "# lowbit allocate"  # how a file of rules or a recipe begins
+_OF_THE_CHOICE = ("scheme", "overrides", "method", "format", "calib", "samples", "seqlen", "seed")
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -37,7 +39,7 @@ class Offer:
     sources  names of the weights it is made of
     weights  number of weights
     sizes    type → bytes
-    own      its type in the plan of the file type or scheme that the budget is taken from
+    own      its type in the plan of the file type or scheme of the settings; own_bytes: what that takes
     """
 
     name: str
@@ -45,6 +47,7 @@ class Offer:
     weights: int
     sizes: Mapping[str, int]
     own: str
+    own_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Offers(ABC):
         """The file that is written."""
 
     @abstractmethod
-    def how_to_use(self, path: Path) -> str:
-        """Options of `lowbit quantize` that read it."""
+    def how_to_use(self, mix: Mapping[str, str], path: Path) -> tuple[str, dict[str, object]]:
+        """(output, options of `lowbit quantize` that read the file by name)."""
 
     @abstractmethod
     def target(self, kind: str, source: str) -> Target:
@@ -80,10 +83,15 @@ class Offers(ABC):
         target = self.target(kind, source).with_range([weight])
         return target.nearest(weight, importance if target.is_ggml else None).decoded
 
+    @property
+    def beside(self) -> dict[str, object]:
+        """Settings that the output needs beside the choice: all that were given but the text and what is chosen."""
+        return {name: value for name, value in self.settings.given.items() if name not in _OF_THE_CHOICE}
+
     @cached_property
     def fixed_bytes(self) -> int:
         """Bytes of the files without the tensors whose types are chosen."""
-        return self.prepared.plan.file_bytes - sum(offer.sizes[offer.own] for offer in self.by_name.values())
+        return self.prepared.plan.file_bytes - sum(offer.own_bytes for offer in self.by_name.values())
 
     def bytes_of(self, mix: Mapping[str, str], work: Path) -> int:
         """Bytes of the files of a mix, planned: tensors are aligned, and headers differ."""
@@ -92,52 +100,107 @@ class Offers(ABC):
 
 @dataclass(frozen=True)
 class GGUFOffers(Offers):
-    """The ggml types of a GGUF file."""
+    """The ggml types of a GGUF file.
+
+    model     as it was given
+    with_own  what the rules of the file type give a tensor is offered beside the candidates
+    """
+
+    model: str = ""
+    with_own: bool = True
+
+    @cached_property
+    def _plans(self) -> dict[str, dict[str, PlannedTensor]]:
+        """Candidate → tensor → its plan where all get that type, or what stands for it in rows that it does not divide,
+        and where llama.cpp applies no scale of the whole matrix (NVFP4)."""
+        file_types = {each.base: each.name for each in reversed(FILE_TYPES.values()) if each.like is None}
+        plans = {}
+        for kind in dict.fromkeys(self.candidates):
+            pure = self.settings.model_copy(update={"scheme": file_types[kind], "pure": True})
+            plans[kind] = {tensor.name: tensor for tensor in self.prepared.plan_again(pure).tensors}
+        return plans
 
     @cached_property
     def by_name(self) -> dict[str, Offer]:
         plan = self.prepared.plan
         assert plan.architecture is not None
-        linears = {f"{linear.name}.weight" for linear in plan.architecture.linears.values() if linear.block is not None}
-        chosen = [
-            tensor for tensor in plan.tensors
-            if tensor.is_quantized and tensor.source.names
-            and (tensor.name in (EMBEDDING, OUTPUT) or linears.issuperset(tensor.source.names))
-        ]  # fmt: skip
+        shapes = {
+            f"{linear.name}.weight": linear.shape
+            for linear in plan.architecture.linears.values() if linear.block is not None
+        }  # fmt: skip
+        offers = {}
+        for tensor in plan.tensors:
+            sources = tuple(dict.fromkeys(tensor.source.names))
+            outside = tensor.name in (EMBEDDING, OUTPUT)
+            if tensor.is_quantized and sources and (outside or shapes.keys() >= set(sources)):
+                columns = {tensor.shape[-1], *(shapes[source][1] for source in sources if not outside)}
+                sizes = self._sizes(tensor, columns)
+                if sizes:
+                    offers[tensor.name] = Offer(
+                        tensor.name, sources, tensor.weights, sizes, tensor.stored_as, tensor.stored_bytes
+                    )
+        return offers
+
+    def _sizes(self, tensor: PlannedTensor, columns: Iterable[int]) -> dict[str, int]:
+        """Type → bytes, of those whose block divides the stored rows, and those of the weights it is made of (which
+        differ where a layout turns them), so that they can be weighed."""
+        planned = [plan[tensor.name] for plan in self._plans.values()]
+        own = tensor.stored_as
+        if self.with_own or all(each.stored_as == own for each in planned):
+            planned.append(tensor)
         return {
-            tensor.name: Offer(tensor.name, tuple(dict.fromkeys(tensor.source.names)), tensor.weights,
-                               self._sizes(tensor), tensor.stored_as)
-            for tensor in chosen
+            each.stored_as: each.stored_bytes for each in planned
+            if not any(count % TYPES[each.stored_as].weights for count in columns)
         }  # fmt: skip
 
-    def _sizes(self, tensor: PlannedTensor) -> dict[str, int]:
-        """Of the candidates, or of what stands for them in rows that they do not divide, and of its own type."""
-        columns = tensor.shape[-1]
-        fitting = (name if columns % TYPES[name].weights == 0 else FALLBACKS.get(name) for name in self.candidates)
-        names = (name for name in dict.fromkeys((*fitting, tensor.stored_as)) if name is not None)
+    @cached_property
+    def _targets(self) -> dict[tuple[str, str], Target]:
+        """(type, source) → target."""
+        planned = (tensor for plan in (*self._plans.values(), self._own) for tensor in plan.values())
         return {
-            name: tensor.weights // columns * TYPES[name].row_bytes(columns)
-            for name in names if columns % TYPES[name].weights == 0
+            (tensor.stored_as, source): tensor.target
+            for tensor in planned if tensor.target is not None for source in tensor.source.names
         }  # fmt: skip
+
+    @property
+    def _own(self) -> dict[str, PlannedTensor]:
+        return {tensor.name: tensor for tensor in self.prepared.plan.tensors}
 
     def target(self, kind: str, source: str) -> Target:
-        return GgmlTarget(kind)
+        return self._targets[kind, source]
 
     def settings_with(self, mix: Mapping[str, str], work: Path) -> Settings:
         rules = work / "planned.types"
         rules.write_text(self.text(mix, MARK), encoding="utf-8")
-        return self.settings.model_copy(update={"tensor_type_file": str(rules)})
+        # a file says of the importance matrix it was made with, which takes bytes
+        return self.settings.model_copy(update={"tensor_type_file": str(rules), "imatrix": self._importance(mix)})
 
     def bytes_of(self, mix: Mapping[str, str], work: Path) -> int:
-        planned = super().bytes_of(mix, work)
+        settings = self.settings_with(mix, work)
+        if settings.imatrix is None:
+            planned = self.prepared.plan_again(settings).file_bytes
+        else:  # a plan that is made again keeps the header's key-values
+            settings = settings.model_copy(update={"method": "rtn"})
+            again = prepare(Request(self.model, settings, self.prepared.options, preview=True))
+            planned = again.plan.file_bytes
+            again.checkpoint.close()
         (work / "planned.types").unlink()
         return planned
 
     def text(self, mix: Mapping[str, str], about: str) -> str:
         return rules_of(mix, about)
 
-    def how_to_use(self, path: Path) -> str:
-        return f"-o OUT.gguf --scheme {self.settings.scheme} --tensor-type-file {path}"
+    def how_to_use(self, mix: Mapping[str, str], path: Path) -> tuple[str, dict[str, object]]:
+        options = {"scheme": self.settings.scheme, "tensor_type_file": path, "imatrix": self._importance(mix)}
+        if options["imatrix"] is not None:
+            options["calib"] = self.settings.given.get("calib")
+        return "OUT.gguf", {**options, **self.beside}
+
+    def _importance(self, mix: Mapping[str, str]) -> str | None:
+        """What `--imatrix` must be: MEASURE if a type of the file is of no use without one."""
+        kept = {name: tensor.stored_as for name, tensor in self._own.items()}
+        types = {name: TypeChoice(kind) for name, kind in {**kept, **mix}.items()}
+        return MEASURE if importance_needed(self.settings.scheme, types) else None
 
 
 def rules_of(types: Mapping[str, str], about: str) -> str:
@@ -184,7 +247,7 @@ class FolderOffers(Offers):
             name: Offer(
                 name, tuple(its), sum(plans[self.settings.scheme][weight].weights for weight in its),
                 {scheme: sum(plans[scheme][weight].stored_bytes for weight in its) for scheme in plans},
-                self.settings.scheme,
+                self.settings.scheme, sum(plans[self.settings.scheme][weight].stored_bytes for weight in its),
             )
             for name, its in members.items()
         }  # fmt: skip
@@ -200,11 +263,11 @@ class FolderOffers(Offers):
 
     def text(self, mix: Mapping[str, str], about: str) -> str:
         scheme, overrides = self._recipe(mix)
-        recipe = {"scheme": scheme, "overrides": overrides} if overrides else {"scheme": scheme}
+        recipe = {"scheme": scheme, **self.beside, **({"overrides": overrides} if overrides else {})}
         return f"{about}\n{yaml.safe_dump(recipe, sort_keys=False, width=10_000)}"
 
-    def how_to_use(self, path: Path) -> str:
-        return f"-o OUT --recipe {path}"
+    def how_to_use(self, mix: Mapping[str, str], path: Path) -> tuple[str, dict[str, object]]:
+        return "OUT", {"recipe": path}
 
     def _recipe(self, mix: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """(the scheme of most weights, regex → scheme of all others)."""

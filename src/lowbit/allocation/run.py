@@ -32,17 +32,18 @@ from lowbit.formats.gguf.mix import find_file_type
 from lowbit.formats.gguf.mix_table import EMBEDDING, OUTPUT
 from lowbit.formats.gguf.mix_table import FILE_TYPES as GGUF_FILE_TYPES
 from lowbit.formats.gguf.stored_types import asked_type
+from lowbit.knobs import command_line
 from lowbit.measure import human_bytes
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import Request, prepare
 from lowbit.schemes import SCHEMES, find_scheme
 from lowbit.settings import make_settings
+from lowbit.settings.unread import refuse_unread
 from lowbit.text import context_length, stream_windows
 
 # What every kernel of llama.cpp runs fast, from few bits to many.
 GGML_CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 FOLDER_CANDIDATES = ("W4A16", "W8A16")
-_TRIES = 8  # plans until the alignment of tensors is accounted for
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Allocation:
     sizes       tensor → weights
     cost        sum over the tensors, nats per token, rounded to nearest; before: with the scheme's own types, if that
                 was the measure
-    how_to_use  options of `lowbit quantize` that read the file
+    command     of `lowbit quantize` that reads the file
     """
 
     path: Path
@@ -66,7 +67,7 @@ class Allocation:
     sizes: dict[str, int]
     cost: float
     before: float | None
-    how_to_use: str
+    command: str
     tokens: int
     seconds: float
     notes: tuple[str, ...]
@@ -121,7 +122,10 @@ def allocate(
     offers = _offers(str(model), like, target_size, types, how.options, {"samples": samples, **settings})
     prepared = offers.prepared
     try:
-        budget = target_size or prepared.plan.file_bytes
+        budget = prepared.plan.file_bytes if target_size is None else target_size
+        if not offers.by_name:
+            raise UsageError(f"{model}: {offers.settings.scheme} quantizes nothing of it, so there is no choice",
+                             "name another file type or scheme with --like")  # fmt: skip
         _refuse_too_small(offers, budget)
         with atomic_files(output, overwrite) as work:
             costs, tokens, notes = _measure(offers, how)
@@ -136,8 +140,13 @@ def allocate(
         {name: offer.weights for name, offer in offers.by_name.items()},
         sum(costs[name][kind] for name, kind in mix.items()),
         sum(costs[name][kind] for name, kind in own.items()) if target_size is None else None,
-        offers.how_to_use(output), tokens, time.perf_counter() - began, notes,
+        _command(model, offers, mix, output, how.options), tokens, time.perf_counter() - began, notes,
     )  # fmt: skip
+
+
+def _command(model: str | Path, offers: Offers, mix: dict[str, str], file: Path, opened: OpenOptions) -> str:
+    where, read = offers.how_to_use(mix, file)
+    return command_line("quantize", str(model), where, read, vars(opened))
 
 
 def _offers(
@@ -154,9 +163,13 @@ def _offers(
         return FolderOffers(prepare(Request(model, chosen, options, preview=True)), chosen, schemes)
     candidates = tuple(asked_type(name).name for name in types or GGML_CANDIDATES)
     file_type = find_file_type(like or _largest_within(model, size, options)).name
+    measured = ("calib", "samples", "seqlen", "seed")
+    others = {name: value for name, value in settings.items() if name not in measured}
+    refuse_unread(make_settings(None, scheme=file_type, format="gguf", **others))
     # a method that calibrates, so that types that need an importance matrix are let through
     chosen = make_settings(None, scheme=file_type, format="gguf", method="gptq", **settings)
-    return GGUFOffers(prepare(Request(model, chosen, options, preview=True)), chosen, candidates)
+    prepared = prepare(Request(model, chosen, options, preview=True))
+    return GGUFOffers(prepared, chosen, candidates, model, with_own=size is None or types is None)
 
 
 def _largest_within(model: str, size: int | None, options: OpenOptions) -> str:
@@ -179,9 +192,12 @@ def _is_ours(path: Path) -> bool:
 def _refuse_too_small(offers: Offers, budget: int) -> None:
     least = offers.fixed_bytes + sum(min(offer.sizes.values()) for offer in offers.by_name.values())
     if least > budget:
-        what = f"the smallest of these types take {human_bytes(least)}"
-        raise UsageError(f"nothing fits into {human_bytes(budget)}: {what}",
-                         "allow more bytes, or give smaller types with --types")  # fmt: skip
+        raise _too_small(budget, least)
+
+
+def _too_small(budget: int, least: int) -> UsageError:
+    return UsageError(f"nothing fits into {human_bytes(budget)}: the smallest of these types take {human_bytes(least)}",
+                      "allow more bytes, or give smaller types with --types")  # fmt: skip
 
 
 def _within(offers: Offers, costs: Costs, budget: int, work: Path) -> tuple[dict[str, str], int]:
@@ -190,15 +206,14 @@ def _within(offers: Offers, costs: Costs, budget: int, work: Path) -> tuple[dict
         name: {kind: (size, costs[name][kind]) for kind, size in offer.sizes.items()}
         for name, offer in offers.by_name.items()
     }
-    room = budget - offers.fixed_bytes
-    for _ in range(_TRIES):
-        mix = choose_within(options, room)
-        assert mix is not None, "the fewest bytes were found to fit"
+    room, planned = budget - offers.fixed_bytes, budget
+    while (mix := choose_within(options, room)) is not None:
         planned = offers.bytes_of(mix, work)
         if planned <= budget:
             return mix, planned
-        room -= planned - budget
-    raise AssertionError("a plan exceeds what its tensors take, whatever they are")
+        used = sum(offers.by_name[name].sizes[kind] for name, kind in mix.items())
+        room = used - (planned - budget)  # tensors are aligned, and have names: another mix from here on
+    raise _too_small(budget, planned)
 
 
 def _measure(offers: Offers, how: Running) -> tuple[Costs, int, tuple[str, ...]]:

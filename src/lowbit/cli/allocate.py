@@ -68,7 +68,7 @@ def allocate(
         say(f"note: {note}")
     print_table(_table(done))
     echo(_sentence(done))
-    say(f"\nuse it:  lowbit quantize {model} {done.how_to_use}")
+    say(f"\nuse it:  {done.command}")
 
 
 def _table(done: Allocation) -> Any:
@@ -117,4 +117,5 @@ def _as_json(done: Allocation) -> dict[str, Any]:
         "tokens": done.tokens,
         "seconds": done.seconds,
         "notes": list(done.notes),
+        "command": done.command,
     }
