@@ -102,6 +102,8 @@ def test_a_gguf_file_is_allocated_too(model, tmp_path):
         ({"types": []}, "there is no type to choose from"),
         ({"calib": "missing.txt"}, "missing.txt"),
         ({"samples": 0}, "samples"),
+        ({"method": "gtpq"}, "gtpq"),
+        ({"method": "rtn", "quality": "good"}, "--quality good stands for"),
         ({"target_size": 0}, "nothing fits into 0 B"),
         ({"like": "BF16"}, "BF16 quantizes nothing of it"),
         ({"group_size": 32}, "--group-size 32 is read only by folders"),
@@ -214,3 +216,25 @@ def test_the_bytes_of_a_scheme_are_kept(model, tmp_path):
     done = lowbit.allocate(model, tmp_path / "x.yaml", like="W4A16", types=("W3A16", "W4A16", "W8A16"), **TEXT)
     assert done.file_bytes <= done.budget == lowbit.dry_run(model, scheme="W4A16").plan.file_bytes
     assert done.cost <= done.before
+
+
+def test_a_method_that_calibrates_leaves_half_of_what_linears_cost(model, done, tmp_path):
+    """So the embedding and the head, which are rounded to nearest, are worth more bytes; the command makes it so."""
+    made = lowbit.allocate(model, tmp_path / "x.types", types=TYPES, method="gptq", **TEXT)
+    assert made.before is not None
+    assert done.before is not None
+    assert done.before / 2 < made.before < done.before
+    assert made.cost <= made.before
+    assert "--method gptq" in made.command
+    assert f"--calib {SHORT_TEXT}" in made.command
+    assert made.made_by == "gptq"
+
+
+def test_a_recipe_holds_the_level_of_quality(model, tmp_path):
+    done = lowbit.allocate(model, tmp_path / "x.yaml", like="W4A16", types=("W3A16", "W4A16", "W8A16"), quality="good",
+                           **TEXT)  # fmt: skip
+    assert "quality: good" in done.path.read_text().splitlines()
+    assert "--calib" in done.command
+    plan = lowbit.dry_run(model, recipe=done.path, calib=SHORT_TEXT).plan
+    assert plan.settings.method == "gptq"
+    assert plan.file_bytes == done.file_bytes

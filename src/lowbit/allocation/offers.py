@@ -25,7 +25,7 @@ from lowbit.formats.gguf.mix_table import EMBEDDING, FILE_TYPES, OUTPUT
 from lowbit.numerics.ggml import TYPES
 from lowbit.plan.plan import PlannedTensor, Prepared, Request, prepare
 from lowbit.rounding.target import Target
-from lowbit.settings import MEASURE, Settings
+from lowbit.settings import MEASURE, Settings, make_settings
 
 MARK = "# lowbit allocate"  # how a file of rules or a recipe begins
 _OF_THE_CHOICE = ("scheme", "overrides", "method", "format", "calib", "samples", "seqlen", "seed")
@@ -52,11 +52,16 @@ class Offer:
 
 @dataclass(frozen=True)
 class Offers(ABC):
-    """prepared: of `settings`, from which types that are not chosen come"""
+    """
+    prepared    of `settings`, from which types that are not chosen come
+    candidates  types to choose from
+    made_by     `method` or `quality` of the run that will make the output, if one was named
+    """
 
     prepared: Prepared
     settings: Settings
     candidates: Sequence[str]
+    made_by: Mapping[str, str]
 
     @cached_property
     @abstractmethod
@@ -87,6 +92,11 @@ class Offers(ABC):
     def beside(self) -> dict[str, object]:
         """Settings that the output needs beside the choice: all that were given but the text and what is chosen."""
         return {name: value for name, value in self.settings.given.items() if name not in _OF_THE_CHOICE}
+
+    @cached_property
+    def is_calibrated(self) -> bool:
+        """True if a text decides how linears of blocks will be rounded."""
+        return make_settings(None, **self.made_by).is_blockwise
 
     @cached_property
     def fixed_bytes(self) -> int:
@@ -191,13 +201,16 @@ class GGUFOffers(Offers):
         return rules_of(mix, about)
 
     def how_to_use(self, mix: Mapping[str, str], path: Path) -> tuple[str, dict[str, object]]:
-        options = {"scheme": self.settings.scheme, "tensor_type_file": path, "imatrix": self._importance(mix)}
-        if options["imatrix"] is not None:
+        options = {"scheme": self.settings.scheme, **self.made_by, "tensor_type_file": path,
+                   "imatrix": self._importance(mix)}  # fmt: skip
+        if options["imatrix"] is not None or self.is_calibrated:
             options["calib"] = self.settings.given.get("calib")
         return "OUT.gguf", {**options, **self.beside}
 
     def _importance(self, mix: Mapping[str, str]) -> str | None:
-        """What `--imatrix` must be: MEASURE if a type of the file is of no use without one."""
+        """What `--imatrix` must be: MEASURE if a type of the file is of no use without one, and nothing calibrates."""
+        if self.is_calibrated:
+            return None
         kept = {name: tensor.stored_as for name, tensor in self._own.items()}
         types = {name: TypeChoice(kind) for name, kind in {**kept, **mix}.items()}
         return MEASURE if importance_needed(self.settings.scheme, types) else None
@@ -263,11 +276,11 @@ class FolderOffers(Offers):
 
     def text(self, mix: Mapping[str, str], about: str) -> str:
         scheme, overrides = self._recipe(mix)
-        recipe = {"scheme": scheme, **self.beside, **({"overrides": overrides} if overrides else {})}
+        recipe = {"scheme": scheme, **self.made_by, **self.beside, **({"overrides": overrides} if overrides else {})}
         return f"{about}\n{yaml.safe_dump(recipe, sort_keys=False, width=10_000)}"
 
     def how_to_use(self, mix: Mapping[str, str], path: Path) -> tuple[str, dict[str, object]]:
-        return "OUT", {"recipe": path}
+        return "OUT", {"recipe": path, "calib": self.settings.given.get("calib") if self.is_calibrated else None}
 
     def _recipe(self, mix: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """(the scheme of most weights, regex → scheme of all others)."""

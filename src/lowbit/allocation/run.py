@@ -44,6 +44,9 @@ from lowbit.text import context_length, stream_windows
 # What every kernel of llama.cpp runs fast, from few bits to many.
 GGML_CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 FOLDER_CANDIDATES = ("W4A16", "W8A16")
+CALIBRATED = (
+    0.5  # of what nearest rounding costs linears, about, is left by methods that read a text (docs/allocate.md)
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Allocation:
     file_bytes  of the weight files with these types; budget: what was allowed
     types       tensor, or fused set → type
     sizes       tensor → weights
-    cost        sum over the tensors, nats per token, rounded to nearest; before: with the scheme's own types, if that
-                was the measure
+    cost        sum over the tensors, nats per token, made by the method that was named; before: with the scheme's own
+                types, if that was the measure
+    made_by     that method, or level of quality
     command     of `lowbit quantize` that reads the file
     """
 
@@ -67,6 +71,7 @@ class Allocation:
     sizes: dict[str, int]
     cost: float
     before: float | None
+    made_by: str
     command: str
     tokens: int
     seconds: float
@@ -91,6 +96,8 @@ def allocate(
     like: str | None = None,
     target_size: int | None = None,
     types: Sequence[str] | None = None,
+    method: str | None = None,
+    quality: str | None = None,
     samples: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -107,6 +114,8 @@ def allocate(
     like         the file type or scheme whose bytes to stay within; Q4_K_M by default
     target_size  bytes of the weight files, instead of `like`
     types        to choose from: ggml types (`GGML_CANDIDATES` by default), or schemes, which make a folder
+    method       that the output will be made with, or `quality`: methods that read a text leave about half of the cost
+                 of linears, and nothing less of the embedding and head, which they round to nearest; rtn by default
     samples      windows of the text
     max_memory   bytes of hidden states that stay in memory
     settings     of `lowbit.settings.Settings`: calib, seqlen, seed; group_size and the like of a folder
@@ -119,7 +128,9 @@ def allocate(
         raise UsageError("the bytes of a file type and a size were given", "leave out --like or --target-size")
     refuse_sources([output], [Path(model)])
     refuse_existing_file(output, overwrite, _is_ours, "file that lowbit allocate wrote")
-    offers = _offers(str(model), like, target_size, types, how.options, {"samples": samples, **settings})
+    made_by = {name: value for name, value in (("method", method), ("quality", quality)) if value is not None}
+    make_settings(None, **made_by)  # refuses an unknown method
+    offers = _offers(str(model), like, target_size, types, made_by, how.options, {"samples": samples, **settings})
     prepared = offers.prepared
     try:
         budget = prepared.plan.file_bytes if target_size is None else target_size
@@ -140,7 +151,8 @@ def allocate(
         {name: offer.weights for name, offer in offers.by_name.items()},
         sum(costs[name][kind] for name, kind in mix.items()),
         sum(costs[name][kind] for name, kind in own.items()) if target_size is None else None,
-        _command(model, offers, mix, output, how.options), tokens, time.perf_counter() - began, notes,
+        method or quality or "rtn", _command(model, offers, mix, output, how.options), tokens,
+        time.perf_counter() - began, notes,
     )  # fmt: skip
 
 
@@ -150,8 +162,8 @@ def _command(model: str | Path, offers: Offers, mix: dict[str, str], file: Path,
 
 
 def _offers(
-    model: str, like: str | None, size: int | None, types: Sequence[str] | None, options: OpenOptions,
-    settings: dict[str, Any],
+    model: str, like: str | None, size: int | None, types: Sequence[str] | None, made_by: dict[str, str],
+    options: OpenOptions, settings: dict[str, Any],
 ) -> Offers:  # fmt: skip
     """The types of a GGUF file, unless a scheme of folders is named."""
     if types is not None and not types:
@@ -160,7 +172,7 @@ def _offers(
     if any(name in SCHEMES and name not in TYPES and name not in GGUF_FILE_TYPES for name in named):
         schemes = tuple(find_scheme(name).name for name in types or FOLDER_CANDIDATES)
         chosen = make_settings(None, scheme=find_scheme(like or schemes[0]).name, **settings)
-        return FolderOffers(prepare(Request(model, chosen, options, preview=True)), chosen, schemes)
+        return FolderOffers(prepare(Request(model, chosen, options, preview=True)), chosen, schemes, made_by)
     candidates = tuple(asked_type(name).name for name in types or GGML_CANDIDATES)
     file_type = find_file_type(like or _largest_within(model, size, options)).name
     measured = ("calib", "samples", "seqlen", "seed")
@@ -169,7 +181,7 @@ def _offers(
     # a method that calibrates, so that types that need an importance matrix are let through
     chosen = make_settings(None, scheme=file_type, format="gguf", method="gptq", **settings)
     prepared = prepare(Request(model, chosen, options, preview=True))
-    return GGUFOffers(prepared, chosen, candidates, model, with_own=size is None or types is None)
+    return GGUFOffers(prepared, chosen, candidates, made_by, model, with_own=size is None or types is None)
 
 
 def _largest_within(model: str, size: int | None, options: OpenOptions) -> str:
@@ -240,5 +252,6 @@ def _measure(offers: Offers, how: Running) -> tuple[Costs, int, tuple[str, ...]]
     of_source = {f"{name}.weight": math.prod(each.shape) for name, each in runner.architecture.linears.items()}
     for name, its in by_name.items():  # what several tensors are cut from counts for each in proportion
         share = offers.by_name[name].weights / sum(of_source[source] for source in its.sources)
-        costs[name] = {kind: cost * min(1.0, share) for kind, cost in costs[name].items()}
+        left = min(1.0, share) * (CALIBRATED if offers.is_calibrated else 1.0)
+        costs[name] = {kind: cost * left for kind, cost in costs[name].items()}
     return costs, text.ids.numel(), (*checkpoint.notes, *runner.notes, *text.notes)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def allocate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, Hugging Face id or demo:smollm2.")],
-    settings: Annotated[dict[str, Any], of_table(Settings, ("group_size", "calib", "seqlen", "seed"))],
+    settings: Annotated[
+        dict[str, Any], of_table(Settings, ("method", "quality", "group_size", "calib", "seqlen", "seed"))
+    ],
     how: Annotated[dict[str, Any], of_running(adapter=True)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File of rules, or recipe, to write.")] = None,
     like: Annotated[
@@ -100,8 +102,8 @@ def _most(names: list[str]) -> str:
 def _sentence(done: Allocation) -> str:
     from lowbit.measure import human_bytes
 
-    said = f"{done.path}: {human_bytes(done.file_bytes)} of {human_bytes(done.budget)}; rounded to nearest, about "
-    said += f"{done.cost:.4f} nats per token"
+    said = f"{done.path}: {human_bytes(done.file_bytes)} of {human_bytes(done.budget)}; made by {done.made_by}, "
+    said += f"about {done.cost:.4f} nats per token"
     return said if done.before is None else f"{said}, with {done.scheme}'s own types {done.before:.4f}"
 
 
@@ -112,6 +114,7 @@ def _as_json(done: Allocation) -> dict[str, Any]:
         "file_bytes": done.file_bytes,
         "budget": done.budget,
         "types": done.types,
+        "made_by": done.made_by,
         "predicted_nats": done.cost,
         "predicted_nats_of_scheme": done.before,
         "tokens": done.tokens,
