@@ -79,6 +79,11 @@ def test_a_long_run_says_a_line_a_minute_where_nobody_sees_a_bar(monkeypatch, ca
     ]
 
 
+def test_less_than_a_minute_is_said_in_seconds():
+    said = [console._duration(seconds) for seconds in (0.2, 20, 59.4, 59.5, 5399, 5400)]
+    assert said == ["0 s", "20 s", "59 s", "1 min", "90 min", "1.5 h"]
+
+
 def test_the_time_left_is_that_of_the_stage(monkeypatch, caplog):
     clock = iter([0.0, 60.0, 600.0, 660.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
@@ -89,7 +94,7 @@ def test_the_time_left_is_that_of_the_stage(monkeypatch, caplog):
             heartbeat.tell(done, total)
     assert list(dict.fromkeys(caplog.messages)) == [
         "model → out: 50 %, 1 min, about 1 min left",
-        "model → out: 0 %, 0 min",
+        "model → out: 0 %, 0 s",
         "model → out: 4 %, 1 min, about 23 min left",
     ]
 
