@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.cli import console
@@ -51,6 +52,17 @@ def test_error_messages_are_plain(lowbit, tmp_path):
     outcome = lowbit("inspect", tmp_path / "no\x1b[31m[/red]")
     assert outcome.code == 1
     assert r"no\x1b[31m[/red]" in outcome.stderr
+
+
+def test_a_line_feed_in_a_name_makes_no_line_of_its_own(lowbit, tmp_path):
+    """A tensor that would print a verdict below itself: one line stays one, in tables of names too."""
+    model = make_model(tmp_path / "m", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors") | {"x\nok    all is well": torch.ones(4, 4)}
+    save_file(tensors, model / "model.safetensors")
+    for command in ("verify", "inspect"):
+        said = lowbit(command, model).stdout
+        assert r"x\nok    all is well" in said
+        assert not [line for line in said.splitlines() if line.startswith("ok    all is")]
 
 
 def test_a_log_file_gets_messages_with_times_and_is_appended_to(lowbit, tmp_path, tiny_llama):
