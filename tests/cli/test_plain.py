@@ -91,6 +91,17 @@ def test_a_long_run_says_a_line_a_minute_where_nobody_sees_a_bar(monkeypatch, ca
     ]
 
 
+def test_nothing_is_foretold_at_the_beginning_of_a_stage_nor_at_its_end(monkeypatch, caplog):
+    clock = iter([0.0, 60.0, 120.0, 180.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    heartbeat = console._Heartbeat("evaluate x", logging.WARNING)
+    with caplog.at_level(logging.INFO, "lowbit"):
+        monkeypatch.setattr(logging.getLogger("lowbit"), "propagate", True)
+        for done, total in ((2, 2), (2, 4), (4, 4)):
+            heartbeat.tell(done, total)
+    assert list(dict.fromkeys(caplog.messages)) == ["evaluate x: 100 %, 1 min", "evaluate x: 50 %, 0 s"]
+
+
 def test_less_than_a_minute_is_said_in_seconds():
     said = [console._duration(seconds) for seconds in (0.2, 20, 59.4, 59.5, 5399, 5400)]
     assert said == ["0 s", "20 s", "59 s", "1 min", "90 min", "1.5 h"]
