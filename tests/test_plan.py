@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from lowbit.errors import ArchitectureError, CheckpointError, ShapeError, UsageError
 from lowbit.plan.plan import Request, prepare
 from lowbit.settings import make_settings
@@ -162,3 +163,18 @@ def test_blocks_that_a_fused_set_would_cut_leave_the_set_alone(tmp_path):
     for leaf in "qkv":
         assert "cut a block" in tensors[f"model.layers.0.self_attn.{leaf}_proj.weight"].reason
     assert tensors["model.layers.0.mlp.gate_proj.weight"].scheme.name == "FP8_BLOCK"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "hint"),
+    [
+        ({"scheme": "FP8_BLOCK"}, "groups of 128, which do not divide 72 in_features", "another scheme"),
+        ({"scheme": "W4A16", "ignore": (".*",)}, r"matches --ignore \.\*", "loosen --ignore"),
+    ],
+)
+def test_a_plan_that_quantizes_nothing_says_why(tmp_path, asked, said, hint):
+    sizes = {"hidden_size": 72, "intermediate_size": 90, "num_attention_heads": 3, "head_dim": 24}
+    model = make_model(tmp_path / "model", num_key_value_heads=3, **sizes)
+    with pytest.raises(ArchitectureError, match=f"no linear is left to quantize: .*{said}") as caught:
+        lowbit.dry_run(model, **asked)
+    assert hint in (caught.value.hint or "")

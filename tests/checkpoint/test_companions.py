@@ -45,13 +45,13 @@ def test_a_damaged_file_is_refused_by_name(folder, name, text, said):
 
 def test_what_is_no_file_is_refused(folder):
     (folder / "tokenizer.model").mkdir()
-    assert "tokenizer.model: is no regular file" in refusal(folder)
+    assert "tokenizer.model is a folder, and a file is needed" in refusal(folder)
     (folder / "tokenizer.model").rmdir()
     os.mkfifo(folder / "generation_config2.json")
     assert any("generation_config2.json, no regular file" in note for note in check_companions(folder, "model"))
     (folder / "generation_config.json").unlink()
     os.mkfifo(folder / "generation_config.json")
-    assert "generation_config.json: is no regular file" in refusal(folder)
+    assert "generation_config.json is a pipe, and a file is needed" in refusal(folder)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").symlink_to("gone.json")
     assert "a link to gone.json, which is not there" in refusal(folder)

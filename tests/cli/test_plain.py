@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.cli import console
@@ -53,6 +54,17 @@ def test_error_messages_are_plain(lowbit, tmp_path):
     assert r"no\x1b[31m[/red]" in outcome.stderr
 
 
+def test_a_line_feed_in_a_name_makes_no_line_of_its_own(lowbit, tmp_path):
+    """A tensor that would print a verdict below itself: one line stays one, in tables of names too."""
+    model = make_model(tmp_path / "m", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors") | {"x\nok    all is well": torch.ones(4, 4)}
+    save_file(tensors, model / "model.safetensors")
+    for command in ("verify", "inspect"):
+        said = lowbit(command, model).stdout
+        assert r"x\nok    all is well" in said
+        assert not [line for line in said.splitlines() if line.startswith("ok    all is")]
+
+
 def test_a_log_file_gets_messages_with_times_and_is_appended_to(lowbit, tmp_path, tiny_llama):
     log = tmp_path / "run.log"
     (tmp_path / ".out.lowbit-work").mkdir()
@@ -79,6 +91,22 @@ def test_a_long_run_says_a_line_a_minute_where_nobody_sees_a_bar(monkeypatch, ca
     ]
 
 
+def test_nothing_is_foretold_at_the_beginning_of_a_stage_nor_at_its_end(monkeypatch, caplog):
+    clock = iter([0.0, 60.0, 120.0, 180.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    heartbeat = console._Heartbeat("evaluate x", logging.WARNING)
+    with caplog.at_level(logging.INFO, "lowbit"):
+        monkeypatch.setattr(logging.getLogger("lowbit"), "propagate", True)
+        for done, total in ((2, 2), (2, 4), (4, 4)):
+            heartbeat.tell(done, total)
+    assert list(dict.fromkeys(caplog.messages)) == ["evaluate x: 100 %, 1 min", "evaluate x: 50 %, 0 s"]
+
+
+def test_less_than_a_minute_is_said_in_seconds():
+    said = [console._duration(seconds) for seconds in (0.2, 20, 59.4, 59.5, 5399, 5400)]
+    assert said == ["0 s", "20 s", "59 s", "1 min", "90 min", "1.5 h"]
+
+
 def test_the_time_left_is_that_of_the_stage(monkeypatch, caplog):
     clock = iter([0.0, 60.0, 600.0, 660.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
@@ -89,7 +117,7 @@ def test_the_time_left_is_that_of_the_stage(monkeypatch, caplog):
             heartbeat.tell(done, total)
     assert list(dict.fromkeys(caplog.messages)) == [
         "model → out: 50 %, 1 min, about 1 min left",
-        "model → out: 0 %, 0 min",
+        "model → out: 0 %, 0 s",
         "model → out: 4 %, 1 min, about 23 min left",
     ]
 

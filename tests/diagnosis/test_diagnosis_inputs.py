@@ -84,7 +84,8 @@ def test_the_effective_rank_is_in_the_summary_where_a_hessian_was_measured():
 def test_too_few_tokens_for_the_channels_are_said():
     assert coverage_notes(4 * 1536, 1536) == []
     (note,) = coverage_notes(4 * 1536 - 1, 1536)
-    assert note.startswith("6,143 tokens of calibration text for inputs of 1,536 channels: a Hessian takes 6,144")
+    assert note.startswith("6,143 tokens of calibration text are few for inputs of 1,536 channels, whose statistics")
+    assert "take 6,144: give more" in note
 
 
 def test_statistics_of_another_model_are_refused():

@@ -33,7 +33,13 @@ def test_four_bit_integer_activations_are_sound_files_that_no_kernel_runs(scheme
 def test_without_a_source_comparisons_are_named_as_unchecked(good):
     verification = verify(good("W4A16"))
     assert verification.ok
-    assert set(verification.unchecked) == {"checksums", "nearest-codes", "relative-error", "unquantized"}
+    assert set(verification.unchecked) == {
+        "checksums",
+        "same-computation",
+        "nearest-codes",
+        "relative-error",
+        "unquantized",
+    }
     assert "no source" in verification.unchecked["relative-error"]
 
 

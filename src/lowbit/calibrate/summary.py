@@ -111,8 +111,8 @@ def coverage_notes(tokens: int, widest: int) -> list[str]:
     if tokens >= needed:
         return []
     return [
-        f"{tokens:,} tokens of calibration text for inputs of {widest:,} channels: a Hessian takes {needed:,}, give "
-        f"more or longer windows (--samples, --seqlen)"
+        f"{tokens:,} tokens of calibration text are few for inputs of {widest:,} channels, whose statistics take "
+        f"{needed:,}: give more or longer windows (--samples, --seqlen)"
     ]
 
 

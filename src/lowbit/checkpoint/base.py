@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import CheckpointError, UnsafeError
-from lowbit.files.regular import read_regular
+from lowbit.files.regular import kind_of, read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +293,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path}: is no regular file")
+            raise CheckpointError(f"{path} is {kind_of(path.stat().st_mode)}, and a file is needed")
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.base import REPORT_NAME, read_json_object, refuse_half_pairs
 from lowbit.errors import CheckpointError
+from lowbit.files.regular import kind_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,7 +83,7 @@ def refuse_odd_file(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there", _MEND)
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file", _MEND)
+        raise CheckpointError(f"{path} is {kind_of(path.stat().st_mode)}, and a file is needed", _MEND)
     if path.exists() and not os.access(path, os.R_OK):
         raise CheckpointError(f"{path}: cannot be read (permission denied)", "make it readable")
 

@@ -57,7 +57,7 @@ def allocate(
     make_settings(None, samples=samples, **settings)  # refuses invalid numbers of windows and tokens
     chosen = {} if types is None else {"types": [name for name in types.replace(",", " ").split() if name]}
     return_freed_memory()
-    with window_progress("windows × blocks", quiet=json) as update:
+    with window_progress(f"allocate for {model}: windows × blocks", quiet=json) as update:
         done = lowbit.allocate(
             model, output, like=like, target_size=None if target_size is None else parse_bytes(target_size), **chosen,
             samples=samples, **settings, **how, max_memory=parse_bytes(max_memory), overwrite=overwrite,

@@ -42,7 +42,7 @@ def bench(
     from lowbit.measure import human_bytes
     from lowbit.reporting import add_bench
 
-    with window_progress("loads", quiet=json) as progress:
+    with window_progress("bench: loads", quiet=json) as progress:
         found = run(
             model, engine=engine, url=url, contexts=numbers("--context", context), batches=numbers("--batch", batch),
             tokens=tokens, repeats=repeats, warmups=warmups, threads=threads, device=device, dtype=dtype, seed=seed,

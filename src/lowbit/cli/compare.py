@@ -102,7 +102,7 @@ def compare(
     if output is not None:
         refuse_existing_document(output, overwrite, PAGE_MARK)
     return_freed_memory()
-    with window_progress("windows", quiet=json) as update:
+    with window_progress("compare: windows", quiet=json) as update:
         comparison = run(models, samples=samples, fresh=fresh, **how,
                          progress=lambda model, done, total: update(done, total))  # fmt: skip
     if output is not None:
@@ -159,7 +159,7 @@ def _blind(
     if output is not None:
         refuse_existing_document(output, overwrite, PAGE_MARK)
     return_freed_memory()
-    with window_progress("answers", quiet=json) as progress:
+    with window_progress("compare: answers", quiet=json) as progress:
         found = compare_blind(first, second, **given, progress=progress, **how)
     if output is not None:
         write_text(render_blind(found), output, replaces=overwrite)

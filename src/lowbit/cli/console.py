@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ProgressCallback = Callable[[str, int, int], None]
 HEARTBEAT = 60.0  # seconds between two lines of progress where nobody sees a bar
+SOON = 5.0  # seconds into a stage before which nothing is foretold
 _LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _log = logging.getLogger("lowbit")
 
@@ -118,11 +119,14 @@ class _Heartbeat:
         if now - self.last < HEARTBEAT or not total:
             return
         self.last, spent = now, now - self.began
-        left = f", about {_duration(spent * (total - done) / done)} left" if 100 * done >= total else ""
+        known = total <= 100 * done < 100 * total and spent >= SOON
+        left = f", about {_duration(spent * (total - done) / done)} left" if known else ""
         _log.log(self.level, "%s: %.0f %%, %s%s", self.title, 100 * done / total, _duration(spent), left)
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 

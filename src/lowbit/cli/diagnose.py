@@ -42,7 +42,7 @@ def diagnose(
     if output is not None:
         refuse_existing_document(output, overwrite, DIAGNOSIS_MARK)
     return_freed_memory()
-    with window_progress("diagnosis", quiet=json) as update:
+    with window_progress(f"diagnose {quantized}", quiet=json) as update:
         diagnosis = run(quantized, budget=budget, reverse=reverse, **how,
                         progress=lambda what, done, total: update(done, total))  # fmt: skip
     document = diagnosis.model_dump(mode="json")

@@ -89,7 +89,7 @@ def evaluate(
         return
     _refuse_task_options(task_items, task_seed, url, chat_template)
     reported = not no_report and report_path(Path(quantized)).is_file()
-    with window_progress("windows", quiet=json) as progress:
+    with window_progress(f"evaluate {quantized}: windows", quiet=json) as progress:
         evaluations = run(
             quantized, activations=activations.value, samples=_SAMPLES if samples is None else samples,
             progress=progress, **how,
@@ -122,7 +122,7 @@ def _evaluate_cache(
     window, _ = how.pop("window_tokens"), how.pop("reference")
     contexts = (window,) if context is None else parse_contexts(context)
     rounded = "auto" if activations is ActivationsOption.auto else "none"
-    with window_progress("windows", quiet=json) as progress:
+    with window_progress(f"evaluate {model}: windows", quiet=json) as progress:
         rows = evaluate_kv_cache(
             model, types, contexts=contexts, by_layer=by_layer, activations=rounded, progress=progress, **how
         )
@@ -178,7 +178,7 @@ def _run_tasks(
     if unread:
         flag = "--" + unread[0].replace("_", "-")
         raise UsageError(f"{flag} is of a text, and --tasks reads none", f"leave {flag} or --tasks out")
-    with window_progress("items", quiet=json) as progress:
+    with window_progress(f"evaluate {quantized}: items", quiet=json) as progress:
         found = evaluate_tasks(quantized, tasks=names, activations=activations, progress=progress, **how)  # type: ignore[arg-type]
     if not no_report and found.reference is not None and add_tasks(Path(quantized), found) is not None and not json:
         say(f"added to {report_path(Path(quantized), HTML_NAME)}")

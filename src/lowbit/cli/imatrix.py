@@ -58,7 +58,7 @@ def imatrix(
 
     make_settings(None, **settings)  # refuses invalid numbers of windows and tokens
     return_freed_memory()
-    with window_progress("windows × blocks", quiet=json) as update:
+    with window_progress(f"imatrix of {model}: windows × blocks", quiet=json) as update:
         done = lowbit.imatrix(
             model, output, **settings, process_output=process_output, merge_with=merge or (),
             form=format.value, max_memory=parse_bytes(max_memory), overwrite=overwrite, **how,

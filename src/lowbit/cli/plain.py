@@ -7,6 +7,7 @@ that turn the direction of writing. They are shown as what they are: \\x1b, \\n,
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 _KEPT = "\n\t"
@@ -27,16 +28,16 @@ def one_line(text: str) -> str:
 
 
 def plain_table(table: Any) -> Any:
-    """A rich table, its title, caption and cells plain."""
+    """A rich table, its title, caption and cells plain; in columns that do not wrap, of names, each in one line."""
     table.title, table.caption = (_plain_cell(each) for each in (table.title, table.caption))
     for column in table.columns:
         column.header = _plain_cell(column.header)
-        column._cells = [_plain_cell(cell) for cell in column._cells]
+        column._cells = [_plain_cell(cell, one_line if column.no_wrap else plain) for cell in column._cells]
     return table
 
 
-def _plain_cell(cell: Any) -> Any:
-    return plain(cell) if isinstance(cell, str) else cell
+def _plain_cell(cell: Any, shown: Callable[[str], str] = plain) -> Any:
+    return shown(cell) if isinstance(cell, str) else cell
 
 
 def _obeyed(char: str) -> bool:

@@ -167,6 +167,7 @@ def summary(report: Any, path: Path) -> Any:
     worst = max(quantized, key=lambda tensor: tensor.relative_error or 0.0, default=None)
     what = "matrices" if report.output.format == "gguf" else "linears"
     searched = "" if report.settings.range == "none" else f", range {report.settings.range}"
+    said = report.settings.calibration.notes if report.settings.calibration else ()
     in_worst = f"; worst error {100 * (worst.relative_error or 0):.2f} % in {worst.name}" if worst else ""
     rows = {
         "scheme": f"{report.settings.scheme}, {report.settings.method}{searched}",
@@ -180,7 +181,7 @@ def summary(report: Any, path: Path) -> Any:
         "quantized": f"{len(quantized)} {what}{in_worst}",
         "left in 16 bits": ", ".join(t.name for t in left_alone[:4]) + (" …" if len(left_alone) > 4 else "") or "none",
         "adapted": _adapted(quantized, what),
-        "notes": "; ".join(report.source.notes),
+        "notes": "; ".join(note for note in report.source.notes if note not in said),
         "verified": verdict(report.verification, details=True),
         "time, memory": f"{totals.seconds:.1f} s, peak {human_bytes(totals.peak_memory_bytes)}",
         "report": str(report_path(path, HTML_NAME)),

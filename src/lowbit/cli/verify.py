@@ -9,6 +9,7 @@ import typer
 
 from lowbit.cli.console import echo
 from lowbit.cli.options import of_trust
+from lowbit.cli.plain import one_line
 from lowbit.errors import UsageError
 from lowbit.registry import ENGINES
 
@@ -91,9 +92,9 @@ def _print(verification: Verification) -> None:
     """One rule a line; the word, not a colour, says how it went."""
     width = max(len(rule) for rule in [*(check.rule for check in verification.checks), *verification.unchecked])
     for check in verification.checks:
-        echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {check.detail}")
+        echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.rule:{width}}  {one_line(check.detail)}")
     for rule, reason in verification.unchecked.items():
-        echo(f"--    {rule:{width}}  not checked: {reason}")
+        echo(f"--    {rule:{width}}  not checked: {one_line(reason)}")
 
 
 def _list_rules(engine: str | None, format: str | None, json: bool) -> None:

@@ -47,8 +47,14 @@ def refuse_irregular(folder: Path) -> None:
 
 
 def _refuse(path: Path, mode: int) -> None:
-    if stat.S_ISREG(mode):
-        return
-    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
-    kind = next((name for name, test in kinds.items() if test(mode)), "no regular file")
-    raise CheckpointError(f"{path} is {kind}, and a file is needed", "give a file; copy what a pipe carries into one")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(
+            f"{path} is {kind_of(mode)}, and a file is needed", "give a file; copy what a pipe carries into one"
+        )
+
+
+def kind_of(mode: int) -> str:
+    """What a path is by its `st_mode`: "a folder", "a pipe" …"""
+    kinds = {"a file": stat.S_ISREG, "a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK,
+             "a device": stat.S_ISCHR}  # fmt: skip
+    return next((name for name, test in kinds.items() if test(mode)), "no regular file")

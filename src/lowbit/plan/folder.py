@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -433,7 +434,17 @@ def _check_overrides(plan: FolderPlan) -> None:
             raise UsageError(f"--override asks to quantize {linear}, which is tied to {plan.described.tied[tied]}",
                              "a tied output layer is the embedding, which stays in 16 bits")  # fmt: skip
     if not plan.quantized:
-        raise ArchitectureError("no linear is left to quantize", "loosen --ignore")
+        _refuse_nothing(plan)
+
+
+def _refuse_nothing(plan: FolderPlan) -> None:
+    """ArchitectureError for a plan that quantizes no linear, by what kept most of them in 16 bits."""
+    kept = [tensor for tensor in plan.tensors if tensor.linear is not None and tensor.linear.block is not None]
+    reasons = Counter(tensor.reason for tensor in kept if tensor.reason)
+    why = "".join(f": {reason} ({count} linears)" for reason, count in reasons.most_common(1))
+    unfit = any(tensor.unfit for tensor in kept)
+    hint = "choose another scheme, or another --group-size where the scheme has groups" if unfit else "loosen --ignore"
+    raise ArchitectureError(f"no linear is left to quantize{why}", hint)
 
 
 def _check_one_scheme(plan: FolderPlan, sets: dict[str, tuple[str, ...]], why: str) -> None:

@@ -9,7 +9,7 @@ vllm/model_executor/layers/quantization, sglang/srt/layers/quantization, transfo
 from __future__ import annotations
 
 from lowbit.registry import ENGINES, FORMATS, load
-from lowbit.verification import files, layers, tensors
+from lowbit.verification import configuration, files, layers, tensors
 from lowbit.verification.result import ALL, GGUF_FILES, QUANTIZED, STAGES, Rule, loading_of
 
 _OURS = "our own: what no format allows"
@@ -60,6 +60,8 @@ COMMON: tuple[Rule, ...] = (
          "QuantizationMethods of __init__.py (vLLM), BASE_QUANTIZATION_METHODS of __init__.py (SGLang), "
          "AUTO_QUANTIZATION_CONFIG_MAPPING of quantizers/auto.py (transformers), load_hf_quant_config of "
          "_torch/model_config.py (TensorRT-LLM)", limit=True),
+    Rule("same-computation", "values", ALL, "config.json states the computation of the source",
+         configuration.check_same_computation, "our own: no weight shows another rope_theta", needs_source=True),
     Rule("activation-scales", "values", _SCALED, "static activation scales are finite and positive",
          tensors.check_activation_scales, _OURS),
     Rule("scales", "values", QUANTIZED, "no scale is NaN, infinite, negative or wrongly zero", tensors.check_scales,

@@ -23,6 +23,7 @@ from lowbit.formats.gguf.mmproj.rules import RULES as TOWER_RULES
 from lowbit.formats.gguf.names import missing_tokens
 from lowbit.formats.gguf.nearest_codes import check_nearest
 from lowbit.formats.gguf.stated_shapes import denied_shape, named_pattern
+from lowbit.formats.gguf.stated_values import check_same_computation
 from lowbit.formats.gguf.table import DERIVED, ROWS
 from lowbit.formats.gguf.tokenizer import NO_TOKENIZER
 from lowbit.formats.gguf.weight_scales import applies_scale, why_not_applied
@@ -239,6 +240,8 @@ RULES: tuple[Rule, ...] = (
          "llama_vocab::impl::load of llama-vocab.cpp: token_to_id.at"),
     Rule("gguf-text", "limits", (GGUF,), "there is a tokenizer, which llama.cpp's programs need", check_text,
          "GGML_ASSERT(type != LLAMA_VOCAB_TYPE_NONE) of token_to_piece, llama-vocab.cpp", limit=True),
+    Rule("gguf-key-values", "values", GGUF_FILES, "key-values state the computation of the source",
+         check_same_computation, "our own: no weight shows another rope_theta", needs_source=True),
     Rule("gguf-finite", "values", GGUF_FILES, "no weight is NaN or inf", check_finite,
          "ggml_validate_row_data (--check-tensors)"),
     Rule("gguf-weights", "values", GGUF_FILES, "every tensor is as near to its source as its bits allow", check_weights,

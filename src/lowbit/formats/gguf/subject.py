@@ -81,6 +81,11 @@ class GGUFSubject(Verified):
         assert self.source is not None
         return describe_checkpoint(self.source, split_experts=True)
 
+    @property
+    def source_is_mapped(self) -> bool:
+        """True if the source is a model whose names and config.json a GGUF file follows from; False for a GGUF file."""
+        return self.source is not None and self.source.kind != "gguf"
+
     def type_of(self, name: str) -> str:
         return self._types.get(name, "F32")
 
