@@ -120,7 +120,7 @@ class BlockPasses:
                 if weights is not None:
                     statistics.weights = partial(weights.of, batch=batch)
                 compared = keeper is not None and batch.start < self._streams.compared
-                if compared:
+                if compared and keeper is not None:
                     keeper.inputs.clear()
                     if stage.end is not None and stage.child in self._added:
                         statistics.lost = partial(self._lost, stage.child, batch, self._input_lost(batch))
