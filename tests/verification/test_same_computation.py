@@ -13,7 +13,7 @@ from breaking import failures
 
 import lowbit
 from lowbit.formats.gguf.raw import open_raw_gguf
-from models import make_model
+from models import SHORT_TEXT, make_model
 
 RULE, GGUF_RULE = "same-computation", "gguf-key-values"
 ROPE = {"rope_theta": 777.0, "rope_type": "default"}
@@ -108,3 +108,17 @@ def test_a_folder_made_of_a_gguf_file_and_the_model_of_that_file_state_the_same(
     out = lowbit.quantize(path, tmp_path / "out", scheme="W8A16", group_size=32).path
     assert RULE not in failures(out, reference=original)
     assert RULE not in failures(out, reference=path)
+
+
+@pytest.mark.parametrize("method", ["hadamard", "smoothquant", "awq"])
+def test_weights_that_a_transform_rewrote_are_not_compared(models, tmp_path, method):
+    """They are not the source's; its computation still is, and is compared."""
+    scheme = "W8A8" if method == "smoothquant" else "W4A16"
+    lowbit.quantize(models("llama"), tmp_path / "out", scheme=scheme, method=method, calib=SHORT_TEXT, samples=2,
+                    seqlen=32, **({} if scheme == "W8A8" else {"group_size": 32}))  # fmt: skip
+    found = lowbit.verify(tmp_path / "out", reference=models("llama"))
+    assert found.ok
+    for rule in ("relative-error", "unquantized"):
+        assert found.unchecked[rule] == f"{method} rewrote weights, which are not the source's any more"
+    restate(tmp_path / "out", rms_norm_eps=0.5)
+    assert set(failures(tmp_path / "out", reference=models("llama"))) == {RULE}

@@ -82,7 +82,7 @@ def verify(
 
     Raises UsageError for an unknown engine or a path that is no folder; problems of the files are in the result.
     """
-    from lowbit.verification.subject import Subject, rounded_to_nearest
+    from lowbit.verification.subject import Subject, rewritten_by, rounded_to_nearest
 
     if reference is not None:
         if source is not None:
@@ -108,10 +108,10 @@ def verify(
     if reads_gguf:
         if not folder.is_file():
             raise UsageError(f"{folder}: there is no such file", "give a GGUF file; of a split one, its first part")
-        return _checked(load(FORMATS[GGUF].inspect or "")(**given))
+        return _checked(load(FORMATS[GGUF].inspect or "")(**given), rewritten_by(folder))
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give the folder that `lowbit quantize` wrote")
-    return _checked(Subject(**given, options=options))
+    return _checked(Subject(**given, options=options), rewritten_by(folder))
 
 
 def _place_of(path: Path) -> Path:
@@ -142,8 +142,11 @@ def _stated_format(folder: Path) -> str:
     return method if isinstance(method, str) else ""
 
 
-def _checked(subject: Verified) -> Verification:
-    """Check the engine's rules for the format; for an unknown format, the rules for all quantized formats."""
+def _checked(subject: Verified, rewritten: str) -> Verification:
+    """Check the engine's rules for the format; for an unknown format, the rules for all quantized formats.
+
+    rewritten  what changed weights beside rounding, whose weights are not the source's; "" for nothing
+    """
     checks: list[Check] = []
     unchecked: dict[str, str] = {}
     failed_gate = ""
@@ -155,6 +158,8 @@ def _checked(subject: Verified) -> Verification:
             reason = failed_gate
             if rule.needs_source and subject.source is None:
                 reason = reason or "no source was given to compare with"
+            elif rule.compares_weights and rewritten:
+                reason = reason or f"{rewritten} rewrote weights, which are not the source's any more"
             elif rule.needs_nearest and not subject.nearest:
                 reason = reason or "nothing says that all codes were rounded to nearest, from this source"
             elif rule.needs_checksums and not subject.checksums:

@@ -55,7 +55,8 @@ class Rule:
     limit         True if it is about kernels or loaders of the engine, not about the files: a checkpoint that fails it
                   is sound, and other engines (or cards) may run it
     reads_values  True if it looks at stored numbers, which a plan does not have yet
-    needs_source  True if it compares with the original weights
+    needs_source  True if it compares with the original model
+    compares_weights  True if it compares weights with the original's, which a method may have rewritten
     needs_nearest True if it applies only to codes rounded to nearest
     needs_checksums True if it compares with the checksums of the report
     then          what comes of a failure; None: "misreads" for values, "refuses" for all others
@@ -71,6 +72,7 @@ class Rule:
     limit: bool = False
     reads_values: bool = False
     needs_source: bool = False
+    compares_weights: bool = False
     needs_nearest: bool = False
     needs_checksums: bool = False
     then: Outcome | None = None

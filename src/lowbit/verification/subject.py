@@ -39,6 +39,7 @@ from lowbit.checkpoint.quantized import (
 from lowbit.checkpoint.safetensors import SafetensorsCheckpoint
 from lowbit.checkpoint.stated import refuse_absurd
 from lowbit.errors import CheckpointError, LowbitError
+from lowbit.methods import parse_method
 from lowbit.schemes import Scheme
 from lowbit.verification.checksums import kept_checksums, stated_errors
 from lowbit.verification.result import PLAIN, Loading, loading_of
@@ -302,6 +303,18 @@ _QUANTIZED_LEAVES = (
 
 # `Checkpoint.kind` of models whose weights nothing has rounded.
 _FLOAT_KINDS = {"safetensors", "pickle", IN_MEMORY}
+
+
+def rewritten_by(output: Path) -> str:
+    """The parts of the method of an output's report that changed weights before or after they were rounded, joined by
+    +: transforms, and distillation; "" where there are none, or no report says so."""
+    path = report_path(output)
+    try:
+        report: Any = read_json_object(path) if path.is_file() else {}
+        method = parse_method(report["settings"]["method"])
+    except (LowbitError, KeyError, TypeError, AttributeError):
+        return ""
+    return "+".join([*(each.name for each in method.transforms), *([] if method.finish is None else ["distill"])])
 
 
 def rounded_to_nearest(output: Path, source: Checkpoint | None, options: OpenOptions) -> bool:

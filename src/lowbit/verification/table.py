@@ -71,9 +71,10 @@ COMMON: tuple[Rule, ...] = (
     Rule("nearest-codes", "values", QUANTIZED, "every code is the nearest one to the source's weight",
          tensors.check_nearest, "our own: round to nearest", needs_source=True, needs_nearest=True),
     Rule("relative-error", "values", ALL, "decoded weights are the source's within a bound by bits",
-         tensors.check_relative_error, "our own: foreign weights are √2 apart", needs_source=True),
+         tensors.check_relative_error, "our own: foreign weights are √2 apart", needs_source=True,
+         compares_weights=True),
     Rule("unquantized", "values", ALL, "unquantized tensors equal the source's", tensors.check_unquantized,
-         "our own: they are copied", needs_source=True),
+         "our own: they are copied", needs_source=True, compares_weights=True),
 )  # fmt: skip
 
 

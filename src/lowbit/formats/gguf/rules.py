@@ -245,7 +245,7 @@ RULES: tuple[Rule, ...] = (
     Rule("gguf-finite", "values", GGUF_FILES, "no weight is NaN or inf", check_finite,
          "ggml_validate_row_data (--check-tensors)"),
     Rule("gguf-weights", "values", GGUF_FILES, "every tensor is as near to its source as its bits allow", check_weights,
-         "our own: what no format allows", needs_source=True),
+         "our own: what no format allows", needs_source=True, compares_weights=True),
     Rule("gguf-nearest-codes", "values", (GGUF,), "every code is the nearest one to the source's weight", check_nearest,
          "our own: round to nearest", needs_source=True, needs_nearest=True),
     *TOWER_RULES,
