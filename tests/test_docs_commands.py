@@ -53,6 +53,7 @@ STANDS_FOR = {
 SMALLER = {
     "quantize": "--samples 4 --seqlen 32",  # where it reads a text
     "imatrix": "--samples 4 --seqlen 32",
+    "allocate": "--samples 2 --seqlen 32",
     "refine": "--samples 12 --seqlen 48 --expert-tokens 8 --windows 2 --window-tokens 32",
     "finetune": "--windows 4 --window-tokens 32",
     "evaluate": "--windows 2 --window-tokens 32 --samples 1",
@@ -67,7 +68,7 @@ SMALLER = {
 }
 # The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
 SHORT = {
-    "quantize": "--calib", "imatrix": "--calib", "refine": "--calib", "finetune": "--data", "evaluate": "--text",
+    "quantize": "--calib", "imatrix": "--calib", "allocate": "--calib", "refine": "--calib", "finetune": "--data", "evaluate": "--text",
     "compare": "--text", "diagnose": "--text",
 }  # fmt: skip
 WITHOUT_TEXT = ("evaluate --tasks", "compare --blind")
@@ -77,7 +78,7 @@ SMALLER_WITH = {"sign-sgd": "--iterations 2"}
 ONLY_PARSED: dict[str, str] = {
     "lowbit bench OUT --engine vllm": "the suite has no vLLM",
     'lowbit generate smollm2-W4A16 -p "The sky is blue because" --raw --max-tokens 8 --kv-cache': "heads of 32 values",
-    "lowbit quantize MODEL -o OUT --scheme W4A4 --method hadamard": "its text is the reader's",
+    "lowbit quantize MODEL -o OUT --scheme W4A4_GROUP --group-size 64 --method hadamard": "its text is the reader's",
     "lowbit bench OUT --url": "nothing is served",
     "lowbit evaluate OUT --tasks all --url": "nothing is served",
     "lowbit compare demo:smollm2 smollm2-W4A16 --blind --judge": "nothing is served",
@@ -119,7 +120,7 @@ class Bench:
                     words += [SHORT[words[0]], SHORT_TEXT]
             words += [more for word, options in SMALLER_WITH.items() if word in words for more in options.split()]
         output = output_of(line)
-        making = ("quantize", "convert", "refine", "finetune", "imatrix")
+        making = ("quantize", "convert", "refine", "finetune", "imatrix", "allocate")
         if words[0] in making and output and (self.folder / output).exists():
             words.append("--overwrite")
         result = CliRunner().invoke(app, words)

@@ -77,7 +77,8 @@ def _are_same(key: str, mine: Any, other: Any) -> bool:
         return bool(mine == other)
     if np.ndim(mine) != np.ndim(other):  # one number for every block, or one per block
         return _is_all(mine, other) if np.ndim(mine) else _is_all(other, mine)
-    return np.shape(mine) == np.shape(other) and np.array_equal(_as_stored(mine), _as_stored(other), equal_nan=True)
+    one, two = _as_stored(mine), _as_stored(other)
+    return one.shape == two.shape and np.array_equal(one, two, equal_nan=one.dtype.kind == two.dtype.kind == "f")
 
 
 def _is_all(value: Any, one: Any) -> bool:
