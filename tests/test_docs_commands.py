@@ -68,8 +68,8 @@ SMALLER = {
 }
 # The option of a command's text, where the line has none: the packaged text takes a second to tokenize.
 SHORT = {
-    "quantize": "--calib", "imatrix": "--calib", "allocate": "--calib", "refine": "--calib", "finetune": "--data", "evaluate": "--text",
-    "compare": "--text", "diagnose": "--text",
+    "quantize": "--calib", "imatrix": "--calib", "allocate": "--calib", "refine": "--calib", "finetune": "--data",
+    "evaluate": "--text", "compare": "--text", "diagnose": "--text",
 }  # fmt: skip
 WITHOUT_TEXT = ("evaluate --tasks", "compare --blind")
 # More options at the end, for lines with a word.
