@@ -307,14 +307,17 @@ _FLOAT_KINDS = {"safetensors", "pickle", IN_MEMORY}
 
 def rewritten_by(output: Path) -> str:
     """The parts of the method of an output's report that changed weights before or after they were rounded, joined by
-    +: transforms, and distillation; "" where there are none, or no report says so."""
+    +: transforms, and distillation; "" where there are none, or no report says so. Without rotations by the engine:
+    config.json states these, and they are taken back.
+    """
     path = report_path(output)
     try:
         report: Any = read_json_object(path) if path.is_file() else {}
         method = parse_method(report["settings"]["method"])
     except (LowbitError, KeyError, TypeError, AttributeError):
         return ""
-    return "+".join([*(each.name for each in method.transforms), *([] if method.finish is None else ["distill"])])
+    rewriting = [each.name for each in method.transforms if each.online is None]
+    return "+".join([*rewriting, *([] if method.finish is None else ["distill"])])
 
 
 def rounded_to_nearest(output: Path, source: Checkpoint | None, options: OpenOptions) -> bool:
