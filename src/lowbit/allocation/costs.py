@@ -13,9 +13,8 @@ the curvature is the Fisher information (as in `calibrate.gradients`, from where
 Products of gradients at different tokens are left out: their mean is zero but for tokens that read each other. A token
 counts for one nat at most, because beyond that the second order no longer holds: for the few tokens of massive
 activations (Sun et al. 2024, arXiv 2402.17762), the first of a text among them, it gives hundreds of nats where the
-model loses nearly nothing, and they would decide for all others. Weights
-are rounded to nearest, with the squared inputs of the same text as importance. The costs of all tensors are added up
-as if errors were independent; at few bits the sum exceeds what is measured, for all mixes alike.
+model loses nearly nothing, and they would decide for all others. Weights are rounded to nearest, with the squared
+inputs of the same text as importance. The costs of all tensors are added up as if errors were independent.
 
 Memory: one block, its inputs and gradients for all windows, and the inputs of all blocks, in a file above the bound.
 """
@@ -23,7 +22,6 @@ Memory: one block, its inputs and gradients for all windows, and the inputs of a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -32,12 +30,13 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from lowbit.architecture.structure import Linear
-from lowbit.calibrate.block_modules import BlockInput, observed
+from lowbit.calibrate.block_modules import observed
 from lowbit.calibrate.blocks import BlockRunner, batches_of
-from lowbit.calibrate.gradients import Tick, back_through_head, inputs_of_blocks
+from lowbit.calibrate.gradients import Tick, back_through_head, inputs_of_blocks, slopes_through
 from lowbit.calibrate.tensors import OverlaidCheckpoint, Replacement
 from lowbit.checkpoint.base import Checkpoint
 from lowbit.errors import ArchitectureError, NonFiniteError
+from lowbit.formats.gguf.imatrix import SquaredSums
 
 PASSES = 3  # windows through each block, for the progress bar
 _CAP = 1.0  # nats that a token counts for at most
@@ -79,11 +78,10 @@ class Tensors:
 
 @dataclass
 class _Seen:
-    """What one linear read and the gradient of what it gave, batch by batch; calls of the last batch."""
+    """What one linear read and the gradient of what it gave, batch by batch."""
 
     inputs: list[Tensor] = field(default_factory=list)
     slopes: list[Tensor] = field(default_factory=list)
-    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def measure_costs(
@@ -108,14 +106,13 @@ def measure_costs(
         inputs = inputs_of_blocks(runner, ids, states, memory, tick)
         gradient = states.values  # from back_through_head on, ∂ℓ/∂(what they hold)
         if tensors.head is not None:
-            _add(costs[tensors.head.name], _costs_of_head(runner, checkpoint, ids, gradient, tensors.head, round_to))
+            costs[tensors.head.name] = _costs_of_head(runner, checkpoint, ids, gradient, tensors.head, round_to)
         back_through_head(runner, ids, gradient, torch.Generator().manual_seed(seed))
         for index in reversed(range(len(runner.blocks))):
             runner.load(index)
             block = _WeighedBlock(runner, checkpoint, index, ids, inputs[index], round_to)
             here = [tensor for tensor in tensors.of_blocks if of_linear[tensor.sources[0]].block == index]
-            for name, its in block.costs(here, of_linear, gradient).items():
-                _add(costs[name], its)
+            costs |= block.costs(here, of_linear, gradient)
             runner.drop(index)
             tick(2 * len(ids))
         if tensors.embedding is not None:
@@ -143,7 +140,10 @@ class _WeighedBlock:
         """What tensors of the block cost; turns the gradient of its output into that of its input."""
         of_output = gradient.clone()
         seen = self._back([name for tensor in tensors for name in tensor.sources], linears, gradient)
-        importance = {name: torch.stack([_squares(x) for x in its.inputs]).sum(dim=0) for name, its in seen.items()}
+        importance = {
+            name: torch.stack([x.float().square().sum(dim=0).cpu() for x in its.inputs]).sum(dim=0)
+            for name, its in seen.items()
+        }
         if any(name not in seen for tensor in tensors for name in tensor.sources):
             importance |= self._importance_of_experts(linears)
         found: Costs = {}
@@ -172,46 +172,35 @@ class _WeighedBlock:
     def _back(self, names: Sequence[str], linears: Mapping[str, Linear], gradient: Tensor) -> dict[str, _Seen]:
         """Run the block with gradients; what its linears saw, of those that run once and by themselves."""
         runner, block = self.runner, self.runner.blocks[self.index]
-        modules = {name: runner.linear_module(linears[name].name) for name in names}
-        seen = {name: _Seen() for name, module in modules.items() if module is not None}
-        with ExitStack() as stack:
+        alone = {name: linears[name].name for name in names if runner.linear_module(linears[name].name) is not None}
+        paths = {name: runner.module_names[linear].removeprefix(f"{block.name}.") for name, linear in alone.items()}
+        seen = {name: _Seen() for name in paths}
+        for batch in batches_of(self.ids):
+            # a copy: the slope of a last linear may be a view of it, and what it was is replaced below
+            of_output = gradient[batch].clone()
+            try:
+                slope, calls = slopes_through(runner, self.index, self.inputs[batch], of_output, paths, batch)
+            except ArchitectureError as error:
+                raise ArchitectureError(f"no gradient comes through {block.name}: {error}", error.hint) from error
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error} in {block.name}", error.hint) from error
             for name, its in seen.items():
-                module = modules[name]
-                assert module is not None
-                keep = partial(lambda calls, _, arguments, out: calls.append((arguments[0].detach(), out)), its.calls)
-                stack.callback(module.register_forward_hook(keep).remove)
-            for batch in batches_of(self.ids):
-                x = self.inputs[batch].to(runner.device).detach().requires_grad_()
-                with torch.enable_grad():
-                    out = runner.forward(self.index, x, batch=batch)
-                once = [its for its in seen.values() if len(its.calls) == 1 and its.calls[0][1].requires_grad]
-                outputs = [its.calls[0][1] for its in once]
-                # a copy: the slope of a last linear may be a view of it, and what it was is replaced below
-                of_output = gradient[batch].to(out, copy=True)
-                slope, *slopes = torch.autograd.grad(out, [x, *outputs], of_output, allow_unused=True)
-                if slope is None:
-                    raise ArchitectureError(f"no gradient comes through {block.name}: "
-                                            f"its output does not depend on its input")  # fmt: skip
-                if not torch.isfinite(slope).all():
-                    raise NonFiniteError(f"the gradient is not finite in {block.name}")
-                for its, own in zip(once, slopes, strict=True):
-                    if own is not None and own.numel() == self.ids[batch].numel() * own.shape[-1]:
-                        its.inputs.append(its.calls[0][0].flatten(0, -2))
-                        its.slopes.append(own.flatten(0, -2))
-                for its in seen.values():
-                    its.calls.clear()
-                gradient[batch] = slope
+                call = calls[name]
+                if call.input is not None and call.slope is not None:
+                    its.inputs.append(call.input)
+                    its.slopes.append(call.slope)
+            gradient[batch] = slope
         batches = len(batches_of(self.ids))
         return {name: its for name, its in seen.items() if len(its.slopes) == batches}
 
     def _importance_of_experts(self, linears: Mapping[str, Linear]) -> dict[str, Tensor]:
         """Σ x² of the inputs of linears that run inside another operation; without those that no token reached."""
-        block, sums = self.runner.blocks[self.index], _SquaredInputs()
-        with observed(block, block.module, sums):
+        block, squared = self.runner.blocks[self.index], SquaredSums()
+        with observed(block, block.module, squared):
             for batch in batches_of(self.ids):
                 self.runner.forward(self.index, self.inputs[batch], batch=batch)
-        found = {name: sums.by_input.get(str(linear.reads)) for name, linear in linears.items()}
-        return {name: values for name, values in found.items() if values is not None and values.any()}
+        found = {name: squared.sums.get(str(linear.reads)) for name, linear in linears.items()}
+        return {name: values.float() for name, values in found.items() if values is not None and values.any()}
 
     def _cost_at_output(self, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor], slopes: Tensor) -> float:
         """Σ over tokens of ½ (g · Δz)² at the output of the block, at most 1 each; weights as in the file."""
@@ -223,29 +212,6 @@ class _WeighedBlock:
             self.runner.put(dict(weights))
             total += _nats(after - before, slopes[batch])
         return total
-
-
-class _SquaredInputs:
-    """A `BlockVisitor`: Σ x² of each input, float32 [K], by name."""
-
-    def __init__(self):
-        self.by_input: dict[str, Tensor] = {}
-
-    def look(self, source: BlockInput, x: Tensor) -> None:
-        known = self.by_input.get(source.name)
-        self.by_input[source.name] = _squares(x) if known is None else known + _squares(x)
-
-    def finish(self, block: int) -> None:
-        pass
-
-
-def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, value in more.items():
-        sums[name] += value
-
-
-def _squares(x: Tensor) -> Tensor:
-    return x.detach().float().square().sum(dim=0).cpu()
 
 
 def _nats(moved: Tensor, slopes: Tensor) -> float:

@@ -206,12 +206,13 @@ class BlockRunner:
         self._loader.put(values, lambda name: copy.get_parameter(name.removeprefix(prefix)))
 
     @cached_property
-    def _module_names(self) -> dict[str, str]:
+    def module_names(self) -> dict[str, str]:
+        """Linear → path of the module that computes it; without experts in one parameter."""
         return module_names(self.model, self.architecture)
 
     def linear_module(self, name: str) -> nn.Linear | None:
         """The module that computes a linear by itself; None for experts and for other classes."""
-        path = self._module_names.get(name)
+        path = self.module_names.get(name)
         module = None if path is None else self.model.get_submodule(path)
         return module if isinstance(module, nn.Linear) else None
 

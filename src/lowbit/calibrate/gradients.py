@@ -41,7 +41,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowbit.architecture.loading import module_names
 from lowbit.calibrate.block_modules import BlockInput
 from lowbit.calibrate.blocks import BlockRunner, HiddenStates, batches_of
 from lowbit.errors import ArchitectureError, NonFiniteError, OutputError
@@ -87,7 +86,7 @@ def token_weights(
     """
     tick = tick or (lambda windows: None)
     found = TokenWeights()
-    modules = module_names(runner.model, runner.architecture)
+    modules = runner.module_names
     with torch.no_grad():
         states = runner.embed(ids)
         inputs = inputs_of_blocks(runner, ids, states, memory, tick)
@@ -201,30 +200,20 @@ def _back_through(
     weights = {name: torch.empty(*ids.shape, groups[name]) for name in paths}
     curvature: dict[str, tuple[Tensor, ...]] = {}
     for batch in batches_of(ids):
-        x = inputs[batch].to(runner.device).detach().requires_grad_()
-        with torch.enable_grad(), _outputs_of(runner.blocks[index].module, paths) as outputs:
-            out = runner.forward(index, x, batch=batch)
-        once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1 and calls[0].requires_grad}
-        slopes = torch.autograd.grad(out, [x, *once.values()], gradient[batch].to(out), allow_unused=True)
-        if slopes[0] is None:
-            raise ArchitectureError("its output does not depend on its input")
-        if not torch.isfinite(slopes[0]).all():
-            raise NonFiniteError("the gradient is not finite")
-        by_name = dict(zip(once, slopes[1:], strict=True))
+        slope_of_input, calls = slopes_through(runner, index, inputs[batch], gradient[batch], paths, batch)
         for name in [name for name in paths if name in weights]:
-            slope = by_name.get(name)
-            if slope is None or slope.numel() // slope.shape[-1] != ids[batch].numel():
+            slope = calls[name].slope
+            if slope is None:
                 del weights[name]
-                calls = len(outputs.get(name, ()))
-                found.missing[name] = f"it runs {calls} times" if calls > 1 else "no gradient of the loss reaches it"
+                times = calls[name].times
+                found.missing[name] = f"it runs {times} times" if times > 1 else "no gradient of the loss reaches it"
                 continue
-            slope = slope.reshape(-1, slope.shape[-1])
             weights[name][batch] = _mean_squares(slope, groups[name]).reshape(*ids[batch].shape, -1)
             if measures_pairs:
                 sums = [curvature_of(slope[:, part], _POWER) for part in parts_of(slope.shape[1])]
                 before = curvature.get(name)
                 curvature[name] = tuple(sums if before is None else map(Tensor.add_, before, sums))
-        gradient[batch] = slopes[0]  # the slope of a last linear may be a view of what this replaces
+        gradient[batch] = slope_of_input  # the slope of a last linear may be a view of what this replaces
         tick(2 * (batch.stop - batch.start))
     for name, values in weights.items():
         mean = values.mean(dim=(0, 1))
@@ -236,6 +225,49 @@ def _back_through(
     return curvature
 
 
+@dataclass
+class LinearCalls:
+    """What a linear did as its block ran once with gradients.
+
+    times  that it ran
+    input  [tokens, K], of the one time that it ran
+    slope  [tokens, N], gradient of the loss by its output; None unless it ran once, for every token, and mattered
+    """
+
+    times: int
+    input: Tensor | None = None
+    slope: Tensor | None = None
+
+
+def slopes_through(
+    runner: BlockRunner, index: int, states: Tensor, gradient: Tensor, paths: Mapping[str, str], batch: slice
+) -> tuple[Tensor, dict[str, LinearCalls]]:
+    """Run a loaded block with gradients: (gradient by its input, linear → what it did).
+
+    states, gradient  the input of the block and the gradient by its output, [windows, T, width]
+    paths             linear → path of its module in the block
+
+    ArchitectureError where no gradient comes through, NonFiniteError for one that is not finite.
+    """
+    x = states.to(runner.device).detach().requires_grad_()
+    with torch.enable_grad(), _calls_of(runner.blocks[index].module, paths) as calls:
+        out = runner.forward(index, x, batch=batch)
+    once = {name: its[0][1] for name, its in calls.items() if len(its) == 1 and its[0][1].requires_grad}
+    slope, *slopes = torch.autograd.grad(out, [x, *once.values()], gradient.to(out), allow_unused=True)
+    if slope is None:
+        raise ArchitectureError("its output does not depend on its input")
+    if not torch.isfinite(slope).all():
+        raise NonFiniteError("the gradient is not finite")
+    found = {name: LinearCalls(len(its)) for name, its in calls.items()}
+    tokens = states.shape[0] * states.shape[1]
+    for name, own in zip(once, slopes, strict=True):
+        if own is not None and own.numel() // own.shape[-1] == tokens:
+            read = calls[name][0][0]
+            found[name].input = read.reshape(-1, read.shape[-1])
+            found[name].slope = own.reshape(-1, own.shape[-1])
+    return slope, found
+
+
 def _mean_squares(slope: Tensor, groups: int) -> Tensor:
     """Mean of the squares of [tokens, N] over consecutive groups of channels; float32 [tokens, G]."""
     norms = [torch.linalg.vector_norm(slope[:, part], dim=1, dtype=torch.float32) / (part.stop - part.start) ** 0.5
@@ -244,18 +276,20 @@ def _mean_squares(slope: Tensor, groups: int) -> Tensor:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, linear → the outputs of its calls, where a call returns the output alone."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in paths}
+def _calls_of(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Inside, linear → (input, output) of its calls, where a call returns the output alone."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in paths}
 
     def keep(name: str) -> Callable[..., None]:
         # A router returns more than its product: what is chosen, and how much.
-        return lambda _module, _arguments, out: outputs[name].append(out) if isinstance(out, Tensor) else None
+        return lambda _module, arguments, out: (
+            calls[name].append((arguments[0].detach(), out)) if isinstance(out, Tensor) else None
+        )
 
     with ExitStack() as stack:
         for name, path in paths.items():
             stack.callback(module.get_submodule(path).register_forward_hook(keep(name)).remove)
-        yield outputs
+        yield calls
 
 
 def _first_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ def measure_importance(
     ids = text.ids
     runner = BlockRunner(checkpoint, dtype, device, options, max_memory)
     linears = [linear for source in runner.inputs for linear in source.linears]
-    visitor = _SquaredSums()
+    visitor = SquaredSums()
     states = runner.run(ids, visitor, progress)
     entries = _entries(linears, row, get, visitor)
     if process_output:
@@ -96,7 +96,7 @@ def text_of(
                           longest=context_length(checkpoint.config()))  # fmt: skip
 
 
-class _SquaredSums:
+class SquaredSums:
     """A `BlockVisitor`: sums float64 [K] and counts of every input, by its name."""
 
     def __init__(self):
@@ -130,7 +130,7 @@ class _SquaredSums:
 
 
 def _entries(
-    linears: Iterable[Linear], row: GGUFArchitecture, get: Lookup, visitor: _SquaredSums
+    linears: Iterable[Linear], row: GGUFArchitecture, get: Lookup, visitor: SquaredSums
 ) -> dict[str, ImportanceEntry]:
     """GGUF name → entry; the experts of a tensor stacked in their order, zeros for one that no token reached.
 
